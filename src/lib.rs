@@ -1,0 +1,1 @@
+//! rvmm, a virtual machine monitor for RISC-V Linux hosts.

@@ -1,0 +1,2 @@
+//! The rvmm command.
+fn main() {}
