@@ -1,0 +1,203 @@
+//! What a user asks for: plain data, validated once, the same for the command line, a file and the API.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// A whole machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VmConfig {
+    /// The machine's name: 1 to 64 letters, digits, `_` and `-`.
+    pub name: String,
+    /// Guest RAM in bytes; a multiple of 2 MiB, at least 16 MiB.
+    pub mem: u64,
+    /// Back guest RAM with huge pages of 2 MiB from the host's pool.
+    pub hugepages: bool,
+    /// The harts.
+    pub cpus: CpuConfig,
+    /// What is loaded and where it starts.
+    pub boot: BootConfig,
+    /// The interrupt controller.
+    pub irqchip: IrqchipChoice,
+    /// Where the first UART's other end is.
+    pub serial: SerialConfig,
+    /// Further devices and options of the board's own, as `NAME,key=value,...`.
+    pub devices: Vec<String>,
+    /// What a guest's reset request does.
+    pub on_reset: OnReset,
+    /// What an access to an address without memory and device does.
+    pub unassigned: Unassigned,
+}
+
+/// The harts of a machine.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CpuConfig {
+    /// How many harts, 1 to what KVM allows. 0 is taken as 1.
+    pub count: u32,
+    /// Extensions to switch off or on, in order.
+    pub isa: Vec<KnobChange>,
+    /// SBI extensions to switch off or on, in order.
+    pub sbi: Vec<KnobChange>,
+    /// Machine identification CSRs that differ from the host's.
+    pub id: CpuId,
+    /// Host CPUs that harts are pinned to: (hart, host CPU).
+    pub affinity: Vec<(u32, u32)>,
+}
+
+/// One `-name` or `+name`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KnobChange {
+    /// Lower-case name, as in `riscv,isa-extensions` or as KVM calls the SBI extension (`pmu`, `sta`, `dbcn`, ...).
+    pub name: String,
+    /// True to switch on.
+    pub on: bool,
+}
+
+/// `mvendorid`, `marchid`, `mimpid` (Privileged specification 3.1.2 to 3.1.4); `None` keeps the host's.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CpuId {
+    /// `mvendorid`
+    pub vendor: Option<u64>,
+    /// `marchid`
+    pub arch: Option<u64>,
+    /// `mimpid`
+    pub imp: Option<u64>,
+}
+
+/// What is loaded and where the boot hart starts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct BootConfig {
+    /// A kernel: RISC-V Image (plain, gzip, zstd) or ELF.
+    pub kernel: Option<PathBuf>,
+    /// The initial RAM disk.
+    pub initrd: InitrdConfig,
+    /// The kernel's command line, taken as given.
+    pub cmdline: String,
+    /// A device tree to use verbatim instead of the generated one.
+    pub dtb: Option<PathBuf>,
+    /// Where to write the device tree that the guest gets.
+    pub dump_dtb: Option<PathBuf>,
+    /// Flat binaries at fixed guest-physical addresses.
+    pub load: Vec<LoadConfig>,
+    /// Where the boot hart starts, if not at the kernel's own entry.
+    pub entry: Option<u64>,
+}
+
+/// The initial RAM disk.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum InitrdConfig {
+    /// None.
+    #[default]
+    None,
+    /// A file, passed on unread.
+    File(PathBuf),
+    /// The built-in prompt: an initramfs made on the fly around this static executable of rvmm.
+    Builtin(PathBuf),
+}
+
+/// A flat binary.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoadConfig {
+    /// The file.
+    pub file: PathBuf,
+    /// Its guest-physical address.
+    pub addr: u64,
+}
+
+/// Which interrupt controller the guest gets.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum IrqchipChoice {
+    /// The in-kernel AIA where the host has it, else the PLIC.
+    #[default]
+    Auto,
+    /// In-kernel AIA (APLIC and IMSICs), or an error.
+    Aia,
+    /// PLIC in user space.
+    Plic,
+}
+
+/// The other end of the first UART.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+pub enum SerialConfig {
+    /// Standard input and output.
+    #[default]
+    Stdio,
+    /// Nothing: output vanishes.
+    Null,
+    /// Output to a file, created or truncated.
+    File(PathBuf),
+    /// A new pseudo terminal; its path is logged and printed.
+    Pty,
+    /// A Unix socket that rvmm listens on, one client at a time.
+    Unix(PathBuf),
+}
+
+/// What a guest's reset request (SBI SRST reboot, syscon reboot) does.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnReset {
+    /// The machine is rebuilt from the files and starts again.
+    #[default]
+    Restart,
+    /// rvmm exits.
+    Exit,
+}
+
+/// What an access to an address without memory and device does.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Unassigned {
+    /// Reads give zero, writes vanish.
+    #[default]
+    Zero,
+    /// The guest takes the access fault that hardware would raise.
+    Fault,
+    /// The machine stops with a register dump.
+    Stop,
+}
+
+/// RAM of a machine where nothing is said: 512 MiB.
+pub const DEFAULT_MEM: u64 = 512 << 20;
+
+/// Command line of a kernel where nothing is said.
+pub const DEFAULT_CMDLINE: &str = "console=ttyS0";
+
+impl Default for VmConfig {
+    fn default() -> Self {
+        Self {
+            name: "rvmm".into(),
+            mem: DEFAULT_MEM,
+            hugepages: false,
+            cpus: CpuConfig { count: 1, ..CpuConfig::default() },
+            boot: BootConfig::default(),
+            irqchip: IrqchipChoice::default(),
+            serial: SerialConfig::default(),
+            devices: Vec::new(),
+            on_reset: OnReset::default(),
+            unassigned: Unassigned::default(),
+        }
+    }
+}
+
+impl Default for BootConfig {
+    fn default() -> Self {
+        Self {
+            kernel: None,
+            initrd: InitrdConfig::None,
+            cmdline: DEFAULT_CMDLINE.into(),
+            dtb: None,
+            dump_dtb: None,
+            load: Vec::new(),
+            entry: None,
+        }
+    }
+}

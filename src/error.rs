@@ -1,0 +1,74 @@
+//! What can go wrong between the command line and the guest's last instruction: one variant per stage, and the exit
+//! code of each.
+
+use std::io;
+use std::path::PathBuf;
+
+use rvmm_boot::BootError;
+
+use crate::machine::vm::VmError;
+
+/// Why a machine could not be built or could not go on. `Display` is one line; the sources are chained.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration contradicts itself or asks for what rvmm does not have.
+    #[error("{0}")]
+    Config(String),
+    /// A kernel, initrd, device tree or flat binary cannot be used.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A file of the user's cannot be opened, read or written.
+    #[error("Cannot {verb} {}: {source}", path.display())]
+    File {
+        /// What was tried: `open`, `write`, ...
+        verb: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// Guest memory cannot be had.
+    #[error("{what}")]
+    Memory {
+        /// The whole sentence.
+        what: String,
+        /// The kernel's error.
+        #[source]
+        source: Option<io::Error>,
+    },
+    /// The hypervisor refused.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// A device cannot be made.
+    #[error("{0}")]
+    Device(String),
+    /// The terminal, a socket or the event loop failed.
+    #[error("{what}")]
+    Host {
+        /// The whole sentence.
+        what: String,
+        /// The kernel's error.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The exit code of a clean end: the guest powered off, or the user stopped it.
+pub const EXIT_OK: u8 = 0;
+/// The host could not provide something (KVM, memory, a device).
+pub const EXIT_HOST: u8 = 1;
+/// The command line, the configuration or a file given is wrong.
+pub const EXIT_USAGE: u8 = 2;
+/// The guest came to a documented stop (see [`crate::vcpu::stop::StopReason`]).
+pub const EXIT_GUEST: u8 = 3;
+
+impl Error {
+    /// The stable exit code of the command.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Config(_) | Self::Boot(_) | Self::File { .. } | Self::Device(_) => EXIT_USAGE,
+            Self::Memory { .. } | Self::Vm(_) | Self::Host { .. } => EXIT_HOST,
+        }
+    }
+}

@@ -1,0 +1,71 @@
+//! The guest-physical map and the interrupt numbers: one table, the addresses of QEMU's `virt` machine, so that guests
+//! written for it find their devices.
+
+/// A span of guest-physical addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// First address.
+    pub base: u64,
+    /// Length in bytes.
+    pub size: u64,
+}
+
+impl Span {
+    /// The first address behind the span.
+    #[must_use]
+    pub const fn end(self) -> u64 {
+        self.base + self.size
+    }
+}
+
+/// One row of the map.
+#[derive(Debug, Clone, Copy)]
+pub struct Row {
+    /// What lies there; for a device, the name of its model in the catalog.
+    pub name: &'static str,
+    /// Where it lies.
+    pub span: Span,
+    /// Interrupt source at the APLIC or PLIC; 0 for none.
+    pub irq: u32,
+}
+
+const fn row(name: &'static str, base: u64, size: u64, irq: u32) -> Row {
+    Row { name, span: Span { base, size }, irq }
+}
+
+/// Everything that has a fixed place below RAM, in ascending order.
+pub const MAP: &[Row] = &[
+    row("power", 0x0010_0000, 0x1000, 0),
+    row("rtc", 0x0010_1000, 0x1000, 11),
+    row("plic", 0x0c00_0000, 0x60_0000, 0),
+    row("aplic", 0x0d00_0000, 0x4000, 0),
+    row("serial", 0x1000_0000, 0x100, 10),
+    row("slots", SLOTS.base, SLOTS.size, 0),
+    row("flash", 0x2000_0000, 0x400_0000, 0),
+    row("imsics", 0x2800_0000, 0x100_0000, 0),
+    row("pci-ecam", 0x3000_0000, 0x1000_0000, 0),
+    row("pci-mmio", 0x4000_0000, 0x4000_0000, 0),
+];
+
+/// Where RAM begins.
+pub const RAM_BASE: u64 = 0x8000_0000;
+
+/// The windows for devices without a fixed place (virtio-mmio and the like), [`SLOT_SIZE`] bytes each.
+pub const SLOTS: Span = Span { base: 0x1000_1000, size: 32 * SLOT_SIZE };
+
+/// Size of one window of [`SLOTS`].
+pub const SLOT_SIZE: u64 = 0x1000;
+
+/// Interrupt sources of both irqchips: 1 to this number (QEMU's `virt` has 95 and 96; PCI takes 32 to 35).
+pub const IRQ_SOURCES: u32 = 95;
+
+/// The row called `name`.
+#[must_use]
+pub fn find(name: &str) -> Option<&'static Row> {
+    MAP.iter().find(|row| row.name == name)
+}
+
+/// The interrupt sources that a slot may get, in order: all that no row and no PCI pin holds.
+pub fn slot_irqs() -> impl Iterator<Item = u32> {
+    (1..=IRQ_SOURCES).filter(|irq| !(32..=35).contains(irq) && MAP.iter().all(|row| row.irq != *irq))
+}

@@ -1,0 +1,102 @@
+//! What the machine asks of the hypervisor: the seam behind which KVM stands, and in tests nothing at all.
+
+use std::io;
+use std::sync::Arc;
+
+use rvmm_devices::irq::IrqLine;
+
+use crate::config::{CpuId, IrqchipChoice, KnobChange};
+use crate::vcpu::hart::Hart;
+
+/// What a vCPU is, as the kernel tells it: the input of the tree's /cpus.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CpuFacts {
+    /// Extensions of the guest by lower-case name (`i`, `m`, `zicbom`, ...), sorted as KVM numbers them.
+    pub extensions: Vec<String>,
+    /// `satp.MODE` of the widest translation: 0 none, 8 Sv39, 9 Sv48, 10 Sv57.
+    pub satp_mode: u64,
+    /// Block sizes in bytes, where the extension is there.
+    pub cbom_block: Option<u32>,
+    /// See `cbom_block`.
+    pub cboz_block: Option<u32>,
+    /// See `cbom_block`.
+    pub cbop_block: Option<u32>,
+    /// Ticks of `time` per second.
+    pub timebase_hz: u64,
+}
+
+/// How the vCPUs are to be made; the same for every hart.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CpuKnobs {
+    /// Changes to the ISA, in the order given.
+    pub isa: Vec<KnobChange>,
+    /// Changes to the SBI extensions.
+    pub sbi: Vec<KnobChange>,
+    /// `mvendorid`, `marchid`, `mimpid`, where not the host's.
+    pub id: CpuId,
+}
+
+/// The interrupt controller that the kernel granted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Irqchip {
+    /// In-kernel APLIC and IMSICs.
+    Aia(AiaFacts),
+    /// None: the machine brings a PLIC and drives the harts' external interrupt lines.
+    None,
+}
+
+/// What the in-kernel AIA looks like, as read back from the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AiaFacts {
+    /// Wired interrupt sources of the APLIC: 1 to this number.
+    pub sources: u32,
+    /// Interrupt identities of each IMSIC: 1 to this number.
+    pub ids: u32,
+    /// Bits of the hart index in an IMSIC's address.
+    pub hart_index_bits: u32,
+    /// Bits of the guest index in an IMSIC's address.
+    pub guest_index_bits: u32,
+}
+
+/// A virtual machine. Calls come in boot order: memory, harts (ascending), irqchip, lines; then the harts run.
+pub trait Vm: Send + Sync {
+    /// Gives the guest `size` bytes of this process's memory from `host_addr` at `guest_addr`, both multiples of 4096.
+    /// The memory stays mapped as long as the VM lives: the caller keeps it.
+    fn map_memory(&self, slot: u32, guest_addr: u64, host_addr: u64, size: u64) -> io::Result<()>;
+
+    /// Makes the next hart; the first one made is the boot hart.
+    fn create_hart(&self, id: u32, knobs: &CpuKnobs) -> Result<Box<dyn Hart>, VmError>;
+
+    /// What the harts are, once one exists.
+    fn cpu_facts(&self) -> Result<CpuFacts, VmError>;
+
+    /// Makes the in-kernel interrupt controller that `choice` allows, for `harts` harts, after the harts.
+    fn create_irqchip(&self, choice: IrqchipChoice, harts: u32) -> Result<Irqchip, VmError>;
+
+    /// The line into the in-kernel APLIC's source `source` (1-based).
+    fn irq_line(&self, source: u32) -> Result<Arc<dyn IrqLine>, VmError>;
+
+    /// The external interrupt line of hart `hart` (VSEIP), for a PLIC in user space.
+    fn external_line(&self, hart: u32) -> Result<Arc<dyn IrqLine>, VmError>;
+}
+
+/// What the hypervisor refused: the whole sentence for the user, with the kernel's error as source.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}")]
+pub struct VmError {
+    what: String,
+    #[source]
+    source: Option<io::Error>,
+}
+
+impl VmError {
+    /// A refusal with a reason of rvmm's own.
+    pub fn new(what: impl Into<String>) -> Self {
+        Self { what: what.into(), source: None }
+    }
+
+    /// A refusal by the kernel.
+    pub fn io(what: impl Into<String>, source: io::Error) -> Self {
+        Self { what: what.into(), source: Some(source) }
+    }
+}

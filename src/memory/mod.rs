@@ -1,0 +1,183 @@
+//! Guest RAM: one private mapping between guard pages, with the user's files laid into it copy-on-write.
+//!
+//! A file may change or shrink while the guest runs: pages that the guest has not written then change under it, and
+//! pages behind the new end are lost. A lost page reads as zero for rvmm and stops the machine
+//! ([`crate::vcpu::stop::StopReason::MemoryLost`]); it never ends the process. See [`lost`].
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion,
+};
+
+use crate::error::Error;
+use crate::layout::Span;
+
+mod lost;
+mod reserve;
+
+use lost::Watch;
+use reserve::Reservation;
+
+/// Size of a page of guest and host (RISC-V's base page; rvmm asks the host for nothing smaller).
+pub const PAGE: u64 = 4096;
+
+/// The guest's RAM and how rvmm reaches it. All addresses are guest-physical.
+#[derive(Debug)]
+pub struct GuestRam {
+    /// Unmapped last: `view` and `watch` point into it.
+    view: GuestMemoryMmap,
+    watch: Watch,
+    files: Vec<Overlay>,
+    span: Span,
+    reservation: Reservation,
+}
+
+/// A file whose pages are guest memory until the guest writes them.
+#[derive(Debug)]
+struct Overlay {
+    file: Arc<File>,
+    /// The file must be at least this long for every mapped page to exist.
+    needed: u64,
+}
+
+/// Why guest memory could not be accessed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum RamError {
+    /// Part of the range is not RAM.
+    #[error("The range is not inside guest RAM")]
+    NotRam,
+    /// The memory was backed by a file that shrank or cannot be read.
+    #[error("The file behind guest memory shrank or cannot be read")]
+    Lost,
+}
+
+impl GuestRam {
+    /// Takes `span.size` bytes (a multiple of 2 MiB) of zeroed memory from the host, to be seen by the guest at
+    /// `span.base`. The host provides pages as they are touched, 2 MiB ones where it can.
+    ///
+    /// # Errors
+    /// The host cannot give that much address space, or with `hugepages` has not enough free huge pages.
+    pub fn new(span: Span, hugepages: bool) -> Result<Self, Error> {
+        let reservation = Reservation::new(span.size, hugepages)?;
+        let region = reservation.region()?;
+        let watch = Watch::new(reservation.address(), reservation.size())?;
+        Self::assemble(span, reservation, region, watch)
+    }
+
+    fn assemble(
+        span: Span,
+        reservation: Reservation,
+        region: MmapRegion,
+        watch: Watch,
+    ) -> Result<Self, Error> {
+        let view = GuestRegionMmap::new(region, GuestAddress(span.base))
+            .and_then(|region| GuestMemoryMmap::from_regions(vec![region]).ok());
+        let view = view.ok_or_else(|| Error::Memory {
+            what: format!("Cannot place {} bytes of RAM at {:#x}", span.size, span.base),
+            source: None,
+        })?;
+        Ok(Self { view, watch, files: Vec::new(), span, reservation })
+    }
+
+    /// Where RAM lies.
+    #[must_use]
+    pub fn span(&self) -> Span {
+        self.span
+    }
+
+    /// The address in this process at which RAM begins.
+    #[must_use]
+    pub fn host_address(&self) -> u64 {
+        self.reservation.address() as u64
+    }
+
+    /// True where all of `len` bytes from `addr` are RAM.
+    #[must_use]
+    pub fn contains(&self, addr: u64, len: u64) -> bool {
+        addr >= self.span.base && addr.checked_add(len).is_some_and(|end| end <= self.span.end())
+    }
+
+    /// Copies from RAM.
+    ///
+    /// # Errors
+    /// [`RamError::NotRam`] with nothing copied; [`RamError::Lost`] when a page turned out to be gone (it reads as zero).
+    pub fn read(&self, addr: u64, buf: &mut [u8]) -> Result<(), RamError> {
+        self.check(addr, buf.len())?;
+        self.view.read_slice(buf, GuestAddress(addr)).map_err(|_| RamError::NotRam)?;
+        self.still_there()
+    }
+
+    /// Copies into RAM.
+    ///
+    /// # Errors
+    /// As [`GuestRam::read`].
+    pub fn write(&self, addr: u64, bytes: &[u8]) -> Result<(), RamError> {
+        self.check(addr, bytes.len())?;
+        self.view.write_slice(bytes, GuestAddress(addr)).map_err(|_| RamError::NotRam)?;
+        self.still_there()
+    }
+
+    /// Lays `len` bytes of `file` from `offset` at `addr`: whole pages are mapped copy-on-write where addresses allow,
+    /// the rest is copied.
+    ///
+    /// # Errors
+    /// The range is not RAM, or the file cannot be read.
+    pub fn place_file(&mut self, addr: u64, file: &Arc<File>, offset: u64, len: u64) -> Result<(), Error> {
+        if !self.contains(addr, len) {
+            return Err(Error::Memory {
+                what: format!("Cannot place {len} bytes at {addr:#x}: not inside guest RAM"),
+                source: None,
+            });
+        }
+        let lead = addr.next_multiple_of(PAGE).saturating_sub(addr).min(len);
+        let pages = (len - lead) / PAGE * PAGE;
+        let mappable = !self.reservation.is_huge() && (offset + lead).is_multiple_of(PAGE);
+        let mapped = if mappable { pages } else { 0 };
+        self.copy_file(addr, file, offset, lead)?;
+        if mapped > 0 {
+            self.reservation.overlay(addr + lead - self.span.base, file, offset + lead, mapped)?;
+            self.files.push(Overlay { file: Arc::clone(file), needed: offset + lead + mapped });
+        }
+        let done = lead + mapped;
+        self.copy_file(addr + done, file, offset + done, len - done)
+    }
+
+    fn copy_file(&self, addr: u64, file: &File, offset: u64, len: u64) -> Result<(), Error> {
+        use std::os::unix::fs::FileExt;
+        let mut chunk = vec![0; usize::try_from(len.min(1 << 20)).unwrap_or(1 << 20)];
+        let mut done = 0;
+        while done < len {
+            let want = usize::try_from((len - done).min(1 << 20)).unwrap_or(1 << 20);
+            let part = chunk.get_mut(..want).unwrap_or_default();
+            file.read_exact_at(part, offset + done).map_err(|source| Error::Memory {
+                what: "Cannot read a file into guest memory: did it shrink?".into(),
+                source: Some(source),
+            })?;
+            self.write(addr + done, part).map_err(|e| Error::Memory { what: e.to_string(), source: None })?;
+            done += want as u64;
+        }
+        Ok(())
+    }
+
+    /// True once a page of RAM is gone for good because the file behind it shrank or cannot be read.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        let shrank = |o: &Overlay| o.file.metadata().map_or(true, |m| m.size() < o.needed);
+        self.watch.fired() || self.files.iter().any(shrank)
+    }
+
+    fn check(&self, addr: u64, len: usize) -> Result<(), RamError> {
+        if self.contains(addr, len as u64) { Ok(()) } else { Err(RamError::NotRam) }
+    }
+
+    fn still_there(&self) -> Result<(), RamError> {
+        if self.watch.fired() { Err(RamError::Lost) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+#[path = "tests.rs"]
+mod tests;

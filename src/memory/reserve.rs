@@ -1,0 +1,119 @@
+//! The address space of guest RAM: reserved at once, with a guard page's worth of nothing on both sides.
+#![expect(unsafe_code, reason = "guest RAM is mapped by address, and files are mapped over it")]
+
+use std::ffi::c_void;
+use std::fs::File;
+use std::ptr;
+
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+use vm_memory::MmapRegion;
+
+use crate::error::Error;
+
+/// Huge pages of the host's pool are 2 MiB; transparent ones too.
+const HUGE: usize = 2 << 20;
+
+/// RAM of a guest in this process's address space; given back on drop.
+#[derive(Debug)]
+pub(super) struct Reservation {
+    /// The whole reservation, guards included.
+    whole: *mut c_void,
+    whole_size: usize,
+    /// RAM itself, 2 MiB aligned.
+    ram: *mut c_void,
+    size: usize,
+    huge: bool,
+}
+
+// SAFETY: the pointers are plain addresses of a mapping that lives as long as the value; this type never dereferences
+// them, and accesses through them are volatile copies of vm-memory.
+unsafe impl Send for Reservation {}
+// SAFETY: as above; `&self` gives out only the address and the size.
+unsafe impl Sync for Reservation {}
+
+impl Reservation {
+    pub(super) fn new(size: u64, huge: bool) -> Result<Self, Error> {
+        let refuse = |source: Option<rustix::io::Errno>| Error::Memory {
+            what: too_much(size, huge),
+            source: source.map(Into::into),
+        };
+        let size = usize::try_from(size).map_err(|_| refuse(None))?;
+        let whole_size = size.checked_add(3 * HUGE).ok_or_else(|| refuse(None))?;
+        let none = ProtFlags::empty();
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
+        let whole = unsafe { mmap_anonymous(ptr::null_mut(), whole_size, none, flags) };
+        let whole = whole.map_err(|e| refuse(Some(e)))?;
+        // At least 2 MiB of guard remain below and above.
+        let lead = HUGE + (whole.addr().next_multiple_of(HUGE) - whole.addr());
+        let ram = whole.wrapping_byte_add(lead);
+        let this = Self { whole, whole_size, ram, size, huge };
+        let mut flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+        if huge {
+            // Without NORESERVE the kernel refuses now what it could not deliver later by SIGBUS.
+            flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::HUGETLB | MapFlags::HUGE_2MB;
+        }
+        // SAFETY: the range lies inside `whole`, which is ours and holds nothing yet.
+        unsafe { mmap_anonymous(ram, size, ProtFlags::READ | ProtFlags::WRITE, flags) }
+            .map_err(|e| refuse(Some(e)))?;
+        Ok(this)
+    }
+
+    pub(super) fn region(&self) -> Result<MmapRegion, Error> {
+        let prot = (ProtFlags::READ | ProtFlags::WRITE).bits().cast_signed();
+        // SAFETY: `ram..ram + size` is mapped readable and writable, and stays so until `self` is dropped; GuestRam
+        // drops every region before.
+        let region = unsafe {
+            MmapRegion::build_raw(self.ram.cast(), self.size, prot, MapFlags::PRIVATE.bits().cast_signed())
+        };
+        region.map_err(|e| Error::Memory { what: format!("Cannot use guest RAM: {e}"), source: None })
+    }
+
+    pub(super) fn address(&self) -> usize {
+        self.ram.addr()
+    }
+
+    pub(super) fn size(&self) -> usize {
+        self.size
+    }
+
+    pub(super) fn is_huge(&self) -> bool {
+        self.huge
+    }
+
+    /// Maps `len` bytes of `file` from `offset` over RAM at `at`, all multiples of the page size.
+    pub(super) fn overlay(&self, at: u64, file: &File, offset: u64, len: u64) -> Result<(), Error> {
+        let fits = at.checked_add(len).is_some_and(|end| end <= self.size as u64);
+        let (Ok(at), Ok(len), true) = (usize::try_from(at), usize::try_from(len), fits) else {
+            return Err(Error::Memory { what: "Cannot map a file outside guest RAM".into(), source: None });
+        };
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+        // SAFETY: the target lies inside our RAM mapping (checked above), which nobody holds references into: all
+        // accesses are volatile copies.
+        unsafe { mmap(self.ram.wrapping_byte_add(at), len, prot, flags, file, offset) }.map_err(|e| {
+            Error::Memory { what: "Cannot map a file into guest memory".into(), source: Some(e.into()) }
+        })?;
+        Ok(())
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        // SAFETY: `whole` is ours alone and nothing that points into it outlives GuestRam. A failure leaves the
+        // mapping in place, which harms nobody.
+        let _ = unsafe { munmap(self.whole, self.whole_size) };
+    }
+}
+
+fn too_much(size: u64, huge: bool) -> String {
+    let mib = size >> 20;
+    if huge {
+        let pages = size.div_ceil(HUGE as u64);
+        return format!(
+            "Cannot take {mib} MiB of guest RAM in huge pages (reserve them: echo {pages} > \
+             /proc/sys/vm/nr_hugepages, or leave --hugepages out)"
+        );
+    }
+    format!("Cannot take {mib} MiB of guest RAM (give less with --mem, or raise the limit: ulimit -v)")
+}

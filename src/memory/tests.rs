@@ -1,0 +1,99 @@
+//! Tests of guest RAM on any machine.
+
+use std::io::Write;
+use std::sync::Arc;
+
+use super::*;
+
+const SPAN: Span = Span { base: 0x8000_0000, size: 4 << 20 };
+
+fn file_of(bytes: &[u8]) -> Arc<File> {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(bytes).unwrap();
+    Arc::new(file)
+}
+
+#[test]
+fn ram_is_zero_at_first_and_keeps_what_is_written() {
+    let ram = GuestRam::new(SPAN, false).unwrap();
+    let mut buf = [1; 8];
+    ram.read(SPAN.end() - 8, &mut buf).unwrap();
+    assert_eq!(buf, [0; 8]);
+    ram.write(SPAN.base, b"rvmm").unwrap();
+    let mut buf = [0; 4];
+    ram.read(SPAN.base, &mut buf).unwrap();
+    assert_eq!(&buf, b"rvmm");
+}
+
+#[test]
+fn a_range_that_leaves_ram_or_wraps_is_refused_whole() {
+    let ram = GuestRam::new(SPAN, false).unwrap();
+    let mut buf = [0; 16];
+    for addr in [0, SPAN.base - 1, SPAN.end() - 15, SPAN.end(), u64::MAX - 8, u64::MAX] {
+        assert_eq!(ram.read(addr, &mut buf), Err(RamError::NotRam), "{addr:#x}");
+        assert_eq!(ram.write(addr, &buf), Err(RamError::NotRam), "{addr:#x}");
+    }
+    assert!(ram.contains(SPAN.end(), 0));
+    assert!(!ram.contains(SPAN.base, u64::MAX));
+}
+
+#[test]
+fn a_file_is_seen_whole_whether_its_pages_can_be_mapped_or_not() {
+    let bytes: Vec<u8> = (0..20_000u32).map(|i| (i % 251) as u8).collect();
+    let file = file_of(&bytes);
+    for (addr, offset, len) in
+        [(0, 0, 20_000), (0x1234, 0, 20_000), (0x10, 0x10, 12_000), (0x2000, 1, 9_000), (5, 7, 3)]
+    {
+        let mut ram = GuestRam::new(SPAN, false).unwrap();
+        ram.place_file(SPAN.base + addr, &file, offset, len).unwrap();
+        let mut got = vec![0; len as usize];
+        ram.read(SPAN.base + addr, &mut got).unwrap();
+        assert_eq!(got, bytes[offset as usize..(offset + len) as usize], "{addr:#x} {offset} {len}");
+        let mut after = [7];
+        ram.read(SPAN.base + addr + len, &mut after).unwrap();
+        assert_eq!(after, [0], "a byte behind the file leaked in");
+    }
+}
+
+#[test]
+fn what_the_guest_writes_never_reaches_the_file() {
+    let file = file_of(&[1; 8192]);
+    let mut ram = GuestRam::new(SPAN, false).unwrap();
+    ram.place_file(SPAN.base, &file, 0, 8192).unwrap();
+    ram.write(SPAN.base + 100, &[9; 5000]).unwrap();
+    let mut back = vec![0; 8192];
+    std::os::unix::fs::FileExt::read_exact_at(&*file, &mut back, 0).unwrap();
+    assert_eq!(back, [1; 8192]);
+}
+
+#[test]
+fn a_file_that_shrinks_under_the_guest_loses_memory_but_not_the_process() {
+    let file = file_of(&[1; 4 * 4096]);
+    let mut ram = GuestRam::new(SPAN, false).unwrap();
+    ram.place_file(SPAN.base, &file, 0, 4 * 4096).unwrap();
+    assert!(!ram.is_lost());
+    file.set_len(4096).unwrap();
+    assert!(ram.is_lost(), "a shrunk file is noticed before a page is touched");
+    let mut buf = [1; 16];
+    assert_eq!(ram.read(SPAN.base + 2 * 4096, &mut buf), Err(RamError::Lost));
+    assert_eq!(buf, [0; 16]);
+}
+
+#[test]
+fn two_guests_lose_memory_apart_from_each_other() {
+    let file = file_of(&[1; 2 * 4096]);
+    let mut one = GuestRam::new(SPAN, false).unwrap();
+    let two = GuestRam::new(SPAN, false).unwrap();
+    one.place_file(SPAN.base, &file, 0, 2 * 4096).unwrap();
+    file.set_len(0).unwrap();
+    let mut buf = [0; 4];
+    assert_eq!(one.read(SPAN.base, &mut buf), Err(RamError::Lost));
+    assert_eq!(two.read(SPAN.base, &mut buf), Ok(()));
+    assert!(!two.is_lost());
+}
+
+#[test]
+fn more_memory_than_the_address_space_holds_is_refused_with_advice() {
+    let error = GuestRam::new(Span { base: 0x8000_0000, size: 1 << 62 }, false).unwrap_err();
+    assert!(error.to_string().contains("--mem"), "{error}");
+}

@@ -1,0 +1,66 @@
+//! A vCPU as its own thread sees it: the seam between the run loop and KVM.
+
+use std::io;
+
+use super::exit::Exit;
+
+/// A register that the VMM reads or writes. Widths are 64 bits (rvmm runs rv64 guests only).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reg {
+    /// Program counter.
+    Pc,
+    /// Integer register `x1` to `x31`; `X(0)` reads as zero and ignores writes.
+    X(u8),
+    /// Privilege mode: 1 supervisor, 0 user.
+    Mode,
+    /// A supervisor CSR of the guest.
+    Csr(Csr),
+}
+
+/// The supervisor CSRs that KVM keeps for a guest (Privileged specification, chapter 12).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names are the specification's")]
+pub enum Csr {
+    Sstatus,
+    Sie,
+    Stvec,
+    Sscratch,
+    Sepc,
+    Scause,
+    Stval,
+    Sip,
+    Satp,
+    Scounteren,
+    Senvcfg,
+    /// Needs Smstateen; refused with ENOENT where the vCPU lacks it.
+    Sstateen0,
+}
+
+/// One vCPU. All methods are called on the vCPU's own thread, except before that thread starts.
+pub trait Hart: Send {
+    /// The hart id: vcpu id, `mhartid` as the guest knows it, and `reg` of its device tree node.
+    fn id(&self) -> u32;
+
+    /// Binds the hart to the calling thread, so that a kick (the signal of [`super::kick`]) reaches it. Called once,
+    /// before the first [`Hart::enter`].
+    fn bind(&mut self) -> io::Result<()>;
+
+    /// Completes the last exit with what was written into it, runs the guest, and says why it came back.
+    ///
+    /// # Errors
+    /// Only what leaves the vCPU unusable; all that a guest can provoke is an [`Exit`].
+    fn enter(&mut self) -> io::Result<Exit<'_>>;
+
+    /// Completes the last exit (destination register, program counter) without running the guest, so that registers
+    /// are true and may be written.
+    fn settle(&mut self) -> io::Result<()>;
+
+    /// Forgets the last exit: the instruction is not completed and the program counter stays at it.
+    fn abandon(&mut self);
+
+    /// Reads a register. The last exit must be settled or abandoned first.
+    fn get(&self, reg: Reg) -> io::Result<u64>;
+
+    /// Writes a register. The last exit must be settled or abandoned first.
+    fn set(&mut self, reg: Reg, value: u64) -> io::Result<()>;
+}

@@ -1,0 +1,83 @@
+//! Why a machine stopped: values, not prints, so that an embedder can act on them.
+
+use std::fmt;
+
+use crate::error::{EXIT_GUEST, EXIT_HOST, EXIT_OK};
+
+/// Why a machine stopped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StopReason {
+    /// The guest powered off (SBI SRST shutdown or the syscon's poweroff).
+    PowerOff,
+    /// The guest asked for a reset and the machine does not restart by itself.
+    Reset,
+    /// Somebody asked from outside: `stop()`, Ctrl-A x, SIGTERM.
+    Requested,
+    /// The guest reported failure through the syscon, with its code.
+    GuestFailure(u16),
+    /// A hart did what no trap of the guest can answer. The text says what, and holds the registers.
+    HartFault {
+        /// Which hart.
+        hart: u32,
+        /// One line: what happened.
+        what: String,
+        /// Register dump, several lines.
+        dump: String,
+    },
+    /// An access to an address without memory and device, under the policy `stop`.
+    UnassignedAccess {
+        /// Which hart.
+        hart: u32,
+        /// Guest-physical address.
+        addr: u64,
+        /// True for a store.
+        write: bool,
+        /// Register dump, several lines.
+        dump: String,
+    },
+    /// Guest memory is gone: a file behind it shrank or cannot be read any more.
+    MemoryLost {
+        /// Guest-physical address, where it is known.
+        addr: Option<u64>,
+    },
+    /// The host failed a hart (KVM_RUN refused with an errno that no guest can cause, a thread died).
+    HostFailure(String),
+}
+
+impl StopReason {
+    /// The stable exit code of the command.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::PowerOff | Self::Reset | Self::Requested => EXIT_OK,
+            Self::GuestFailure(_)
+            | Self::HartFault { .. }
+            | Self::UnassignedAccess { .. }
+            | Self::MemoryLost { .. } => EXIT_GUEST,
+            Self::HostFailure(_) => EXIT_HOST,
+        }
+    }
+}
+
+impl fmt::Display for StopReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PowerOff => write!(f, "The guest powered off"),
+            Self::Reset => write!(f, "The guest asked for a reset"),
+            Self::Requested => write!(f, "Stopped on request"),
+            Self::GuestFailure(code) => write!(f, "The guest reported failure {code} through the power device"),
+            Self::HartFault { hart, what, dump } => write!(f, "Hart {hart} stopped: {what}\n{dump}"),
+            Self::UnassignedAccess { hart, addr, write, dump } => {
+                let what = if *write { "stored to" } else { "loaded from" };
+                write!(f, "Hart {hart} {what} {addr:#x}, where neither memory nor a device is\n{dump}")
+            }
+            Self::MemoryLost { addr: Some(addr) } => {
+                write!(f, "Guest memory at {addr:#x} is lost: the file behind it shrank or cannot be read")
+            }
+            Self::MemoryLost { addr: None } => {
+                write!(f, "Guest memory is lost: the file behind it shrank or cannot be read")
+            }
+            Self::HostFailure(what) => write!(f, "The host failed: {what}"),
+        }
+    }
+}
