@@ -1,6 +1,7 @@
 //! A vCPU as its own thread sees it: the seam between the run loop and KVM.
 
 use std::io;
+use std::sync::Arc;
 
 use super::exit::Exit;
 
@@ -41,9 +42,9 @@ pub trait Hart: Send {
     /// The hart id: vcpu id, `mhartid` as the guest knows it, and `reg` of its device tree node.
     fn id(&self) -> u32;
 
-    /// Binds the hart to the calling thread, so that a kick (the signal of [`super::kick`]) reaches it. Called once,
-    /// before the first [`Hart::enter`].
-    fn bind(&mut self) -> io::Result<()>;
+    /// Binds the hart to the calling thread and gives what gets it out of the guest. Called once, before the first
+    /// [`Hart::enter`].
+    fn bind(&mut self) -> io::Result<Arc<dyn Kick>>;
 
     /// Completes the last exit with what was written into it, runs the guest, and says why it came back.
     ///
@@ -63,4 +64,14 @@ pub trait Hart: Send {
 
     /// Writes a register. The last exit must be settled or abandoned first.
     fn set(&mut self, reg: Reg, value: u64) -> io::Result<()>;
+}
+
+/// Gets one hart out of the guest, from any thread.
+///
+/// Whoever kicks has set beforehand what the hart is to see. A kick is never lost: the [`Hart::enter`] under way, or else
+/// the next one, returns [`Exit::Interrupted`]; several kicks before that count as one. [`Hart::settle`] may use a kick
+/// up, since its caller looks at what was set before it waits.
+pub trait Kick: Send + Sync {
+    /// Kicks. Neither blocks nor fails, and does nothing once the hart's thread has ended.
+    fn kick(&self);
 }
