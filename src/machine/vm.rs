@@ -6,6 +6,7 @@ use std::sync::Arc;
 use rvmm_devices::irq::IrqLine;
 
 use crate::config::{CpuId, IrqchipChoice, KnobChange};
+use crate::layout::Span;
 use crate::vcpu::hart::Hart;
 
 /// What a vCPU is, as the kernel tells it: the input of the tree's /cpus.
@@ -36,6 +37,19 @@ pub struct CpuKnobs {
     pub id: CpuId,
 }
 
+/// Where the in-kernel AIA is to stand, and how large it is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AiaPlan {
+    /// Harts, each of which gets an IMSIC of one page.
+    pub harts: u32,
+    /// Wired interrupt sources wanted at the APLIC: 1 to this number.
+    pub sources: u32,
+    /// Where the APLIC's registers are.
+    pub aplic: Span,
+    /// Where the IMSICs are: hart `n`'s at page `n`.
+    pub imsics: Span,
+}
+
 /// The interrupt controller that the kernel granted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Irqchip {
@@ -60,6 +74,9 @@ pub struct AiaFacts {
 
 /// A virtual machine. Calls come in boot order: memory, harts (ascending), irqchip, lines; then the harts run.
 pub trait Vm: Send + Sync {
+    /// How many harts a VM may have at most.
+    fn max_harts(&self) -> u32;
+
     /// Gives the guest `size` bytes of this process's memory from `host_addr` at `guest_addr`, both multiples of 4096.
     /// The memory stays mapped as long as the VM lives: the caller keeps it.
     fn map_memory(&self, slot: u32, guest_addr: u64, host_addr: u64, size: u64) -> io::Result<()>;
@@ -67,11 +84,16 @@ pub trait Vm: Send + Sync {
     /// Makes the next hart; the first one made is the boot hart.
     fn create_hart(&self, id: u32, knobs: &CpuKnobs) -> Result<Box<dyn Hart>, VmError>;
 
-    /// What the harts are, once one exists.
+    /// What the harts are, once one exists, with the knobs applied. After [`Vm::create_irqchip`], since a guest without
+    /// AIA is not shown `ssaia`.
     fn cpu_facts(&self) -> Result<CpuFacts, VmError>;
 
-    /// Makes the in-kernel interrupt controller that `choice` allows, for `harts` harts, after the harts.
-    fn create_irqchip(&self, choice: IrqchipChoice, harts: u32) -> Result<Irqchip, VmError>;
+    /// Makes the in-kernel interrupt controller that `choice` allows, as `plan` says, after the harts and before the
+    /// first of them runs.
+    ///
+    /// # Errors
+    /// [`IrqchipChoice::Aia`] on a host without it; the sentence says what to do.
+    fn create_irqchip(&self, choice: IrqchipChoice, plan: &AiaPlan) -> Result<Irqchip, VmError>;
 
     /// The line into the in-kernel APLIC's source `source` (1-based).
     fn irq_line(&self, source: u32) -> Result<Arc<dyn IrqLine>, VmError>;
