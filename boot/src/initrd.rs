@@ -1,0 +1,55 @@
+//! The initrd: a file of any content, or the pieces of an archive made on the fly.
+
+use std::path::Path;
+
+use crate::error::{BootError, FileName, Role};
+use crate::source::Source;
+
+/// What stands at `linux,initrd-start`: one file, or the pieces that [`crate::Cpio`] put together.
+#[derive(Clone, Debug)]
+pub struct Initrd {
+    name: FileName,
+    sources: Vec<Source>,
+}
+
+impl Initrd {
+    /// Opens an initrd file. Its contents are the guest's affair; rvmm asks only that there are any.
+    ///
+    /// # Errors
+    /// [`BootError::Open`], or [`BootError::Unusable`] for an empty file and for everything that is not a
+    /// regular file.
+    pub fn open(path: &Path) -> Result<Self, BootError> {
+        let source = Source::open_as(path, Role::Initrd)?;
+        Ok(Self { name: path.into(), sources: vec![source] })
+    }
+
+    /// An initrd of `sources` one after the other, without gaps; `name` is for messages.
+    #[must_use]
+    pub fn from_sources(name: &str, sources: Vec<Source>) -> Self {
+        Self { name: name.into(), sources }
+    }
+
+    /// The name of the file, or what it is, as it may be printed.
+    #[must_use]
+    pub fn name(&self) -> &FileName {
+        &self.name
+    }
+
+    /// Its pieces, to be placed one directly after the other.
+    #[must_use]
+    pub fn sources(&self) -> &[Source] {
+        &self.sources
+    }
+
+    /// Its length in bytes.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.sources.iter().fold(0, |sum, source| sum.saturating_add(source.len()))
+    }
+
+    /// Whether it has no bytes at all.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}

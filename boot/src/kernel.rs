@@ -1,0 +1,153 @@
+//! A kernel file: found out by magic, held open, described as segments.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::compressed::{self, Compression};
+use crate::error::{BootError, FileName, Role};
+use crate::source::{Segment, open_regular, unusable};
+use crate::{elf, foreign, image};
+
+/// How many bytes at the start of a file decide what it is.
+pub(crate) const HEAD_LEN: usize = 36 << 10;
+
+/// What kind of kernel it is, with what that kind says about where it wants to be.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Format {
+    /// A Linux RISC-V `Image` (Documentation/arch/riscv/boot-image-header.rst). Its one segment's address
+    /// is relative to the start of RAM and equals `text_offset`; the guest starts at its first byte.
+    Image {
+        /// Distance in bytes from the start of RAM; a multiple of 2 MiB.
+        text_offset: u64,
+        /// Bytes of memory that the header says the running kernel takes, BSS included (0: unknown).
+        image_size: u64,
+    },
+    /// An ELF file. Its segments' addresses are guest-physical.
+    Elf {
+        /// The guest-physical address of the first instruction; inside one of the segments.
+        entry: u64,
+    },
+}
+
+/// A kernel that can boot: its file is open, its headers are checked, none of its contents is copied
+/// (unless it was compressed).
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    name: FileName,
+    format: Format,
+    compression: Option<Compression>,
+    segments: Vec<Segment>,
+}
+
+impl Kernel {
+    /// Opens a kernel file of any format that can boot: a RISC-V `Image`, an `Image` inside gzip or zstd,
+    /// or a 64-bit little-endian RISC-V ELF file with physical addresses. `limit` is the most bytes that a
+    /// compressed kernel may unpack to; the size of guest memory is the natural choice.
+    ///
+    /// # Errors
+    /// Everything else is refused with one line that says what the file is and what to do, after at most a
+    /// few reads: [`BootError::Open`], [`BootError::Read`], [`BootError::Unusable`], [`BootError::Unpack`].
+    pub fn open(path: &Path, limit: u64) -> Result<Self, BootError> {
+        let (file, len) = open_regular(path, Role::Kernel)?;
+        let cannot_read = |source| BootError::Read { path: path.into(), source };
+        let head = read_head(&file).map_err(cannot_read)?;
+        let file = KernelFile { path, file: Arc::new(file), len, head };
+        if let Some(compression) = Compression::of(&file.head) {
+            let (format, segment) = compressed::unpack(&file, compression, limit)?;
+            return Ok(file.kernel(format, Some(compression), vec![segment]));
+        }
+        if image::is_image(&file.head) {
+            let (format, segment) = image::open(&file)?;
+            return Ok(file.kernel(format, None, vec![segment]));
+        }
+        if elf::is_elf(&file.head) {
+            let (entry, segments) = elf::open(&file)?;
+            return Ok(file.kernel(Format::Elf { entry }, None, segments));
+        }
+        Err(file.unusable(foreign::describe(&file.head, file.len)))
+    }
+
+    /// The name of the file, as it may be printed.
+    #[must_use]
+    pub fn name(&self) -> &FileName {
+        &self.name
+    }
+
+    /// What kind of kernel it is.
+    #[must_use]
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// What the file was compressed with, if it was.
+    #[must_use]
+    pub fn compression(&self) -> Option<Compression> {
+        self.compression
+    }
+
+    /// Its pieces: one for an `Image`, one per loadable segment for an ELF file, sorted by address.
+    #[must_use]
+    pub fn segments(&self) -> &[Segment] {
+        &self.segments
+    }
+}
+
+impl fmt::Display for Kernel {
+    /// `/boot/Image (Image inside gzip)`, for the log.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let format = match self.format {
+            Format::Image { .. } => "Image",
+            Format::Elf { .. } => "ELF",
+        };
+        match self.compression {
+            Some(compression) => write!(f, "{} ({format} inside {compression})", self.name),
+            None => write!(f, "{} ({format})", self.name),
+        }
+    }
+}
+
+/// A regular file on its way to becoming a [`Kernel`].
+pub(crate) struct KernelFile<'a> {
+    pub(crate) path: &'a Path,
+    pub(crate) file: Arc<File>,
+    /// The length of the file in bytes when it was opened.
+    pub(crate) len: u64,
+    /// Its first [`HEAD_LEN`] bytes, or all of them.
+    pub(crate) head: Vec<u8>,
+}
+
+impl KernelFile<'_> {
+    /// The error for a file that is no kernel: what it is, then what to do in parentheses.
+    pub(crate) fn unusable(&self, reason: String) -> BootError {
+        unusable(self.path, Role::Kernel, reason)
+    }
+
+    fn kernel(
+        &self,
+        format: Format,
+        compression: Option<Compression>,
+        segments: Vec<Segment>,
+    ) -> Kernel {
+        Kernel { name: self.path.into(), format, compression, segments }
+    }
+}
+
+/// Reads the first [`HEAD_LEN`] bytes, or as many as there are.
+pub(crate) fn read_head(file: &File) -> io::Result<Vec<u8>> {
+    let mut head = vec![0; HEAD_LEN];
+    let mut filled = 0;
+    while let Some(rest) = head.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+        match file.read_at(rest, filled as u64) {
+            Ok(0) => break,
+            Ok(n) => filled += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    head.truncate(filled);
+    Ok(head)
+}

@@ -1,0 +1,302 @@
+//! Where everything goes: pure arithmetic from sizes to guest-physical addresses.
+//!
+//! Three kinds of piece have an address of their own: an `Image` (the start of RAM plus its text offset), the
+//! segments of an ELF file, and flat files. The device tree and the initrd are then put as high as they go, so
+//! that they are out of the way of a kernel that grows upwards, but within the first GiB of RAM if there is
+//! room: there QEMU's `virt` keeps them too, and a guest that maps one GiB page sees everything. They start on
+//! 2 MiB boundaries where there is room, so that the rest of RAM can still be mapped with huge pages.
+//!
+//! A device tree of at most 2 MiB needs no more care: wherever it starts, it ends within the 4 MiB from the
+//! 2 MiB boundary below, which is what Linux maps of it (arch/riscv/mm/init.c, create_fdt_early_page_table).
+
+use std::path::Path;
+
+use crate::error::{BootError, Role, Size};
+use crate::fdt;
+use crate::image;
+use crate::initrd::Initrd;
+use crate::kernel::{Format, Kernel};
+pub use crate::region::Region;
+use crate::region::{Free, round_up};
+use crate::source::Source;
+
+const PAGE: u64 = 4 << 10;
+const HUGE_PAGE: u64 = 2 << 20;
+
+/// The device tree and the initrd are kept this close to the start of RAM if there is room.
+const NEAR: u64 = 1 << 30;
+
+/// A flat file at an address: `--load FILE@ADDR`.
+#[derive(Clone, Debug)]
+pub struct Load {
+    /// The name of the file, as it may be printed.
+    pub name: String,
+    /// Its guest-physical address; any alignment.
+    pub address: u64,
+    /// Its contents.
+    pub source: Source,
+}
+
+impl Load {
+    /// Opens a flat file that is to stand at the guest-physical address `address`.
+    ///
+    /// # Errors
+    /// [`BootError::Open`], or [`BootError::Unusable`] for an empty file and for everything that is not a
+    /// regular file.
+    pub fn open(path: &Path, address: u64) -> Result<Self, BootError> {
+        let source = Source::open_as(path, Role::Data)?;
+        Ok(Self { name: crate::FileName::from(path).to_string(), address, source })
+    }
+}
+
+/// What has to be placed, and where there is room.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// The ranges of guest RAM, in ascending order, without overlap; each base and size a multiple of
+    /// 4 KiB, the first base a multiple of 2 MiB.
+    pub ram: &'a [Region],
+    /// The kernel, if there is one.
+    pub kernel: Option<&'a Kernel>,
+    /// Flat files at fixed addresses.
+    pub loads: &'a [Load],
+    /// `--entry`: the guest-physical address of the first instruction. Without it the kernel says where it
+    /// starts; without a kernel it is the address of the first load.
+    pub entry: Option<u64>,
+    /// The initrd, if there is one.
+    pub initrd: Option<&'a Initrd>,
+    /// The length of the device tree in bytes, or more; at most [`fdt::MAX_LEN`].
+    pub fdt_len: u64,
+}
+
+/// One piece that the caller maps or copies into guest RAM.
+#[derive(Clone, Debug)]
+pub struct Blob<'a> {
+    /// What it is, for messages: the name of its file.
+    pub name: String,
+    /// Its guest-physical address.
+    pub address: u64,
+    /// Its contents.
+    pub source: &'a Source,
+    /// Bytes of memory that belong to it, at least `source.len()`; the rest has to be zero.
+    pub mem_len: u64,
+}
+
+impl Blob<'_> {
+    /// The memory that belongs to it.
+    #[must_use]
+    pub fn region(&self) -> Region {
+        Region::new(self.address, self.mem_len)
+    }
+}
+
+/// Where everything goes. No two of the blobs and the device tree share a byte, and all of them lie in RAM.
+#[derive(Clone, Debug)]
+pub struct Placement<'a> {
+    /// The guest-physical address of the first instruction.
+    pub entry: u64,
+    /// The kernel with its BSS, from its lowest to its highest address.
+    pub kernel: Option<Region>,
+    /// The initrd's bytes, from a page boundary on: `linux,initrd-start` and `-end`.
+    pub initrd: Option<Region>,
+    /// The device tree, from a page boundary on: its address (for a1) and [`Request::fdt_len`].
+    pub fdt: Region,
+    /// Everything except the device tree, ready to be mapped or copied; sorted by address.
+    pub blobs: Vec<Blob<'a>>,
+}
+
+/// Gives every piece its address.
+///
+/// # Errors
+/// [`BootError::TooLittleMemory`] says how much memory works, [`BootError::Overlap`] and
+/// [`BootError::OutsideRam`] name the pieces with fixed addresses that are in the way,
+/// [`BootError::Entry`] refuses an entry where nothing is, [`BootError::Layout`] a request that breaks
+/// the rules of [`Request`].
+pub fn place<'a>(request: &Request<'a>) -> Result<Placement<'a>, BootError> {
+    let start = check(request)?;
+    let mut blobs = fixed_blobs(request, start);
+    blobs.sort_by_key(|blob| blob.address);
+    check_fixed(request, &blobs)?;
+    let entry = entry(request, start, &blobs)?;
+    let kernel = request.kernel.map(|kernel| extent(kernel, start));
+    let floating = float(request, start, &blobs);
+    let (fdt, initrd) = floating.ok_or_else(|| too_little(request, &blobs))?;
+    let mut address = initrd.map_or(0, |region| region.base);
+    for source in request.initrd.iter().flat_map(|initrd| initrd.sources()) {
+        let (name, mem_len) = ("initrd".to_string(), source.len());
+        blobs.push(Blob { name, address, source, mem_len });
+        address = address.saturating_add(mem_len);
+    }
+    blobs.sort_by_key(|blob| blob.address);
+    Ok(Placement { entry, kernel, initrd, fdt, blobs })
+}
+
+/// Checks the rules of [`Request`] and gives the start of RAM.
+fn check(request: &Request<'_>) -> Result<u64, BootError> {
+    let Some(first) = request.ram.first().filter(|first| first.base.is_multiple_of(HUGE_PAGE))
+    else {
+        return Err(BootError::Layout("RAM does not start at a multiple of 2 MiB".into()));
+    };
+    let mut end = first.base;
+    for region in request.ram {
+        let pages = region.base.is_multiple_of(PAGE) && region.size.is_multiple_of(PAGE);
+        let ends = region.base.checked_add(region.size).filter(|_| pages && region.base >= end);
+        end = ends.ok_or_else(|| {
+            BootError::Layout(format!("the RAM at {region} is out of order or not in pages"))
+        })?;
+    }
+    if request.fdt_len == 0 || request.fdt_len > fdt::MAX_LEN {
+        let reason = format!("a device tree of {} bytes cannot be placed", request.fdt_len);
+        return Err(BootError::Layout(reason));
+    }
+    if request.kernel.is_none() && request.loads.is_empty() {
+        return Err(BootError::Layout("there is neither a kernel nor a file to load".into()));
+    }
+    Ok(first.base)
+}
+
+/// The pieces whose addresses are given: the kernel's and the flat files.
+fn fixed_blobs<'a>(request: &Request<'a>, start: u64) -> Vec<Blob<'a>> {
+    let kernel = request.kernel.into_iter().flat_map(move |kernel| {
+        let base = kernel_base(kernel, start);
+        kernel.segments().iter().map(move |segment| Blob {
+            name: kernel.name().to_string(),
+            address: base.saturating_add(segment.address),
+            source: &segment.source,
+            mem_len: segment.mem_len,
+        })
+    });
+    let loads = request.loads.iter().map(|load| Blob {
+        name: load.name.clone(),
+        address: load.address,
+        source: &load.source,
+        mem_len: load.source.len(),
+    });
+    kernel.chain(loads).collect()
+}
+
+/// What the addresses of a kernel's segments are relative to.
+fn kernel_base(kernel: &Kernel, start: u64) -> u64 {
+    match kernel.format() {
+        Format::Image { .. } => start,
+        Format::Elf { .. } => 0,
+    }
+}
+
+/// From a kernel's lowest to its highest address.
+fn extent(kernel: &Kernel, start: u64) -> Region {
+    let base = kernel_base(kernel, start);
+    let regions = kernel.segments().iter().map(|s| Region::new(base + s.address, s.mem_len));
+    let (low, high) = regions
+        .fold((u64::MAX, 0), |(low, high), region| (low.min(region.base), high.max(region.end())));
+    Region::new(low, high.saturating_sub(low))
+}
+
+/// Checks that the pieces with fixed addresses are in RAM and not in each other's way.
+fn check_fixed(request: &Request<'_>, blobs: &[Blob<'_>]) -> Result<(), BootError> {
+    for blob in blobs {
+        let at = blob.region();
+        let Some(ram) = request.ram.iter().find(|ram| ram.contains(at.base)) else {
+            return Err(outside_ram(request, blob));
+        };
+        if !ram.encloses(at) {
+            return Err(too_little(request, blobs));
+        }
+    }
+    for (low, high) in blobs.iter().zip(blobs.iter().skip(1)) {
+        if low.region().overlaps(high.region()) {
+            return Err(BootError::Overlap {
+                first: low.name.clone(),
+                first_at: low.region(),
+                second: high.name.clone(),
+                second_at: high.region(),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn outside_ram(request: &Request<'_>, blob: &Blob<'_>) -> BootError {
+    let ram: Vec<String> = request.ram.iter().map(ToString::to_string).collect();
+    BootError::OutsideRam { what: blob.name.clone(), at: blob.region(), ram: ram.join(", ") }
+}
+
+/// The address of the first instruction, which has to be in the contents of some piece.
+fn entry(request: &Request<'_>, start: u64, blobs: &[Blob<'_>]) -> Result<u64, BootError> {
+    let entry = match (request.entry, request.kernel.map(Kernel::format)) {
+        (Some(entry), _) | (None, Some(Format::Elf { entry })) => entry,
+        (None, Some(Format::Image { text_offset, .. })) => start.saturating_add(text_offset),
+        (None, None) => request.loads.first().map_or(start, |load| load.address),
+    };
+    let holds = |blob: &Blob<'_>| Region::new(blob.address, blob.source.len()).contains(entry);
+    let reason = if !blobs.iter().any(holds) {
+        "nothing is loaded there (give --entry an address inside a loaded file)"
+    } else if entry % 2 != 0 {
+        "instructions stand at even addresses (give --entry one)"
+    } else {
+        return Ok(entry);
+    };
+    Err(BootError::Entry { entry, reason: reason.into() })
+}
+
+/// Places the device tree and the initrd around the fixed pieces, at the nicest place that has room.
+fn float(
+    request: &Request<'_>,
+    start: u64,
+    blobs: &[Blob<'_>],
+) -> Option<(Region, Option<Region>)> {
+    let near = start.saturating_add(NEAR);
+    let tries = [(near, HUGE_PAGE), (near, PAGE), (u64::MAX, HUGE_PAGE), (u64::MAX, PAGE)];
+    tries.into_iter().find_map(|(ceiling, align)| {
+        let mut free = Free::new(request.ram, ceiling);
+        reserved(request, start, blobs).for_each(|region| free.take(region));
+        let initrd_len = request.initrd.map_or(0, Initrd::len);
+        // The larger one first: then two pieces find room whenever there is any.
+        let initrd_first = align == PAGE && initrd_len > request.fdt_len;
+        let before = if initrd_first { Some(free.take_highest(initrd_len, align)?) } else { None };
+        let fdt = free.take_highest(request.fdt_len, align)?;
+        let initrd = match (request.initrd, before) {
+            (None, _) => None,
+            (Some(_), Some(region)) => Some(region),
+            (Some(_), None) => Some(free.take_highest(initrd_len, align)?),
+        };
+        Some((fdt, initrd))
+    })
+}
+
+/// What the device tree and the initrd have to stay clear of. An `Image` keeps whole 2 MiB pages for itself,
+/// and what is below it: old kernels do not map that.
+fn reserved<'b>(
+    request: &Request<'_>,
+    start: u64,
+    blobs: &'b [Blob<'_>],
+) -> impl Iterator<Item = Region> + 'b {
+    let image = request.kernel.filter(|kernel| matches!(kernel.format(), Format::Image { .. }));
+    let image = image.map(|kernel| {
+        let end = round_up(extent(kernel, start).end(), image::ALIGN);
+        Region::new(start, end.saturating_sub(start))
+    });
+    blobs.iter().map(Blob::region).chain(image)
+}
+
+/// The error that says with how much memory, in one piece from the start of RAM on, the request works.
+fn too_little(request: &Request<'_>, blobs: &[Blob<'_>]) -> BootError {
+    let start = request.ram.first().map_or(0, |ram| ram.base);
+    let top = blobs.iter().map(|blob| blob.region().end()).max().unwrap_or(start);
+    let initrd_len = request.initrd.map_or(0, Initrd::len);
+    let needed = round_up(top, HUGE_PAGE)
+        .saturating_add(round_up(initrd_len, PAGE))
+        .saturating_add(round_up(request.fdt_len, PAGE));
+    let kernel = request.kernel.map(|kernel| ("kernel", extent(kernel, start).size));
+    let loads = request.loads.iter().map(|load| ("loaded file", load.source.len()));
+    let initrd = request.initrd.map(|initrd| ("initrd", initrd.len()));
+    let pieces = kernel.into_iter().chain(loads).chain(initrd);
+    let pieces: Vec<String> = pieces
+        .chain([("device tree", request.fdt_len)])
+        .map(|(name, len)| format!("{name} ({})", Size(round_up(len, 1 << 10))))
+        .collect();
+    BootError::TooLittleMemory {
+        what: pieces.join(" + "),
+        available: request.ram.iter().fold(0, |sum: u64, ram| sum.saturating_add(ram.size)),
+        needed: round_up(needed.saturating_sub(start), 1 << 20),
+    }
+}

@@ -1,0 +1,271 @@
+//! The bus: from a guest-physical address to the device that answers there.
+//!
+//! The map is built once and never changes, so finding a device takes no lock: a binary search over
+//! a few entries. Each device has its own lock, held for one access.
+
+use std::ops::RangeInclusive;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use log::warn;
+use thiserror::Error;
+
+use crate::device::{AccessError, MmioDevice};
+
+/// Unassigned addresses that are logged, each once; a guest that tries more is noted once more.
+const LOGGED_ADDRESSES: usize = 64;
+
+/// Every device of a machine, by address.
+pub struct Bus {
+    slots: Box<[BusSlot]>,
+    unassigned_reads: AtomicU64,
+    unassigned_writes: AtomicU64,
+    logged: LoggedAddresses,
+}
+
+/// Who answered an access.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Claim {
+    /// The device at that address.
+    Device,
+    /// The device at that address has no such access: a read gave zeroes, a write had no effect.
+    Refused,
+    /// Nobody: a read gave zeroes, a write had no effect.
+    Unassigned,
+}
+
+/// What a guest has done that no device answered, since the machine was built.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct BusCounters {
+    /// Accesses that a device refused.
+    pub refused: u64,
+    /// Reads where there is no device.
+    pub unassigned_reads: u64,
+    /// Writes where there is no device.
+    pub unassigned_writes: u64,
+}
+
+/// A place on the bus, described.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Slot {
+    /// The index for [`Bus::with_device`].
+    pub index: usize,
+    /// The device's name.
+    pub name: &'static str,
+    /// Guest-physical address of its first byte.
+    pub base: u64,
+    /// Bytes of address space.
+    pub size: u64,
+    /// Accesses that it refused since the machine was built.
+    pub refused: u64,
+}
+
+/// Why devices do not fit on a bus.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum BusError {
+    /// Two devices claim the same addresses.
+    #[error("Device {a} at {a_base:#x} (size {a_size:#x}) overlaps {b} at {b_base:#x}")]
+    Overlap {
+        /// The lower device's name.
+        a: &'static str,
+        /// The lower device's base.
+        a_base: u64,
+        /// The lower device's size.
+        a_size: u64,
+        /// The higher device's name.
+        b: &'static str,
+        /// The higher device's base.
+        b_base: u64,
+    },
+    /// A device has no size, or reaches past the last address.
+    #[error("Device {name} at {base:#x} cannot have size {size:#x}")]
+    Size {
+        /// The device's name.
+        name: &'static str,
+        /// Its base.
+        base: u64,
+        /// Its size.
+        size: u64,
+    },
+}
+
+struct BusSlot {
+    addresses: RangeInclusive<u64>,
+    name: &'static str,
+    size: u64,
+    refused: AtomicU64,
+    /// One bit per kind of refusal that has been logged.
+    warned: AtomicU8,
+    device: Mutex<Box<dyn MmioDevice>>,
+}
+
+/// The unassigned addresses that have been logged, bounded.
+struct LoggedAddresses {
+    sorted: Mutex<Vec<u64>>,
+    full: AtomicBool,
+}
+
+impl Bus {
+    /// A bus with these devices at these bases.
+    ///
+    /// # Errors
+    /// [`BusError`] if two overlap, or one has no size or does not fit below 2^64.
+    pub fn new(mut devices: Vec<(u64, Box<dyn MmioDevice>)>) -> Result<Self, BusError> {
+        devices.sort_by_key(|(base, _)| *base);
+        let slots = devices
+            .into_iter()
+            .map(|(base, device)| BusSlot::new(base, device))
+            .collect::<Result<Box<[_]>, _>>()?;
+        for (a, b) in slots.iter().zip(slots.iter().skip(1)) {
+            if b.base() <= *a.addresses.end() {
+                return Err(BusError::Overlap {
+                    a: a.name,
+                    a_base: a.base(),
+                    a_size: a.size,
+                    b: b.name,
+                    b_base: b.base(),
+                });
+            }
+        }
+        Ok(Self {
+            slots,
+            unassigned_reads: AtomicU64::new(0),
+            unassigned_writes: AtomicU64::new(0),
+            logged: LoggedAddresses { sorted: Mutex::default(), full: AtomicBool::new(false) },
+        })
+    }
+
+    /// Reads `data.len()` bytes at a guest-physical address; fills `data` whoever answers.
+    pub fn read(&self, addr: u64, data: &mut [u8]) -> Claim {
+        let Some(slot) = self.find(addr) else {
+            data.fill(0);
+            self.unassigned_reads.fetch_add(1, Relaxed);
+            self.logged.note(addr, "read");
+            return Claim::Unassigned;
+        };
+        let access = slot.offset(addr, data.len()).and_then(|at| slot.lock().read(at, data));
+        let Err(refusal) = access else { return Claim::Device };
+        data.fill(0);
+        slot.refuse(refusal, addr, data.len());
+        Claim::Refused
+    }
+
+    /// Writes `data.len()` bytes at a guest-physical address.
+    pub fn write(&self, addr: u64, data: &[u8]) -> Claim {
+        let Some(slot) = self.find(addr) else {
+            self.unassigned_writes.fetch_add(1, Relaxed);
+            self.logged.note(addr, "write");
+            return Claim::Unassigned;
+        };
+        let access = slot.offset(addr, data.len()).and_then(|at| slot.lock().write(at, data));
+        let Err(refusal) = access else { return Claim::Device };
+        slot.refuse(refusal, addr, data.len());
+        Claim::Refused
+    }
+
+    /// Resets every device, in order of address. No hart may run meanwhile.
+    pub fn reset(&self) {
+        for slot in &self.slots {
+            slot.lock().reset();
+        }
+    }
+
+    /// The places on the bus, in order of address.
+    pub fn devices(&self) -> impl ExactSizeIterator<Item = Slot> {
+        self.slots.iter().enumerate().map(|(index, slot)| Slot {
+            index,
+            name: slot.name,
+            base: slot.base(),
+            size: slot.size,
+            refused: slot.refused.load(Relaxed),
+        })
+    }
+
+    /// Calls `f` with the device in this slot, under its lock; `None` if there is no such slot.
+    pub fn with_device<R>(
+        &self,
+        index: usize,
+        f: impl FnOnce(&mut dyn MmioDevice) -> R,
+    ) -> Option<R> {
+        self.slots.get(index).map(|slot| f(slot.lock().as_mut()))
+    }
+
+    /// What a guest has done that no device answered.
+    pub fn counters(&self) -> BusCounters {
+        BusCounters {
+            refused: self.slots.iter().map(|slot| slot.refused.load(Relaxed)).sum(),
+            unassigned_reads: self.unassigned_reads.load(Relaxed),
+            unassigned_writes: self.unassigned_writes.load(Relaxed),
+        }
+    }
+
+    fn find(&self, addr: u64) -> Option<&BusSlot> {
+        let after = self.slots.partition_point(|slot| slot.base() <= addr);
+        self.slots.get(after.checked_sub(1)?).filter(|slot| slot.addresses.contains(&addr))
+    }
+}
+
+impl BusSlot {
+    fn new(base: u64, device: Box<dyn MmioDevice>) -> Result<Self, BusError> {
+        let (name, size) = (device.name(), device.size());
+        let last = size.checked_sub(1).and_then(|span| base.checked_add(span));
+        let last = last.ok_or(BusError::Size { name, base, size })?;
+        Ok(Self {
+            addresses: base..=last,
+            name,
+            size,
+            refused: AtomicU64::new(0),
+            warned: AtomicU8::new(0),
+            device: Mutex::new(device),
+        })
+    }
+
+    fn base(&self) -> u64 {
+        *self.addresses.start()
+    }
+
+    /// The offset of an access that begins in this slot, if it also ends in it.
+    fn offset(&self, addr: u64, width: usize) -> Result<u64, AccessError> {
+        let offset = addr - self.base();
+        let room = self.size - offset;
+        if u64::try_from(width).is_ok_and(|width| width <= room) {
+            Ok(offset)
+        } else {
+            Err(AccessError::PastEnd)
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Box<dyn MmioDevice>> {
+        // A device that panicked in a test must not take the whole bus with it.
+        self.device.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    #[cold]
+    fn refuse(&self, refusal: AccessError, addr: u64, width: usize) {
+        self.refused.fetch_add(1, Relaxed);
+        let bit = 1 << (refusal as u8);
+        if self.warned.fetch_or(bit, Relaxed) & bit == 0 {
+            warn!(
+                "{}: {refusal}: {width} bytes at {addr:#x} (further ones like it are not logged)",
+                self.name
+            );
+        }
+    }
+}
+
+impl LoggedAddresses {
+    #[cold]
+    fn note(&self, addr: u64, what: &str) {
+        if self.full.load(Relaxed) {
+            return;
+        }
+        let mut sorted = self.sorted.lock().unwrap_or_else(PoisonError::into_inner);
+        let Err(place) = sorted.binary_search(&addr) else { return };
+        if sorted.len() < LOGGED_ADDRESSES {
+            sorted.insert(place, addr);
+            warn!("Guest {what} at {addr:#x}, where there is no device");
+        } else if !self.full.swap(true, Relaxed) {
+            warn!("Further addresses without a device are not logged");
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! The one list of devices, what each takes, and how it is built.
+
+use std::io;
+use std::sync::Arc;
+
+use thiserror::Error;
+
+use crate::console::ConsoleBackend;
+use crate::device::MmioDevice;
+use crate::irq::{IrqLine, NoIrq};
+use crate::options::{OptionError, Options};
+use crate::power::PowerSwitch;
+use crate::rtc::{Clock, WallClock};
+
+/// Every device that rvmm can build. A new one adds its file and a line here.
+pub const CATALOG: &[Model] = &[crate::serial::MODEL, crate::rtc::MODEL, crate::power::MODEL];
+
+/// A device that was built, or why it was not.
+pub type Built = Result<Box<dyn MmioDevice>, BuildError>;
+
+/// A kind of device: its name, its options, what it needs from the board, and its constructor.
+#[derive(Debug, Clone, Copy)]
+pub struct Model {
+    /// The name in `--device NAME`; lower case, unique in [`CATALOG`].
+    pub name: &'static str,
+    /// One line for the help, without a full stop.
+    pub summary: &'static str,
+    /// The options it takes; each does something.
+    pub keys: &'static [Key],
+    /// Where the board puts it.
+    pub placement: Placement,
+    /// How many interrupt lines it drives: 0 or 1.
+    pub irqs: u32,
+    /// Builds one from options whose keys are known to be in `keys`; callers use
+    /// [`Model::create`], which sees to that.
+    pub build: fn(&Options, Wiring) -> Built,
+}
+
+/// An option of a model: `name=value` in `--device`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Key {
+    /// The name, left of `=`.
+    pub name: &'static str,
+    /// What the value is, for the help: `SECONDS`.
+    pub value: &'static str,
+    /// One line for the help, without a full stop.
+    pub help: &'static str,
+}
+
+/// Where the board puts a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Placement {
+    /// At the address that the board's map has under the model's name; at most one in a machine.
+    Fixed,
+    /// In the next free slot of the board's map; as many as there are slots.
+    Slot,
+}
+
+/// What a device is connected to. Handed over by value: host ends have one owner.
+pub struct Wiring {
+    /// The device's interrupt line; [`NoIrq`] where the model has none.
+    pub irq: Arc<dyn IrqLine>,
+    /// The host's end of the console; without one, output is swallowed and no input comes.
+    pub console: Option<Box<dyn ConsoleBackend>>,
+    /// Who is told that the guest wants to power off or reset.
+    pub power: Arc<dyn PowerSwitch>,
+    /// The time of day.
+    pub clock: Arc<dyn Clock>,
+}
+
+impl Wiring {
+    /// Wiring without an interrupt and without a console, on the host's clock.
+    #[must_use]
+    pub fn new(power: Arc<dyn PowerSwitch>) -> Self {
+        Self { irq: Arc::new(NoIrq), console: None, power, clock: Arc::new(WallClock) }
+    }
+}
+
+/// Why a device could not be built.
+#[derive(Debug, Error)]
+pub enum BuildError {
+    /// No model has this name.
+    #[error("Unknown device {name:?} (known: {known})")]
+    UnknownModel {
+        /// The name as given.
+        name: String,
+        /// The names of the catalog.
+        known: String,
+    },
+    /// An option cannot be used.
+    #[error("Device {model}")]
+    Option {
+        /// The model's name.
+        model: &'static str,
+        /// What is wrong with it.
+        #[source]
+        source: OptionError,
+    },
+    /// The host refused something that the device needs.
+    #[error("Device {model}: cannot create its {what}")]
+    Host {
+        /// The model's name.
+        model: &'static str,
+        /// What was to be created.
+        what: &'static str,
+        /// The host's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Model {
+    /// The model with this name.
+    ///
+    /// # Errors
+    /// [`BuildError::UnknownModel`], which lists the known ones.
+    pub fn find(name: &str) -> Result<&'static Self, BuildError> {
+        CATALOG.iter().find(|model| model.name == name).ok_or_else(|| BuildError::UnknownModel {
+            name: name.to_owned(),
+            known: CATALOG.iter().map(|model| model.name).collect::<Vec<_>>().join(", "),
+        })
+    }
+
+    /// Builds a device of this model.
+    ///
+    /// # Errors
+    /// An option that the model does not know or cannot use, or a descriptor that the host does not
+    /// grant.
+    pub fn create(&self, options: &Options, wiring: Wiring) -> Built {
+        options
+            .check(self.keys)
+            .map_err(|source| BuildError::Option { model: self.name, source })?;
+        (self.build)(options, wiring)
+    }
+}

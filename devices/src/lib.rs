@@ -1,0 +1,51 @@
+//! Device models of rvmm: the chips of a RISC-V board and the bus they sit on.
+//!
+//! Nothing here knows KVM, addresses, threads or the command line, and nothing is unsafe: the crate
+//! builds and tests on any machine. A device is an [`MmioDevice`]; it drives an [`IrqLine`], and
+//! gets everything else it needs from the host in its [`Wiring`]. [`CATALOG`] is the one list of
+//! them.
+//!
+//! | file | what is in it |
+//! |---|---|
+//! | `device.rs` | [`MmioDevice`], refusals, the I/O loop's contract, device tree descriptions |
+//! | `irq.rs` | [`IrqLine`], and a device's end of it |
+//! | `bus.rs` | [`Bus`]: from an address to a device |
+//! | `catalog.rs`, `options.rs` | [`CATALOG`], [`Model`], `NAME,key=value` |
+//! | `console.rs` | [`ConsoleBackend`]: the host's end of a console |
+//! | `serial.rs` | NS16550A UART |
+//! | `rtc.rs` | Goldfish real-time clock |
+//! | `power.rs` | SiFive test finisher: poweroff and reset |
+//! | `plic.rs` | SiFive PLIC, for hosts without an in-kernel interrupt controller |
+//! | `testing.rs` | recorders for tests, of this crate and of others |
+//!
+//! # Locks
+//!
+//! The bus has one lock per device. With it held, a device may drive its line, which may take the
+//! PLIC's own lock, which may drive a hart's line. Never the other way: a line calls no device, and
+//! the PLIC calls nothing but harts' lines.
+#![forbid(unsafe_code)]
+
+pub mod bus;
+pub mod catalog;
+pub mod console;
+pub mod device;
+pub mod irq;
+mod link;
+pub mod options;
+pub mod plic;
+pub mod power;
+pub mod rtc;
+pub mod serial;
+pub mod testing;
+
+pub use bus::{Bus, BusCounters, BusError, Claim};
+pub use catalog::{BuildError, Built, CATALOG, Key, Model, Placement, Wiring};
+pub use console::{ConsoleBackend, NullConsole, Port, Ports};
+pub use device::{
+    Access, AccessError, FdtCompanion, FdtDesc, FdtProperty, FdtValue, Interest, MmioDevice, Source,
+};
+pub use irq::{IrqLine, IrqPin, NoIrq};
+pub use options::{OptionError, Options};
+pub use plic::{Plic, PlicError};
+pub use power::{PowerRequest, PowerSwitch};
+pub use rtc::{Clock, WallClock};

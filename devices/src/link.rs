@@ -1,0 +1,311 @@
+//! A console device's link to its backend: output that waits, input that is asked for, and what
+//! epoll has to watch for both.
+//!
+//! Output goes into a queue that a vCPU thread never waits for. It is written to the backend in
+//! bursts: by the vCPU thread when the device says that the guest looks at the line
+//! ([`Link::flush`]) or a burst is full, else by the I/O thread within [`FLUSH_AFTER`]. A backend
+//! without room makes the queue wait for `EPOLLOUT`; from [`HELD_FROM`] bytes on the link says that
+//! it holds the guest back.
+
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind};
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use log::{info, warn};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::timerfd::TimerFd;
+
+use crate::console::{ConsoleBackend, Port};
+use crate::device::{Interest, Source};
+
+const TOKEN_KICK: u32 = 0;
+const TOKEN_TIMER: u32 = 1;
+const TOKEN_INPUT: u32 = 2;
+const TOKEN_OUTPUT: u32 = 3;
+const TOKEN_ATTENTION: u32 = 4;
+
+/// Bytes that are written at once without waiting for the guest to look at the line.
+const BURST: usize = 64;
+
+/// How long output may wait for more of it, if the guest neither fills a burst nor looks.
+pub(crate) const FLUSH_AFTER: Duration = Duration::from_millis(10);
+
+/// Bytes in the queue from which on the guest is held back, and down to which it stays so.
+pub(crate) const HELD_FROM: usize = 4096;
+const HELD_DOWN_TO: usize = 2048;
+
+/// Bytes in the queue beyond which more are dropped: room for a guest that writes although it is
+/// held back, as Linux's console does after 10 ms.
+pub(crate) const QUEUE_MAX: usize = 64 * 1024;
+
+/// Room in the device's FIFO from which on input is asked for again after the FIFO was full, so
+/// that a guest reading byte by byte does not wake the I/O thread for each.
+const RESUME_ROOM: usize = 32;
+
+/// The link; owned by the device, under its lock.
+pub(crate) struct Link {
+    /// Who speaks, in the log.
+    name: &'static str,
+
+    backend: Box<dyn ConsoleBackend>,
+    /// Written by vCPU threads when what epoll has to watch has changed.
+    kick: EventFd,
+    /// Fires when output has waited long enough.
+    timer: TimerFd,
+    timer_armed: bool,
+
+    queue: VecDeque<u8>,
+    held: bool,
+    /// The backend had no room; the I/O thread waits for it.
+    blocked: bool,
+    output_ended: bool,
+    input_wanted: bool,
+    input_ended: bool,
+    /// What the I/O thread knows: input wanted, output blocked.
+    announced: (bool, bool),
+    counters: LinkCounters,
+}
+
+/// Bytes of output that never reached the backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct LinkCounters {
+    /// Nobody was there, or writing failed.
+    pub(crate) lost: u64,
+    /// The guest wrote on and on while it was held back.
+    pub(crate) overrun: u64,
+}
+
+impl Link {
+    pub(crate) fn new(name: &'static str, backend: Box<dyn ConsoleBackend>) -> io::Result<Self> {
+        Ok(Self {
+            name,
+            backend,
+            kick: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            timer: TimerFd::new()?,
+            timer_armed: false,
+            queue: VecDeque::new(),
+            held: false,
+            blocked: false,
+            output_ended: false,
+            input_wanted: false,
+            input_ended: false,
+            announced: (false, false),
+            counters: LinkCounters::default(),
+        })
+    }
+
+    /// Takes a byte of output. Called by vCPU threads.
+    pub(crate) fn push(&mut self, byte: u8) {
+        if self.queue.len() >= QUEUE_MAX {
+            if self.counters.overrun == 0 {
+                warn!("{}: the guest ignores that the line is busy: output dropped", self.name);
+            }
+            self.counters.overrun += 1;
+            return;
+        }
+        self.queue.push_back(byte);
+        if self.blocked {
+            self.held |= self.queue.len() >= HELD_FROM;
+        } else if self.queue.len() >= BURST {
+            self.flush();
+        } else if !self.timer_armed {
+            self.arm_timer();
+        }
+    }
+
+    /// Whether there is output that [`flush`](Self::flush) could write.
+    pub(crate) fn can_flush(&self) -> bool {
+        !self.blocked && !self.queue.is_empty()
+    }
+
+    /// Writes what the backend takes. Called by any thread; costs nothing if there is nothing to
+    /// do.
+    pub(crate) fn flush(&mut self) {
+        if self.can_flush() {
+            self.write_out();
+            self.announce();
+        }
+    }
+
+    /// No output waits.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    /// The guest has to wait before it sends more.
+    pub(crate) fn is_held(&self) -> bool {
+        self.held
+    }
+
+    /// Tells the link how many bytes of input the device can take now. Called by any thread.
+    pub(crate) fn set_room(&mut self, room: usize) {
+        if room == 0 {
+            self.input_wanted = false;
+        } else if room >= RESUME_ROOM {
+            self.input_wanted = true;
+        }
+        self.announce();
+    }
+
+    /// What the I/O loop has to watch now.
+    pub(crate) fn sources(&self) -> Vec<Source> {
+        let ports = self.backend.ports();
+        let read = |fd, token| Source { fd, token, interest: Interest::Read };
+        let mut sources = vec![
+            read(self.kick.as_raw_fd(), TOKEN_KICK),
+            read(self.timer.as_raw_fd(), TOKEN_TIMER),
+        ];
+        sources.extend(ports.attention.map(|fd| read(fd, TOKEN_ATTENTION)));
+        let reads = self.input_wanted && !self.input_ended;
+        let writes = !self.queue.is_empty() && !self.output_ended;
+        let mut add = |port, token, interest: Option<Interest>| {
+            if let (Port::Poll(fd), Some(interest)) = (port, interest) {
+                sources.push(Source { fd, token, interest });
+            }
+        };
+        if ports.input == ports.output {
+            add(ports.input, TOKEN_INPUT, Interest::of(reads, writes));
+        } else {
+            add(ports.input, TOKEN_INPUT, Interest::of(reads, false));
+            add(ports.output, TOKEN_OUTPUT, Interest::of(false, writes));
+        }
+        sources
+    }
+
+    /// A source may be ready: writes what waits, and reads at most `buffer.len()` bytes of input,
+    /// if input is wanted. Called by the I/O thread only. Returns the bytes read.
+    pub(crate) fn ready<'b>(&mut self, token: u32, buffer: &'b mut [u8]) -> &'b [u8] {
+        match token {
+            // Drained; empty if the event was stale.
+            TOKEN_KICK => drop(self.kick.read()),
+            TOKEN_TIMER => self.disarm_timer(),
+            TOKEN_ATTENTION => {
+                self.backend.attend();
+                (self.input_ended, self.output_ended) = (false, false);
+            }
+            _ => {}
+        }
+        self.write_out();
+        let read = self.read_in(buffer);
+        // The loop asks for the sources after this: it need not be told.
+        self.announced = self.wishes();
+        buffer.get(..read).unwrap_or_default()
+    }
+
+    /// Reads input into `buffer`, as much as is there and fits.
+    fn read_in(&mut self, buffer: &mut [u8]) -> usize {
+        let mut filled = 0;
+        while self.input_wanted && !self.input_ended {
+            let port = self.backend.ports().input;
+            let Some(rest @ [_, ..]) = buffer.get_mut(filled..) else { break };
+            if port == Port::Closed {
+                break;
+            }
+            match self.backend.read(rest) {
+                Ok(0) => self.input_ended = true,
+                Ok(read) => filled += read.min(rest.len()),
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => {
+                    info!("{}: the console's input has ended: {error}", self.name);
+                    self.input_ended = true;
+                }
+            }
+            // What can be polled tells when there is more.
+            if port != Port::Always {
+                break;
+            }
+        }
+        filled
+    }
+
+    /// Writes the queue to the backend until one of them has no more.
+    fn write_out(&mut self) {
+        self.blocked = false;
+        while let (bytes @ [_, ..], _) = self.queue.as_slices() {
+            if self.output_ended || self.backend.ports().output == Port::Closed {
+                self.lose(None);
+                break;
+            }
+            match self.backend.write(bytes) {
+                Ok(0) => self.lose(Some(ErrorKind::WriteZero.into())),
+                Ok(written) => drop(self.queue.drain(..written.min(bytes.len()))),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    self.blocked = true;
+                    break;
+                }
+                Err(error) => self.lose(Some(error)),
+            }
+        }
+        self.held &= self.queue.len() > HELD_DOWN_TO;
+        // A port that says it never waits, and does: nothing to poll, so it is asked again in time.
+        if self.blocked && self.backend.ports().output == Port::Always {
+            self.arm_timer();
+        }
+    }
+
+    /// Drops the output that waits: nobody takes it.
+    #[cold]
+    fn lose(&mut self, error: Option<io::Error>) {
+        if let Some(error) = error {
+            // Not the kind: the library has no stable one for the hang-up of a terminal.
+            self.output_ended |= error.raw_os_error() == Some(EIO)
+                || matches!(
+                    error.kind(),
+                    ErrorKind::BrokenPipe | ErrorKind::ConnectionReset | ErrorKind::NotConnected
+                );
+            if self.counters.lost == 0 {
+                warn!("{}: the console takes no output, which is dropped: {error}", self.name);
+            }
+        }
+        self.counters.lost += self.queue.len() as u64;
+        self.queue.clear();
+    }
+
+    fn wishes(&self) -> (bool, bool) {
+        (self.input_wanted && !self.input_ended, self.blocked)
+    }
+
+    /// Wakes the I/O thread if what it has to watch has changed.
+    fn announce(&mut self) {
+        let wishes = self.wishes();
+        if self.announced != wishes {
+            self.announced = wishes;
+            // Fails only if the counter is full, and then the thread has been woken.
+            drop(self.kick.write(1));
+        }
+    }
+
+    fn arm_timer(&mut self) {
+        // A valid timer and a valid time: the kernel has no reason to refuse.
+        self.timer_armed = self.timer.reset(FLUSH_AFTER, None).is_ok();
+    }
+
+    /// Setting the timer takes back its expiry: it is never read, and so a stale event cannot
+    /// block.
+    fn disarm_timer(&mut self) {
+        self.timer_armed = self.timer.clear().is_err();
+    }
+
+    #[cfg(test)]
+    pub(crate) fn counters(&self) -> LinkCounters {
+        self.counters
+    }
+}
+
+impl Drop for Link {
+    /// Gives the backend a last chance to take what waits, without waiting for it.
+    fn drop(&mut self) {
+        self.write_out();
+        let LinkCounters { lost, overrun } = self.counters;
+        let dropped = lost + overrun + self.queue.len() as u64;
+        if dropped != 0 {
+            info!("{}: {dropped} bytes of output had nowhere to go", self.name);
+        }
+    }
+}
+
+/// The system's error for a terminal whose other end is gone; the same on every Linux.
+const EIO: i32 = 5;

@@ -1,0 +1,148 @@
+//! The text of `--device NAME,key=value,...`, taken apart.
+
+use std::str::FromStr;
+
+use thiserror::Error;
+
+use crate::catalog::Key;
+
+/// A device's name and its options, in the order given.
+///
+/// Values may hold anything but a comma; there is no quoting.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Options {
+    name: String,
+    pairs: Vec<(String, String)>,
+}
+
+/// What is wrong with a device's options.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum OptionError {
+    /// Nothing stands before the first comma.
+    #[error("Missing device name in {text:?} (expected NAME,key=value,...)")]
+    NoName {
+        /// The text as given.
+        text: String,
+    },
+    /// A part is empty: two commas in a row, or one at the end.
+    #[error("Empty option in {text:?} (expected NAME,key=value,...)")]
+    Empty {
+        /// The text as given.
+        text: String,
+    },
+    /// A part has no `=`, or nothing before it.
+    #[error("Option {part:?} is not of the form key=value")]
+    NotAPair {
+        /// The part as given.
+        part: String,
+    },
+    /// A key is given twice.
+    #[error("Option {key:?} is given twice")]
+    Duplicate {
+        /// The key.
+        key: String,
+    },
+    /// The model has no such key.
+    #[error("Unknown option {key:?} ({known})")]
+    UnknownKey {
+        /// The key as given.
+        key: String,
+        /// `known: a, b`, or that there are none.
+        known: String,
+    },
+    /// The value cannot be used.
+    #[error("Option {key}={value:?} is not {expected}")]
+    BadValue {
+        /// The key.
+        key: &'static str,
+        /// The value as given.
+        value: String,
+        /// What it should have been: `a number of seconds`.
+        expected: &'static str,
+    },
+}
+
+impl Options {
+    /// The options of a device that was given none.
+    #[must_use]
+    pub fn none(name: &str) -> Self {
+        Self { name: name.to_owned(), pairs: Vec::new() }
+    }
+
+    /// Takes `NAME,key=value,...` apart. Which keys exist is the model's to say:
+    /// [`check`](Self::check).
+    ///
+    /// # Errors
+    /// [`OptionError`] for a text without a name, with an empty part, without `=`, or with a key
+    /// given twice.
+    pub fn parse(text: &str) -> Result<Self, OptionError> {
+        let mut parts = text.split(',');
+        let name = parts.next().unwrap_or_default();
+        if name.is_empty() || name.contains('=') {
+            return Err(OptionError::NoName { text: text.to_owned() });
+        }
+        let mut options = Self::none(name);
+        for part in parts {
+            if part.is_empty() {
+                return Err(OptionError::Empty { text: text.to_owned() });
+            }
+            match part.split_once('=') {
+                None | Some(("", _)) => {
+                    return Err(OptionError::NotAPair { part: part.to_owned() });
+                }
+                Some((key, _)) if options.get(key).is_some() => {
+                    return Err(OptionError::Duplicate { key: key.to_owned() });
+                }
+                Some((key, value)) => options.pairs.push((key.to_owned(), value.to_owned())),
+            }
+        }
+        Ok(options)
+    }
+
+    /// The device's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The value of a key, as given.
+    #[must_use]
+    pub fn get(&self, key: &str) -> Option<&str> {
+        self.pairs.iter().find(|(name, _)| name == key).map(|(_, value)| value.as_str())
+    }
+
+    /// The value of a key, parsed; `expected` says what it is meant to be: `a number of seconds`.
+    ///
+    /// # Errors
+    /// [`OptionError::BadValue`] if it is there and does not parse.
+    pub fn parsed<T: FromStr>(
+        &self,
+        key: &'static str,
+        expected: &'static str,
+    ) -> Result<Option<T>, OptionError> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        value.parse().map(Some).map_err(|_| self.bad(key, expected))
+    }
+
+    /// The error for a value that cannot be used.
+    #[must_use]
+    pub fn bad(&self, key: &'static str, expected: &'static str) -> OptionError {
+        let value = self.get(key).unwrap_or_default().to_owned();
+        OptionError::BadValue { key, value, expected }
+    }
+
+    /// Whether every key given is one of `keys`.
+    ///
+    /// # Errors
+    /// [`OptionError::UnknownKey`], which lists the known ones.
+    pub fn check(&self, keys: &[Key]) -> Result<(), OptionError> {
+        let unknown = self.pairs.iter().find(|(name, _)| keys.iter().all(|key| key.name != name));
+        let Some((key, _)) = unknown else { return Ok(()) };
+        let names: Vec<&str> = keys.iter().map(|key| key.name).collect();
+        let known = match names.as_slice() {
+            [] => format!("{} takes none", self.name),
+            names => format!("known: {}", names.join(", ")),
+        };
+        Err(OptionError::UnknownKey { key: key.clone(), known })
+    }
+}

@@ -1,0 +1,137 @@
+//! SiFive test finisher ("syscon" to Linux): the register whose write powers the board off or
+//! resets it.
+//!
+//! Source: SiFive Test finisher as on QEMU's `virt` board (bindings `sifive,test1`,
+//! `syscon-poweroff`, `syscon-reboot`).
+
+use std::sync::Arc;
+
+use log::debug;
+
+use crate::catalog::{Built, Model, Placement, Wiring};
+use crate::device::{
+    Access, AccessError, FdtCompanion, FdtDesc, FdtProperty, FdtValue, MmioDevice,
+};
+use crate::options::Options;
+
+/// The catalog's entry.
+pub(crate) const MODEL: Model = Model {
+    name: "power",
+    summary: "SiFive test finisher: poweroff and reset by one register (syscon)",
+    keys: &[],
+    placement: Placement::Fixed,
+    irqs: 0,
+    build,
+};
+
+/// Is told what the guest wants of its board's power.
+pub trait PowerSwitch: Send + Sync {
+    /// Takes note of the request. Called on a vCPU thread with the device's lock held: must not
+    /// block, and the guest may still run some instructions, and ask again, before the machine
+    /// acts on it; the first request counts.
+    fn request(&self, request: PowerRequest);
+}
+
+/// What a guest wants of its board's power.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PowerRequest {
+    /// Power off; all is well.
+    Off,
+    /// Reset the board.
+    Reset,
+    /// Power off and report a failure with this code, as guests under test do.
+    Fail(u16),
+}
+
+mod reg {
+    /// Finisher: the low 16 bits say what to do, the high 16 bits carry a code.
+    pub(super) const FINISHER: u64 = 0;
+}
+
+mod finisher {
+    pub(super) const FAIL: u16 = 0x3333;
+    pub(super) const PASS: u16 = 0x5555;
+    pub(super) const RESET: u16 = 0x7777;
+}
+
+/// The device. Its register reads as zero, keeps nothing, and takes writes of 2 or 4 bytes.
+pub struct Power {
+    switch: Arc<dyn PowerSwitch>,
+}
+
+impl Power {
+    /// A finisher that tells `switch` what the guest wants.
+    #[must_use]
+    pub fn new(switch: Arc<dyn PowerSwitch>) -> Self {
+        Self { switch }
+    }
+}
+
+fn build(_: &Options, wiring: Wiring) -> Built {
+    Ok(Box::new(Power::new(wiring.power)))
+}
+
+impl MmioDevice for Power {
+    fn name(&self) -> &'static str {
+        MODEL.name
+    }
+
+    fn size(&self) -> u64 {
+        0x1000
+    }
+
+    fn read(&mut self, offset: u64, data: &mut [u8]) -> Access {
+        check(offset, data.len())?;
+        data.fill(0);
+        Ok(())
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> Access {
+        check(offset, data.len())?;
+        let (what, code) = match *data {
+            [a, b] => (u16::from_le_bytes([a, b]), 0),
+            [a, b, c, d] => (u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d])),
+            _ => return Err(AccessError::Width),
+        };
+        match what {
+            finisher::PASS => self.switch.request(PowerRequest::Off),
+            finisher::RESET => self.switch.request(PowerRequest::Reset),
+            finisher::FAIL => self.switch.request(PowerRequest::Fail(code)),
+            _ => debug!("{}: {what:#x} is not a request", MODEL.name),
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) {}
+
+    fn fdt(&self) -> Option<FdtDesc> {
+        let companion = |name, compatible, value: u16| FdtCompanion {
+            name,
+            properties: vec![
+                FdtProperty::strings("compatible", &[compatible]),
+                FdtProperty { name: "regmap", value: FdtValue::ThisDevice },
+                FdtProperty::cells("offset", &[0]),
+                FdtProperty::cells("value", &[value.into()]),
+            ],
+        };
+        Some(FdtDesc {
+            name: "test",
+            compatible: vec!["sifive,test1", "sifive,test0", "syscon"],
+            properties: Vec::new(),
+            companions: vec![
+                companion("poweroff", "syscon-poweroff", finisher::PASS),
+                companion("reboot", "syscon-reboot", finisher::RESET),
+            ],
+        })
+    }
+}
+
+fn check(offset: u64, width: usize) -> Access {
+    match (offset, width) {
+        (_, 0 | 1 | 3 | 5..) => Err(AccessError::Width),
+        (reg::FINISHER, _) => Ok(()),
+        (_, 4) if !offset.is_multiple_of(4) => Err(AccessError::Misaligned),
+        (_, 2) if !offset.is_multiple_of(2) => Err(AccessError::Misaligned),
+        _ => Err(AccessError::NoRegister),
+    }
+}

@@ -1,0 +1,260 @@
+//! Goldfish real-time clock (`google,goldfish-rtc`): the time of day in nanoseconds, and one alarm.
+//!
+//! Source: "Goldfish virtual hardware", section Timer/RTC, and what Linux's `rtc-goldfish` does.
+//! All registers are 32 bits wide. A 64-bit time is read low half first: that latches the high
+//! half. It is written high half first: the low half takes effect (for the alarm, arms it).
+//!
+//! The guest may set the clock; that moves an offset of this device, never the host's clock. An
+//! armed alarm waits on the host's monotonic timer and is checked against the clock when that
+//! fires: after a step of the host's clock it is late by at most [`RECHECK`], and never early.
+
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use log::warn;
+use vmm_sys_util::timerfd::TimerFd;
+
+use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
+use crate::device::{Access, AccessError, FdtDesc, Interest, MmioDevice, Source, register32};
+use crate::irq::IrqPin;
+use crate::options::Options;
+
+/// The catalog's entry.
+pub(crate) const MODEL: Model = Model {
+    name: "rtc",
+    summary: "Goldfish real-time clock",
+    keys: &[Key {
+        name: "offset",
+        value: "SECONDS",
+        help: "What the guest's clock shows at power-on, relative to the host's; may be negative",
+    }],
+    placement: Placement::Fixed,
+    irqs: 1,
+    build,
+};
+
+mod reg {
+    pub(super) const TIME_LOW: u64 = 0x00;
+    pub(super) const TIME_HIGH: u64 = 0x04;
+    pub(super) const ALARM_LOW: u64 = 0x08;
+    pub(super) const ALARM_HIGH: u64 = 0x0c;
+    pub(super) const IRQ_ENABLED: u64 = 0x10;
+    pub(super) const CLEAR_ALARM: u64 = 0x14;
+    pub(super) const ALARM_STATUS: u64 = 0x18;
+    pub(super) const CLEAR_INTERRUPT: u64 = 0x1c;
+}
+
+const TOKEN_ALARM: u32 = 0;
+
+/// The longest time that an armed alarm goes without a look at the clock.
+pub const RECHECK: Duration = Duration::from_secs(60);
+
+/// Nanoseconds in a second.
+const NANOS: i64 = 1_000_000_000;
+
+/// The time of day.
+pub trait Clock: Send + Sync {
+    /// Nanoseconds since 1970-01-01 00:00 UTC.
+    fn now_ns(&self) -> u64;
+}
+
+/// The host's time of day; it follows the host's clock when that is set.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct WallClock;
+
+impl Clock for WallClock {
+    fn now_ns(&self) -> u64 {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+    }
+}
+
+/// The device.
+pub struct Rtc {
+    /// Offset from the host's clock at power-on, in nanoseconds.
+    initial_offset: u64,
+
+    clock: Arc<dyn Clock>,
+    irq: IrqPin,
+    timer: TimerFd,
+
+    state: State,
+}
+
+/// All that the guest can see.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct State {
+    /// What is added to the clock, modulo 2^64 nanoseconds.
+    offset: u64,
+    /// The half of the last time read that `TIME_HIGH` gives.
+    time_high: u32,
+    /// When the alarm fires, in the guest's time.
+    alarm: u64,
+    alarm_armed: bool,
+    irq_enabled: bool,
+    irq_pending: bool,
+}
+
+fn build(options: &Options, wiring: Wiring) -> Built {
+    const EXPECTED: &str = "a whole number of seconds, at most 9223372036 either way";
+    let nanos = options.parsed::<i64>("offset", EXPECTED).and_then(|seconds| {
+        seconds.unwrap_or(0).checked_mul(NANOS).ok_or_else(|| options.bad("offset", EXPECTED))
+    });
+    let nanos = nanos.map_err(|source| BuildError::Option { model: MODEL.name, source })?;
+    let timer = TimerFd::new().map_err(|error| BuildError::Host {
+        model: MODEL.name,
+        what: "timer",
+        source: error.into(),
+    })?;
+    let state = State::at_power_on(nanos.cast_unsigned());
+    Ok(Box::new(Rtc {
+        initial_offset: nanos.cast_unsigned(),
+        clock: wiring.clock,
+        irq: IrqPin::new(wiring.irq),
+        timer,
+        state,
+    }))
+}
+
+impl MmioDevice for Rtc {
+    fn name(&self) -> &'static str {
+        MODEL.name
+    }
+
+    fn size(&self) -> u64 {
+        0x1000
+    }
+
+    fn read(&mut self, offset: u64, data: &mut [u8]) -> Access {
+        let value = match register32(offset, data.len())? {
+            reg::TIME_LOW => {
+                let [low, high] = halves(self.now());
+                self.state.time_high = high;
+                low
+            }
+            reg::TIME_HIGH => self.state.time_high,
+            reg::ALARM_LOW => halves(self.state.alarm)[0],
+            reg::ALARM_HIGH => halves(self.state.alarm)[1],
+            reg::IRQ_ENABLED => self.state.irq_enabled.into(),
+            reg::ALARM_STATUS => self.state.alarm_armed.into(),
+            reg::CLEAR_ALARM | reg::CLEAR_INTERRUPT => return Err(AccessError::WriteOnly),
+            _ => return Err(AccessError::NoRegister),
+        };
+        data.copy_from_slice(&value.to_le_bytes());
+        Ok(())
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> Access {
+        let register = register32(offset, data.len())?;
+        let value = u32::from_le_bytes(data.try_into().map_err(|_| AccessError::Width)?);
+        match register {
+            reg::TIME_LOW => self.set_time(|[_, high]| [value, high]),
+            reg::TIME_HIGH => self.set_time(|[low, _]| [low, value]),
+            reg::ALARM_LOW => {
+                self.state.alarm = whole([value, halves(self.state.alarm)[1]]);
+                self.state.alarm_armed = true;
+                self.check_alarm();
+            }
+            reg::ALARM_HIGH => self.state.alarm = whole([halves(self.state.alarm)[0], value]),
+            reg::IRQ_ENABLED => self.state.irq_enabled = value & 1 != 0,
+            reg::CLEAR_ALARM => {
+                self.state.alarm_armed = false;
+                self.check_alarm();
+            }
+            reg::CLEAR_INTERRUPT => self.state.irq_pending = false,
+            reg::ALARM_STATUS => return Err(AccessError::ReadOnly),
+            _ => return Err(AccessError::NoRegister),
+        }
+        self.sync_irq();
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.state = State::at_power_on(self.initial_offset);
+        self.check_alarm();
+        self.irq.reset();
+    }
+
+    fn fdt(&self) -> Option<FdtDesc> {
+        Some(FdtDesc {
+            name: "rtc",
+            compatible: vec!["google,goldfish-rtc"],
+            properties: Vec::new(),
+            companions: Vec::new(),
+        })
+    }
+
+    fn sources(&self) -> Vec<Source> {
+        let fd = self.timer.as_raw_fd();
+        vec![Source { fd, token: TOKEN_ALARM, interest: Interest::Read }]
+    }
+
+    fn ready(&mut self, _token: u32) {
+        self.check_alarm();
+        self.sync_irq();
+    }
+}
+
+impl Rtc {
+    /// The guest's time of day.
+    fn now(&self) -> u64 {
+        self.clock.now_ns().wrapping_add(self.state.offset)
+    }
+
+    /// Replaces one half of the time, and looks at the alarm in the new time.
+    fn set_time(&mut self, change: impl FnOnce([u32; 2]) -> [u32; 2]) {
+        let now = self.now();
+        let new = whole(change(halves(now)));
+        self.state.offset = self.state.offset.wrapping_add(new.wrapping_sub(now));
+        self.check_alarm();
+    }
+
+    /// Fires the alarm if its time has come; otherwise makes the timer wait for it.
+    ///
+    /// The timer is set anew on every call: that also takes back an expiry, so that it is never
+    /// read, and a stale event can never block.
+    fn check_alarm(&mut self) {
+        let left = self.state.alarm.saturating_sub(self.now());
+        if self.state.alarm_armed && left == 0 {
+            self.state.alarm_armed = false;
+            self.state.irq_pending = true;
+        }
+        let wait = match self.state.alarm_armed {
+            true => Duration::from_nanos(left).min(RECHECK),
+            false => Duration::ZERO,
+        };
+        if let Err(error) = self.timer.reset(wait, None) {
+            // A valid timer and a valid time: the kernel has no reason to refuse.
+            warn!("{}: cannot set the alarm's timer: {error}", MODEL.name);
+        }
+    }
+
+    fn sync_irq(&mut self) {
+        self.irq.set(self.state.irq_enabled && self.state.irq_pending);
+    }
+}
+
+impl State {
+    fn at_power_on(offset: u64) -> Self {
+        Self {
+            offset,
+            time_high: 0,
+            alarm: 0,
+            alarm_armed: false,
+            irq_enabled: false,
+            irq_pending: false,
+        }
+    }
+}
+
+/// A 64-bit value as its low and high half.
+fn halves(value: u64) -> [u32; 2] {
+    let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
+    [u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])]
+}
+
+/// The 64-bit value with this low and high half.
+fn whole([low, high]: [u32; 2]) -> u64 {
+    u64::from(high) << 32 | u64::from(low)
+}

@@ -1,0 +1,257 @@
+//! Stand-ins for what devices are connected to, for tests here and in other rooms.
+//!
+//! Each is a handle: a clone is the same thing, so a test keeps one and hands the other over.
+
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::catalog::Wiring;
+use crate::console::{ConsoleBackend, Port, Ports};
+use crate::irq::IrqLine;
+use crate::power::{PowerRequest, PowerSwitch};
+use crate::rtc::Clock;
+
+/// An interrupt line that remembers its level and how often it changed.
+#[derive(Debug, Clone, Default)]
+pub struct TestIrq(Arc<(AtomicBool, AtomicUsize)>);
+
+impl TestIrq {
+    /// The line's level.
+    #[must_use]
+    pub fn is_high(&self) -> bool {
+        self.0.0.load(SeqCst)
+    }
+
+    /// How often the level has changed.
+    #[must_use]
+    pub fn changes(&self) -> usize {
+        self.0.1.load(SeqCst)
+    }
+}
+
+impl IrqLine for TestIrq {
+    fn set_level(&self, high: bool) {
+        if self.0.0.swap(high, SeqCst) != high {
+            self.0.1.fetch_add(1, SeqCst);
+        }
+    }
+}
+
+/// A power switch that writes down what it is asked.
+#[derive(Debug, Clone, Default)]
+pub struct FakePower(Arc<Mutex<Vec<PowerRequest>>>);
+
+impl FakePower {
+    /// Everything asked so far.
+    #[must_use]
+    pub fn requests(&self) -> Vec<PowerRequest> {
+        lock(&self.0).clone()
+    }
+}
+
+impl PowerSwitch for FakePower {
+    fn request(&self, request: PowerRequest) {
+        lock(&self.0).push(request);
+    }
+}
+
+/// A clock that stands still until it is told otherwise.
+#[derive(Debug, Clone, Default)]
+pub struct ManualClock(Arc<AtomicU64>);
+
+impl ManualClock {
+    /// Sets the time, in nanoseconds since 1970.
+    pub fn set_ns(&self, now: u64) {
+        self.0.store(now, SeqCst);
+    }
+
+    /// Moves the time on, by nanoseconds.
+    pub fn advance_ns(&self, by: u64) {
+        self.0.fetch_add(by, SeqCst);
+    }
+}
+
+impl Clock for ManualClock {
+    fn now_ns(&self) -> u64 {
+        self.0.load(SeqCst)
+    }
+}
+
+/// A console in memory: the test types, reads the output, and decides how much room there is.
+///
+/// Its descriptors are true to epoll: one is readable while there is input, one writable while
+/// there is room.
+#[derive(Debug, Clone)]
+pub struct MemoryConsole(Arc<Mutex<Memory>>);
+
+#[derive(Debug)]
+struct Memory {
+    connected: bool,
+    input: VecDeque<u8>,
+    input_ended: bool,
+    output: Vec<u8>,
+    /// Bytes that a reader still makes room for; `None` for no limit.
+    room: Option<usize>,
+    failure: Option<ErrorKind>,
+    writes: usize,
+    /// Its counter is not zero while there is input.
+    readable: EventFd,
+    /// Its counter is at the limit while there is no room.
+    writable: EventFd,
+    /// Its counter is not zero after a connection came or went.
+    attention: EventFd,
+}
+
+impl MemoryConsole {
+    /// A connected console without input and with unlimited room.
+    ///
+    /// # Errors
+    /// The system's, if there are no descriptors left.
+    pub fn new() -> io::Result<Self> {
+        let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
+        Ok(Self(Arc::new(Mutex::new(Memory {
+            connected: true,
+            input: VecDeque::new(),
+            input_ended: false,
+            output: Vec::new(),
+            room: None,
+            failure: None,
+            writes: 0,
+            readable: event()?,
+            writable: event()?,
+            attention: event()?,
+        }))))
+    }
+
+    /// Types bytes for the guest.
+    pub fn type_in(&self, bytes: &[u8]) {
+        self.change(|memory| memory.input.extend(bytes));
+    }
+
+    /// Ends the input, after what has been typed.
+    pub fn end_input(&self) {
+        self.change(|memory| memory.input_ended = true);
+    }
+
+    /// Bytes typed that the guest's device has not taken.
+    #[must_use]
+    pub fn unread(&self) -> usize {
+        lock(&self.0).input.len()
+    }
+
+    /// All output so far.
+    #[must_use]
+    pub fn output(&self) -> Vec<u8> {
+        lock(&self.0).output.clone()
+    }
+
+    /// How many writes there were, with success or without.
+    #[must_use]
+    pub fn writes(&self) -> usize {
+        lock(&self.0).writes
+    }
+
+    /// Makes room for so many further bytes of output; `None` for any number.
+    pub fn set_room(&self, room: Option<usize>) {
+        self.change(|memory| memory.room = room);
+    }
+
+    /// Makes every write fail in this way; `None` for no longer.
+    pub fn fail_writes(&self, kind: Option<ErrorKind>) {
+        self.change(|memory| memory.failure = kind);
+    }
+
+    /// The peer goes away.
+    pub fn hang_up(&self) {
+        self.change(|memory| memory.connected = false);
+        drop(lock(&self.0).attention.write(1));
+    }
+
+    /// A peer is there again.
+    pub fn connect(&self) {
+        self.change(|memory| memory.connected = true);
+        drop(lock(&self.0).attention.write(1));
+    }
+
+    /// Changes the state and makes the descriptors tell it.
+    fn change<R>(&self, change: impl FnOnce(&mut Memory) -> R) -> R {
+        let mut memory = lock(&self.0);
+        let result = change(&mut memory);
+        signal(&memory.readable, u64::from(!memory.input.is_empty() || memory.input_ended));
+        let full = memory.room == Some(0) && memory.failure.is_none();
+        signal(&memory.writable, if full { u64::MAX - 1 } else { 0 });
+        result
+    }
+}
+
+impl ConsoleBackend for MemoryConsole {
+    fn ports(&self) -> Ports {
+        let memory = lock(&self.0);
+        let port = |event: &EventFd| match memory.connected {
+            true => Port::Poll(event.as_raw_fd()),
+            false => Port::Closed,
+        };
+        Ports {
+            input: port(&memory.readable),
+            output: port(&memory.writable),
+            attention: Some(memory.attention.as_raw_fd()),
+        }
+    }
+
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.change(|memory| {
+            if memory.input.is_empty() && !memory.input_ended {
+                return Err(ErrorKind::WouldBlock.into());
+            }
+            io::Read::read(&mut memory.input, buffer)
+        })
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.change(|memory| {
+            memory.writes += 1;
+            if let Some(kind) = memory.failure {
+                return Err(kind.into());
+            }
+            if !memory.connected {
+                return Err(ErrorKind::NotConnected.into());
+            }
+            let taken = memory.room.map_or(bytes.len(), |room| room.min(bytes.len()));
+            if taken == 0 {
+                return Err(ErrorKind::WouldBlock.into());
+            }
+            memory.room = memory.room.map(|room| room - taken);
+            memory.output.extend(bytes.iter().take(taken));
+            Ok(taken)
+        })
+    }
+
+    fn attend(&mut self) {
+        drop(lock(&self.0).attention.read());
+    }
+}
+
+/// Wiring with a line, a power switch and a clock that are of no interest, and no console.
+#[must_use]
+pub fn wiring() -> Wiring {
+    Wiring {
+        irq: Arc::new(TestIrq::default()),
+        clock: Arc::new(ManualClock::default()),
+        ..Wiring::new(Arc::new(FakePower::default()))
+    }
+}
+
+/// Sets an eventfd's counter.
+fn signal(event: &EventFd, counter: u64) {
+    drop(event.read());
+    drop(event.write(counter));
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
