@@ -269,3 +269,151 @@ impl LoggedAddresses {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::{Access, FdtDesc};
+
+    /// Four bytes of memory that refuse other widths than 1 and 4.
+    struct Cells(&'static str, u64, [u8; 4]);
+
+    impl MmioDevice for Cells {
+        fn name(&self) -> &'static str {
+            self.0
+        }
+
+        fn size(&self) -> u64 {
+            self.1
+        }
+
+        fn read(&mut self, offset: u64, data: &mut [u8]) -> Access {
+            let at = usize::try_from(offset).unwrap();
+            data.fill(0xee);
+            if !matches!(data.len(), 1 | 4) {
+                return Err(AccessError::Width);
+            }
+            data.copy_from_slice(self.2.get(at..at + data.len()).ok_or(AccessError::NoRegister)?);
+            Ok(())
+        }
+
+        fn write(&mut self, offset: u64, data: &[u8]) -> Access {
+            let at = usize::try_from(offset).unwrap();
+            let cells = self.2.get_mut(at..at + data.len()).ok_or(AccessError::NoRegister)?;
+            cells.copy_from_slice(data);
+            Ok(())
+        }
+
+        fn reset(&mut self) {
+            self.2 = [0; 4];
+        }
+
+        fn fdt(&self) -> Option<FdtDesc> {
+            None
+        }
+    }
+
+    fn cells(base: u64, name: &'static str, size: u64) -> (u64, Box<dyn MmioDevice>) {
+        (base, Box::new(Cells(name, size, [1, 2, 3, 4])))
+    }
+
+    fn read<const N: usize>(bus: &Bus, addr: u64) -> (Claim, [u8; N]) {
+        let mut data = [0xaa; N];
+        (bus.read(addr, &mut data), data)
+    }
+
+    #[test]
+    fn an_access_reaches_the_device_at_its_address() {
+        let bus = Bus::new(vec![cells(0x2000, "b", 4), cells(0x1000, "a", 4)]).unwrap();
+        assert_eq!(bus.write(0x2001, &[9]), Claim::Device);
+        assert_eq!(read(&bus, 0x2000), (Claim::Device, [1, 9, 3, 4]));
+        assert_eq!(read(&bus, 0x1003), (Claim::Device, [4]));
+        let devices: Vec<_> = bus.devices().map(|slot| (slot.name, slot.base)).collect();
+        assert_eq!(devices, [("a", 0x1000), ("b", 0x2000)]);
+        assert_eq!(bus.with_device(1, |device| device.name()), Some("b"));
+        assert_eq!(bus.with_device(2, |device| device.name()), None);
+    }
+
+    #[test]
+    fn where_there_is_no_device_reads_give_zero_and_are_counted() {
+        let bus = Bus::new(vec![cells(0x1000, "a", 4), cells(0x1008, "b", 4)]).unwrap();
+        for addr in [0, 0xfff, 0x1004, 0x1007, 0x100c, u64::MAX] {
+            assert_eq!(read(&bus, addr), (Claim::Unassigned, [0; 8]), "at {addr:#x}");
+            assert_eq!(bus.write(addr, &[1]), Claim::Unassigned, "at {addr:#x}");
+        }
+        let counters = bus.counters();
+        assert_eq!((counters.unassigned_reads, counters.unassigned_writes), (6, 6));
+        assert_eq!(counters.refused, 0);
+        assert_eq!(Bus::new(Vec::new()).unwrap().read(0, &mut [0]), Claim::Unassigned);
+    }
+
+    #[test]
+    fn a_refused_read_gives_zeroes_whatever_the_device_left_there() {
+        let bus = Bus::new(vec![cells(0x1000, "a", 8)]).unwrap();
+        assert_eq!(read(&bus, 0x1000), (Claim::Refused, [0; 2]));
+        assert_eq!(bus.write(0x1004, &[1]), Claim::Refused);
+        assert_eq!(bus.counters().refused, 2);
+        assert_eq!(bus.devices().next().unwrap().refused, 2);
+    }
+
+    #[test]
+    fn an_access_across_the_end_of_a_device_is_refused() {
+        let bus = Bus::new(vec![cells(0x1000, "a", 4), cells(0x1004, "b", 4)]).unwrap();
+        assert_eq!(read(&bus, 0x1001), (Claim::Refused, [0; 4]));
+        assert_eq!(bus.write(0x1002, &[9; 4]), Claim::Refused);
+        assert_eq!(read(&bus, 0x1000), (Claim::Device, [1, 2, 3, 4]));
+        assert_eq!(read(&bus, 0x1004), (Claim::Device, [1, 2, 3, 4]));
+    }
+
+    #[test]
+    fn a_device_may_end_with_the_last_address() {
+        let bus = Bus::new(vec![cells(u64::MAX - 3, "a", 4)]).unwrap();
+        assert_eq!(read(&bus, u64::MAX), (Claim::Device, [4]));
+        assert_eq!(read(&bus, u64::MAX - 1), (Claim::Refused, [0; 4]));
+    }
+
+    #[test]
+    fn overlapping_devices_are_refused_with_both_names() {
+        let overlap = Bus::new(vec![cells(0x1003, "b", 4), cells(0x1000, "a", 4)]);
+        assert_eq!(
+            overlap.err().unwrap().to_string(),
+            "Device a at 0x1000 (size 0x4) overlaps b at 0x1003"
+        );
+        let same = Bus::new(vec![cells(0x1000, "a", 4), cells(0x1000, "b", 4)]);
+        assert!(matches!(same, Err(BusError::Overlap { .. })));
+    }
+
+    #[test]
+    fn a_device_without_size_or_past_the_last_address_is_refused() {
+        for (base, size) in [(0, 0), (u64::MAX, 2), (1, u64::MAX)] {
+            let refused = Bus::new(vec![cells(base, "a", size)]).err();
+            let fits = base.checked_add(size.wrapping_sub(1)).is_some() && size != 0;
+            assert_eq!(refused.is_some(), !fits, "base {base:#x}, size {size:#x}");
+        }
+    }
+
+    #[test]
+    fn a_reset_reaches_every_device() {
+        let bus = Bus::new(vec![cells(0x1000, "a", 4), cells(0x2000, "b", 4)]).unwrap();
+        bus.reset();
+        assert_eq!(read(&bus, 0x1000), (Claim::Device, [0; 4]));
+        assert_eq!(read(&bus, 0x2000), (Claim::Device, [0; 4]));
+    }
+
+    #[test]
+    fn the_list_of_logged_addresses_does_not_grow_with_the_guest() {
+        let bus = Bus::new(Vec::new()).unwrap();
+        for addr in (0..100_000).rev() {
+            bus.read(addr, &mut [0]);
+        }
+        assert_eq!(bus.logged.sorted.lock().unwrap().len(), LOGGED_ADDRESSES);
+        assert!(bus.logged.full.load(Relaxed));
+        assert_eq!(bus.counters().unassigned_reads, 100_000);
+    }
+
+    #[test]
+    fn a_bus_is_shared_by_threads() {
+        fn shared<T: Send + Sync>() {}
+        shared::<Bus>();
+    }
+}

@@ -31,6 +31,7 @@ pub mod console;
 pub mod device;
 pub mod irq;
 mod link;
+mod ns16550;
 pub mod options;
 pub mod plic;
 pub mod power;

@@ -65,6 +65,8 @@ pub(crate) struct Link {
     /// What the I/O thread knows: input wanted, output blocked.
     announced: (bool, bool),
     counters: LinkCounters,
+    /// That output is lost has been said.
+    warned: bool,
 }
 
 /// Bytes of output that never reached the backend.
@@ -92,6 +94,7 @@ impl Link {
             input_ended: false,
             announced: (false, false),
             counters: LinkCounters::default(),
+            warned: false,
         })
     }
 
@@ -256,7 +259,7 @@ impl Link {
                     error.kind(),
                     ErrorKind::BrokenPipe | ErrorKind::ConnectionReset | ErrorKind::NotConnected
                 );
-            if self.counters.lost == 0 {
+            if !std::mem::replace(&mut self.warned, true) {
                 warn!("{}: the console takes no output, which is dropped: {error}", self.name);
             }
         }

@@ -146,3 +146,78 @@ impl Options {
         Err(OptionError::UnknownKey { key: key.clone(), known })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const KEYS: &[Key] = &[
+        Key { name: "path", value: "FILE", help: "Where" },
+        Key { name: "size", value: "N", help: "How much" },
+    ];
+
+    fn message(text: &str) -> String {
+        let checked = Options::parse(text).and_then(|options| options.check(KEYS));
+        checked.unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_name_and_its_options_come_apart() {
+        let options = Options::parse("blk,path=/a=b c,size=").unwrap();
+        assert_eq!(options.name(), "blk");
+        assert_eq!(options.get("path"), Some("/a=b c"));
+        assert_eq!(options.get("size"), Some(""));
+        assert_eq!(options.get("other"), None);
+        assert_eq!(options.check(KEYS), Ok(()));
+        assert_eq!(Options::parse("blk"), Ok(Options::none("blk")));
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_with_the_text_that_is() {
+        assert_eq!(message(""), "Missing device name in \"\" (expected NAME,key=value,...)");
+        assert_eq!(
+            message(",a=b"),
+            "Missing device name in \",a=b\" (expected NAME,key=value,...)"
+        );
+        assert_eq!(
+            message("path=b"),
+            "Missing device name in \"path=b\" (expected NAME,key=value,...)"
+        );
+        assert_eq!(message("blk,"), "Empty option in \"blk,\" (expected NAME,key=value,...)");
+        assert_eq!(message("blk,,"), "Empty option in \"blk,,\" (expected NAME,key=value,...)");
+        assert_eq!(message("blk,path"), "Option \"path\" is not of the form key=value");
+        assert_eq!(message("blk,=x"), "Option \"=x\" is not of the form key=value");
+        assert_eq!(message("blk,size=1,size=2"), "Option \"size\" is given twice");
+        assert_eq!(message("blk,pth=x"), "Unknown option \"pth\" (known: path, size)");
+        let none = Options::parse("uart,x=1").and_then(|options| options.check(&[]));
+        assert_eq!(none.unwrap_err().to_string(), "Unknown option \"x\" (uart takes none)");
+    }
+
+    #[test]
+    fn a_value_of_the_wrong_kind_is_named_with_what_it_should_be() {
+        let options = Options::parse("blk,size=-1").unwrap();
+        assert_eq!(options.parsed::<i8>("size", "a small number"), Ok(Some(-1)));
+        assert_eq!(options.parsed::<i8>("path", "a small number"), Ok(None));
+        let error = options.parsed::<u8>("size", "a number of bytes").unwrap_err();
+        assert_eq!(error.to_string(), "Option size=\"-1\" is not a number of bytes");
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_makes_it_panic(text in ".*") {
+            if let Ok(options) = Options::parse(&text) {
+                drop(options.check(KEYS));
+                prop_assert!(text.starts_with(options.name()));
+            }
+        }
+
+        #[test]
+        fn what_was_put_together_comes_apart(value in "[^,]*", other in "[^,]*") {
+            let options = Options::parse(&format!("n,a={value},b={other}")).unwrap();
+            prop_assert_eq!(options.get("a"), Some(value.as_str()));
+            prop_assert_eq!(options.get("b"), Some(other.as_str()));
+        }
+    }
+}

@@ -1,0 +1,277 @@
+//! The registers of an NS16550A as a state machine: `vm-superio`'s, and what drivers miss in them.
+//!
+//! See `serial.rs`, whose device this is the inside of: it connects the line.
+
+use std::convert::Infallible;
+use std::io::{Sink, sink};
+
+use vm_superio::Trigger;
+use vm_superio::serial::{NoEvents, Serial as Registers};
+
+use crate::device::AccessError;
+
+/// Bytes that the receive FIFO holds (`vm-superio`'s).
+pub(crate) const FIFO: usize = 64;
+
+/// So many looks for input, each right after another, mean that the guest polls. A driver that only
+/// waits for the transmitter looks once and then sends.
+const POLLS: u8 = 16;
+
+mod reg {
+    /// RBR, THR; with DLAB the divisor's low byte.
+    pub(super) const DATA: u8 = 0;
+    /// Interrupt enable; with DLAB the divisor's high byte.
+    pub(super) const IER: u8 = 1;
+    /// Interrupt identification (read), FIFO control (write).
+    pub(super) const IIR_FCR: u8 = 2;
+    pub(super) const LCR: u8 = 3;
+    pub(super) const MCR: u8 = 4;
+    pub(super) const LSR: u8 = 5;
+    pub(super) const MSR: u8 = 6;
+    pub(super) const SCR: u8 = 7;
+}
+
+mod bit {
+    pub(super) const IER_RDI: u8 = 1 << 0;
+    pub(super) const IER_THRI: u8 = 1 << 1;
+    pub(super) const IER_ALL: u8 = 0x0f;
+    pub(super) const IIR_NONE: u8 = 1 << 0;
+    pub(super) const IIR_THRI: u8 = 1 << 1;
+    pub(super) const IIR_RDI: u8 = 1 << 2;
+    pub(super) const IIR_FIFO: u8 = 0xc0;
+    pub(super) const FCR_ENABLE: u8 = 1 << 0;
+    pub(super) const FCR_CLEAR_RX: u8 = 1 << 1;
+    pub(super) const LCR_DLAB: u8 = 1 << 7;
+    pub(super) const MCR_RTS: u8 = 1 << 1;
+    pub(super) const MCR_LOOP: u8 = 1 << 4;
+    pub(super) const MCR_ALL: u8 = 0x1f;
+    pub(super) const LSR_THRE: u8 = 1 << 5;
+    pub(super) const LSR_TEMT: u8 = 1 << 6;
+}
+
+/// All that the guest can see.
+pub(crate) struct State {
+    /// DLL, DLM, LCR, MCR, MSR, SCR, the receive FIFO and LSR's data-ready bit.
+    registers: Registers<NoTrigger, NoEvents, Sink>,
+    /// IER, LCR and MCR once more: out of `registers` they come only with DLAB in the way, or with
+    /// a copy of everything.
+    ier: u8,
+    lcr: u8,
+    mcr: u8,
+    /// FCR's enable bit.
+    fifo_enabled: bool,
+    /// The interrupt of an empty transmitter is due: set when it becomes empty or the interrupt is
+    /// enabled, cleared when IIR reports it.
+    thr_empty_due: bool,
+    /// The line takes no more: THRE and TEMT are clear.
+    held: bool,
+    /// Nothing is on its way: TEMT is set.
+    idle: bool,
+    /// The guest takes input.
+    listening: bool,
+    /// Looks for input that found none and came right after another.
+    polls: u8,
+    /// The last access was a look for input that found none.
+    polled: bool,
+}
+
+/// `vm-superio` announces edges; the line follows [`State::interrupts`] instead.
+#[derive(Debug)]
+struct NoTrigger;
+
+impl Trigger for NoTrigger {
+    type E = Infallible;
+
+    fn trigger(&self) -> Result<(), Infallible> {
+        Ok(())
+    }
+}
+
+impl State {
+    pub(crate) fn at_power_on() -> Self {
+        Self {
+            registers: Registers::new(NoTrigger, sink()),
+            ier: 0,
+            lcr: 0x03,
+            mcr: 0x08,
+            fifo_enabled: false,
+            thr_empty_due: false,
+            held: false,
+            idle: true,
+            listening: false,
+            polls: 0,
+            polled: false,
+        }
+    }
+
+    /// The guest reads a register.
+    pub(crate) fn read(&mut self, register: u8) -> u8 {
+        let polled = std::mem::take(&mut self.polled);
+        match register {
+            reg::LSR => self.read_lsr(polled),
+            reg::DATA if !self.divisor_shown() => {
+                self.looks_for_input(polled);
+                self.registers.read(reg::DATA)
+            }
+            reg::IER if !self.divisor_shown() => self.ier,
+            reg::IIR_FCR => self.read_iir(),
+            reg::LCR => self.lcr,
+            reg::MCR => self.mcr,
+            other => self.registers.read(other),
+        }
+    }
+
+    /// The guest writes a register. Returns the byte that it sends, if it does; [`set_line`] has to
+    /// follow then.
+    ///
+    /// [`set_line`]: Self::set_line
+    pub(crate) fn write(&mut self, register: u8, value: u8) -> Result<Option<u8>, AccessError> {
+        self.polled = false;
+        match register {
+            reg::DATA if !self.divisor_shown() => {
+                self.thr_empty_due = !self.held;
+                if !self.looped() {
+                    return Ok(Some(value));
+                }
+                self.set(reg::DATA, value);
+            }
+            reg::IER if !self.divisor_shown() => self.write_ier(value & bit::IER_ALL),
+            reg::IIR_FCR => self.write_fcr(value),
+            reg::LCR => {
+                self.lcr = value;
+                self.set(reg::LCR, value);
+            }
+            reg::MCR => {
+                self.mcr = value & bit::MCR_ALL;
+                self.set(reg::MCR, self.mcr);
+                self.listening |= self.mcr & bit::MCR_RTS != 0;
+            }
+            reg::LSR | reg::MSR => return Err(AccessError::ReadOnly),
+            other => self.set(other, value),
+        }
+        Ok(None)
+    }
+
+    /// What the line is at: `held` if it takes no more, `idle` if nothing is on its way.
+    pub(crate) fn set_line(&mut self, held: bool, idle: bool) {
+        if held != self.held {
+            self.thr_empty_due = !held;
+        }
+        (self.held, self.idle) = (held, idle);
+    }
+
+    /// Bytes of input that can be taken from the line now.
+    pub(crate) fn room(&self) -> usize {
+        if self.listening && !self.looped() { self.registers.fifo_capacity() } else { 0 }
+    }
+
+    /// Puts input into the FIFO, at most [`room`](Self::room) bytes.
+    pub(crate) fn receive(&mut self, input: &[u8]) {
+        if !input.is_empty() {
+            drop(self.registers.enqueue_raw_bytes(input));
+        }
+    }
+
+    /// Whether an interrupt is enabled and due: the level of the interrupt line.
+    pub(crate) fn interrupts(&self) -> bool {
+        self.cause() != bit::IIR_NONE
+    }
+
+    fn read_lsr(&mut self, polled: bool) -> u8 {
+        let lsr = self.registers.read(reg::LSR);
+        if self.held {
+            return lsr & !(bit::LSR_THRE | bit::LSR_TEMT);
+        }
+        if !self.idle {
+            return lsr & !bit::LSR_TEMT;
+        }
+        self.looks_for_input(polled);
+        lsr
+    }
+
+    fn read_iir(&mut self) -> u8 {
+        let cause = self.cause();
+        if cause == bit::IIR_THRI {
+            self.thr_empty_due = false;
+        }
+        if self.fifo_enabled { cause | bit::IIR_FIFO } else { cause }
+    }
+
+    fn write_ier(&mut self, value: u8) {
+        let rising = value & !self.ier;
+        self.ier = value;
+        self.set(reg::IER, value);
+        if rising & bit::IER_THRI != 0 {
+            self.thr_empty_due = !self.held;
+        }
+        self.listening |= rising & bit::IER_RDI != 0;
+    }
+
+    fn write_fcr(&mut self, value: u8) {
+        self.fifo_enabled = value & bit::FCR_ENABLE != 0;
+        if value & bit::FCR_CLEAR_RX != 0 {
+            self.clear_fifo();
+        }
+    }
+
+    /// Drops what is in the receive FIFO, as a driver does when it takes over, and waits until that
+    /// driver listens.
+    fn clear_fifo(&mut self) {
+        self.set(reg::LCR, self.lcr & !bit::LCR_DLAB);
+        while self.data_ready() {
+            self.registers.read(reg::DATA);
+        }
+        self.set(reg::LCR, self.lcr);
+        self.polls = 0;
+        self.listening = self.ier & bit::IER_RDI != 0 || self.mcr & bit::MCR_RTS != 0;
+    }
+
+    /// The guest looks for input, and `polled` says whether that is what it did just before, too.
+    fn looks_for_input(&mut self, polled: bool) {
+        self.polled = !self.data_ready();
+        if self.polled && polled && !self.listening {
+            self.polls += 1;
+            self.listening = self.polls >= POLLS;
+        }
+    }
+
+    /// The interrupt that IIR reports: the most urgent one that is enabled and due.
+    fn cause(&self) -> u8 {
+        if self.ier & bit::IER_RDI != 0 && self.data_ready() {
+            bit::IIR_RDI
+        } else if self.ier & bit::IER_THRI != 0 && self.thr_empty_due {
+            bit::IIR_THRI
+        } else {
+            bit::IIR_NONE
+        }
+    }
+
+    /// Writes a register of `vm-superio`; that fails only if its sink or its trigger does, and
+    /// these do not.
+    fn set(&mut self, register: u8, value: u8) {
+        drop(self.registers.write(register, value));
+    }
+
+    fn data_ready(&self) -> bool {
+        self.registers.fifo_capacity() < FIFO
+    }
+
+    fn divisor_shown(&self) -> bool {
+        self.lcr & bit::LCR_DLAB != 0
+    }
+
+    fn looped(&self) -> bool {
+        self.mcr & bit::MCR_LOOP != 0
+    }
+}
+
+/// The register at this offset.
+pub(crate) fn register(offset: u64) -> Result<u8, AccessError> {
+    let register = u8::try_from(offset).ok();
+    register.filter(|&register| register <= reg::SCR).ok_or(AccessError::NoRegister)
+}
+
+/// Whether reading this register shows the guest how far its output is.
+pub(crate) fn shows_output(register: u8) -> bool {
+    matches!(register, reg::LSR | reg::IIR_FCR)
+}

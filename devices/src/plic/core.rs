@@ -1,0 +1,201 @@
+//! The PLIC's gateways and core as a state machine: which sources are pending, whose line is high.
+
+use std::sync::Arc;
+
+use super::sources::Sources;
+use crate::irq::IrqLine;
+
+/// The highest priority; a power of two less one, and so the mask of the bits that are kept.
+pub(super) const PRIORITY_MAX: u32 = 7;
+
+/// The state machine and the harts' lines that follow it.
+pub(super) struct Core {
+    sources: u32,
+    /// The supervisor external interrupt of each hart.
+    outputs: Box<[Arc<dyn IrqLine>]>,
+
+    state: State,
+}
+
+/// All that the guest can see, and the levels of the lines.
+struct State {
+    /// By source; number 0 is not a source.
+    priorities: Box<[u8]>,
+    level: Sources,
+    /// Forwarded by the gateway and not claimed yet.
+    pending: Sources,
+    /// Claimed and not completed: the gateway forwards nothing.
+    claimed: Sources,
+    /// The supervisor context of each hart.
+    contexts: Box<[Context]>,
+    /// After a reset the gateways have not looked at the lines yet.
+    gateways_shut: bool,
+}
+
+struct Context {
+    enabled: Sources,
+    threshold: u8,
+    /// The level that the hart's line has.
+    output: bool,
+}
+
+impl Core {
+    pub(super) fn new(sources: u32, outputs: Vec<Arc<dyn IrqLine>>) -> Self {
+        let state = State::at_power_on(sources, outputs.len());
+        Self { sources, outputs: outputs.into(), state }
+    }
+
+    /// Everything but the lines' levels goes back to its value after power-on. A line that is still
+    /// high is forwarded when the guest next touches the PLIC: until then devices are being reset.
+    pub(super) fn reset(&mut self) {
+        let fresh = State::at_power_on(self.sources, self.outputs.len());
+        let old = std::mem::replace(&mut self.state, fresh);
+        self.state.level = old.level;
+        self.state.gateways_shut = true;
+        for output in &self.outputs {
+            output.set_level(false);
+        }
+    }
+
+    /// A device sets its line.
+    pub(super) fn set_level(&mut self, source: u32, high: bool) {
+        self.state.level.set(source, high);
+        if high && !self.state.claimed.contains(source) && !self.state.pending.contains(source) {
+            self.state.pending.set(source, true);
+            self.drive_all();
+        }
+    }
+
+    /// The guest touches the PLIC: gateways that were shut by a reset forward what is high.
+    pub(super) fn open_gateways(&mut self) {
+        if std::mem::take(&mut self.state.gateways_shut) {
+            self.state.pending = self.state.level.clone();
+            self.drive_all();
+        }
+    }
+
+    pub(super) fn priority(&self, source: u32) -> u32 {
+        self.state.priority(source).into()
+    }
+
+    pub(super) fn set_priority(&mut self, source: u32, value: u32) {
+        if let Some(priority) = self.state.priorities.get_mut(source as usize) {
+            *priority = legal(value);
+        }
+        self.drive_all();
+    }
+
+    pub(super) fn pending(&self, word: usize) -> u32 {
+        self.state.pending.word(word)
+    }
+
+    pub(super) fn enabled(&self, hart: usize, word: usize) -> u32 {
+        self.state.contexts.get(hart).map_or(0, |context| context.enabled.word(word))
+    }
+
+    pub(super) fn set_enabled(&mut self, hart: usize, word: usize, value: u32) {
+        if let Some(context) = self.state.contexts.get_mut(hart) {
+            context.enabled.set_word(word, value);
+        }
+        self.drive(hart);
+    }
+
+    pub(super) fn threshold(&self, hart: usize) -> u32 {
+        self.state.contexts.get(hart).map_or(0, |context| context.threshold.into())
+    }
+
+    pub(super) fn set_threshold(&mut self, hart: usize, value: u32) {
+        if let Some(context) = self.state.contexts.get_mut(hart) {
+            context.threshold = legal(value);
+        }
+        self.drive(hart);
+    }
+
+    /// Hands the most urgent pending source to the hart: the highest priority, then the lowest
+    /// number; 0 if there is none.
+    pub(super) fn claim(&mut self, hart: usize) -> u32 {
+        let source = self.state.most_urgent(hart);
+        if source != 0 {
+            self.state.pending.set(source, false);
+            self.state.claimed.set(source, true);
+            self.drive_all();
+        }
+        source
+    }
+
+    /// The hart is done with a source: its gateway looks at the line again.
+    pub(super) fn complete(&mut self, hart: usize, source: u32) {
+        let context = self.state.contexts.get(hart);
+        let enabled = context.is_some_and(|context| context.enabled.contains(source));
+        if !enabled || !self.state.claimed.contains(source) {
+            return;
+        }
+        self.state.claimed.set(source, false);
+        if self.state.level.contains(source) {
+            self.state.pending.set(source, true);
+            self.drive_all();
+        }
+    }
+
+    fn drive_all(&mut self) {
+        for hart in 0..self.outputs.len() {
+            self.drive(hart);
+        }
+    }
+
+    /// Derives the level of a hart's line from the state.
+    fn drive(&mut self, hart: usize) {
+        let high = self.state.interrupts(hart);
+        let context = self.state.contexts.get_mut(hart);
+        let (Some(context), Some(output)) = (context, self.outputs.get(hart)) else { return };
+        if context.output != high {
+            context.output = high;
+            output.set_level(high);
+        }
+    }
+}
+
+impl State {
+    fn at_power_on(sources: u32, harts: usize) -> Self {
+        let none = Sources::none(sources);
+        let context = || Context { enabled: none.clone(), threshold: 0, output: false };
+        Self {
+            priorities: (0..=sources).map(|_| 0).collect(),
+            level: none.clone(),
+            pending: none.clone(),
+            claimed: none.clone(),
+            contexts: (0..harts).map(|_| context()).collect(),
+            gateways_shut: false,
+        }
+    }
+
+    fn priority(&self, source: u32) -> u8 {
+        self.priorities.get(source as usize).copied().unwrap_or(0)
+    }
+
+    /// The source that the hart gets if it claims; 0 for none. The threshold does not matter here.
+    fn most_urgent(&self, hart: usize) -> u32 {
+        let Some(context) = self.contexts.get(hart) else { return 0 };
+        let mut best = (0, 0);
+        for source in self.pending.common(&context.enabled) {
+            let priority = self.priority(source);
+            if priority > best.0 {
+                best = (priority, source);
+            }
+        }
+        best.1
+    }
+
+    /// Whether a source is pending that the hart has enabled and whose priority is above its
+    /// threshold.
+    fn interrupts(&self, hart: usize) -> bool {
+        let Some(context) = self.contexts.get(hart) else { return false };
+        let mut candidates = self.pending.common(&context.enabled);
+        candidates.any(|source| self.priority(source) > context.threshold)
+    }
+}
+
+/// A priority or threshold as the register keeps it.
+fn legal(value: u32) -> u8 {
+    u8::try_from(value & PRIORITY_MAX).unwrap_or(0)
+}
