@@ -64,18 +64,18 @@ pub(crate) struct Link {
     input_ended: bool,
     /// What the I/O thread knows: input wanted, output blocked.
     announced: (bool, bool),
-    counters: LinkCounters,
+    counters: Counters,
     /// That output is lost has been said.
     warned: bool,
 }
 
 /// Bytes of output that never reached the backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) struct LinkCounters {
+struct Counters {
     /// Nobody was there, or writing failed.
-    pub(crate) lost: u64,
+    lost: u64,
     /// The guest wrote on and on while it was held back.
-    pub(crate) overrun: u64,
+    overrun: u64,
 }
 
 impl Link {
@@ -93,7 +93,7 @@ impl Link {
             input_wanted: false,
             input_ended: false,
             announced: (false, false),
-            counters: LinkCounters::default(),
+            counters: Counters::default(),
             warned: false,
         })
     }
@@ -291,18 +291,13 @@ impl Link {
     fn disarm_timer(&mut self) {
         self.timer_armed = self.timer.clear().is_err();
     }
-
-    #[cfg(test)]
-    pub(crate) fn counters(&self) -> LinkCounters {
-        self.counters
-    }
 }
 
 impl Drop for Link {
     /// Gives the backend a last chance to take what waits, without waiting for it.
     fn drop(&mut self) {
         self.write_out();
-        let LinkCounters { lost, overrun } = self.counters;
+        let Counters { lost, overrun } = self.counters;
         let dropped = lost + overrun + self.queue.len() as u64;
         if dropped != 0 {
             info!("{}: {dropped} bytes of output had nowhere to go", self.name);
@@ -312,3 +307,191 @@ impl Drop for Link {
 
 /// The system's error for a terminal whose other end is gone; the same on every Linux.
 const EIO: i32 = 5;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::MemoryConsole;
+
+    fn link() -> (Link, MemoryConsole) {
+        let console = MemoryConsole::new().unwrap();
+        (Link::new("test", Box::new(console.clone())).unwrap(), console)
+    }
+
+    fn push(link: &mut Link, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| link.push(*byte));
+    }
+
+    /// What is watched beyond the link's own two descriptors and the console's attention.
+    fn watched(link: &Link) -> Vec<(u32, Interest)> {
+        let console = |source: &Source| matches!(source.token, TOKEN_INPUT | TOKEN_OUTPUT);
+        let sources = link.sources();
+        sources.iter().filter(|source| console(source)).map(|s| (s.token, s.interest)).collect()
+    }
+
+    #[test]
+    fn a_burst_goes_out_at_once_and_less_waits_for_a_look_or_the_timer() {
+        let (mut link, console) = link();
+        push(&mut link, &[b'a'; BURST - 1]);
+        assert_eq!(console.writes(), 0);
+        link.push(b'b');
+        assert_eq!((console.writes(), console.output().len()), (1, BURST));
+        link.push(b'c');
+        link.flush();
+        assert_eq!((console.writes(), console.output().len()), (2, BURST + 1));
+        link.push(b'd');
+        assert!(link.timer_armed);
+        link.ready(TOKEN_TIMER, &mut []);
+        assert!(!link.timer_armed);
+        assert_eq!(console.output().len(), BURST + 2);
+    }
+
+    #[test]
+    fn output_without_room_waits_for_the_console_and_holds_the_guest() {
+        let (mut link, console) = link();
+        console.set_room(Some(10));
+        push(&mut link, &[b'x'; HELD_FROM + 9]);
+        assert!(!link.is_held());
+        assert_eq!(watched(&link), [(TOKEN_OUTPUT, Interest::Write)]);
+        link.push(b'x');
+        assert!(link.is_held());
+        assert_eq!(link.kick.read().unwrap(), 1, "one wake for the change, none for the bytes");
+        let writes = console.writes();
+        link.flush();
+        assert_eq!(console.writes(), writes, "nobody asks a console without room");
+
+        console.set_room(Some(HELD_FROM - HELD_DOWN_TO - 1));
+        link.ready(TOKEN_OUTPUT, &mut []);
+        assert!(link.is_held());
+        console.set_room(Some(1));
+        link.ready(TOKEN_OUTPUT, &mut []);
+        assert!(!link.is_held());
+        console.set_room(None);
+        link.ready(TOKEN_OUTPUT, &mut []);
+        assert!(link.is_empty());
+        assert_eq!(watched(&link), []);
+        assert_eq!(console.output(), [b'x'; HELD_FROM + 10]);
+    }
+
+    #[test]
+    fn more_than_the_queue_takes_is_dropped_and_counted() {
+        let (mut link, console) = link();
+        console.set_room(Some(0));
+        push(&mut link, &[b'x'; QUEUE_MAX + 3]);
+        assert_eq!(link.counters, Counters { lost: 0, overrun: 3 });
+        console.set_room(None);
+        link.ready(TOKEN_OUTPUT, &mut []);
+        assert_eq!(console.output().len(), QUEUE_MAX);
+    }
+
+    #[test]
+    fn a_closed_console_costs_bytes_and_never_holds_the_guest() {
+        let (mut link, console) = link();
+        console.fail_writes(Some(ErrorKind::BrokenPipe));
+        push(&mut link, &[b'x'; 10 * BURST]);
+        assert!(!link.is_held() && link.is_empty());
+        assert_eq!(link.counters.lost, 10 * BURST as u64);
+        assert_eq!(console.writes(), 1, "a pipe that broke is not asked again");
+        console.fail_writes(None);
+        link.ready(TOKEN_ATTENTION, &mut []);
+        push(&mut link, &[b'y'; BURST]);
+        assert_eq!(console.output(), [b'y'; BURST]);
+    }
+
+    #[test]
+    fn a_full_disk_costs_bytes_until_there_is_room() {
+        let (mut link, console) = link();
+        console.fail_writes(Some(ErrorKind::StorageFull));
+        push(&mut link, &[b'x'; 2 * BURST]);
+        assert_eq!((link.counters.lost, console.writes()), (2 * BURST as u64, 2));
+        console.fail_writes(None);
+        push(&mut link, &[b'y'; BURST]);
+        assert_eq!(console.output(), [b'y'; BURST]);
+    }
+
+    #[test]
+    fn without_a_peer_output_is_dropped_and_counted() {
+        let (mut link, console) = link();
+        console.hang_up();
+        push(&mut link, &[b'x'; BURST]);
+        assert_eq!((link.counters.lost, console.writes()), (BURST as u64, 0));
+        assert!(link.is_empty() && !link.warned);
+        console.connect();
+        link.ready(TOKEN_ATTENTION, &mut []);
+        push(&mut link, &[b'y'; BURST]);
+        assert_eq!(console.output(), [b'y'; BURST]);
+    }
+
+    #[test]
+    fn input_is_watched_while_there_is_room_and_resumes_with_half_of_it() {
+        let (mut link, console) = link();
+        console.type_in(b"abc");
+        assert_eq!(link.ready(TOKEN_INPUT, &mut [0; 8]), b"", "nobody has asked for input");
+        link.set_room(64);
+        assert_eq!(watched(&link), [(TOKEN_INPUT, Interest::Read)]);
+        assert_eq!(link.ready(TOKEN_KICK, &mut [0; 2]), b"ab");
+        link.set_room(0);
+        assert_eq!(watched(&link), []);
+        link.set_room(RESUME_ROOM - 1);
+        assert_eq!(watched(&link), []);
+        link.set_room(RESUME_ROOM);
+        assert_eq!(watched(&link), [(TOKEN_INPUT, Interest::Read)]);
+    }
+
+    #[test]
+    fn after_the_end_of_the_input_nobody_asks_until_a_peer_is_there() {
+        let (mut link, console) = link();
+        console.end_input();
+        link.set_room(64);
+        assert_eq!(link.ready(TOKEN_INPUT, &mut [0; 8]), b"");
+        assert_eq!(watched(&link), []);
+        link.ready(TOKEN_ATTENTION, &mut []);
+        assert_eq!(watched(&link), [(TOKEN_INPUT, Interest::Read)]);
+    }
+
+    #[test]
+    fn what_still_waits_at_the_end_is_offered_once_more() {
+        let (mut link, console) = link();
+        push(&mut link, b"bye");
+        drop(link);
+        assert_eq!(console.output(), b"bye");
+    }
+
+    /// A file: never waits, and epoll does not take it.
+    struct File(&'static [u8]);
+
+    impl ConsoleBackend for File {
+        fn ports(&self) -> crate::Ports {
+            crate::Ports { input: Port::Always, output: Port::Always, attention: None }
+        }
+
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            let few = buffer.len().min(3);
+            io::Read::read(&mut self.0, &mut buffer[..few])
+        }
+
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(ErrorKind::WouldBlock.into())
+        }
+    }
+
+    #[test]
+    fn a_file_is_read_without_being_watched() {
+        let mut link = Link::new("test", Box::new(File(b"0123456789"))).unwrap();
+        link.set_room(64);
+        assert_eq!(link.kick.read().unwrap(), 1);
+        assert_eq!(link.ready(TOKEN_KICK, &mut [0; 8]), b"01234567");
+        assert_eq!(link.ready(TOKEN_KICK, &mut [0; 64]), b"89");
+        assert_eq!(watched(&link), []);
+        assert!(link.input_ended);
+    }
+
+    #[test]
+    fn a_port_that_says_it_never_waits_and_does_is_asked_again_in_time() {
+        let mut link = Link::new("test", Box::new(File(b""))).unwrap();
+        push(&mut link, &[b'x'; BURST]);
+        assert!(link.blocked && link.timer_armed);
+        link.ready(TOKEN_TIMER, &mut []);
+        assert!(link.blocked && link.timer_armed);
+    }
+}

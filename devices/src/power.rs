@@ -135,3 +135,57 @@ fn check(offset: u64, width: usize) -> Access {
         _ => Err(AccessError::NoRegister),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::FakePower;
+
+    fn requests(writes: &[(u64, &[u8])]) -> Vec<PowerRequest> {
+        let switch = FakePower::default();
+        let mut power = Power::new(Arc::new(switch.clone()));
+        for (offset, data) in writes {
+            let _ = power.write(*offset, data);
+        }
+        switch.requests()
+    }
+
+    #[test]
+    fn each_of_the_finisher_s_values_asks_for_its_own() {
+        assert_eq!(requests(&[(0, &0x5555_u32.to_le_bytes())]), [PowerRequest::Off]);
+        assert_eq!(requests(&[(0, &0x7777_u32.to_le_bytes())]), [PowerRequest::Reset]);
+        assert_eq!(requests(&[(0, &0x002a_3333_u32.to_le_bytes())]), [PowerRequest::Fail(42)]);
+        assert_eq!(requests(&[(0, &0xffff_3333_u32.to_le_bytes())]), [PowerRequest::Fail(65535)]);
+    }
+
+    #[test]
+    fn half_a_word_is_enough_and_means_code_zero() {
+        assert_eq!(requests(&[(0, &0x5555_u16.to_le_bytes())]), [PowerRequest::Off]);
+        assert_eq!(requests(&[(0, &0x3333_u16.to_le_bytes())]), [PowerRequest::Fail(0)]);
+    }
+
+    #[test]
+    fn other_values_offsets_and_widths_ask_for_nothing() {
+        let off = 0x5555_5555_5555_5555_u64.to_le_bytes();
+        for width in [0, 1, 3, 5, 8] {
+            assert_eq!(requests(&[(0, &off[..width])]), [], "{width} bytes");
+        }
+        for offset in [1, 2, 4, 8, 0xffc, 0xffe] {
+            assert_eq!(requests(&[(offset, &off[..4]), (offset, &off[..2])]), [], "at {offset}");
+        }
+        for value in [0, 0x5554, 0x5556, 0xffff_u32] {
+            assert_eq!(requests(&[(0, &value.to_le_bytes())]), [], "{value:#x}");
+        }
+    }
+
+    #[test]
+    fn the_register_reads_as_zero() {
+        let mut power = Power::new(Arc::new(FakePower::default()));
+        let mut data = [0xff; 4];
+        assert_eq!(power.read(0, &mut data), Ok(()));
+        assert_eq!(data, [0; 4]);
+        assert_eq!(power.read(4, &mut data), Err(AccessError::NoRegister));
+        assert_eq!(power.read(2, &mut data), Err(AccessError::Misaligned));
+        assert_eq!(power.read(0, &mut data[..1]), Err(AccessError::Width));
+    }
+}

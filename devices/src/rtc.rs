@@ -149,8 +149,11 @@ impl MmioDevice for Rtc {
         let register = register32(offset, data.len())?;
         let value = u32::from_le_bytes(data.try_into().map_err(|_| AccessError::Width)?);
         match register {
-            reg::TIME_LOW => self.set_time(|[_, high]| [value, high]),
             reg::TIME_HIGH => self.set_time(|[low, _]| [low, value]),
+            reg::TIME_LOW => {
+                self.set_time(|[_, high]| [value, high]);
+                self.check_alarm();
+            }
             reg::ALARM_LOW => {
                 self.state.alarm = whole([value, halves(self.state.alarm)[1]]);
                 self.state.alarm_armed = true;
@@ -202,12 +205,12 @@ impl Rtc {
         self.clock.now_ns().wrapping_add(self.state.offset)
     }
 
-    /// Replaces one half of the time, and looks at the alarm in the new time.
+    /// Replaces one half of the time. Only with the low half, written last, is the new time whole, so
+    /// that the alarm can be held against it.
     fn set_time(&mut self, change: impl FnOnce([u32; 2]) -> [u32; 2]) {
         let now = self.now();
         let new = whole(change(halves(now)));
         self.state.offset = self.state.offset.wrapping_add(new.wrapping_sub(now));
-        self.check_alarm();
     }
 
     /// Fires the alarm if its time has come; otherwise makes the timer wait for it.
@@ -257,4 +260,207 @@ fn halves(value: u64) -> [u32; 2] {
 /// The 64-bit value with this low and high half.
 fn whole([low, high]: [u32; 2]) -> u64 {
     u64::from(high) << 32 | u64::from(low)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{ManualClock, TestIrq, turn, wiring};
+
+    const START: u64 = 1_700_000_000_123_456_789;
+
+    struct Board {
+        rtc: Box<dyn MmioDevice>,
+        irq: TestIrq,
+        clock: ManualClock,
+    }
+
+    fn board(options: &str) -> Board {
+        let (irq, clock) = (TestIrq::default(), ManualClock::default());
+        clock.set_ns(START);
+        let wiring =
+            Wiring { irq: Arc::new(irq.clone()), clock: Arc::new(clock.clone()), ..wiring() };
+        let rtc = MODEL.create(&Options::parse(options).unwrap(), wiring).unwrap();
+        Board { rtc, irq, clock }
+    }
+
+    impl Board {
+        fn read(&mut self, offset: u64) -> u32 {
+            let mut data = [0; 4];
+            self.rtc.read(offset, &mut data).unwrap();
+            u32::from_le_bytes(data)
+        }
+
+        fn write(&mut self, offset: u64, value: u32) {
+            self.rtc.write(offset, &value.to_le_bytes()).unwrap();
+        }
+
+        /// As Linux does: the low half first.
+        fn time(&mut self) -> u64 {
+            whole([self.read(reg::TIME_LOW), self.read(reg::TIME_HIGH)])
+        }
+
+        /// As Linux does: the high half first.
+        fn set(&mut self, low: u64, high: u64, value: u64) {
+            let [l, h] = halves(value);
+            self.write(high, h);
+            self.write(low, l);
+        }
+
+        fn set_alarm(&mut self, alarm: u64) {
+            self.set(reg::ALARM_LOW, reg::ALARM_HIGH, alarm);
+            self.write(reg::IRQ_ENABLED, 1);
+        }
+    }
+
+    #[test]
+    fn the_time_is_the_clock_s_in_nanoseconds() {
+        let mut board = board("rtc");
+        assert_eq!(board.time(), START);
+        board.clock.advance_ns(1);
+        assert_eq!(board.time(), START + 1);
+    }
+
+    #[test]
+    fn the_low_half_latches_the_high_half() {
+        let mut board = board("rtc");
+        board.clock.set_ns(0x1_ffff_ffff);
+        assert_eq!(board.read(reg::TIME_LOW), 0xffff_ffff);
+        board.clock.advance_ns(1);
+        assert_eq!(board.read(reg::TIME_HIGH), 1);
+        assert_eq!(board.time(), 0x2_0000_0000);
+    }
+
+    #[test]
+    fn the_guest_sets_its_clock_and_not_the_host_s() {
+        let mut board = board("rtc");
+        board.set(reg::TIME_LOW, reg::TIME_HIGH, 42_000_000_000);
+        board.clock.advance_ns(5);
+        assert_eq!(board.time(), 42_000_000_005);
+        assert_eq!(board.clock.now_ns(), START + 5);
+        board.rtc.reset();
+        assert_eq!(board.time(), START + 5);
+    }
+
+    #[test]
+    fn an_offset_moves_the_clock_either_way_and_stays_over_a_reset() {
+        for (options, nanos) in [("rtc,offset=3600", 3600 * NANOS), ("rtc,offset=-1", -NANOS)] {
+            let mut board = board(options);
+            let expected = START.wrapping_add_signed(nanos);
+            assert_eq!(board.time(), expected, "{options}");
+            board.set(reg::TIME_LOW, reg::TIME_HIGH, 7);
+            board.rtc.reset();
+            assert_eq!(board.time(), expected, "{options}");
+        }
+    }
+
+    #[test]
+    fn an_offset_that_is_no_number_of_seconds_is_refused() {
+        for value in ["", "x", "1.5", "9223372037", "-9223372037", "99999999999999999999"] {
+            let options = Options::parse(&format!("rtc,offset={value}")).unwrap();
+            let error = MODEL.create(&options, wiring()).err().unwrap();
+            assert!(matches!(error, BuildError::Option { .. }), "{value}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_alarm_in_the_past_fires_at_once() {
+        let mut board = board("rtc");
+        board.set_alarm(START);
+        assert!(board.irq.is_high());
+        assert_eq!(board.read(reg::ALARM_STATUS), 0);
+        board.write(reg::CLEAR_INTERRUPT, 1);
+        assert!(!board.irq.is_high());
+    }
+
+    #[test]
+    fn an_alarm_fires_when_its_time_has_come_and_not_before() {
+        let mut board = board("rtc");
+        board.set_alarm(START + 1_000_000);
+        assert_eq!(board.read(reg::ALARM_STATUS), 1);
+        // The timer fires by the host's clock; the guest's has not moved.
+        assert_eq!(turn(board.rtc.as_mut(), 1000).unwrap(), 1);
+        assert!(!board.irq.is_high());
+        board.clock.advance_ns(1_000_000);
+        assert_eq!(turn(board.rtc.as_mut(), 1000).unwrap(), 1);
+        assert!(board.irq.is_high());
+        assert_eq!(board.read(reg::ALARM_STATUS), 0);
+        // One alarm is one interrupt, and the loop sleeps again.
+        assert_eq!(turn(board.rtc.as_mut(), 10).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_cleared_alarm_does_not_fire() {
+        let mut board = board("rtc");
+        board.set_alarm(START + 1_000_000);
+        board.write(reg::CLEAR_ALARM, 1);
+        board.clock.advance_ns(2_000_000);
+        assert_eq!(turn(board.rtc.as_mut(), 10).unwrap(), 0);
+        board.rtc.ready(TOKEN_ALARM);
+        assert!(!board.irq.is_high());
+        assert_eq!(board.read(reg::ALARM_STATUS), 0);
+    }
+
+    #[test]
+    fn an_interrupt_that_is_not_enabled_waits_until_it_is() {
+        let mut board = board("rtc");
+        board.write(reg::ALARM_LOW, 1);
+        assert!(!board.irq.is_high());
+        board.write(reg::IRQ_ENABLED, 0xffff_ffff);
+        assert!(board.irq.is_high());
+        assert_eq!(board.read(reg::IRQ_ENABLED), 1);
+        board.write(reg::IRQ_ENABLED, 2);
+        assert!(!board.irq.is_high());
+    }
+
+    #[test]
+    fn setting_the_clock_past_the_alarm_fires_it() {
+        let mut board = board("rtc");
+        board.set_alarm(START + 3600 * 1_000_000_000);
+        let later = START + 7200 * 1_000_000_000;
+        let [low, high] = halves(later);
+        board.write(reg::TIME_HIGH, high);
+        assert!(!board.irq.is_high(), "half a time is none");
+        board.write(reg::TIME_LOW, low);
+        assert!(board.irq.is_high());
+    }
+
+    #[test]
+    fn the_alarm_reads_back_and_extreme_ones_do_no_harm() {
+        let mut board = board("rtc");
+        for alarm in [0, 1, u64::MAX, 1 << 63, START] {
+            board.set_alarm(alarm);
+            let read = whole([board.read(reg::ALARM_LOW), board.read(reg::ALARM_HIGH)]);
+            assert_eq!(read, alarm);
+            board.set(reg::TIME_LOW, reg::TIME_HIGH, alarm);
+            board.write(reg::CLEAR_INTERRUPT, 0);
+        }
+    }
+
+    #[test]
+    fn a_reset_takes_the_alarm_and_the_interrupt_back() {
+        let mut board = board("rtc");
+        board.set_alarm(START);
+        board.set_alarm(START + 1_000_000);
+        board.rtc.reset();
+        assert!(!board.irq.is_high());
+        board.clock.advance_ns(2_000_000);
+        assert_eq!(turn(board.rtc.as_mut(), 10).unwrap(), 0);
+        for offset in [reg::ALARM_LOW, reg::ALARM_HIGH, reg::IRQ_ENABLED, reg::ALARM_STATUS] {
+            assert_eq!(board.read(offset), 0, "at {offset:#x}");
+        }
+    }
+
+    #[test]
+    fn refusals_say_why() {
+        let mut rtc = board("rtc").rtc;
+        let mut word = [0; 4];
+        assert_eq!(rtc.read(reg::CLEAR_ALARM, &mut word), Err(AccessError::WriteOnly));
+        assert_eq!(rtc.read(reg::CLEAR_INTERRUPT, &mut word), Err(AccessError::WriteOnly));
+        assert_eq!(rtc.write(reg::ALARM_STATUS, &word), Err(AccessError::ReadOnly));
+        assert_eq!(rtc.read(0x20, &mut word), Err(AccessError::NoRegister));
+        assert_eq!(rtc.read(0x02, &mut word), Err(AccessError::Misaligned));
+        assert_eq!(rtc.read(0x00, &mut [0; 8]), Err(AccessError::Width));
+        assert_eq!(rtc.write(0x00, &[0; 2]), Err(AccessError::Width));
+    }
 }

@@ -8,10 +8,12 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::catalog::Wiring;
 use crate::console::{ConsoleBackend, Port, Ports};
+use crate::device::{Interest, MmioDevice};
 use crate::irq::IrqLine;
 use crate::power::{PowerRequest, PowerSwitch};
 use crate::rtc::Clock;
@@ -244,6 +246,30 @@ pub fn wiring() -> Wiring {
         clock: Arc::new(ManualClock::default()),
         ..Wiring::new(Arc::new(FakePower::default()))
     }
+}
+
+/// One turn of an I/O loop that has only this device: waits up to `timeout_ms` milliseconds for its
+/// sources, and calls it for each that is ready. Returns how many were: 0 means that the loop sleeps.
+///
+/// # Errors
+/// The system's, above all if epoll does not take one of the sources.
+pub fn turn(device: &mut dyn MmioDevice, timeout_ms: i32) -> io::Result<usize> {
+    let epoll = Epoll::new()?;
+    for source in device.sources() {
+        let events = match source.interest {
+            Interest::Read => EventSet::IN,
+            Interest::Write => EventSet::OUT,
+            Interest::ReadWrite => EventSet::IN | EventSet::OUT,
+        };
+        let event = EpollEvent::new(events, source.token.into());
+        epoll.ctl(ControlOperation::Add, source.fd, event)?;
+    }
+    let mut events = [EpollEvent::default(); 16];
+    let count = epoll.wait(timeout_ms, &mut events)?;
+    for event in events.iter().take(count) {
+        device.ready(u32::try_from(event.data()).unwrap_or(u32::MAX));
+    }
+    Ok(count)
 }
 
 /// Sets an eventfd's counter.

@@ -69,7 +69,7 @@ impl Core {
     /// The guest touches the PLIC: gateways that were shut by a reset forward what is high.
     pub(super) fn open_gateways(&mut self) {
         if std::mem::take(&mut self.state.gateways_shut) {
-            self.state.pending = self.state.level.clone();
+            self.state.pending.add_all(&self.state.level);
             self.drive_all();
         }
     }

@@ -47,6 +47,11 @@ impl Sources {
         *word = value & below & above;
     }
 
+    /// Adds every source of the other set.
+    pub(super) fn add_all(&mut self, other: &Self) {
+        self.words.iter_mut().zip(&other.words).for_each(|(word, more)| *word |= more);
+    }
+
     /// The sources that are in both sets, in order.
     pub(super) fn common<'a>(&'a self, other: &'a Self) -> impl Iterator<Item = u32> + 'a {
         let words = self.words.iter().zip(&other.words).map(|(a, b)| a & b);

@@ -1,0 +1,263 @@
+//! What every device promises, held against every model of the catalog and the PLIC.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use rvmm_devices::testing::{MemoryConsole, TestIrq, turn, wiring};
+use rvmm_devices::{
+    BuildError, Bus, CATALOG, Claim, FdtProperty, FdtValue, Interest, MmioDevice, Model, Options,
+    Placement, Plic, Wiring,
+};
+
+const WIDTHS: [usize; 4] = [1, 2, 4, 8];
+
+/// A device that has just been built, and what it is connected to.
+struct Built {
+    device: Box<dyn MmioDevice>,
+    irq: TestIrq,
+    console: MemoryConsole,
+}
+
+fn build(model: &Model) -> Built {
+    let (irq, console) = (TestIrq::default(), MemoryConsole::new().unwrap());
+    let wiring =
+        Wiring { irq: Arc::new(irq.clone()), console: Some(Box::new(console.clone())), ..wiring() };
+    let device = model.create(&Options::none(model.name), wiring).unwrap();
+    Built { device, irq, console }
+}
+
+/// One of each model, and a PLIC.
+fn devices() -> Vec<Built> {
+    let mut devices: Vec<_> = CATALOG.iter().map(build).collect();
+    let (irq, console) = (TestIrq::default(), MemoryConsole::new().unwrap());
+    let plic = Plic::new(95, vec![Arc::new(irq.clone()), Arc::new(TestIrq::default())]).unwrap();
+    devices.push(Built { device: Box::new(plic), irq, console });
+    devices
+}
+
+/// Offsets worth a look: all of a small device; of a large one its edges and the seams of its map.
+fn offsets(device: &dyn MmioDevice) -> Vec<u64> {
+    let size = device.size();
+    let seams = [0, 0x1000, 0x2000, 0x20_0000, 0x20_1000, 0x20_3000, size - 0x100];
+    let around = seams.iter().flat_map(|seam| *seam..seam + 0x200);
+    around.chain(size - 16..size + 16).chain([u64::MAX - 8, u64::MAX]).collect()
+}
+
+/// Every register of a device, by the offsets that can be read with some width.
+fn registers(device: &mut dyn MmioDevice) -> Vec<(u64, usize, Option<[u8; 8]>)> {
+    let mut all = Vec::new();
+    for offset in offsets(device) {
+        for width in WIDTHS {
+            let mut data = [0; 8];
+            let read = device.read(offset, &mut data[..width]);
+            all.push((offset, width, read.ok().map(|()| data)));
+        }
+    }
+    all
+}
+
+#[test]
+fn names_are_unique_and_fit_on_a_command_line() {
+    let mut names = HashSet::new();
+    for model in CATALOG {
+        assert!(names.insert(model.name), "{} twice", model.name);
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+        assert!(!model.name.is_empty() && model.name.chars().all(plain), "{:?}", model.name);
+        assert!(!model.summary.is_empty() && !model.summary.ends_with('.'), "{}", model.name);
+        assert!(model.irqs <= 1, "{}", model.name);
+        assert!(matches!(model.placement, Placement::Fixed | Placement::Slot));
+        assert_eq!(Model::find(model.name).unwrap().name, model.name);
+    }
+}
+
+#[test]
+fn an_unknown_model_is_refused_with_the_known_ones() {
+    for name in ["", "Serial", "uart", "serial "] {
+        let error = Model::find(name).unwrap_err().to_string();
+        assert!(error.contains(&format!("{name:?}")), "{error}");
+        assert!(CATALOG.iter().all(|model| error.contains(model.name)), "{error}");
+    }
+}
+
+#[test]
+fn every_model_builds_without_options_and_answers_to_its_name() {
+    for model in CATALOG {
+        let device = build(model).device;
+        assert_eq!(device.name(), model.name);
+        assert!(device.size() > 0 && device.size() <= 0x1000_0000, "{}", model.name);
+    }
+}
+
+#[test]
+fn keys_are_unique_and_explained() {
+    for model in CATALOG {
+        let mut names = HashSet::new();
+        for key in model.keys {
+            assert!(names.insert(key.name), "{}: {} twice", model.name, key.name);
+            assert!(!key.name.is_empty() && !key.name.contains(['=', ',']), "{}", model.name);
+            assert!(!key.value.is_empty() && !key.help.is_empty(), "{}: {}", model.name, key.name);
+        }
+    }
+}
+
+#[test]
+fn an_unknown_key_is_refused_with_the_known_ones() {
+    for model in CATALOG {
+        let options = Options::parse(&format!("{},no-such-key=1", model.name)).unwrap();
+        let error = model.create(&options, wiring()).err().unwrap();
+        let BuildError::Option { source, .. } = error else { panic!("{error}") };
+        let message = source.to_string();
+        assert!(message.contains("no-such-key"), "{message}");
+        assert!(model.keys.iter().all(|key| message.contains(key.name)), "{message}");
+    }
+}
+
+#[test]
+fn a_value_of_nonsense_is_refused_and_not_a_panic() {
+    for model in CATALOG {
+        for key in model.keys {
+            for value in ["", "\0", "-", "99999999999999999999999", "🦀", "%s", " 1"] {
+                let text = format!("{},{}={value}", model.name, key.name);
+                let options = Options::parse(&text).unwrap();
+                drop(model.create(&options, wiring()));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_register_reads_the_same_until_somebody_writes() {
+    for mut built in devices() {
+        let (first, second) = (registers(built.device.as_mut()), registers(built.device.as_mut()));
+        assert!(first == second, "{}", built.device.name());
+        assert!(first.iter().any(|(_, _, read)| read.is_some()), "{}", built.device.name());
+    }
+}
+
+#[test]
+fn an_access_past_the_end_is_refused() {
+    for mut built in devices() {
+        for offset in [built.device.size(), built.device.size() + 4, u64::MAX - 7, u64::MAX] {
+            for width in WIDTHS {
+                let name = built.device.name();
+                assert!(built.device.read(offset, &mut [0; 8][..width]).is_err(), "{name}");
+                assert!(built.device.write(offset, &[0; 8][..width]).is_err(), "{name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn after_a_reset_everything_is_as_it_was_at_power_on() {
+    for (mut built, mut fresh) in devices().into_iter().zip(devices()) {
+        for fill in [0xff, 0x5a, 0x01, 0x80, 0x13] {
+            for offset in offsets(built.device.as_ref()) {
+                for width in WIDTHS {
+                    let _ = built.device.write(offset, &[fill; 8][..width]);
+                }
+            }
+        }
+        built.console.type_in(b"input");
+        while turn(built.device.as_mut(), 0).unwrap() != 0 {}
+        built.device.reset();
+        assert!(!built.irq.is_high(), "{}", built.device.name());
+        let (reset, initial) = (registers(built.device.as_mut()), registers(fresh.device.as_mut()));
+        for (reset, initial) in reset.iter().zip(&initial) {
+            assert_eq!(reset, initial, "{}", built.device.name());
+        }
+    }
+}
+
+#[test]
+fn the_line_of_a_new_device_is_low() {
+    for built in devices() {
+        assert!(!built.irq.is_high() && built.irq.changes() == 0, "{}", built.device.name());
+    }
+}
+
+#[test]
+fn sources_are_what_epoll_takes_and_a_new_device_lets_the_loop_sleep() {
+    for mut built in devices() {
+        let sources = built.device.sources();
+        let distinct = |key: fn(&rvmm_devices::Source) -> i64| {
+            sources.iter().map(key).collect::<HashSet<_>>().len() == sources.len()
+        };
+        let name = built.device.name();
+        assert!(distinct(|source| source.fd.into()), "{name}: a descriptor twice");
+        assert!(distinct(|source| source.token.into()), "{name}: a token twice");
+        assert!(sources.iter().all(|source| source.interest == Interest::Read), "{name}");
+        assert_eq!(turn(built.device.as_mut(), 0).unwrap(), 0, "{name}");
+    }
+}
+
+#[test]
+fn an_event_without_cause_does_no_harm() {
+    for mut built in devices() {
+        for token in (0..10).chain([u32::MAX]) {
+            built.device.ready(token);
+        }
+        assert!(!built.irq.is_high(), "{}", built.device.name());
+    }
+}
+
+#[test]
+fn the_tree_names_each_device_and_its_companions() {
+    let mut names = HashSet::new();
+    for built in devices() {
+        let Some(fdt) = built.device.fdt() else { continue };
+        assert!(!fdt.compatible.is_empty(), "{}", built.device.name());
+        assert!(!fdt.name.contains('@') && !fdt.name.is_empty(), "{}", fdt.name);
+        assert!(names.insert(fdt.name), "{} twice", fdt.name);
+        let board_s =
+            ["reg", "interrupts", "interrupt-parent", "interrupts-extended", "compatible"];
+        let own = |property: &FdtProperty| !board_s.contains(&property.name);
+        assert!(fdt.properties.iter().all(own), "{}", fdt.name);
+        for companion in &fdt.companions {
+            assert!(names.insert(companion.name), "{} twice", companion.name);
+            let compatible = companion.properties.iter().find(|p| p.name == "compatible");
+            let value = &compatible.unwrap().value;
+            assert!(matches!(value, FdtValue::Strings(names) if !names.is_empty()));
+        }
+    }
+}
+
+#[test]
+fn all_models_share_a_bus() {
+    let bases = (0..).map(|index| index * 0x1000_0000);
+    let placed = bases.zip(devices()).map(|(base, built)| (base, built.device)).collect();
+    let bus = Bus::new(placed).unwrap();
+    for slot in bus.devices() {
+        let mut data = [0xee; 8];
+        assert_eq!(bus.read(slot.base + slot.size, &mut data), Claim::Unassigned);
+        assert_eq!(data, [0; 8], "{}", slot.name);
+        assert_eq!(bus.read(slot.base + slot.size - 1, &mut data), Claim::Refused);
+        assert_eq!(data, [0; 8], "{}", slot.name);
+    }
+    bus.reset();
+}
+
+proptest! {
+    #[test]
+    fn no_sequence_of_accesses_makes_a_device_panic_or_its_loop_spin(
+        accesses in prop::collection::vec(
+            (0_u8..8, prop_oneof![0_u64..0x30, 0_u64..0x400, any::<u64>()], 0_usize..9, any::<u64>()),
+            1..100,
+        )
+    ) {
+        for mut built in devices() {
+            for (what, offset, width, value) in &accesses {
+                let mut data = value.to_le_bytes();
+                match what {
+                    0..3 => drop(built.device.read(*offset, &mut data[..*width]).err()),
+                    3..6 => drop(built.device.write(*offset, &data[..*width]).err()),
+                    6 => built.console.type_in(&data),
+                    _ => built.device.ready(u32::from(data[0])),
+                }
+            }
+            let awake = (0..100).all(|_| turn(built.device.as_mut(), 0).unwrap() != 0);
+            prop_assert!(!awake, "{} spins", built.device.name());
+        }
+    }
+}

@@ -1,0 +1,700 @@
+//! The serial port as a guest's driver and a host's console see it.
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    reason = "a test fails by panicking"
+)]
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use proptest::prelude::*;
+use rvmm_devices::testing::{MemoryConsole, TestIrq, turn, wiring};
+use rvmm_devices::{AccessError, ConsoleBackend, MmioDevice, Model, Options, Port, Ports, Wiring};
+
+/// RBR, THR, DLL.
+const DATA: u64 = 0;
+const IER: u64 = 1;
+const IIR: u64 = 2;
+const FCR: u64 = 2;
+const LCR: u64 = 3;
+const MCR: u64 = 4;
+const LSR: u64 = 5;
+const MSR: u64 = 6;
+const SCR: u64 = 7;
+
+const RDI: u8 = 1;
+const THRI: u8 = 2;
+const DR: u8 = 1;
+const THRE: u8 = 0x20;
+const TEMT: u8 = 0x40;
+const DLAB: u8 = 0x80;
+const RTS: u8 = 2;
+const LOOP: u8 = 0x10;
+const NO_INT: u8 = 1;
+
+/// Bytes that a guest may send after it has seen THRE.
+const TX_FIFO: usize = 64;
+
+struct Board {
+    uart: Box<dyn MmioDevice>,
+    irq: TestIrq,
+    console: MemoryConsole,
+}
+
+fn uart(console: Option<Box<dyn ConsoleBackend>>, irq: &TestIrq) -> Box<dyn MmioDevice> {
+    let wiring = Wiring { irq: Arc::new(irq.clone()), console, ..wiring() };
+    Model::find("serial").unwrap().create(&Options::none("serial"), wiring).unwrap()
+}
+
+fn board() -> Board {
+    let (irq, console) = (TestIrq::default(), MemoryConsole::new().unwrap());
+    Board { uart: uart(Some(Box::new(console.clone())), &irq), irq, console }
+}
+
+/// A board whose guest takes input.
+fn listening() -> Board {
+    let mut board = board();
+    board.write(IER, RDI);
+    board.settle();
+    board
+}
+
+fn read(uart: &mut dyn MmioDevice, register: u64) -> u8 {
+    let mut data = [0xee];
+    uart.read(register, &mut data).unwrap();
+    data[0]
+}
+
+impl Board {
+    fn read(&mut self, register: u64) -> u8 {
+        read(self.uart.as_mut(), register)
+    }
+
+    fn write(&mut self, register: u64, value: u8) {
+        self.uart.write(register, &[value]).unwrap();
+    }
+
+    /// Sends bytes as a driver does that waits for THRE before each burst; gives up, and says how
+    /// many went, when the line is busy.
+    fn send(&mut self, bytes: &[u8]) -> usize {
+        for (count, burst) in bytes.chunks(TX_FIFO).enumerate() {
+            if self.read(LSR) & THRE == 0 {
+                return count * TX_FIFO;
+            }
+            burst.iter().for_each(|byte| self.write(DATA, *byte));
+        }
+        self.read(LSR);
+        bytes.len()
+    }
+
+    /// Runs the I/O loop until it sleeps; a loop that does not within 100 turns spins.
+    fn settle(&mut self) {
+        let turns = (0..100).take_while(|_| turn(self.uart.as_mut(), 0).unwrap() != 0).count();
+        assert!(turns < 100, "the I/O loop spins");
+    }
+
+    /// Reads as long as LSR says that there is something.
+    fn receive(&mut self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        while self.read(LSR) & DR != 0 {
+            bytes.push(self.read(DATA));
+        }
+        bytes
+    }
+}
+
+#[test]
+fn registers_have_their_values_after_power_on() {
+    let mut board = board();
+    let registers = [0, 0, NO_INT, 0x03, 0x08, THRE | TEMT, 0xb0, 0];
+    for (offset, value) in (0..).zip(registers) {
+        assert_eq!(board.read(offset), value, "register {offset}");
+    }
+    board.write(LCR, DLAB);
+    assert_eq!((board.read(DATA), board.read(IER)), (0x0c, 0));
+}
+
+#[test]
+fn only_one_byte_accesses_to_the_eight_registers_are_taken() {
+    let mut uart = board().uart;
+    for register in 0..8 {
+        for width in [0, 2, 4, 8] {
+            let refused = Err(AccessError::Width);
+            assert_eq!(uart.read(register, &mut [0; 8][..width]), refused);
+            assert_eq!(uart.write(register, &[0; 8][..width]), refused);
+        }
+    }
+    for offset in 8..0x100 {
+        assert_eq!(uart.read(offset, &mut [0]), Err(AccessError::NoRegister));
+        assert_eq!(uart.write(offset, &[0]), Err(AccessError::NoRegister));
+    }
+    assert_eq!(uart.write(LSR, &[0]), Err(AccessError::ReadOnly));
+    assert_eq!(uart.write(MSR, &[0]), Err(AccessError::ReadOnly));
+}
+
+#[test]
+fn scratch_line_control_and_divisor_read_back() {
+    let mut board = board();
+    for value in [0x55, 0xaa, 0xff, 0] {
+        board.write(SCR, value);
+        assert_eq!(board.read(SCR), value);
+        board.write(LCR, value | DLAB);
+        board.write(DATA, value);
+        board.write(IER, !value);
+        assert_eq!((board.read(DATA), board.read(IER)), (value, !value));
+        board.write(LCR, value & !DLAB);
+        assert_eq!(board.read(LCR), value & !DLAB);
+        assert_eq!(board.read(IER), 0, "the divisor is not IER");
+        board.write(MCR, value & !LOOP);
+        assert_eq!(board.read(MCR), value & !LOOP & 0x1f);
+    }
+    assert_eq!(board.console.output(), b"", "the divisor is not THR");
+}
+
+#[test]
+fn output_reaches_the_console_when_the_guest_looks_at_the_line() {
+    for looks_at in [LSR, IIR] {
+        let mut board = board();
+        b"hello".iter().for_each(|byte| board.write(DATA, *byte));
+        assert_eq!(board.console.writes(), 0);
+        board.read(looks_at);
+        assert_eq!(board.console.output(), b"hello");
+        assert_eq!(board.console.writes(), 1, "one system call for all of it");
+    }
+}
+
+#[test]
+fn output_of_a_guest_that_never_looks_arrives_soon_all_the_same() {
+    let mut board = board();
+    b"hello".iter().for_each(|byte| board.write(DATA, *byte));
+    while board.console.output().is_empty() {
+        assert_ne!(turn(board.uart.as_mut(), 5000).unwrap(), 0, "nothing would ever write it");
+    }
+    assert_eq!(board.console.output(), b"hello");
+    board.settle();
+}
+
+#[test]
+fn the_transmit_interrupt_follows_its_two_causes() {
+    let mut board = board();
+    board.write(IER, THRI);
+    assert!(board.irq.is_high(), "enabling it on an empty transmitter is a cause");
+    assert_eq!(board.read(IIR), 0x02);
+    assert!(!board.irq.is_high(), "reading IIR clears it");
+    assert_eq!(board.read(IIR), NO_INT);
+    board.write(DATA, b'x');
+    assert!(board.irq.is_high(), "the byte is gone, the transmitter empty again");
+    board.write(IER, 0);
+    assert!(!board.irq.is_high());
+}
+
+#[test]
+fn the_receive_interrupt_lasts_until_the_fifo_is_empty() {
+    let mut board = listening();
+    board.console.type_in(b"ab");
+    board.settle();
+    assert!(board.irq.is_high());
+    assert_eq!(board.read(IIR), 0x04);
+    assert!(board.irq.is_high(), "reading IIR does not clear it");
+    assert_eq!(board.read(DATA), b'a');
+    assert!(board.irq.is_high(), "there is more");
+    assert_eq!(board.read(DATA), b'b');
+    assert!(!board.irq.is_high());
+    assert_eq!(board.irq.changes(), 2);
+}
+
+#[test]
+fn one_cause_is_reported_at_a_time_and_receiving_comes_first() {
+    let mut board = listening();
+    board.console.type_in(b"a");
+    board.settle();
+    board.write(FCR, 1);
+    board.write(IER, RDI | THRI);
+    assert_eq!(board.read(IIR), 0xc4);
+    assert_eq!(board.read(IIR), 0xc4);
+    assert_eq!(board.read(DATA), b'a');
+    assert!(board.irq.is_high());
+    assert_eq!(board.read(IIR), 0xc2);
+    assert_eq!(board.read(IIR), 0xc0 | NO_INT);
+}
+
+#[test]
+fn masking_and_unmasking_loses_no_interrupt() {
+    // Linux's console masks IER around each message; input that came meanwhile must not wait.
+    let mut board = listening();
+    board.write(IER, 0);
+    board.console.type_in(b"a");
+    board.settle();
+    assert!(!board.irq.is_high());
+    board.write(IER, RDI);
+    assert!(board.irq.is_high());
+}
+
+#[test]
+fn a_storm_of_masking_ends_in_the_right_level_and_wakes_nobody() {
+    let mut board = listening();
+    for turn in 0..100_000_u32 {
+        board.write(IER, [0, RDI, THRI, RDI | THRI][turn as usize % 4]);
+    }
+    assert!(board.irq.is_high());
+    board.write(IER, RDI);
+    assert!(!board.irq.is_high());
+    assert_eq!(turn(board.uart.as_mut(), 0).unwrap(), 0);
+}
+
+#[test]
+fn drivers_find_a_16550a_and_nothing_more() {
+    // What tells the models apart: FIFO bits in IIR, and that nothing hides behind DLAB or 0xbf.
+    let mut board = board();
+    board.write(IER, 0x0f);
+    assert_eq!(board.read(IER), 0x0f);
+    board.write(IER, 0xff);
+    assert_eq!(board.read(IER), 0x0f, "no sleep mode, no UUE bit");
+    board.write(IER, 0);
+    assert_eq!(board.read(IIR) >> 6, 0, "no FIFO before it is enabled");
+    board.write(FCR, 1);
+    assert_eq!(board.read(IIR) >> 6, 3, "16550A");
+    board.write(LCR, 0xbf);
+    assert_ne!(board.read(2), 0, "no EFR");
+    board.write(LCR, DLAB);
+    board.write(FCR, 0x21);
+    assert_eq!(board.read(IIR) >> 5, 6, "no 64-byte mode");
+    board.write(LCR, 0);
+    // The loopback test: RTS, OUT2 out; CTS, DCD in.
+    board.write(MCR, LOOP | 0x0a);
+    assert_eq!(board.read(MSR) & 0xf0, 0x90);
+    board.write(MCR, 0);
+    board.write(FCR, 0);
+    assert_eq!(board.read(IIR) >> 6, 0);
+}
+
+/// The accesses of Linux's driver when the port is opened (`serial8250_do_startup`).
+fn open_as_linux_does(board: &mut Board) {
+    [1, 7, 0].into_iter().for_each(|value| board.write(FCR, value));
+    for register in [LSR, DATA, IIR, MSR] {
+        board.read(register);
+    }
+    board.write(LCR, 3);
+    // Does enabling the interrupt on an empty transmitter raise it, twice?
+    board.write(IER, THRI);
+    assert_eq!(board.read(IIR) & 0x0f, 0x02);
+    board.write(IER, 0);
+    board.write(IER, THRI);
+    assert_eq!(board.read(IIR) & 0x0f, 0x02, "else UART_BUG_THRE: a timer instead of interrupts");
+    board.write(IER, 0);
+    board.write(MCR, 0x08);
+    board.write(IER, THRI);
+    assert_eq!(board.read(LSR) & TEMT, TEMT);
+    assert_eq!(board.read(IIR) & NO_INT, 0, "else UART_BUG_TXEN");
+    board.write(IER, 0);
+    for register in [LSR, DATA, IIR, MSR] {
+        board.read(register);
+    }
+    board.write(IER, 0x05);
+    board.write(MCR, 0x0b);
+}
+
+#[test]
+fn linux_opens_the_port_and_finds_no_bug() {
+    let mut board = board();
+    open_as_linux_does(&mut board);
+    assert!(!board.irq.is_high());
+}
+
+#[test]
+fn what_was_typed_before_the_driver_started_is_not_lost() {
+    let mut board = board();
+    board.console.type_in(b"root\nls\n");
+    // The boot's messages: each ends with a look at the line.
+    for _ in 0..1000 {
+        board.write(IER, 0);
+        assert_eq!(board.send(b"message\r\n"), 9);
+        board.settle();
+    }
+    open_as_linux_does(&mut board);
+    board.settle();
+    assert_eq!(board.receive(), b"root\nls\n");
+}
+
+#[test]
+fn a_guest_that_polls_gets_its_input() {
+    for polls in [LSR, DATA] {
+        let mut board = board();
+        board.console.type_in(b"a");
+        let found = (0..100).any(|_| {
+            board.settle();
+            board.read(polls) & 1 == 1
+        });
+        assert!(found, "polling register {polls}");
+    }
+}
+
+#[test]
+fn a_guest_that_polls_between_dots_gets_its_input() {
+    let mut board = board();
+    board.console.type_in(b"a");
+    let found = (0..100).any(|_| {
+        board.settle();
+        let ready = board.read(LSR) & DR != 0;
+        board.send(b".");
+        ready
+    });
+    assert!(found);
+}
+
+#[test]
+fn raising_rts_is_listening() {
+    let mut board = board();
+    board.console.type_in(b"a");
+    board.settle();
+    assert_eq!(board.console.unread(), 1);
+    board.write(MCR, RTS);
+    board.settle();
+    assert_eq!(board.receive(), b"a");
+}
+
+#[test]
+fn clearing_the_receive_fifo_drops_what_is_in_it() {
+    for lcr in [0, DLAB] {
+        let mut board = listening();
+        board.console.type_in(b"abc");
+        board.settle();
+        board.write(LCR, lcr);
+        board.write(FCR, 1);
+        assert!(board.irq.is_high());
+        board.write(FCR, 3);
+        assert!(!board.irq.is_high());
+        assert_eq!(board.read(LCR), lcr);
+        assert_eq!(board.read(LSR) & DR, 0);
+    }
+}
+
+#[test]
+fn a_paste_waits_in_the_host_and_arrives_whole() {
+    let paste: Vec<u8> = (0..10_000_u32).map(|byte| byte as u8).collect();
+    let mut board = listening();
+    board.console.type_in(&paste);
+    board.settle();
+    assert_eq!(board.console.unread(), paste.len() - 64, "one FIFO full and no more");
+    let mut received = Vec::new();
+    while received.len() < paste.len() {
+        received.extend(board.receive());
+        board.settle();
+    }
+    assert_eq!(received, paste);
+}
+
+#[test]
+fn a_full_fifo_is_asked_to_be_refilled_when_half_of_it_is_free() {
+    let mut board = listening();
+    board.console.type_in(&[b'x'; 100]);
+    board.settle();
+    for _ in 0..31 {
+        board.read(DATA);
+    }
+    assert_eq!(turn(board.uart.as_mut(), 0).unwrap(), 0, "not for every byte");
+    board.read(DATA);
+    board.settle();
+    assert_eq!(board.console.unread(), 4);
+}
+
+#[test]
+fn the_end_of_the_input_lets_the_loop_sleep() {
+    let mut board = listening();
+    board.console.type_in(b"bye");
+    board.console.end_input();
+    board.settle();
+    assert_eq!(board.receive(), b"bye");
+    board.settle();
+    board.send(b"still here");
+    assert_eq!(board.console.output(), b"still here");
+}
+
+#[test]
+fn a_new_client_is_heard_after_the_last_one_hung_up() {
+    let mut board = listening();
+    board.console.hang_up();
+    board.settle();
+    assert_eq!(board.send(&[b'x'; 100_000]), 100_000, "nobody there holds nobody back");
+    board.console.connect();
+    board.console.type_in(b"hi");
+    board.settle();
+    assert_eq!(board.receive(), b"hi");
+    board.send(b"hello");
+    assert_eq!(board.console.output(), b"hello");
+}
+
+#[test]
+fn a_slow_reader_holds_the_guest_back_and_loses_nothing() {
+    let text: Vec<u8> = (0..50_000_u32).map(|byte| byte as u8).collect();
+    let mut board = board();
+    board.console.set_room(Some(1000));
+    let mut sent = board.send(&text);
+    assert!(sent < 6000, "{sent} bytes without a reader");
+    assert_eq!(board.read(LSR) & (THRE | TEMT), 0);
+    while sent < text.len() {
+        board.settle();
+        board.console.set_room(Some(777));
+        board.settle();
+        sent += board.send(&text[sent..]);
+    }
+    board.console.set_room(None);
+    board.settle();
+    assert_eq!(board.read(LSR) & (THRE | TEMT), THRE | TEMT);
+    assert!(board.console.output() == text);
+}
+
+#[test]
+fn the_transmit_interrupt_comes_back_with_the_room() {
+    let mut board = board();
+    board.write(IER, THRI);
+    board.console.set_room(Some(0));
+    board.send(&[b'x'; 5000]);
+    assert!(!board.irq.is_high());
+    board.write(IER, 0);
+    board.write(IER, THRI);
+    assert!(!board.irq.is_high(), "the transmitter is not empty");
+    assert_eq!(board.read(IIR), NO_INT);
+    board.console.set_room(None);
+    board.settle();
+    assert!(board.irq.is_high());
+    assert_eq!(board.read(IIR), 0x02);
+    assert_eq!(board.read(LSR) & (THRE | TEMT), THRE | TEMT);
+}
+
+#[test]
+fn a_stalled_reader_shows_in_temt_before_it_shows_in_thre() {
+    let mut board = board();
+    board.console.set_room(Some(0));
+    board.send(b"x");
+    assert_eq!(board.read(LSR) & (THRE | TEMT), THRE);
+}
+
+#[test]
+fn a_guest_that_looks_at_a_busy_line_again_and_again_makes_no_system_calls() {
+    let mut board = board();
+    board.console.set_room(Some(0));
+    board.send(&[b'x'; 5000]);
+    board.settle();
+    let writes = board.console.writes();
+    for _ in 0..10_000 {
+        board.read(LSR);
+    }
+    assert_eq!(board.console.writes(), writes);
+    assert_eq!(turn(board.uart.as_mut(), 0).unwrap(), 0);
+}
+
+#[test]
+fn a_guest_that_ignores_a_busy_line_loses_its_own_bytes_only() {
+    let text: Vec<u8> = (0..1_000_000_u32).map(|byte| (byte >> 4) as u8).collect();
+    let mut board = board();
+    board.console.set_room(Some(0));
+    text.iter().for_each(|byte| board.write(DATA, *byte));
+    board.console.set_room(None);
+    board.settle();
+    let output = board.console.output();
+    assert!(output.len() >= 60_000, "{} bytes kept", output.len());
+    assert!(output == text[..output.len()]);
+    board.send(b"after");
+    assert!(board.console.output().ends_with(b"after"));
+}
+
+#[test]
+fn a_closed_console_never_holds_the_guest_back() {
+    for kind in [ErrorKind::BrokenPipe, ErrorKind::StorageFull, ErrorKind::Other] {
+        let mut board = board();
+        board.console.fail_writes(Some(kind));
+        assert_eq!(board.send(&[b'x'; 100_000]), 100_000, "{kind}");
+        assert_eq!(board.read(LSR) & (THRE | TEMT), THRE | TEMT);
+        board.settle();
+    }
+}
+
+#[test]
+fn a_console_that_closes_while_it_is_full_lets_the_guest_go() {
+    let mut board = board();
+    board.console.set_room(Some(0));
+    board.send(&[b'x'; 10_000]);
+    assert_eq!(board.read(LSR) & THRE, 0);
+    board.console.fail_writes(Some(ErrorKind::BrokenPipe));
+    board.settle();
+    assert_eq!(board.read(LSR) & (THRE | TEMT), THRE | TEMT);
+}
+
+#[test]
+fn looped_bytes_come_back_and_reach_nobody_else() {
+    let mut board = listening();
+    board.console.type_in(b"input");
+    board.write(MCR, LOOP);
+    b"loop".iter().for_each(|byte| board.write(DATA, *byte));
+    board.settle();
+    assert!(board.irq.is_high());
+    assert_eq!(board.receive(), b"loop");
+    (0..1_000_000).for_each(|_| board.write(DATA, b'x'));
+    assert_eq!(board.receive().len(), 64);
+    assert_eq!(board.console.output(), b"");
+    assert_eq!(board.console.unread(), 5, "input waits meanwhile");
+    board.write(MCR, 0);
+    board.settle();
+    assert_eq!(board.receive(), b"input");
+}
+
+#[test]
+fn a_reset_loses_no_output() {
+    let mut board = board();
+    board.console.set_room(Some(0));
+    board.send(b"last words");
+    board.uart.reset();
+    board.write(DATA, b'!');
+    board.console.set_room(None);
+    board.settle();
+    assert_eq!(board.console.output(), b"last words!");
+}
+
+#[test]
+fn a_reset_takes_the_interrupt_and_the_input_back() {
+    let mut board = listening();
+    board.console.type_in(b"a");
+    board.settle();
+    assert!(board.irq.is_high());
+    board.uart.reset();
+    assert!(!board.irq.is_high());
+    assert_eq!(board.read(LSR), THRE | TEMT);
+    board.console.type_in(b"b");
+    board.settle();
+    assert_eq!(board.console.unread(), 1, "the new guest does not listen yet");
+}
+
+#[test]
+fn a_port_without_a_console_swallows_all() {
+    let mut uart = uart(None, &TestIrq::default());
+    for _ in 0..100_000 {
+        uart.write(DATA, b"x").unwrap();
+        assert_eq!(read(uart.as_mut(), LSR), THRE | TEMT);
+    }
+}
+
+#[test]
+fn the_tree_says_what_the_driver_needs() {
+    let fdt = board().uart.fdt().unwrap();
+    assert_eq!((fdt.name, fdt.compatible), ("serial", vec!["ns16550a"]));
+    let names: Vec<_> = fdt.properties.iter().map(|property| property.name).collect();
+    assert_eq!(names, ["clock-frequency", "fifo-size"]);
+}
+
+/// A socket with a peer that is as slow as it likes.
+struct Socket(UnixStream);
+
+impl ConsoleBackend for Socket {
+    fn ports(&self) -> Ports {
+        let port = Port::Poll(self.0.as_raw_fd());
+        Ports { input: port, output: port, attention: None }
+    }
+
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buffer)
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes)
+    }
+}
+
+/// Runs an I/O thread and a guest's thread on one port until the guest is done and all is written.
+fn with_io_thread(uart: Box<dyn MmioDevice>, guest: impl FnOnce(&Mutex<Box<dyn MmioDevice>>)) {
+    let uart = Mutex::new(uart);
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let busy = |uart: &dyn MmioDevice| uart.sources().iter().any(|s| s.interest.writes());
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            loop {
+                let mut uart = uart.lock().unwrap();
+                let slept = turn(uart.as_mut(), 0).unwrap() == 0;
+                let over = done.load(std::sync::atomic::Ordering::SeqCst);
+                if over && !busy(uart.as_ref()) {
+                    break;
+                }
+                drop(uart);
+                if slept {
+                    std::thread::sleep(Duration::from_micros(50));
+                }
+            }
+        });
+        guest(&uart);
+        done.store(true, std::sync::atomic::Ordering::SeqCst);
+    });
+}
+
+#[test]
+fn a_megabyte_through_a_slow_socket_arrives_byte_for_byte() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    let text: Vec<u8> = (0..1_000_000_u32).map(|byte| (byte % 251) as u8).collect();
+    let reader = std::thread::spawn(move || {
+        let (mut all, mut some) = (Vec::<u8>::new(), [0; 3000]);
+        loop {
+            match theirs.read(&mut some).unwrap() {
+                0 => return all,
+                read => all.extend(&some[..read]),
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    });
+    let uart = uart(Some(Box::new(Socket(ours))), &TestIrq::default());
+    with_io_thread(uart, |uart| {
+        for burst in text.chunks(TX_FIFO) {
+            while read(uart.lock().unwrap().as_mut(), LSR) & THRE == 0 {
+                std::thread::yield_now();
+            }
+            let mut uart = uart.lock().unwrap();
+            burst.iter().for_each(|byte| uart.write(DATA, &[*byte]).unwrap());
+        }
+    });
+    assert!(reader.join().unwrap() == text);
+}
+
+#[test]
+fn a_socket_whose_peer_is_gone_is_left_alone() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    let mut uart = uart(Some(Box::new(Socket(ours))), &TestIrq::default());
+    uart.write(IER, &[RDI]).unwrap();
+    turn(uart.as_mut(), 0).unwrap();
+    drop(theirs);
+    turn(uart.as_mut(), 0).unwrap();
+    uart.write(DATA, b"x").unwrap();
+    assert_eq!(read(uart.as_mut(), LSR), THRE | TEMT);
+    while turn(uart.as_mut(), 20).unwrap() != 0 {}
+    assert_eq!(uart.sources().len(), 2, "only its own two descriptors are left");
+}
+
+proptest! {
+    #[test]
+    fn whatever_the_guest_does_the_line_is_what_iir_says(
+        steps in prop::collection::vec((0_u8..4, 0_u64..8, any::<u8>()), 0..300)
+    ) {
+        let mut board = board();
+        for (what, register, value) in steps {
+            match what {
+                0 => {
+                    board.read(register);
+                }
+                1 => {
+                    let _ = board.uart.write(register, &[value]);
+                }
+                2 => board.console.type_in(&[value]),
+                _ => {
+                    board.console.set_room((value & 3 != 0).then_some(usize::from(value)));
+                    board.settle();
+                }
+            }
+        }
+        let high = board.irq.is_high();
+        prop_assert_eq!(board.read(IIR) & NO_INT == 0, high);
+    }
+}
