@@ -1,0 +1,410 @@
+//! No access, however wrong, harms the machine; and the last one, a trap whose vector is nowhere, ends it with a documented
+//! stop.
+//!
+//! Boot argument `end=vector` (the trap vector lies where nothing is), `end=spin` (it lies on a page that is not mapped: the
+//! hart takes page faults for ever), or nothing (power off).
+
+#![no_std]
+#![no_main]
+
+use core::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+use runtime::irqchip::Irqchip;
+use runtime::trap::{self, Interrupt};
+use runtime::uart::{self, reg};
+use runtime::{
+    Board, Failure, aia, csr, csr_set, csr_write, ensure, ensure_eq, mmio, paging, println, report,
+    rtc, sbi, smp, time,
+};
+
+runtime::guest!(run);
+
+const FINISHER: usize = 0x10_0000;
+const WORDS: [u32; 9] =
+    [0, 1, 7, 8, 0x7fff_ffff, 0x8000_0000, 0xaaaa_aaaa, 0xffff_fffe, 0xffff_ffff];
+
+fn run(board: &'static Board) {
+    report::run(
+        "hostile",
+        board,
+        &[
+            ("interrupt controller, every register", every_register),
+            ("interrupt controller, wrong widths", wrong_widths),
+            ("interrupt controller, contexts and harts that are not there", absent),
+            ("claims and completions of nothing", claims),
+            ("UART, every register and width", uart_registers),
+            ("UART, loopback overflow", loopback),
+            ("UART, interrupt storm", storm),
+            ("clock", clock),
+            ("power register", power),
+            ("across the end of memory", across),
+            ("timers", timers),
+            ("all harts at once", all_harts),
+            ("interrupts still come", still_alive),
+        ],
+    );
+    match board.arg("end") {
+        Some("vector") => vector(),
+        Some("spin") => spin(),
+        _ => {}
+    }
+}
+
+fn control_registers(board: &'static Board) -> (usize, usize) {
+    match &board.irqchip {
+        Irqchip::Plic(plic) => (plic.base, plic.size),
+        Irqchip::Aia(aia) => (aia.aplic, 0x4000),
+        Irqchip::None => (0x0c00_0000, 0),
+    }
+}
+
+/// Registers that raise, enable or configure an interrupt for real are left alone where `junk` would.
+fn put_back(board: &'static Board) {
+    match &board.irqchip {
+        Irqchip::Plic(plic) => {
+            for source in 1..=plic.sources {
+                mmio::write32(plic.priority(source), 0);
+            }
+            for cpu in board.cpus() {
+                plic.init(cpu.hart);
+            }
+        }
+        Irqchip::Aia(aia) => {
+            for source in 1..=aia.sources {
+                mmio::write32(aia.register(aia::reg::CLRIENUM), source);
+                mmio::write32(aia.register(aia::reg::SOURCECFG + 4 * (source as usize - 1)), 0);
+                mmio::write32(aia.register(aia::reg::TARGET + 4 * (source as usize - 1)), source);
+            }
+        }
+        Irqchip::None => {}
+    }
+    board.irqchip.init(board.boot_hart);
+    while board.irqchip.claim(board.boot_hart) != 0 {}
+}
+
+/// Every word of the registers (every 64th of the large empty ranges), read and written with junk.
+fn every_register(board: &'static Board) -> Result<(), Failure> {
+    let (base, size) = control_registers(board);
+    let dense = (0..0x4000.min(size)).step_by(4);
+    let sparse = (0x4000.min(size)..size).step_by(0x1004 & !3);
+    for offset in dense.chain(sparse) {
+        let _ = mmio::read32(base + offset);
+    }
+    for word in WORDS {
+        for offset in [
+            0, 4, 8, 0x28, 0x17c, 0x180, 0xffc, 0x1000, 0x100c, 0x1bfc, 0x1bc0, 0x1bc4, 0x1bc8,
+            0x1bcc,
+        ]
+        .into_iter()
+        .chain((0x1c00..0x2100).step_by(4))
+        .chain([
+            0x2100, 0x2ffc, 0x3000, 0x3004, 0x3ffc, 0x20_0000, 0x20_1000, 0x20_1008, 0x20_2000,
+            0x5f_fffc,
+        ]) {
+            if offset < size {
+                mmio::write32(base + offset, word);
+                let _ = mmio::read32(base + offset);
+            }
+        }
+    }
+    put_back(board);
+    Ok(())
+}
+
+fn wrong_widths(board: &'static Board) -> Result<(), Failure> {
+    let (base, size) = control_registers(board);
+    for offset in [
+        0, 0x28, 0x1000, 0x1c00, 0x2000, 0x2080, 0x3000, 0x20_0000, 0x20_1000, 0x20_1004, 0x20_1008,
+    ] {
+        if offset >= size {
+            continue;
+        }
+        let at = base + offset;
+        mmio::write8(at, 0xff);
+        mmio::write8(at + 3, 0xff);
+        mmio::write16(at + 2, 0xffff);
+        ensure_eq!(mmio::read8(at), 0, "a byte at {offset:#x}");
+        ensure_eq!(mmio::read16(at + 2), 0, "a halfword at {offset:#x}");
+        if at % 8 == 0 {
+            mmio::write64(at, u64::MAX);
+            ensure_eq!(mmio::read64(at), 0, "a doubleword at {offset:#x}");
+        }
+    }
+    put_back(board);
+    Ok(())
+}
+
+fn absent(board: &'static Board) -> Result<(), Failure> {
+    match &board.irqchip {
+        Irqchip::Plic(plic) => {
+            let there = 2 * board.cpus().len();
+            for context in [there, there + 1, 500, 1023] {
+                for at in [
+                    plic.enables(context, 1),
+                    plic.threshold(context),
+                    plic.claim_register(context),
+                ] {
+                    if at < plic.base + plic.size {
+                        mmio::write32(at, 0xffff_ffff);
+                        ensure_eq!(mmio::read32(at), 0, "context {context} at {at:#x}");
+                    }
+                }
+            }
+            // Sources behind the last one, and source 0.
+            for source in [0, plic.sources + 1, 512, 1023] {
+                mmio::write32(plic.priority(source), 7);
+                ensure_eq!(mmio::read32(plic.priority(source)), 0, "priority of source {source}");
+            }
+            let context = plic.context(board.boot_hart);
+            mmio::write32(plic.enables(context, 1), 0xffff_ffff);
+            ensure_eq!(mmio::read32(plic.enables(context, 1)) & 1, 0, "source 0 is enabled");
+            mmio::write32(plic.enables(context, 1000), 0xffff_ffff);
+            ensure_eq!(mmio::read32(plic.enables(context, 1000)), 0, "source 1000 is enabled");
+            mmio::write32(plic.pending(1), 0xffff_ffff);
+            ensure_eq!(mmio::read32(plic.pending(1)), 0, "pending bits that were written");
+            mmio::write32(plic.priority(1), 0xffff_ffff);
+            ensure!(
+                mmio::read32(plic.priority(1)) <= 7,
+                "priority {:#x}",
+                mmio::read32(plic.priority(1))
+            );
+        }
+        Irqchip::Aia(aia) => {
+            // Sources that send to harts, guests and identities that are not there.
+            for target in [
+                0x3fff << 18 | 1,
+                63 << 12 | 1,
+                0x7ff,
+                0xffff_ffff,
+                (board.cpus().len() as u32) << 18 | 5,
+            ] {
+                mmio::write32(aia.register(aia::reg::SOURCECFG + 4 * 19), 4);
+                mmio::write32(aia.register(aia::reg::TARGET + 4 * 19), target);
+                mmio::write32(aia.register(aia::reg::SETIENUM), 20);
+                mmio::write32(aia.register(aia::reg::SETIPNUM), 20);
+                mmio::write32(aia.register(0x3000), target);
+            }
+            for source in [0, aia.sources + 1, 1023, 0xffff_ffff] {
+                mmio::write32(aia.register(aia::reg::SETIENUM), source);
+                mmio::write32(aia.register(aia::reg::SETIPNUM), source);
+                mmio::write32(aia.register(aia::reg::CLRIENUM), source);
+            }
+            let (imsics, size) = aia.imsics;
+            for at in
+                [imsics, imsics + 4, imsics + 8, imsics + 0xffc, imsics + size, imsics + 0xff_f000]
+            {
+                for id in [0, aia.ids + 1, 2047, 0xffff_ffff] {
+                    mmio::write32(at, id);
+                }
+                let _ = (mmio::read32(at), mmio::read64(at & !7), mmio::read8(at));
+            }
+            for select in [0, 1, 0x6f, 0x71, 0x73, 0x7f, 0x81, 0xff, 0x100, usize::MAX] {
+                let _ = trap::expect(|| {
+                    aia::write_imsic(select, usize::MAX);
+                    let _ = aia::read_imsic(select);
+                });
+            }
+        }
+        Irqchip::None => {}
+    }
+    put_back(board);
+    Ok(())
+}
+
+fn claims(board: &'static Board) -> Result<(), Failure> {
+    let hart = board.boot_hart;
+    for _ in 0..1000 {
+        ensure_eq!(board.irqchip.claim(hart), 0, "a claim of nothing");
+    }
+    for source in [1, uart::IRQ, 31, 32, 95] {
+        board.irqchip.complete(source, hart);
+    }
+    if let Irqchip::Plic(plic) = &board.irqchip {
+        for id in WORDS.into_iter().chain([96, 1023, 1024]) {
+            mmio::write32(plic.claim_register(plic.context(hart)), id);
+        }
+    }
+    ensure_eq!(board.irqchip.claim(hart), 0, "a claim after completions of nothing");
+    Ok(())
+}
+
+fn uart_registers(_: &'static Board) -> Result<(), Failure> {
+    // Loopback, so that what is written to THR does not show.
+    for value in [0x10, 0x1f, 0xff, 0x30] {
+        uart::write(reg::MCR, value);
+        for lcr in [0, 0x80, 0xff, 3] {
+            uart::write(reg::LCR, lcr);
+            for register in [reg::THR, reg::IER, reg::FCR, reg::LSR, reg::MSR, reg::SCR] {
+                for byte in [0, 0x55, 0xaa, 0xff] {
+                    uart::write(register, byte);
+                }
+            }
+            for at in 0..0x100 {
+                let _ = uart::read(at);
+            }
+        }
+    }
+    for at in (0..0x100).step_by(8) {
+        let _ = (
+            mmio::read64(uart::BASE + at),
+            mmio::read32(uart::BASE + at),
+            mmio::read16(uart::BASE + at),
+        );
+    }
+    uart::write(reg::FCR, 6);
+    uart::init();
+    Ok(())
+}
+
+fn loopback(_: &'static Board) -> Result<(), Failure> {
+    uart::write(reg::MCR, uart::MCR_LOOP);
+    for byte in 0..10_000u32 {
+        uart::write(reg::THR, byte as u8);
+    }
+    let mut received = 0;
+    while uart::try_receive().is_some() {
+        received += 1;
+        ensure!(received <= 64, "more than 64 bytes in the receiver");
+    }
+    uart::init();
+    ensure!(received > 0, "nothing came back");
+    Ok(())
+}
+
+fn storm(board: &'static Board) -> Result<(), Failure> {
+    board.irqchip.init(board.boot_hart);
+    board.irqchip.route(uart::IRQ, board.boot_hart);
+    board.irqchip.unmask(uart::IRQ, board.boot_hart);
+    for round in 0..5_000u32 {
+        uart::write(reg::IER, (round & 0xf) as u8);
+    }
+    // Up, claimed and never completed; the host must not spin (which only the host can see).
+    uart::write(reg::IER, uart::IER_THRE);
+    let _ = board.irqchip.claim(board.boot_hart);
+    time::pause(20);
+    uart::init();
+    board.irqchip.complete(uart::IRQ, board.boot_hart);
+    put_back(board);
+    Ok(())
+}
+
+fn clock(_: &'static Board) -> Result<(), Failure> {
+    rtc::write(rtc::reg::IRQ_ENABLED, 1);
+    for word in WORDS {
+        for register in (0..0x40).step_by(4) {
+            rtc::write(register, word);
+            let _ = rtc::read(register);
+        }
+    }
+    for alarm in [0, 1, u64::MAX, u64::MAX / 2, 1 << 63] {
+        rtc::set_alarm_ns(alarm);
+    }
+    for _ in 0..1000 {
+        rtc::set_alarm_ns(rtc::now_ns() + 1);
+    }
+    rtc::write(rtc::reg::IRQ_ENABLED, 0);
+    rtc::write(rtc::reg::CLEAR_ALARM, 1);
+    rtc::write(rtc::reg::CLEAR_INTERRUPT, 1);
+    ensure_eq!(rtc::read(rtc::reg::ALARM_STATUS), 0, "the alarm after it was cleared");
+    Ok(())
+}
+
+fn power(_: &'static Board) -> Result<(), Failure> {
+    for word in WORDS {
+        mmio::write32(FINISHER, word & !0xffff | 0x1111);
+        mmio::write32(FINISHER + 4, word);
+        mmio::write32(FINISHER + 0xffc, word);
+        mmio::write8(FINISHER, word as u8);
+        mmio::write64(FINISHER, u64::from(word));
+        let _ = mmio::read64(FINISHER);
+    }
+    Ok(())
+}
+
+/// Accesses that begin in memory and end behind it, or that begin in one page of a device and end in the next: a fault or an
+/// answer, and the machine goes on.
+fn across(board: &'static Board) -> Result<(), Failure> {
+    let end = board.ram.0 + board.ram.1;
+    for at in [end - 4, end - 1, end - 7, rtc::BASE + 0xffd, uart::BASE + 0xffc + 1, rtc::BASE - 2]
+    {
+        let _ = trap::expect(|| _ = mmio::read64(at));
+        let _ = trap::expect(|| mmio::write64(at, 0));
+        let _ = trap::expect(|| _ = mmio::read32(at));
+    }
+    Ok(())
+}
+
+fn timers(_: &'static Board) -> Result<(), Failure> {
+    for time in [0, 1, u64::MAX, u64::MAX - 1, 1 << 63] {
+        ensure_eq!(sbi::set_timer(time).error, 0, "set_timer({time:#x})");
+    }
+    Ok(())
+}
+
+static RUNNING: AtomicUsize = AtomicUsize::new(0);
+
+fn all_harts(board: &'static Board) -> Result<(), Failure> {
+    fn job() {
+        let board = Board::get();
+        let (base, _) = control_registers(board);
+        for round in 0..3_000 {
+            let _ = mmio::read32(base + 4 * (round % 90));
+            let _ = mmio::read32(0x6000_0000 + 4 * round);
+            let _ = uart::read(reg::LSR);
+            let _ = rtc::now_ns();
+            sbi::call2(0x0900_0000 + round, 0, 0, 0);
+        }
+        RUNNING.fetch_sub(1, SeqCst);
+    }
+    RUNNING.store(board.cpus().len(), SeqCst);
+    for cpu in board.cpus().iter().filter(|cpu| cpu.hart != board.boot_hart) {
+        ensure_eq!(smp::start(cpu.hart, job).error, 0, "start of hart {}", cpu.hart);
+    }
+    job();
+    ensure!(time::wait_until(|| RUNNING.load(SeqCst) == 0), "{} harts hang", RUNNING.load(SeqCst));
+    Ok(())
+}
+
+static TAKEN: AtomicUsize = AtomicUsize::new(0);
+
+fn still_alive(board: &'static Board) -> Result<(), Failure> {
+    trap::on(Interrupt::External, || {
+        let board = Board::get();
+        let source = board.irqchip.claim(board.boot_hart);
+        let _ = uart::read(reg::IIR);
+        uart::write(reg::IER, 0);
+        if source == uart::IRQ {
+            TAKEN.fetch_add(1, SeqCst);
+            board.irqchip.complete(source, board.boot_hart);
+        }
+    });
+    put_back(board);
+    board.irqchip.route(uart::IRQ, board.boot_hart);
+    board.irqchip.unmask(uart::IRQ, board.boot_hart);
+    csr_set!("sie", csr::SIE_EXTERNAL);
+    csr::interrupts_on();
+    uart::write(reg::IER, uart::IER_THRE);
+    let came = time::wait_until(|| TAKEN.load(SeqCst) > 0);
+    csr::interrupts_off();
+    ensure!(came, "no interrupt from the UART");
+    Ok(())
+}
+
+fn vector() {
+    println!("hostile: a trap whose vector is nowhere");
+    csr_write!("stvec", 0x6000_0000);
+    jump(0x6000_1000);
+}
+
+fn spin() {
+    println!("hostile: page faults for ever");
+    csr_write!("stvec", paging::UNMAPPED);
+    paging::on();
+    jump(paging::UNMAPPED);
+}
+
+fn jump(target: usize) {
+    // SAFETY: nothing is there, and nothing is meant to come back.
+    let code: extern "C" fn() = unsafe { core::mem::transmute(target) };
+    code();
+}

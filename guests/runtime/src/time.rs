@@ -1,0 +1,40 @@
+//! The `time` counter and waits that are bounded by it. Bounds are generous: a guest may run on a very slow machine.
+
+use core::arch::asm;
+
+use crate::board::Board;
+
+/// The `time` CSR.
+#[must_use]
+pub fn now() -> u64 {
+    let now;
+    // SAFETY: `rdtime` changes nothing.
+    unsafe { asm!("rdtime {}", out(reg) now, options(nomem, nostack)) }
+    now
+}
+
+/// Ticks in `ms` milliseconds.
+#[must_use]
+pub fn ticks(ms: u64) -> u64 {
+    Board::get().timebase_hz * ms / 1000
+}
+
+/// Waits until `done`, at most a minute; false if it never came.
+pub fn wait_until(mut done: impl FnMut() -> bool) -> bool {
+    let start = now();
+    while !done() {
+        if now() - start > ticks(60_000) {
+            return false;
+        }
+        core::hint::spin_loop();
+    }
+    true
+}
+
+/// Lets `ms` milliseconds pass.
+pub fn pause(ms: u64) {
+    let start = now();
+    while now() - start < ticks(ms) {
+        core::hint::spin_loop();
+    }
+}

@@ -1,0 +1,280 @@
+//! Every SBI call is answered, whatever its arguments; and so is the one CSR that the kernel leaves to user space.
+//!
+//! Boot argument `input`: also reads bytes from the debug console, and suspends the machine where SUSP is there.
+
+#![no_std]
+#![no_main]
+
+use core::sync::atomic::{AtomicBool, Ordering::SeqCst};
+
+use runtime::sbi::{self, Ret};
+use runtime::{Board, Failure, csr, ensure, ensure_eq, println, report, smp, uart};
+
+runtime::guest!(run);
+
+/// Most bytes that rvmm moves in one call.
+const AT_ONCE: usize = 4096;
+const OUTSIDE: usize = 0x5000_0000;
+
+static LARGE: [u8; 3 * AT_ONCE] = {
+    let mut text = [b'='; 3 * AT_ONCE];
+    let mut at = 63;
+    while at < text.len() {
+        text[at] = b'\n';
+        at += 64;
+    }
+    text
+};
+
+fn run(board: &'static Board) {
+    let input = board.bootargs.split(' ').any(|word| word == "input");
+    let ok = report::run(
+        "sbi",
+        board,
+        &[
+            ("base", base),
+            ("vendor and experimental", vendor),
+            ("unknown", unknown),
+            ("legacy", legacy),
+            ("console write", console_write),
+            ("console write, hostile", console_write_hostile),
+            ("console read, hostile", console_read_hostile),
+            ("hart state", hart_state),
+            ("suspend, hostile", suspend_hostile),
+            ("reset, hostile", reset_hostile),
+            ("seed", seed),
+        ],
+    );
+    if ok && input {
+        report::run("sbi input", board, &[("console read", console_read)]);
+        suspend();
+    }
+}
+
+fn base(_: &'static Board) -> Result<(), Failure> {
+    let version = sbi::call2(sbi::BASE, 0, 0, 0);
+    ensure_eq!(version.error, 0, "get_spec_version");
+    ensure!(version.value >> 24 >= 2, "SBI {}.{}", version.value >> 24, version.value & 0xff_ffff);
+    for function in 1..=6 {
+        ensure_eq!(
+            sbi::call2(sbi::BASE, function, sbi::TIME, 0).error,
+            0,
+            "base function {function}"
+        );
+    }
+    for extension in [sbi::BASE, sbi::TIME, sbi::IPI, sbi::RFENCE, sbi::HSM, sbi::SRST, sbi::DBCN] {
+        ensure!(sbi::has(extension), "extension {extension:#x} is missing");
+    }
+    for extension in
+        [0x0800_0000, 0x08ff_ffff, 0x0900_0000, 0x09ff_ffff, 0x0a00_0000, 0x1234_5678, usize::MAX]
+    {
+        let ret = sbi::call2(sbi::BASE, 3, extension, 0);
+        ensure_eq!(ret, Ret { error: 0, value: 0 }, "probe of {extension:#x}");
+    }
+    Ok(())
+}
+
+fn vendor(_: &'static Board) -> Result<(), Failure> {
+    let garbage = [usize::MAX, 0x8000_0000, OUTSIDE, 1, !7, 0x5555_5555_5555_5555];
+    for extension in [0x0800_0000, 0x0800_0001, 0x08ff_ffff, 0x0900_0000, 0x0912_3456, 0x09ff_ffff]
+    {
+        for bit in 0..=64 {
+            let function = if bit == 64 { 0 } else { 1 << bit };
+            let ret = sbi::call(extension, function, garbage);
+            ensure_eq!(
+                ret.error,
+                sbi::NOT_SUPPORTED,
+                "extension {extension:#x} function {function:#x}"
+            );
+        }
+    }
+    Ok(())
+}
+
+fn unknown(_: &'static Board) -> Result<(), Failure> {
+    for extension in [0x9, 0xf, 0x11, 0x0a00_0000, 0x0aff_ffff, 0x1234_5678, 1 << 40, usize::MAX] {
+        let ret = sbi::call(extension, 0, [usize::MAX; 6]);
+        ensure_eq!(ret.error, sbi::NOT_SUPPORTED, "extension {extension:#x}");
+    }
+    for extension in [sbi::BASE, sbi::TIME, sbi::IPI, sbi::RFENCE, sbi::HSM, sbi::SRST, sbi::DBCN] {
+        let ret = sbi::call(extension, 99, [usize::MAX; 6]);
+        ensure_eq!(ret.error, sbi::NOT_SUPPORTED, "function 99 of extension {extension:#x}");
+    }
+    Ok(())
+}
+
+/// The calls of SBI 0.1: there or not, as the host's kernel has it; never an end.
+fn legacy(_: &'static Board) -> Result<(), Failure> {
+    sbi::call2(1, 0, b'!'.into(), 0);
+    sbi::call2(1, 0, b'\n'.into(), 0);
+    sbi::call2(2, 0, 0, 0);
+    for extension in 3..=4 {
+        sbi::call2(extension, 0, 0, 0);
+    }
+    Ok(())
+}
+
+fn console_write(_: &'static Board) -> Result<(), Failure> {
+    let text = b"sbi: written by the debug console\n";
+    let ret = sbi::console_write(text.len(), text.as_ptr() as usize, 0);
+    ensure_eq!(ret, Ret { error: 0, value: text.len() }, "a write of {} bytes", text.len());
+    for byte in b"sbi: byte by byte\n" {
+        ensure_eq!(sbi::console_write_byte(usize::from(*byte)).error, 0, "a write of one byte");
+    }
+    // Only the low eight bits count.
+    ensure_eq!(
+        sbi::console_write_byte(usize::MAX << 8 | usize::from(b'\n')).error,
+        0,
+        "a write of 0xffff...0a"
+    );
+    let ret = sbi::console_write(0, text.as_ptr() as usize, 0);
+    ensure_eq!(ret, Ret { error: 0, value: 0 }, "a write of nothing");
+    let (mut done, mut calls) = (0, 0);
+    while done < LARGE.len() {
+        let ret = sbi::console_write(LARGE.len() - done, LARGE.as_ptr() as usize + done, 0);
+        ensure_eq!(ret.error, 0, "a write of {} bytes", LARGE.len() - done);
+        ensure!(ret.value <= LARGE.len() - done, "more written than asked for: {}", ret.value);
+        ensure!(!sbi::is_kvm() || ret.value <= AT_ONCE, "{} bytes at once", ret.value);
+        done += ret.value;
+        calls += 1;
+        ensure!(calls < 1_000_000, "{done} of {} bytes after {calls} calls", LARGE.len());
+    }
+    Ok(())
+}
+
+/// Addresses and lengths that do not lie in RAM.
+fn outside(board: &'static Board) -> [(&'static str, usize, usize, usize); 12] {
+    let (ram, size) = board.ram;
+    let end = ram + size;
+    [
+        ("nowhere", 16, OUTSIDE, 0),
+        ("a device", 16, uart::BASE, 0),
+        ("address 0", 16, 0, 0),
+        ("below RAM", 16, ram - 16, 0),
+        ("into RAM", 32, ram - 16, 0),
+        ("out of RAM", 32, end - 16, 0),
+        ("behind RAM", 16, end, 0),
+        ("4 GiB", 4 << 30, ram, 0),
+        ("all there is", usize::MAX, ram, 0),
+        ("around the end", 32, usize::MAX - 15, 0),
+        ("beyond 64 bits", 16, ram, 1),
+        ("far beyond 64 bits", 16, ram, usize::MAX),
+    ]
+}
+
+fn console_write_hostile(board: &'static Board) -> Result<(), Failure> {
+    if !sbi::is_kvm() {
+        // OpenSBI takes any address that it may touch itself, and all of 4 GiB.
+        return Ok(());
+    }
+    for (what, len, lo, hi) in outside(board) {
+        ensure_eq!(sbi::console_write(len, lo, hi).error, sbi::INVALID_PARAM, "{what}");
+    }
+    let last = board.ram.0 + board.ram.1 - 1;
+    let error = sbi::console_write(0, last, 0).error;
+    ensure_eq!(error, 0, "nothing at the end of RAM");
+    Ok(())
+}
+
+fn console_read_hostile(board: &'static Board) -> Result<(), Failure> {
+    if !sbi::is_kvm() {
+        return Ok(());
+    }
+    for (what, len, lo, hi) in outside(board) {
+        ensure_eq!(sbi::console_read(len, lo, hi).error, sbi::INVALID_PARAM, "{what}");
+    }
+    let buffer = [0x5au8; 16];
+    let ret = sbi::console_read(0, buffer.as_ptr() as usize, 0);
+    ensure_eq!(ret, Ret { error: 0, value: 0 }, "a read of nothing");
+    Ok(())
+}
+
+fn hart_state(board: &'static Board) -> Result<(), Failure> {
+    for bad in [board.cpus().len() + 1000, 1 << 31, usize::MAX] {
+        ensure_eq!(sbi::hart_status(bad).error, sbi::INVALID_PARAM, "status of hart {bad:#x}");
+        let error = sbi::hart_start(bad, 0x8020_0000, 0).error;
+        ensure_eq!(error, sbi::INVALID_PARAM, "start of hart {bad:#x}");
+        let error = sbi::send_ipi(1, bad).error;
+        ensure!(bad == usize::MAX || error <= 0, "IPI to hart {bad:#x}: {error}");
+    }
+    // Firmware and kernel look at 32 bits of a hart id.
+    ensure!(sbi::hart_status(1 << 32).error <= 0, "status of hart 1 << 32");
+    let error = sbi::hart_start(board.boot_hart, 0x8020_0000, 0).error;
+    ensure_eq!(error, sbi::ALREADY_AVAILABLE, "start of the running hart");
+    // A kind of suspend that does not exist.
+    let error = sbi::call(sbi::HSM, 3, [0x7fff_ffff, 0, 0, 0, 0, 0]).error;
+    ensure!(error < 0, "suspend of kind 0x7fffffff: {error}");
+    Ok(())
+}
+
+fn suspend_hostile(board: &'static Board) -> Result<(), Failure> {
+    let there = sbi::has(sbi::SUSP);
+    println!("sbi: SUSP is {}", if there { "there" } else { "not there" });
+    let bad_kind = sbi::call(sbi::SUSP, 0, [1, 0x8020_0000, 0, 0, 0, 0]).error;
+    let bad_address = sbi::call(sbi::SUSP, 0, [0, OUTSIDE, 0, 0, 0, 0]).error;
+    let expected = if there { sbi::INVALID_PARAM } else { sbi::NOT_SUPPORTED };
+    ensure_eq!(bad_kind, expected, "suspend of kind 1");
+    let expected = if there { sbi::INVALID_ADDRESS } else { sbi::NOT_SUPPORTED };
+    ensure_eq!(bad_address, expected, "suspend with a resume address outside RAM");
+    let _ = board;
+    Ok(())
+}
+
+fn reset_hostile(_: &'static Board) -> Result<(), Failure> {
+    for kind in [3, 0x1234, 0x7fff_ffff, 0xf000_0000, 0xffff_ffff] {
+        let error = sbi::system_reset(kind, 0).error;
+        let refused = error == sbi::NOT_SUPPORTED || error == sbi::INVALID_PARAM;
+        ensure!(refused, "reset of kind {kind:#x}: {error}");
+    }
+    Ok(())
+}
+
+/// The entropy source (Zkr): bits 31:30 say 10 where bits 15:0 are random.
+fn seed(board: &'static Board) -> Result<(), Failure> {
+    if !board.has_extension("zkr") {
+        println!("sbi: no Zkr here");
+        return Ok(());
+    }
+    let (mut different, mut last) = (0, 0);
+    for _ in 0..100 {
+        let seed = runtime::csr_swap!("0x015", 0);
+        ensure!(seed >> 30 != 3, "the entropy source is dead");
+        different += usize::from(seed >> 30 == 2 && seed & 0xffff != last);
+        last = seed & 0xffff;
+    }
+    ensure!(different > 90, "{different} of 100 seeds differ from the one before");
+    Ok(())
+}
+
+fn console_read(_: &'static Board) -> Result<(), Failure> {
+    println!("sbi: waiting for 12 bytes");
+    let mut buffer = [0u8; 12];
+    let mut done = 0;
+    while done < buffer.len() {
+        let ret = sbi::console_read(buffer.len() - done, (&raw mut buffer) as usize + done, 0);
+        ensure_eq!(ret.error, 0, "a read");
+        ensure!(ret.value <= buffer.len() - done, "more read than asked for: {}", ret.value);
+        done += ret.value;
+    }
+    // SAFETY: the console wrote it behind the compiler's back.
+    let buffer = unsafe { (&raw const buffer).read_volatile() };
+    println!("sbi: read '{}'", core::str::from_utf8(&buffer).unwrap_or("?"));
+    Ok(())
+}
+
+static RESUMED: AtomicBool = AtomicBool::new(false);
+
+fn suspend() {
+    if !sbi::has(sbi::SUSP) {
+        return;
+    }
+    println!("sbi: suspending");
+    let ret = smp::suspend_system(|| {
+        RESUMED.store(true, SeqCst);
+        println!("sbi: resumed with {:?}", uart::try_receive().map(char::from));
+        println!("PASS sbi: suspend");
+        sbi::power_off();
+    });
+    println!("FAIL sbi: suspend: {ret:?}");
+    csr::interrupts_off();
+}
