@@ -1,18 +1,16 @@
 //! An `Image` inside gzip (RFC 1952) or zstd (RFC 8878), unpacked within bounds.
 //!
 //! A compressed file is a program somebody else wrote, so nothing of it is believed: the first bytes that
-//! come out have to be an `Image` header, no more may come out than that header (and the caller's limit)
-//! allows, and input that yields no output is given up on early. Only the first gzip member or zstd frame
-//! counts; what follows it (a size, a padding) is not looked at.
+//! come out have to be an `Image` header, and no more may come out than that header and the caller's limit
+//! allow. Only the first gzip member or zstd frame counts; what follows it (a size, a padding) is not looked
+//! at.
 
-use std::cell::Cell;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, BufReader, Read};
-use std::rc::Rc;
 
 use flate2::bufread::GzDecoder;
-use ruzstd::decoding::{DEFAULT_MAX_WINDOW_SIZE, FrameDecoder, StreamingDecoder};
+use ruzstd::decoding::{BlockDecodingStrategy, DEFAULT_MAX_WINDOW_SIZE, FrameDecoder};
 
 use crate::error::{BootError, Size};
 use crate::image::{self, Header};
@@ -103,90 +101,71 @@ fn image_header(head: &[u8], compression: Compression) -> Result<Header, String>
 /// A decoder and what came out of it so far.
 struct Unpacker<'a> {
     decoder: Decoder<'a>,
-    allowance: Rc<Cell<u64>>,
-    /// Input that may be read ahead of the output.
-    slack: u64,
     bytes: Vec<u8>,
 }
 
 impl<'a> Unpacker<'a> {
-    /// Output is asked for in pieces of this many bytes.
-    const CHUNK: u64 = 256 << 10;
-
     /// Starts to unpack the file, which has to be at its beginning.
     fn new(file: &'a File, compression: Compression, limit: u64) -> io::Result<Self> {
-        let window = DEFAULT_MAX_WINDOW_SIZE.min(limit);
-        let slack = match compression {
-            Compression::Gzip => 4 * Self::CHUNK,
-            // The decoder gives nothing away before its window is full.
-            Compression::Zstd => 4 * Self::CHUNK + window,
-        };
-        let allowance = Rc::new(Cell::new(slack));
-        let metered = Metered { inner: file, allowance: allowance.clone() };
-        let input = BufReader::with_capacity(64 << 10, metered);
+        let input = BufReader::with_capacity(64 << 10, file);
         let decoder = match compression {
             Compression::Gzip => Decoder::Gzip(Box::new(GzDecoder::new(input))),
-            Compression::Zstd => StreamingDecoder::new_with_max_window_size(input, window)
-                .map(|decoder| Decoder::Zstd(Box::new(decoder)))
-                .map_err(io::Error::other)?,
+            Compression::Zstd => Decoder::Zstd(Box::new(Zstd::new(input, limit)?)),
         };
-        Ok(Self { decoder, allowance, slack, bytes: Vec::new() })
+        Ok(Self { decoder, bytes: Vec::new() })
     }
 
     /// Unpacks until there are `most` bytes, or all of them.
     fn fill(&mut self, most: u64) -> io::Result<()> {
-        loop {
-            let wanted = most.saturating_sub(self.bytes.len() as u64).min(Self::CHUNK);
-            let got = (&mut self.decoder).take(wanted).read_to_end(&mut self.bytes)? as u64;
-            if got == 0 {
-                return Ok(());
-            }
-            // Neither format makes its contents much larger than they are.
-            self.allowance
-                .set(self.allowance.get().saturating_add(2 * got).min(self.slack + 2 * got));
-        }
+        let missing = most.saturating_sub(self.bytes.len() as u64);
+        let mut decoder: &mut dyn Read = match &mut self.decoder {
+            Decoder::Gzip(gzip) => gzip,
+            Decoder::Zstd(zstd) => zstd,
+        };
+        (&mut decoder).take(missing).read_to_end(&mut self.bytes).map(drop)
     }
 }
 
 /// Either decoder; both check the checksum, if there is one, before they say that this was all.
 enum Decoder<'a> {
-    Gzip(Box<GzDecoder<BufReader<Metered<'a>>>>),
-    Zstd(Box<StreamingDecoder<BufReader<Metered<'a>>, FrameDecoder>>),
+    Gzip(Box<GzDecoder<BufReader<&'a File>>>),
+    Zstd(Box<Zstd<'a>>),
 }
 
-impl Read for Decoder<'_> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let zstd = match self {
-            Self::Gzip(gzip) => return gzip.read(buf),
-            Self::Zstd(zstd) => zstd,
-        };
-        let got = zstd.read(buf)?;
-        let written = zstd.decoder.get_checksum_from_data();
-        if got == 0 && !buf.is_empty() && written.is_some() {
-            let computed = zstd.decoder.get_calculated_checksum();
-            if written != computed {
-                return Err(io::Error::new(io::ErrorKind::InvalidData, "its checksum is wrong"));
-            }
-        }
-        Ok(got)
+/// One zstd frame.
+struct Zstd<'a> {
+    input: BufReader<&'a File>,
+    frame: FrameDecoder,
+    /// More blocks than this are not worth their contents.
+    most_blocks: u64,
+}
+
+impl<'a> Zstd<'a> {
+    fn new(mut input: BufReader<&'a File>, limit: u64) -> io::Result<Self> {
+        let mut frame = FrameDecoder::new();
+        frame.set_max_window_size(DEFAULT_MAX_WINDOW_SIZE.min(limit));
+        frame.init(&mut input).map_err(io::Error::other)?;
+        // Blocks hold up to 128 KiB; but a hole in a sparse file is an endless row of empty ones.
+        Ok(Self { input, frame, most_blocks: (1 << 10) + (limit >> 10) })
     }
 }
 
-/// A file that may be read only as far as there is an allowance for.
-struct Metered<'a> {
-    inner: &'a File,
-    /// Bytes that may still be read.
-    allowance: Rc<Cell<u64>>,
-}
-
-impl Read for Metered<'_> {
+impl Read for Zstd<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let got = self.inner.read(buf)?;
-        let left = self.allowance.get().checked_sub(got as u64);
-        let left = left.ok_or_else(|| {
-            io::Error::new(io::ErrorKind::InvalidData, "it goes on and on without any contents")
-        })?;
-        self.allowance.set(left);
+        let invalid = |what| io::Error::new(io::ErrorKind::InvalidData, what);
+        while self.frame.can_collect() == 0 && !self.frame.is_finished() {
+            let one = BlockDecodingStrategy::UptoBlocks(1);
+            self.frame.decode_blocks(&mut self.input, one).map_err(io::Error::other)?;
+            if self.frame.blocks_decoded() as u64 > self.most_blocks {
+                return Err(invalid("it goes on and on without any contents"));
+            }
+        }
+        let got = self.frame.read(buf)?;
+        let written = self.frame.get_checksum_from_data();
+        let at_end = got == 0 && !buf.is_empty();
+        if at_end && written.is_some() && written != self.frame.get_calculated_checksum() {
+            return Err(invalid("its checksum is wrong"));
+        }
         Ok(got)
     }
 }

@@ -13,7 +13,7 @@ use elf::segment::ProgramHeader;
 
 use crate::error::BootError;
 use crate::kernel::KernelFile;
-use crate::place::Region;
+use crate::region::Region;
 use crate::source::{Segment, Source};
 
 /// The length of a 64-bit program header in bytes.

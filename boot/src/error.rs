@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::place::Region;
+use crate::region::Region;
 
 /// Why the files or numbers a user gave cannot become a guest.
 ///

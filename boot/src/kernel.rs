@@ -53,6 +53,9 @@ impl Kernel {
     /// few reads: [`BootError::Open`], [`BootError::Read`], [`BootError::Unusable`], [`BootError::Unpack`].
     pub fn open(path: &Path, limit: u64) -> Result<Self, BootError> {
         let (file, len) = open_regular(path, Role::Kernel)?;
+        if len == 0 {
+            return Err(unusable(path, Role::Kernel, foreign::describe(&[], 0)));
+        }
         let cannot_read = |source| BootError::Read { path: path.into(), source };
         let head = read_head(&file).map_err(cannot_read)?;
         let file = KernelFile { path, file: Arc::new(file), len, head };
