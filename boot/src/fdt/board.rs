@@ -1,6 +1,6 @@
 //! The board as plain data: what [`super::build`] writes down as a device tree.
 
-use crate::place::Region;
+use crate::region::Region;
 
 /// Everything a device tree says about a guest.
 #[derive(Clone, Debug)]
@@ -168,4 +168,30 @@ pub enum Value {
     Phandle(String),
     /// A reference to the device that the node belongs to, for companions.
     Owner,
+}
+
+impl Property {
+    /// A property with any value.
+    #[must_use]
+    pub fn new(name: &str, value: Value) -> Self {
+        Self { name: name.into(), value }
+    }
+
+    /// A property that is only there or not.
+    #[must_use]
+    pub fn empty(name: &str) -> Self {
+        Self::new(name, Value::Empty)
+    }
+
+    /// One cell.
+    #[must_use]
+    pub fn u32(name: &str, value: u32) -> Self {
+        Self::new(name, Value::U32(vec![value]))
+    }
+
+    /// A list of strings.
+    #[must_use]
+    pub fn strings(name: &str, values: &[&str]) -> Self {
+        Self::new(name, Value::Strings(values.iter().map(ToString::to_string).collect()))
+    }
 }

@@ -1,14 +1,27 @@
 //! The device tree: written from a [`Board`], or a user's own, checked.
+//!
+//! A device says who it is, the board says where it is, and this is where both become nodes (Devicetree
+//! Specification 0.4; Linux's bindings for what the specification leaves open). The shape is that of QEMU's
+//! `virt` machine: devices under `/soc`, what has no registers at the root.
 
+pub mod blob;
 mod board;
+mod cpus;
+mod devices;
+mod irqchip;
+mod phandles;
+mod writer;
 
 use std::path::Path;
 
 pub use board::{
     Board, Chosen, Cpu, DeviceNode, Irqchip, Isa, MmuType, Node, PlicContexts, Property, Value,
 };
+use phandles::Phandles;
+use writer::Writer;
 
-use crate::error::BootError;
+use crate::error::{BootError, Role, Size};
+use crate::source::{Source, unusable};
 
 /// The largest device tree that Linux is sure to map: two 2 MiB pages from the one it starts in
 /// (arch/riscv/mm/init.c, create_fdt_early_page_table).
@@ -21,16 +34,85 @@ pub const MAX_LEN: u64 = 2 << 20;
 /// [`BootError::Board`] for a board that cannot be (no hart, an unknown label), [`BootError::Tree`] for a
 /// name or a value that a device tree cannot hold.
 pub fn build(board: &Board) -> Result<Vec<u8>, BootError> {
-    let _ = board;
-    Err(BootError::Board("not yet".into()))
+    if board.cpus.is_empty() || board.memory.is_empty() {
+        return Err(BootError::Board("it has no hart or no memory".into()));
+    }
+    let phandles = Phandles::new(board)?;
+    let mut writer = Writer::new()?;
+    writer.node("", |writer| {
+        writer.u32("#address-cells", 2)?;
+        writer.u32("#size-cells", 2)?;
+        writer.strings("compatible", &board.compatible)?;
+        writer.string("model", &board.model)?;
+        write_chosen(writer, board, &phandles)?;
+        for ram in &board.memory {
+            writer.node(&format!("memory@{:x}", ram.base), |writer| {
+                writer.string("device_type", "memory")?;
+                writer.u64s("reg", &[ram.base, ram.size])
+            })?;
+        }
+        cpus::write(writer, board, &phandles)?;
+        writer.node("soc", |writer| {
+            writer.u32("#address-cells", 2)?;
+            writer.u32("#size-cells", 2)?;
+            writer.string("compatible", "simple-bus")?;
+            writer.empty("ranges")?;
+            irqchip::write(writer, board, &phandles)?;
+            devices::write(writer, board, &phandles)
+        })?;
+        devices::write_companions(writer, board, &phandles)
+    })?;
+    let bytes = writer.finish()?;
+    match bytes.len() as u64 {
+        0..=MAX_LEN => Ok(bytes),
+        len => Err(BootError::Board(format!("its tree has {len} bytes, more than 2 MiB"))),
+    }
 }
 
-/// Reads a user's own device tree (`--dtb`), which the guest is given verbatim.
+/// Writes `/aliases` and `/chosen` (Devicetree Specification 3.3 and 3.6, and dt-schema's chosen.yaml).
+fn write_chosen(writer: &mut Writer, board: &Board, phandles: &Phandles) -> Result<(), BootError> {
+    let chosen = &board.chosen;
+    let stdout = chosen.stdout.as_ref().map(|label| devices::path(board, phandles, label));
+    let stdout = stdout.transpose()?;
+    if let Some(path) = &stdout {
+        writer.node("aliases", |writer| writer.string("serial0", path))?;
+    }
+    writer.node("chosen", |writer| {
+        writer.string("bootargs", &chosen.bootargs)?;
+        if let Some(path) = &stdout {
+            writer.string("stdout-path", path)?;
+        }
+        if let Some(initrd) = chosen.initrd {
+            writer.u64s("linux,initrd-start", &[initrd.base])?;
+            writer.u64s("linux,initrd-end", &[initrd.end()])?;
+        }
+        writer.bytes("rng-seed", &chosen.rng_seed)?;
+        writer.u64s("kaslr-seed", &[chosen.kaslr_seed])
+    })
+}
+
+/// Reads a user's own device tree (`--dtb`), which the guest is given verbatim; what a file holds after the
+/// end that its header gives is left out.
 ///
 /// # Errors
-/// [`BootError::Open`], [`BootError::Read`], or [`BootError::Unusable`] for a file that is no sound device
+/// [`BootError::Open`], [`BootError::Changed`], or [`BootError::Unusable`] for a file that is no sound device
 /// tree blob of at most [`MAX_LEN`] bytes.
 pub fn open(path: &Path) -> Result<Vec<u8>, BootError> {
-    let _ = path;
-    Err(BootError::Board("not yet".into()))
+    let refuse = |reason| unusable(path, Role::DeviceTree, reason);
+    let source = Source::open_as(path, Role::DeviceTree)?;
+    let len = usize::try_from(source.len()).ok().filter(|len| *len as u64 <= MAX_LEN);
+    let Some(len) = len else {
+        let max = Size(MAX_LEN);
+        return Err(refuse(format!("it is larger than {max} (give a .dtb file)")));
+    };
+    let mut bytes = vec![0; len];
+    source.read_exact_at(0, &mut bytes)?;
+    if bytes.starts_with(b"/dts-v1/") {
+        let advice = "compile it first: dtc -I dts -O dtb -o FILE.dtb FILE.dts";
+        return Err(refuse(format!("it is device tree source ({advice})")));
+    }
+    let total = blob::check(&bytes)
+        .map_err(|fault| refuse(format!("{fault} (build it again with dtc)")))?;
+    bytes.truncate(total);
+    Ok(bytes)
 }

@@ -1,0 +1,228 @@
+//! A second pair of eyes: reads device tree blobs without the library that writes them.
+//!
+//! It follows the flattened format (Devicetree Specification 0.4, chapter 5) and believes nothing: not the
+//! sizes, not the offsets, not that a string ends. It looks at every byte of the structure at most once and
+//! keeps no tree, so a hostile blob costs neither time nor memory.
+
+use std::ffi::CStr;
+use std::fmt;
+
+/// The first four bytes of every blob.
+const MAGIC: u32 = 0xd00d_feed;
+
+/// The length of the header of version 17 in bytes.
+const HEADER_LEN: usize = 40;
+
+/// Linux follows no more levels (FDT_MAX_DEPTH in drivers/of/fdt.c).
+const MAX_DEPTH: usize = 64;
+
+/// Property names are at most 31 characters by the specification; a few real ones are longer.
+const MAX_NAME_LEN: usize = 255;
+
+/// What is wrong with a blob: it completes the sentence "Cannot use FILE as a device tree: ...".
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Fault {
+    what: &'static str,
+    /// Where in the blob, in bytes.
+    offset: usize,
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} at offset {:#x}", self.what, self.offset)
+    }
+}
+
+impl std::error::Error for Fault {}
+
+/// One step of a walk through a blob.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Item<'a> {
+    /// A node begins; the root's name is empty.
+    Begin(&'a str),
+    /// A property of the innermost node that has begun: its name and its value.
+    Property(&'a str, &'a [u8]),
+    /// The innermost node ends.
+    End,
+}
+
+/// Checks a whole blob; gives the number of bytes that belong to it.
+///
+/// # Errors
+/// The first [`Fault`] there is.
+pub fn check(blob: &[u8]) -> Result<usize, Fault> {
+    walk(blob, |_| ())
+}
+
+/// Walks through a blob from the root's beginning to its end and shows every node and property to `visit`;
+/// gives the number of bytes that belong to it.
+///
+/// # Errors
+/// The first [`Fault`] there is; `visit` has seen everything before it.
+pub fn walk<'a>(blob: &'a [u8], mut visit: impl FnMut(Item<'a>)) -> Result<usize, Fault> {
+    let header = Header::parse(blob)?;
+    let blob = blob.get(..header.total).unwrap_or(blob);
+    check_reservations(blob, header.reservations)?;
+    let mut cursor = Cursor { blob, at: header.structure.start, end: header.structure.end };
+    let mut depth = 0_usize;
+    loop {
+        let at = cursor.at;
+        let fault = |what| Err(Fault { what, offset: at });
+        match cursor.u32()? {
+            NOP => {}
+            BEGIN_NODE if depth == MAX_DEPTH => return fault("nodes are nested deeper than 64"),
+            BEGIN_NODE => {
+                depth += 1;
+                visit(Item::Begin(cursor.string()?));
+            }
+            PROPERTY if depth == 0 => return fault("there is a property outside of all nodes"),
+            PROPERTY => {
+                let (len, name) = (cursor.u32()?, cursor.u32()?);
+                let name = property_name(blob, &header, name, at)?;
+                visit(Item::Property(name, cursor.bytes(len)?));
+            }
+            END_NODE if depth == 0 => return fault("a node ends that never began"),
+            END_NODE => {
+                depth -= 1;
+                visit(Item::End);
+                if depth == 0 {
+                    break;
+                }
+            }
+            _ => return fault("there is no node, no property and no end"),
+        }
+    }
+    while cursor.peek() == Some(NOP) {
+        cursor.u32()?;
+    }
+    let at = cursor.at;
+    match cursor.u32()? {
+        END => Ok(header.total),
+        _ => Err(Fault { what: "the tree goes on after its root has ended", offset: at }),
+    }
+}
+
+// Tokens of the structure block (Devicetree Specification 5.4.1).
+const BEGIN_NODE: u32 = 1;
+const END_NODE: u32 = 2;
+const PROPERTY: u32 = 3;
+const NOP: u32 = 4;
+const END: u32 = 9;
+
+/// What the header says, checked.
+struct Header {
+    /// The length of the blob in bytes.
+    total: usize,
+    /// Where the list of reserved memory starts.
+    reservations: usize,
+    structure: std::ops::Range<usize>,
+    strings: std::ops::Range<usize>,
+}
+
+impl Header {
+    fn parse(blob: &[u8]) -> Result<Self, Fault> {
+        let fault = |what, offset| Err(Fault { what, offset });
+        if be_u32(blob, 0) != Some(MAGIC) {
+            return fault("there is no magic number of a device tree blob", 0);
+        }
+        if blob.len() < HEADER_LEN {
+            return fault("the header is cut short", blob.len());
+        }
+        let field = |at| be_u32(blob, at).and_then(|n| usize::try_from(n).ok()).unwrap_or(0);
+        let total = field(4);
+        if total < HEADER_LEN || total > blob.len() {
+            return fault("the total size is not that of the file", 4);
+        }
+        if field(20) < 17 || field(24) > 17 {
+            return fault("the format version is not 17", 20);
+        }
+        let block = |start: usize, len: usize, align: usize| {
+            let end = start.checked_add(len).filter(|end| *end <= total)?;
+            start.is_multiple_of(align).then_some(start..end)
+        };
+        let Some(structure) = block(field(8), field(36), 4) else {
+            return fault("the structure block is not inside the blob", 8);
+        };
+        let Some(strings) = block(field(12), field(32), 1) else {
+            return fault("the strings block is not inside the blob", 12);
+        };
+        let Some(reservations) = block(field(16), 16, 8) else {
+            return fault("the memory reservations are not inside the blob", 16);
+        };
+        Ok(Self { total, reservations: reservations.start, structure, strings })
+    }
+}
+
+/// Checks that the list of reserved memory ends.
+fn check_reservations(blob: &[u8], start: usize) -> Result<(), Fault> {
+    let entries = blob.get(start..).unwrap_or_default().chunks_exact(16);
+    if entries.into_iter().any(|entry| entry.iter().all(|byte| *byte == 0)) {
+        return Ok(());
+    }
+    Err(Fault { what: "the list of memory reservations has no end", offset: start })
+}
+
+/// The name at `offset` of the strings block, for the property at `at`.
+fn property_name<'a>(
+    blob: &'a [u8],
+    header: &Header,
+    offset: u32,
+    at: usize,
+) -> Result<&'a str, Fault> {
+    let fault = Fault { what: "a property's name is not in the strings block", offset: at };
+    let strings = blob.get(header.strings.clone()).unwrap_or_default();
+    let rest = usize::try_from(offset).ok().and_then(|offset| strings.get(offset..));
+    let rest = rest.ok_or_else(|| fault.clone())?;
+    let name = CStr::from_bytes_until_nul(rest.get(..=MAX_NAME_LEN).unwrap_or(rest)).ok();
+    let name = name.and_then(|name| name.to_str().ok()).filter(|name| !name.is_empty());
+    name.ok_or(fault)
+}
+
+/// A place in the structure block.
+struct Cursor<'a> {
+    blob: &'a [u8],
+    at: usize,
+    end: usize,
+}
+
+impl<'a> Cursor<'a> {
+    /// What is left of the block.
+    fn rest(&self) -> &'a [u8] {
+        self.blob.get(self.at..self.end).unwrap_or_default()
+    }
+
+    fn peek(&self) -> Option<u32> {
+        be_u32(self.rest(), 0)
+    }
+
+    fn cut_short(&self) -> Fault {
+        Fault { what: "the structure block is cut short", offset: self.at }
+    }
+
+    fn u32(&mut self) -> Result<u32, Fault> {
+        let value = self.peek().ok_or_else(|| self.cut_short())?;
+        self.at += 4;
+        Ok(value)
+    }
+
+    /// The next `len` bytes; steps over the padding after them.
+    fn bytes(&mut self, len: u32) -> Result<&'a [u8], Fault> {
+        let len = usize::try_from(len).ok();
+        let bytes = len.and_then(|len| self.rest().get(..len)).ok_or_else(|| self.cut_short())?;
+        self.at = (self.at + bytes.len()).next_multiple_of(4);
+        Ok(bytes)
+    }
+
+    /// The name of a node; steps over the padding after it.
+    fn string(&mut self) -> Result<&'a str, Fault> {
+        let at = self.at;
+        let name = CStr::from_bytes_until_nul(self.rest()).map_err(|_| self.cut_short())?;
+        self.at = (at + name.count_bytes() + 1).next_multiple_of(4);
+        name.to_str().map_err(|_| Fault { what: "a node's name is no text", offset: at })
+    }
+}
+
+/// The big-endian number of 4 bytes at `at`, if `bytes` reach that far.
+fn be_u32(bytes: &[u8], at: usize) -> Option<u32> {
+    bytes.get(at..)?.first_chunk().copied().map(u32::from_be_bytes)
+}
