@@ -1,0 +1,358 @@
+//! The I/O thread: the only epoll set of a machine. It watches what the devices ask for and what the command asks for.
+//!
+//! The contract with a device is [`rvmm_devices::MmioDevice`]'s: it is asked for its sources at the start and after every
+//! `ready`, and what has changed is applied. The set is level-triggered. A descriptor that nobody lists is not in the set, so
+//! a hang-up that nobody handles costs nothing; one that is listed, reports only a hang-up or an error, and is listed the same
+//! afterwards, is taken out until the device changes its mind.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use event_manager::{
+    EventManager, EventOps, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
+};
+use log::{error, warn};
+use rvmm_devices::{Bus, Interest, Source};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::signals::{self, Signals};
+use crate::terminal::{self, StopRequest};
+
+/// Events taken from the kernel at once.
+const BATCH: usize = 32;
+
+/// What one watched descriptor means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Meaning {
+    /// Somebody outside wants the loop to look at its flags.
+    Wake,
+    /// A signal has come.
+    Signal,
+    /// A device's source.
+    Device { index: usize, source: Source },
+}
+
+/// An event that has come, and whether it was nothing but a hang-up or an error.
+type Came = (Meaning, bool);
+
+/// One descriptor in the epoll set. The event manager calls it; the loop does the work afterwards, when sources may be
+/// added and removed freely.
+#[derive(Debug)]
+struct Watch {
+    meaning: Meaning,
+    came: Arc<Mutex<Vec<Came>>>,
+}
+
+impl MutEventSubscriber for Watch {
+    fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
+        let only_hang_up = !events.event_set().intersects(EventSet::IN | EventSet::OUT);
+        self.came.lock().unwrap_or_else(PoisonError::into_inner).push((self.meaning, only_hang_up));
+    }
+
+    fn init(&mut self, _ops: &mut EventOps<'_>) {}
+}
+
+/// A source that a device lists, and its place in the epoll set; none where the set does not hold it.
+#[derive(Debug)]
+struct Listed {
+    source: Source,
+    id: Option<SubscriberId>,
+}
+
+/// What the loop's thread shares with those outside.
+#[derive(Debug)]
+struct Shared {
+    wake: EventFd,
+    /// When the loop has to be over; set once.
+    deadline: Mutex<Option<Instant>>,
+    wants_refresh: AtomicBool,
+    turns: AtomicU64,
+}
+
+/// The loop before it runs. Nothing is watched until [`IoLoop::spawn`].
+pub struct IoLoop {
+    bus: Arc<Bus>,
+    manager: EventManager<Watch>,
+    came: Arc<Mutex<Vec<Came>>>,
+    /// By the index of the device.
+    listed: Vec<Vec<Listed>>,
+    signals: Option<(Signals, StopRequest)>,
+    shared: Arc<Shared>,
+}
+
+/// The running loop. Dropping it ends it at once; [`IoThread::stop`] lets the last output go first.
+#[derive(Debug)]
+pub struct IoThread {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl IoLoop {
+    /// How long a machine that ends lets its devices hand over what the guest has written.
+    pub const DRAIN: Duration = Duration::from_secs(1);
+
+    /// A loop over the devices of `bus`.
+    ///
+    /// # Errors
+    /// What the kernel says when it has no descriptors left.
+    pub fn new(bus: Arc<Bus>) -> io::Result<Self> {
+        let manager = EventManager::new_with_capacity(BATCH).map_err(io::Error::other)?;
+        let shared = Shared {
+            wake: EventFd::new(EFD_NONBLOCK)?,
+            deadline: Mutex::new(None),
+            wants_refresh: AtomicBool::new(true),
+            turns: AtomicU64::new(0),
+        };
+        let listed = bus.devices().map(|_| Vec::new()).collect();
+        let mut new = Self {
+            bus,
+            manager,
+            came: Arc::default(),
+            listed,
+            signals: None,
+            shared: Arc::new(shared),
+        };
+        let wake = new.shared.wake.as_raw_fd();
+        new.watch(Meaning::Wake, wake, Interest::Read)?;
+        Ok(new)
+    }
+
+    /// Takes over the process's signals: SIGTERM, SIGINT, SIGHUP and SIGQUIT call `stop`; SIGTSTP gives the terminal back
+    /// while the process is stopped, SIGCONT takes it again; SIGXFSZ becomes a write error.
+    ///
+    /// Only for a program that is the machine and nothing else, before its other threads start.
+    ///
+    /// # Errors
+    /// `AlreadyExists` where another loop of this process has them.
+    pub fn watch_signals(&mut self, stop: StopRequest) -> io::Result<()> {
+        let signals = signals::watch(&[
+            libc::SIGTERM,
+            libc::SIGINT,
+            libc::SIGHUP,
+            libc::SIGQUIT,
+            libc::SIGTSTP,
+            libc::SIGCONT,
+            libc::SIGXFSZ,
+        ])?;
+        self.watch(Meaning::Signal, signals.as_raw_fd(), Interest::Read)?;
+        self.signals = Some((signals, stop));
+        Ok(())
+    }
+
+    /// Starts the thread, named `io`.
+    ///
+    /// # Errors
+    /// What the kernel says when it has no threads left.
+    pub fn spawn(self) -> io::Result<IoThread> {
+        let shared = Arc::clone(&self.shared);
+        let thread = thread::Builder::new().name("io".into()).spawn(move || self.run())?;
+        Ok(IoThread { shared, thread: Some(thread) })
+    }
+
+    fn run(mut self) {
+        loop {
+            if self.shared.wants_refresh.swap(false, Ordering::SeqCst) {
+                (0..self.listed.len()).for_each(|index| self.sync(index));
+            }
+            let Some(timeout_ms) = self.timeout_ms() else { return };
+            if let Err(error) = self.manager.run_with_timeout(timeout_ms) {
+                error!("The I/O loop ends, devices get no more input: {error}");
+                return;
+            }
+            self.shared.turns.fetch_add(1, Ordering::Relaxed);
+            let mut came = self.came.lock().unwrap_or_else(PoisonError::into_inner);
+            let batch = std::mem::take(&mut *came);
+            drop(came);
+            for (meaning, only_hang_up) in batch {
+                self.serve(meaning, only_hang_up);
+            }
+        }
+    }
+
+    /// How long the next turn may wait: -1 is for ever. `None` when the loop is over: it was told so, and no device owes
+    /// the host any output, or the time for that is up.
+    fn timeout_ms(&self) -> Option<i32> {
+        let deadline = *self.shared.deadline.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(deadline) = deadline else { return Some(-1) };
+        let is_owing = |listed: &Listed| listed.id.is_some() && listed.source.interest.writes();
+        if !self.listed.iter().flatten().any(is_owing) {
+            return None;
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        // Rounded up, or the last millisecond would be spent spinning.
+        let left_ms = left.as_nanos().div_ceil(1_000_000);
+        (left_ms > 0).then(|| i32::try_from(left_ms).unwrap_or(i32::MAX))
+    }
+
+    fn serve(&mut self, meaning: Meaning, only_hang_up: bool) {
+        match meaning {
+            Meaning::Wake => {
+                // Refused means that it was read already.
+                let _ = self.shared.wake.read();
+            }
+            Meaning::Signal => self.serve_signals(),
+            Meaning::Device { index, source } => {
+                let is_listed = |listed: &Listed| listed.source == source && listed.id.is_some();
+                // An earlier event of the same batch may have changed the device's mind.
+                if !self.listed.get(index).is_some_and(|list| list.iter().any(is_listed)) {
+                    return;
+                }
+                self.bus.with_device(index, |device| device.ready(source.token));
+                self.sync(index);
+                if only_hang_up {
+                    self.mute(index, source);
+                }
+            }
+        }
+    }
+
+    fn serve_signals(&mut self) {
+        let Some((signals, stop)) = self.signals.as_mut() else { return };
+        for signal in signals.take() {
+            match signal {
+                libc::SIGTSTP => terminal::suspend(),
+                libc::SIGCONT => terminal::resume(),
+                libc::SIGXFSZ => {}
+                _ => stop(),
+            }
+        }
+    }
+
+    /// Makes the epoll set hold what the device lists now.
+    fn sync(&mut self, index: usize) {
+        let wanted = self.bus.with_device(index, |device| device.sources()).unwrap_or_default();
+        let Some(listed) = self.listed.get_mut(index) else { return };
+        if listed.iter().map(|listed| &listed.source).eq(&wanted) {
+            return;
+        }
+        // What is gone leaves first: a new source may have the same descriptor.
+        let (mut kept, gone): (Vec<_>, Vec<_>) =
+            std::mem::take(listed).into_iter().partition(|listed| wanted.contains(&listed.source));
+        gone.into_iter().for_each(|listed| self.unwatch(listed.id));
+        let now = wanted.into_iter().map(|source| {
+            match kept.iter().position(|listed| listed.source == source) {
+                Some(at) => kept.swap_remove(at),
+                None => Listed { source, id: self.watch_source(index, source) },
+            }
+        });
+        let now = now.collect();
+        if let Some(listed) = self.listed.get_mut(index) {
+            *listed = now;
+        }
+    }
+
+    fn watch_source(&mut self, index: usize, source: Source) -> Option<SubscriberId> {
+        let meaning = Meaning::Device { index, source };
+        let result = self.watch(meaning, source.fd, source.interest);
+        result
+            .inspect_err(|error| {
+                warn!("Cannot watch descriptor {} of device {index}: {error}", source.fd)
+            })
+            .ok()
+    }
+
+    /// Takes a source out of the set that would report the same hang-up again and again.
+    fn mute(&mut self, index: usize, source: Source) {
+        let listed = self.listed.get_mut(index).into_iter().flatten();
+        let id =
+            listed.filter(|listed| listed.source == source).find_map(|listed| listed.id.take());
+        self.unwatch(id);
+    }
+
+    fn watch(
+        &mut self,
+        meaning: Meaning,
+        fd: RawFd,
+        interest: Interest,
+    ) -> io::Result<SubscriberId> {
+        let id = self.manager.add_subscriber(Watch { meaning, came: Arc::clone(&self.came) });
+        let events = match interest {
+            Interest::Read => EventSet::IN,
+            Interest::Write => EventSet::OUT,
+            Interest::ReadWrite => EventSet::IN | EventSet::OUT,
+        };
+        let added =
+            self.manager.event_ops(id).and_then(|mut ops| ops.add(Events::new_raw(fd, events)));
+        match added {
+            Ok(()) => Ok(id),
+            Err(error) => {
+                self.unwatch(Some(id));
+                Err(io::Error::other(error))
+            }
+        }
+    }
+
+    fn unwatch(&mut self, id: Option<SubscriberId>) {
+        // The descriptor may be closed, and with that out of the set; the event manager forgets it in any case.
+        let _ = id.map(|id| self.manager.remove_subscriber(id));
+    }
+}
+
+impl std::fmt::Debug for IoLoop {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("IoLoop").field("listed", &self.listed).finish_non_exhaustive()
+    }
+}
+
+impl IoThread {
+    /// Asks every device for its sources again: after a reset of the bus, or when a device changed outside of `ready`.
+    pub fn refresh(&self) {
+        self.shared.wants_refresh.store(true, Ordering::SeqCst);
+        self.wake();
+    }
+
+    /// How often the thread has woken up.
+    #[must_use]
+    pub fn turns(&self) -> u64 {
+        self.shared.turns.load(Ordering::Relaxed)
+    }
+
+    /// Ends the loop: as soon as no device owes the host any output, after `drain` at the latest. Returns when the thread
+    /// is gone.
+    ///
+    /// # Errors
+    /// `Other` where the thread died by a panic.
+    pub fn stop(mut self, drain: Duration) -> io::Result<()> {
+        self.end(drain)
+    }
+
+    fn end(&mut self, drain: Duration) -> io::Result<()> {
+        let Some(thread) = self.thread.take() else { return Ok(()) };
+        let now = Instant::now();
+        let deadline = now.checked_add(drain).unwrap_or(now);
+        *self.shared.deadline.lock().unwrap_or_else(PoisonError::into_inner) = Some(deadline);
+        self.wake();
+        thread.join().map_err(|_| io::Error::other("The I/O thread panicked"))
+    }
+
+    fn wake(&self) {
+        // Refused means that it is about to wake up anyway.
+        let _ = self.shared.wake.write(1);
+    }
+}
+
+impl Drop for IoThread {
+    fn drop(&mut self) {
+        let _ = self.end(Duration::ZERO);
+    }
+}
+
+/// Whether epoll can watch a descriptor; it refuses files and devices that are always ready (epoll_ctl(2), EPERM).
+///
+/// # Errors
+/// What else the kernel says.
+pub(crate) fn accepts(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    let event = EpollEvent::new(EventSet::IN, 0);
+    match Epoll::new()?.ctl(ControlOperation::Add, fd.as_raw_fd(), event) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => Ok(false),
+        result => result.map(|()| true),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,280 @@
+//! A descriptor that never blocks, and never changes for others: whoever shares standard output with rvmm must not find it
+//! non-blocking.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FileType, Mode, OFlags, Stat, fcntl_getfl, fstat, major, minor, open};
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+use rustix::termios::isatty;
+use rvmm_devices::Port;
+
+use crate::io_loop;
+
+/// What a pipe takes without blocking when poll(2) says that it takes anything (`PIPE_BUF` on Linux).
+const PIPE_BUF: usize = 4096;
+
+/// One direction of a console, on a descriptor of any kind.
+#[derive(Debug)]
+pub(super) struct Descriptor {
+    fd: OwnedFd,
+    way: Way,
+}
+
+/// Which way a descriptor is kept from blocking.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// Its open file description is non-blocking: as it came, or because it was opened anew for rvmm alone.
+    Nonblocking,
+    /// A socket: each call says that it does not want to wait.
+    Socket,
+    /// A file or a device like `/dev/null`: never waits, and epoll refuses it.
+    Unpollable,
+    /// Blocking and shared: poll(2) first, then no more than `chunk` bytes at a time.
+    Careful {
+        /// What surely fits when poll(2) says that something does.
+        chunk: usize,
+    },
+}
+
+/// Which way the bytes go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Direction {
+    /// To the guest.
+    Input,
+    /// From the guest.
+    Output,
+}
+
+impl Descriptor {
+    /// Finds out what `fd` is and how to use it without blocking.
+    ///
+    /// # Errors
+    /// `IsADirectory` for a folder; else what the kernel says.
+    pub(super) fn new(fd: OwnedFd, direction: Direction) -> io::Result<Self> {
+        let stat = fstat(&fd)?;
+        let way = match FileType::from_raw_mode(stat.st_mode) {
+            FileType::Directory => return Err(io::ErrorKind::IsADirectory.into()),
+            FileType::Socket => Way::Socket,
+            _ if !io_loop::accepts(fd.as_fd())? => Way::Unpollable,
+            kind => {
+                // Even where it is non-blocking: whoever shares it may change that at any time.
+                if let Some(own) = reopen(&fd, &stat, direction) {
+                    return Ok(Self { fd: own, way: Way::Nonblocking });
+                }
+                if fcntl_getfl(&fd)?.contains(OFlags::NONBLOCK) {
+                    Way::Nonblocking
+                } else {
+                    Way::Careful { chunk: if kind == FileType::Fifo { PIPE_BUF } else { 1 } }
+                }
+            }
+        };
+        Ok(Self { fd, way })
+    }
+
+    /// What the I/O loop may do with it.
+    pub(super) fn port(&self) -> Port {
+        match self.way {
+            Way::Unpollable => Port::Always,
+            _ => Port::Poll(self.fd.as_raw_fd()),
+        }
+    }
+
+    /// Reads what is there; see [`rvmm_devices::ConsoleBackend::read`].
+    pub(super) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self.way {
+            Way::Socket => Ok(recv(&self.fd, buffer, RecvFlags::DONTWAIT)?.0),
+            Way::Careful { .. } if !self.is_ready(PollFlags::IN) => {
+                Err(io::ErrorKind::WouldBlock.into())
+            }
+            _ => Ok(rustix::io::read(&self.fd, buffer)?),
+        }
+    }
+
+    /// Writes what fits; see [`rvmm_devices::ConsoleBackend::write`].
+    pub(super) fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+        match self.way {
+            Way::Socket => Ok(send(&self.fd, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?),
+            Way::Careful { chunk } => self.write_carefully(bytes, chunk),
+            Way::Nonblocking | Way::Unpollable => Ok(rustix::io::write(&self.fd, bytes)?),
+        }
+    }
+
+    fn write_carefully(&self, bytes: &[u8], chunk: usize) -> io::Result<usize> {
+        let mut done = 0;
+        for piece in bytes.chunks(chunk) {
+            if !self.is_ready(PollFlags::OUT) {
+                break;
+            }
+            match rustix::io::write(&self.fd, piece) {
+                Ok(written) => done += written,
+                Err(_) if done > 0 => break,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        if done == 0 { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(done) }
+    }
+
+    /// Whether a call would not wait now: there is something, there is room, or there is an error to be told.
+    fn is_ready(&self, direction: PollFlags) -> bool {
+        let mut fds = [PollFd::new(&self.fd, direction)];
+        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready > 0)
+    }
+}
+
+/// Opens a terminal or a pipe a second time, so that being non-blocking is rvmm's own affair. `None` where that is not
+/// possible (another user's terminal, no /proc) or would give something else.
+fn reopen(fd: &OwnedFd, stat: &Stat, direction: Direction) -> Option<OwnedFd> {
+    let is_pipe = FileType::from_raw_mode(stat.st_mode) == FileType::Fifo;
+    // Opening the master of a pseudo terminal would make a new pair.
+    let is_master = major(stat.st_rdev) == 5 && minor(stat.st_rdev) == 2;
+    if !is_pipe && (is_master || !isatty(fd)) {
+        return None;
+    }
+    let access = match direction {
+        Direction::Input => OFlags::RDONLY,
+        Direction::Output => OFlags::WRONLY,
+    };
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    let flags = access | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let own = open(path, flags, Mode::empty()).ok()?;
+    let same = fstat(&own).is_ok_and(|own| (own.st_dev, own.st_ino) == (stat.st_dev, stat.st_ino));
+    same.then_some(own)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    use rustix::pipe::pipe;
+    use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
+    use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
+
+    use super::*;
+
+    fn kind<T>(result: io::Result<T>) -> io::ErrorKind {
+        result.map(|_| ()).unwrap_err().kind()
+    }
+
+    /// Writes until it is refused and gives the number of bytes taken.
+    fn fill(output: &Descriptor) -> usize {
+        let mut total = 0;
+        loop {
+            match output.write(&[b'x'; 1000]) {
+                Ok(taken) => total += taken,
+                Err(error) => {
+                    assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+                    return total;
+                }
+            }
+        }
+    }
+
+    fn is_nonblocking(fd: impl AsFd) -> bool {
+        fcntl_getfl(fd).unwrap().contains(OFlags::NONBLOCK)
+    }
+
+    #[test]
+    fn a_full_pipe_refuses_and_stays_blocking_for_others() {
+        let (reader, writer) = pipe().unwrap();
+        let output = Descriptor::new(writer.try_clone().unwrap(), Direction::Output).unwrap();
+        assert_eq!(output.way, Way::Nonblocking);
+        assert!(fill(&output) >= PIPE_BUF);
+        assert!(!is_nonblocking(&writer) && !is_nonblocking(&reader));
+        drop(reader);
+        assert_eq!(kind(output.write(b"x")), io::ErrorKind::BrokenPipe);
+    }
+
+    #[test]
+    fn an_empty_pipe_has_nothing_yet_and_a_closed_one_has_ended() {
+        let (reader, writer) = pipe().unwrap();
+        let input = Descriptor::new(reader, Direction::Input).unwrap();
+        let mut buffer = [0; 8];
+        assert_eq!(kind(input.read(&mut buffer)), io::ErrorKind::WouldBlock);
+        File::from(writer).write_all(b"abc").unwrap();
+        assert_eq!(input.read(&mut buffer).unwrap(), 3);
+        assert_eq!(input.read(&mut buffer).unwrap(), 0);
+    }
+
+    #[test]
+    fn where_a_descriptor_cannot_be_opened_anew_it_is_used_carefully() {
+        let (reader, writer) = pipe().unwrap();
+        let output = Descriptor { fd: writer, way: Way::Careful { chunk: PIPE_BUF } };
+        let taken = fill(&output);
+        assert!(taken >= PIPE_BUF);
+        let input = Descriptor { fd: reader, way: Way::Careful { chunk: PIPE_BUF } };
+        let mut buffer = vec![0; 1 << 20];
+        let mut read = 0;
+        while read < taken {
+            read += input.read(&mut buffer).unwrap();
+        }
+        assert_eq!(kind(input.read(&mut buffer)), io::ErrorKind::WouldBlock);
+        drop(input);
+        assert_eq!(kind(output.write(b"x")), io::ErrorKind::BrokenPipe);
+    }
+
+    #[test]
+    fn a_terminal_that_nobody_reads_refuses_and_stays_blocking_for_others() {
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        let master = openpt(flags).unwrap();
+        unlockpt(&master).unwrap();
+        let slave = ioctl_tiocgptpeer(&master, flags).unwrap();
+        let mut mode = tcgetattr(&slave).unwrap();
+        mode.make_raw();
+        tcsetattr(&slave, OptionalActions::Now, &mode).unwrap();
+        let output = Descriptor::new(slave.try_clone().unwrap(), Direction::Output).unwrap();
+        assert!(fill(&output) > 0);
+        assert!(!is_nonblocking(&slave));
+        // The master is never opened anew: that would be another terminal.
+        let master = Descriptor::new(master, Direction::Output).unwrap();
+        assert_eq!(master.way, Way::Careful { chunk: 1 });
+        assert!(fill(&master) > 0);
+    }
+
+    #[test]
+    fn a_socket_whose_peer_does_not_read_refuses() {
+        let (near, mut far) = UnixStream::pair().unwrap();
+        let shared = near.try_clone().unwrap();
+        let stream = Descriptor::new(near.into(), Direction::Output).unwrap();
+        assert_eq!(stream.way, Way::Socket);
+        assert!(fill(&stream) > 0);
+        assert!(!is_nonblocking(&shared));
+        let mut buffer = [0; 8];
+        assert_eq!(kind(stream.read(&mut buffer)), io::ErrorKind::WouldBlock);
+        far.write_all(b"hi").unwrap();
+        assert_eq!(stream.read(&mut buffer).unwrap(), 2);
+        drop(far);
+        assert_eq!(kind(stream.write(b"x")), io::ErrorKind::BrokenPipe);
+    }
+
+    #[test]
+    fn files_and_null_devices_are_always_ready() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"before ").unwrap();
+        let output = Descriptor::new(file.try_clone().unwrap().into(), Direction::Output).unwrap();
+        assert_eq!(output.port(), Port::Always);
+        assert_eq!(output.write(b"after").unwrap(), 5);
+        let mut text = String::new();
+        io::Seek::rewind(&mut file).unwrap();
+        file.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "before after", "the position is shared with the one who gave it");
+
+        let null =
+            Descriptor::new(File::open("/dev/null").unwrap().into(), Direction::Input).unwrap();
+        assert_eq!(null.port(), Port::Always);
+        assert_eq!(null.read(&mut [0; 8]).unwrap(), 0);
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let full = Descriptor::new(full.into(), Direction::Output).unwrap();
+        assert_eq!(kind(full.write(b"x")), io::ErrorKind::StorageFull);
+    }
+
+    #[test]
+    fn a_folder_is_refused() {
+        let folder = File::open("/").unwrap();
+        let refused = Descriptor::new(folder.into(), Direction::Input);
+        assert_eq!(kind(refused), io::ErrorKind::IsADirectory);
+    }
+}

@@ -1,0 +1,179 @@
+//! A pseudo terminal: rvmm holds the master, a terminal program opens the other end by its path, leaves and comes back.
+//!
+//! Linux reports a master whose other end is closed as hung up, all the time, and says nothing when it is opened again. So
+//! the master is only watched while somebody is there, and inotify(7) tells about the opening. While nobody is there,
+//! output is dropped and counted, as with a serial line without a cable.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{OFlags, fcntl_setfl, inotify};
+use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, ptsname, unlockpt};
+use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
+use rvmm_devices::{ConsoleBackend, Port, Ports};
+
+/// The console of `--serial pty`.
+#[derive(Debug)]
+pub(super) struct Pty {
+    master: OwnedFd,
+    /// Readable when somebody has opened the other end.
+    openings: OwnedFd,
+    is_open: bool,
+}
+
+impl Pty {
+    /// Makes a pair whose other end is raw, and gives the path of that.
+    ///
+    /// # Errors
+    /// What the kernel says; among others where there is no devpts, or no inotify instance left.
+    pub(super) fn open() -> io::Result<(Self, PathBuf)> {
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        let master = openpt(flags)?;
+        unlockpt(&master)?;
+        fcntl_setfl(&master, OFlags::RDWR | OFlags::NONBLOCK)?;
+        let path = PathBuf::from(OsString::from_vec(ptsname(&master, Vec::new())?.into_bytes()));
+
+        // Until a program sets it otherwise: no echo of what the guest prints, no line editing.
+        let slave = ioctl_tiocgptpeer(&master, flags)?;
+        let mut mode = tcgetattr(&slave)?;
+        mode.make_raw();
+        tcsetattr(&slave, OptionalActions::Now, &mode)?;
+        // Having been closed once, it is known as closed.
+        drop(slave);
+
+        let openings =
+            inotify::init(inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC)?;
+        inotify::add_watch(&openings, &path, inotify::WatchFlags::OPEN)?;
+        Ok((Self { master, openings, is_open: false }, path))
+    }
+
+    fn look(&mut self) {
+        self.is_open = !is_hung_up(&self.master);
+    }
+}
+
+impl ConsoleBackend for Pty {
+    fn ports(&self) -> Ports {
+        let port = if self.is_open { Port::Poll(self.master.as_raw_fd()) } else { Port::Closed };
+        Ports { input: port, output: port, attention: Some(self.openings.as_raw_fd()) }
+    }
+
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match rustix::io::read(&self.master, buffer) {
+            // What was typed before the hang-up has been read by now.
+            Err(rustix::io::Errno::IO) | Ok(0) => {
+                self.is_open = false;
+                Ok(0)
+            }
+            result => Ok(result?),
+        }
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match rustix::io::write(&self.master, bytes) {
+            Ok(taken) if taken > 0 => Ok(taken),
+            // Full for good if the other end was closed meanwhile.
+            Ok(_) | Err(rustix::io::Errno::AGAIN) => {
+                self.look();
+                let kind = if self.is_open {
+                    io::ErrorKind::WouldBlock
+                } else {
+                    io::ErrorKind::BrokenPipe
+                };
+                Err(kind.into())
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn attend(&mut self) {
+        // What the events say is known: somebody opened it. Whether it still is open is asked.
+        let mut events = [0; 1024];
+        while rustix::io::read(&self.openings, &mut events).is_ok_and(|count| count > 0) {}
+        self.look();
+    }
+}
+
+/// Whether nobody has the other end of `fd` open.
+pub(super) fn is_hung_up(fd: impl AsFd) -> bool {
+    let mut fds = [PollFd::new(&fd, PollFlags::empty())];
+    let ready = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
+    let [fd] = fds;
+    ready.is_ok() && fd.revents().intersects(PollFlags::HUP | PollFlags::ERR)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{File, OpenOptions};
+    use std::io::{Read, Write};
+    use std::path::Path;
+
+    use super::*;
+
+    fn attach(path: &Path) -> File {
+        OpenOptions::new().read(true).write(true).open(path).unwrap()
+    }
+
+    fn has_attention(pty: &Pty) -> bool {
+        let mut fds = [PollFd::new(&pty.openings, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap() == 1
+    }
+
+    #[test]
+    fn a_user_may_come_go_and_come_back() {
+        let (mut pty, path) = Pty::open().unwrap();
+        assert_eq!(pty.ports().output, Port::Closed, "nobody is there at first");
+        assert!(!has_attention(&pty));
+        for round in [b"first ", b"second"] {
+            let mut user = attach(&path);
+            assert!(has_attention(&pty));
+            pty.attend();
+            assert!(!has_attention(&pty), "the event is consumed");
+            assert!(matches!(pty.ports().input, Port::Poll(_)));
+
+            let mut buffer = [0; 64];
+            assert_eq!(pty.read(&mut buffer).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+            assert_eq!(pty.write(b"out\n").unwrap(), 4);
+            user.read_exact(&mut buffer[..4]).unwrap();
+            assert_eq!(&buffer[..4], b"out\n", "no carriage return is added");
+            user.write_all(round).unwrap();
+            drop(user);
+            assert_eq!(pty.read(&mut buffer).unwrap(), 6, "what was typed before the end counts");
+            assert_eq!(&buffer[..6], round);
+            assert_eq!(pty.read(&mut buffer).unwrap(), 0);
+            assert_eq!(pty.ports().input, Port::Closed);
+            assert_eq!(pty.ports().output, Port::Closed);
+        }
+    }
+
+    #[test]
+    fn a_user_who_does_not_read_holds_back_and_one_who_leaves_does_not() {
+        let (mut pty, path) = Pty::open().unwrap();
+        let user = attach(&path);
+        pty.attend();
+        let refusal = |pty: &mut Pty| {
+            loop {
+                if let Err(error) = pty.write(&[b'x'; 512]) {
+                    break error.kind();
+                }
+            }
+        };
+        assert_eq!(refusal(&mut pty), io::ErrorKind::WouldBlock);
+        assert!(matches!(pty.ports().output, Port::Poll(_)));
+        drop(user);
+        assert_eq!(refusal(&mut pty), io::ErrorKind::BrokenPipe);
+        assert_eq!(pty.ports().output, Port::Closed);
+    }
+
+    #[test]
+    fn a_user_who_has_left_before_anyone_looked_is_not_taken_for_present() {
+        let (mut pty, path) = Pty::open().unwrap();
+        drop(attach(&path));
+        pty.attend();
+        assert_eq!(pty.ports().output, Port::Closed);
+    }
+}
