@@ -65,14 +65,24 @@ impl fmt::Display for StopReason {
             Self::PowerOff => write!(f, "The guest powered off"),
             Self::Reset => write!(f, "The guest asked for a reset"),
             Self::Requested => write!(f, "Stopped on request"),
-            Self::GuestFailure(code) => write!(f, "The guest reported failure {code} through the power device"),
-            Self::HartFault { hart, what, dump } => write!(f, "Hart {hart} stopped: {what}\n{dump}"),
+            Self::GuestFailure(code) => {
+                write!(f, "The guest reported failure {code} through the power device")
+            }
+            Self::HartFault { hart, what, dump } => {
+                write!(f, "Hart {hart} stopped: {what}\n{dump}")
+            }
             Self::UnassignedAccess { hart, addr, write, dump } => {
                 let what = if *write { "stored to" } else { "loaded from" };
-                write!(f, "Hart {hart} {what} {addr:#x}, where neither memory nor a device is\n{dump}")
+                write!(
+                    f,
+                    "Hart {hart} {what} {addr:#x}, where neither memory nor a device is\n{dump}"
+                )
             }
             Self::MemoryLost { addr: Some(addr) } => {
-                write!(f, "Guest memory at {addr:#x} is lost: the file behind it shrank or cannot be read")
+                write!(
+                    f,
+                    "Guest memory at {addr:#x} is lost: the file behind it shrank or cannot be read"
+                )
             }
             Self::MemoryLost { addr: None } => {
                 write!(f, "Guest memory is lost: the file behind it shrank or cannot be read")

@@ -1,0 +1,213 @@
+//! Start, stop, pause and resume of all harts of a machine, from any thread.
+//!
+//! One lock and one condition variable. Whoever wants something of the harts writes it down and kicks them; a hart that was
+//! kicked looks here. A hart looks under the lock before it waits, so that nothing said in between is missed; what is said
+//! while it is on its way into the guest reaches it by the kick, which is never lost.
+//!
+//! Lock order: this lock is taken last. With it held only kicks are called, which take no lock and call nobody; so a
+//! device may stop the machine with its own lock held.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use super::hart::Kick;
+use super::stop::StopReason;
+
+/// The will of a machine: what its harts are to do. One per run; a reboot makes a new one.
+#[derive(Default)]
+pub struct Control {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    started: bool,
+    paused: bool,
+    stop: Option<StopReason>,
+    /// Every hart whose thread lives.
+    harts: Vec<Enlisted>,
+    /// How many of them wait here.
+    parked: usize,
+    /// How many of the waiting sleep in SBI SUSP.
+    asleep: usize,
+    /// Counts host events, for those that sleep until one.
+    wakes: u64,
+}
+
+struct Enlisted {
+    id: u32,
+    kick: Arc<dyn Kick>,
+}
+
+impl State {
+    fn may_run(&self) -> bool {
+        self.started && !self.paused
+    }
+
+    fn kick_all(&self) {
+        for hart in &self.harts {
+            hart.kick.kick();
+        }
+    }
+}
+
+/// What a hart is to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Order {
+    Run,
+    Park,
+    End,
+}
+
+impl Control {
+    /// A control whose harts wait for [`Control::start`].
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Lets the harts run: those that are here and those that come later.
+    pub fn start(&self) {
+        self.lock().started = true;
+        self.changed.notify_all();
+    }
+
+    /// Ends the run. The first reason counts; true where this is the one. Returns at once: [`Control::wait`] waits.
+    ///
+    /// Callable from any thread, a hart's own included, and with a device's lock held.
+    pub fn stop(&self, reason: StopReason) -> bool {
+        let mut state = self.lock();
+        let first = state.stop.is_none();
+        if first {
+            state.stop = Some(reason);
+            state.kick_all();
+            self.changed.notify_all();
+        }
+        first
+    }
+
+    /// Takes all harts out of the guest and waits until they are: their registers are true then, and memory and devices
+    /// change only by what the host does. A hart that has not started counts as out.
+    ///
+    /// False where the machine ends, or somebody resumed it before all harts were out. Not to be called by a hart's thread
+    /// or with a device's lock held.
+    pub fn pause(&self) -> bool {
+        let mut state = self.lock();
+        if !state.paused {
+            state.paused = true;
+            state.kick_all();
+        }
+        let state = self.wait_while(state, |state| {
+            state.stop.is_none() && state.paused && state.parked < state.harts.len()
+        });
+        state.stop.is_none() && state.paused
+    }
+
+    /// Lets paused harts run again.
+    pub fn resume(&self) {
+        self.lock().paused = false;
+        self.changed.notify_all();
+    }
+
+    /// Says that a host event has reached a device (input, an alarm, a packet): a system that sleeps in SBI SUSP wakes up.
+    /// Cheap where none does.
+    pub fn wake(&self) {
+        let mut state = self.lock();
+        state.wakes = state.wakes.wrapping_add(1);
+        if state.asleep > 0 {
+            self.changed.notify_all();
+        }
+    }
+
+    /// Waits until the run has a reason to end and every hart's thread has ended, and says the reason.
+    #[must_use]
+    pub fn wait(&self) -> StopReason {
+        let mut state = self.lock();
+        loop {
+            match &state.stop {
+                Some(reason) if state.harts.is_empty() => return reason.clone(),
+                _ => state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+
+    /// Why the run ends, once it does.
+    #[must_use]
+    pub fn reason(&self) -> Option<StopReason> {
+        self.lock().stop.clone()
+    }
+
+    /// Whether the harts are to be out of the guest until [`Control::resume`].
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        self.lock().paused
+    }
+
+    /// Enters a hart into the list of those that are kicked and waited for, until the guard is dropped by its thread.
+    pub(super) fn enlist(self: &Arc<Self>, id: u32, kick: Arc<dyn Kick>) -> Service {
+        self.lock().harts.push(Enlisted { id, kick });
+        Service { control: Arc::clone(self), id }
+    }
+
+    /// What a hart is to do now.
+    pub(super) fn order(&self) -> Order {
+        let state = self.lock();
+        match state.stop {
+            Some(_) => Order::End,
+            None if state.may_run() => Order::Run,
+            None => Order::Park,
+        }
+    }
+
+    /// Waits until the hart may run, with `asleep` also until the next host event; false where the run ends.
+    pub(super) fn park(&self, asleep: bool) -> bool {
+        let mut state = self.lock();
+        state.parked += 1;
+        self.changed.notify_all();
+        if asleep {
+            let before = state.wakes;
+            state.asleep += 1;
+            state = self.wait_while(state, |state| state.stop.is_none() && state.wakes == before);
+            state.asleep -= 1;
+        }
+        state = self.wait_while(state, |state| state.stop.is_none() && !state.may_run());
+        state.parked -= 1;
+        state.stop.is_none()
+    }
+
+    fn leave(&self, id: u32) {
+        let mut state = self.lock();
+        state.harts.retain(|hart| hart.id != id);
+        if state.stop.is_none() {
+            state.stop = Some(StopReason::HostFailure(format!("The thread of hart {id} died")));
+            state.kick_all();
+        }
+        self.changed.notify_all();
+    }
+
+    /// A thread that panicked has left the state whole: nothing in here can panic half way.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait_while<'a>(
+        &self,
+        state: MutexGuard<'a, State>,
+        condition: impl Fn(&State) -> bool,
+    ) -> MutexGuard<'a, State> {
+        let condition = |state: &mut State| condition(state);
+        self.changed.wait_while(state, condition).unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A hart's place in the list. Dropped last by its thread, however that ends; a run without a reason to end gets one then.
+pub(super) struct Service {
+    control: Arc<Control>,
+    id: u32,
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        self.control.leave(self.id);
+    }
+}

@@ -1,0 +1,40 @@
+//! CSR accesses that KVM leaves to user space: `seed`, and on some hosts the AIA's indirect CSRs of a guest that has none.
+
+use log::warn;
+use rustix::rand::{GetRandomFlags, getrandom};
+
+use super::exit::CsrAccess;
+use super::world::{Notice, World};
+
+/// `seed` (Unprivileged specification, Zkr): two bits of state on top, 16 bits of entropy below.
+const SEED: u64 = 0x015;
+/// State ES16: the entropy is valid.
+const ES16: u64 = 0x8000_0000;
+/// State WAIT: no entropy yet, ask again.
+const WAIT: u64 = 0x4000_0000;
+
+/// Answers an access. A register that is not known reads as zero and ignores writes: the kernel has already decided that
+/// the access is legal.
+#[cold]
+pub(super) fn answer(access: CsrAccess<'_>, world: &World) {
+    *access.ret = match access.csr {
+        SEED => seed(),
+        csr => {
+            if world.first(Notice::UnknownCsr) {
+                warn!(
+                    "The guest uses CSR {csr:#x}, which this machine does not have: it reads as zero"
+                );
+            }
+            0
+        }
+    };
+}
+
+/// What is written to `seed` has no effect.
+fn seed() -> u64 {
+    let mut entropy = [0; 2];
+    match getrandom(&mut entropy[..], GetRandomFlags::NONBLOCK) {
+        Ok(2) => ES16 | u64::from(u16::from_le_bytes(entropy)),
+        _ => WAIT,
+    }
+}

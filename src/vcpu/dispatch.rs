@@ -1,0 +1,97 @@
+//! From an exit to its answer: one match, no hart, no thread.
+
+use log::info;
+use rvmm_devices::Claim;
+
+use super::exit::{Exit, Fault, SystemEvent};
+use super::stop::StopReason;
+use super::world::World;
+use super::{csr, sbi};
+use crate::config::Unassigned;
+
+/// What the hart does next.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Flow {
+    /// It goes back into the guest; the answer is in place.
+    Resume,
+    /// It goes back, and runs the same instruction again: the answer cannot be given yet.
+    Retry,
+    /// It looks at the control first.
+    Yield,
+    /// The whole system sleeps until something happens (SBI SUSP).
+    Suspend,
+    /// Its registers decide: a trap is raised in the guest, or the machine stops.
+    Resolve(Trouble),
+    /// The machine stops.
+    Stop(StopReason),
+}
+
+/// What only the hart's registers can answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Trouble {
+    /// An `ebreak` that no debugger has asked for.
+    Breakpoint,
+    /// An access to an address without memory and device, under a policy other than zero.
+    Unassigned {
+        /// Guest-physical address.
+        addr: u64,
+        /// True for a store.
+        write: bool,
+    },
+    /// The kernel could not carry out an instruction.
+    Fault(Fault),
+    /// A system event that this version does not know, by KVM's number.
+    UnknownEvent(u32),
+    /// An exit that this version does not know, by KVM's number.
+    UnknownExit(u32),
+}
+
+/// Answers an exit.
+///
+/// MMIO is the way that costs: a lookup on the bus, the device's lock, the device. Whatever is rare is out of line.
+#[inline]
+pub fn dispatch(exit: Exit<'_>, world: &World) -> Flow {
+    match exit {
+        Exit::MmioRead { addr, data } => {
+            let claim = world.bus.read(addr, data);
+            if claim == Claim::Unassigned { unassigned(world, addr, false) } else { Flow::Resume }
+        }
+        Exit::MmioWrite { addr, data } => {
+            let claim = world.bus.write(addr, data);
+            if claim == Claim::Unassigned { unassigned(world, addr, true) } else { Flow::Resume }
+        }
+        Exit::Sbi(call) => sbi::answer(call, world),
+        Exit::Csr(access) => {
+            csr::answer(access, world);
+            Flow::Resume
+        }
+        Exit::Interrupted => Flow::Yield,
+        Exit::System(event) => system(event),
+        Exit::Debug => Flow::Resolve(Trouble::Breakpoint),
+        Exit::Fault(fault) => Flow::Resolve(Trouble::Fault(fault)),
+        Exit::Unknown(reason) => Flow::Resolve(Trouble::UnknownExit(reason)),
+    }
+}
+
+#[cold]
+fn unassigned(world: &World, addr: u64, write: bool) -> Flow {
+    match world.unassigned {
+        Unassigned::Zero => Flow::Resume,
+        Unassigned::Fault | Unassigned::Stop => Flow::Resolve(Trouble::Unassigned { addr, write }),
+    }
+}
+
+#[cold]
+fn system(event: SystemEvent) -> Flow {
+    match event {
+        SystemEvent::Shutdown(reason) => {
+            info!("The guest asks for poweroff, reason {reason}");
+            Flow::Stop(StopReason::PowerOff)
+        }
+        SystemEvent::Reset(reason) => {
+            info!("The guest asks for a reset, reason {reason}");
+            Flow::Stop(StopReason::Reset)
+        }
+        SystemEvent::Other(number) => Flow::Resolve(Trouble::UnknownEvent(number)),
+    }
+}

@@ -1,0 +1,51 @@
+//! A hart's registers as text, for the last message of a machine that came to a stop.
+
+use std::fmt::Write;
+
+use super::hart::{Csr, Hart, Reg};
+
+/// ABI names of x0 to x31 (RISC-V ELF psABI, "Integer Register Convention").
+const NAMES: [&str; 32] = [
+    "zero", "ra", "sp", "gp", "tp", "t0", "t1", "t2", "s0", "s1", "a0", "a1", "a2", "a3", "a4",
+    "a5", "a6", "a7", "s2", "s3", "s4", "s5", "s6", "s7", "s8", "s9", "s10", "s11", "t3", "t4",
+    "t5", "t6",
+];
+
+const PER_LINE: usize = 4;
+
+/// The registers of a hart whose last exit is settled or abandoned: 11 lines of at most 100 characters. A register that
+/// cannot be read is a question mark.
+#[must_use]
+pub fn dump(hart: &dyn Hart) -> String {
+    let first = [("pc", Reg::Pc), ("mode", Reg::Mode)];
+    let integers = (1..).zip(NAMES.iter().skip(1)).map(|(number, name)| (*name, Reg::X(number)));
+    let csrs = [
+        ("sstatus", Csr::Sstatus),
+        ("stvec", Csr::Stvec),
+        ("sepc", Csr::Sepc),
+        ("scause", Csr::Scause),
+        ("stval", Csr::Stval),
+        ("satp", Csr::Satp),
+    ];
+    let mut text = String::new();
+    block(&mut text, hart, first.into_iter());
+    block(&mut text, hart, integers);
+    block(&mut text, hart, csrs.into_iter().map(|(name, csr)| (name, Reg::Csr(csr))));
+    text.pop();
+    text
+}
+
+fn block(text: &mut String, hart: &dyn Hart, regs: impl Iterator<Item = (&'static str, Reg)>) {
+    let mut column = 0;
+    for (name, reg) in regs {
+        let value = hart.get(reg).map_or_else(|_| "?".into(), |value| format!("{value:016x}"));
+        let end = if column % PER_LINE == PER_LINE - 1 { '\n' } else { ' ' };
+        // Writing to a String cannot fail.
+        let _ = write!(text, "{name:>7} {value:16}{end}");
+        column += 1;
+    }
+    if !column.is_multiple_of(PER_LINE) {
+        text.pop();
+        text.push('\n');
+    }
+}

@@ -1,0 +1,157 @@
+//! A hart's thread: bind, wait for the start, and then the loop.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread::{self, JoinHandle};
+
+use log::debug;
+use rustix::thread::{CpuSet, sched_setaffinity};
+
+use super::control::{Control, Order, Service};
+use super::dispatch::{Flow, dispatch};
+use super::hart::{Csr, Hart, Reg};
+use super::stop::StopReason;
+use super::trap;
+use super::world::World;
+
+/// Stack of a hart's thread; its deepest call is a log line.
+const STACK: usize = 256 << 10;
+
+/// `sip.SEIP`: an external interrupt is pending.
+const SEIP: u64 = 1 << 9;
+
+/// Gives a hart its thread, `vcpuN`, on host CPU `affinity` if one is named. When this returns the hart is bound and known
+/// to `control`; it waits for [`Control::start`], and runs until `control` has a reason to stop. The thread drops the hart
+/// before [`Control::wait`] returns.
+///
+/// # Errors
+/// The host gives no thread, has no such CPU, or cannot bind the hart; the message says which.
+pub fn spawn_hart(
+    hart: Box<dyn Hart>,
+    world: Arc<World>,
+    control: Arc<Control>,
+    affinity: Option<u32>,
+) -> io::Result<JoinHandle<()>> {
+    let id = hart.id();
+    let (report, bound) = sync_channel(1);
+    let body = move || serve(hart, &world, &control, affinity, &report);
+    let thread = thread::Builder::new().name(format!("vcpu{id}")).stack_size(STACK).spawn(body)?;
+    match bound.recv() {
+        Ok(Ok(())) => Ok(thread),
+        Ok(Err(error)) => Err(error),
+        Err(_) => Err(io::Error::other(format!("The thread of hart {id} died before it started"))),
+    }
+}
+
+fn serve(
+    mut hart: Box<dyn Hart>,
+    world: &World,
+    control: &Arc<Control>,
+    affinity: Option<u32>,
+    report: &SyncSender<io::Result<()>>,
+) {
+    // The spawner waits for the report, so that it can always be sent.
+    let service = match begin(hart.as_mut(), control, affinity) {
+        Ok(service) => service,
+        Err(error) => {
+            let _ = report.send(Err(error));
+            return;
+        }
+    };
+    let _ = report.send(Ok(()));
+    let reason = live(hart.as_mut(), world, control).unwrap_or_else(|error| {
+        let id = hart.id();
+        Some(StopReason::HostFailure(format!("Hart {id} cannot go on: {error}")))
+    });
+    if let Some(reason) = reason {
+        control.stop(reason);
+    }
+    debug!("Hart {} ends", hart.id());
+    drop(hart);
+    drop(service);
+}
+
+fn begin(
+    hart: &mut dyn Hart,
+    control: &Arc<Control>,
+    affinity: Option<u32>,
+) -> io::Result<Service> {
+    if let Some(cpu) = affinity {
+        pin(hart.id(), cpu)?;
+    }
+    let kick = hart.bind()?;
+    Ok(control.enlist(hart.id(), kick))
+}
+
+fn pin(hart: u32, cpu: u32) -> io::Result<()> {
+    let refused = |why: &str| {
+        let what = format!("Cannot pin hart {hart} to host CPU {cpu}: {why}");
+        io::Error::new(io::ErrorKind::InvalidInput, what)
+    };
+    let index = usize::try_from(cpu).unwrap_or(usize::MAX);
+    if index >= CpuSet::MAX_CPU {
+        return Err(refused("there is no such CPU"));
+    }
+    let mut cpus = CpuSet::new();
+    cpus.set(index);
+    sched_setaffinity(None, &cpus).map_err(|errno| match errno {
+        rustix::io::Errno::INVAL => {
+            refused("the host has no such CPU, or does not let rvmm use it")
+        }
+        other => refused(&io::Error::from(other).to_string()),
+    })
+}
+
+/// The loop. `None` where the control ended it.
+fn live(hart: &mut dyn Hart, world: &World, control: &Control) -> io::Result<Option<StopReason>> {
+    if !obey(hart, control)? {
+        return Ok(None);
+    }
+    loop {
+        match dispatch(hart.enter()?, world) {
+            Flow::Resume => {}
+            Flow::Retry => {
+                hart.abandon();
+                thread::yield_now();
+            }
+            Flow::Yield => {
+                if !obey(hart, control)? {
+                    return Ok(None);
+                }
+            }
+            Flow::Suspend => {
+                if !sleep(hart, control)? {
+                    return Ok(None);
+                }
+            }
+            Flow::Resolve(trouble) => {
+                if let Some(reason) = trap::resolve(hart, world, trouble)? {
+                    return Ok(Some(reason));
+                }
+            }
+            Flow::Stop(reason) => return Ok(Some(reason)),
+        }
+    }
+}
+
+/// Does what the control says; false where the run ends.
+#[cold]
+fn obey(hart: &mut dyn Hart, control: &Control) -> io::Result<bool> {
+    match control.order() {
+        Order::Run => Ok(true),
+        Order::End => Ok(false),
+        Order::Park => {
+            hart.settle()?;
+            Ok(control.park(false))
+        }
+    }
+}
+
+/// Sleeps until a host event; not at all where an interrupt is already pending, which would have woken hardware too.
+#[cold]
+fn sleep(hart: &mut dyn Hart, control: &Control) -> io::Result<bool> {
+    hart.settle()?;
+    let pending = hart.get(Reg::Csr(Csr::Sip))? & SEIP != 0;
+    if pending { obey(hart, control) } else { Ok(control.park(true)) }
+}

@@ -1,0 +1,300 @@
+//! For tests, here and in the machine: a hart that plays a script, a UART that does as it is told, and a world around them.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Arc, Condvar, Mutex};
+
+use rvmm_devices::{Access, Bus, FdtDesc, MmioDevice};
+
+use super::World;
+use super::exit::{CsrAccess, Exit, Fault, SbiCall, SystemEvent};
+use super::hart::{Hart, Kick, Reg};
+use crate::config::Unassigned;
+use crate::layout::Span;
+use crate::memory::GuestRam;
+
+/// RAM of [`world`].
+pub(crate) const RAM: Span = Span { base: 0x8000_0000, size: 2 << 20 };
+/// The UART of [`world`].
+pub(crate) const UART: u64 = 0x1000_0000;
+/// An address of [`world`] where nothing is.
+pub(crate) const NOWHERE: u64 = 0x2000_0000;
+
+/// One thing that a scripted hart does.
+#[derive(Debug, Clone)]
+pub(crate) enum Step {
+    Load {
+        addr: u64,
+        len: usize,
+    },
+    Store {
+        addr: u64,
+        bytes: Vec<u8>,
+    },
+    Sbi {
+        extension: u64,
+        function: u64,
+        args: [u64; 6],
+    },
+    Csr {
+        csr: u64,
+    },
+    System(SystemEvent),
+    Debug,
+    Fault(Fault),
+    Unknown(u32),
+    /// Stays in the guest until it is kicked.
+    Idle,
+    /// `enter` fails.
+    Broken,
+    /// The thread panics.
+    Panic,
+}
+
+/// What happened to a scripted hart.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Event {
+    Bound,
+    Entered,
+    Loaded(Vec<u8>),
+    Sbi([u64; 2]),
+    Csr(u64),
+    Settled,
+    Abandoned,
+    Interrupted,
+}
+
+/// A hart that plays a script, then idles in the guest.
+pub(crate) struct ScriptHart {
+    id: u32,
+    script: VecDeque<Step>,
+    regs: Vec<(Reg, u64)>,
+    kick: Arc<TestKick>,
+    diary: Diary,
+    step: Option<Step>,
+    data: Vec<u8>,
+    sbi: [u64; 2],
+    csr: u64,
+}
+
+/// What a scripted hart has gone through, to be read while it runs.
+#[derive(Clone, Default)]
+pub(crate) struct Diary(Arc<(Mutex<Vec<Event>>, Condvar)>);
+
+impl Diary {
+    fn note(&self, event: Event) {
+        self.0.0.lock().unwrap().push(event);
+        self.0.1.notify_all();
+    }
+
+    pub(crate) fn events(&self) -> Vec<Event> {
+        self.0.0.lock().unwrap().clone()
+    }
+
+    /// Waits until `event` has happened `times` times.
+    pub(crate) fn await_event(&self, event: &Event, times: usize) {
+        let missing =
+            |events: &mut Vec<Event>| events.iter().filter(|e| *e == event).count() < times;
+        drop(self.0.1.wait_while(self.0.0.lock().unwrap(), missing).unwrap());
+    }
+}
+
+#[derive(Default)]
+struct TestKick {
+    kicked: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Kick for TestKick {
+    fn kick(&self) {
+        *self.kicked.lock().unwrap() = true;
+        self.changed.notify_all();
+    }
+}
+
+impl ScriptHart {
+    pub(crate) fn new(id: u32, script: impl IntoIterator<Item = Step>) -> Self {
+        Self {
+            id,
+            script: script.into_iter().collect(),
+            regs: Vec::new(),
+            kick: Arc::default(),
+            diary: Diary::default(),
+            step: None,
+            data: Vec::new(),
+            sbi: [0; 2],
+            csr: 0,
+        }
+    }
+
+    /// The same hart with these registers; all others are zero.
+    pub(crate) fn with(mut self, regs: impl IntoIterator<Item = (Reg, u64)>) -> Self {
+        self.regs.extend(regs);
+        self
+    }
+
+    pub(crate) fn diary(&self) -> Diary {
+        self.diary.clone()
+    }
+
+    fn complete(&mut self) {
+        match self.step.take() {
+            Some(Step::Load { .. }) => self.diary.note(Event::Loaded(self.data.clone())),
+            Some(Step::Sbi { .. }) => self.diary.note(Event::Sbi(self.sbi)),
+            Some(Step::Csr { .. }) => self.diary.note(Event::Csr(self.csr)),
+            _ => {}
+        }
+    }
+
+    fn interrupted(&self) -> Exit<'_> {
+        self.diary.note(Event::Interrupted);
+        Exit::Interrupted
+    }
+}
+
+impl Hart for ScriptHart {
+    fn id(&self) -> u32 {
+        self.id
+    }
+
+    fn bind(&mut self) -> io::Result<Arc<dyn Kick>> {
+        self.diary.note(Event::Bound);
+        Ok(Arc::<TestKick>::clone(&self.kick))
+    }
+
+    fn enter(&mut self) -> io::Result<Exit<'_>> {
+        self.complete();
+        self.diary.note(Event::Entered);
+        let idle = matches!(self.script.front(), None | Some(Step::Idle));
+        let mut kicked = self.kick.kicked.lock().unwrap();
+        if idle {
+            kicked = self.kick.changed.wait_while(kicked, |kicked| !*kicked).unwrap();
+        }
+        let taken = std::mem::take(&mut *kicked);
+        drop(kicked);
+        if taken {
+            if idle {
+                self.script.pop_front();
+            }
+            return Ok(self.interrupted());
+        }
+        let step = self.step.insert(self.script.pop_front().unwrap_or(Step::Idle));
+        Ok(match step {
+            Step::Load { addr, len } => {
+                self.data = vec![0xa5; *len];
+                Exit::MmioRead { addr: *addr, data: &mut self.data }
+            }
+            Step::Store { addr, bytes } => Exit::MmioWrite { addr: *addr, data: bytes },
+            Step::Sbi { extension, function, args } => {
+                self.sbi = [u64::MAX - 1, 0];
+                let (extension, function, args) = (*extension, *function, *args);
+                Exit::Sbi(SbiCall { extension, function, args, ret: &mut self.sbi })
+            }
+            Step::Csr { csr } => {
+                Exit::Csr(CsrAccess { csr: *csr, new_value: 0, write_mask: 0, ret: &mut self.csr })
+            }
+            Step::System(event) => Exit::System(*event),
+            Step::Debug => Exit::Debug,
+            Step::Fault(fault) => Exit::Fault(*fault),
+            Step::Unknown(reason) => Exit::Unknown(*reason),
+            Step::Idle => Exit::Interrupted,
+            Step::Broken => return Err(io::Error::other("broken")),
+            Step::Panic => panic!("a hart's thread panics on purpose"),
+        })
+    }
+
+    fn settle(&mut self) -> io::Result<()> {
+        self.complete();
+        self.diary.note(Event::Settled);
+        Ok(())
+    }
+
+    fn abandon(&mut self) {
+        self.step = None;
+        self.diary.note(Event::Abandoned);
+    }
+
+    fn get(&self, reg: Reg) -> io::Result<u64> {
+        Ok(self.regs.iter().rev().find(|(r, _)| *r == reg).map_or(0, |(_, value)| *value))
+    }
+
+    fn set(&mut self, reg: Reg, value: u64) -> io::Result<()> {
+        self.regs.push((reg, value));
+        Ok(())
+    }
+}
+
+/// A world of 2 MiB of RAM and one UART, and the UART's other end.
+pub(crate) fn world(unassigned: Unassigned) -> (World, FakeUart) {
+    let uart = FakeUart::default();
+    let bus = Bus::new(vec![(UART, Box::new(uart.clone()))]).unwrap();
+    let ram = GuestRam::new(RAM, false).unwrap();
+    (World::new(Arc::new(bus), Arc::new(ram), unassigned, Some(UART)), uart)
+}
+
+/// A UART whose line is as the test says.
+#[derive(Clone, Default)]
+pub(crate) struct FakeUart(Arc<Mutex<Line>>);
+
+#[derive(Default)]
+pub(crate) struct Line {
+    /// What was sent.
+    pub(crate) sent: Vec<u8>,
+    /// How many bytes more can be sent.
+    pub(crate) room: usize,
+    /// What was typed.
+    pub(crate) typed: VecDeque<u8>,
+    /// Line control register.
+    pub(crate) lcr: u8,
+    /// Accesses that were not one byte to a known register.
+    pub(crate) strange: usize,
+}
+
+impl FakeUart {
+    pub(crate) fn line(&self) -> std::sync::MutexGuard<'_, Line> {
+        self.0.lock().unwrap()
+    }
+}
+
+impl MmioDevice for FakeUart {
+    fn name(&self) -> &'static str {
+        "fake-uart"
+    }
+
+    fn size(&self) -> u64 {
+        0x100
+    }
+
+    fn read(&mut self, offset: u64, data: &mut [u8]) -> Access {
+        let mut line = self.line();
+        data.fill(0);
+        data[0] = match (offset, data.len()) {
+            (0, 1) => line.typed.pop_front().unwrap_or(0),
+            (3, 1) => line.lcr,
+            (5, 1) => u8::from(!line.typed.is_empty()) | u8::from(line.room > 0) << 5,
+            (7, _) => 0x77,
+            _ => {
+                line.strange += 1;
+                0
+            }
+        };
+        Ok(())
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> Access {
+        let mut line = self.line();
+        if (offset, data.len()) == (0, 1) && line.room > 0 {
+            line.room -= 1;
+            line.sent.push(data[0]);
+        } else {
+            line.strange += 1;
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) {}
+
+    fn fdt(&self) -> Option<FdtDesc> {
+        None
+    }
+}

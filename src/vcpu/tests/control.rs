@@ -1,0 +1,236 @@
+//! Start, stop, pause and resume, from several threads at once. The harts idle in the guest until they are kicked.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::channel;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use super::super::stop::StopReason;
+use super::super::testing::{Diary, Event, ScriptHart, Step, world};
+use super::super::{Control, spawn_hart};
+use crate::config::Unassigned;
+
+const SUSPEND: Step = Step::Sbi { extension: 0x5355_5350, function: 0, args: [0; 6] };
+/// What a hart notes when its suspend call is settled, on its way to sleep.
+const ASLEEP: Event = Event::Sbi([0, 0]);
+
+struct Run {
+    control: Arc<Control>,
+    diaries: Vec<Diary>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// A machine of harts with these scripts, not started.
+fn machine(scripts: &[&[Step]]) -> Run {
+    let world = Arc::new(world(Unassigned::Zero).0);
+    let control = Arc::new(Control::new());
+    let (mut diaries, mut threads) = (Vec::new(), Vec::new());
+    for (id, script) in (0..).zip(scripts) {
+        let hart = ScriptHart::new(id, script.iter().cloned());
+        diaries.push(hart.diary());
+        let thread = spawn_hart(Box::new(hart), Arc::clone(&world), Arc::clone(&control), None);
+        threads.push(thread.unwrap());
+    }
+    Run { control, diaries, threads }
+}
+
+impl Run {
+    /// Waits for the end, with a time-out that only a hang meets.
+    fn end(self) -> StopReason {
+        let (done, over) = channel();
+        let control = self.control;
+        thread::spawn(move || done.send(control.wait()));
+        let reason = over.recv_timeout(Duration::from_secs(60)).expect("the run ends");
+        for thread in self.threads {
+            thread.join().unwrap();
+        }
+        reason
+    }
+
+    fn count(&self, hart: usize, event: &Event) -> usize {
+        self.diaries[hart].events().iter().filter(|e| *e == event).count()
+    }
+
+    fn await_inside(&self, times: usize) {
+        for diary in &self.diaries {
+            diary.await_event(&Event::Entered, times);
+        }
+    }
+}
+
+#[test]
+fn harts_wait_for_the_start() {
+    let run = machine(&[&[], &[]]);
+    assert_eq!(run.control.reason(), None);
+    assert!(run.control.pause(), "all are out of the guest");
+    assert_eq!(run.count(0, &Event::Entered) + run.count(1, &Event::Entered), 0);
+    run.control.resume();
+    run.control.start();
+    run.await_inside(1);
+    run.control.stop(StopReason::Requested);
+    assert_eq!(run.end(), StopReason::Requested);
+}
+
+#[test]
+fn a_stop_before_the_start_ends_the_run() {
+    let run = machine(&[&[], &[]]);
+    assert!(run.control.stop(StopReason::Reset));
+    run.control.start();
+    let diary = run.diaries[0].clone();
+    assert_eq!(run.end(), StopReason::Reset);
+    assert!(!diary.events().contains(&Event::Entered));
+}
+
+#[test]
+fn a_stop_reaches_harts_that_idle_in_the_guest() {
+    let run = machine(&[&[], &[], &[]]);
+    run.control.start();
+    run.await_inside(1);
+    run.control.stop(StopReason::Requested);
+    assert_eq!(run.end(), StopReason::Requested);
+}
+
+#[test]
+fn a_stop_ends_a_pause() {
+    let run = machine(&[&[], &[]]);
+    run.control.start();
+    assert!(run.control.pause());
+    run.control.stop(StopReason::PowerOff);
+    assert!(!run.control.pause());
+    assert_eq!(run.end(), StopReason::PowerOff);
+}
+
+#[test]
+fn the_first_reason_counts() {
+    let run = machine(&[&[]]);
+    run.control.start();
+    assert!(run.control.stop(StopReason::Reset));
+    assert!(!run.control.stop(StopReason::PowerOff));
+    assert_eq!(run.control.reason(), Some(StopReason::Reset));
+    assert_eq!(run.end(), StopReason::Reset);
+}
+
+#[test]
+fn of_threads_that_stop_at_once_one_is_first() {
+    for _ in 0..50 {
+        let run = machine(&[&[], &[]]);
+        run.control.start();
+        let wins = AtomicUsize::new(0);
+        thread::scope(|scope| {
+            for code in 0..4 {
+                let (control, wins) = (&run.control, &wins);
+                scope.spawn(move || {
+                    if control.stop(StopReason::GuestFailure(code)) {
+                        wins.fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+            }
+        });
+        assert_eq!(wins.load(Ordering::Relaxed), 1);
+        assert!(matches!(run.end(), StopReason::GuestFailure(0..4)));
+    }
+}
+
+#[test]
+fn a_pause_settles_every_hart_and_lets_none_run() {
+    let run = machine(&[&[], &[]]);
+    run.control.start();
+    run.await_inside(1);
+    for round in 1..=3 {
+        assert!(run.control.pause());
+        assert!(run.control.is_paused());
+        let counts = |event| [run.count(0, event), run.count(1, event)];
+        assert_eq!(counts(&Event::Settled).map(|n| n >= round), [true; 2]);
+        let entered = counts(&Event::Entered);
+        assert!(run.control.pause(), "a second pause finds them paused");
+        assert_eq!(counts(&Event::Entered), entered);
+        run.control.resume();
+        run.diaries[0].await_event(&Event::Entered, entered[0] + 1);
+        run.diaries[1].await_event(&Event::Entered, entered[1] + 1);
+    }
+    run.control.stop(StopReason::Requested);
+    assert_eq!(run.end(), StopReason::Requested);
+}
+
+#[test]
+fn an_answer_is_in_the_registers_when_a_hart_pauses() {
+    let load = Step::Load { addr: 0x2000_0000, len: 4 };
+    let run = machine(&[&[load]]);
+    run.control.start();
+    run.await_inside(2);
+    assert!(run.control.pause());
+    assert!(run.diaries[0].events().contains(&Event::Loaded(vec![0; 4])));
+    run.control.stop(StopReason::Requested);
+    run.end();
+}
+
+#[test]
+fn pause_and_resume_from_many_threads_lose_no_wake_up() {
+    let run = machine(&[&[], &[], &[]]);
+    run.control.start();
+    thread::scope(|scope| {
+        for _ in 0..3 {
+            let control = &run.control;
+            scope.spawn(move || {
+                for _ in 0..200 {
+                    control.pause();
+                    control.resume();
+                }
+            });
+        }
+    });
+    assert!(run.control.pause());
+    run.control.resume();
+    run.control.stop(StopReason::Requested);
+    assert_eq!(run.end(), StopReason::Requested);
+}
+
+#[test]
+fn a_suspended_system_sleeps_until_a_host_event() {
+    let run = machine(&[&[SUSPEND]]);
+    run.control.start();
+    run.diaries[0].await_event(&ASLEEP, 1);
+    assert!(run.control.pause(), "asleep is out of the guest");
+    assert_eq!(run.count(0, &Event::Entered), 1);
+    run.control.resume();
+    while run.count(0, &Event::Entered) == 1 {
+        run.control.wake();
+        thread::yield_now();
+    }
+    run.control.stop(StopReason::Requested);
+    assert_eq!(run.end(), StopReason::Requested);
+}
+
+#[test]
+fn a_suspended_system_can_be_stopped() {
+    let run = machine(&[&[SUSPEND], &[]]);
+    run.control.start();
+    run.diaries[0].await_event(&ASLEEP, 1);
+    run.control.stop(StopReason::Requested);
+    assert_eq!(run.end(), StopReason::Requested);
+}
+
+#[test]
+fn a_wake_up_during_a_pause_counts_after_it() {
+    let run = machine(&[&[SUSPEND]]);
+    run.control.start();
+    run.diaries[0].await_event(&ASLEEP, 1);
+    assert!(run.control.pause());
+    run.control.wake();
+    assert!(run.control.pause());
+    assert_eq!(run.count(0, &Event::Entered), 1);
+    run.control.resume();
+    run.diaries[0].await_event(&Event::Entered, 2);
+    run.control.stop(StopReason::Requested);
+    run.end();
+}
+
+#[test]
+fn without_harts_a_stop_is_the_end() {
+    let control = Control::new();
+    control.start();
+    assert!(control.pause());
+    control.stop(StopReason::Requested);
+    assert_eq!(control.wait(), StopReason::Requested);
+}

@@ -1,0 +1,97 @@
+//! Every exit, and what comes of it.
+
+use super::super::exit::{CsrAccess, Exit, Fault, SystemEvent};
+use super::super::stop::StopReason;
+use super::super::testing::{NOWHERE, UART, world};
+use super::super::{Flow, Trouble, World, dispatch};
+use crate::config::Unassigned;
+
+fn zero() -> World {
+    world(Unassigned::Zero).0
+}
+
+#[test]
+fn a_load_from_a_device_is_answered_in_place() {
+    for len in [1, 2, 4, 8] {
+        let mut data = vec![0xff; len];
+        let flow = dispatch(Exit::MmioRead { addr: UART + 7, data: &mut data }, &zero());
+        assert_eq!(flow, Flow::Resume);
+        assert_eq!(data[0], 0x77);
+        assert!(data[1..].iter().all(|byte| *byte == 0));
+    }
+}
+
+#[test]
+fn a_store_reaches_its_device() {
+    let (world, uart) = world(Unassigned::Stop);
+    uart.line().room = 1;
+    assert_eq!(dispatch(Exit::MmioWrite { addr: UART, data: b"x" }, &world), Flow::Resume);
+    assert_eq!(uart.line().sent, b"x");
+}
+
+#[test]
+fn where_nothing_is_loads_give_zero_and_stores_vanish() {
+    for addr in [0, NOWHERE, 1 << 55, u64::MAX - 7, u64::MAX] {
+        let mut data = [0xff; 8];
+        assert_eq!(dispatch(Exit::MmioRead { addr, data: &mut data }, &zero()), Flow::Resume);
+        assert_eq!(data, [0; 8]);
+        assert_eq!(dispatch(Exit::MmioWrite { addr, data: &data }, &zero()), Flow::Resume);
+    }
+}
+
+#[test]
+fn under_the_other_policies_the_hart_decides() {
+    for policy in [Unassigned::Fault, Unassigned::Stop] {
+        let (world, _) = world(policy);
+        let load = dispatch(Exit::MmioRead { addr: NOWHERE, data: &mut [0; 4] }, &world);
+        assert_eq!(load, Flow::Resolve(Trouble::Unassigned { addr: NOWHERE, write: false }));
+        let store = dispatch(Exit::MmioWrite { addr: NOWHERE, data: &[0; 4] }, &world);
+        assert_eq!(store, Flow::Resolve(Trouble::Unassigned { addr: NOWHERE, write: true }));
+    }
+}
+
+#[test]
+fn an_interruption_leads_to_the_control() {
+    assert_eq!(dispatch(Exit::Interrupted, &zero()), Flow::Yield);
+}
+
+#[test]
+fn system_events_stop_the_machine_with_their_reason() {
+    let flow = |event| dispatch(Exit::System(event), &zero());
+    for reason in [0, 1, u64::MAX] {
+        assert_eq!(flow(SystemEvent::Shutdown(reason)), Flow::Stop(StopReason::PowerOff));
+        assert_eq!(flow(SystemEvent::Reset(reason)), Flow::Stop(StopReason::Reset));
+    }
+    assert_eq!(flow(SystemEvent::Other(7)), Flow::Resolve(Trouble::UnknownEvent(7)));
+}
+
+#[test]
+fn faults_breakpoints_and_unknown_exits_need_the_hart() {
+    let fault = Fault::Unemulated;
+    assert_eq!(dispatch(Exit::Fault(fault), &zero()), Flow::Resolve(Trouble::Fault(fault)));
+    assert_eq!(dispatch(Exit::Debug, &zero()), Flow::Resolve(Trouble::Breakpoint));
+    assert_eq!(dispatch(Exit::Unknown(99), &zero()), Flow::Resolve(Trouble::UnknownExit(99)));
+}
+
+fn csr(number: u64) -> u64 {
+    let mut ret = 0xdead;
+    let access = CsrAccess { csr: number, new_value: 5, write_mask: u64::MAX, ret: &mut ret };
+    assert_eq!(dispatch(Exit::Csr(access), &zero()), Flow::Resume);
+    ret
+}
+
+#[test]
+fn seed_gives_sixteen_bits_of_entropy_that_differ() {
+    let draws: Vec<u64> = (0..64).map(|_| csr(0x015)).collect();
+    for draw in &draws {
+        assert_eq!(draw & !0xffff, 0x8000_0000, "state ES16, nothing reserved: {draw:#x}");
+    }
+    assert!(draws.iter().any(|draw| *draw != draws[0]));
+}
+
+#[test]
+fn a_csr_that_the_machine_lacks_reads_as_zero() {
+    for number in [0x151, 0x15c, 0, u64::MAX] {
+        assert_eq!(csr(number), 0);
+    }
+}

@@ -1,0 +1,154 @@
+//! A hart's thread from its first breath to its last.
+
+use std::io;
+use std::sync::Arc;
+use std::thread;
+
+use super::super::exit::{Fault, SystemEvent};
+use super::super::hart::{Csr, Reg};
+use super::super::stop::StopReason;
+use super::super::testing::{Event, NOWHERE, RAM, ScriptHart, Step, UART, world};
+use super::super::{Control, World, spawn_hart};
+use crate::config::Unassigned;
+
+/// Runs one hart to its end.
+fn run(world: World, hart: ScriptHart) -> (StopReason, Vec<Event>) {
+    let control = Arc::new(Control::new());
+    let diary = hart.diary();
+    control.start();
+    let thread = spawn_hart(Box::new(hart), Arc::new(world), Arc::clone(&control), None).unwrap();
+    let reason = control.wait();
+    let _ = thread.join();
+    (reason, diary.events())
+}
+
+fn zero() -> World {
+    world(Unassigned::Zero).0
+}
+
+const OFF: Step = Step::System(SystemEvent::Shutdown(0));
+
+#[test]
+fn a_script_of_exits_is_answered_in_order() {
+    let script = [
+        Step::Load { addr: UART + 7, len: 2 },
+        Step::Store { addr: NOWHERE, bytes: vec![1] },
+        Step::Sbi { extension: 0x0900_0000, function: 1, args: [0; 6] },
+        Step::Csr { csr: 0x151 },
+        OFF,
+    ];
+    let (reason, events) = run(zero(), ScriptHart::new(0, script));
+    assert_eq!(reason, StopReason::PowerOff);
+    let expected = [
+        Event::Bound,
+        Event::Entered,
+        Event::Loaded(vec![0x77, 0]),
+        Event::Entered,
+        Event::Entered,
+        Event::Sbi([u64::MAX - 1, 0]),
+        Event::Entered,
+        Event::Csr(0),
+        Event::Entered,
+    ];
+    assert_eq!(events, expected);
+}
+
+#[test]
+fn a_reset_ends_the_run_with_that_reason() {
+    let hart = ScriptHart::new(0, [Step::System(SystemEvent::Reset(1))]);
+    assert_eq!(run(zero(), hart).0, StopReason::Reset);
+}
+
+#[test]
+fn a_call_that_cannot_be_answered_yet_is_made_again() {
+    let (world, uart) = world(Unassigned::Zero);
+    let put = Step::Sbi { extension: 0x4442_434e, function: 2, args: [0x41; 6] };
+    let (reason, events) = run(world, ScriptHart::new(0, [put, OFF]));
+    assert_eq!(reason, StopReason::PowerOff);
+    assert_eq!(events.iter().filter(|e| **e == Event::Abandoned).count(), 1);
+    assert!(!events.iter().any(|e| matches!(e, Event::Sbi(_))), "the first call has no answer");
+    assert!(uart.line().sent.is_empty());
+}
+
+#[test]
+fn a_trap_is_raised_and_the_hart_goes_on() {
+    let hart = ScriptHart::new(0, [Step::Fault(Fault::Unemulated), Step::Debug, OFF]).with([
+        (Reg::Pc, NOWHERE),
+        (Reg::Mode, 1),
+        (Reg::Csr(Csr::Stvec), RAM.base),
+    ]);
+    assert_eq!(run(zero(), hart).0, StopReason::PowerOff);
+}
+
+#[test]
+fn an_unknown_exit_stops_with_the_harts_number_and_registers() {
+    let hart = ScriptHart::new(5, [Step::Unknown(42)]).with([(Reg::X(10), 0xabcdef)]);
+    match run(zero(), hart).0 {
+        StopReason::HartFault { hart: 5, what, dump } => {
+            assert!(what.contains("42"), "{what}");
+            assert!(dump.contains("a0 0000000000abcdef"), "{dump}");
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_hart_that_cannot_be_entered_is_the_hosts_failure() {
+    match run(zero(), ScriptHart::new(2, [Step::Broken])).0 {
+        StopReason::HostFailure(what) => assert_eq!(what, "Hart 2 cannot go on: broken"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_thread_that_panics_ends_the_machine_and_the_other_harts() {
+    let control = Arc::new(Control::new());
+    let world = Arc::new(zero());
+    let spawn = |id, script: Vec<Step>| {
+        let hart = Box::new(ScriptHart::new(id, script));
+        spawn_hart(hart, Arc::clone(&world), Arc::clone(&control), None).unwrap()
+    };
+    let threads = [spawn(0, vec![]), spawn(1, vec![Step::Panic]), spawn(2, vec![])];
+    control.start();
+    assert_eq!(control.wait(), StopReason::HostFailure("The thread of hart 1 died".into()));
+    let [first, second, third] = threads.map(thread::JoinHandle::join);
+    assert!(first.is_ok() && second.is_err() && third.is_ok());
+}
+
+#[test]
+fn the_thread_is_named_after_its_hart_and_pinned() {
+    let (control, world) = (Arc::new(Control::new()), Arc::new(zero()));
+    let allowed = rustix::thread::sched_getaffinity(None).unwrap();
+    let cpu = (0..1024).find(|cpu| allowed.is_set(*cpu)).unwrap();
+    let hart = Box::new(ScriptHart::new(7, []));
+    let cpu = Some(u32::try_from(cpu).unwrap());
+    let thread = spawn_hart(hart, world, Arc::clone(&control), cpu).unwrap();
+    assert_eq!(thread.thread().name(), Some("vcpu7"));
+    control.stop(StopReason::Requested);
+    assert_eq!(control.wait(), StopReason::Requested);
+    thread.join().unwrap();
+}
+
+#[test]
+fn a_cpu_that_the_host_lacks_is_refused_by_name() {
+    let (control, world) = (Arc::new(Control::new()), Arc::new(zero()));
+    for cpu in [1023, 1024, u32::MAX] {
+        let hart = Box::new(ScriptHart::new(1, []));
+        let refused = spawn_hart(hart, Arc::clone(&world), Arc::clone(&control), Some(cpu));
+        let error = refused.err().unwrap();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+        let start = format!("Cannot pin hart 1 to host CPU {cpu}: ");
+        assert!(error.to_string().starts_with(&start), "{error}");
+    }
+    control.stop(StopReason::Requested);
+    assert_eq!(control.wait(), StopReason::Requested);
+}
+
+#[test]
+fn a_pending_interrupt_keeps_a_suspended_system_awake() {
+    let suspend = Step::Sbi { extension: 0x5355_5350, function: 0, args: [0; 6] };
+    let hart = ScriptHart::new(0, [suspend, OFF]).with([(Reg::Csr(Csr::Sip), 1 << 9)]);
+    let (reason, events) = run(zero(), hart);
+    assert_eq!(reason, StopReason::PowerOff);
+    assert!(events.contains(&Event::Settled));
+}

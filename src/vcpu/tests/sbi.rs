@@ -1,0 +1,227 @@
+//! SBI calls, as polite and as hostile guests make them.
+
+use super::super::exit::{Exit, SbiCall};
+use super::super::testing::{RAM, world};
+use super::super::{Flow, World, dispatch};
+use crate::config::Unassigned;
+
+const DBCN: u64 = 0x4442_434e;
+const WRITE: u64 = 0;
+const READ: u64 = 1;
+const WRITE_BYTE: u64 = 2;
+const NOT_SUPPORTED: u64 = u64::MAX - 1;
+const INVALID_PARAM: u64 = u64::MAX - 2;
+
+fn call(world: &World, extension: u64, function: u64, args: &[u64]) -> (Flow, [u64; 2]) {
+    let mut all = [0; 6];
+    all[..args.len()].copy_from_slice(args);
+    let mut ret = [NOT_SUPPORTED, 0];
+    let call = SbiCall { extension, function, args: all, ret: &mut ret };
+    (dispatch(Exit::Sbi(call), world), ret)
+}
+
+/// A call that lets the guest go on.
+#[track_caller]
+fn done(world: &World, extension: u64, function: u64, args: &[u64]) -> [u64; 2] {
+    let (flow, ret) = call(world, extension, function, args);
+    assert_eq!(flow, Flow::Resume);
+    ret
+}
+
+fn pattern(len: usize) -> Vec<u8> {
+    (0..=250).cycle().take(len).collect()
+}
+
+#[test]
+fn console_write_sends_the_bytes_and_counts_them() {
+    for len in [1, 255, 256, 257, 4096] {
+        let (world, uart) = world(Unassigned::Zero);
+        uart.line().room = usize::MAX;
+        world.ram.write(RAM.base + 5, &pattern(len)).unwrap();
+        assert_eq!(done(&world, DBCN, WRITE, &[len as u64, RAM.base + 5, 0]), [0, len as u64]);
+        assert_eq!(uart.line().sent, pattern(len));
+        assert_eq!(uart.line().strange, 0);
+    }
+}
+
+#[test]
+fn console_write_moves_at_most_4_kib_per_call() {
+    let (world, uart) = world(Unassigned::Zero);
+    uart.line().room = usize::MAX;
+    assert_eq!(done(&world, DBCN, WRITE, &[RAM.size, RAM.base, 0]), [0, 4096]);
+    assert_eq!(uart.line().sent.len(), 4096);
+}
+
+#[test]
+fn console_write_to_a_full_line_returns_what_was_taken() {
+    for room in [0, 1, 255, 256, 300] {
+        let (world, uart) = world(Unassigned::Zero);
+        uart.line().room = room;
+        assert_eq!(done(&world, DBCN, WRITE, &[1000, RAM.base, 0]), [0, room as u64]);
+        assert_eq!(uart.line().sent.len(), room);
+    }
+}
+
+#[test]
+fn console_read_gives_what_was_typed() {
+    for (typed, asked) in [(0, 10), (3, 10), (10, 10), (300, 200), (5000, 5000), (5000, 1 << 20)] {
+        let (world, uart) = world(Unassigned::Zero);
+        uart.line().typed = pattern(typed).into();
+        let got = typed.min(asked).min(4096);
+        assert_eq!(done(&world, DBCN, READ, &[asked as u64, RAM.base, 0]), [0, got as u64]);
+        let mut seen = vec![0xee; got + 1];
+        world.ram.read(RAM.base, &mut seen).unwrap();
+        assert_eq!(seen[..got], pattern(got));
+        assert_eq!(seen[got], 0, "nothing is written behind what was read");
+        assert_eq!(uart.line().typed.len(), typed - got);
+    }
+}
+
+#[test]
+fn a_range_that_is_not_all_ram_is_an_invalid_parameter() {
+    let end = RAM.base + RAM.size;
+    let hostile = [
+        (1, 0, 0),
+        (1, end, 0),
+        (2, end - 1, 0),
+        (1, RAM.base - 1, 0),
+        (RAM.size + 1, RAM.base, 0),
+        (1 << 32, RAM.base, 0),
+        (u64::MAX, RAM.base, 0),
+        (u64::MAX, u64::MAX, 0),
+        (2, u64::MAX, 0),
+        (1, 0x1000_0000, 0),
+        (1, RAM.base, 1),
+        (1, RAM.base, u64::MAX),
+    ];
+    let (world, uart) = world(Unassigned::Zero);
+    uart.line().room = usize::MAX;
+    uart.line().typed = pattern(9).into();
+    for (len, base, high) in hostile {
+        for function in [WRITE, READ] {
+            let ret = done(&world, DBCN, function, &[len, base, high]);
+            assert_eq!(ret, [INVALID_PARAM, 0], "{len:#x} {base:#x} {high:#x}");
+        }
+    }
+    let line = uart.line();
+    assert_eq!((line.sent.len(), line.typed.len()), (0, 9));
+}
+
+#[test]
+fn the_last_byte_of_ram_is_in_reach() {
+    let (world, uart) = world(Unassigned::Zero);
+    uart.line().room = 9;
+    let last = RAM.base + RAM.size - 1;
+    assert_eq!(done(&world, DBCN, WRITE, &[1, last, 0]), [0, 1]);
+}
+
+#[test]
+fn no_bytes_are_moved_with_success_wherever_they_are() {
+    let (world, _) = world(Unassigned::Zero);
+    for function in [WRITE, READ] {
+        assert_eq!(done(&world, DBCN, function, &[0, 7, 7]), [0, 0]);
+    }
+}
+
+#[test]
+fn write_byte_sends_the_low_byte() {
+    let (world, uart) = world(Unassigned::Zero);
+    uart.line().room = 1;
+    assert_eq!(done(&world, DBCN, WRITE_BYTE, &[0xffff_ff41]), [0, 0]);
+    assert_eq!(uart.line().sent, b"A");
+}
+
+#[test]
+fn write_byte_to_a_full_line_is_called_again() {
+    let (world, uart) = world(Unassigned::Zero);
+    assert_eq!(call(&world, DBCN, WRITE_BYTE, &[0x41]).0, Flow::Retry);
+    assert_eq!(call(&world, 1, 0, &[0x41]).0, Flow::Retry);
+    assert!(uart.line().sent.is_empty());
+    uart.line().room = 1;
+    assert_eq!(done(&world, DBCN, WRITE_BYTE, &[0x41]), [0, 0]);
+}
+
+#[test]
+fn unknown_console_functions_are_not_supported() {
+    let (world, _) = world(Unassigned::Zero);
+    for function in [3, 4, u64::MAX] {
+        assert_eq!(done(&world, DBCN, function, &[1, RAM.base, 0]), [NOT_SUPPORTED, 0]);
+    }
+}
+
+#[test]
+fn while_the_guest_sets_the_divisor_the_console_is_busy() {
+    let (world, uart) = world(Unassigned::Zero);
+    uart.line().room = 9;
+    uart.line().lcr = 0x80;
+    uart.line().typed = pattern(9).into();
+    assert_eq!(done(&world, DBCN, WRITE, &[5, RAM.base, 0]), [0, 0]);
+    assert_eq!(done(&world, DBCN, READ, &[5, RAM.base, 0]), [0, 0]);
+    let line = uart.line();
+    assert_eq!((line.sent.len(), line.typed.len()), (0, 9));
+}
+
+#[test]
+fn without_a_console_writes_vanish_and_reads_give_nothing() {
+    let (mut world, _) = world(Unassigned::Zero);
+    world.console = None;
+    assert_eq!(done(&world, DBCN, WRITE, &[9000, RAM.base, 0]), [0, 4096]);
+    assert_eq!(done(&world, DBCN, READ, &[9000, RAM.base, 0]), [0, 0]);
+    assert_eq!(done(&world, DBCN, WRITE_BYTE, &[1]), [0, 0]);
+    assert_eq!(done(&world, 1, 0, &[0x41, 3]), [0, 3]);
+    assert_eq!(done(&world, 2, 0, &[0, 3]), [u64::MAX, 3]);
+}
+
+#[test]
+fn the_legacy_console_answers_in_a0_and_keeps_a1() {
+    let (world, uart) = world(Unassigned::Zero);
+    uart.line().room = 1;
+    uart.line().typed = [b'k'].into();
+    assert_eq!(done(&world, 1, 0, &[0x41, 0x1234]), [0, 0x1234]);
+    assert_eq!(done(&world, 2, 0, &[0, 0x1234]), [u64::from(b'k'), 0x1234]);
+    assert_eq!(done(&world, 2, 0, &[0, 0x1234]), [u64::MAX, 0x1234]);
+    assert_eq!(uart.line().sent, b"A");
+}
+
+#[test]
+fn probes_of_vendor_extensions_find_nothing() {
+    let (world, _) = world(Unassigned::Zero);
+    for extension in [0x0900_0000, 0x0800_0000, 0x08ff_ffff, 0x0901_2345] {
+        assert_eq!(done(&world, 0x10, 3, &[extension]), [0, 0]);
+    }
+    for function in [0, 1, 2, 4, 5, 6, 7, u64::MAX] {
+        assert_eq!(done(&world, 0x10, function, &[]), [NOT_SUPPORTED, 0]);
+    }
+}
+
+#[test]
+fn extensions_that_nobody_has_are_not_supported() {
+    let (world, _) = world(Unassigned::Zero);
+    let mut extensions: Vec<u64> = (0..64).map(|bit| 1 << bit).collect();
+    extensions.retain(|extension| ![1, 2].contains(extension));
+    extensions.extend([
+        0,
+        0x0800_0000,
+        0x08ff_ffff,
+        0x0900_0000,
+        0x09ff_ffff,
+        0x4d50_5859,
+        u64::MAX,
+    ]);
+    for extension in extensions {
+        for function in [0, 1, 3, u64::MAX] {
+            if (extension, function) == (0x10, 3) {
+                continue;
+            }
+            let ret = done(&world, extension, function, &[u64::MAX; 6]);
+            assert_eq!(ret, [NOT_SUPPORTED, 0], "{extension:#x} {function:#x}");
+        }
+    }
+}
+
+#[test]
+fn system_suspend_is_honoured() {
+    let (world, _) = world(Unassigned::Zero);
+    assert_eq!(call(&world, 0x5355_5350, 0, &[0, RAM.base, 9]), (Flow::Suspend, [0, 0]));
+    assert_eq!(done(&world, 0x5355_5350, 1, &[]), [NOT_SUPPORTED, 0]);
+}

@@ -1,0 +1,251 @@
+//! Traps that hardware would raise and KVM does not: what an instruction did, found out afterwards, and the way into the
+//! guest's own trap vector (Privileged specification, 12.1 and 3.1.15).
+//!
+//! KVM gives up on three things that a guest can do in one instruction: a memory access that it does not emulate
+//! (atomics, floating point, vectors, cache blocks) or a misaligned one, to an address without memory; and, before Linux
+//! 7, an instruction fetch from there. On hardware all of them are access faults, so they are here, whatever the policy
+//! for unassigned addresses is. KVM does not say which address it was, so it is worked out from the program counter, the
+//! guest's page tables and the instruction. Where the instruction is not one that can do such a thing, the machine stops.
+//!
+//! What is not known: which element of a vector faulted (`stval` is its base), and addresses under pointer masking
+//! (`stval` is not masked).
+
+use std::io;
+
+use log::warn;
+
+use super::dispatch::Trouble;
+use super::dump::dump;
+use super::exit::Fault;
+use super::hart::{Csr, Hart, Reg};
+use super::insn::{self, Kind, Operand};
+use super::stop::StopReason;
+use super::walk::{WalkError, translate};
+use super::world::{Notice, World};
+use crate::config::Unassigned;
+use crate::memory::{GuestRam, PAGE, RamError};
+
+mod cause {
+    pub(super) const FETCH_ACCESS: u64 = 1;
+    pub(super) const BREAKPOINT: u64 = 3;
+    pub(super) const LOAD_ACCESS: u64 = 5;
+    pub(super) const STORE_ACCESS: u64 = 7;
+    pub(super) const FETCH_PAGE: u64 = 12;
+}
+
+mod sstatus {
+    pub(super) const SIE: u64 = 1 << 1;
+    pub(super) const SPIE: u64 = 1 << 5;
+    pub(super) const SPP: u64 = 1 << 8;
+}
+
+const SUPERVISOR: u64 = 1;
+
+/// An exception: `scause` and `stval`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Trap {
+    cause: u64,
+    tval: u64,
+}
+
+/// The instruction at the program counter, or why the hart cannot have it.
+enum Fetched {
+    Word(u32),
+    Trap(Trap),
+    Lost,
+}
+
+/// Settles what only the hart's registers can answer: a trap enters the guest (`None`), or the machine stops.
+///
+/// # Errors
+/// A register cannot be read or written, which no guest causes.
+#[cold]
+pub(super) fn resolve(
+    hart: &mut dyn Hart,
+    world: &World,
+    trouble: Trouble,
+) -> io::Result<Option<StopReason>> {
+    hart.abandon();
+    let pc = hart.get(Reg::Pc)?;
+    match trouble {
+        Trouble::Breakpoint => raise(hart, Trap { cause: cause::BREAKPOINT, tval: pc })?,
+        Trouble::Unassigned { addr, write } if world.unassigned == Unassigned::Stop => {
+            let dump = dump(hart);
+            return Ok(Some(StopReason::UnassignedAccess { hart: hart.id(), addr, write, dump }));
+        }
+        Trouble::Unassigned { addr, write } => unassigned(hart, world, pc, addr, write)?,
+        Trouble::Fault(fault) => return explain(hart, world, pc, fault),
+        Trouble::UnknownEvent(number) => {
+            let what =
+                format!("it asked for system event {number}, which this version does not know");
+            return Ok(Some(stopped(hart, what)));
+        }
+        Trouble::UnknownExit(number) => {
+            let what =
+                format!("it left the guest for reason {number}, which this version does not know");
+            return Ok(Some(stopped(hart, what)));
+        }
+    }
+    Ok(None)
+}
+
+/// The access fault of a plain load or store that KVM made an MMIO exit of.
+fn unassigned(
+    hart: &mut dyn Hart,
+    world: &World,
+    pc: u64,
+    addr: u64,
+    write: bool,
+) -> io::Result<()> {
+    let satp = hart.get(Reg::Csr(Csr::Satp))?;
+    let tval = match fetch(&world.ram, satp, pc) {
+        Fetched::Word(word) => match insn::decode(word) {
+            Some(operand) => faulting_address(hart, &world.ram, satp, operand)?,
+            None => 0,
+        },
+        // Another hart has just changed the code or its page table; an address need not be given.
+        Fetched::Trap(_) | Fetched::Lost => 0,
+    };
+    if world.first(Notice::AccessFault) {
+        warn!("Hart {} takes an access fault for {addr:#x}, where nothing is", hart.id());
+    }
+    raise(hart, Trap { cause: if write { cause::STORE_ACCESS } else { cause::LOAD_ACCESS }, tval })
+}
+
+/// What hardware would have raised where KVM_RUN failed.
+fn explain(
+    hart: &mut dyn Hart,
+    world: &World,
+    pc: u64,
+    fault: Fault,
+) -> io::Result<Option<StopReason>> {
+    let how = match fault {
+        Fault::Unemulated => "an access that the kernel cannot emulate",
+        Fault::Misaligned => "a misaligned access",
+        Fault::Memory if world.ram.is_lost() => {
+            return Ok(Some(StopReason::MemoryLost { addr: None }));
+        }
+        Fault::Memory => "an access that the kernel cannot resolve (EFAULT)",
+        Fault::Entry { reason, cpu } => {
+            let what = format!(
+                "Hart {} cannot enter the guest on CPU {cpu}: reason {reason:#x}",
+                hart.id()
+            );
+            return Ok(Some(StopReason::HostFailure(what)));
+        }
+        Fault::Host(errno) => {
+            let error = io::Error::from_raw_os_error(errno);
+            let what = format!("KVM_RUN of hart {} failed: {error}", hart.id());
+            return Ok(Some(StopReason::HostFailure(what)));
+        }
+    };
+    let satp = hart.get(Reg::Csr(Csr::Satp))?;
+    let trap = match fetch(&world.ram, satp, pc) {
+        Fetched::Lost => return Ok(Some(StopReason::MemoryLost { addr: None })),
+        Fetched::Trap(trap) if at_vector(hart, pc)? => {
+            let what = format!("its trap vector {pc:#x} cannot be fetched (cause {})", trap.cause);
+            return Ok(Some(stopped(hart, what)));
+        }
+        Fetched::Trap(trap) => trap,
+        Fetched::Word(word) => match insn::decode(word) {
+            Some(operand) if fault != Fault::Memory => {
+                let tval = faulting_address(hart, &world.ram, satp, operand)?;
+                Trap { cause: cause_of(operand.kind), tval }
+            }
+            _ => {
+                let what = format!("instruction {word:#010x} at {pc:#x} made {how}");
+                return Ok(Some(stopped(hart, what)));
+            }
+        },
+    };
+    if world.first(Notice::AccessFault) {
+        warn!("Hart {} takes trap {} at {pc:#x}: {how}", hart.id(), trap.cause);
+    }
+    raise(hart, trap)?;
+    Ok(None)
+}
+
+fn cause_of(kind: Kind) -> u64 {
+    match kind {
+        Kind::Load => cause::LOAD_ACCESS,
+        Kind::Store => cause::STORE_ACCESS,
+    }
+}
+
+/// True where a trap would only lead back to `pc`: the hart would take it again and again, forever.
+fn at_vector(hart: &dyn Hart, pc: u64) -> io::Result<bool> {
+    Ok(hart.get(Reg::Mode)? == SUPERVISOR && vector(hart)? == pc)
+}
+
+fn vector(hart: &dyn Hart) -> io::Result<u64> {
+    // The low bits are the mode of interrupts; exceptions always go to the base.
+    Ok(hart.get(Reg::Csr(Csr::Stvec))? & !3)
+}
+
+fn stopped(hart: &dyn Hart, what: String) -> StopReason {
+    StopReason::HartFault { hart: hart.id(), what, dump: dump(hart) }
+}
+
+/// Enters the guest's trap vector as hardware does, with the program counter at the instruction as `sepc`.
+fn raise(hart: &mut dyn Hart, trap: Trap) -> io::Result<()> {
+    let pc = hart.get(Reg::Pc)?;
+    let mode = hart.get(Reg::Mode)?;
+    let old = hart.get(Reg::Csr(Csr::Sstatus))?;
+    let mut new = old & !(sstatus::SIE | sstatus::SPIE | sstatus::SPP);
+    if old & sstatus::SIE != 0 {
+        new |= sstatus::SPIE;
+    }
+    if mode == SUPERVISOR {
+        new |= sstatus::SPP;
+    }
+    hart.set(Reg::Csr(Csr::Sepc), pc)?;
+    hart.set(Reg::Csr(Csr::Scause), trap.cause)?;
+    hart.set(Reg::Csr(Csr::Stval), trap.tval)?;
+    hart.set(Reg::Csr(Csr::Sstatus), new)?;
+    hart.set(Reg::Mode, SUPERVISOR)?;
+    let vector = vector(hart)?;
+    hart.set(Reg::Pc, vector)
+}
+
+/// The instruction at `pc`, in the two halves in which it may lie on two pages.
+fn fetch(ram: &GuestRam, satp: u64, pc: u64) -> Fetched {
+    let half = |va| fetch_half(ram, satp, va);
+    match half(pc) {
+        Ok(low) if insn::length(low) == 2 => Fetched::Word(u32::from(low)),
+        Ok(low) => match half(pc.wrapping_add(2)) {
+            Ok(high) => Fetched::Word(u32::from(high) << 16 | u32::from(low)),
+            Err(failed) => failed,
+        },
+        Err(failed) => failed,
+    }
+}
+
+fn fetch_half(ram: &GuestRam, satp: u64, va: u64) -> Result<u16, Fetched> {
+    let trap = |cause| Err(Fetched::Trap(Trap { cause, tval: va }));
+    let addr = match translate(ram, satp, va) {
+        Ok(addr) => addr,
+        Err(WalkError::Page) => return trap(cause::FETCH_PAGE),
+        Err(WalkError::Access) => return trap(cause::FETCH_ACCESS),
+        Err(WalkError::Lost) => return Err(Fetched::Lost),
+    };
+    let mut bytes = [0; 2];
+    match ram.read(addr, &mut bytes) {
+        Ok(()) => Ok(u16::from_le_bytes(bytes)),
+        Err(RamError::NotRam) => trap(cause::FETCH_ACCESS),
+        Err(RamError::Lost) => Err(Fetched::Lost),
+    }
+}
+
+/// The first address of the access that is not in RAM: of one that crosses a page and begins in RAM, the second page's.
+fn faulting_address(
+    hart: &dyn Hart,
+    ram: &GuestRam,
+    satp: u64,
+    operand: Operand,
+) -> io::Result<u64> {
+    let start = hart.get(Reg::X(operand.base))?.wrapping_add_signed(operand.offset);
+    let next = (start & !(PAGE - 1)).wrapping_add(PAGE);
+    let crosses = start.wrapping_add(u64::from(operand.size) - 1) & !(PAGE - 1) == next;
+    let begins_in_ram = || translate(ram, satp, start).is_ok_and(|addr| ram.contains(addr, 1));
+    Ok(if crosses && begins_in_ram() { next } else { start })
+}

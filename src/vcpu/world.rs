@@ -1,0 +1,51 @@
+//! All that the answer to an exit needs besides the hart.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use rvmm_devices::Bus;
+
+use crate::config::Unassigned;
+use crate::memory::GuestRam;
+
+/// What the harts of one machine share.
+pub struct World {
+    /// The devices.
+    pub bus: Arc<Bus>,
+    /// The guest's memory.
+    pub ram: Arc<GuestRam>,
+    /// What an access to an address without memory and device does.
+    pub unassigned: Unassigned,
+    /// Guest-physical base of the ns16550a that SBI console calls go through. Without one, what is written vanishes
+    /// and there is never anything to read.
+    pub console: Option<u64>,
+    noticed: AtomicU32,
+}
+
+/// What a guest does that is worth one line in the log, once.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Notice {
+    UnknownCsr,
+    UnknownSbi,
+    ConsoleMissing,
+    AccessFault,
+}
+
+impl World {
+    /// The world of one machine.
+    #[must_use]
+    pub fn new(
+        bus: Arc<Bus>,
+        ram: Arc<GuestRam>,
+        unassigned: Unassigned,
+        console: Option<u64>,
+    ) -> Self {
+        Self { bus, ram, unassigned, console, noticed: AtomicU32::new(0) }
+    }
+
+    /// True the first time that this is noticed.
+    pub(super) fn first(&self, notice: Notice) -> bool {
+        let bit = 1 << notice as u32;
+        self.noticed.fetch_or(bit, Ordering::Relaxed) & bit == 0
+    }
+}
