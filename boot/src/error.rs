@@ -100,7 +100,9 @@ pub enum BootError {
         second_at: Region,
     },
     /// A piece with a fixed address does not lie in guest memory.
-    #[error("Cannot load {what} at {at}: guest memory is {ram} (choose an address inside it)")]
+    #[error(
+        "Cannot load {what} at {at}: guest memory is {ram} (choose an address inside it or give more with --mem)"
+    )]
     OutsideRam {
         /// The piece.
         what: String,

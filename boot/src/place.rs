@@ -115,7 +115,7 @@ pub fn place<'a>(request: &Request<'a>) -> Result<Placement<'a>, BootError> {
     let start = check(request)?;
     let mut blobs = fixed_blobs(request, start);
     blobs.sort_by_key(|blob| blob.address);
-    check_fixed(request, &blobs)?;
+    check_fixed(request, start, &blobs)?;
     let entry = entry(request, start, &blobs)?;
     let kernel = request.kernel.map(|kernel| extent(kernel, start));
     let floating = float(request, start, &blobs);
@@ -174,6 +174,11 @@ fn fixed_blobs<'a>(request: &Request<'a>, start: u64) -> Vec<Blob<'a>> {
     kernel.chain(loads).collect()
 }
 
+/// The kernel, if it is an `Image`.
+fn image<'a>(request: &Request<'a>) -> Option<&'a Kernel> {
+    request.kernel.filter(|kernel| matches!(kernel.format(), Format::Image { .. }))
+}
+
 /// What the addresses of a kernel's segments are relative to.
 fn kernel_base(kernel: &Kernel, start: u64) -> u64 {
     match kernel.format() {
@@ -192,14 +197,16 @@ fn extent(kernel: &Kernel, start: u64) -> Region {
 }
 
 /// Checks that the pieces with fixed addresses are in RAM and not in each other's way.
-fn check_fixed(request: &Request<'_>, blobs: &[Blob<'_>]) -> Result<(), BootError> {
+fn check_fixed(request: &Request<'_>, start: u64, blobs: &[Blob<'_>]) -> Result<(), BootError> {
     for blob in blobs {
         let at = blob.region();
-        let Some(ram) = request.ram.iter().find(|ram| ram.contains(at.base)) else {
-            return Err(outside_ram(request, blob));
-        };
-        if !ram.encloses(at) {
-            return Err(too_little(request, blobs));
+        let ram = request.ram.iter().find(|ram| ram.contains(at.base));
+        // An Image has no address of its own: it only needs more RAM.
+        let is_image = image(request).is_some_and(|kernel| extent(kernel, start).base == at.base);
+        match ram {
+            Some(ram) if ram.encloses(at) => {}
+            None if !is_image => return Err(outside_ram(request, blob)),
+            _ => return Err(too_little(request, blobs)),
         }
     }
     for (low, high) in blobs.iter().zip(blobs.iter().skip(1)) {
@@ -270,8 +277,7 @@ fn reserved<'b>(
     start: u64,
     blobs: &'b [Blob<'_>],
 ) -> impl Iterator<Item = Region> + 'b {
-    let image = request.kernel.filter(|kernel| matches!(kernel.format(), Format::Image { .. }));
-    let image = image.map(|kernel| {
+    let image = image(request).map(|kernel| {
         let end = round_up(extent(kernel, start).end(), image::ALIGN);
         Region::new(start, end.saturating_sub(start))
     });
