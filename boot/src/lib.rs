@@ -9,7 +9,7 @@
 //!    and, when it is none that can boot, says what it is instead ([`foreign`]).
 //! 2. [`Initrd::open`] takes an initrd file as it is; [`Cpio`] writes one on the fly.
 //! 3. [`Cmdline::new`] checks the kernel command line against what RISC-V Linux takes.
-//! 4. [`place`] gives every piece its guest-physical address.
+//! 4. [`place()`] gives every piece its guest-physical address.
 //! 5. [`fdt::build`] writes the device tree of a [`fdt::Board`], or [`fdt::open`] checks a user's own.
 //!
 //! Every error is a [`BootError`]: one line, with what to do.

@@ -328,7 +328,7 @@ proptest! {
         for (index, (offset, len)) in loads.iter().enumerate() {
             parts = parts.load(&format!("load{index}"), RAM + offset, *len);
         }
-        parts.entry = Some(RAM + loads[0].0 & !1).filter(|entry| *entry >= RAM + loads[0].0);
+        parts.entry = Some((RAM + loads[0].0) & !1).filter(|entry| *entry >= RAM + loads[0].0);
         match parts.place() {
             Ok(placement) => assert_sound(&parts, &placement)?,
             Err(error) => prop_assert!(!error.to_string().contains('\n')),
