@@ -1,0 +1,81 @@
+//! What the machine that the tests run on has, and the files that guests are made of.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+/// A host that can run guests.
+pub(crate) struct Host {
+    /// The interrupt controllers that a guest can have here.
+    pub(crate) irqchips: Vec<&'static str>,
+    /// Host CPUs.
+    pub(crate) cpus: usize,
+    /// Version of the host's Linux: (6, 12).
+    pub(crate) linux: (u32, u32),
+}
+
+/// The host, or `None` where no guest can run: then the test has nothing to do and says so. The one place that decides.
+pub(crate) fn host() -> Option<&'static Host> {
+    static HOST: OnceLock<Option<Host>> = OnceLock::new();
+    let host = HOST.get_or_init(|| {
+        let can = std::env::consts::ARCH == "riscv64" && Path::new("/dev/kvm").exists();
+        can.then(Host::examine)
+    });
+    if host.is_none() {
+        skip("no RISC-V machine with /dev/kvm (ring 2 runs in the RISC-V host: scripts/test)");
+    }
+    host.as_ref()
+}
+
+/// Says aloud that the test that calls this is skipped, whatever the test runner does with output.
+pub(crate) fn skip(why: &str) {
+    let thread = std::thread::current();
+    let line = format!("skipped: {}: {why}\n", thread.name().unwrap_or("?"));
+    // Past the capture of the test runner, which hides what a passing test prints.
+    let _ = rustix::io::write(rustix::stdio::stderr(), line.as_bytes());
+}
+
+impl Host {
+    fn examine() -> Self {
+        let output = Command::new(env!("CARGO_BIN_EXE_rvmm"))
+            .args(["doctor", "--json"])
+            .output()
+            .expect("rvmm doctor starts");
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|error| {
+            panic!("rvmm doctor --json: {error}: {}", String::from_utf8_lossy(&output.stdout))
+        });
+        assert_eq!(report["can_run"], true, "rvmm doctor: {report:#}");
+        let checks = report["checks"].as_array().expect("a list of checks");
+        let aia = checks.iter().any(|check| check["topic"] == "aia" && check["status"] == "ok");
+        let release = rustix::system::uname().release().to_string_lossy().into_owned();
+        let mut numbers = release.split(['.', '-']).map(|number| number.parse().unwrap_or(0));
+        Self {
+            irqchips: if aia { vec!["aia", "plic"] } else { vec!["plic"] },
+            cpus: std::thread::available_parallelism().map_or(1, usize::from),
+            linux: (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)),
+        }
+    }
+}
+
+/// A guest of `guests/`, as `scripts/guests` left it: `hello`, or `hello.elf`.
+pub(crate) fn guest(name: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/guests").join(name);
+    assert!(path.exists(), "{} is missing: run scripts/guests", path.display());
+    path
+}
+
+/// Debian's kernel for guests.
+pub(crate) fn kernel() -> PathBuf {
+    file("RVMM_GUEST_KERNEL", "/boot/Image")
+}
+
+/// A static busybox for guests.
+pub(crate) fn busybox() -> PathBuf {
+    file("RVMM_GUEST_BUSYBOX", "/bin/busybox")
+}
+
+fn file(variable: &str, usual: &str) -> PathBuf {
+    let path = std::env::var_os(variable).map_or_else(|| usual.into(), PathBuf::from);
+    assert!(path.exists(), "{} is missing (scripts/host brings it; or set {variable})", path.display());
+    path
+}

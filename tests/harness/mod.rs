@@ -1,0 +1,49 @@
+//! rvmm from outside: starts the built command, types into it, reads what it says, and takes it down again.
+//!
+//! Nothing here depends on how fast the machine is: a wait ends when what is waited for has come, when it cannot come any
+//! more, or after [`LIMIT`], which only says that something hangs. When a test fails, the transcript is printed.
+
+#![allow(dead_code, unused_imports, reason = "each test crate uses its part of this module")]
+
+mod host;
+mod launch;
+mod screen;
+mod session;
+
+pub(crate) use host::{Host, busybox, guest, host, kernel, skip};
+pub(crate) use launch::Launch;
+pub(crate) use session::Session;
+
+use std::time::Duration;
+
+/// How long anything may take before it counts as hanging.
+pub(crate) const LIMIT: Duration = Duration::from_secs(300);
+/// How long a machine that was told to stop may take: two seconds, on a machine that may be emulated and busy.
+pub(crate) const STOP_LIMIT: Duration = Duration::from_secs(60);
+
+/// An rvmm with these arguments, not yet started.
+pub(crate) fn rvmm(arguments: &[&str]) -> Launch {
+    Launch::new(env!("CARGO_BIN_EXE_rvmm")).args(arguments)
+}
+
+/// The checksum that the guests use: FNV-1a, 64 bits.
+pub(crate) fn checksum(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, &byte| {
+        (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
+/// The first `count` bytes that the guest `flood` sends: see there.
+pub(crate) fn flood(count: usize) -> Vec<u8> {
+    let mut state: u64 = 1;
+    let letter = |at: usize| {
+        if at % 64 == 63 {
+            return b'\n';
+        }
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        b'a' + state.to_be_bytes()[0] / 16
+    };
+    (0..count).map(letter).collect()
+}

@@ -1,0 +1,75 @@
+//! The harness against programs that every machine has.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use rustix::process::Signal;
+
+use super::harness::{Launch, checksum};
+
+fn shell(script: &str) -> Launch {
+    Launch::new("/bin/sh").args(&["-c", script])
+}
+
+#[test]
+fn what_a_program_says_is_found_once_and_in_order() {
+    let mut session = shell("echo one two; echo three; exit 7").start();
+    assert_eq!(session.expect("two"), "one ");
+    assert_eq!(session.expect("three"), "\n");
+    assert_eq!(session.exit_code(), 7);
+    assert_eq!(session.output(), b"one two\nthree\n");
+}
+
+#[test]
+fn a_program_that_ends_without_the_words_fails_the_test_at_once() {
+    let session = shell("echo something else").start();
+    assert!(catch_unwind(AssertUnwindSafe(|| session.expect("the words"))).is_err());
+}
+
+#[test]
+fn what_is_typed_arrives_and_the_end_of_input_too() {
+    let mut session = shell("read line; echo got $line; cat >/dev/null; echo end").start();
+    session.send("a line\n");
+    session.expect("got a line\n");
+    assert!(session.is_running());
+    session.close_input();
+    session.expect("end\n");
+    assert_eq!(session.exit_code(), 0);
+}
+
+#[test]
+fn standard_error_is_kept_apart() {
+    let mut session = shell("echo complaint >&2; echo output").no_input().start();
+    session.expect_error("complaint");
+    session.expect("output");
+    assert_eq!(session.exit_code(), 0);
+    assert_eq!(session.all_errors(), "complaint\n");
+}
+
+#[test]
+fn a_program_on_a_terminal_sees_one_and_its_changes_show() {
+    let mut session =
+        shell("test -t 0 && echo terminal; stty -ixany; read line; stty ixany; echo $line")
+            .on_terminal()
+            .start();
+    let before = session.settings();
+    session.expect("terminal");
+    session.send("typed\n");
+    session.expect("typed\r\ntyped");
+    assert_eq!(session.exit_code(), 0);
+    assert_eq!(format!("{before:?}"), format!("{:?}", session.settings()));
+}
+
+#[test]
+fn a_signal_reaches_the_program() {
+    let mut session = shell("trap 'echo caught; exit 3' TERM; echo ready; while :; do sleep 1; done").start();
+    session.expect("ready");
+    session.signal(Signal::TERM);
+    session.expect("caught");
+    assert_eq!(session.exit_code(), 3);
+}
+
+#[test]
+fn the_checksum_is_fnv_1a() {
+    assert_eq!(checksum(b""), 0xcbf2_9ce4_8422_2325);
+    assert_eq!(checksum(b"foobar"), 0x8594_4171_f739_67e8);
+}

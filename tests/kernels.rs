@@ -1,0 +1,197 @@
+//! Ring 2: every form in which a kernel can be given, and every file that is none.
+
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a panic is how a test fails"
+)]
+
+mod harness;
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::Command;
+
+use harness::{Launch, Session, guest, host, kernel, rvmm};
+
+fn small(arguments: &[&str]) -> Launch {
+    rvmm(&["--mem", "64M", "--no-initrd"]).args(arguments).no_input()
+}
+
+fn passes(mut session: Session) {
+    session.expect("PASS hello\n");
+    assert_eq!(session.exit_code(), 0);
+}
+
+#[test]
+fn every_form_of_a_kernel_boots() {
+    if host().is_none() {
+        return;
+    }
+    for form in ["hello", "hello.elf", "hello.gz", "hello.zst"] {
+        passes(small(&[]).kernel(&guest(form)).start());
+    }
+    let flat = small(&["--entry", "0x80200000"]).path("--load=", &guest("hello"), "@0x8020_0000");
+    passes(flat.start());
+}
+
+#[test]
+fn the_verb_run_is_the_same_as_none() {
+    if host().is_none() {
+        return;
+    }
+    let session = rvmm(&["run", "--mem", "64M", "--no-initrd"]).kernel(&guest("hello")).no_input();
+    passes(session.start());
+}
+
+#[test]
+fn a_flat_binary_beside_a_kernel_lies_where_it_was_put() {
+    if host().is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("flat");
+    fs::write(&file, [0x5a; 10_000]).expect("a file");
+    // The guest `reboot` finds memory that is not clear.
+    let mut session =
+        small(&[]).kernel(&guest("reboot")).path("--load=", &file, "@0x8100_0000").start();
+    session.expect("FAIL reboot: memory: memory at 0x81000000: got 5a5a5a5a5a5a5a5a");
+    session.signal(rustix::process::Signal::TERM);
+    assert_eq!(session.exit_code(), 0);
+}
+
+#[test]
+fn the_tree_that_is_dumped_is_a_tree_and_boots_as_one_of_the_users_own() {
+    if host().is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let tree = folder.path().join("tree.dtb");
+    passes(small(&[]).kernel(&guest("hello")).args(&["--dump-dtb"]).path("", &tree, "").start());
+    let bytes = fs::read(&tree).expect("the tree");
+    assert_eq!(bytes[..4], 0xd00d_feed_u32.to_be_bytes());
+    assert_eq!(u32::from_be_bytes(bytes[4..8].try_into().expect("four bytes")) as usize, bytes.len());
+    warnings_of_dtc(&tree);
+    passes(small(&[]).kernel(&guest("hello")).args(&["--dtb"]).path("", &tree, "").start());
+}
+
+/// Where there is a dtc it must find nothing to complain about. (The trees of every board go through dtc in ring 1.)
+fn warnings_of_dtc(tree: &Path) {
+    match Command::new("dtc").args(["-I", "dtb", "-O", "dts", "-o", "/dev/null"]).arg(tree).output() {
+        Err(_) => harness::skip("no dtc here, so the dumped tree is only looked at by the guest"),
+        Ok(output) => assert_eq!(String::from_utf8_lossy(&output.stderr), ""),
+    }
+}
+
+/// rvmm refuses what it was given: exit code 2 and one line, which names the file and says `words`.
+fn refused(launch: Launch, file: &str, words: &str) {
+    let mut session = launch.start();
+    assert_eq!(session.exit_code(), 2, "{}", session.errors());
+    let errors = session.all_errors();
+    assert_eq!(errors.lines().count(), 1, "not one line: {errors}");
+    assert!(errors.contains(file), "the line does not name {file}: {errors}");
+    assert!(errors.to_lowercase().contains(&words.to_lowercase()), "no {words:?} in the line: {errors}");
+    assert_eq!(session.output(), b"");
+}
+
+/// A page with `bytes` at `at`.
+fn page(parts: &[(usize, &[u8])]) -> Vec<u8> {
+    let mut page = vec![0; 4096];
+    for (at, bytes) in parts {
+        page[*at..at + bytes.len()].copy_from_slice(bytes);
+    }
+    page
+}
+
+#[test]
+fn files_that_are_no_kernel_are_refused_in_one_line() {
+    if host().is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let image = fs::read(guest("hello")).expect("a guest");
+    let elf = fs::read(guest("hello.elf")).expect("a guest");
+    let mut other_machine = elf.clone();
+    other_machine[18] = 62;
+    let files: &[(&str, Vec<u8>, &str)] = &[
+        ("bzImage", page(&[(0x1fe, &[0x55, 0xaa]), (0x202, b"HdrS")]), "x86"),
+        ("arm64", page(&[(0, b"MZ"), (0x38, b"ARM\x64")]), "arm64"),
+        ("zboot", page(&[(0, b"MZ\0\0zimg"), (24, b"gzip")]), "zboot"),
+        ("x86-elf", other_machine, "x86"),
+        ("empty", Vec::new(), "empty"),
+        ("text", b"#!/bin/sh\necho no kernel\n".to_vec(), ""),
+        ("zeros", vec![0; 100_000], ""),
+        ("short-image", image[..40].to_vec(), ""),
+        ("short-elf", elf[..100].to_vec(), ""),
+        ("cut-gzip", fs::read(guest("hello.gz")).expect("a guest")[..1000].to_vec(), ""),
+        ("cut-zstd", fs::read(guest("hello.zst")).expect("a guest")[..1000].to_vec(), ""),
+    ];
+    for (name, bytes, words) in files {
+        let path = folder.path().join(name);
+        fs::write(&path, bytes).expect("a file");
+        refused(small(&[]).kernel(&path), name, words);
+    }
+}
+
+#[test]
+fn things_that_are_no_file_are_refused_in_one_line() {
+    if host().is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    refused(small(&[]).kernel(&folder.path().join("absent")), "absent", "no such file");
+    refused(small(&[]).kernel(folder.path()), &folder.path().to_string_lossy(), "");
+    refused(small(&[]).kernel(Path::new("/dev/zero")), "/dev/zero", "");
+    let fifo = folder.path().join("fifo");
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0).expect("a FIFO");
+    refused(small(&[]).kernel(&fifo), "fifo", "fifo");
+}
+
+#[test]
+fn a_hundred_gibibytes_of_nothing_are_refused_without_being_read() {
+    if host().is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("sparse");
+    File::create(&path).and_then(|file| file.set_len(100 << 30)).expect("a sparse file");
+    refused(small(&[]).kernel(&path), "sparse", "");
+    refused(small(&[]).kernel(&guest("hello")).path("--load=", &path, "@0x8100_0000"), "sparse", "");
+}
+
+#[test]
+fn too_little_memory_for_a_kernel_is_refused_with_how_much_it_takes() {
+    if host().is_none() {
+        return;
+    }
+    let launch = rvmm(&["--mem", "16M", "--no-initrd"]).kernel(&kernel()).no_input();
+    let mut session = launch.start();
+    assert_eq!(session.exit_code(), 2, "{}", session.errors());
+    let errors = session.all_errors();
+    assert_eq!(errors.lines().count(), 1, "{errors}");
+    assert!(errors.contains("MiB") || errors.contains("M)"), "{errors}");
+}
+
+#[test]
+fn a_disk_file_that_shrinks_under_the_guest_is_a_documented_stop_at_worst() {
+    if host().is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("kernel");
+    let mut image = fs::read(guest("reboot")).expect("a guest");
+    image.resize(8 << 20, 0);
+    // The header must say so, or what lies behind the image would be other memory.
+    let size = (image.len() as u64).to_le_bytes();
+    image[16..24].copy_from_slice(&size);
+    fs::write(&path, image).expect("a file");
+    let mut session = rvmm(&["--mem", "64M", "--no-initrd"]).kernel(&path).start();
+    session.expect("reboot: what next?\n");
+    File::options().write(true).open(&path).and_then(|file| file.set_len(4096)).expect("a shorter file");
+    session.send("c");
+    let code = session.exit_code();
+    assert!(code == 2 || code == 3, "exit code {code}: {}", session.errors());
+}
