@@ -177,7 +177,7 @@ impl State {
     fn most_urgent(&self, hart: usize) -> u32 {
         let Some(context) = self.contexts.get(hart) else { return 0 };
         let mut best = (0, 0);
-        for source in self.pending.common(&context.enabled) {
+        for source in self.pending.both(&context.enabled) {
             let priority = self.priority(source);
             if priority > best.0 {
                 best = (priority, source);
@@ -190,7 +190,7 @@ impl State {
     /// threshold.
     fn interrupts(&self, hart: usize) -> bool {
         let Some(context) = self.contexts.get(hart) else { return false };
-        let mut candidates = self.pending.common(&context.enabled);
+        let mut candidates = self.pending.both(&context.enabled);
         candidates.any(|source| self.priority(source) > context.threshold)
     }
 }

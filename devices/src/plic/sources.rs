@@ -53,7 +53,7 @@ impl Sources {
     }
 
     /// The sources that are in both sets, in order.
-    pub(super) fn common<'a>(&'a self, other: &'a Self) -> impl Iterator<Item = u32> + 'a {
+    pub(super) fn both<'a>(&'a self, other: &'a Self) -> impl Iterator<Item = u32> + 'a {
         let words = self.words.iter().zip(&other.words).map(|(a, b)| a & b);
         words.zip((0..).step_by(32)).flat_map(|(mut word, first)| {
             std::iter::from_fn(move || {
@@ -79,7 +79,7 @@ mod tests {
         for last in [1, 30, 31, 32, 33, 63, 64, 95, 96, 1023] {
             let mut sources = Sources::none(last);
             (0..40).for_each(|index| sources.set_word(index, u32::MAX));
-            let all: Vec<u32> = sources.common(&sources).collect();
+            let all: Vec<u32> = sources.both(&sources).collect();
             assert_eq!(all, (1..=last).collect::<Vec<_>>(), "{last} sources");
         }
     }
