@@ -151,7 +151,8 @@ fn a_full_disk_costs_output_and_nothing_else() {
     if host().is_none() {
         return;
     }
-    let mut session = machine("flood", "bytes=100000").args(&["--serial", "file:/dev/full"]).start();
+    let mut session =
+        machine("flood", "bytes=100000").args(&["--serial", "file:/dev/full"]).start();
     assert_eq!(session.exit_code(), 0);
 }
 

@@ -55,9 +55,11 @@ fn hello_starts_finds_its_tree_and_powers_off() {
 fn a_machine_has_as_many_harts_and_as_much_memory_as_asked_for() {
     let Some(host) = host() else { return };
     for irqchip in &host.irqchips {
-        for (cpus, mem, shown) in
-            [("2", "16M", "0x1000000"), ("4", "1G", "0x40000000"), ("8", "0x2000_0000", "0x20000000")]
-        {
+        for (cpus, mem, shown) in [
+            ("2", "16M", "0x1000000"),
+            ("4", "1G", "0x40000000"),
+            ("8", "0x2000_0000", "0x20000000"),
+        ] {
             let session = start("hello", irqchip, &["--cpus", cpus, "--mem", mem]);
             session.expect(&format!("{cpus} harts, RAM 0x80000000+{shown},"));
             passes(session, "hello");
@@ -106,7 +108,10 @@ fn with_unassigned_stop_the_machine_stops_with_a_register_dump() {
         let mut session = start("mmio", irqchip, &["--unassigned", "stop"]);
         assert_eq!(session.exit_code(), 3);
         let errors = session.all_errors();
-        assert!(errors.contains("Hart 0 loaded from 0x8, where neither memory nor a device is"), "{errors}");
+        assert!(
+            errors.contains("Hart 0 loaded from 0x8, where neither memory nor a device is"),
+            "{errors}"
+        );
         for register in ["pc ", "ra ", "sp ", "a0 ", "t6 ", "sepc ", "scause ", "stval ", "satp "] {
             assert!(errors.contains(register), "no {register}in the register dump: {errors}");
         }

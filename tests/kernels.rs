@@ -72,14 +72,18 @@ fn the_tree_that_is_dumped_is_a_tree_and_boots_as_one_of_the_users_own() {
     passes(small(&[]).kernel(&guest("hello")).args(&["--dump-dtb"]).path("", &tree, "").start());
     let bytes = fs::read(&tree).expect("the tree");
     assert_eq!(bytes[..4], 0xd00d_feed_u32.to_be_bytes());
-    assert_eq!(u32::from_be_bytes(bytes[4..8].try_into().expect("four bytes")) as usize, bytes.len());
+    assert_eq!(
+        u32::from_be_bytes(bytes[4..8].try_into().expect("four bytes")) as usize,
+        bytes.len()
+    );
     warnings_of_dtc(&tree);
     passes(small(&[]).kernel(&guest("hello")).args(&["--dtb"]).path("", &tree, "").start());
 }
 
 /// Where there is a dtc it must find nothing to complain about. (The trees of every board go through dtc in ring 1.)
 fn warnings_of_dtc(tree: &Path) {
-    match Command::new("dtc").args(["-I", "dtb", "-O", "dts", "-o", "/dev/null"]).arg(tree).output() {
+    match Command::new("dtc").args(["-I", "dtb", "-O", "dts", "-o", "/dev/null"]).arg(tree).output()
+    {
         Err(_) => harness::skip("no dtc here, so the dumped tree is only looked at by the guest"),
         Ok(output) => assert_eq!(String::from_utf8_lossy(&output.stderr), ""),
     }
@@ -92,7 +96,10 @@ fn refused(launch: Launch, file: &str, words: &str) {
     let errors = session.all_errors();
     assert_eq!(errors.lines().count(), 1, "not one line: {errors}");
     assert!(errors.contains(file), "the line does not name {file}: {errors}");
-    assert!(errors.to_lowercase().contains(&words.to_lowercase()), "no {words:?} in the line: {errors}");
+    assert!(
+        errors.to_lowercase().contains(&words.to_lowercase()),
+        "no {words:?} in the line: {errors}"
+    );
     assert_eq!(session.output(), b"");
 }
 
@@ -146,7 +153,8 @@ fn things_that_are_no_file_are_refused_in_one_line() {
     refused(small(&[]).kernel(Path::new("/dev/zero")), "/dev/zero", "");
     let fifo = folder.path().join("fifo");
     let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
-    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0).expect("a FIFO");
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0)
+        .expect("a FIFO");
     refused(small(&[]).kernel(&fifo), "fifo", "fifo");
 }
 
@@ -159,7 +167,11 @@ fn a_hundred_gibibytes_of_nothing_are_refused_without_being_read() {
     let path = folder.path().join("sparse");
     File::create(&path).and_then(|file| file.set_len(100 << 30)).expect("a sparse file");
     refused(small(&[]).kernel(&path), "sparse", "");
-    refused(small(&[]).kernel(&guest("hello")).path("--load=", &path, "@0x8100_0000"), "sparse", "");
+    refused(
+        small(&[]).kernel(&guest("hello")).path("--load=", &path, "@0x8100_0000"),
+        "sparse",
+        "",
+    );
 }
 
 #[test]
@@ -190,7 +202,11 @@ fn a_disk_file_that_shrinks_under_the_guest_is_a_documented_stop_at_worst() {
     fs::write(&path, image).expect("a file");
     let mut session = rvmm(&["--mem", "64M", "--no-initrd"]).kernel(&path).start();
     session.expect("reboot: what next?\n");
-    File::options().write(true).open(&path).and_then(|file| file.set_len(4096)).expect("a shorter file");
+    File::options()
+        .write(true)
+        .open(&path)
+        .and_then(|file| file.set_len(4096))
+        .expect("a shorter file");
     session.send("c");
     let code = session.exit_code();
     assert!(code == 2 || code == 3, "exit code {code}: {}", session.errors());

@@ -41,9 +41,10 @@ impl Host {
             .args(["doctor", "--json"])
             .output()
             .expect("rvmm doctor starts");
-        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|error| {
-            panic!("rvmm doctor --json: {error}: {}", String::from_utf8_lossy(&output.stdout))
-        });
+        let report: serde_json::Value =
+            serde_json::from_slice(&output.stdout).unwrap_or_else(|error| {
+                panic!("rvmm doctor --json: {error}: {}", String::from_utf8_lossy(&output.stdout))
+            });
         assert_eq!(report["can_run"], true, "rvmm doctor: {report:#}");
         let checks = report["checks"].as_array().expect("a list of checks");
         let aia = checks.iter().any(|check| check["topic"] == "aia" && check["status"] == "ok");
@@ -76,6 +77,10 @@ pub(crate) fn busybox() -> PathBuf {
 
 fn file(variable: &str, usual: &str) -> PathBuf {
     let path = std::env::var_os(variable).map_or_else(|| usual.into(), PathBuf::from);
-    assert!(path.exists(), "{} is missing (scripts/host brings it; or set {variable})", path.display());
+    assert!(
+        path.exists(),
+        "{} is missing (scripts/host brings it; or set {variable})",
+        path.display()
+    );
     path
 }

@@ -86,7 +86,8 @@ impl Launch {
             }
         };
         let shown = format!("{:?}", self.command);
-        let mut child = self.command.spawn().unwrap_or_else(|error| panic!("Cannot start {shown}: {error}"));
+        let mut child =
+            self.command.spawn().unwrap_or_else(|error| panic!("Cannot start {shown}: {error}"));
         // The command holds the slave's descriptors; the terminal must end with the child.
         drop(self.command);
         let output = match (&terminal, self.reads) {
@@ -104,7 +105,8 @@ impl Launch {
         rustix::pty::grantpt(&master).expect("grantpt");
         rustix::pty::unlockpt(&master).expect("unlockpt");
         let path = rustix::pty::ptsname(&master, Vec::new()).expect("ptsname");
-        let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NOCTTY | rustix::fs::OFlags::CLOEXEC;
+        let flags =
+            rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NOCTTY | rustix::fs::OFlags::CLOEXEC;
         let slave = rustix::fs::open(path, flags, rustix::fs::Mode::empty()).expect("the slave");
         // Settings that no program leaves behind by chance.
         let mut settings = rustix::termios::tcgetattr(&slave).expect("tcgetattr");

@@ -40,9 +40,8 @@ pub(crate) fn flood(count: usize) -> Vec<u8> {
         if at % 64 == 63 {
             return b'\n';
         }
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         b'a' + state.to_be_bytes()[0] / 16
     };
     (0..count).map(letter).collect()

@@ -61,7 +61,8 @@ fn a_program_on_a_terminal_sees_one_and_its_changes_show() {
 
 #[test]
 fn a_signal_reaches_the_program() {
-    let mut session = shell("trap 'echo caught; exit 3' TERM; echo ready; while :; do sleep 1; done").start();
+    let mut session =
+        shell("trap 'echo caught; exit 3' TERM; echo ready; while :; do sleep 1; done").start();
     session.expect("ready");
     session.signal(Signal::TERM);
     session.expect("caught");

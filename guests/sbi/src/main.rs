@@ -35,7 +35,7 @@ fn run(board: &'static Board) {
             ("base", base),
             ("vendor and experimental", vendor),
             ("unknown", unknown),
-            ("legacy", legacy),
+            ("version 0.1", version_0_1),
             ("console write", console_write),
             ("console write, hostile", console_write_hostile),
             ("console read, hostile", console_read_hostile),
@@ -104,7 +104,7 @@ fn unknown(_: &'static Board) -> Result<(), Failure> {
 }
 
 /// The calls of SBI 0.1: there or not, as the host's kernel has it; never an end.
-fn legacy(_: &'static Board) -> Result<(), Failure> {
+fn version_0_1(_: &'static Board) -> Result<(), Failure> {
     sbi::call2(1, 0, b'!'.into(), 0);
     sbi::call2(1, 0, b'\n'.into(), 0);
     sbi::call2(2, 0, 0, 0);

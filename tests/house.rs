@@ -1,0 +1,231 @@
+//! Ring 1: what a machine can hold of the house rules. Each rule is a function from a file to complaints; the second half of
+//! this file shows every rule a made-up file that it must complain about, and one that it must not.
+
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a panic is how a test fails"
+)]
+
+#[path = "house/file.rs"]
+mod file;
+#[path = "house/rules.rs"]
+mod rules;
+
+use std::path::Path;
+
+use file::{File, all_files};
+use rules::Rule;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Applies a rule to every file of the repository.
+fn holds(rule: Rule) {
+    let complaints: Vec<String> = all_files(root()).iter().flat_map(rule).collect();
+    assert!(complaints.is_empty(), "\n{}\n", complaints.join("\n"));
+}
+
+/// What the rule says about a file that does not exist.
+fn complaints(rule: Rule, path: &str, text: &str) -> usize {
+    rule(&File::new(path, text)).len()
+}
+
+#[track_caller]
+fn refuses(rule: Rule, path: &str, text: &str) {
+    assert!(complaints(rule, path, text) > 0, "no complaint about {path}: {text:.200}");
+}
+
+#[track_caller]
+fn accepts(rule: Rule, path: &str, text: &str) {
+    assert_eq!(rule(&File::new(path, text)), Vec::<String>::new());
+}
+
+#[test]
+fn the_repository_is_read_at_all() {
+    let files = all_files(root());
+    for path in
+        ["src/lib.rs", "boot/src/lib.rs", "devices/src/lib.rs", "Cargo.toml", "tests/house.rs"]
+    {
+        assert!(files.iter().any(|file| file.path == path), "{path} is not among the files");
+    }
+    assert!(
+        !files.iter().any(|file| file.path.contains("target/")),
+        "built files are among the files"
+    );
+}
+
+#[test]
+fn files_have_400_lines_of_production_code_at_most() {
+    holds(rules::size);
+    let long = "fn a() {}\n".repeat(401);
+    refuses(rules::size, "src/long.rs", &long);
+    let tests = "#[cfg(test)]\nmod tests {\n".to_owned() + &"    // x\n".repeat(500) + "}\n";
+    accepts(rules::size, "src/long.rs", &("fn a() {}\n".repeat(400) + &tests));
+    refuses(rules::size, "src/long.rs", &("#[cfg(test)]\nmod tests;\n".to_owned() + &long));
+    accepts(rules::size, "src/vcpu/tests/long.rs", &long);
+}
+
+#[test]
+fn files_begin_by_saying_what_they_are() {
+    holds(rules::first_line);
+    refuses(rules::first_line, "src/a.rs", "use std::io;\n//! Late\n");
+    refuses(rules::first_line, "src/a.rs", "//!\n//! Late\n");
+    accepts(rules::first_line, "src/a.rs", "//! What it is.\n");
+}
+
+#[test]
+fn arrows_point_one_way() {
+    holds(rules::arrows);
+    refuses(rules::arrows, "boot/src/a.rs", "use rvmm_devices::Bus;\n");
+    refuses(rules::arrows, "devices/src/a.rs", "fn f() { rvmm_boot::place(); }\n");
+    refuses(rules::arrows, "devices/src/a.rs", "use rvmm::machine::Machine;\n");
+    refuses(rules::arrows, "src/vcpu/a.rs", "use crate::kvm::KvmHart;\n");
+    refuses(rules::arrows, "src/vcpu/a.rs", "use crate::{cli::Cli, memory::GuestRam};\n");
+    refuses(rules::arrows, "src/config.rs", "use crate::machine::Machine;\n");
+    accepts(
+        rules::arrows,
+        "src/machine/build.rs",
+        "use crate::kvm::KvmVm;\nuse rvmm_boot::place;\n",
+    );
+    accepts(
+        rules::arrows,
+        "boot/src/a.rs",
+        "// not like rvmm_devices\nlet s = \"rvmm_devices\";\n",
+    );
+}
+
+#[test]
+fn one_outside_crate_lives_in_one_room() {
+    holds(rules::crates);
+    refuses(rules::crates, "src/machine/build.rs", "use kvm_ioctls::Kvm;\n");
+    refuses(rules::crates, "src/machine/build.rs", "let x = kvm_bindings::KVM_API_VERSION;\n");
+    refuses(rules::crates, "src/config.rs", "use clap::Parser;\n");
+    refuses(rules::crates, "src/machine/build.rs", "use event_manager::EventManager;\n");
+    refuses(rules::crates, "src/machine/build.rs", "use vm_fdt::FdtWriter;\n");
+    refuses(rules::crates, "src/machine/build.rs", "use linux_loader::loader::Load;\n");
+    refuses(rules::crates, "src/machine/build.rs", "let e = elf::ElfBytes::new();\n");
+    refuses(rules::crates, "devices/src/plic.rs", "use vm_superio::Serial;\n");
+    accepts(rules::crates, "src/kvm/vm.rs", "use kvm_ioctls::{Kvm, VmFd};\nuse kvm_bindings::*;\n");
+    accepts(rules::crates, "src/io_loop.rs", "use event_manager::EventManager;\n");
+    accepts(rules::crates, "boot/src/elf.rs", "use elf::ElfBytes;\n");
+    accepts(rules::crates, "src/a.rs", "/// Like [`clap::Parser`], but not.\nstruct Myself;\n");
+}
+
+#[test]
+fn names_say_something() {
+    holds(rules::names);
+    for path in
+        ["src/util.rs", "src/common/mod.rs", "devices/src/misc.rs", "src/vcpu/exit_handler.rs"]
+    {
+        refuses(rules::names, path, "//! x\n");
+    }
+    for definition in [
+        "struct DeviceManager;",
+        "fn helper() {}",
+        "pub(crate) fn exit_handler() {}",
+        "enum VmInfo {}",
+        "mod wrapper {",
+        "trait LegacyDevice {}",
+        "type CommonThing = u8;",
+    ] {
+        refuses(rules::names, "src/a.rs", &format!("{definition}\n"));
+    }
+    accepts(
+        rules::names,
+        "src/a.rs",
+        "use event_manager::EventManager;\nfn f() { info!(\"x\"); }\n",
+    );
+    accepts(rules::names, "src/a.rs", "fn information() {}\nstruct Managers;\n");
+    accepts(rules::names, "src/a.rs", "#[test]\nfn the_legacy_call_is_refused() {}\n");
+}
+
+#[test]
+fn unsafe_code_is_rare_and_says_why_it_is_sound() {
+    holds(rules::unsafe_code);
+    refuses(rules::unsafe_code, "src/kvm/a.rs", "fn f() {\n    unsafe { g() }\n}\n");
+    refuses(rules::unsafe_code, "src/kvm/a.rs", "unsafe impl Send for A {}\n");
+    refuses(rules::unsafe_code, "src/machine/a.rs", "// SAFETY: sound\nunsafe { g() }\n");
+    refuses(rules::unsafe_code, "devices/src/a.rs", "// SAFETY: sound\nunsafe { g() }\n");
+    accepts(rules::unsafe_code, "src/kvm/a.rs", "// SAFETY: sound\nunsafe { g() }\n");
+    accepts(
+        rules::unsafe_code,
+        "src/kvm/a.rs",
+        "// SAFETY: sound, and\n// why\nlet x =\n    unsafe { g() };\n",
+    );
+    accepts(rules::unsafe_code, "src/a.rs", "// unsafe { g() }\n");
+}
+
+#[test]
+fn the_architecture_is_asked_for_in_one_place() {
+    holds(rules::architecture);
+    refuses(rules::architecture, "src/main.rs", "#[cfg(target_arch = \"riscv64\")]\nfn f() {}\n");
+    refuses(
+        rules::architecture,
+        "src/lib.rs",
+        "#[cfg(target_arch = \"riscv64\")]\npub mod vcpu;\n",
+    );
+    accepts(rules::architecture, "src/lib.rs", "#[cfg(target_arch = \"riscv64\")]\npub mod kvm;\n");
+}
+
+#[test]
+fn nothing_is_left_for_later() {
+    holds(rules::unfinished);
+    for (before, after) in [
+        ("// TO", "DO: x"),
+        ("// FIX", "ME"),
+        ("    unimple", "mented!()"),
+        ("    to", "do!()"),
+        ("#[ig", "nore]"),
+    ] {
+        refuses(rules::unfinished, "src/a.rs", &format!("{before}{after}\n"));
+    }
+    refuses(rules::unfinished, "scripts/a", &format!("# TO{}\n", "DO"));
+    accepts(rules::unfinished, "src/a.rs", "// what is to do, is done\n");
+}
+
+#[test]
+fn scripts_say_what_they_do_and_stop_at_errors() {
+    holds(rules::scripts);
+    let head = "#!/usr/bin/env bash\n# Does it.\n";
+    refuses(rules::scripts, "scripts/a", head);
+    refuses(rules::scripts, "scripts/a", "#!/usr/bin/env bash\nset -euo pipefail\n");
+    refuses(rules::scripts, "scripts/a", "#!/usr/bin/env bash\n#\nset -euo pipefail\n");
+    refuses(rules::scripts, ".ci/run", head);
+    accepts(rules::scripts, "scripts/a", &format!("{head}set -euo pipefail\n"));
+    accepts(rules::scripts, "scripts/sourced.sh", "# Sourced.\n");
+}
+
+#[test]
+fn no_path_of_somebodys_machine_is_written_down() {
+    holds(rules::paths);
+    for folder in ["home", "Users", "work"] {
+        refuses(rules::paths, "scripts/a", &format!("cd /{folder}/somebody\n"));
+    }
+    accepts(rules::paths, "scripts/a", "cd \"$HOME\"; ls ~/.cache; wc lines-of/work\n");
+}
+
+#[test]
+fn the_map_points_at_what_is_there() {
+    holds(rules::links);
+    refuses(rules::links, "README.md", "see [here](src/nowhere.rs)\n");
+    refuses(rules::links, "docs/a.md", "see [here](nowhere.md)\n");
+    refuses(rules::links, "README.md", "run `scripts/nothing`\n");
+    accepts(
+        rules::links,
+        "README.md",
+        "[a](src/lib.rs) [b](https://example.org/x) [c](#part) `scripts/guests`\n",
+    );
+    accepts(rules::links, "docs/a.md", "[a](../src/lib.rs#L3)\n");
+}
+
+#[test]
+fn tests_are_sentences() {
+    holds(rules::sentences);
+    refuses(rules::sentences, "src/a.rs", "#[test]\nfn works() {}\n");
+    refuses(rules::sentences, "src/a.rs", "#[test]\n#[should_panic]\nfn test_it() {}\n");
+    accepts(rules::sentences, "src/a.rs", "#[test]\nfn a_read_past_the_end_is_refused() {}\n");
+}

@@ -1,0 +1,299 @@
+//! The rules, one function each.
+
+use std::path::{Component, Path, PathBuf};
+
+use super::file::File;
+
+/// Says what is wrong with a file.
+pub(crate) type Rule = fn(&File) -> Vec<String>;
+
+/// Lines of production code that a file may have.
+const MOST_LINES: usize = 400;
+
+/// Words that say nothing about what they name.
+const EMPTY_WORDS: [&str; 10] = [
+    "util", "utils", "common", "misc", "helper", "manager", "handler", "wrapper", "legacy", "info",
+];
+
+/// Outside crates, and where each may be named: a folder (with `/`) or a file.
+const ROOMS: [(&str, &[&str]); 11] = [
+    ("kvm_ioctls", &["src/kvm/"]),
+    ("kvm_bindings", &["src/kvm/"]),
+    ("clap", &["src/cli/"]),
+    ("clap_complete", &["src/cli/"]),
+    ("clap_mangen", &["src/cli/"]),
+    ("event_manager", &["src/io_loop.rs", "src/io_loop/"]),
+    ("vm_fdt", &["boot/"]),
+    ("linux_loader", &["boot/"]),
+    ("elf", &["boot/"]),
+    ("vm_superio", &["devices/src/serial.rs", "devices/src/ns16550.rs", "devices/src/rtc.rs"]),
+    ("virtio_queue", &["devices/src/virtio/queue.rs"]),
+];
+
+/// Arrows that must not be: files below the first do not name any of the second.
+const NO_ARROW: [(&str, &[&str]); 9] = [
+    ("boot/src/", &["rvmm_devices", "rvmm"]),
+    ("devices/src/", &["rvmm_boot", "rvmm"]),
+    (
+        "src/config",
+        &["crate::machine", "crate::vcpu", "crate::kvm", "crate::terminal", "crate::io_loop"],
+    ),
+    ("src/layout.rs", &["crate::machine", "crate::vcpu", "crate::kvm", "crate::cli"]),
+    ("src/memory/", &["crate::machine", "crate::vcpu", "crate::kvm", "crate::cli"]),
+    ("src/vcpu/", &["crate::machine", "crate::kvm", "crate::cli", "crate::terminal", "rvmm_boot"]),
+    ("src/terminal/", &["crate::machine", "crate::vcpu", "crate::kvm", "crate::cli"]),
+    ("src/io_loop", &["crate::machine", "crate::vcpu", "crate::kvm", "crate::cli"]),
+    ("src/kvm/", &["crate::cli", "crate::terminal", "crate::io_loop", "rvmm_boot"]),
+];
+
+/// Where `unsafe` may be.
+const UNSAFE_ROOMS: [&str; 4] = ["src/kvm/", "src/memory.rs", "src/memory/", "guests/"];
+
+pub(crate) fn size(file: &File) -> Vec<String> {
+    let lines: Vec<&str> = file.text.lines().collect();
+    let tests =
+        lines.windows(2).position(|pair| pair[0] == "#[cfg(test)]" && pair[1] == "mod tests {");
+    let count = tests.unwrap_or(lines.len());
+    let long = file.is_rust() && !file.is_test() && count > MOST_LINES;
+    let what = format!("{count} lines of production code, more than {MOST_LINES}");
+    long.then(|| file.complain(count - 1, &what)).into_iter().collect()
+}
+
+pub(crate) fn first_line(file: &File) -> Vec<String> {
+    let says = file.text.starts_with("//! ");
+    let bad = file.is_rust() && !says;
+    bad.then(|| file.complain(0, "does not begin with `//! ` and what it is")).into_iter().collect()
+}
+
+pub(crate) fn arrows(file: &File) -> Vec<String> {
+    let rules = NO_ARROW.iter().filter(|(from, _)| file.path.starts_with(from));
+    let names = rules.flat_map(|(_, names)| names.iter());
+    names.flat_map(|name| uses(file, name)).collect()
+}
+
+pub(crate) fn crates(file: &File) -> Vec<String> {
+    let mut complaints = Vec::new();
+    for (name, rooms) in ROOMS {
+        if !rooms.iter().any(|room| file.path.starts_with(room)) {
+            complaints.extend(uses(file, name));
+        }
+    }
+    complaints
+}
+
+/// Complaints about each line that names `path` (`elf`, `crate::kvm`) as the beginning of a longer path. `use crate::{...}`
+/// counts as naming every module in it.
+fn uses(file: &File, path: &str) -> Vec<String> {
+    let mut complaints = Vec::new();
+    let in_braces = path.strip_prefix("crate::");
+    let mut depth = 0_usize;
+    for (index, line) in file.code.lines().enumerate() {
+        let named = names_path(line, path)
+            || (line.trim_start().starts_with("use ") && ends_in(line, path));
+        let begins = line.trim_start().starts_with("use crate::{");
+        if begins || depth > 0 {
+            let within = line.trim_start().trim_start_matches("use crate::{");
+            if in_braces.is_some_and(|module| words(within).any(|word| word == module)) {
+                complaints.push(file.complain(index, &format!("names {path}")));
+            }
+            depth = (depth + line.matches('{').count()).saturating_sub(line.matches('}').count());
+        }
+        if named {
+            complaints.push(file.complain(index, &format!("names {path}")));
+        }
+    }
+    complaints
+}
+
+/// True if `path::` stands in the line and is not the tail of a longer name.
+fn names_path(line: &str, path: &str) -> bool {
+    let longer = format!("{path}::");
+    line.match_indices(&longer).any(|(at, _)| {
+        let before = line[..at].chars().next_back();
+        before.is_none_or(|c| !c.is_alphanumeric() && c != '_' && c != ':')
+    })
+}
+
+fn ends_in(line: &str, path: &str) -> bool {
+    line.trim().trim_start_matches("use ").trim_end_matches(';') == path
+}
+
+fn words(code: &str) -> impl Iterator<Item = &str> {
+    code.split(|c: char| !c.is_alphanumeric() && c != '_').filter(|word| !word.is_empty())
+}
+
+pub(crate) fn names(file: &File) -> Vec<String> {
+    if !file.is_rust() {
+        return Vec::new();
+    }
+    let path = file.path.trim_end_matches(".rs");
+    let empty =
+        |name: &str| parts_of(name).into_iter().find(|part| EMPTY_WORDS.contains(&part.as_str()));
+    let mut complaints: Vec<String> = path
+        .split('/')
+        .filter_map(empty)
+        .map(|word| file.complain(0, &format!("has \"{word}\" in its name")))
+        .collect();
+    let mut names_test = false;
+    for (index, line) in file.code.lines().enumerate() {
+        names_test |= line.trim() == "#[test]";
+        let all: Vec<&str> = words(line).collect();
+        for pair in all.windows(2) {
+            // A test's name is a sentence, and sentences have words of all kinds.
+            if pair[0] == "fn" && std::mem::take(&mut names_test) {
+                continue;
+            }
+            let defines =
+                matches!(pair[0], "fn" | "struct" | "enum" | "trait" | "mod" | "type" | "union");
+            if let (true, Some(word)) = (defines, empty(pair[1])) {
+                complaints
+                    .push(file.complain(index, &format!("{} has \"{word}\" in its name", pair[1])));
+            }
+        }
+    }
+    complaints
+}
+
+/// The words of a name: `ExitHandler`, `exit_handler` and `exit-handler` are `exit` and `handler`.
+fn parts_of(name: &str) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    for c in name.chars() {
+        if c.is_uppercase() || !c.is_alphanumeric() {
+            parts.push(String::new());
+        }
+        if c.is_alphanumeric() {
+            parts.last_mut().expect("never empty").extend(c.to_lowercase());
+        }
+    }
+    parts
+}
+
+pub(crate) fn unsafe_code(file: &File) -> Vec<String> {
+    let allowed = UNSAFE_ROOMS.iter().any(|room| file.path.starts_with(room));
+    let text: Vec<&str> = file.text.lines().collect();
+    let mut complaints = Vec::new();
+    for (index, line) in file.code.lines().enumerate() {
+        let block = line.contains("unsafe {") || line.contains("unsafe impl");
+        if !words(line).any(|word| word == "unsafe") {
+            continue;
+        }
+        if !allowed {
+            complaints.push(file.complain(index, "unsafe outside of its rooms"));
+        }
+        let above = &text[index.saturating_sub(6)..=index];
+        if block && !above.iter().any(|line| line.contains("SAFETY:")) {
+            complaints.push(file.complain(index, "unsafe without a SAFETY comment above it"));
+        }
+    }
+    complaints
+}
+
+pub(crate) fn architecture(file: &File) -> Vec<String> {
+    let lines: Vec<&str> = file.code.lines().collect();
+    let asks = |index: &usize| words(lines[*index]).any(|word| word == "target_arch");
+    let right = |index: &usize| {
+        let next = lines[index + 1..].iter().find(|line| !line.trim().is_empty());
+        file.path == "src/lib.rs"
+            && next.is_some_and(|line| line.trim() == "pub mod kvm;" || line.trim() == "mod kvm;")
+    };
+    let wrong = (0..lines.len()).filter(|index| asks(index) && !right(index));
+    wrong
+        .map(|index| file.complain(index, "target_arch belongs on `mod kvm` in src/lib.rs"))
+        .collect()
+}
+
+pub(crate) fn unfinished(file: &File) -> Vec<String> {
+    // In pieces, so that this file is not among those it complains about.
+    let marks =
+        [("TO", "DO"), ("FIX", "ME"), ("unimple", "mented!"), ("to", "do!"), ("#[ig", "nore")];
+    let mut complaints = Vec::new();
+    for (start, end) in marks {
+        let mark = format!("{start}{end}");
+        let lines = file.text.lines().enumerate().filter(|(_, line)| line.contains(&mark));
+        complaints.extend(lines.map(|(index, _)| file.complain(index, &format!("says {mark}"))));
+    }
+    complaints
+}
+
+pub(crate) fn scripts(file: &File) -> Vec<String> {
+    let place = file.path.rsplit_once('/').map(|(folder, _)| folder);
+    let is_script = matches!(place, Some("scripts" | ".ci")) && file.text.starts_with("#!");
+    let mut complaints = Vec::new();
+    if is_script && !file.text.lines().nth(1).is_some_and(|line| line.starts_with("# ")) {
+        complaints.push(file.complain(1, "does not say what the script does"));
+    }
+    if is_script && !file.text.lines().any(|line| line == "set -euo pipefail") {
+        complaints.push(file.complain(1, "has no `set -euo pipefail`"));
+    }
+    complaints
+}
+
+pub(crate) fn paths(file: &File) -> Vec<String> {
+    let mut complaints = Vec::new();
+    for folder in ["home", "Users", "work"] {
+        let path = format!("/{folder}/");
+        for (index, line) in file.text.lines().enumerate() {
+            let absolute = line.match_indices(&path).any(|(at, _)| {
+                let before = line[..at].chars().next_back();
+                before.is_none_or(|c| {
+                    !c.is_alphanumeric() && !matches!(c, '_' | '-' | '.' | '~' | '}' | '/' | '*')
+                })
+            });
+            if absolute {
+                complaints.push(file.complain(index, &format!("names a path below {path}")));
+            }
+        }
+    }
+    complaints
+}
+
+pub(crate) fn links(file: &File) -> Vec<String> {
+    if !file.path.ends_with(".md") {
+        return Vec::new();
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let folder = Path::new(&file.path).parent().unwrap_or(Path::new(""));
+    let mut complaints = Vec::new();
+    for (index, line) in file.text.lines().enumerate() {
+        let links = line.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+        let links = links.map(|link| link.split('#').next().unwrap_or(""));
+        let links = links.filter(|link| !link.is_empty() && !link.contains("://"));
+        let scripts = line.split('`').skip(1).step_by(2).filter_map(|code| {
+            let word = code.split_whitespace().next()?.trim_start_matches("./");
+            (word.starts_with("scripts/") && !word.contains(['*', '<'])).then_some(word)
+        });
+        let targets = links.map(|link| folder.join(link)).chain(scripts.map(PathBuf::from));
+        for target in targets.filter(|target| !root.join(normal(target)).exists()) {
+            let what = format!("points at {}, which is not there", target.display());
+            complaints.push(file.complain(index, &what));
+        }
+    }
+    complaints
+}
+
+/// The path without `.` and `..`.
+fn normal(path: &Path) -> PathBuf {
+    let mut normal = PathBuf::new();
+    for component in path.components() {
+        match component {
+            Component::ParentDir => _ = normal.pop(),
+            Component::CurDir => {}
+            other => normal.push(other),
+        }
+    }
+    normal
+}
+
+pub(crate) fn sentences(file: &File) -> Vec<String> {
+    let lines: Vec<&str> = file.code.lines().map(str::trim).collect();
+    let mut complaints = Vec::new();
+    for (index, _) in lines.iter().enumerate().filter(|(_, line)| **line == "#[test]") {
+        let named =
+            lines[index..].iter().find_map(|line| words(line).skip_while(|w| *w != "fn").nth(1));
+        let name = named.unwrap_or("");
+        if name.split('_').count() < 3 || name.starts_with("test_") {
+            complaints.push(file.complain(index, &format!("test {name:?} is no sentence")));
+        }
+    }
+    complaints
+}
