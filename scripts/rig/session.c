@@ -1,0 +1,196 @@
+/*
+ * Runs one command in the RISC-V host on behalf of scripts/host, and ends everything it started when the caller goes away.
+ *
+ *   session FOLDER [NAME=VALUE]... -- COMMAND [ARGUMENT]...
+ *   session @FILE        the same words, each ended by a zero byte, from a file that is removed
+ *
+ * It runs as the child of the SSH server. Shells cannot do what it is for:
+ *  - the shared folders are mounted afresh for each command (/etc/shares), so that no command sees names or pages which an
+ *    earlier one left in the kernel's caches, while the other machine rebuilt the files;
+ *  - it notices that the reader of standard output or the terminal is gone, and ends the command;
+ *  - whatever the command left running ends with it, and its exit code is returned (128 + N for signal N, 127 not found).
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#define GRACE_MS 2000
+
+/* Each line of /etc/shares: TAG FLAGS PATH. FLAGS has an f where every command gets a mount of its own. */
+static void mount_shares(void)
+{
+    FILE *shares = fopen("/etc/shares", "re");
+    char *line = NULL;
+    size_t room = 0;
+    if (!shares)
+        return;
+    if (unshare(CLONE_NEWNS) || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL)) {
+        perror("session: cannot make a mount namespace");
+        fclose(shares);
+        return;
+    }
+    while (getline(&line, &room, shares) > 0) {
+        char tag[32], flags[8];
+        int path = 0;
+        line[strcspn(line, "\n")] = 0;
+        if (sscanf(line, "%31s %7s %n", tag, flags, &path) < 2 || !path || !strchr(flags, 'f'))
+            continue;
+        /* All channels taken: the mount that init made for everybody is still there. */
+        if (mount(tag, line + path, "9p", strchr(flags, 'r') ? MS_RDONLY : 0,
+                  "trans=virtio,version=9p2000.L,msize=512000,cache=mmap") && errno != EBUSY)
+            fprintf(stderr, "session: cannot mount %s: %s\n", line + path, strerror(errno));
+    }
+    free(line);
+    fclose(shares);
+}
+
+/* The first child of this process, or 0. Orphans of the command become children of this process. */
+static pid_t any_child(void)
+{
+    char path[64];
+    pid_t pid = 0;
+    snprintf(path, sizeof path, "/proc/self/task/%d/children", (int)getpid());
+    FILE *children = fopen(path, "re");
+    if (children) {
+        if (fscanf(children, "%d", &pid) != 1)
+            pid = 0;
+        fclose(children);
+    }
+    return pid;
+}
+
+static long now_ms(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000L + now.tv_nsec / 1000000;
+}
+
+/* Replaces the words of the command line by those in the file; returns how many there are. */
+static int read_words(const char *path, char ***words)
+{
+    FILE *file = fopen(path, "re");
+    char *word = NULL;
+    size_t room = 0;
+    int count = 1;
+    if (!file) {
+        fprintf(stderr, "session: cannot open %s: %s\n", path, strerror(errno));
+        exit(126);
+    }
+    *words = calloc(2, sizeof **words);
+    while (getdelim(&word, &room, 0, file) >= 0) {
+        *words = realloc(*words, (count + 2) * sizeof **words);
+        (*words)[count++] = word;
+        (*words)[count] = NULL;
+        word = NULL;
+    }
+    fclose(file);
+    unlink(path);
+    return count;
+}
+
+int main(int argc, char **argv)
+{
+    int at = 2, status = 0, ended = 0, gone = 0;
+    if (argc == 2 && argv[1][0] == '@')
+        argc = read_words(argv[1] + 1, &argv);
+    for (; at < argc && strcmp(argv[at], "--"); at++)
+        putenv(argv[at]);
+    if (++at >= argc) {
+        fprintf(stderr, "usage: session FOLDER [NAME=VALUE]... -- COMMAND [ARGUMENT]...\n");
+        return 2;
+    }
+
+    char mark[64];
+    snprintf(mark, sizeof mark, "/run/sessions/%d", (int)getpid());
+    close(open(mark, O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
+
+    mount_shares();
+    if (chdir(argv[1]) && chdir("/root"))
+        perror("session: cannot change to /root");
+
+    sigset_t signals, before;
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGCHLD);
+    sigaddset(&signals, SIGHUP);
+    sigaddset(&signals, SIGINT);
+    sigaddset(&signals, SIGQUIT);
+    sigaddset(&signals, SIGTERM);
+    sigaddset(&signals, SIGTSTP);
+    sigprocmask(SIG_BLOCK, &signals, &before);
+    int news = signalfd(-1, &signals, SFD_CLOEXEC);
+    prctl(PR_SET_CHILD_SUBREAPER, 1);
+
+    int terminal = isatty(0);
+    pid_t child = fork();
+    if (child < 0) {
+        perror("session: fork");
+        return 126;
+    }
+    if (child == 0) {
+        if (!terminal)
+            setsid();
+        signal(SIGPIPE, SIG_DFL);
+        sigprocmask(SIG_SETMASK, &before, NULL);
+        execvp(argv[at], argv + at);
+        fprintf(stderr, "session: cannot run %s: %s\n", argv[at], strerror(errno));
+        _exit(errno == ENOENT ? 127 : 126);
+    }
+
+    /* Standard input stays with the command alone: a read end kept here would hide that the command closed it. */
+    if (!terminal) {
+        int nothing = open("/dev/null", O_RDONLY | O_CLOEXEC);
+        dup2(nothing, 0);
+    }
+
+    long deadline = 0;
+    while (!ended) {
+        struct pollfd watched[3] = { { news, POLLIN, 0 }, { gone ? -1 : 1, 0, 0 }, { gone ? -1 : 2, 0, 0 } };
+        poll(watched, 3, deadline ? 100 : -1);
+        if (watched[0].revents & POLLIN) {
+            struct signalfd_siginfo signal;
+            if (read(news, &signal, sizeof signal) != sizeof signal)
+                continue;
+            /* On a terminal, keys reach the command directly; only the end of the terminal is for this process. */
+            if (signal.ssi_signo == SIGHUP || signal.ssi_signo == SIGTERM)
+                gone = 1;
+        }
+        if ((watched[1].revents | watched[2].revents) & (POLLERR | POLLHUP | POLLNVAL))
+            gone = 1;
+        for (pid_t pid; (pid = waitpid(-1, &status, WNOHANG)) > 0;)
+            if (pid == child) {
+                ended = 1;
+                break;
+            }
+        if (gone && !ended) {
+            if (!deadline) {
+                deadline = now_ms() + GRACE_MS;
+                kill(terminal ? child : -child, SIGTERM);
+                kill(terminal ? child : -child, SIGCONT);
+            } else if (now_ms() >= deadline) {
+                kill(child, SIGKILL);
+            }
+        }
+    }
+
+    int code = WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+    for (pid_t pid; (pid = any_child()) > 0;) {
+        kill(pid, SIGKILL);
+        waitpid(pid, NULL, 0);
+    }
+    unlink(mark);
+    return code;
+}
