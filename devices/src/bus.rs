@@ -3,20 +3,21 @@
 //! The map is built once and never changes, so finding a device takes no lock: a binary search over
 //! a few entries. Each device has its own lock, held for one access.
 
-use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use log::warn;
 use thiserror::Error;
 
-use crate::device::{AccessError, MmioDevice};
+use crate::device::{Access, AccessError, MmioDevice};
 
 /// Unassigned addresses that are logged, each once; a guest that tries more is noted once more.
 const LOGGED_ADDRESSES: usize = 64;
 
 /// Every device of a machine, by address.
 pub struct Bus {
+    /// The bases of the slots, in order and side by side: what every access searches.
+    bases: Box<[u64]>,
     slots: Box<[BusSlot]>,
     unassigned_reads: AtomicU64,
     unassigned_writes: AtomicU64,
@@ -90,9 +91,9 @@ pub enum BusError {
 }
 
 struct BusSlot {
-    addresses: RangeInclusive<u64>,
-    name: &'static str,
+    base: u64,
     size: u64,
+    name: &'static str,
     refused: AtomicU64,
     /// One bit per kind of refusal that has been logged.
     warned: AtomicU8,
@@ -117,17 +118,18 @@ impl Bus {
             .map(|(base, device)| BusSlot::new(base, device))
             .collect::<Result<Box<[_]>, _>>()?;
         for (a, b) in slots.iter().zip(slots.iter().skip(1)) {
-            if b.base() <= *a.addresses.end() {
+            if b.base - a.base < a.size {
                 return Err(BusError::Overlap {
                     a: a.name,
-                    a_base: a.base(),
+                    a_base: a.base,
                     a_size: a.size,
                     b: b.name,
-                    b_base: b.base(),
+                    b_base: b.base,
                 });
             }
         }
         Ok(Self {
+            bases: slots.iter().map(|slot| slot.base).collect(),
             slots,
             unassigned_reads: AtomicU64::new(0),
             unassigned_writes: AtomicU64::new(0),
@@ -137,30 +139,24 @@ impl Bus {
 
     /// Reads `data.len()` bytes at a guest-physical address; fills `data` whoever answers.
     pub fn read(&self, addr: u64, data: &mut [u8]) -> Claim {
-        let Some(slot) = self.find(addr) else {
+        let Some((slot, offset)) = self.find(addr) else {
             data.fill(0);
-            self.unassigned_reads.fetch_add(1, Relaxed);
-            self.logged.note(addr, "read");
-            return Claim::Unassigned;
+            return self.unassigned(addr, &self.unassigned_reads);
         };
-        let access = slot.offset(addr, data.len()).and_then(|at| slot.lock().read(at, data));
+        let access = slot.ends(offset, data.len()).and_then(|()| slot.lock().read(offset, data));
         let Err(refusal) = access else { return Claim::Device };
         data.fill(0);
-        slot.refuse(refusal, addr, data.len());
-        Claim::Refused
+        slot.refuse(refusal, addr, data.len())
     }
 
     /// Writes `data.len()` bytes at a guest-physical address.
     pub fn write(&self, addr: u64, data: &[u8]) -> Claim {
-        let Some(slot) = self.find(addr) else {
-            self.unassigned_writes.fetch_add(1, Relaxed);
-            self.logged.note(addr, "write");
-            return Claim::Unassigned;
+        let Some((slot, offset)) = self.find(addr) else {
+            return self.unassigned(addr, &self.unassigned_writes);
         };
-        let access = slot.offset(addr, data.len()).and_then(|at| slot.lock().write(at, data));
+        let access = slot.ends(offset, data.len()).and_then(|()| slot.lock().write(offset, data));
         let Err(refusal) = access else { return Claim::Device };
-        slot.refuse(refusal, addr, data.len());
-        Claim::Refused
+        slot.refuse(refusal, addr, data.len())
     }
 
     /// Resets every device, in order of address. No hart may run meanwhile.
@@ -175,7 +171,7 @@ impl Bus {
         self.slots.iter().enumerate().map(|(index, slot)| Slot {
             index,
             name: slot.name,
-            base: slot.base(),
+            base: slot.base,
             size: slot.size,
             refused: slot.refused.load(Relaxed),
         })
@@ -199,9 +195,19 @@ impl Bus {
         }
     }
 
-    fn find(&self, addr: u64) -> Option<&BusSlot> {
-        let after = self.slots.partition_point(|slot| slot.base() <= addr);
-        self.slots.get(after.checked_sub(1)?).filter(|slot| slot.addresses.contains(&addr))
+    #[cold]
+    fn unassigned(&self, addr: u64, counter: &AtomicU64) -> Claim {
+        counter.fetch_add(1, Relaxed);
+        self.logged.note(addr);
+        Claim::Unassigned
+    }
+
+    /// The slot that has this address, and the offset in there.
+    fn find(&self, addr: u64) -> Option<(&BusSlot, u64)> {
+        let after = self.bases.partition_point(|base| *base <= addr);
+        let slot = self.slots.get(after.checked_sub(1)?)?;
+        let offset = addr.wrapping_sub(slot.base);
+        (offset < slot.size).then_some((slot, offset))
     }
 }
 
@@ -209,30 +215,23 @@ impl BusSlot {
     fn new(base: u64, device: Box<dyn MmioDevice>) -> Result<Self, BusError> {
         let (name, size) = (device.name(), device.size());
         let last = size.checked_sub(1).and_then(|span| base.checked_add(span));
-        let last = last.ok_or(BusError::Size { name, base, size })?;
+        if last.is_none() {
+            return Err(BusError::Size { name, base, size });
+        }
         Ok(Self {
-            addresses: base..=last,
-            name,
+            base,
             size,
+            name,
             refused: AtomicU64::new(0),
             warned: AtomicU8::new(0),
             device: Mutex::new(device),
         })
     }
 
-    fn base(&self) -> u64 {
-        *self.addresses.start()
-    }
-
-    /// The offset of an access that begins in this slot, if it also ends in it.
-    fn offset(&self, addr: u64, width: usize) -> Result<u64, AccessError> {
-        let offset = addr - self.base();
-        let room = self.size - offset;
-        if u64::try_from(width).is_ok_and(|width| width <= room) {
-            Ok(offset)
-        } else {
-            Err(AccessError::PastEnd)
-        }
+    /// Whether an access that begins at this offset also ends in the slot.
+    fn ends(&self, offset: u64, width: usize) -> Access {
+        let room = self.size.wrapping_sub(offset);
+        if width as u64 <= room { Ok(()) } else { Err(AccessError::PastEnd) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Box<dyn MmioDevice>> {
@@ -241,7 +240,7 @@ impl BusSlot {
     }
 
     #[cold]
-    fn refuse(&self, refusal: AccessError, addr: u64, width: usize) {
+    fn refuse(&self, refusal: AccessError, addr: u64, width: usize) -> Claim {
         self.refused.fetch_add(1, Relaxed);
         let bit = 1 << (refusal as u8);
         if self.warned.fetch_or(bit, Relaxed) & bit == 0 {
@@ -250,12 +249,12 @@ impl BusSlot {
                 self.name
             );
         }
+        Claim::Refused
     }
 }
 
 impl LoggedAddresses {
-    #[cold]
-    fn note(&self, addr: u64, what: &str) {
+    fn note(&self, addr: u64) {
         if self.full.load(Relaxed) {
             return;
         }
@@ -263,7 +262,7 @@ impl LoggedAddresses {
         let Err(place) = sorted.binary_search(&addr) else { return };
         if sorted.len() < LOGGED_ADDRESSES {
             sorted.insert(place, addr);
-            warn!("Guest {what} at {addr:#x}, where there is no device");
+            warn!("Guest access at {addr:#x}, where there is no device");
         } else if !self.full.swap(true, Relaxed) {
             warn!("Further addresses without a device are not logged");
         }
@@ -273,7 +272,7 @@ impl LoggedAddresses {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::{Access, FdtDesc};
+    use crate::device::FdtDesc;
 
     /// Four bytes of memory that refuse other widths than 1 and 4.
     struct Cells(&'static str, u64, [u8; 4]);

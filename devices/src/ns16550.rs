@@ -45,13 +45,14 @@ mod bit {
     pub(super) const MCR_RTS: u8 = 1 << 1;
     pub(super) const MCR_LOOP: u8 = 1 << 4;
     pub(super) const MCR_ALL: u8 = 0x1f;
+    pub(super) const LSR_DR: u8 = 1 << 0;
     pub(super) const LSR_THRE: u8 = 1 << 5;
     pub(super) const LSR_TEMT: u8 = 1 << 6;
 }
 
 /// All that the guest can see.
 pub(crate) struct State {
-    /// DLL, DLM, LCR, MCR, MSR, SCR, the receive FIFO and LSR's data-ready bit.
+    /// DLL, DLM, LCR, MCR, MSR, SCR and the receive FIFO.
     registers: Registers<NoTrigger, NoEvents, Sink>,
     /// IER, LCR and MCR once more: out of `registers` they come only with DLAB in the way, or with
     /// a copy of everything.
@@ -73,6 +74,8 @@ pub(crate) struct State {
     polls: u8,
     /// The last access was a look for input that found none.
     polled: bool,
+    /// The interrupt or the room for input may be another than when it was last asked.
+    changed: bool,
 }
 
 /// `vm-superio` announces edges; the line follows [`State::interrupts`] instead.
@@ -101,6 +104,7 @@ impl State {
             listening: false,
             polls: 0,
             polled: false,
+            changed: true,
         }
     }
 
@@ -110,7 +114,8 @@ impl State {
         match register {
             reg::LSR => self.read_lsr(polled),
             reg::DATA if !self.divisor_shown() => {
-                self.looks_for_input(polled);
+                self.looks_for_input(polled, self.data_ready());
+                self.changed = true;
                 self.registers.read(reg::DATA)
             }
             reg::IER if !self.divisor_shown() => self.ier,
@@ -127,6 +132,7 @@ impl State {
     /// [`set_line`]: Self::set_line
     pub(crate) fn write(&mut self, register: u8, value: u8) -> Result<Option<u8>, AccessError> {
         self.polled = false;
+        self.changed |= register != reg::SCR;
         match register {
             reg::DATA if !self.divisor_shown() => {
                 self.thr_empty_due = !self.held;
@@ -156,6 +162,7 @@ impl State {
     pub(crate) fn set_line(&mut self, held: bool, idle: bool) {
         if held != self.held {
             self.thr_empty_due = !held;
+            self.changed = true;
         }
         (self.held, self.idle) = (held, idle);
     }
@@ -168,8 +175,14 @@ impl State {
     /// Puts input into the FIFO, at most [`room`](Self::room) bytes.
     pub(crate) fn receive(&mut self, input: &[u8]) {
         if !input.is_empty() {
+            self.changed = true;
             drop(self.registers.enqueue_raw_bytes(input));
         }
+    }
+
+    /// Whether the interrupt or the room for input may be another than at the last call.
+    pub(crate) fn take_changed(&mut self) -> bool {
+        std::mem::take(&mut self.changed)
     }
 
     /// Whether an interrupt is enabled and due: the level of the interrupt line.
@@ -177,22 +190,24 @@ impl State {
         self.cause() != bit::IIR_NONE
     }
 
+    /// No line errors, no break: data ready and the transmitter are all there is.
     fn read_lsr(&mut self, polled: bool) -> u8 {
-        let lsr = self.registers.read(reg::LSR);
-        if self.held {
-            return lsr & !(bit::LSR_THRE | bit::LSR_TEMT);
+        let data = if self.data_ready() { bit::LSR_DR } else { 0 };
+        match (self.held, self.idle) {
+            (true, _) => data,
+            (false, false) => data | bit::LSR_THRE,
+            (false, true) => {
+                self.looks_for_input(polled, data != 0);
+                data | bit::LSR_THRE | bit::LSR_TEMT
+            }
         }
-        if !self.idle {
-            return lsr & !bit::LSR_TEMT;
-        }
-        self.looks_for_input(polled);
-        lsr
     }
 
     fn read_iir(&mut self) -> u8 {
         let cause = self.cause();
         if cause == bit::IIR_THRI {
             self.thr_empty_due = false;
+            self.changed = true;
         }
         if self.fifo_enabled { cause | bit::IIR_FIFO } else { cause }
     }
@@ -227,11 +242,12 @@ impl State {
     }
 
     /// The guest looks for input, and `polled` says whether that is what it did just before, too.
-    fn looks_for_input(&mut self, polled: bool) {
-        self.polled = !self.data_ready();
-        if self.polled && polled && !self.listening {
+    fn looks_for_input(&mut self, polled: bool, found: bool) {
+        self.polled = !found;
+        if polled && !found && !self.listening {
             self.polls += 1;
             self.listening = self.polls >= POLLS;
+            self.changed |= self.listening;
         }
     }
 

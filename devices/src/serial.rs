@@ -130,8 +130,12 @@ impl Serial {
         self.state.set_line(self.link.is_held(), self.link.is_empty());
     }
 
-    /// Derives from the registers what the link may take and the level of the interrupt line.
+    /// Derives from the registers what the link may take and the level of the interrupt line; most
+    /// accesses are looks at LSR, which change neither.
     fn sync(&mut self) {
+        if !self.state.take_changed() {
+            return;
+        }
         self.link.set_room(self.state.room());
         self.irq.set(self.state.interrupts());
     }

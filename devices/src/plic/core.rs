@@ -61,8 +61,7 @@ impl Core {
     pub(super) fn set_level(&mut self, source: u32, high: bool) {
         self.state.level.set(source, high);
         if high && !self.state.claimed.contains(source) && !self.state.pending.contains(source) {
-            self.state.pending.set(source, true);
-            self.drive_all();
+            self.forward(source);
         }
     }
 
@@ -118,7 +117,7 @@ impl Core {
         if source != 0 {
             self.state.pending.set(source, false);
             self.state.claimed.set(source, true);
-            self.drive_all();
+            self.drive_high();
         }
         source
     }
@@ -132,8 +131,29 @@ impl Core {
         }
         self.state.claimed.set(source, false);
         if self.state.level.contains(source) {
-            self.state.pending.set(source, true);
-            self.drive_all();
+            self.forward(source);
+        }
+    }
+
+    /// A gateway makes a source pending: harts that it interrupts get their line.
+    fn forward(&mut self, source: u32) {
+        self.state.pending.set(source, true);
+        let priority = self.state.priority(source);
+        for (context, output) in self.state.contexts.iter_mut().zip(&self.outputs) {
+            let interrupts = priority > context.threshold && context.enabled.contains(source);
+            if interrupts && !context.output {
+                context.output = true;
+                output.set_level(true);
+            }
+        }
+    }
+
+    /// A source is no longer pending: lines that are high may fall.
+    fn drive_high(&mut self) {
+        for hart in 0..self.outputs.len() {
+            if self.state.contexts.get(hart).is_some_and(|context| context.output) {
+                self.drive(hart);
+            }
         }
     }
 
