@@ -65,7 +65,65 @@ pub fn find(name: &str) -> Option<&'static Row> {
     MAP.iter().find(|row| row.name == name)
 }
 
+/// The span of the row called `name`.
+///
+/// # Errors
+/// There is no such row: a slip in the source that calls this.
+pub(crate) fn span(name: &str) -> Result<Span, crate::error::Error> {
+    find(name).map(|row| row.span).ok_or_else(|| {
+        crate::error::Error::Config(format!("The memory map has no row called {name}"))
+    })
+}
+
 /// The interrupt sources that a slot may get, in order: all that no row and no PCI pin holds.
 pub fn slot_irqs() -> impl Iterator<Item = u32> {
     (1..=IRQ_SOURCES).filter(|irq| !(32..=35).contains(irq) && MAP.iter().all(|row| row.irq != *irq))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_two_rows_overlap_and_none_reaches_ram() {
+        for pair in MAP.windows(2) {
+            assert!(pair[0].span.end() <= pair[1].span.base, "{} and {}", pair[0].name, pair[1].name);
+        }
+        assert!(MAP.last().unwrap().span.end() <= RAM_BASE);
+    }
+
+    #[test]
+    fn every_row_is_page_aligned_and_not_empty() {
+        for row in MAP {
+            assert!(row.span.base.is_multiple_of(0x1000) && row.span.size > 0, "{}", row.name);
+        }
+    }
+
+    #[test]
+    fn every_slot_has_an_interrupt_that_nothing_else_holds() {
+        let irqs: Vec<u32> = slot_irqs().collect();
+        assert!(irqs.len() as u64 >= SLOTS.size / SLOT_SIZE);
+        for irq in irqs {
+            assert!(MAP.iter().all(|row| row.irq != irq) && (1..=IRQ_SOURCES).contains(&irq), "{irq}");
+        }
+    }
+
+    #[test]
+    fn guests_of_qemus_virt_machine_find_their_devices() {
+        for (name, base, irq) in [
+            ("power", 0x10_0000, 0),
+            ("rtc", 0x10_1000, 11),
+            ("plic", 0xc00_0000, 0),
+            ("serial", 0x1000_0000, 10),
+            ("slots", 0x1000_1000, 0),
+            ("flash", 0x2000_0000, 0),
+            ("imsics", 0x2800_0000, 0),
+            ("pci-ecam", 0x3000_0000, 0),
+        ] {
+            let row = find(name).unwrap();
+            assert_eq!((row.span.base, row.irq), (base, irq), "{name}");
+        }
+        assert_eq!(slot_irqs().next(), Some(1));
+        assert_eq!(find("nothing").map(|row| row.name), None);
+    }
 }

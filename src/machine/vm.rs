@@ -72,6 +72,15 @@ pub struct AiaFacts {
     pub guest_index_bits: u32,
 }
 
+/// Who makes virtual machines: the host's KVM, or in tests a double.
+pub trait Hypervisor: Send {
+    /// Makes a VM without memory and harts.
+    ///
+    /// # Errors
+    /// The host refuses: out of memory, out of file descriptors.
+    fn create_vm(&self) -> Result<Arc<dyn Vm>, VmError>;
+}
+
 /// A virtual machine. Calls come in boot order: memory, harts (ascending), irqchip, lines; then the harts run.
 pub trait Vm: Send + Sync {
     /// How many harts a VM may have at most.

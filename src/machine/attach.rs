@@ -1,0 +1,137 @@
+//! Devices onto the bus: the board's own and the user's, each with its address, its interrupt and its tree node.
+
+use std::sync::Arc;
+
+use rvmm_boot::fdt::{DeviceNode, Node, Property, Value};
+use rvmm_devices::{
+    Bus, CATALOG, ConsoleBackend, FdtDesc, FdtProperty, FdtValue, MmioDevice, Model, Options,
+    Placement, PowerSwitch, Wiring,
+};
+
+use super::irqchip::Lines;
+use crate::error::Error;
+use crate::layout::{self, SLOT_SIZE, SLOTS};
+
+/// The bus with everything on it, and what the device tree says of it.
+#[derive(Debug)]
+pub(super) struct Attached {
+    pub(super) bus: Arc<Bus>,
+    pub(super) nodes: Vec<DeviceNode>,
+}
+
+/// What devices need from the machine.
+pub(super) struct Hookup<'a> {
+    pub(super) lines: &'a Lines,
+    pub(super) power: Arc<dyn PowerSwitch>,
+    /// The other end of the first UART.
+    pub(super) console: Box<dyn ConsoleBackend>,
+}
+
+/// One device to be made: its model, its options and its place.
+struct Plan {
+    model: &'static Model,
+    options: Options,
+    label: String,
+    base: u64,
+    irq: u32,
+}
+
+/// Makes the board's devices and those of `extra` (`NAME,key=value,...`) and puts them on a bus.
+pub(super) fn attach(extra: &[String], hookup: Hookup<'_>) -> Result<Attached, Error> {
+    let mut console = Some(hookup.console);
+    let mut devices: Vec<(u64, Box<dyn MmioDevice>)> = Vec::new();
+    let mut nodes = Vec::new();
+    for plan in plan(extra)? {
+        let mut wiring = Wiring::new(Arc::clone(&hookup.power));
+        if plan.irq != 0 {
+            wiring.irq = hookup.lines.source(plan.irq)?;
+        }
+        if plan.model.name == "serial" {
+            wiring.console = console.take();
+        }
+        let device = plan.model.create(&plan.options, wiring).map_err(refused)?;
+        nodes.extend(device.fdt().map(|desc| node(&plan, device.size(), desc)));
+        devices.push((plan.base, device));
+    }
+    if let Some(plic) = hookup.lines.plic() {
+        devices.push((layout::span("plic")?.base, Box::new(plic)));
+    }
+    let bus = Bus::new(devices).map_err(refused)?;
+    Ok(Attached { bus: Arc::new(bus), nodes })
+}
+
+/// Checks `extra` as far as that is possible without making a device.
+pub(super) fn check(extra: &[String]) -> Result<(), Error> {
+    for plan in plan(extra)? {
+        plan.options.check(plan.model.keys).map_err(refused)?;
+    }
+    Ok(())
+}
+
+fn plan(extra: &[String]) -> Result<Vec<Plan>, Error> {
+    let extra = extra.iter().map(|text| Options::parse(text)).collect::<Result<Vec<_>, _>>().map_err(refused)?;
+    let mut plans = Vec::new();
+    for model in CATALOG.iter().filter(|model| model.placement == Placement::Fixed) {
+        let mut given = extra.iter().filter(|options| options.name() == model.name);
+        let options = given.next().cloned().unwrap_or_else(|| Options::none(model.name));
+        if given.next().is_some() {
+            return Err(Error::Device(format!(
+                "Device {} is given twice (the board has one: put all its keys into one --device)",
+                model.name
+            )));
+        }
+        let row = layout::find(model.name).ok_or_else(|| {
+            Error::Device(format!("Device {} has no place in the memory map", model.name))
+        })?;
+        plans.push(Plan { model, options, label: model.name.into(), base: row.span.base, irq: row.irq });
+    }
+    let mut slots = (0..SLOTS.size / SLOT_SIZE).zip(layout::slot_irqs());
+    for options in extra {
+        let model = Model::find(options.name()).map_err(refused)?;
+        if model.placement == Placement::Fixed {
+            continue;
+        }
+        let (slot, irq) = slots.next().ok_or_else(|| {
+            Error::Device(format!("Device {} does not fit: all {} slots are taken", model.name, SLOTS.size / SLOT_SIZE))
+        })?;
+        let irq = if model.irqs == 0 { 0 } else { irq };
+        let label = format!("{}{slot}", model.name);
+        plans.push(Plan { model, options, label, base: SLOTS.base + slot * SLOT_SIZE, irq });
+    }
+    Ok(plans)
+}
+
+fn refused(error: impl std::fmt::Display) -> Error {
+    Error::Device(error.to_string())
+}
+
+fn node(plan: &Plan, size: u64, desc: FdtDesc) -> DeviceNode {
+    let mut properties = vec![Property::strings("compatible", &desc.compatible)];
+    properties.extend(desc.properties.into_iter().map(|p| property(p, &plan.label)));
+    let companions = desc.companions.into_iter().map(|companion| Node {
+        name: companion.name.into(),
+        properties: companion
+            .properties
+            .into_iter()
+            .map(|p| property(p, &plan.label))
+            .collect(),
+    });
+    DeviceNode {
+        label: plan.label.clone(),
+        address: plan.base,
+        size,
+        irqs: if plan.irq == 0 { Vec::new() } else { vec![plan.irq] },
+        node: Node { name: desc.name.into(), properties },
+        companions: companions.collect(),
+    }
+}
+
+fn property(property: FdtProperty, owner: &str) -> Property {
+    let value = match property.value {
+        FdtValue::Empty => Value::Empty,
+        FdtValue::U32(cells) => Value::U32(cells),
+        FdtValue::Strings(strings) => Value::Strings(strings.into_iter().map(Into::into).collect()),
+        FdtValue::ThisDevice => Value::Phandle(owner.into()),
+    };
+    Property::new(property.name, value)
+}

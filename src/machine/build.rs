@@ -1,0 +1,119 @@
+//! The boot story: from a configuration to a board whose harts only have to be let go. One step a line, in the order
+//! that KVM and the files impose.
+
+use std::sync::Arc;
+
+use rvmm_devices::{Bus, PowerRequest, PowerSwitch};
+
+use super::attach::{Attached, Hookup, attach};
+use super::irqchip::Lines;
+use super::load::{Files, Start};
+use super::shared_console::SharedConsole;
+use super::tree::{Facts, board};
+use super::vm::{AiaPlan, CpuKnobs, Hypervisor, Vm};
+use crate::config::VmConfig;
+use crate::error::Error;
+use crate::layout::{self, IRQ_SOURCES, RAM_BASE, Span};
+use crate::memory::GuestRam;
+use crate::vcpu::control::Control;
+use crate::vcpu::hart::{Hart, Reg};
+use crate::vcpu::stop::StopReason;
+use crate::vcpu::world::World;
+
+/// One life of the guest, from reset to stop. A restart drops it and builds the next.
+///
+/// Fields are dropped in this order: harts and devices let go of the VM before the RAM under it is unmapped.
+pub(super) struct Board {
+    pub(super) harts: Vec<Box<dyn Hart>>,
+    pub(super) world: Arc<World>,
+    pub(super) bus: Arc<Bus>,
+    pub(super) control: Arc<Control>,
+    _vm: Arc<dyn Vm>,
+    _ram: Arc<GuestRam>,
+}
+
+impl Board {
+    /// Builds a board of `config` on `host`, its first UART wired to `console`.
+    pub(super) fn build(config: &VmConfig, host: &dyn Hypervisor, console: SharedConsole) -> Result<Self, Error> {
+        // The user's files come first: a wrong one is found before the host is asked for anything.
+        let files = Files::open(config)?;
+        let mut ram = GuestRam::new(Span { base: RAM_BASE, size: config.mem }, config.hugepages)?;
+        let vm = host.create_vm()?;
+        vm.map_memory(0, RAM_BASE, ram.host_address(), config.mem).map_err(|e| no_memory(config.mem, e))?;
+        // The first hart made is the boot hart; the in-kernel irqchip wants all harts to exist.
+        let mut harts = make_harts(config, vm.as_ref())?;
+        let irqchip = vm.create_irqchip(config.irqchip, &aia_plan(config.cpus.count)?)?;
+        let cpu = vm.cpu_facts()?;
+        let lines = Lines::new(&vm, irqchip, config.cpus.count)?;
+        let control = Arc::new(Control::new());
+        let power: Arc<dyn PowerSwitch> = Arc::new(PowerButton(Arc::clone(&control)));
+        let hookup = Hookup { lines: &lines, power, console: Box::new(console) };
+        let Attached { bus, nodes } = attach(&config.devices, hookup)?;
+        let facts = Facts {
+            harts: config.cpus.count,
+            cpu: &cpu,
+            irqchip,
+            ram: ram.span(),
+            cmdline: &config.boot.cmdline,
+        };
+        let start = files.load(&config.boot, board(&facts, nodes)?, &mut ram)?;
+        point_boot_hart(&mut harts, start)?;
+        let ram = Arc::new(ram);
+        let uart = layout::span("serial")?.base;
+        let world = World::new(Arc::clone(&bus), Arc::clone(&ram), config.unassigned, Some(uart));
+        Ok(Self { harts, world: Arc::new(world), bus, control, _vm: vm, _ram: ram })
+    }
+}
+
+fn make_harts(config: &VmConfig, vm: &dyn Vm) -> Result<Vec<Box<dyn Hart>>, Error> {
+    let knobs = CpuKnobs {
+        isa: config.cpus.isa.clone(),
+        sbi: config.cpus.sbi.clone(),
+        id: config.cpus.id,
+    };
+    if config.cpus.count > vm.max_harts() {
+        return Err(Error::Config(format!(
+            "{} harts are more than this host's KVM allows (--cpus {} at most)",
+            config.cpus.count,
+            vm.max_harts()
+        )));
+    }
+    (0..config.cpus.count).map(|id| Ok(vm.create_hart(id, &knobs)?)).collect()
+}
+
+fn aia_plan(harts: u32) -> Result<AiaPlan, Error> {
+    let (aplic, imsics) = (layout::span("aplic")?, layout::span("imsics")?);
+    Ok(AiaPlan { harts, sources: IRQ_SOURCES, aplic, imsics })
+}
+
+/// The state in which firmware hands over to a supervisor: a0 = hart id, a1 = device tree.
+fn point_boot_hart(harts: &mut [Box<dyn Hart>], start: Start) -> Result<(), Error> {
+    let Some(boot) = harts.first_mut() else {
+        return Err(Error::Config("A machine needs at least one hart".into()));
+    };
+    let id = u64::from(boot.id());
+    for (reg, value) in [(Reg::Pc, start.entry), (Reg::X(10), id), (Reg::X(11), start.fdt)] {
+        boot.set(reg, value).map_err(|source| Error::Host {
+            what: format!("Cannot set {reg:?} of the boot hart"),
+            source,
+        })?;
+    }
+    Ok(())
+}
+
+fn no_memory(size: u64, source: std::io::Error) -> Error {
+    Error::Memory { what: format!("Cannot give the guest {} MiB of memory", size >> 20), source: Some(source) }
+}
+
+/// The far end of the power device: what the guest writes there ends the machine.
+struct PowerButton(Arc<Control>);
+
+impl PowerSwitch for PowerButton {
+    fn request(&self, request: PowerRequest) {
+        self.0.stop(match request {
+            PowerRequest::Off => StopReason::PowerOff,
+            PowerRequest::Reset => StopReason::Reset,
+            PowerRequest::Fail(code) => StopReason::GuestFailure(code),
+        });
+    }
+}

@@ -1,0 +1,48 @@
+//! Interrupt lines, whoever takes them: the kernel's APLIC or our own PLIC.
+
+use std::sync::Arc;
+
+use rvmm_devices::Plic;
+use rvmm_devices::irq::IrqLine;
+
+use super::vm::{Irqchip, Vm};
+use crate::error::Error;
+use crate::layout::IRQ_SOURCES;
+
+/// Where devices' interrupts go.
+pub(super) enum Lines {
+    /// Into the kernel's APLIC.
+    Aia(Arc<dyn Vm>),
+    /// Into the PLIC on the bus.
+    Plic(Plic),
+}
+
+impl Lines {
+    /// The lines of `vm` with the irqchip that it granted, for `harts` harts.
+    pub(super) fn new(vm: &Arc<dyn Vm>, irqchip: Irqchip, harts: u32) -> Result<Self, Error> {
+        if let Irqchip::Aia(_) = irqchip {
+            return Ok(Self::Aia(Arc::clone(vm)));
+        }
+        let outputs = (0..harts).map(|hart| vm.external_line(hart)).collect::<Result<Vec<_>, _>>()?;
+        let plic = Plic::new(IRQ_SOURCES, outputs).map_err(|e| Error::Device(e.to_string()))?;
+        Ok(Self::Plic(plic))
+    }
+
+    /// The line of interrupt source `number` (1 to [`IRQ_SOURCES`]).
+    pub(super) fn source(&self, number: u32) -> Result<Arc<dyn IrqLine>, Error> {
+        match self {
+            Self::Aia(vm) => Ok(vm.irq_line(number)?),
+            Self::Plic(plic) => plic.source(number).ok_or_else(|| {
+                Error::Device(format!("Interrupt source {number} does not exist (1 to {IRQ_SOURCES})"))
+            }),
+        }
+    }
+
+    /// The PLIC, where there is one, to be put on the bus.
+    pub(super) fn plic(&self) -> Option<Plic> {
+        match self {
+            Self::Aia(_) => None,
+            Self::Plic(plic) => Some(plic.clone()),
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! The user's files: opened and judged before anything is built, then put where the placement says.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rvmm_boot::fdt::{self, Board};
+use rvmm_boot::{Blob, Cmdline, Initrd, Kernel, Load, Placement, Request, Source, place};
+
+use super::tree::region;
+use crate::config::{BootConfig, InitrdConfig, VmConfig};
+use crate::error::Error;
+use crate::init;
+use crate::memory::GuestRam;
+
+/// The files of a machine, open and checked.
+#[derive(Debug)]
+pub(super) struct Files {
+    kernel: Option<Kernel>,
+    initrd: Option<Initrd>,
+    loads: Vec<Load>,
+    dtb: Option<Vec<u8>>,
+}
+
+/// What the boot hart needs to start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Start {
+    /// Where it starts.
+    pub(super) entry: u64,
+    /// Where the device tree is.
+    pub(super) fdt: u64,
+}
+
+impl Files {
+    /// Opens every file that `config` names.
+    pub(super) fn open(config: &VmConfig) -> Result<Self, Error> {
+        let boot = &config.boot;
+        Cmdline::new(&boot.cmdline)?;
+        Ok(Self {
+            kernel: boot.kernel.as_ref().map(|path| Kernel::open(path, config.mem)).transpose()?,
+            initrd: initrd(boot)?,
+            loads: boot.load.iter().map(|l| Load::open(&l.file, l.addr)).collect::<Result<_, _>>()?,
+            dtb: boot.dtb.as_ref().map(|path| fdt::open(path)).transpose()?,
+        })
+    }
+
+    /// Places everything, completes the device tree and fills `ram`.
+    pub(super) fn load(&self, boot: &BootConfig, mut board: Board, ram: &mut GuestRam) -> Result<Start, Error> {
+        // The length does not depend on where the initrd comes to lie.
+        board.chosen.initrd = self.initrd.as_ref().map(|_| region(ram.span()));
+        let draft = match &self.dtb {
+            Some(own) => own.len(),
+            None => fdt::build(&board)?.len(),
+        };
+        let memory = [region(ram.span())];
+        let placement = place(&Request {
+            ram: &memory,
+            kernel: self.kernel.as_ref(),
+            loads: &self.loads,
+            entry: boot.entry,
+            initrd: self.initrd.as_ref(),
+            fdt_len: draft as u64,
+        })?;
+        let tree = match &self.dtb {
+            Some(own) => own.clone(),
+            None => {
+                board.chosen.initrd = placement.initrd;
+                fdt::build(&board)?
+            }
+        };
+        if let Some(path) = &boot.dump_dtb {
+            dump(path, &tree)?;
+        }
+        fill(ram, &placement, &tree)?;
+        Ok(Start { entry: placement.entry, fdt: placement.fdt.base })
+    }
+}
+
+fn initrd(boot: &BootConfig) -> Result<Option<Initrd>, Error> {
+    match &boot.initrd {
+        InitrdConfig::None => Ok(None),
+        InitrdConfig::File(path) => Ok(Some(Initrd::open(path)?)),
+        InitrdConfig::Builtin(exe) => Ok(Some(init::initramfs(exe)?)),
+    }
+}
+
+fn fill(ram: &mut GuestRam, placement: &Placement<'_>, tree: &[u8]) -> Result<(), Error> {
+    for Blob { name, address, source, .. } in &placement.blobs {
+        match source {
+            Source::File { file, offset, len } => ram.place_file(*address, file, *offset, *len)?,
+            Source::Bytes(bytes) => write(ram, *address, bytes, name)?,
+        }
+    }
+    write(ram, placement.fdt.base, tree, "The device tree")
+}
+
+fn write(ram: &GuestRam, addr: u64, bytes: &[u8], name: &str) -> Result<(), Error> {
+    ram.write(addr, bytes).map_err(|e| Error::Memory {
+        what: format!("{name} does not fit at {addr:#x}: {e}"),
+        source: None,
+    })
+}
+
+fn dump(path: &Path, tree: &[u8]) -> Result<(), Error> {
+    fs::write(path, tree).map_err(|source| Error::File { verb: "write", path: PathBuf::from(path), source })
+}
