@@ -39,18 +39,18 @@ fn a_range_that_leaves_ram_or_wraps_is_refused_whole() {
 
 #[test]
 fn a_file_is_seen_whole_whether_its_pages_can_be_mapped_or_not() {
-    let bytes: Vec<u8> = (0..20_000u32).map(|i| (i % 251) as u8).collect();
+    let bytes: Vec<u8> = (0..=250).cycle().take(20_000).collect();
     let file = file_of(&bytes);
     for (addr, offset, len) in
         [(0, 0, 20_000), (0x1234, 0, 20_000), (0x10, 0x10, 12_000), (0x2000, 1, 9_000), (5, 7, 3)]
     {
         let mut ram = GuestRam::new(SPAN, false).unwrap();
-        ram.place_file(SPAN.base + addr, &file, offset, len).unwrap();
-        let mut got = vec![0; len as usize];
+        ram.place_file(SPAN.base + addr, &file, offset as u64, len as u64).unwrap();
+        let mut got = vec![0; len];
         ram.read(SPAN.base + addr, &mut got).unwrap();
-        assert_eq!(got, bytes[offset as usize..(offset + len) as usize], "{addr:#x} {offset} {len}");
+        assert_eq!(got, bytes[offset..offset + len], "{addr:#x} {offset} {len}");
         let mut after = [7];
-        ram.read(SPAN.base + addr + len, &mut after).unwrap();
+        ram.read(SPAN.base + addr + len as u64, &mut after).unwrap();
         assert_eq!(after, [0], "a byte behind the file leaked in");
     }
 }
