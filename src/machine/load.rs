@@ -79,7 +79,9 @@ fn initrd(boot: &BootConfig) -> Result<Option<Initrd>, Error> {
     match &boot.initrd {
         InitrdConfig::None => Ok(None),
         InitrdConfig::File(path) => Ok(Some(Initrd::open(path)?)),
-        InitrdConfig::Builtin(exe) => Ok(Some(init::initramfs(exe)?)),
+        InitrdConfig::Builtin(exe) => {
+            Ok(Some(init::initramfs(exe, init::host_busybox().as_deref())?))
+        },
     }
 }
 
