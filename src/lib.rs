@@ -3,6 +3,8 @@
 pub mod config;
 pub mod error;
 pub mod io_loop;
+#[cfg_attr(not(target_arch = "riscv64"), path = "kvm/absent.rs")]
+pub mod kvm;
 pub mod layout;
 pub mod machine;
 pub mod memory;

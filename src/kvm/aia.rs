@@ -1,0 +1,197 @@
+//! The in-kernel AIA: an APLIC for wired interrupts and an IMSIC per hart, emulated or given by the kernel.
+//!
+//! Attributes and their rules: kernel, `Documentation/virt/kvm/devices/` and `arch/riscv/kvm/aia_device.c`. Left as the
+//! kernel chooses: the mode (hardware guest files where the host has them, with emulation where they run out), and no
+//! groups and no guest files for the guest. Nothing is to be done about Smstateen: `hstateen0` lets a guest at its AIA
+//! registers wherever the vCPU has Ssaia, and `sstateen0` holds no AIA bit (Smstateen 1.0, section 2).
+#![expect(unsafe_code, reason = "device attributes are passed by address")]
+
+use kvm_bindings::{
+    KVM_DEV_RISCV_AIA_ADDR_APLIC, KVM_DEV_RISCV_AIA_CONFIG_GUEST_BITS,
+    KVM_DEV_RISCV_AIA_CONFIG_HART_BITS, KVM_DEV_RISCV_AIA_CONFIG_IDS,
+    KVM_DEV_RISCV_AIA_CONFIG_MODE, KVM_DEV_RISCV_AIA_CONFIG_SRCS, KVM_DEV_RISCV_AIA_CTRL_INIT,
+    KVM_DEV_RISCV_AIA_GRP_ADDR, KVM_DEV_RISCV_AIA_GRP_CONFIG, KVM_DEV_RISCV_AIA_GRP_CTRL,
+    KVM_DEV_RISCV_AIA_MODE_AUTO, KVM_DEV_RISCV_AIA_MODE_HWACCEL, KVM_DEV_RISCV_APLIC_SIZE,
+    KVM_DEV_RISCV_IMSIC_SIZE, kvm_create_device, kvm_device_attr,
+    kvm_device_type_KVM_DEV_TYPE_RISCV_AIA as KVM_DEV_TYPE_RISCV_AIA,
+};
+use kvm_ioctls::{DeviceFd, VmFd};
+
+use crate::machine::vm::{AiaFacts, AiaPlan, VmError};
+
+/// Interrupt identities that are asked for at most: what QEMU's `virt` has. An emulated IMSIC is searched word by word for
+/// the next interrupt, so more than the machine can use only cost time.
+const MAX_IDS: u32 = 255;
+
+/// Attribute number of the first hart's IMSIC address.
+const FIRST_IMSIC: u64 = 1;
+
+/// A device made and initialised.
+pub(super) struct Aia {
+    /// Kept for the registers that are read through it.
+    _device: DeviceFd,
+    pub(super) facts: AiaFacts,
+}
+
+/// Makes the AIA of `vm`, whose harts all exist and have not run.
+pub(super) fn create(vm: &VmFd, plan: &AiaPlan) -> Result<Aia, VmError> {
+    check(plan)?;
+    let device = open(vm)?;
+    let hart_index_bits = index_bits(plan.harts);
+    set_config(&device, "hart index bits", KVM_DEV_RISCV_AIA_CONFIG_HART_BITS, hart_index_bits)?;
+    set_config(&device, "guest index bits", KVM_DEV_RISCV_AIA_CONFIG_GUEST_BITS, 0)?;
+    let offered = config(&device, "interrupt identities", KVM_DEV_RISCV_AIA_CONFIG_IDS)?;
+    if offered > MAX_IDS {
+        set_config(&device, "interrupt identities", KVM_DEV_RISCV_AIA_CONFIG_IDS, MAX_IDS)?;
+    }
+    let sources = plan.sources.min(offered);
+    set_config(&device, "interrupt sources", KVM_DEV_RISCV_AIA_CONFIG_SRCS, sources)?;
+
+    let aplic = u64::from(KVM_DEV_RISCV_AIA_ADDR_APLIC);
+    set(&device, "the address of the APLIC", KVM_DEV_RISCV_AIA_GRP_ADDR, aplic, &plan.aplic.base)?;
+    for hart in 0..u64::from(plan.harts) {
+        let addr = plan.imsics.base + hart * u64::from(KVM_DEV_RISCV_IMSIC_SIZE);
+        let attr = FIRST_IMSIC + hart;
+        set(&device, "the address of an IMSIC", KVM_DEV_RISCV_AIA_GRP_ADDR, attr, &addr)?;
+    }
+    let init = u64::from(KVM_DEV_RISCV_AIA_CTRL_INIT);
+    set(&device, "the AIA up", KVM_DEV_RISCV_AIA_GRP_CTRL, init, &0_u64)?;
+
+    let facts = read_back(&device)?;
+    log::info!(
+        "Interrupt controller: AIA in the kernel ({}), {} sources, {} identities per IMSIC",
+        mode_name(config(&device, "mode", KVM_DEV_RISCV_AIA_CONFIG_MODE)?),
+        facts.sources,
+        facts.ids
+    );
+    Ok(Aia { _device: device, facts })
+}
+
+/// The device, not yet initialised.
+pub(super) fn open(vm: &VmFd) -> Result<DeviceFd, VmError> {
+    let mut request = kvm_create_device { type_: KVM_DEV_TYPE_RISCV_AIA, fd: 0, flags: 0 };
+    vm.create_device(&mut request).map_err(|e| {
+        VmError::io("Cannot make the in-kernel AIA (--irqchip plic does without)", e.into())
+    })
+}
+
+/// Whether the host has IMSIC guest files to give away: only then does the kernel take this mode.
+pub(super) fn takes_hardware_mode(device: &DeviceFd) -> bool {
+    let mode = KVM_DEV_RISCV_AIA_MODE_HWACCEL;
+    set_config(device, "mode", KVM_DEV_RISCV_AIA_CONFIG_MODE, mode).is_ok()
+}
+
+/// Interrupt identities that the kernel offers.
+pub(super) fn offered_ids(device: &DeviceFd) -> Result<u32, VmError> {
+    config(device, "interrupt identities", KVM_DEV_RISCV_AIA_CONFIG_IDS)
+}
+
+fn check(plan: &AiaPlan) -> Result<(), VmError> {
+    let pages = plan.imsics.size / u64::from(KVM_DEV_RISCV_IMSIC_SIZE);
+    if plan.harts == 0 || u64::from(plan.harts) > pages {
+        return Err(VmError::new(format!(
+            "{} harts do not fit the window of the IMSICs, which has room for {pages}",
+            plan.harts
+        )));
+    }
+    // The kernel takes a hart's number from the address bits above the page, so the base has none of them.
+    let span = u64::from(plan.harts).next_power_of_two() * u64::from(KVM_DEV_RISCV_IMSIC_SIZE);
+    if !plan.imsics.base.is_multiple_of(span)
+        || plan.aplic.size < u64::from(KVM_DEV_RISCV_APLIC_SIZE)
+    {
+        return Err(VmError::new(format!(
+            "The map has no place for an AIA of {} harts at {:#x} and {:#x}",
+            plan.harts, plan.aplic.base, plan.imsics.base
+        )));
+    }
+    Ok(())
+}
+
+/// Bits that tell `harts` harts apart.
+fn index_bits(harts: u32) -> u32 {
+    harts.next_power_of_two().trailing_zeros()
+}
+
+fn read_back(device: &DeviceFd) -> Result<AiaFacts, VmError> {
+    Ok(AiaFacts {
+        sources: config(device, "interrupt sources", KVM_DEV_RISCV_AIA_CONFIG_SRCS)?,
+        ids: config(device, "interrupt identities", KVM_DEV_RISCV_AIA_CONFIG_IDS)?,
+        hart_index_bits: config(device, "hart index bits", KVM_DEV_RISCV_AIA_CONFIG_HART_BITS)?,
+        guest_index_bits: config(device, "guest index bits", KVM_DEV_RISCV_AIA_CONFIG_GUEST_BITS)?,
+    })
+}
+
+fn mode_name(mode: u32) -> &'static str {
+    match mode {
+        KVM_DEV_RISCV_AIA_MODE_AUTO => "guest files of the host, emulated where they run out",
+        KVM_DEV_RISCV_AIA_MODE_HWACCEL => "guest files of the host",
+        _ => "emulated",
+    }
+}
+
+fn config(device: &DeviceFd, what: &str, attr: u32) -> Result<u32, VmError> {
+    let mut value = 0_u32;
+    let mut request = kvm_device_attr {
+        flags: 0,
+        group: KVM_DEV_RISCV_AIA_GRP_CONFIG,
+        attr: attr.into(),
+        addr: (&raw mut value) as u64,
+    };
+    // SAFETY: attributes of this group are 32 bits wide, and `value` outlives the call.
+    unsafe { device.get_device_attr(&mut request) }.map_err(|e| {
+        VmError::io(format!("Cannot ask the in-kernel AIA for its {what}"), e.into())
+    })?;
+    Ok(value)
+}
+
+fn set_config(device: &DeviceFd, what: &str, attr: u32, value: u32) -> Result<(), VmError> {
+    set(device, what, KVM_DEV_RISCV_AIA_GRP_CONFIG, attr.into(), &value)
+}
+
+/// Sets an attribute. `T` is as wide as attributes of the group are: 32 bits for the configuration, else 64.
+fn set<T>(device: &DeviceFd, what: &str, group: u32, attr: u64, value: &T) -> Result<(), VmError> {
+    let addr = std::ptr::from_ref(value) as u64;
+    let request = kvm_device_attr { flags: 0, group, attr, addr };
+    device
+        .set_device_attr(&request)
+        .map_err(|e| VmError::io(format!("Cannot set {what} of the in-kernel AIA"), e.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::Span;
+
+    fn plan(harts: u32) -> AiaPlan {
+        AiaPlan {
+            harts,
+            sources: 95,
+            aplic: Span { base: 0xd00_0000, size: 0x4000 },
+            imsics: Span { base: 0x2800_0000, size: 0x100_0000 },
+        }
+    }
+
+    #[test]
+    fn as_many_bits_as_tell_the_harts_apart() {
+        for (harts, bits) in [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (8, 3), (9, 4)] {
+            assert_eq!(index_bits(harts), bits, "{harts} harts");
+        }
+    }
+
+    #[test]
+    fn a_plan_is_refused_where_an_imsic_would_lie_outside_its_window() {
+        assert!(check(&plan(1024)).is_ok());
+        assert!(check(&plan(4097)).is_err());
+        assert!(check(&plan(0)).is_err());
+    }
+
+    #[test]
+    fn a_plan_is_refused_where_an_address_would_not_tell_the_hart() {
+        let mut crooked = plan(4);
+        crooked.imsics.base += 0x1000;
+        assert!(check(&crooked).is_err());
+        let mut narrow = plan(4);
+        narrow.aplic.size = 0x1000;
+        assert!(check(&narrow).is_err());
+    }
+}

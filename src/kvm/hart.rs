@@ -1,0 +1,118 @@
+//! A hart on KVM: the loop's side of a vCPU. [`KvmHart::enter`] is the one hot path of rvmm.
+#![expect(unsafe_code, reason = "the page shared with the kernel")]
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use super::exit::{decode, failed, is_open};
+use super::kick;
+use super::regs;
+use super::vcpu::Vcpu;
+use crate::vcpu::exit::Exit;
+use crate::vcpu::hart::{Hart, Kick, Reg};
+
+/// What [`KvmHart::settle`] writes into `immediate_exit`; a kick that comes meanwhile overwrites it.
+const SETTLING: u8 = 1;
+
+/// A vCPU of KVM.
+pub(super) struct KvmHart {
+    id: u32,
+    /// Nobody but this hart runs it or touches its page.
+    vcpu: Arc<Vcpu>,
+}
+
+impl KvmHart {
+    pub(super) fn new(id: u32, vcpu: Arc<Vcpu>) -> Self {
+        Self { id, vcpu }
+    }
+
+    /// What a failed KVM_RUN means, and nothing is left to be completed. `None`: try again.
+    #[cold]
+    fn failure(&mut self) -> Option<Exit<'static>> {
+        let errno = io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
+        // SAFETY: this is the hart that runs the vCPU, and it is not running.
+        unsafe { self.vcpu.clear_exit_reason() };
+        match errno {
+            libc::EAGAIN => None,
+            libc::EINTR => {
+                // A kick between here and the store needs no second look: what it announces is visible already, and the
+                // loop looks after this return.
+                self.vcpu.immediate_exit().store(0, Relaxed);
+                Some(Exit::Interrupted)
+            }
+            other => Some(failed(other)),
+        }
+    }
+}
+
+impl Hart for KvmHart {
+    fn id(&self) -> u32 {
+        self.id
+    }
+
+    fn bind(&mut self) -> io::Result<Arc<dyn Kick>> {
+        kick::bind(&self.vcpu)
+    }
+
+    #[inline]
+    fn enter(&mut self) -> io::Result<Exit<'_>> {
+        loop {
+            if self.vcpu.run() {
+                // SAFETY: this is the hart that runs the vCPU, it is not running, and the borrow of `self` in the result
+                // keeps it from running before the reference is gone.
+                let (reason, body) = unsafe { (self.vcpu.exit_reason(), self.vcpu.body()) };
+                return Ok(decode(reason, body));
+            }
+            if let Some(exit) = self.failure() {
+                return Ok(exit);
+            }
+        }
+    }
+
+    fn settle(&mut self) -> io::Result<()> {
+        // SAFETY: this is the hart that runs the vCPU, and it is not running.
+        if !is_open(unsafe { self.vcpu.exit_reason() }) {
+            return Ok(());
+        }
+        let flag = self.vcpu.immediate_exit();
+        // Either of the two exchanges fails where a kick has set the flag; then the flag stays for the next `enter`.
+        let _ = flag.compare_exchange(0, SETTLING, Relaxed, Relaxed);
+        let ran = self.vcpu.run();
+        let error = io::Error::last_os_error();
+        let _ = flag.compare_exchange(SETTLING, 0, Relaxed, Relaxed);
+        // SAFETY: as above.
+        unsafe { self.vcpu.clear_exit_reason() };
+        if ran {
+            return Err(io::Error::other("KVM_RUN ran the guest in spite of immediate_exit"));
+        }
+        if error.raw_os_error() == Some(libc::EINTR) { Ok(()) } else { Err(error) }
+    }
+
+    fn abandon(&mut self) {
+        // SAFETY: this is the hart that runs the vCPU, and it is not running.
+        unsafe { self.vcpu.clear_exit_reason() };
+    }
+
+    fn get(&self, reg: Reg) -> io::Result<u64> {
+        match regs::core_or_csr(reg) {
+            Some(id) => self.vcpu.reg(id),
+            None if reg == Reg::X(0) => Ok(0),
+            None => Err(io::ErrorKind::InvalidInput.into()),
+        }
+    }
+
+    fn set(&mut self, reg: Reg, value: u64) -> io::Result<()> {
+        match regs::core_or_csr(reg) {
+            Some(id) => self.vcpu.set_reg(id, value),
+            None if reg == Reg::X(0) => Ok(()),
+            None => Err(io::ErrorKind::InvalidInput.into()),
+        }
+    }
+}
+
+impl Drop for KvmHart {
+    fn drop(&mut self) {
+        kick::unbind(&self.vcpu);
+    }
+}

@@ -1,0 +1,187 @@
+//! `--isa`, `--sbi` and `--cpu-id` on one vCPU: switched in KVM where KVM can, else hidden from the device tree.
+//!
+//! KVM can switch off few ISA extensions (those that a hardware bit turns off for a guest): the others stay executable,
+//! and leaving them out of the tree is all that anybody can do.
+
+use std::io;
+
+use super::isa::{ISA_EXTENSIONS, SBI_EXTENSIONS, isa_number, near, sbi_number, with_dependents};
+use super::regs;
+use super::vcpu::Vcpu;
+use crate::config::{CpuId, KnobChange};
+use crate::machine::vm::{CpuKnobs, VmError};
+
+/// SBI extensions that KVM leaves off and rvmm answers: the debug console and system suspend.
+const SBI_DEFAULTS: &[&str] = &["dbcn", "susp"];
+
+/// What came of the changes to the ISA. Every name is one of the table's.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Applied {
+    /// Off in KVM: an instruction of it is illegal for the guest.
+    pub(super) disabled: Vec<&'static str>,
+    /// Still there, but not to be shown to the guest.
+    pub(super) hidden: Vec<&'static str>,
+}
+
+/// Refuses names that no kernel knows and changes that make no sense, without a vCPU at hand.
+///
+/// # Errors
+/// One line that names the knob and what was likely meant.
+pub fn check(knobs: &CpuKnobs) -> Result<(), VmError> {
+    for change in &knobs.isa {
+        isa_name(change)?;
+    }
+    for change in &knobs.sbi {
+        sbi_name(change)?;
+    }
+    Ok(())
+}
+
+/// Makes `vcpu` what `knobs` say; before it runs for the first time.
+pub(super) fn apply(vcpu: &Vcpu, knobs: &CpuKnobs) -> Result<Applied, VmError> {
+    let mut applied = Applied::default();
+    for change in &knobs.isa {
+        let name = isa_name(change)?;
+        if change.on {
+            switch_on(vcpu, name, &mut applied)?;
+        } else {
+            for gone in with_dependents(name) {
+                switch_off(vcpu, gone, &mut applied)?;
+            }
+        }
+    }
+    apply_sbi(vcpu, &knobs.sbi)?;
+    apply_id(vcpu, knobs.id)?;
+    Ok(applied)
+}
+
+fn switch_off(vcpu: &Vcpu, name: &'static str, applied: &mut Applied) -> Result<(), VmError> {
+    let Some(id) = isa_number(name).map(regs::isa_extension) else { return Ok(()) };
+    match vcpu.reg(id) {
+        Ok(0) => return Ok(()),
+        Ok(_) => {}
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(()),
+        Err(e) => return Err(VmError::io(format!("Cannot ask KVM for ISA extension {name}"), e)),
+    }
+    match vcpu.set_reg(id, 0) {
+        Ok(()) => applied.disabled.push(name),
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+            if !applied.hidden.contains(&name) {
+                applied.hidden.push(name);
+            }
+        }
+        Err(e) => return Err(VmError::io(format!("Cannot switch off ISA extension {name}"), e)),
+    }
+    Ok(())
+}
+
+fn switch_on(vcpu: &Vcpu, name: &'static str, applied: &mut Applied) -> Result<(), VmError> {
+    let Some(id) = isa_number(name).map(regs::isa_extension) else { return Ok(()) };
+    match vcpu.set_reg(id, 1) {
+        Ok(()) => {
+            applied.disabled.retain(|off| *off != name);
+            applied.hidden.retain(|hidden| *hidden != name);
+            Ok(())
+        }
+        Err(e) => Err(match e.raw_os_error() {
+            Some(libc::ENOENT) => {
+                VmError::new(format!("--isa: this host has no ISA extension {name}"))
+            }
+            Some(libc::EINVAL) => VmError::new(format!(
+                "--isa: KVM cannot give a guest {name} on this host, though the host has it"
+            )),
+            _ => VmError::io(format!("Cannot switch on ISA extension {name}"), e),
+        }),
+    }
+}
+
+fn apply_sbi(vcpu: &Vcpu, changes: &[KnobChange]) -> Result<(), VmError> {
+    for name in SBI_DEFAULTS {
+        let absent = |e: &io::Error| e.raw_os_error() == Some(libc::ENOENT);
+        match set_sbi(vcpu, name, true) {
+            // Older kernels have none; then the guest's call is answered by the kernel with NOT_SUPPORTED.
+            Err(e) if !absent(&e) => return Err(sbi_error(name, true, e)),
+            _ => {}
+        }
+    }
+    for change in changes {
+        let name = sbi_name(change)?;
+        set_sbi(vcpu, name, change.on).or_else(|e| match e.raw_os_error() {
+            Some(libc::ENOENT) if !change.on => Ok(()),
+            _ => Err(sbi_error(name, change.on, e)),
+        })?;
+    }
+    Ok(())
+}
+
+fn set_sbi(vcpu: &Vcpu, name: &str, on: bool) -> io::Result<()> {
+    match sbi_number(name) {
+        Some(number) => vcpu.set_reg(regs::sbi_extension(number), u64::from(on)),
+        None => Err(io::Error::from_raw_os_error(libc::ENOENT)),
+    }
+}
+
+fn sbi_error(name: &str, on: bool, error: io::Error) -> VmError {
+    if error.raw_os_error() == Some(libc::ENOENT) {
+        return VmError::new(format!("--sbi: this host's kernel has no SBI extension {name}"));
+    }
+    let verb = if on { "on" } else { "off" };
+    VmError::io(format!("Cannot switch {verb} SBI extension {name}"), error)
+}
+
+fn apply_id(vcpu: &Vcpu, id: CpuId) -> Result<(), VmError> {
+    let registers = [
+        ("vendor", regs::MVENDORID, id.vendor),
+        ("arch", regs::MARCHID, id.arch),
+        ("impl", regs::MIMPID, id.imp),
+    ];
+    for (name, register, value) in registers {
+        if let Some(value) = value {
+            vcpu.set_reg(register, value)
+                .map_err(|e| VmError::io(format!("Cannot set --cpu-id {name}={value:#x}"), e))?;
+        }
+    }
+    Ok(())
+}
+
+fn isa_name(change: &KnobChange) -> Result<&'static str, VmError> {
+    let name = known("--isa", "ISA", ISA_EXTENSIONS, &change.name)?;
+    match name {
+        "h" if change.on => Err(VmError::new(
+            "--isa: h is not to be had: KVM on RISC-V does not run hypervisors inside guests",
+        )),
+        "i" if !change.on => {
+            Err(VmError::new("--isa: i cannot be switched off: every hart has it"))
+        }
+        _ => Ok(name),
+    }
+}
+
+fn sbi_name(change: &KnobChange) -> Result<&'static str, VmError> {
+    if change.name == "base" {
+        return Err(VmError::new("--sbi: base is always there"));
+    }
+    known("--sbi", "SBI", SBI_EXTENSIONS, &change.name)
+}
+
+/// The table's own copy of `name`.
+fn known(
+    flag: &str,
+    kind: &str,
+    table: &'static [&'static str],
+    name: &str,
+) -> Result<&'static str, VmError> {
+    if let Some(found) = table.iter().find(|entry| **entry == name) {
+        return Ok(found);
+    }
+    let near = near(table, name);
+    let shown: String = name.chars().take(32).collect();
+    let hint = if near.is_empty() {
+        String::new()
+    } else {
+        format!(" (did you mean {}?)", near.join(", "))
+    };
+    Err(VmError::new(format!(
+        "{flag}: no {kind} extension that KVM knows is called {shown:?}{hint}"
+    )))
+}

@@ -1,0 +1,60 @@
+//! KVM on RISC-V, behind the traits `Vm` and `Hart`: the only room with ioctls.
+//!
+//! [`open`] is the door. `vm` makes memory, harts, irqchip and lines; `hart` runs one vCPU and `exit` says why it came
+//! back; `kick` gets it out of the guest; `knobs` shapes the ISA; `isa` and `regs` are the kernel's numbers.
+
+mod aia;
+mod exit;
+mod hart;
+mod irq;
+mod isa;
+mod kick;
+mod knobs;
+mod refusal;
+mod regs;
+#[cfg(test)]
+mod tests;
+mod vcpu;
+mod vm;
+
+use std::io;
+use std::sync::Arc;
+
+use kvm_bindings::KVM_API_VERSION;
+
+pub use knobs::check as check_knobs;
+
+use crate::machine::vm::{Vm, VmError};
+
+/// The kernel's virtualization, opened.
+#[derive(Debug)]
+pub struct Kvm {
+    fd: kvm_ioctls::Kvm,
+}
+
+/// Opens /dev/kvm.
+///
+/// # Errors
+/// One line that says what is missing and what to do: the module, the permission, the hypervisor extension, or a kernel
+/// that speaks another version of the interface.
+pub fn open() -> Result<Kvm, VmError> {
+    let fd = kvm_ioctls::Kvm::new().map_err(|e| refusal::of_open(e.into()))?;
+    let version = fd.get_api_version();
+    match u32::try_from(version) {
+        Ok(KVM_API_VERSION) => Ok(Kvm { fd }),
+        _ => Err(refusal::of_version(version)),
+    }
+}
+
+impl Kvm {
+    /// Makes a virtual machine without memory and harts.
+    ///
+    /// # Errors
+    /// The kernel has no memory or file descriptor left for one.
+    pub fn create_vm(&self) -> Result<Arc<dyn Vm>, VmError> {
+        let fd = self.fd.create_vm();
+        let fd =
+            fd.map_err(|e| VmError::io("Cannot make a virtual machine", io::Error::from(e)))?;
+        Ok(Arc::new(vm::KvmVm::new(fd)))
+    }
+}

@@ -1,0 +1,71 @@
+//! Why there is no KVM here, and what to do about it, in one line each.
+
+use std::fs;
+use std::io;
+
+use crate::machine::vm::VmError;
+
+/// The refusal to open /dev/kvm.
+pub(super) fn of_open(error: io::Error) -> VmError {
+    let what = open_sentence(error.kind(), fs::read_to_string("/proc/cpuinfo").ok().as_deref());
+    VmError::io(what, error)
+}
+
+/// The refusal of a kernel whose KVM_GET_API_VERSION is not 12.
+pub(super) fn of_version(version: i32) -> VmError {
+    VmError::new(format!(
+        "/dev/kvm speaks version {version} of its interface, and rvmm needs 12: is it the kernel's own?"
+    ))
+}
+
+fn open_sentence(kind: io::ErrorKind, cpuinfo: Option<&str>) -> String {
+    let why = match kind {
+        io::ErrorKind::NotFound => match cpuinfo.and_then(has_hypervisor_extension) {
+            Some(false) => {
+                "this CPU has no hypervisor extension (H): rvmm needs a host that has it"
+            }
+            _ => "the kernel module is not loaded (sudo modprobe kvm)",
+        },
+        io::ErrorKind::PermissionDenied => {
+            "no permission (sudo usermod -aG kvm $USER, then log in again)"
+        }
+        _ => "the kernel refused (sudo dmesg | grep kvm may say why)",
+    };
+    format!("Cannot open /dev/kvm: {why}")
+}
+
+/// Whether the first `isa` line of /proc/cpuinfo has `h`; `None` where there is no such line.
+pub(super) fn has_hypervisor_extension(cpuinfo: &str) -> Option<bool> {
+    let isa = cpuinfo.lines().find_map(|line| {
+        let (key, value) = line.split_once(':')?;
+        (key.trim() == "isa").then(|| value.trim())
+    })?;
+    let letters = isa.strip_prefix("rv64").or_else(|| isa.strip_prefix("rv32")).unwrap_or(isa);
+    Some(letters.split('_').next().unwrap_or("").contains('h'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WITH_H: &str =
+        "processor\t: 0\nhart\t\t: 0\nisa\t\t: rv64imafdch_zicbom_zihpm\nmmu\t\t: sv57\n";
+
+    #[test]
+    fn the_letter_h_is_looked_for_among_the_letters_only() {
+        assert_eq!(has_hypervisor_extension(WITH_H), Some(true));
+        assert_eq!(has_hypervisor_extension("isa\t: rv64imafdc_zihpm_sha\n"), Some(false));
+        assert_eq!(has_hypervisor_extension("processor : 0\n"), None);
+    }
+
+    #[test]
+    fn each_refusal_says_what_to_do() {
+        let missing = io::ErrorKind::NotFound;
+        assert!(open_sentence(missing, Some(WITH_H)).contains("modprobe kvm"));
+        assert!(open_sentence(missing, None).contains("modprobe kvm"));
+        assert!(open_sentence(missing, Some("isa : rv64imac\n")).contains("(H)"));
+        assert!(open_sentence(io::ErrorKind::PermissionDenied, None).contains("usermod -aG kvm"));
+        assert!(open_sentence(io::ErrorKind::Other, None).contains("dmesg"));
+        assert!(of_version(11).to_string().contains("12"));
+    }
+}

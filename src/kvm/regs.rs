@@ -1,0 +1,127 @@
+//! KVM_GET_ONE_REG and KVM_SET_ONE_REG: how a register of a vCPU is numbered.
+//!
+//! An id is `RISCV | size | type | subtype | index` (kernel, `Documentation/virt/kvm/api.rst` 4.68). Pure arithmetic:
+//! compiles and is tested on any machine.
+
+use crate::vcpu::hart::{Csr, Reg};
+
+const RISCV: u64 = 0x8000_0000_0000_0000;
+const U64: u64 = 0x0030_0000_0000_0000;
+
+const CONFIG: u64 = 0x01 << 24;
+const CORE: u64 = 0x02 << 24;
+const CSR: u64 = 0x03 << 24;
+const TIMER: u64 = 0x04 << 24;
+const ISA: u64 = 0x07 << 24;
+const SBI: u64 = 0x08 << 24;
+
+/// Subtype of a CSR of Smstateen.
+const CSR_SMSTATEEN: u64 = 2 << 16;
+/// Subtype of a word of 64 extensions, one bit each.
+const MULTI_ENABLED: u64 = 1 << 16;
+
+/// Place of the privilege mode among the core registers.
+const CORE_MODE: u64 = 32;
+
+const fn id(class: u64, index: u64) -> u64 {
+    RISCV | U64 | class | index
+}
+
+/// Block size of `cbo.clean`, `cbo.flush` and `cbo.inval`, in bytes.
+pub(super) const ZICBOM_BLOCK: u64 = id(CONFIG, 1);
+/// `mvendorid`
+pub(super) const MVENDORID: u64 = id(CONFIG, 2);
+/// `marchid`
+pub(super) const MARCHID: u64 = id(CONFIG, 3);
+/// `mimpid`
+pub(super) const MIMPID: u64 = id(CONFIG, 4);
+/// Block size of `cbo.zero`, in bytes.
+pub(super) const ZICBOZ_BLOCK: u64 = id(CONFIG, 5);
+/// The widest `satp.MODE`.
+pub(super) const SATP_MODE: u64 = id(CONFIG, 6);
+/// Block size of the prefetches, in bytes (Linux 6.18).
+pub(super) const ZICBOP_BLOCK: u64 = id(CONFIG, 7);
+/// Ticks of `time` per second.
+pub(super) const TIMEBASE: u64 = id(TIMER, 0);
+
+/// Whether ISA extension `number` is on: 0 or 1.
+pub(super) const fn isa_extension(number: u64) -> u64 {
+    id(ISA, number)
+}
+
+/// The extensions from number `64 * word` on that are on, one bit each.
+pub(super) const fn isa_word(word: u64) -> u64 {
+    id(ISA, MULTI_ENABLED | word)
+}
+
+/// Whether SBI extension `number` is on: 0 or 1.
+pub(super) const fn sbi_extension(number: u64) -> u64 {
+    id(SBI, number)
+}
+
+/// The id of `reg`; `None` for `x0`, which has none, and for a number above 31.
+pub(super) const fn core_or_csr(reg: Reg) -> Option<u64> {
+    match reg {
+        Reg::Pc => Some(id(CORE, 0)),
+        Reg::X(number @ 1..=31) => Some(id(CORE, number as u64)),
+        Reg::X(_) => None,
+        Reg::Mode => Some(id(CORE, CORE_MODE)),
+        Reg::Csr(csr) => Some(id(CSR, csr_index(csr))),
+    }
+}
+
+const fn csr_index(csr: Csr) -> u64 {
+    match csr {
+        Csr::Sstatus => 0,
+        Csr::Sie => 1,
+        Csr::Stvec => 2,
+        Csr::Sscratch => 3,
+        Csr::Sepc => 4,
+        Csr::Scause => 5,
+        Csr::Stval => 6,
+        Csr::Sip => 7,
+        Csr::Satp => 8,
+        Csr::Scounteren => 9,
+        Csr::Senvcfg => 10,
+        Csr::Sstateen0 => CSR_SMSTATEEN,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_those_of_the_kernels_abi() {
+        for (id, expected) in [
+            (ZICBOM_BLOCK, 0x8030_0000_0100_0001),
+            (MIMPID, 0x8030_0000_0100_0004),
+            (SATP_MODE, 0x8030_0000_0100_0006),
+            (ZICBOP_BLOCK, 0x8030_0000_0100_0007),
+            (TIMEBASE, 0x8030_0000_0400_0000),
+            (isa_extension(79), 0x8030_0000_0700_004f),
+            (isa_word(1), 0x8030_0000_0701_0001),
+            (sbi_extension(9), 0x8030_0000_0800_0009),
+        ] {
+            assert_eq!(id, expected, "{id:#x}");
+        }
+    }
+
+    #[test]
+    fn registers_lie_where_the_kernel_keeps_them() {
+        assert_eq!(core_or_csr(Reg::Pc), Some(0x8030_0000_0200_0000));
+        assert_eq!(core_or_csr(Reg::X(10)), Some(0x8030_0000_0200_000a));
+        assert_eq!(core_or_csr(Reg::X(31)), Some(0x8030_0000_0200_001f));
+        assert_eq!(core_or_csr(Reg::Mode), Some(0x8030_0000_0200_0020));
+        assert_eq!(core_or_csr(Reg::Csr(Csr::Sstatus)), Some(0x8030_0000_0300_0000));
+        assert_eq!(core_or_csr(Reg::Csr(Csr::Senvcfg)), Some(0x8030_0000_0300_000a));
+        assert_eq!(core_or_csr(Reg::Csr(Csr::Sstateen0)), Some(0x8030_0000_0302_0000));
+    }
+
+    #[test]
+    fn x0_and_numbers_that_no_register_has_have_no_id() {
+        for number in [0, 32, 255] {
+            assert_eq!(core_or_csr(Reg::X(number)), None);
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! The room against a real KVM: a page of hand-assembled instructions per promise.
+
+mod asm;
+mod aia;
+mod harts;
+mod knobs;
+
+use std::sync::Arc;
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+
+use super::open;
+use super::vcpu::Vcpu;
+use super::vm::KvmVm;
+use crate::machine::vm::{CpuKnobs, Vm};
+use crate::vcpu::exit::{Exit, SbiCall};
+use crate::vcpu::hart::{Hart, Reg};
+
+/// Where the guests' memory and code begin.
+const BASE: u64 = 0x8000_0000;
+/// Where no memory is.
+const HOLE: u64 = 0x1000_0000;
+/// An SBI extension of the vendor range, which the kernel leaves to us.
+const VENDOR: u64 = 0x0900_0000;
+
+/// A VM with 64 KiB of memory; the memory outlives the VM.
+struct Guest {
+    vm: Arc<dyn Vm>,
+    memory: GuestMemoryMmap,
+}
+
+impl Guest {
+    fn new(code: &[u32]) -> Self {
+        let vm = open().unwrap().create_vm().unwrap();
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(BASE), 0x1_0000)]).unwrap();
+        let bytes: Vec<u8> = code.iter().flat_map(|word| word.to_le_bytes()).collect();
+        memory.write_slice(&bytes, GuestAddress(BASE)).unwrap();
+        let host = memory.get_host_address(GuestAddress(BASE)).unwrap() as u64;
+        vm.map_memory(0, BASE, host, 0x1_0000).unwrap();
+        Self { vm, memory }
+    }
+
+    /// A vCPU of a VM of its own, as the room itself sees it.
+    fn raw_vcpu(&self) -> Vcpu {
+        let fd = open().unwrap().fd.create_vm().unwrap();
+        let host = self.memory.get_host_address(GuestAddress(BASE)).unwrap() as u64;
+        let vm = KvmVm::new(fd);
+        vm.map_memory(0, BASE, host, 0x1_0000).unwrap();
+        vm.make_vcpu(0).unwrap()
+    }
+
+    fn hart(&self, id: u32) -> Box<dyn Hart> {
+        self.hart_with(id, &CpuKnobs::default())
+    }
+
+    fn hart_with(&self, id: u32, knobs: &CpuKnobs) -> Box<dyn Hart> {
+        let mut hart = self.vm.create_hart(id, knobs).unwrap();
+        if id == 0 {
+            hart.set(Reg::Pc, BASE).unwrap();
+        }
+        hart
+    }
+}
+
+/// Runs until the guest calls, answers with `ret`, and gives extension and arguments.
+fn called(hart: &mut dyn Hart, answer: [u64; 2]) -> (u64, [u64; 6]) {
+    loop {
+        match hart.enter().unwrap() {
+            Exit::Sbi(SbiCall { extension, args, ret, .. }) => {
+                *ret = answer;
+                return (extension, args);
+            }
+            Exit::Interrupted => {}
+            other => panic!("not a call: {other:?}"),
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! A vCPU's file descriptor and the page that it shares with the kernel, owned together.
+#![expect(
+    unsafe_code,
+    reason = "KVM_RUN, KVM_INTERRUPT and the shared page have no safe interface"
+)]
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::ptr::NonNull;
+use std::sync::atomic::AtomicU8;
+
+use kvm_bindings::{KVMIO, kvm_interrupt, kvm_run};
+use kvm_ioctls::VcpuFd;
+use vmm_sys_util::{ioctl_io_nr, ioctl_iow_nr};
+
+use super::exit::Body;
+
+ioctl_io_nr!(KVM_RUN, KVMIO, 0x80);
+ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
+
+/// Level of the external interrupt: high. The kernel's header has -1.
+const INTERRUPT_SET: u32 = u32::MAX;
+/// Level of the external interrupt: low. The kernel's header has -2.
+const INTERRUPT_UNSET: u32 = u32::MAX - 1;
+
+/// A vCPU. Shared by the hart that runs it, the thread that the hart is bound to and its external interrupt line;
+/// running it and touching the page are the hart's alone.
+pub(super) struct Vcpu {
+    /// Points into the mapping that `fd` owns.
+    page: NonNull<kvm_run>,
+    raw: RawFd,
+    fd: VcpuFd,
+}
+
+// SAFETY: `page` points into a mapping that lives as long as `fd` and belongs to the process, not to a thread. The methods
+// that reach it say who may call them.
+unsafe impl Send for Vcpu {}
+// SAFETY: as above; `VcpuFd` is `Sync` itself.
+unsafe impl Sync for Vcpu {}
+
+impl Vcpu {
+    pub(super) fn new(mut fd: VcpuFd) -> Self {
+        Self { page: NonNull::from(fd.get_kvm_run()), raw: fd.as_raw_fd(), fd }
+    }
+
+    /// Runs the vCPU. True if there is an exit in the page, false if the call failed with the errno that
+    /// [`io::Error::last_os_error`] gives.
+    #[inline]
+    pub(super) fn run(&self) -> bool {
+        // SAFETY: a KVM_RUN on a vCPU descriptor that this owns; the kernel lets one thread in at a time, and writes only
+        // guest memory and the shared page.
+        unsafe { libc::ioctl(self.raw, KVM_RUN(), 0) == 0 }
+    }
+
+    /// The flag that makes KVM_RUN return at once where it is not zero.
+    pub(super) fn immediate_exit(&self) -> &AtomicU8 {
+        // SAFETY: the byte lies in the mapping, which lives as long as `self`; nobody makes a reference to it but
+        // through here, and the kernel only reads it.
+        unsafe { AtomicU8::from_ptr(&raw mut (*self.page.as_ptr()).immediate_exit) }
+    }
+
+    /// The reason of the last exit.
+    ///
+    /// # Safety
+    /// The caller is the hart that runs this vCPU, outside of KVM_RUN.
+    pub(super) unsafe fn exit_reason(&self) -> u32 {
+        // SAFETY: mapped, aligned, and by the contract nobody writes it now.
+        unsafe { (*self.page.as_ptr()).exit_reason }
+    }
+
+    /// Makes the kernel forget that an exit is to be completed.
+    ///
+    /// # Safety
+    /// As for [`Vcpu::exit_reason`].
+    pub(super) unsafe fn clear_exit_reason(&self) {
+        // SAFETY: as in `exit_reason`.
+        unsafe { (*self.page.as_ptr()).exit_reason = 0 }
+    }
+
+    /// The part of the page that describes the last exit.
+    ///
+    /// # Safety
+    /// As for [`Vcpu::exit_reason`], and the reference is gone before the next KVM_RUN or the next call.
+    #[expect(clippy::mut_from_ref, reason = "exclusive by contract: the page belongs to the hart")]
+    pub(super) unsafe fn body(&self) -> &mut Body {
+        // SAFETY: mapped, aligned, any bits are valid, exclusive by the contract.
+        unsafe { &mut (*self.page.as_ptr()).__bindgen_anon_1 }
+    }
+
+    /// Reads a register of 64 bits. Waits while the vCPU is inside KVM_RUN.
+    pub(super) fn reg(&self, id: u64) -> io::Result<u64> {
+        let mut value = [0; 8];
+        self.fd.get_one_reg(id, &mut value).map_err(io::Error::from)?;
+        Ok(u64::from_ne_bytes(value))
+    }
+
+    /// Writes a register of 64 bits. Waits while the vCPU is inside KVM_RUN.
+    pub(super) fn set_reg(&self, id: u64, value: u64) -> io::Result<()> {
+        self.fd.set_one_reg(id, &value.to_ne_bytes()).map_err(io::Error::from)?;
+        Ok(())
+    }
+
+    /// Drives the external interrupt of the vCPU; from any thread, also while it runs.
+    pub(super) fn interrupt(&self, high: bool) -> io::Result<()> {
+        let level = kvm_interrupt { irq: if high { INTERRUPT_SET } else { INTERRUPT_UNSET } };
+        // SAFETY: a KVM_INTERRUPT on a vCPU descriptor that this owns; the kernel reads one structure that outlives it.
+        match unsafe { libc::ioctl(self.raw, KVM_INTERRUPT(), &raw const level) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! A virtual machine on KVM: memory, harts, irqchip and lines, in the order in which KVM wants them.
+#![expect(unsafe_code, reason = "guest memory is handed to the kernel by address")]
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use kvm_bindings::{
+    KVM_CAP_IRQCHIP, KVM_CAP_MAX_VCPUS, KVM_CAP_NR_VCPUS, kvm_userspace_memory_region,
+};
+use kvm_ioctls::VmFd;
+use rvmm_devices::irq::IrqLine;
+
+use super::aia::{self, Aia};
+use super::hart::KvmHart;
+use super::irq::KernelLine;
+use super::isa::names_in;
+use super::knobs::{self, Applied};
+use super::regs;
+use super::vcpu::Vcpu;
+use crate::config::IrqchipChoice;
+use crate::machine::vm::{AiaPlan, CpuFacts, CpuKnobs, Irqchip, Vm, VmError};
+use crate::vcpu::hart::Hart;
+
+/// Words of 64 ISA extensions that are asked for at most. Kernels have two; the first that one does not have ends it.
+const ISA_WORDS: usize = 4;
+
+/// A VM of KVM.
+pub(super) struct KvmVm {
+    fd: Arc<VmFd>,
+    harts: Mutex<Vec<Member>>,
+    /// What came of the ISA knobs at the first hart; the others are alike.
+    applied: OnceLock<Applied>,
+    aia: OnceLock<Aia>,
+}
+
+/// A hart as the VM knows it.
+struct Member {
+    id: u32,
+    vcpu: Arc<Vcpu>,
+}
+
+impl KvmVm {
+    pub(super) fn new(fd: VmFd) -> Self {
+        Self {
+            fd: Arc::new(fd),
+            harts: Mutex::default(),
+            applied: OnceLock::new(),
+            aia: OnceLock::new(),
+        }
+    }
+
+    fn harts(&self) -> MutexGuard<'_, Vec<Member>> {
+        self.harts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn first_vcpu(&self) -> Result<Arc<Vcpu>, VmError> {
+        let harts = self.harts();
+        let first = harts.first().ok_or_else(|| VmError::new("The VM has no hart yet"))?;
+        Ok(Arc::clone(&first.vcpu))
+    }
+
+    /// Makes a vCPU as the kernel gives it.
+    pub(super) fn make_vcpu(&self, id: u32) -> Result<Vcpu, VmError> {
+        let fd = self.fd.create_vcpu(id.into());
+        fd.map(Vcpu::new).map_err(|e| VmError::io(format!("Cannot make hart {id}"), e.into()))
+    }
+
+    fn has_cap(&self, cap: u32) -> bool {
+        self.fd.check_extension_raw(cap.into()) > 0
+    }
+
+    /// Says why the guest cannot have an AIA, if it cannot.
+    fn aia_obstacle(&self) -> Result<Option<&'static str>, VmError> {
+        if !self.has_cap(KVM_CAP_IRQCHIP) {
+            return Ok(Some("this host has no AIA that KVM can use (Ssaia)"));
+        }
+        let shown = shown(&*self.first_vcpu()?, self.applied.get())?;
+        Ok((!shown.contains(&"ssaia")).then_some("ssaia is switched off (--isa)"))
+    }
+}
+
+impl Vm for KvmVm {
+    fn max_harts(&self) -> u32 {
+        [KVM_CAP_MAX_VCPUS, KVM_CAP_NR_VCPUS]
+            .into_iter()
+            .find_map(|cap| {
+                u32::try_from(self.fd.check_extension_raw(cap.into())).ok().filter(|n| *n > 0)
+            })
+            // What the kernel's API document says where neither capability is there.
+            .unwrap_or(4)
+    }
+
+    fn map_memory(&self, slot: u32, guest_addr: u64, host_addr: u64, size: u64) -> io::Result<()> {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: guest_addr,
+            memory_size: size,
+            userspace_addr: host_addr,
+        };
+        // SAFETY: the caller keeps the memory mapped as long as the VM lives (contract of the trait); the kernel checks
+        // that the range lies in this process's address space and overlaps no other slot.
+        unsafe { self.fd.set_user_memory_region(region) }.map_err(io::Error::from)
+    }
+
+    fn create_hart(&self, id: u32, knobs: &CpuKnobs) -> Result<Box<dyn Hart>, VmError> {
+        let mut harts = self.harts();
+        if self.aia.get().is_some() {
+            // Linux 6.12 takes a vCPU made after the AIA for one with an IMSIC, and follows a null pointer.
+            return Err(VmError::new(format!("Hart {id} comes after the irqchip was made")));
+        }
+        if harts.last().is_some_and(|last| last.id >= id) {
+            return Err(VmError::new(format!("Hart {id} is not made in ascending order")));
+        }
+        let vcpu = Arc::new(self.make_vcpu(id)?);
+        let applied = knobs::apply(&vcpu, knobs)?;
+        harts.push(Member { id, vcpu: Arc::clone(&vcpu) });
+        if self.applied.set(applied).is_ok() {
+            report(self.applied.get());
+        }
+        Ok(Box::new(KvmHart::new(id, vcpu)))
+    }
+
+    fn cpu_facts(&self) -> Result<CpuFacts, VmError> {
+        let vcpu = self.first_vcpu()?;
+        let mut extensions = shown(&vcpu, self.applied.get())?;
+        if self.aia.get().is_none() {
+            // Without an interrupt controller behind them the guest's AIA registers lead nowhere.
+            extensions.retain(|name| *name != "ssaia");
+        }
+        let asked = |what: &str, id| {
+            vcpu.reg(id).map_err(|e| VmError::io(format!("Cannot ask KVM for {what}"), e))
+        };
+        let block = |extension, id| {
+            let size = extensions.contains(&extension).then(|| vcpu.reg(id).ok());
+            size.flatten().and_then(|size| u32::try_from(size).ok()).filter(|size| *size > 0)
+        };
+        Ok(CpuFacts {
+            satp_mode: asked("the MMU mode", regs::SATP_MODE)?,
+            cbom_block: block("zicbom", regs::ZICBOM_BLOCK),
+            cboz_block: block("zicboz", regs::ZICBOZ_BLOCK),
+            cbop_block: block("zicbop", regs::ZICBOP_BLOCK),
+            timebase_hz: asked("the timebase", regs::TIMEBASE)?,
+            extensions: extensions.into_iter().map(String::from).collect(),
+        })
+    }
+
+    fn create_irqchip(&self, choice: IrqchipChoice, plan: &AiaPlan) -> Result<Irqchip, VmError> {
+        if choice == IrqchipChoice::Plic {
+            return Ok(Irqchip::None);
+        }
+        match (self.aia_obstacle()?, choice) {
+            (Some(why), IrqchipChoice::Aia) => {
+                return Err(VmError::new(format!(
+                    "--irqchip aia cannot be had: {why} (use --irqchip plic or auto)"
+                )));
+            }
+            (Some(why), _) => {
+                log::info!("Interrupt controller: PLIC, since {why}");
+                return Ok(Irqchip::None);
+            }
+            (None, _) => {}
+        }
+        if self.harts().len() != plan.harts as usize {
+            return Err(VmError::new("The irqchip is made before all harts are"));
+        }
+        let aia = aia::create(&self.fd, plan)?;
+        let facts = aia.facts;
+        if self.aia.set(aia).is_err() {
+            return Err(VmError::new("The irqchip exists already"));
+        }
+        Ok(Irqchip::Aia(facts))
+    }
+
+    fn irq_line(&self, source: u32) -> Result<Arc<dyn IrqLine>, VmError> {
+        let sources = self.aia.get().map_or(0, |aia| aia.facts.sources);
+        if (1..=sources).contains(&source) {
+            return Ok(Arc::new(KernelLine::source(&self.fd, source)));
+        }
+        Err(VmError::new(format!(
+            "The APLIC has no interrupt source {source} (it has 1 to {sources})"
+        )))
+    }
+
+    fn external_line(&self, hart: u32) -> Result<Arc<dyn IrqLine>, VmError> {
+        if self.aia.get().is_some() {
+            return Err(VmError::new("The in-kernel AIA owns the harts' external interrupts"));
+        }
+        let harts = self.harts();
+        let member = harts.iter().find(|member| member.id == hart);
+        let member = member.ok_or_else(|| VmError::new(format!("The VM has no hart {hart}")))?;
+        Ok(Arc::new(KernelLine::external(&member.vcpu, hart)))
+    }
+}
+
+/// The extensions of `vcpu` that are not hidden, as KVM numbers them.
+pub(super) fn shown(vcpu: &Vcpu, applied: Option<&Applied>) -> Result<Vec<&'static str>, VmError> {
+    let mut names = Vec::new();
+    for word in 0..ISA_WORDS {
+        match vcpu.reg(regs::isa_word(word as u64)) {
+            Ok(bits) => names.extend(names_in(bits, word * 64)),
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) && word > 0 => break,
+            Err(e) => {
+                return Err(VmError::io(
+                    "Cannot ask KVM for the ISA (it needs Linux 6.6 or newer)",
+                    e,
+                ));
+            }
+        }
+    }
+    names.retain(|name| applied.is_none_or(|applied| !applied.hidden.contains(name)));
+    Ok(names)
+}
+
+/// Tells the user what the ISA knobs did.
+fn report(applied: Option<&Applied>) {
+    let Some(Applied { disabled, hidden }) = applied else { return };
+    if !disabled.is_empty() {
+        log::info!("Switched off in KVM: {}", disabled.join(", "));
+    }
+    if !hidden.is_empty() {
+        log::warn!(
+            "Hidden from the device tree only, since KVM cannot switch it off: {}",
+            hidden.join(", ")
+        );
+    }
+}
