@@ -4,6 +4,13 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::layout::RAM_BASE;
+
+mod valid;
+
+pub use valid::ValidConfig;
+pub(crate) use valid::quoted;
+
 /// A whole machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -167,6 +174,25 @@ pub enum Unassigned {
 
 /// RAM of a machine where nothing is said: 512 MiB.
 pub const DEFAULT_MEM: u64 = 512 << 20;
+
+/// The least RAM of a machine, in bytes: 16 MiB.
+pub const MIN_MEM: u64 = 16 << 20;
+
+/// RAM comes in multiples of this many bytes: 2 MiB, a page of the second level in every RISC-V translation mode.
+pub const MEM_STEP: u64 = 2 << 20;
+
+/// The most RAM, in bytes: what lies between its base and the end of the 56-bit physical addresses that the page tables
+/// of Sv39, Sv48 and Sv57 hold (Privileged specification, chapter 12). The host's limit is lower.
+pub const MAX_MEM: u64 = (1 << 56) - RAM_BASE;
+
+/// The most harts: what the PLIC's window has contexts for, and QEMU's `virt` too. KVM's limit may be lower.
+pub const MAX_CPUS: u32 = 512;
+
+/// The longest name of a machine, in bytes.
+pub const MAX_NAME: usize = 64;
+
+/// The longest path of a Unix socket, in bytes: `sun_path` has 108, the last is NUL (unix(7)).
+pub const MAX_SOCKET_PATH: usize = 107;
 
 /// Command line of a kernel where nothing is said.
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0";

@@ -1,2 +1,8 @@
-//! The rvmm command.
-fn main() {}
+//! The rvmm command: a thin shell over the crate. As the first process of a guest it is the guest's init.
+
+use std::env;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    ExitCode::from(rvmm::cli::main(env::args_os()))
+}

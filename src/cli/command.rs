@@ -1,0 +1,234 @@
+//! The command line as clap knows it: every verb, every flag, its help text. Nothing else in rvmm sees these types.
+
+use std::path::PathBuf;
+
+use clap::builder::{OsStringValueParser, PossibleValue, PossibleValuesParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
+use log::LevelFilter;
+
+use super::size;
+use super::value::{self, List};
+use crate::config::{CpuId, IrqchipChoice, KnobChange, LoadConfig, SerialConfig, Unassigned};
+
+const ABOUT: &str = "Runs virtual machines on RISC-V Linux hosts with KVM";
+
+const LONG_ABOUT: &str = "\
+Runs virtual machines on RISC-V Linux hosts with KVM.
+
+A kernel and an amount of memory are enough: without an initrd and a root file system the guest gets a small built-in \
+prompt. Ctrl-A x ends the machine, Ctrl-A h shows the keys.";
+
+const SHORT_END: &str = "Examples and longer explanations: rvmm --help";
+
+const EXAMPLES: &str = "\
+Examples:
+  Boot a kernel to the built-in prompt:
+    rvmm --kernel Image --mem 512M
+
+  Four harts, an initramfs of one's own, a command line of one's own:
+    rvmm --kernel Image --mem 2G --cpus 4 --initrd root.cpio --cmdline 'console=ttyS0 quiet'
+
+  Run in the background, the console on a Unix socket:
+    rvmm --kernel Image --mem 512M --serial unix:/tmp/guest.sock --name web &
+
+  Start a flat binary where RAM begins, and stop at the first wrong address:
+    rvmm --mem 64M --load hello.bin@0x8000_0000 --entry 0x8000_0000 --unassigned stop
+
+  Hide the vector extension, switch SBI PMU off, pin hart 0 to host CPU 2:
+    rvmm --kernel Image --mem 512M --isa host,-v --sbi -pmu --affinity 0=2
+
+  See what this host can do:
+    rvmm doctor
+
+Exit codes: 0 the guest powered off or was stopped, 1 the host lacks something (see rvmm doctor), 2 a mistake on the
+command line or in a file, 3 the guest came to a stop of its own making.";
+
+/// The whole command: `rvmm FLAGS` is `rvmm run FLAGS`.
+#[derive(Debug, Parser)]
+#[command(
+    name = "rvmm",
+    version,
+    about = ABOUT,
+    long_about = LONG_ABOUT,
+    after_help = SHORT_END,
+    after_long_help = EXAMPLES,
+    args_conflicts_with_subcommands = true,
+    subcommand_help_heading = "Verbs",
+    subcommand_value_name = "VERB",
+    override_usage = "rvmm [run] --kernel FILE [--mem SIZE] [FLAGS]\n       rvmm VERB",
+    max_term_width = 110
+)]
+pub(super) struct Cli {
+    #[command(subcommand)]
+    pub(super) verb: Option<Verb>,
+    #[command(flatten)]
+    pub(super) run: RunArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Verb {
+    /// Run a machine; the same as rvmm without a verb
+    #[command(after_help = SHORT_END, after_long_help = EXAMPLES, override_usage = "rvmm run --kernel FILE [--mem SIZE] [FLAGS]")]
+    Run(Box<RunArgs>),
+    /// Say what this host can do, and what to do about what it cannot
+    Doctor {
+        /// Print JSON instead of text
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print a completion script for a shell
+    #[command(
+        after_help = "Example: rvmm completions bash > ~/.local/share/bash-completion/completions/rvmm"
+    )]
+    Completions {
+        /// The shell
+        #[arg(value_name = "SHELL")]
+        shell: Shell,
+    },
+    /// Print the manual page
+    #[command(after_help = "Example: rvmm man | man -l -")]
+    Man,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct RunArgs {
+    /// The kernel: a RISC-V Image (plain, gzip or zstd) or an ELF file
+    #[arg(long, value_name = "FILE", help_heading = "What runs")]
+    pub(super) kernel: Option<PathBuf>,
+
+    /// Initial RAM disk, handed to the kernel as it is
+    #[arg(long, value_name = "FILE", help_heading = "What runs", conflicts_with = "no_initrd")]
+    pub(super) initrd: Option<PathBuf>,
+
+    /// No initial RAM disk, not even the built-in prompt
+    ///
+    /// The built-in prompt comes where --initrd is not given, and neither root=, rdinit= nor noinitrd stands in the
+    /// kernel's command line.
+    #[arg(long, help_heading = "What runs")]
+    pub(super) no_initrd: bool,
+
+    /// The kernel's command line [default: console=ttyS0]
+    ///
+    /// What is given replaces the default as a whole.
+    #[arg(long, value_name = "STR", help_heading = "What runs", allow_hyphen_values = true)]
+    pub(super) cmdline: Option<String>,
+
+    /// Use this device tree, unchanged, instead of the generated one
+    ///
+    /// Its command line counts: --cmdline cannot be given with it.
+    #[arg(long, value_name = "FILE", help_heading = "What runs")]
+    pub(super) dtb: Option<PathBuf>,
+
+    /// Write the device tree that the guest gets to a file, and go on
+    #[arg(long, value_name = "FILE", help_heading = "What runs")]
+    pub(super) dump_dtb: Option<PathBuf>,
+
+    /// Put a flat binary at a guest-physical address; may be given several times
+    #[arg(long, value_name = "FILE@ADDR", help_heading = "What runs", value_parser = OsStringValueParser::new().try_map(value::load))]
+    pub(super) load: Vec<LoadConfig>,
+
+    /// Where hart 0 starts [default: the kernel's own entry]
+    #[arg(long, value_name = "ADDR", help_heading = "What runs", allow_negative_numbers = true, value_parser = size::address)]
+    pub(super) entry: Option<u64>,
+
+    /// Memory of the guest [default: 512M]
+    ///
+    /// Bytes, or a number with K, M, G or T (powers of 1024): 512M, 2G, 0x2000_0000. A multiple of 2M, at least 16M.
+    #[arg(long, value_name = "SIZE", help_heading = "Machine", allow_negative_numbers = true, value_parser = size::size)]
+    pub(super) mem: Option<u64>,
+
+    /// Take the memory from the host's pool of huge pages of 2 MiB
+    #[arg(long, help_heading = "Machine")]
+    pub(super) hugepages: bool,
+
+    /// Number of harts [default: 1]
+    #[arg(long, value_name = "N", help_heading = "Machine", allow_negative_numbers = true, value_parser = value::cpus)]
+    pub(super) cpus: Option<u32>,
+
+    /// The interrupt controller [default: auto]
+    #[arg(long, value_name = "WHICH", help_heading = "Machine", value_parser = irqchip())]
+    pub(super) irqchip: Option<IrqchipChoice>,
+
+    /// Name of the machine, for people and logs: letters, digits, '_' and '-' [default: rvmm]
+    #[arg(long, value_name = "NAME", help_heading = "Machine")]
+    pub(super) name: Option<String>,
+
+    /// Extensions that differ from the host's: host,-v,-zicbom
+    ///
+    /// -NAME switches one off: in KVM where KVM allows it, else it is hidden in the device tree, and the log says which.
+    /// +NAME insists on one. The host's own are the start.
+    #[arg(long, value_name = "LIST", help_heading = "Harts", allow_hyphen_values = true, value_parser = value::isa)]
+    pub(super) isa: Option<List<KnobChange>>,
+
+    /// SBI extensions to switch off (-NAME) or on (+NAME): -pmu,-sta
+    #[arg(long, value_name = "LIST", help_heading = "Harts", allow_hyphen_values = true, value_parser = value::sbi)]
+    pub(super) sbi: Option<List<KnobChange>>,
+
+    /// Identification registers that differ from the host's: vendor=N,arch=N,impl=N
+    ///
+    /// The guest reads them through SBI BASE: mvendorid, marchid and mimpid.
+    #[arg(long, value_name = "LIST", help_heading = "Harts", value_parser = value::cpu_id)]
+    pub(super) cpu_id: Option<CpuId>,
+
+    /// Pin harts to CPUs of the host: 0=2,1=3 puts hart 0 on CPU 2 and hart 1 on CPU 3
+    #[arg(long, value_name = "LIST", help_heading = "Harts", value_parser = value::affinity)]
+    pub(super) affinity: Option<List<(u32, u32)>>,
+
+    /// The other end of the serial line ttyS0: stdio, null, pty, file:PATH or unix:PATH [default: stdio]
+    ///
+    /// pty makes a pseudo terminal and prints its path; unix listens on a socket for one client at a time.
+    #[arg(long, value_name = "WHERE", help_heading = "Devices", value_parser = OsStringValueParser::new().try_map(value::serial))]
+    pub(super) serial: Option<SerialConfig>,
+
+    /// Add a device, or set options of the board's own; may be given several times
+    ///
+    /// --device help lists all of them with their options.
+    #[arg(long, value_name = "NAME,KEY=VALUE", help_heading = "Devices")]
+    pub(super) device: Vec<String>,
+
+    /// List the devices and their options
+    #[arg(long, help_heading = "Devices")]
+    pub(super) list_devices: bool,
+
+    /// Exit when the guest asks for a reboot, instead of starting it again
+    #[arg(long, help_heading = "Behaviour")]
+    pub(super) no_reboot: bool,
+
+    /// What an access to an address without memory or device does [default: zero]
+    #[arg(long, value_name = "WHAT", help_heading = "Behaviour", value_parser = unassigned())]
+    pub(super) unassigned: Option<Unassigned>,
+
+    /// What is logged to standard error: off, error, warn, info, debug or trace [default: warn]
+    ///
+    /// The environment variable RVMM_LOG says the same; this flag wins.
+    #[arg(long, value_name = "LEVEL", help_heading = "Behaviour", value_parser = value::level)]
+    pub(super) log: Option<LevelFilter>,
+}
+
+fn irqchip() -> impl TypedValueParser<Value = IrqchipChoice> {
+    let values = [
+        PossibleValue::new("auto").help("AIA where the host's KVM has it, else a PLIC"),
+        PossibleValue::new("aia").help("The AIA of the host's KVM, or an error"),
+        PossibleValue::new("plic").help("A PLIC in rvmm"),
+    ];
+    PossibleValuesParser::new(values).map(|name| match name.as_str() {
+        "aia" => IrqchipChoice::Aia,
+        "plic" => IrqchipChoice::Plic,
+        _ => IrqchipChoice::Auto,
+    })
+}
+
+fn unassigned() -> impl TypedValueParser<Value = Unassigned> {
+    let values = [
+        PossibleValue::new("zero").help("Reads give zero, writes vanish"),
+        PossibleValue::new("fault")
+            .help("The guest takes the access fault that hardware would raise"),
+        PossibleValue::new("stop").help("The machine stops with a register dump"),
+    ];
+    PossibleValuesParser::new(values).map(|name| match name.as_str() {
+        "fault" => Unassigned::Fault,
+        "stop" => Unassigned::Stop,
+        _ => Unassigned::Zero,
+    })
+}

@@ -1,0 +1,229 @@
+//! From facts to lines: each function looks at one thing. No file is opened and nobody is asked here.
+
+use rvmm_boot::error::Size;
+
+use super::host::{Host, Limit, Memory, Node};
+use super::kernel::{self, LIMITS, OLDEST};
+use super::report::Check;
+use super::virtualization::{self, Virtualization};
+use crate::config::DEFAULT_MEM;
+
+/// All lines of the report, in the order in which they matter.
+pub(super) fn all(host: &Host, kvm: &Result<Virtualization, String>) -> Vec<Check> {
+    let mut checks = vec![arch(host)];
+    checks.extend(kernel(host));
+    checks.extend(hypervisor(host));
+    checks.push(kvm_node(host));
+    match kvm {
+        Ok(kvm) => checks.extend(virtualization::checks(kvm)),
+        Err(reason) if host.kvm == Node::Usable && host.arch == "riscv64" => {
+            checks.push(Check::missing("kvm-api", reason).required());
+        }
+        // Another line has said it.
+        Err(_) => {}
+    }
+    checks.extend(memory(host));
+    checks.extend(nodes(host));
+    checks.extend(limits(host));
+    checks
+}
+
+fn arch(host: &Host) -> Check {
+    let cpus = match host.online_cpus {
+        Some(1) => ", 1 CPU".to_owned(),
+        Some(count) => format!(", {count} CPUs"),
+        None => String::new(),
+    };
+    if host.arch == "riscv64" {
+        return Check::ok("host", format!("riscv64{cpus}")).required();
+    }
+    Check::missing(
+        "host",
+        format!(
+            "this rvmm is built for {}{cpus}, and KVM runs a host's own kind of guest",
+            host.arch
+        ),
+    )
+    .required()
+    .advise("run it on a RISC-V machine, or in the one that scripts/host boots with QEMU")
+}
+
+fn kernel(host: &Host) -> Vec<Check> {
+    let Some(release) = &host.release else {
+        return vec![Check::note("kernel", "the kernel does not tell its release")];
+    };
+    let Some(version) = kernel::version(release) else {
+        return vec![Check::note(
+            "kernel",
+            format!("Linux {release}, a release that does not begin with two numbers"),
+        )];
+    };
+    let mut checks = vec![if version < OLDEST {
+        Check::note("kernel", format!("Linux {release}, older than any that rvmm is tested with"))
+            .advise(format!("use Linux {}.{} or newer", OLDEST.0, OLDEST.1))
+    } else {
+        Check::ok("kernel", format!("Linux {release}"))
+    }];
+    if host.arch == "riscv64" {
+        let lacking = LIMITS.iter().filter(|(since, _)| version < *since);
+        checks.extend(lacking.map(|((major, minor), what)| {
+            Check::note("kernel", format!("before Linux {major}.{minor}, {what}"))
+        }));
+    }
+    checks
+}
+
+/// The hypervisor extension, as far as /proc/cpuinfo tells.
+fn hypervisor(host: &Host) -> Option<Check> {
+    if host.arch != "riscv64" {
+        return None;
+    }
+    let letters = host.isa.as_deref()?.split('_').next()?.to_ascii_lowercase();
+    let letters = letters.strip_prefix("rv64").unwrap_or(&letters);
+    Some(if letters.contains('h') {
+        Check::ok("h-extension", "the CPU has the hypervisor extension").required()
+    } else {
+        Check::missing("h-extension", "the CPU has no hypervisor extension (H)")
+            .required()
+            .advise("rvmm needs a CPU that has it")
+    })
+}
+
+fn kvm_node(host: &Host) -> Check {
+    let check = match &host.kvm {
+        Node::Usable => Check::ok("kvm", "/dev/kvm can be opened"),
+        Node::Absent => Check::missing("kvm", "there is no /dev/kvm").advise("sudo modprobe kvm"),
+        Node::Denied => Check::missing("kvm", "this user may not open /dev/kvm")
+            .advise("sudo usermod -aG kvm $USER, then log in again"),
+        Node::Refused(why) => Check::missing("kvm", format!("/dev/kvm cannot be opened: {why}"))
+            .advise("sudo dmesg | grep kvm may say why"),
+    };
+    check.required()
+}
+
+fn memory(host: &Host) -> Vec<Check> {
+    let Some(memory) = host.memory else {
+        return vec![Check::note("memory", "the kernel does not tell how much memory there is")];
+    };
+    let mut checks = vec![free_memory(memory), huge_pages(memory)];
+    if let Some(mode) = &host.thp {
+        checks.push(match mode.as_str() {
+            "never" => Check::note("thp", "transparent huge pages are off")
+                .advise("echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled"),
+            mode => Check::ok("thp", format!("transparent huge pages: {mode}")),
+        });
+    }
+    checks
+}
+
+fn free_memory(memory: Memory) -> Check {
+    let found = format!("{} MiB available of {} MiB", memory.available >> 20, memory.total >> 20);
+    if memory.available < DEFAULT_MEM {
+        return Check::note("memory", found)
+            .advise("give guests less than the default of 512M: --mem 256M");
+    }
+    Check::ok("memory", found)
+}
+
+fn huge_pages(memory: Memory) -> Check {
+    const SIZE: u64 = 2 << 20;
+    if memory.huge_size != SIZE {
+        let found = format!(
+            "the default huge page is {} KiB, and --hugepages takes those of 2 MiB",
+            memory.huge_size >> 10
+        );
+        return Check::note("huge-pages", found)
+            .advise("boot the host with hugepagesz=2M default_hugepagesz=2M");
+    }
+    let found = format!("{} of {} pages of 2 MiB are free", memory.huge_free, memory.huge_total);
+    if memory.huge_free > 0 {
+        return Check::ok("huge-pages", found);
+    }
+    Check::missing("huge-pages", found).advise(
+        "only for --hugepages, here for 512M: echo 256 | sudo tee /proc/sys/vm/nr_hugepages",
+    )
+}
+
+/// What devices of a guest may be backed by.
+fn nodes(host: &Host) -> [Check; 3] {
+    let check = |topic, path: &str, node: &Node, what: &str, module: &str| match node {
+        Node::Usable => Check::ok(topic, format!("{path} can be opened: {what}")),
+        Node::Absent => Check::missing(topic, format!("there is no {path}: no {what}"))
+            .advise(format!("sudo modprobe {module}")),
+        Node::Denied => Check::missing(topic, format!("this user may not open {path}: no {what}"))
+            .advise(format!("sudo setfacl -m u:$USER:rw {path}")),
+        Node::Refused(why) => {
+            Check::missing(topic, format!("{path} cannot be opened ({why}): no {what}"))
+        }
+    };
+    [
+        check("tun", "/dev/net/tun", &host.tun, "network through tap devices", "tun"),
+        check("vhost-net", "/dev/vhost-net", &host.vhost_net, "network in the kernel", "vhost_net"),
+        check(
+            "vhost-vsock",
+            "/dev/vhost-vsock",
+            &host.vhost_vsock,
+            "vsock in the kernel",
+            "vhost_vsock",
+        ),
+    ]
+}
+
+fn limits(host: &Host) -> Vec<Check> {
+    // rvmm itself holds some ten descriptors and two for each hart; devices add theirs.
+    const FEW_FILES: u64 = 256;
+    let mut checks = Vec::new();
+    if let Some(limit) = host.open_files {
+        let check = number(limit, "descriptors a process");
+        checks.push(match limit {
+            Some(most) if most < FEW_FILES => Check::note("open-files", check)
+                .advise("ulimit -n 1024, for machines with many harts or devices"),
+            _ => Check::ok("open-files", check),
+        });
+    }
+    if let Some(limit) = host.locked_memory {
+        checks.push(Check::ok(
+            "locked-memory",
+            bytes(limit, "a process (guest memory is not locked)"),
+        ));
+    }
+    if let Some(limit) = host.address_space {
+        let found = bytes(limit, "a process");
+        checks.push(match limit {
+            Some(_) => Check::note("address-space", found)
+                .advise("guest memory counts: ulimit -v unlimited"),
+            None => Check::ok("address-space", found),
+        });
+    }
+    checks.extend(cgroup(host));
+    checks
+}
+
+fn cgroup(host: &Host) -> Vec<Check> {
+    let memory = host.cgroup_memory.map(|most| {
+        Check::note(
+            "cgroup-memory",
+            format!("this control group has at most {} MiB, guest memory included", most >> 20),
+        )
+    });
+    let pids = host.cgroup_pids.map(|most| {
+        Check::note(
+            "cgroup-pids",
+            format!(
+                "this control group has at most {most} threads; a machine takes its harts and 2"
+            ),
+        )
+    });
+    memory.into_iter().chain(pids).collect()
+}
+
+fn number(limit: Limit, what: &str) -> String {
+    limit.map_or_else(|| format!("no limit on {what}"), |most| format!("at most {most} {what}"))
+}
+
+fn bytes(limit: Limit, what: &str) -> String {
+    limit.map_or_else(
+        || format!("no limit for {what}"),
+        |most| format!("at most {} for {what}", Size(most)),
+    )
+}

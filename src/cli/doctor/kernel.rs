@@ -1,0 +1,47 @@
+//! Releases of Linux, and what KVM on RISC-V does not do before them.
+
+/// A kernel's version: major, minor.
+pub(super) type Version = (u32, u32);
+
+/// The oldest kernel that rvmm is tested with.
+pub(super) const OLDEST: Version = (6, 12);
+
+/// Limits of KVM on RISC-V: the release that lifted it, and what it means for guests, in words that follow
+/// "Before Linux X.Y". From the kernel's own history of arch/riscv/kvm.
+pub(super) const LIMITS: &[(Version, &str)] = &[
+    ((6, 14), "a guest cannot suspend itself (SBI SUSP)"),
+    ((6, 16), "a hart starts with its counters open to user mode (scounteren is 7, not 0)"),
+    ((6, 17), "illegal instructions of a guest go through the host's kernel, which is slower"),
+    ((6, 18), "guests get neither SBI FWFT nor the Zicbop extension"),
+    (
+        (7, 0),
+        "KVM maps guest memory in 4 KiB pages unless it comes from the pool of huge pages (--hugepages)",
+    ),
+    ((7, 2), "signed loads from device registers (lb, lh, lw) are not sign-extended"),
+];
+
+/// The version in a release such as `6.12.107+deb13-riscv64`.
+pub(super) fn version(release: &str) -> Option<Version> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_is_the_first_two_numbers_of_a_release() {
+        assert_eq!(version("6.12.107+deb13-riscv64"), Some((6, 12)));
+        assert_eq!(version("7.2-rc1"), Some((7, 2)));
+        assert_eq!(version("6.6"), Some((6, 6)));
+        for release in ["", "linux", "6", "6.", "x.y", "99999999999.1"] {
+            assert_eq!(version(release), None, "{release}");
+        }
+    }
+
+    #[test]
+    fn limits_stand_in_the_order_in_which_they_were_lifted() {
+        assert!(LIMITS.is_sorted_by_key(|(since, _)| *since));
+    }
+}

@@ -1,0 +1,30 @@
+//! The verb `doctor`: what this host can do, and what to do about what it cannot.
+//!
+//! `host.rs` reads files, `crate::kvm` asks KVM, `checks.rs` turns facts into lines, `report.rs` prints them; `kernel.rs`
+//! knows which release of Linux brought what.
+
+use std::path::Path;
+
+use crate::cli::output;
+use crate::error::{EXIT_HOST, EXIT_OK};
+
+mod checks;
+mod host;
+mod kernel;
+mod report;
+mod virtualization;
+
+use host::Host;
+use report::Report;
+
+/// Examines this host, prints the report (as JSON where `json`), and gives the exit code: 1 where rvmm cannot run.
+pub(super) fn examine(json: bool) -> u8 {
+    let host = Host::read(Path::new("/"));
+    let kvm = Err(String::from("x"));
+    let report = Report::new(checks::all(&host, &kvm));
+    let shown = output::show(&if json { report.json() } else { report.text() });
+    if report.can_run() || shown != EXIT_OK { shown } else { EXIT_HOST }
+}
+
+#[cfg(test)]
+mod tests;

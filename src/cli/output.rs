@@ -1,0 +1,97 @@
+//! Lines for people: what was asked for on standard output, what went wrong on standard error.
+
+use std::error::Error;
+use std::io::{self, ErrorKind, Write};
+
+use rustix::termios::{OutputModes, tcgetattr};
+
+use crate::error::{EXIT_HOST, EXIT_OK};
+
+/// Prints a text that was asked for, and gives the exit code. A reader that has seen enough (`| head`) is no error.
+pub(super) fn show(text: &str) -> u8 {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => EXIT_OK,
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => EXIT_OK,
+        Err(error) => {
+            complain(&format!("Cannot write to standard output: {}", plain(&error.to_string())));
+            EXIT_HOST
+        }
+    }
+}
+
+/// Prints a message on standard error; its lines are prefixed and cannot reach into the terminal.
+pub(super) fn complain(message: &str) {
+    let mut text = String::new();
+    for line in message.lines() {
+        text.push_str("rvmm: ");
+        push_escaped(&mut text, line);
+        text.push_str(line_end());
+    }
+    // There is nobody left to tell.
+    let _ = io::stderr().write_all(text.as_bytes());
+}
+
+/// How a line ends on standard error: while a terminal there is raw (a guest's console), it does not return the
+/// carriage by itself.
+pub(super) fn line_end() -> &'static str {
+    let cooked =
+        tcgetattr(io::stderr()).map(|modes| modes.output_modes.contains(OutputModes::OPOST));
+    if cooked.unwrap_or(true) { "\n" } else { "\r\n" }
+}
+
+/// An error and its sources as one line: `A: B: C`, nothing twice.
+pub(super) fn chain(error: &dyn Error) -> String {
+    let mut line = plain(&error.to_string());
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let text = plain(&cause.to_string());
+        if !line.ends_with(&text) {
+            line.push_str(": ");
+            line.push_str(&text);
+        }
+        source = cause.source();
+    }
+    let mut escaped = String::with_capacity(line.len());
+    push_escaped(&mut escaped, &line);
+    escaped
+}
+
+/// The text without the number that the standard library appends to the system's errors.
+fn plain(text: &str) -> String {
+    match text.rsplit_once(" (os error ") {
+        Some((text, number)) if number.ends_with(')') => text.to_owned(),
+        _ => text.to_owned(),
+    }
+}
+
+/// Appends `line` with its control characters escaped.
+pub(super) fn push_escaped(out: &mut String, line: &str) {
+    for c in line.chars() {
+        if c.is_control() && c != '\t' { out.extend(c.escape_default()) } else { out.push(c) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Error as RvmmError;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("{0}")]
+    struct Layer(&'static str, #[source] Option<Box<Layer>>);
+
+    #[test]
+    fn an_error_and_its_sources_are_one_line() {
+        let error =
+            Layer("A", Some(Box::new(Layer("B\n\u{1b}[31m", Some(Box::new(Layer("C", None)))))));
+        assert_eq!(chain(&error), "A: B\\n\\u{1b}[31m: C");
+    }
+
+    #[test]
+    fn a_source_that_the_message_repeats_is_said_once() {
+        let source = io::Error::from_raw_os_error(2);
+        let error = RvmmError::File { verb: "open", path: "/x".into(), source };
+        assert_eq!(chain(&error), "Cannot open /x: No such file or directory");
+    }
+}

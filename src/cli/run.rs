@@ -1,0 +1,165 @@
+//! The verb `run`: flags become a configuration, the configuration a machine, the machine's end an exit code.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use log::LevelFilter;
+use rvmm_boot::Cmdline;
+
+use super::command::RunArgs;
+use super::value::{self, List};
+use super::{logging, output};
+use crate::config::{BootConfig, CpuConfig, InitrdConfig, OnReset, ValidConfig, VmConfig, quoted};
+use crate::error::Error;
+use crate::vcpu::stop::StopReason;
+
+/// This program's file, whatever became of its name since it was started (proc(5)).
+const THIS_PROGRAM: &str = "/proc/self/exe";
+
+/// Kernel parameters that name a root file system or an init of the user's own: where one stands, the built-in prompt
+/// would be in the way.
+const OWN_ROOT: [&str; 3] = ["root", "rdinit", "noinitrd"];
+
+/// The level of the log without `--log` and `RVMM_LOG`.
+const DEFAULT_LEVEL: LevelFilter = LevelFilter::Warn;
+
+/// The configuration that the flags stand for. What no flag names has the library's default.
+pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
+    let default = VmConfig::default();
+    let cpus = CpuConfig {
+        count: args.cpus.unwrap_or(default.cpus.count),
+        isa: list(args.isa),
+        sbi: list(args.sbi),
+        id: args.cpu_id.unwrap_or_default(),
+        affinity: list(args.affinity),
+    };
+    if args.dtb.is_some() && args.cmdline.is_some() {
+        let what = "Cannot use --cmdline together with --dtb: the tree brings its own command line (write it there)";
+        return Err(Error::Config(what.into()));
+    }
+    let cmdline = args.cmdline.unwrap_or(default.boot.cmdline);
+    let boot = BootConfig {
+        initrd: initrd(args.initrd, args.no_initrd || args.kernel.is_none(), &cmdline)?,
+        kernel: args.kernel,
+        cmdline,
+        dtb: args.dtb,
+        dump_dtb: args.dump_dtb,
+        load: args.load,
+        entry: args.entry,
+    };
+    let config = VmConfig {
+        name: args.name.unwrap_or(default.name),
+        mem: args.mem.unwrap_or(default.mem),
+        hugepages: args.hugepages,
+        cpus,
+        boot,
+        irqchip: args.irqchip.unwrap_or_default(),
+        serial: args.serial.unwrap_or_default(),
+        devices: args.device,
+        on_reset: if args.no_reboot { OnReset::Exit } else { OnReset::Restart },
+        unassigned: args.unassigned.unwrap_or_default(),
+    };
+    config.validate()
+}
+
+fn list<T>(given: Option<List<T>>) -> Vec<T> {
+    given.map(|list| list.0).unwrap_or_default()
+}
+
+/// The file given; else the built-in prompt, where nothing speaks against it.
+fn initrd(file: Option<PathBuf>, none: bool, cmdline: &str) -> Result<InitrdConfig, Error> {
+    if let Some(file) = file {
+        return Ok(InitrdConfig::File(file));
+    }
+    let cmdline = Cmdline::new(cmdline)?;
+    if none || OWN_ROOT.iter().any(|key| cmdline.has_key(key)) {
+        return Ok(InitrdConfig::None);
+    }
+    Ok(InitrdConfig::Builtin(THIS_PROGRAM.into()))
+}
+
+/// The level of the log: the flag's, else the environment's, else warnings.
+pub(super) fn level(
+    flag: Option<LevelFilter>,
+    env: Option<OsString>,
+) -> Result<LevelFilter, String> {
+    match (flag, env) {
+        (Some(level), _) => Ok(level),
+        (None, None) => Ok(DEFAULT_LEVEL),
+        (None, Some(text)) => {
+            let text = text.to_string_lossy();
+            value::level(&text)
+                .map_err(|reason| format!("Cannot use RVMM_LOG={}: {reason}", quoted(&text)))
+        }
+    }
+}
+
+/// Runs the machine to its end, and gives the exit code.
+pub(super) fn run(config: ValidConfig, level: LevelFilter) -> u8 {
+    logging::start(level);
+    match live(config) {
+        Ok(reason) => {
+            if !matches!(reason, StopReason::PowerOff | StopReason::Requested) {
+                output::complain(&reason.to_string());
+            }
+            reason.exit_code()
+        }
+        Err(error) => {
+            output::complain(&output::chain(&error));
+            error.exit_code()
+        }
+    }
+}
+
+/// From the first system call for the machine to its end.
+fn live(_config: ValidConfig) -> Result<StopReason, Error> {
+    let source = std::io::ErrorKind::Unsupported.into();
+    Err(Error::Host { what: "Cannot run a machine".into(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(cmdline: &str) -> InitrdConfig {
+        initrd(None, false, cmdline).expect("a good command line")
+    }
+
+    #[test]
+    fn a_kernel_alone_gets_the_built_in_prompt() {
+        assert_eq!(of("console=ttyS0"), InitrdConfig::Builtin("/proc/self/exe".into()));
+        assert_eq!(of(""), InitrdConfig::Builtin("/proc/self/exe".into()));
+    }
+
+    #[test]
+    fn a_root_of_the_users_own_leaves_no_built_in_prompt() {
+        for cmdline in ["root=/dev/vda", "quiet root=LABEL=x ro", "rdinit=/init", "noinitrd"] {
+            assert_eq!(of(cmdline), InitrdConfig::None, "{cmdline}");
+        }
+    }
+
+    #[test]
+    fn what_only_looks_like_a_root_does_not_count() {
+        for cmdline in ["nfsroot=1", "rootwait", "a=\"b root=c\"", "quiet -- root=x"] {
+            assert!(matches!(of(cmdline), InitrdConfig::Builtin(_)), "{cmdline}");
+        }
+    }
+
+    #[test]
+    fn a_file_or_no_initrd_at_all_is_taken_as_given() {
+        let file = initrd(Some("a.cpio".into()), false, "root=/dev/vda").expect("a file");
+        assert_eq!(file, InitrdConfig::File("a.cpio".into()));
+        assert_eq!(initrd(None, true, "").expect("none"), InitrdConfig::None);
+    }
+
+    #[test]
+    fn the_flag_beats_the_environment_and_the_environment_the_default() {
+        let env = || Some("debug".into());
+        assert_eq!(level(Some(LevelFilter::Off), env()), Ok(LevelFilter::Off));
+        assert_eq!(level(None, env()), Ok(LevelFilter::Debug));
+        assert_eq!(level(None, None), Ok(LevelFilter::Warn));
+        assert!(
+            level(None, Some("loud".into())).expect_err("no level").contains("RVMM_LOG='loud'")
+        );
+    }
+}

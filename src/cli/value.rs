@@ -1,0 +1,223 @@
+//! What flags take besides numbers and paths: each function reads one kind of value, or says what is wrong with it.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+
+use log::LevelFilter;
+
+use super::size::address;
+use crate::config::{CpuId, KnobChange, LoadConfig, MAX_CPUS, SerialConfig};
+
+/// A list as one flag gives it. (A bare `Vec` in clap's structs would mean a flag that is given several times.)
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct List<T>(pub(super) Vec<T>);
+
+/// `--cpus`: 1 to [`MAX_CPUS`].
+pub(super) fn cpus(text: &str) -> Result<u32, String> {
+    let number = text.parse::<u32>().ok().filter(|count| (1..=MAX_CPUS).contains(count));
+    number.ok_or_else(|| format!("it is not a number from 1 to {MAX_CPUS}"))
+}
+
+/// `--load FILE@ADDR`: the address stands behind the last `@`.
+pub(super) fn load(text: OsString) -> Result<LoadConfig, String> {
+    let bytes = text.as_bytes();
+    let at = bytes.iter().rposition(|byte| *byte == b'@');
+    let parts = at.and_then(|at| Some((bytes.get(..at)?, bytes.get(at + 1..)?)));
+    let Some((file, addr)) = parts.filter(|(file, _)| !file.is_empty()) else {
+        return Err("it is not of the form FILE@ADDR (write fw.bin@0x8000_0000)".into());
+    };
+    let addr = std::str::from_utf8(addr).map_err(|_| "its address is not a number".to_owned());
+    let addr = addr.and_then(address).map_err(|reason| format!("behind the '@', {reason}"))?;
+    Ok(LoadConfig { file: OsStr::from_bytes(file).into(), addr })
+}
+
+/// `--serial stdio|null|pty|file:PATH|unix:PATH`.
+pub(super) fn serial(text: OsString) -> Result<SerialConfig, String> {
+    let bytes = text.as_bytes();
+    let path =
+        |prefix: &[u8]| bytes.strip_prefix(prefix).map(|path| OsStr::from_bytes(path).into());
+    match bytes {
+        b"stdio" => return Ok(SerialConfig::Stdio),
+        b"null" => return Ok(SerialConfig::Null),
+        b"pty" => return Ok(SerialConfig::Pty),
+        b"file:" | b"unix:" => return Err("the path behind the ':' is missing".into()),
+        _ => {}
+    }
+    if let Some(path) = path(b"file:") {
+        return Ok(SerialConfig::File(path));
+    }
+    path(b"unix:")
+        .map(SerialConfig::Unix)
+        .ok_or_else(|| "it is none of stdio, null, pty, file:PATH and unix:PATH".into())
+}
+
+/// `--isa host,-v,+zbb`: the host's extensions, which are the start anyway, then the changes.
+pub(super) fn isa(text: &str) -> Result<List<KnobChange>, String> {
+    match text {
+        "host" => Ok(List(Vec::new())),
+        _ => knobs(text.strip_prefix("host,").unwrap_or(text)),
+    }
+}
+
+/// `--sbi -pmu,-sta`.
+pub(super) fn sbi(text: &str) -> Result<List<KnobChange>, String> {
+    knobs(text)
+}
+
+fn knobs(text: &str) -> Result<List<KnobChange>, String> {
+    text.split(',').map(knob).collect::<Result<_, _>>().map(List)
+}
+
+fn knob(text: &str) -> Result<KnobChange, String> {
+    let (on, name) = match (text.strip_prefix('-'), text.strip_prefix('+')) {
+        (Some(name), _) => (false, name),
+        (_, Some(name)) => (true, name),
+        _ => return Err("an extension stands without its sign (write -NAME to switch it off, +NAME to switch it on)".into()),
+    };
+    let good = |c: char| c.is_ascii_alphanumeric();
+    if name.is_empty() || !name.chars().all(good) {
+        return Err("it is not a list of -NAME and +NAME with commas between them".into());
+    }
+    Ok(KnobChange { name: name.to_ascii_lowercase(), on })
+}
+
+/// `--cpu-id vendor=N,arch=N,impl=N`, each at most once.
+pub(super) fn cpu_id(text: &str) -> Result<CpuId, String> {
+    let mut id = CpuId::default();
+    for part in text.split(',') {
+        let (key, value) =
+            part.split_once('=').ok_or("it is not a list of vendor=N, arch=N and impl=N")?;
+        let field = match key {
+            "vendor" => &mut id.vendor,
+            "arch" => &mut id.arch,
+            "impl" => &mut id.imp,
+            _ => return Err("it names something else than vendor, arch and impl".into()),
+        };
+        let number = address(value).map_err(|reason| format!("behind {key}=, {reason}"))?;
+        if field.replace(number).is_some() {
+            return Err(format!("{key} is given twice (leave one out)"));
+        }
+    }
+    Ok(id)
+}
+
+/// `--affinity 0=2,1=3`: hart on the left, host CPU on the right.
+pub(super) fn affinity(text: &str) -> Result<List<(u32, u32)>, String> {
+    let pair = |part: &str| {
+        let (hart, cpu) = part.split_once('=')?;
+        Some((hart.parse().ok()?, cpu.parse().ok()?))
+    };
+    let pairs: Option<Vec<_>> = text.split(',').map(pair).collect();
+    pairs.map(List).ok_or_else(|| {
+        "it is not a list of HART=CPU with commas between them (write 0=2,1=3)".into()
+    })
+}
+
+/// `--log` and `RVMM_LOG`.
+pub(super) fn level(text: &str) -> Result<LevelFilter, String> {
+    text.parse().map_err(|_| "it is none of off, error, warn, info, debug and trace".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn knob(name: &str, on: bool) -> KnobChange {
+        KnobChange { name: name.into(), on }
+    }
+
+    #[test]
+    fn a_machine_has_1_to_512_harts() {
+        assert_eq!(cpus("1"), Ok(1));
+        assert_eq!(cpus("512"), Ok(512));
+        for text in ["0", "513", "-1", "", "four", "4294967297", "1.0"] {
+            assert!(cpus(text).expect_err(text).contains("1 to 512"));
+        }
+    }
+
+    #[test]
+    fn a_flat_binary_is_split_at_the_last_at_sign() {
+        let loaded =
+            load("dir@host/a.bin@0x8000_0000".into()).expect("a file with an @ in its path");
+        assert_eq!(loaded, LoadConfig { file: "dir@host/a.bin".into(), addr: 0x8000_0000 });
+        assert_eq!(load("a@0".into()).expect("address 0").addr, 0);
+    }
+
+    #[test]
+    fn a_file_name_need_not_be_utf_8() {
+        let loaded = load(OsStr::from_bytes(b"\xff.bin@1M").to_owned()).expect("names are bytes");
+        assert_eq!(loaded.file.as_os_str().as_bytes(), b"\xff.bin");
+        let serial =
+            serial(OsStr::from_bytes(b"file:/tmp/\xfe").to_owned()).expect("names are bytes");
+        assert_eq!(serial, SerialConfig::File(OsStr::from_bytes(b"/tmp/\xfe").into()));
+    }
+
+    #[test]
+    fn a_flat_binary_without_an_address_is_refused() {
+        for text in ["a.bin", "@0x1000", "", "@"] {
+            assert!(load(text.into()).expect_err(text).contains("FILE@ADDR"), "{text}");
+        }
+        for text in ["a.bin@", "a.bin@here", "a.bin@-1"] {
+            assert!(load(text.into()).expect_err(text).contains("behind the '@'"), "{text}");
+        }
+        let text = OsStr::from_bytes(b"a@\xff");
+        assert!(load(text.to_owned()).expect_err("not UTF-8").contains("not a number"));
+    }
+
+    #[test]
+    fn the_serial_line_has_five_other_ends() {
+        assert_eq!(serial("stdio".into()), Ok(SerialConfig::Stdio));
+        assert_eq!(serial("null".into()), Ok(SerialConfig::Null));
+        assert_eq!(serial("pty".into()), Ok(SerialConfig::Pty));
+        assert_eq!(serial("file:log:1".into()), Ok(SerialConfig::File("log:1".into())));
+        assert_eq!(serial("unix:/run/s".into()), Ok(SerialConfig::Unix("/run/s".into())));
+        for text in ["", "tcp:1", "stdio:", "STDIO", "file"] {
+            assert!(serial(text.into()).expect_err(text).contains("none of stdio"), "{text}");
+        }
+        for text in ["file:", "unix:"] {
+            assert!(serial(text.into()).expect_err(text).contains("missing"), "{text}");
+        }
+    }
+
+    #[test]
+    fn extensions_are_switched_by_sign() {
+        assert_eq!(isa("host"), Ok(List(vec![])));
+        assert_eq!(isa("host,-v,-zicbom"), Ok(List(vec![knob("v", false), knob("zicbom", false)])));
+        assert_eq!(isa("-V"), Ok(List(vec![knob("v", false)])));
+        assert_eq!(sbi("-pmu,+susp"), Ok(List(vec![knob("pmu", false), knob("susp", true)])));
+    }
+
+    #[test]
+    fn a_list_of_extensions_that_is_none_is_refused() {
+        for text in ["", "v", "host,", "-v,host", "host-v", "-v,", "--cpus", "-", "+", "-v w", "-é"]
+        {
+            assert!(isa(text).is_err(), "{text}");
+        }
+        assert!(sbi("host").is_err(), "the SBI extensions are not the host's but KVM's");
+    }
+
+    #[test]
+    fn identification_registers_are_given_by_key() {
+        let id = cpu_id("vendor=0x5b7,impl=1").expect("two of three");
+        assert_eq!(id, CpuId { vendor: Some(0x5b7), arch: None, imp: Some(1) });
+        for text in ["", "vendor", "vendor=", "model=1", "arch=1,arch=2", "arch=x", "arch=1,"] {
+            assert!(cpu_id(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn harts_are_pinned_in_pairs() {
+        assert_eq!(affinity("0=2,1=3"), Ok(List(vec![(0, 2), (1, 3)])));
+        for text in ["", "0", "0=", "=1", "0=1,", "0=-1", "a=b", "0=1=2", "0=99999999999"] {
+            assert!(affinity(text).expect_err(text).contains("HART=CPU"), "{text}");
+        }
+    }
+
+    #[test]
+    fn there_are_six_log_levels() {
+        assert_eq!(level("off"), Ok(LevelFilter::Off));
+        assert_eq!(level("trace"), Ok(LevelFilter::Trace));
+        assert_eq!(level("WARN"), Ok(LevelFilter::Warn));
+        assert!(level("loud").expect_err("no level").contains("none of off"));
+    }
+}

@@ -1,0 +1,379 @@
+//! What of a configuration can be checked before a file is opened or the host is asked.
+
+use std::error::Error as StdError;
+use std::ops::Deref;
+
+use rvmm_boot::error::Size;
+use rvmm_devices::{Model, Options, Placement};
+
+use super::{
+    BootConfig, CpuConfig, KnobChange, MAX_CPUS, MAX_MEM, MAX_NAME, MAX_SOCKET_PATH, MEM_STEP,
+    MIN_MEM, SerialConfig, VmConfig,
+};
+use crate::error::Error;
+
+/// A configuration that was checked: it contradicts neither itself nor what rvmm has. Files, KVM and the host are not
+/// asked yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ValidConfig(VmConfig);
+
+impl Deref for ValidConfig {
+    type Target = VmConfig;
+
+    fn deref(&self) -> &VmConfig {
+        &self.0
+    }
+}
+
+impl ValidConfig {
+    /// The configuration, to be changed and checked again.
+    #[must_use]
+    pub fn into_inner(self) -> VmConfig {
+        self.0
+    }
+}
+
+impl VmConfig {
+    /// Checks all that can be checked without opening a file or asking the host.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with the first thing that is wrong, its value, and what to do; [`Error::Device`] for a device
+    /// that is not in the catalog or an option that it does not take.
+    pub fn validate(&self) -> Result<ValidConfig, Error> {
+        let mut config = self.clone();
+        config.cpus.count = config.cpus.count.max(1);
+        check_name(&config.name)?;
+        check_mem(config.mem)?;
+        config.cpus.check()?;
+        config.boot.check()?;
+        config.serial.check()?;
+        check_devices(&config.devices)?;
+        Ok(ValidConfig(config))
+    }
+}
+
+fn refuse<T>(what: impl Into<String>) -> Result<T, Error> {
+    Err(Error::Config(what.into()))
+}
+
+fn check_name(name: &str) -> Result<(), Error> {
+    let good = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+    if (1..=MAX_NAME).contains(&name.len()) && name.chars().all(good) {
+        return Ok(());
+    }
+    refuse(format!(
+        "Cannot use --name {}: a name has 1 to {MAX_NAME} letters, digits, '_' and '-'",
+        quoted(name)
+    ))
+}
+
+fn check_mem(mem: u64) -> Result<(), Error> {
+    if mem < MIN_MEM {
+        return refuse(format!(
+            "Cannot use --mem {}: a machine has at least {} (Linux wants 64M or more)",
+            Size(mem),
+            Size(MIN_MEM)
+        ));
+    }
+    if mem > MAX_MEM {
+        return refuse(format!(
+            "Cannot use --mem {}: guest-physical addresses have 56 bits (use less than 65536T)",
+            Size(mem)
+        ));
+    }
+    if !mem.is_multiple_of(MEM_STEP) {
+        return refuse(format!(
+            "Cannot use --mem {}: it is not a multiple of {} (use {})",
+            Size(mem),
+            Size(MEM_STEP),
+            Size(mem.next_multiple_of(MEM_STEP))
+        ));
+    }
+    Ok(())
+}
+
+impl CpuConfig {
+    fn check(&self) -> Result<(), Error> {
+        if self.count > MAX_CPUS {
+            return refuse(format!(
+                "Cannot use --cpus {}: a machine has at most {MAX_CPUS} harts",
+                self.count
+            ));
+        }
+        check_knobs("--isa", &self.isa)?;
+        check_knobs("--sbi", &self.sbi)?;
+        let mut seen = Vec::with_capacity(self.affinity.len());
+        for &(hart, cpu) in &self.affinity {
+            let last = self.count - 1;
+            if hart > last {
+                return refuse(format!(
+                    "Cannot use --affinity {hart}={cpu}: there is no hart {hart} (the last one is {last}; see --cpus)"
+                ));
+            }
+            if seen.contains(&hart) {
+                return refuse(format!(
+                    "Cannot use --affinity {hart}={cpu}: hart {hart} is pinned twice (leave one out)"
+                ));
+            }
+            seen.push(hart);
+        }
+        Ok(())
+    }
+}
+
+fn check_knobs(flag: &str, knobs: &[KnobChange]) -> Result<(), Error> {
+    for (index, knob) in knobs.iter().enumerate() {
+        let good = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+        if knob.name.is_empty() || !knob.name.chars().all(good) {
+            return refuse(format!(
+                "Cannot use {flag} {}: an extension's name has lower-case letters and digits only",
+                quoted(&knob.name)
+            ));
+        }
+        if knobs.iter().take(index).any(|other| other.name == knob.name) {
+            return refuse(format!(
+                "Cannot use {flag}: {} is given twice (leave one out)",
+                knob.name
+            ));
+        }
+    }
+    Ok(())
+}
+
+impl BootConfig {
+    fn check(&self) -> Result<(), Error> {
+        if self.kernel.is_some() || !self.load.is_empty() {
+            return Ok(());
+        }
+        match self.entry {
+            Some(entry) => refuse(format!(
+                "Cannot use --entry {entry:#x}: nothing is loaded there (add --kernel FILE or --load FILE@ADDR)"
+            )),
+            None => {
+                refuse("Nothing to run: give --kernel FILE or --load FILE@ADDR (see rvmm --help)")
+            }
+        }
+    }
+}
+
+impl SerialConfig {
+    fn check(&self) -> Result<(), Error> {
+        let path = match self {
+            Self::Unix(path) | Self::File(path) => path,
+            Self::Stdio | Self::Null | Self::Pty => return Ok(()),
+        };
+        let len = path.as_os_str().len();
+        if len == 0 {
+            return refuse("Cannot use --serial: its path is empty (write file:PATH or unix:PATH)");
+        }
+        if matches!(self, Self::Unix(_)) && len > MAX_SOCKET_PATH {
+            return refuse(format!(
+                "Cannot use --serial unix:PATH: the path has {len} bytes, a socket's at most {MAX_SOCKET_PATH} (use a shorter one)"
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Names and keys only: what a value may be is its model's to say, when it is built.
+fn check_devices(devices: &[String]) -> Result<(), Error> {
+    let mut fixed = Vec::new();
+    for text in devices {
+        let refused = |error: &dyn StdError| {
+            Error::Device(format!("Cannot use --device {}: {error}", quoted(text)))
+        };
+        let options = Options::parse(text).map_err(|error| refused(&error))?;
+        let model = Model::find(options.name()).map_err(|error| refused(&error))?;
+        options.check(model.keys).map_err(|error| refused(&error))?;
+        if model.placement == Placement::Fixed {
+            if fixed.contains(&model.name) {
+                return Err(Error::Device(format!(
+                    "Cannot use --device {}: a machine has one {} only (leave one out)",
+                    quoted(text),
+                    model.name
+                )));
+            }
+            fixed.push(model.name);
+        }
+    }
+    Ok(())
+}
+
+/// A user's text as it may stand in a message: in quotes, without control characters, not longer than a line.
+pub(crate) fn quoted(text: &str) -> String {
+    const MOST: usize = 80;
+    let mut out = String::from("'");
+    for c in text.chars().take(MOST) {
+        if c.is_control() { out.extend(c.escape_default()) } else { out.push(c) }
+    }
+    out.push_str(if text.chars().nth(MOST).is_some() { "...'" } else { "'" });
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+    use crate::config::LoadConfig;
+
+    fn bootable() -> VmConfig {
+        let mut config = VmConfig::default();
+        config.boot.kernel = Some("Image".into());
+        config
+    }
+
+    /// The refusal of a bootable machine after `change`.
+    fn refusal(change: impl FnOnce(&mut VmConfig)) -> String {
+        let mut config = bootable();
+        change(&mut config);
+        let error = config.validate().expect_err("the change makes it invalid");
+        assert_eq!(error.exit_code(), crate::error::EXIT_USAGE);
+        let text = error.to_string();
+        assert!(!text.contains('\n'), "one line: {text}");
+        text
+    }
+
+    #[test]
+    fn a_kernel_is_all_that_a_machine_needs() {
+        let valid = bootable().validate().expect("the defaults are valid");
+        assert_eq!(valid.mem, 512 << 20);
+        assert_eq!(valid.cpus.count, 1);
+        assert_eq!(valid.into_inner(), bootable());
+    }
+
+    #[test]
+    fn a_flat_binary_with_an_entry_needs_no_kernel() {
+        let mut config = VmConfig::default();
+        config.boot.load = vec![LoadConfig { file: "a.bin".into(), addr: 0x8000_0000 }];
+        config.boot.entry = Some(0x8000_0000);
+        config.validate().expect("a flat binary can be started");
+    }
+
+    #[test]
+    fn nothing_to_run_is_refused() {
+        let text = refusal(|config| config.boot.kernel = None);
+        assert!(text.contains("--kernel") && text.contains("--load"), "{text}");
+    }
+
+    #[test]
+    fn an_entry_without_anything_loaded_is_refused() {
+        let text = refusal(|config| {
+            config.boot.kernel = None;
+            config.boot.entry = Some(0x8000_0000);
+        });
+        assert!(text.contains("--entry 0x80000000"), "{text}");
+    }
+
+    #[test]
+    fn no_harts_at_all_means_one() {
+        let mut config = bootable();
+        config.cpus.count = 0;
+        assert_eq!(config.validate().expect("0 is taken as 1").cpus.count, 1);
+    }
+
+    #[test]
+    fn the_most_harts_are_accepted_and_one_more_is_refused() {
+        let mut config = bootable();
+        config.cpus.count = MAX_CPUS;
+        config.validate().expect("the limit itself is fine");
+        assert!(refusal(|config| config.cpus.count = MAX_CPUS + 1).contains("--cpus 513"));
+    }
+
+    #[test]
+    fn memory_that_is_too_small_too_large_or_odd_is_refused_with_what_to_do() {
+        assert!(refusal(|config| config.mem = 0).contains("--mem 0"));
+        assert!(refusal(|config| config.mem = MIN_MEM - MEM_STEP).contains("at least 16M"));
+        assert!(refusal(|config| config.mem = (17 << 20) + 1).contains("use 18M"));
+        assert!(refusal(|config| config.mem = u64::MAX).contains("56 bits"));
+        let mut config = bootable();
+        config.mem = MAX_MEM;
+        config.validate().expect("the limit itself is fine");
+    }
+
+    #[test]
+    fn names_are_short_and_plain() {
+        let long = "n".repeat(MAX_NAME + 1);
+        for name in ["", "two words", "../../etc", "a\nb", "\u{1b}[31m", "n\0", "ä", long.as_str()]
+        {
+            let text = refusal(|config| config.name = name.into());
+            assert!(text.contains("--name") && !text.contains('\u{1b}'), "{text}");
+        }
+        let mut config = bootable();
+        config.name = "n".repeat(MAX_NAME);
+        config.validate().expect("64 letters are fine");
+    }
+
+    #[test]
+    fn a_hart_that_does_not_exist_cannot_be_pinned() {
+        let text = refusal(|config| config.cpus.affinity = vec![(0, 2), (1, 3)]);
+        assert!(text.contains("--affinity 1=3") && text.contains("no hart 1"), "{text}");
+    }
+
+    #[test]
+    fn a_hart_is_pinned_once() {
+        let text = refusal(|config| config.cpus.affinity = vec![(0, 2), (0, 3)]);
+        assert!(text.contains("pinned twice"), "{text}");
+    }
+
+    #[test]
+    fn two_harts_may_share_a_host_cpu() {
+        let mut config = bootable();
+        config.cpus.count = 2;
+        config.cpus.affinity = vec![(0, 0), (1, 0)];
+        config.validate().expect("sharing is slow, not wrong");
+    }
+
+    #[test]
+    fn an_extension_is_named_once_and_in_lower_case() {
+        let knob = |name: &str, on| KnobChange { name: name.into(), on };
+        let twice = vec![knob("v", false), knob("v", true)];
+        assert!(refusal(|config| config.cpus.isa = twice).contains("given twice"));
+        assert!(
+            refusal(|config| config.cpus.sbi = vec![knob("PMU", false)]).contains("--sbi 'PMU'")
+        );
+        assert!(refusal(|config| config.cpus.sbi = vec![knob("", false)]).contains("--sbi"));
+    }
+
+    #[test]
+    fn a_socket_path_that_no_socket_can_have_is_refused() {
+        let path = PathBuf::from("s".repeat(MAX_SOCKET_PATH + 1));
+        assert!(refusal(|config| config.serial = SerialConfig::Unix(path)).contains("108 bytes"));
+        assert!(
+            refusal(|config| config.serial = SerialConfig::File(PathBuf::new()))
+                .contains("--serial")
+        );
+    }
+
+    #[test]
+    fn devices_and_their_options_are_looked_up_in_the_catalog() {
+        let device = |text: &str| refusal(|config| config.devices = vec![text.into()]);
+        let text = device("floppy");
+        assert!(text.contains("floppy") && text.contains("serial"), "lists the known ones: {text}");
+        assert!(device("rtc,colour=red").contains("colour"));
+        assert!(device("rtc,").contains("--device"));
+        assert!(device("").contains("--device"));
+        assert!(
+            refusal(|config| config.devices = vec!["rtc".into(), "rtc".into()])
+                .contains("one rtc only")
+        );
+    }
+
+    #[test]
+    fn a_text_is_quoted_short_and_harmless() {
+        assert_eq!(quoted("a\u{7}b"), "'a\\u{7}b'");
+        let long = quoted(&"x".repeat(100_000));
+        assert!(long.len() < 100 && long.ends_with("...'"), "{long}");
+    }
+
+    #[test]
+    fn a_configuration_survives_json_and_unknown_keys_are_refused() {
+        let text = serde_json::to_string(&bootable()).expect("plain data");
+        assert_eq!(serde_json::from_str::<VmConfig>(&text).expect("its own output"), bootable());
+        assert!(serde_json::from_str::<VmConfig>(r#"{"memory": 1}"#).is_err());
+        let sparse: VmConfig =
+            serde_json::from_str(r#"{"boot":{"kernel":"Image"},"cpus":{"isa":[]}}"#)
+                .expect("all has a default");
+        assert_eq!(sparse.validate().expect("valid").cpus.count, 1);
+    }
+}

@@ -1,0 +1,210 @@
+//! The command from outside: what it prints where, and how it ends. Runs on any machine.
+
+use std::process::{Command, Output, Stdio};
+
+fn rvmm(args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_rvmm"));
+    command.args(args).env_remove("RVMM_LOG").stdin(Stdio::null());
+    command.output().expect("the program starts")
+}
+
+fn stdout(output: &Output) -> &str {
+    std::str::from_utf8(&output.stdout).expect("UTF-8")
+}
+
+fn stderr(output: &Output) -> &str {
+    std::str::from_utf8(&output.stderr).expect("UTF-8")
+}
+
+/// The text of a command that succeeds and has nothing to complain about.
+fn text(args: &[&str]) -> String {
+    let output = rvmm(args);
+    assert_eq!(output.status.code(), Some(0), "{args:?}: {}", stderr(&output));
+    assert_eq!(stderr(&output), "", "{args:?}");
+    stdout(&output).to_owned()
+}
+
+/// The message of a command that is refused as a mistake of the user's.
+fn mistake(args: &[&str]) -> String {
+    let output = rvmm(args);
+    assert_eq!(output.status.code(), Some(2), "{args:?}: {}", stderr(&output));
+    assert_eq!(stdout(&output), "", "{args:?}");
+    let message = stderr(&output);
+    assert!(message.starts_with("rvmm: ") && message.ends_with('\n'), "{message:?}");
+    assert_eq!(message.lines().count(), 1, "one line: {message:?}");
+    message.to_owned()
+}
+
+/// Gives `input` to a program; `None`, said aloud, where the program is not installed.
+fn checked_by(program: &str, args: &[&str], input: &str) -> Option<Output> {
+    let file = tempfile::NamedTempFile::new().expect("a temporary file");
+    std::fs::write(file.path(), input).expect("a temporary file");
+    match Command::new(program).args(args).arg(file.path()).stdin(Stdio::null()).output() {
+        Ok(output) => Some(output),
+        Err(error) => {
+            eprintln!("SKIPPED: {program} is not installed: {error}");
+            None
+        }
+    }
+}
+
+#[test]
+fn help_goes_to_standard_output_and_has_examples() {
+    let help = text(&["--help"]);
+    assert!(help.contains("Usage: rvmm"));
+    assert!(help.contains("rvmm --kernel Image --mem 512M\n"));
+    assert!(help.contains("Exit codes:"));
+    assert!(help.lines().all(|line| line.chars().count() <= 120));
+    let short = text(&["-h"]);
+    assert!(short.contains("--kernel <FILE>") && !short.contains("Examples:\n"));
+    assert!(text(&["run", "--help"]).contains("--dump-dtb"));
+    assert!(text(&["doctor", "--help"]).contains("--json"));
+}
+
+#[test]
+fn the_version_is_one_line() {
+    assert_eq!(text(&["--version"]), format!("rvmm {}\n", env!("CARGO_PKG_VERSION")));
+    assert_eq!(text(&["-V"]), text(&["--version"]));
+}
+
+#[test]
+fn a_reader_that_has_seen_enough_is_no_error() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_rvmm"))
+        .arg("man")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    drop(child.stdout.take());
+    let output = child.wait_with_output().expect("it ends");
+    assert_eq!((output.status.code(), stderr(&output)), (Some(0), ""));
+}
+
+#[test]
+fn a_full_disk_under_standard_output_is_said() {
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full");
+    let Ok(full) = full else {
+        eprintln!("SKIPPED: no /dev/full here");
+        return;
+    };
+    let output = Command::new(env!("CARGO_BIN_EXE_rvmm")).arg("--version").stdout(full).output();
+    let output = output.expect("the program starts");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("standard output"));
+}
+
+#[test]
+fn mistakes_end_with_code_2_and_one_line_that_names_flag_and_value() {
+    for (args, parts) in [
+        (&["--kernle", "x"][..], &["--kernle", "--kernel"][..]),
+        (&["--mem", "5Q", "--kernel", "x"], &["--mem", "5Q"]),
+        (&["--mem", "0", "--kernel", "x"], &["--mem", "'0'"]),
+        (&["--mem", "99999999999999999999", "--kernel", "x"], &["--mem", "64 bits"]),
+        (&["--cpus", "0", "--kernel", "x"], &["--cpus", "'0'"]),
+        (&["--irqchip", "gic", "--kernel", "x"], &["--irqchip", "gic"]),
+        (&["--initrd", "a", "--no-initrd", "--kernel", "x"], &["--initrd", "--no-initrd"]),
+        (&["--kernel", "a", "--kernel", "b"], &["--kernel", "twice"]),
+        (&["--entry", "0x8000_0000"], &["--entry"]),
+        (&["--affinity", "3=0", "--kernel", "x"], &["--affinity 3=0"]),
+        (&["--device", "floppy", "--kernel", "x"], &["floppy", "serial"]),
+        (&["--name", "two words", "--kernel", "x"], &["--name", "two words"]),
+        (&["--sbi", "pmu", "--kernel", "x"], &["--sbi", "pmu"]),
+        (&["Image"], &["Image", "--kernel"]),
+        (&[], &["--kernel", "--help"]),
+    ] {
+        let message = mistake(args);
+        for part in parts {
+            assert!(message.contains(part), "{args:?} should say {part:?}: {message}");
+        }
+    }
+}
+
+#[test]
+fn the_environment_is_checked_like_a_flag() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_rvmm"));
+    let output =
+        command.args(["--kernel", "x"]).env("RVMM_LOG", "loud").output().expect("it starts");
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("RVMM_LOG='loud'"));
+}
+
+#[test]
+fn a_word_that_is_not_utf_8_is_refused_without_a_panic() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    for args in [
+        [&b"--name"[..], b"\xff"],
+        [b"--mem", b"\xff"],
+        [b"\xff", b"--kernel=x"],
+        [b"--cmdline", b"\xff"],
+    ] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_rvmm"));
+        let output = command.args(args.map(OsStr::from_bytes)).output().expect("it starts");
+        assert_eq!(
+            output.status.code(),
+            Some(2),
+            "{args:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+}
+
+#[test]
+fn the_catalog_is_listed_without_a_kernel() {
+    let list = text(&["--list-devices"]);
+    assert!(list.contains("serial") && list.contains("rtc") && list.contains("offset="));
+    assert_eq!(text(&["--device", "help"]), list);
+}
+
+#[test]
+fn completion_scripts_parse_in_their_shells() {
+    for shell in ["bash", "zsh", "fish"] {
+        let script = text(&["completions", shell]);
+        assert!(script.contains("dump-dtb") && script.contains("doctor"), "{shell}");
+        if let Some(output) = checked_by(shell, &["-n"], &script) {
+            assert!(
+                output.status.success(),
+                "{shell}: {}",
+                String::from_utf8_lossy(&output.stderr)
+            );
+        }
+    }
+}
+
+#[test]
+fn the_manual_page_renders() {
+    let page = text(&["man"]);
+    assert!(page.contains(".TH rvmm 1"));
+    if let Some(output) = checked_by("man", &["--warnings", "-l"], &page) {
+        let rendered = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && rendered.contains("dump"), "{rendered}");
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "", "no warnings");
+    }
+}
+
+#[test]
+fn the_doctor_ends_with_a_verdict_that_its_exit_code_repeats() {
+    let output = rvmm(&["doctor"]);
+    let verdict = stdout(&output).lines().last().unwrap_or_default().to_owned();
+    match output.status.code() {
+        Some(0) => assert_eq!(verdict, "rvmm can run machines here."),
+        Some(1) => assert!(verdict.starts_with("rvmm cannot run machines here: see "), "{verdict}"),
+        other => panic!("{other:?}: {}", stderr(&output)),
+    }
+    let json = rvmm(&["doctor", "--json"]);
+    assert_eq!(json.status.code(), output.status.code());
+    let report: serde_json::Value = serde_json::from_slice(&json.stdout).expect("JSON");
+    assert_eq!(report["can_run"], output.status.code() == Some(0));
+    assert!(report["checks"].as_array().is_some_and(|checks| checks.len() > 5));
+}
+
+#[test]
+fn a_machine_of_another_kind_is_told_so() {
+    if std::env::consts::ARCH == "riscv64" {
+        eprintln!("SKIPPED: this machine is a RISC-V one");
+        return;
+    }
+    let output = rvmm(&["doctor"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stdout(&output).contains("scripts/host"));
+}
