@@ -77,7 +77,8 @@ pub(crate) fn span(name: &str) -> Result<Span, crate::error::Error> {
 
 /// The interrupt sources that a slot may get, in order: all that no row and no PCI pin holds.
 pub fn slot_irqs() -> impl Iterator<Item = u32> {
-    (1..=IRQ_SOURCES).filter(|irq| !(32..=35).contains(irq) && MAP.iter().all(|row| row.irq != *irq))
+    (1..=IRQ_SOURCES)
+        .filter(|irq| !(32..=35).contains(irq) && MAP.iter().all(|row| row.irq != *irq))
 }
 
 #[cfg(test)]
@@ -87,7 +88,12 @@ mod tests {
     #[test]
     fn no_two_rows_overlap_and_none_reaches_ram() {
         for pair in MAP.windows(2) {
-            assert!(pair[0].span.end() <= pair[1].span.base, "{} and {}", pair[0].name, pair[1].name);
+            assert!(
+                pair[0].span.end() <= pair[1].span.base,
+                "{} and {}",
+                pair[0].name,
+                pair[1].name
+            );
         }
         assert!(MAP.last().unwrap().span.end() <= RAM_BASE);
     }
@@ -104,7 +110,10 @@ mod tests {
         let irqs: Vec<u32> = slot_irqs().collect();
         assert!(irqs.len() as u64 >= SLOTS.size / SLOT_SIZE);
         for irq in irqs {
-            assert!(MAP.iter().all(|row| row.irq != irq) && (1..=IRQ_SOURCES).contains(&irq), "{irq}");
+            assert!(
+                MAP.iter().all(|row| row.irq != irq) && (1..=IRQ_SOURCES).contains(&irq),
+                "{irq}"
+            );
         }
     }
 

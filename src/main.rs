@@ -4,5 +4,8 @@ use std::env;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    if rvmm::init::is_wanted() {
+        rvmm::init::main();
+    }
     ExitCode::from(rvmm::cli::main(env::args_os()))
 }

@@ -11,6 +11,7 @@ use super::value::{self, List};
 use super::{logging, output};
 use crate::config::{BootConfig, CpuConfig, InitrdConfig, OnReset, ValidConfig, VmConfig, quoted};
 use crate::error::Error;
+use crate::machine::{Machine, Parts};
 use crate::vcpu::stop::StopReason;
 
 /// This program's file, whatever became of its name since it was started (proc(5)).
@@ -111,10 +112,14 @@ pub(super) fn run(config: ValidConfig, level: LevelFilter) -> u8 {
     }
 }
 
-/// From the first system call for the machine to its end.
-fn live(_config: ValidConfig) -> Result<StopReason, Error> {
-    let source = std::io::ErrorKind::Unsupported.into();
-    Err(Error::Host { what: "Cannot run a machine".into(), source })
+/// From the first system call for the machine to its end. The process is nothing but this machine, so its signals are too.
+fn live(config: ValidConfig) -> Result<StopReason, Error> {
+    let parts = Parts { signals: true, ..Parts::default() };
+    let machine = Machine::build_with(config.into_inner(), parts)?;
+    if let Some(path) = machine.pty() {
+        output::complain(&format!("The console is {}", path.display()));
+    }
+    machine.run()
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ mod regs;
 
 use std::sync::Arc;
 
-use crate::machine::vm::{Vm, VmError};
+use crate::machine::vm::{Hypervisor, Vm, VmError};
 
 /// The kernel's virtualization; nobody has one here.
 #[derive(Debug)]
@@ -28,12 +28,8 @@ pub fn open() -> Result<Kvm, VmError> {
     ))
 }
 
-impl Kvm {
-    /// Makes a virtual machine without memory and harts.
-    ///
-    /// # Errors
-    /// Never called: there is no [`Kvm`].
-    pub fn create_vm(&self) -> Result<Arc<dyn Vm>, VmError> {
+impl Hypervisor for Kvm {
+    fn create_vm(&self) -> Result<Arc<dyn Vm>, VmError> {
         match *self {}
     }
 }

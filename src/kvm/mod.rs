@@ -24,7 +24,7 @@ use kvm_bindings::KVM_API_VERSION;
 
 pub use knobs::check as check_knobs;
 
-use crate::machine::vm::{Vm, VmError};
+use crate::machine::vm::{Hypervisor, Vm, VmError};
 
 /// The kernel's virtualization, opened.
 #[derive(Debug)]
@@ -46,12 +46,8 @@ pub fn open() -> Result<Kvm, VmError> {
     }
 }
 
-impl Kvm {
-    /// Makes a virtual machine without memory and harts.
-    ///
-    /// # Errors
-    /// The kernel has no memory or file descriptor left for one.
-    pub fn create_vm(&self) -> Result<Arc<dyn Vm>, VmError> {
+impl Hypervisor for Kvm {
+    fn create_vm(&self) -> Result<Arc<dyn Vm>, VmError> {
         let fd = self.fd.create_vm();
         let fd =
             fd.map_err(|e| VmError::io("Cannot make a virtual machine", io::Error::from(e)))?;

@@ -1,7 +1,7 @@
 //! The room against a real KVM: a page of hand-assembled instructions per promise.
 
-mod asm;
 mod aia;
+mod asm;
 mod harts;
 mod knobs;
 

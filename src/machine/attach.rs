@@ -13,7 +13,6 @@ use crate::error::Error;
 use crate::layout::{self, SLOT_SIZE, SLOTS};
 
 /// The bus with everything on it, and what the device tree says of it.
-#[derive(Debug)]
 pub(super) struct Attached {
     pub(super) bus: Arc<Bus>,
     pub(super) nodes: Vec<DeviceNode>,
@@ -60,16 +59,12 @@ pub(super) fn attach(extra: &[String], hookup: Hookup<'_>) -> Result<Attached, E
     Ok(Attached { bus: Arc::new(bus), nodes })
 }
 
-/// Checks `extra` as far as that is possible without making a device.
-pub(super) fn check(extra: &[String]) -> Result<(), Error> {
-    for plan in plan(extra)? {
-        plan.options.check(plan.model.keys).map_err(refused)?;
-    }
-    Ok(())
-}
-
 fn plan(extra: &[String]) -> Result<Vec<Plan>, Error> {
-    let extra = extra.iter().map(|text| Options::parse(text)).collect::<Result<Vec<_>, _>>().map_err(refused)?;
+    let extra = extra
+        .iter()
+        .map(|text| Options::parse(text))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(refused)?;
     let mut plans = Vec::new();
     for model in CATALOG.iter().filter(|model| model.placement == Placement::Fixed) {
         let mut given = extra.iter().filter(|options| options.name() == model.name);
@@ -83,7 +78,13 @@ fn plan(extra: &[String]) -> Result<Vec<Plan>, Error> {
         let row = layout::find(model.name).ok_or_else(|| {
             Error::Device(format!("Device {} has no place in the memory map", model.name))
         })?;
-        plans.push(Plan { model, options, label: model.name.into(), base: row.span.base, irq: row.irq });
+        plans.push(Plan {
+            model,
+            options,
+            label: model.name.into(),
+            base: row.span.base,
+            irq: row.irq,
+        });
     }
     let mut slots = (0..SLOTS.size / SLOT_SIZE).zip(layout::slot_irqs());
     for options in extra {
@@ -92,7 +93,11 @@ fn plan(extra: &[String]) -> Result<Vec<Plan>, Error> {
             continue;
         }
         let (slot, irq) = slots.next().ok_or_else(|| {
-            Error::Device(format!("Device {} does not fit: all {} slots are taken", model.name, SLOTS.size / SLOT_SIZE))
+            Error::Device(format!(
+                "Device {} does not fit: all {} slots are taken",
+                model.name,
+                SLOTS.size / SLOT_SIZE
+            ))
         })?;
         let irq = if model.irqs == 0 { 0 } else { irq };
         let label = format!("{}{slot}", model.name);
@@ -110,11 +115,7 @@ fn node(plan: &Plan, size: u64, desc: FdtDesc) -> DeviceNode {
     properties.extend(desc.properties.into_iter().map(|p| property(p, &plan.label)));
     let companions = desc.companions.into_iter().map(|companion| Node {
         name: companion.name.into(),
-        properties: companion
-            .properties
-            .into_iter()
-            .map(|p| property(p, &plan.label))
-            .collect(),
+        properties: companion.properties.into_iter().map(|p| property(p, &plan.label)).collect(),
     });
     DeviceNode {
         label: plan.label.clone(),

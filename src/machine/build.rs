@@ -15,10 +15,9 @@ use crate::config::VmConfig;
 use crate::error::Error;
 use crate::layout::{self, IRQ_SOURCES, RAM_BASE, Span};
 use crate::memory::GuestRam;
-use crate::vcpu::control::Control;
 use crate::vcpu::hart::{Hart, Reg};
 use crate::vcpu::stop::StopReason;
-use crate::vcpu::world::World;
+use crate::vcpu::{Control, World};
 
 /// One life of the guest, from reset to stop. A restart drops it and builds the next.
 ///
@@ -34,12 +33,17 @@ pub(super) struct Board {
 
 impl Board {
     /// Builds a board of `config` on `host`, its first UART wired to `console`.
-    pub(super) fn build(config: &VmConfig, host: &dyn Hypervisor, console: SharedConsole) -> Result<Self, Error> {
+    pub(super) fn build(
+        config: &VmConfig,
+        host: &dyn Hypervisor,
+        console: SharedConsole,
+    ) -> Result<Self, Error> {
         // The user's files come first: a wrong one is found before the host is asked for anything.
         let files = Files::open(config)?;
         let mut ram = GuestRam::new(Span { base: RAM_BASE, size: config.mem }, config.hugepages)?;
         let vm = host.create_vm()?;
-        vm.map_memory(0, RAM_BASE, ram.host_address(), config.mem).map_err(|e| no_memory(config.mem, e))?;
+        vm.map_memory(0, RAM_BASE, ram.host_address(), config.mem)
+            .map_err(|e| no_memory(config.mem, e))?;
         // The first hart made is the boot hart; the in-kernel irqchip wants all harts to exist.
         let mut harts = make_harts(config, vm.as_ref())?;
         let irqchip = vm.create_irqchip(config.irqchip, &aia_plan(config.cpus.count)?)?;
@@ -66,11 +70,8 @@ impl Board {
 }
 
 fn make_harts(config: &VmConfig, vm: &dyn Vm) -> Result<Vec<Box<dyn Hart>>, Error> {
-    let knobs = CpuKnobs {
-        isa: config.cpus.isa.clone(),
-        sbi: config.cpus.sbi.clone(),
-        id: config.cpus.id,
-    };
+    let knobs =
+        CpuKnobs { isa: config.cpus.isa.clone(), sbi: config.cpus.sbi.clone(), id: config.cpus.id };
     if config.cpus.count > vm.max_harts() {
         return Err(Error::Config(format!(
             "{} harts are more than this host's KVM allows (--cpus {} at most)",
@@ -102,7 +103,10 @@ fn point_boot_hart(harts: &mut [Box<dyn Hart>], start: Start) -> Result<(), Erro
 }
 
 fn no_memory(size: u64, source: std::io::Error) -> Error {
-    Error::Memory { what: format!("Cannot give the guest {} MiB of memory", size >> 20), source: Some(source) }
+    Error::Memory {
+        what: format!("Cannot give the guest {} MiB of memory", size >> 20),
+        source: Some(source),
+    }
 }
 
 /// The far end of the power device: what the guest writes there ends the machine.

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::vcpu::control::Control;
+use crate::vcpu::Control;
 use crate::vcpu::stop::StopReason;
 
 /// Stops, pauses and resumes a machine from any thread. Clones mean the same machine.

@@ -23,7 +23,8 @@ impl Lines {
         if let Irqchip::Aia(_) = irqchip {
             return Ok(Self::Aia(Arc::clone(vm)));
         }
-        let outputs = (0..harts).map(|hart| vm.external_line(hart)).collect::<Result<Vec<_>, _>>()?;
+        let outputs =
+            (0..harts).map(|hart| vm.external_line(hart)).collect::<Result<Vec<_>, _>>()?;
         let plic = Plic::new(IRQ_SOURCES, outputs).map_err(|e| Error::Device(e.to_string()))?;
         Ok(Self::Plic(plic))
     }
@@ -33,7 +34,9 @@ impl Lines {
         match self {
             Self::Aia(vm) => Ok(vm.irq_line(number)?),
             Self::Plic(plic) => plic.source(number).ok_or_else(|| {
-                Error::Device(format!("Interrupt source {number} does not exist (1 to {IRQ_SOURCES})"))
+                Error::Device(format!(
+                    "Interrupt source {number} does not exist (1 to {IRQ_SOURCES})"
+                ))
             }),
         }
     }

@@ -38,13 +38,22 @@ impl Files {
         Ok(Self {
             kernel: boot.kernel.as_ref().map(|path| Kernel::open(path, config.mem)).transpose()?,
             initrd: initrd(boot)?,
-            loads: boot.load.iter().map(|l| Load::open(&l.file, l.addr)).collect::<Result<_, _>>()?,
+            loads: boot
+                .load
+                .iter()
+                .map(|l| Load::open(&l.file, l.addr))
+                .collect::<Result<_, _>>()?,
             dtb: boot.dtb.as_ref().map(|path| fdt::open(path)).transpose()?,
         })
     }
 
     /// Places everything, completes the device tree and fills `ram`.
-    pub(super) fn load(&self, boot: &BootConfig, mut board: Board, ram: &mut GuestRam) -> Result<Start, Error> {
+    pub(super) fn load(
+        &self,
+        boot: &BootConfig,
+        mut board: Board,
+        ram: &mut GuestRam,
+    ) -> Result<Start, Error> {
         // The length does not depend on where the initrd comes to lie.
         board.chosen.initrd = self.initrd.as_ref().map(|_| region(ram.span()));
         let draft = match &self.dtb {
@@ -81,7 +90,7 @@ fn initrd(boot: &BootConfig) -> Result<Option<Initrd>, Error> {
         InitrdConfig::File(path) => Ok(Some(Initrd::open(path)?)),
         InitrdConfig::Builtin(exe) => {
             Ok(Some(init::initramfs(exe, init::host_busybox().as_deref())?))
-        },
+        }
     }
 }
 
@@ -103,5 +112,9 @@ fn write(ram: &GuestRam, addr: u64, bytes: &[u8], name: &str) -> Result<(), Erro
 }
 
 fn dump(path: &Path, tree: &[u8]) -> Result<(), Error> {
-    fs::write(path, tree).map_err(|source| Error::File { verb: "write", path: PathBuf::from(path), source })
+    fs::write(path, tree).map_err(|source| Error::File {
+        verb: "write",
+        path: PathBuf::from(path),
+        source,
+    })
 }

@@ -20,7 +20,7 @@ use crate::error::Error;
 use crate::io_loop::IoLoop;
 use crate::kvm;
 use crate::terminal::{self, Console};
-use crate::vcpu::run::spawn_hart;
+use crate::vcpu::spawn_hart;
 use crate::vcpu::stop::StopReason;
 
 mod attach;
@@ -80,8 +80,7 @@ impl Machine {
     /// # Errors
     /// As [`Machine::build`].
     pub fn build_with(config: VmConfig, parts: Parts) -> Result<Self, Error> {
-        config.validate()?;
-        attach::check(&config.devices)?;
+        let config = config.validate()?.into_inner();
         let handle = Handle::new();
         let host = match parts.hypervisor {
             Some(host) => host,
@@ -133,7 +132,10 @@ impl Machine {
     pub fn start(self) -> Result<Running, Error> {
         let handle = self.handle();
         let thread = thread::Builder::new().name("machine".into()).spawn(move || self.run());
-        Ok(Running { handle, thread: thread.map_err(|e| host("start the thread of a machine", e))? })
+        Ok(Running {
+            handle,
+            thread: thread.map_err(|e| host("start the thread of a machine", e))?,
+        })
     }
 }
 
@@ -155,7 +157,12 @@ impl Running {
 }
 
 /// One life of the guest: from letting the harts go until all threads have ended.
-fn live(mut board: Board, config: &VmConfig, handle: &Handle, signals: bool) -> Result<StopReason, Error> {
+fn live(
+    mut board: Board,
+    config: &VmConfig,
+    handle: &Handle,
+    signals: bool,
+) -> Result<StopReason, Error> {
     let mut io = IoLoop::new(Arc::clone(&board.bus)).map_err(|e| host("make the event loop", e))?;
     if signals {
         let stopper = handle.clone();
@@ -165,7 +172,8 @@ fn live(mut board: Board, config: &VmConfig, handle: &Handle, signals: bool) -> 
     let mut threads = Vec::new();
     let mut failed = None;
     for hart in board.harts.drain(..) {
-        let pinned = config.cpus.affinity.iter().find(|(id, _)| *id == hart.id()).map(|(_, cpu)| *cpu);
+        let pinned =
+            config.cpus.affinity.iter().find(|(id, _)| *id == hart.id()).map(|(_, cpu)| *cpu);
         let what = format!("start hart {}", hart.id());
         match spawn_hart(hart, Arc::clone(&board.world), Arc::clone(&board.control), pinned) {
             Ok(thread) => threads.push(thread),

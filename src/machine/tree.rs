@@ -2,7 +2,9 @@
 
 use rustix::rand::{GetRandomFlags, getrandom};
 use rvmm_boot::Region;
-use rvmm_boot::fdt::{Board, Chosen, Cpu, DeviceNode, Irqchip as Controller, Isa, MmuType, PlicContexts};
+use rvmm_boot::fdt::{
+    Board, Chosen, Cpu, DeviceNode, Irqchip as Controller, Isa, MmuType, PlicContexts,
+};
 
 use super::vm::{CpuFacts, Irqchip};
 use crate::error::Error;
@@ -26,7 +28,10 @@ pub(super) fn board(facts: &Facts<'_>, devices: Vec<DeviceNode>) -> Result<Board
         compatible: vec!["rvmm,virt".into(), "riscv-virtio".into()],
         cpus: (0..facts.harts).map(|hartid| Cpu { hartid, ..cpu.clone() }).collect(),
         timebase_frequency: u32::try_from(facts.cpu.timebase_hz).map_err(|_| {
-            Error::Config(format!("A timebase of {} Hz does not fit a device tree", facts.cpu.timebase_hz))
+            Error::Config(format!(
+                "A timebase of {} Hz does not fit a device tree",
+                facts.cpu.timebase_hz
+            ))
         })?,
         memory: vec![region(facts.ram)],
         chosen: chosen(facts.cmdline)?,
@@ -45,7 +50,11 @@ fn describe(facts: &CpuFacts) -> Result<Cpu, Error> {
         8 => MmuType::Sv39,
         9 => MmuType::Sv48,
         10 => MmuType::Sv57,
-        other => return Err(Error::Config(format!("The host's satp mode {other} is not one that rvmm knows"))),
+        other => {
+            return Err(Error::Config(format!(
+                "The host's satp mode {other} is not one that rvmm knows"
+            )));
+        }
     };
     Ok(Cpu {
         hartid: 0,

@@ -74,7 +74,8 @@ fn install() -> Result<(), Error> {
         return Ok(());
     }
     // SAFETY: an all-zero sigaction is valid (default action, empty mask).
-    let (mut new, mut old): (libc::sigaction, libc::sigaction) = unsafe { (mem::zeroed(), mem::zeroed()) };
+    let (mut new, mut old): (libc::sigaction, libc::sigaction) =
+        unsafe { (mem::zeroed(), mem::zeroed()) };
     new.sa_sigaction = on_sigbus as *const () as usize;
     new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
     // SAFETY: reads the present action into a valid place; changes nothing.
@@ -85,7 +86,11 @@ fn install() -> Result<(), Error> {
         return if read == 0 { Ok(()) } else { Err(refused()) };
     }
     // SAFETY: the handler only does what is async-signal-safe (atomics, mmap, sigaction, and the previous handler).
-    if unsafe { libc::sigaction(libc::SIGBUS, &raw const new, ptr::null_mut()) } == 0 { Ok(()) } else { Err(refused()) }
+    if unsafe { libc::sigaction(libc::SIGBUS, &raw const new, ptr::null_mut()) } == 0 {
+        Ok(())
+    } else {
+        Err(refused())
+    }
 }
 
 fn refused() -> Error {
@@ -126,7 +131,8 @@ fn pass_on(signal: i32, about: *mut libc::siginfo_t, context: *mut c_void) {
         unsafe { libc::sigaction(libc::SIGBUS, previous, ptr::null_mut()) };
     } else if previous.sa_flags & libc::SA_SIGINFO != 0 {
         // SAFETY: an action with SA_SIGINFO is a function of this type (sigaction(2)).
-        let next: extern "C" fn(i32, *mut libc::siginfo_t, *mut c_void) = unsafe { mem::transmute(action) };
+        let next: extern "C" fn(i32, *mut libc::siginfo_t, *mut c_void) =
+            unsafe { mem::transmute(action) };
         next(signal, about, context);
     } else {
         // SAFETY: an action without SA_SIGINFO that is neither default nor ignore is a function of this type.

@@ -123,7 +123,13 @@ impl GuestRam {
     ///
     /// # Errors
     /// The range is not RAM, or the file cannot be read.
-    pub fn place_file(&mut self, addr: u64, file: &Arc<File>, offset: u64, len: u64) -> Result<(), Error> {
+    pub fn place_file(
+        &mut self,
+        addr: u64,
+        file: &Arc<File>,
+        offset: u64,
+        len: u64,
+    ) -> Result<(), Error> {
         if !self.contains(addr, len) {
             return Err(Error::Memory {
                 what: format!("Cannot place {len} bytes at {addr:#x}: not inside guest RAM"),
@@ -154,7 +160,8 @@ impl GuestRam {
                 what: "Cannot read a file into guest memory: did it shrink?".into(),
                 source: Some(source),
             })?;
-            self.write(addr + done, part).map_err(|e| Error::Memory { what: e.to_string(), source: None })?;
+            self.write(addr + done, part)
+                .map_err(|e| Error::Memory { what: e.to_string(), source: None })?;
             done += want as u64;
         }
         Ok(())

@@ -64,9 +64,15 @@ impl Reservation {
         // SAFETY: `ram..ram + size` is mapped readable and writable, and stays so until `self` is dropped; GuestRam
         // drops every region before.
         let region = unsafe {
-            MmapRegion::build_raw(self.ram.cast(), self.size, prot, MapFlags::PRIVATE.bits().cast_signed())
+            MmapRegion::build_raw(
+                self.ram.cast(),
+                self.size,
+                prot,
+                MapFlags::PRIVATE.bits().cast_signed(),
+            )
         };
-        region.map_err(|e| Error::Memory { what: format!("Cannot use guest RAM: {e}"), source: None })
+        region
+            .map_err(|e| Error::Memory { what: format!("Cannot use guest RAM: {e}"), source: None })
     }
 
     pub(super) fn address(&self) -> usize {
@@ -85,15 +91,21 @@ impl Reservation {
     pub(super) fn overlay(&self, at: u64, file: &File, offset: u64, len: u64) -> Result<(), Error> {
         let fits = at.checked_add(len).is_some_and(|end| end <= self.size as u64);
         let (Ok(at), Ok(len), true) = (usize::try_from(at), usize::try_from(len), fits) else {
-            return Err(Error::Memory { what: "Cannot map a file outside guest RAM".into(), source: None });
+            return Err(Error::Memory {
+                what: "Cannot map a file outside guest RAM".into(),
+                source: None,
+            });
         };
         let prot = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
         // SAFETY: the target lies inside our RAM mapping (checked above), which nobody holds references into: all
         // accesses are volatile copies.
-        unsafe { mmap(self.ram.wrapping_byte_add(at), len, prot, flags, file, offset) }.map_err(|e| {
-            Error::Memory { what: "Cannot map a file into guest memory".into(), source: Some(e.into()) }
-        })?;
+        unsafe { mmap(self.ram.wrapping_byte_add(at), len, prot, flags, file, offset) }.map_err(
+            |e| Error::Memory {
+                what: "Cannot map a file into guest memory".into(),
+                source: Some(e.into()),
+            },
+        )?;
         Ok(())
     }
 }
@@ -115,5 +127,7 @@ fn too_much(size: u64, huge: bool) -> String {
              /proc/sys/vm/nr_hugepages, or leave --hugepages out)"
         );
     }
-    format!("Cannot take {mib} MiB of guest RAM (give less with --mem, or raise the limit: ulimit -v)")
+    format!(
+        "Cannot take {mib} MiB of guest RAM (give less with --mem, or raise the limit: ulimit -v)"
+    )
 }

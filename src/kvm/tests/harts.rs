@@ -31,7 +31,9 @@ fn a_call_carries_its_arguments_out_and_its_answer_in() {
 
 #[test]
 fn a_load_from_where_nothing_is_takes_what_the_exit_was_filled_with() {
-    for (funct3, len, value) in [(4, 1, 0x81_u64), (5, 2, 0x8001), (6, 4, 0x8000_0001), (3, 8, 1 << 63 | 1)] {
+    for (funct3, len, value) in
+        [(4, 1, 0x81_u64), (5, 2, 0x8001), (6, 4, 0x8000_0001), (3, 8, 1 << 63 | 1)]
+    {
         let code = [&li(T0, 0x1000_0000)[..], &[load(funct3, A0, T0, 8)], &call()].concat();
         let guest = Guest::new(&code);
         let mut hart = guest.hart(0);

@@ -7,10 +7,9 @@ use crate::machine::vm::{CpuFacts, VmError};
 
 fn knobs(isa: &str, sbi: &str) -> CpuKnobs {
     let parse = |list: &str| {
-        let changes = list.split_whitespace().map(|word| KnobChange {
-            name: word[1..].into(),
-            on: word.starts_with('+'),
-        });
+        let changes = list
+            .split_whitespace()
+            .map(|word| KnobChange { name: word[1..].into(), on: word.starts_with('+') });
         changes.collect()
     };
     CpuKnobs { isa: parse(isa), sbi: parse(sbi), id: CpuId::default() }
@@ -151,7 +150,9 @@ fn an_sbi_extension_switched_off_is_not_found_by_the_guest() {
 #[test]
 fn the_guest_sees_the_cpu_id_that_was_asked_for() {
     let id = CpuId { vendor: Some(0x1234), arch: Some(0x5678), imp: None };
-    let ask = |fid: u32| [&li(A7, 0x10)[..], &[addi(A6, ZERO, fid), ECALL], &li(A7, 0x0900_0000), &[ECALL]].concat();
+    let ask = |fid: u32| {
+        [&li(A7, 0x10)[..], &[addi(A6, ZERO, fid), ECALL], &li(A7, 0x0900_0000), &[ECALL]].concat()
+    };
     for (fid, expected) in [(4, 0x1234), (5, 0x5678)] {
         let guest = Guest::new(&ask(fid));
         let mut hart = guest.hart_with(0, &CpuKnobs { id, ..CpuKnobs::default() });

@@ -1,0 +1,59 @@
+//! The small prompt: lines from the console, commands, and whatever programs there are. The terminal does the editing.
+
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+
+use rustix::io::Errno;
+use rustix::termios::{OptionalActions, SpecialCodeIndex, tcgetattr, tcsetattr};
+
+use super::commands::Shell;
+use super::session::PROMPT;
+use super::words;
+use crate::signals;
+
+/// More than the terminal gives at once (N_TTY_BUF_SIZE).
+const MAX_LINE: usize = 4096;
+
+/// Reads and obeys until the end of the input.
+pub(super) fn run() {
+    without_suspend(io::stdin());
+    // Ctrl-C is for what runs: programs end by it, since they start with the signal at its default, the prompt does not.
+    let Ok(interrupts) = signals::watch(&[libc::SIGINT, libc::SIGQUIT, libc::SIGTSTP]) else {
+        eprintln!("rvmm: cannot take signals");
+        return;
+    };
+    let mut shell = Shell::new(interrupts);
+    println!("help lists the commands; poweroff ends the machine.");
+    let mut buffer = [0; MAX_LINE];
+    loop {
+        print!("{PROMPT}");
+        let _ = io::stdout().flush();
+        match rustix::io::read(io::stdin(), &mut buffer) {
+            Ok(0) => break println!(),
+            Ok(count) => obey(&mut shell, buffer.get(..count).unwrap_or_default()),
+            Err(Errno::INTR) => println!(),
+            Err(_) => break,
+        }
+    }
+}
+
+fn obey(shell: &mut Shell, typed: &[u8]) {
+    for line in String::from_utf8_lossy(typed).lines() {
+        let result = match words::split(line) {
+            Ok(words) => shell.run(&words),
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(error) = result {
+            eprintln!("{error}");
+        }
+    }
+}
+
+/// There is no job control, so nothing could wake up what Ctrl-Z has stopped.
+fn without_suspend(terminal: impl AsFd) {
+    if let Ok(mut mode) = tcgetattr(&terminal) {
+        // _POSIX_VDISABLE
+        mode.special_codes[SpecialCodeIndex::VSUSP] = 0;
+        let _ = tcsetattr(&terminal, OptionalActions::Now, &mode);
+    }
+}
