@@ -1,13 +1,14 @@
 /*
  * Runs one command in the RISC-V host on behalf of scripts/host, and ends everything it started when the caller goes away.
  *
- *   session FOLDER [NAME=VALUE]... -- COMMAND [ARGUMENT]...
- *   session @FILE        the same words, each ended by a zero byte, from a file that is removed
+ *   session NAME FOLDER [VARIABLE=VALUE]... -- COMMAND [ARGUMENT]...
+ *   session @FILE            the same words, each ended by a zero byte, from a file that is removed
+ *   session --end NAME...    ends these sessions, and forbids those that have yet to start
  *
  * It runs as the child of the SSH server. Shells cannot do what it is for:
  *  - the shared folders are mounted afresh for each command (/etc/shares), so that no command sees names or pages which an
  *    earlier one left in the kernel's caches, while the other machine rebuilt the files;
- *  - it notices that the reader of standard output or the terminal is gone, and ends the command;
+ *  - the command ends when its caller does. The SSH server does not say that a caller is gone: scripts/host does, by --end;
  *  - whatever the command left running ends with it, and its exit code is returned (128 + N for signal N, 127 not found).
  */
 #define _GNU_SOURCE
@@ -28,6 +29,8 @@
 #include <unistd.h>
 
 #define GRACE_MS 2000
+#define MARKS "/run/sessions/"
+#define ENDED "/run/ended/"
 
 /* Each line of /etc/shares: TAG FLAGS PATH. FLAGS has an f where every command gets a mount of its own. */
 static void mount_shares(void)
@@ -102,25 +105,38 @@ static int read_words(const char *path, char ***words)
     return count;
 }
 
+/* Whoever comes second of --end and the start of that session sees the file of the first. */
+static int end_sessions(char **names)
+{
+    for (; *names; names++) {
+        char path[256];
+        int pid = 0;
+        snprintf(path, sizeof path, ENDED "%s", *names);
+        close(open(path, O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
+        snprintf(path, sizeof path, MARKS "%s", *names);
+        FILE *mark = fopen(path, "re");
+        if (!mark)
+            continue;
+        if (fscanf(mark, "%d", &pid) == 1 && pid > 1)
+            kill(pid, SIGTERM);
+        fclose(mark);
+    }
+    return 0;
+}
+
 int main(int argc, char **argv)
 {
-    int at = 2, status = 0, ended = 0, gone = 0;
+    int at = 3, status = 0, ended = 0, gone = 0;
+    if (argc > 1 && !strcmp(argv[1], "--end"))
+        return end_sessions(argv + 2);
     if (argc == 2 && argv[1][0] == '@')
         argc = read_words(argv[1] + 1, &argv);
     for (; at < argc && strcmp(argv[at], "--"); at++)
         putenv(argv[at]);
     if (++at >= argc) {
-        fprintf(stderr, "usage: session FOLDER [NAME=VALUE]... -- COMMAND [ARGUMENT]...\n");
+        fprintf(stderr, "usage: session NAME FOLDER [VARIABLE=VALUE]... -- COMMAND [ARGUMENT]...\n");
         return 2;
     }
-
-    char mark[64];
-    snprintf(mark, sizeof mark, "/run/sessions/%d", (int)getpid());
-    close(open(mark, O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
-
-    mount_shares();
-    if (chdir(argv[1]) && chdir("/root"))
-        perror("session: cannot change to /root");
 
     sigset_t signals, before;
     sigemptyset(&signals);
@@ -132,6 +148,24 @@ int main(int argc, char **argv)
     sigaddset(&signals, SIGTSTP);
     sigprocmask(SIG_BLOCK, &signals, &before);
     int news = signalfd(-1, &signals, SFD_CLOEXEC);
+
+    char mark[256], end[256];
+    snprintf(mark, sizeof mark, MARKS "%s", argv[1]);
+    snprintf(end, sizeof end, ENDED "%s", argv[1]);
+    FILE *file = fopen(mark, "we");
+    if (file) {
+        fprintf(file, "%d\n", (int)getpid());
+        fclose(file);
+    }
+    if (!access(end, F_OK)) {
+        unlink(mark);
+        return 128 + SIGTERM;
+    }
+
+    mount_shares();
+    if (chdir(argv[2]) && chdir("/root"))
+        perror("session: cannot change to /root");
+
     prctl(PR_SET_CHILD_SUBREAPER, 1);
 
     int terminal = isatty(0);
@@ -178,8 +212,9 @@ int main(int argc, char **argv)
         if (gone && !ended) {
             if (!deadline) {
                 deadline = now_ms() + GRACE_MS;
-                kill(terminal ? child : -child, SIGTERM);
-                kill(terminal ? child : -child, SIGCONT);
+                /* A child that has not come to its setsid() yet has no group. */
+                if (terminal || kill(-child, SIGTERM))
+                    kill(child, SIGTERM);
             } else if (now_ms() >= deadline) {
                 kill(child, SIGKILL);
             }
