@@ -84,7 +84,7 @@ enum Program {
 }
 
 /// Offsets and values of the ELF-64 header and the program header (System V ABI, gABI 4.1, chapters 4 and 5).
-mod elf {
+mod field {
     pub(super) const HEADER_LEN: usize = 64;
     /// Magic, 64 bits, little-endian.
     pub(super) const IDENT: &[u8] = b"\x7fELF\x02\x01";
@@ -99,31 +99,30 @@ mod elf {
 impl Program {
     fn of(path: &Path) -> io::Result<Self> {
         let file = File::open(path)?;
-        if !file.metadata()?.is_file() {
+        let metadata = file.metadata()?;
+        // Nothing past the end is asked for, so a damaged file is no error, but no program either.
+        let reaches = |end: Option<u64>| end.is_some_and(|end| end <= metadata.len());
+        let mut header = [0; field::HEADER_LEN];
+        if !metadata.is_file() || !reaches(Some(field::HEADER_LEN as u64)) {
             return Ok(Self::Foreign);
         }
-        let mut header = [0; elf::HEADER_LEN];
-        match file.read_exact_at(&mut header, 0) {
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(Self::Foreign),
-            result => result?,
-        }
-        if !header.starts_with(elf::IDENT) || u16_at(&header, elf::E_MACHINE) != elf::EM_RISCV {
+        file.read_exact_at(&mut header, 0)?;
+        if !header.starts_with(field::IDENT) || u16_at(&header, field::E_MACHINE) != field::EM_RISCV
+        {
             return Ok(Self::Foreign);
         }
-        let offset = header.get(elf::E_PHOFF..).and_then(|rest| rest.first_chunk());
+        let offset = header.get(field::E_PHOFF..).and_then(|rest| rest.first_chunk());
         let offset = u64::from_le_bytes(offset.copied().unwrap_or_default());
-        let size = u64::from(u16_at(&header, elf::E_PHENTSIZE));
-        for index in 0..u64::from(u16_at(&header, elf::E_PHNUM)) {
+        let size = u64::from(u16_at(&header, field::E_PHENTSIZE));
+        for index in 0..u64::from(u16_at(&header, field::E_PHNUM)) {
             let mut kind = [0; 4];
-            // 65,535 entries of 65,535 bytes at most: only the offset can overflow.
-            let Some(at) = offset.checked_add(index * size) else { return Ok(Self::Foreign) };
-            match file.read_exact_at(&mut kind, at) {
-                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                    return Ok(Self::Foreign);
-                }
-                result => result?,
+            // 65,535 entries of 65,535 bytes at most: only the sums can overflow.
+            let at = offset.saturating_add(index * size);
+            if !reaches(at.checked_add(4)) {
+                return Ok(Self::Foreign);
             }
-            if u32::from_le_bytes(kind) == elf::PT_INTERP {
+            file.read_exact_at(&mut kind, at)?;
+            if u32::from_le_bytes(kind) == field::PT_INTERP {
                 return Ok(Self::Dynamic);
             }
         }
@@ -145,12 +144,12 @@ mod tests {
 
     /// An ELF file for a machine with these program headers and nothing else.
     fn program(machine: u16, headers: &[u32]) -> Vec<u8> {
-        let mut file = vec![0; elf::HEADER_LEN];
-        file[..6].copy_from_slice(elf::IDENT);
-        file[elf::E_MACHINE..][..2].copy_from_slice(&machine.to_le_bytes());
-        file[elf::E_PHOFF..][..8].copy_from_slice(&64u64.to_le_bytes());
-        file[elf::E_PHENTSIZE..][..2].copy_from_slice(&56u16.to_le_bytes());
-        file[elf::E_PHNUM..][..2]
+        let mut file = vec![0; field::HEADER_LEN];
+        file[..6].copy_from_slice(field::IDENT);
+        file[field::E_MACHINE..][..2].copy_from_slice(&machine.to_le_bytes());
+        file[field::E_PHOFF..][..8].copy_from_slice(&64u64.to_le_bytes());
+        file[field::E_PHENTSIZE..][..2].copy_from_slice(&56u16.to_le_bytes());
+        file[field::E_PHNUM..][..2]
             .copy_from_slice(&u16::try_from(headers.len()).unwrap().to_le_bytes());
         for kind in headers {
             file.extend_from_slice(&kind.to_le_bytes());
@@ -160,7 +159,7 @@ mod tests {
     }
 
     const STATIC: &[u32] = &[1, 1, 2];
-    const DYNAMIC: &[u32] = &[6, elf::PT_INTERP, 1];
+    const DYNAMIC: &[u32] = &[6, field::PT_INTERP, 1];
 
     fn written(bytes: &[u8]) -> (tempfile::TempDir, PathBuf) {
         let folder = tempfile::tempdir().unwrap();
@@ -176,8 +175,8 @@ mod tests {
 
     #[test]
     fn programs_are_told_apart() {
-        assert_eq!(kind(&program(elf::EM_RISCV, STATIC)), Program::Static);
-        assert_eq!(kind(&program(elf::EM_RISCV, DYNAMIC)), Program::Dynamic);
+        assert_eq!(kind(&program(field::EM_RISCV, STATIC)), Program::Static);
+        assert_eq!(kind(&program(field::EM_RISCV, DYNAMIC)), Program::Dynamic);
         assert_eq!(kind(&program(62, STATIC)), Program::Foreign);
         assert_eq!(kind(b"#!/bin/sh\n"), Program::Foreign);
         assert_eq!(kind(b""), Program::Foreign);
@@ -187,16 +186,16 @@ mod tests {
 
     #[test]
     fn a_damaged_program_is_refused_and_not_trusted() {
-        let whole = program(elf::EM_RISCV, DYNAMIC);
+        let whole = program(field::EM_RISCV, DYNAMIC);
         assert_eq!(kind(&whole[..100]), Program::Foreign);
         let mut wild = whole.clone();
-        wild[elf::E_PHOFF..][..8].copy_from_slice(&u64::MAX.to_le_bytes());
+        wild[field::E_PHOFF..][..8].copy_from_slice(&u64::MAX.to_le_bytes());
         assert_eq!(kind(&wild), Program::Foreign);
     }
 
     #[test]
     fn the_archive_has_init_the_console_and_the_shell() {
-        let (_folder, exe) = written(&program(elf::EM_RISCV, STATIC));
+        let (_folder, exe) = written(&program(field::EM_RISCV, STATIC));
         let names = |initrd: &Initrd| {
             let mut bytes = Vec::new();
             for source in initrd.sources() {
@@ -218,7 +217,7 @@ mod tests {
 
     #[test]
     fn the_same_executable_gives_the_same_archive_and_stays_a_file() {
-        let (_folder, exe) = written(&program(elf::EM_RISCV, STATIC));
+        let (_folder, exe) = written(&program(field::EM_RISCV, STATIC));
         let initrd = initramfs(&exe, None).unwrap();
         assert_eq!(initrd.len(), initramfs(&exe, None).unwrap().len());
         assert!(initrd.sources().iter().any(|source| matches!(source, Source::File { .. })));
@@ -226,7 +225,7 @@ mod tests {
 
     #[test]
     fn an_executable_that_cannot_be_init_is_refused_with_what_to_do() {
-        let (_folder, exe) = written(&program(elf::EM_RISCV, DYNAMIC));
+        let (_folder, exe) = written(&program(field::EM_RISCV, DYNAMIC));
         let refusal = initramfs(&exe, None).unwrap_err();
         assert_eq!(refusal.exit_code(), crate::error::EXIT_USAGE);
         let text = refusal.to_string();
@@ -239,8 +238,8 @@ mod tests {
     #[test]
     fn only_a_busybox_that_the_guest_can_run_comes_along() {
         let (foreign, _) = written(&program(62, STATIC));
-        let (dynamic, _) = written(&program(elf::EM_RISCV, DYNAMIC));
-        let (fit, path) = written(&program(elf::EM_RISCV, STATIC));
+        let (dynamic, _) = written(&program(field::EM_RISCV, DYNAMIC));
+        let (fit, path) = written(&program(field::EM_RISCV, STATIC));
         let search = |folders: &[&tempfile::TempDir]| {
             busybox_in(&env::join_paths(folders.iter().map(|folder| folder.path())).unwrap())
         };

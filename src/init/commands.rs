@@ -66,7 +66,12 @@ impl Shell {
     }
 
     fn was_interrupted(&mut self) -> bool {
-        self.interrupts.take().count() > 0
+        let came = self.interrupts.take().count() > 0;
+        if came {
+            // The terminal has shown ^C; the prompt goes into the next line.
+            println!();
+        }
+        came
     }
 
     fn help(&mut self, _: &[String]) -> Outcome {
@@ -363,8 +368,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("file");
         fs::write(&file, "x").unwrap();
-        assert_eq!(names_in(folder.path()).unwrap(), [file.clone()]);
-        assert_eq!(names_in(&file).unwrap(), [file.clone()]);
+        assert_eq!(names_in(folder.path()).unwrap(), vec![file.clone()]);
+        assert_eq!(names_in(&file).unwrap(), vec![file]);
         assert!(names_in(&folder.path().join("none")).is_err());
     }
 }

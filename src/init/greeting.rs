@@ -51,8 +51,8 @@ fn facts() -> Facts {
             .ok()
             .and_then(|list| tables::cpu_count(&list))
             .unwrap_or(1),
-        free: u64::from(memory.freeram).saturating_mul(unit),
-        total: machine_memory().unwrap_or(u64::from(memory.totalram).saturating_mul(unit)),
+        free: memory.freeram.saturating_mul(unit),
+        total: machine_memory().unwrap_or(memory.totalram.saturating_mul(unit)),
         uptime: Duration::try_from(now).unwrap_or_default(),
     }
 }

@@ -24,6 +24,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
 use rustix::process::{Pid, WaitOptions, wait};
+use rustix::system::sethostname;
 
 use crate::signals::{self, Signals};
 use power::Ending;
@@ -81,6 +82,8 @@ fn process_one() -> ! {
         libc::SIGUSR2,
         libc::SIGPWR,
     ]);
+    // A name is a nicety; the shell's prompt does not depend on it.
+    let _ = sethostname(b"rvmm");
     println!("{}", greeting::line());
     match signals {
         Ok(signals) => Init { signals, session: None, short: 0 }.run(),
