@@ -1,4 +1,8 @@
 //! Interrupt lines that end in the kernel: a wired source of its APLIC, or the external interrupt of a vCPU.
+//!
+//! The in-kernel APLIC (up to Linux 7.3) differs from the specification (AIA 4.7) in one thing that cannot be made up
+//! for from outside: a level that rises while its source is still inactive does not become pending when the guest
+//! configures the source. Drivers configure first and let the device interrupt afterwards, so they do not meet it.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
