@@ -16,7 +16,7 @@ const WAIT: u64 = 0x4000_0000;
 /// Answers an access. A register that is not known reads as zero and ignores writes: the kernel has already decided that
 /// the access is legal.
 #[cold]
-pub(super) fn answer(access: CsrAccess<'_>, world: &World) {
+pub(super) fn answer(access: &mut CsrAccess<'_>, world: &World) {
     *access.ret = match access.csr {
         SEED => seed(),
         csr => {

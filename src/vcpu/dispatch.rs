@@ -50,15 +50,15 @@ pub enum Trouble {
 ///
 /// MMIO is the way that costs: a lookup on the bus, the device's lock, the device. Whatever is rare is out of line.
 #[inline]
-pub fn dispatch(exit: Exit<'_>, world: &World) -> Flow {
+pub fn dispatch(exit: &mut Exit<'_>, world: &World) -> Flow {
     match exit {
         Exit::MmioRead { addr, data } => {
-            let claim = world.bus.read(addr, data);
-            if claim == Claim::Unassigned { unassigned(world, addr, false) } else { Flow::Resume }
+            let claim = world.bus.read(*addr, data);
+            if claim == Claim::Unassigned { unassigned(world, *addr, false) } else { Flow::Resume }
         }
         Exit::MmioWrite { addr, data } => {
-            let claim = world.bus.write(addr, data);
-            if claim == Claim::Unassigned { unassigned(world, addr, true) } else { Flow::Resume }
+            let claim = world.bus.write(*addr, data);
+            if claim == Claim::Unassigned { unassigned(world, *addr, true) } else { Flow::Resume }
         }
         Exit::Sbi(call) => sbi::answer(call, world),
         Exit::Csr(access) => {
@@ -66,10 +66,10 @@ pub fn dispatch(exit: Exit<'_>, world: &World) -> Flow {
             Flow::Resume
         }
         Exit::Interrupted => Flow::Yield,
-        Exit::System(event) => system(event),
+        Exit::System(event) => system(*event),
         Exit::Debug => Flow::Resolve(Trouble::Breakpoint),
-        Exit::Fault(fault) => Flow::Resolve(Trouble::Fault(fault)),
-        Exit::Unknown(reason) => Flow::Resolve(Trouble::UnknownExit(reason)),
+        Exit::Fault(fault) => Flow::Resolve(Trouble::Fault(*fault)),
+        Exit::Unknown(reason) => Flow::Resolve(Trouble::UnknownExit(*reason)),
     }
 }
 

@@ -109,7 +109,12 @@ fn live(hart: &mut dyn Hart, world: &World, control: &Control) -> io::Result<Opt
         return Ok(None);
     }
     loop {
-        match dispatch(hart.enter()?, world) {
+        // The exit stays where it is: to move it would cost as much as the rest of this loop.
+        let flow = match hart.enter() {
+            Ok(ref mut exit) => dispatch(exit, world),
+            Err(error) => return Err(error),
+        };
+        match flow {
             Flow::Resume => {}
             Flow::Retry => {
                 hart.abandon();

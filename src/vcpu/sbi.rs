@@ -32,7 +32,7 @@ const CHUNK: usize = 256;
 
 /// Answers a call.
 #[cold]
-pub(super) fn answer(call: SbiCall<'_>, world: &World) -> Flow {
+pub(super) fn answer(call: &mut SbiCall<'_>, world: &World) -> Flow {
     let (error, value, flow) = match (call.extension, call.function) {
         (eid::DBCN, function) => dbcn(function, &call.args, world),
         (eid::LEGACY_PUTCHAR, _) => match put(world, call.args[0]) {

@@ -46,6 +46,8 @@ impl World {
     /// True the first time that this is noticed.
     pub(super) fn first(&self, notice: Notice) -> bool {
         let bit = 1 << notice as u32;
-        self.noticed.fetch_or(bit, Ordering::Relaxed) & bit == 0
+        // The load alone is what every time but the first costs.
+        self.noticed.load(Ordering::Relaxed) & bit == 0
+            && self.noticed.fetch_or(bit, Ordering::Relaxed) & bit == 0
     }
 }

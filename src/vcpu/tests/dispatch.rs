@@ -14,7 +14,7 @@ fn zero() -> World {
 fn a_load_from_a_device_is_answered_in_place() {
     for len in [1, 2, 4, 8] {
         let mut data = vec![0xff; len];
-        let flow = dispatch(Exit::MmioRead { addr: UART + 7, data: &mut data }, &zero());
+        let flow = dispatch(&mut Exit::MmioRead { addr: UART + 7, data: &mut data }, &zero());
         assert_eq!(flow, Flow::Resume);
         assert_eq!(data[0], 0x77);
         assert!(data[1..].iter().all(|byte| *byte == 0));
@@ -25,7 +25,7 @@ fn a_load_from_a_device_is_answered_in_place() {
 fn a_store_reaches_its_device() {
     let (world, uart) = world(Unassigned::Stop);
     uart.line().room = 1;
-    assert_eq!(dispatch(Exit::MmioWrite { addr: UART, data: b"x" }, &world), Flow::Resume);
+    assert_eq!(dispatch(&mut Exit::MmioWrite { addr: UART, data: b"x" }, &world), Flow::Resume);
     assert_eq!(uart.line().sent, b"x");
 }
 
@@ -33,9 +33,9 @@ fn a_store_reaches_its_device() {
 fn where_nothing_is_loads_give_zero_and_stores_vanish() {
     for addr in [0, NOWHERE, 1 << 55, u64::MAX - 7, u64::MAX] {
         let mut data = [0xff; 8];
-        assert_eq!(dispatch(Exit::MmioRead { addr, data: &mut data }, &zero()), Flow::Resume);
+        assert_eq!(dispatch(&mut Exit::MmioRead { addr, data: &mut data }, &zero()), Flow::Resume);
         assert_eq!(data, [0; 8]);
-        assert_eq!(dispatch(Exit::MmioWrite { addr, data: &data }, &zero()), Flow::Resume);
+        assert_eq!(dispatch(&mut Exit::MmioWrite { addr, data: &data }, &zero()), Flow::Resume);
     }
 }
 
@@ -43,21 +43,21 @@ fn where_nothing_is_loads_give_zero_and_stores_vanish() {
 fn under_the_other_policies_the_hart_decides() {
     for policy in [Unassigned::Fault, Unassigned::Stop] {
         let (world, _) = world(policy);
-        let load = dispatch(Exit::MmioRead { addr: NOWHERE, data: &mut [0; 4] }, &world);
+        let load = dispatch(&mut Exit::MmioRead { addr: NOWHERE, data: &mut [0; 4] }, &world);
         assert_eq!(load, Flow::Resolve(Trouble::Unassigned { addr: NOWHERE, write: false }));
-        let store = dispatch(Exit::MmioWrite { addr: NOWHERE, data: &[0; 4] }, &world);
+        let store = dispatch(&mut Exit::MmioWrite { addr: NOWHERE, data: &[0; 4] }, &world);
         assert_eq!(store, Flow::Resolve(Trouble::Unassigned { addr: NOWHERE, write: true }));
     }
 }
 
 #[test]
 fn an_interruption_leads_to_the_control() {
-    assert_eq!(dispatch(Exit::Interrupted, &zero()), Flow::Yield);
+    assert_eq!(dispatch(&mut Exit::Interrupted, &zero()), Flow::Yield);
 }
 
 #[test]
 fn system_events_stop_the_machine_with_their_reason() {
-    let flow = |event| dispatch(Exit::System(event), &zero());
+    let flow = |event| dispatch(&mut Exit::System(event), &zero());
     for reason in [0, 1, u64::MAX] {
         assert_eq!(flow(SystemEvent::Shutdown(reason)), Flow::Stop(StopReason::PowerOff));
         assert_eq!(flow(SystemEvent::Reset(reason)), Flow::Stop(StopReason::Reset));
@@ -68,15 +68,15 @@ fn system_events_stop_the_machine_with_their_reason() {
 #[test]
 fn faults_breakpoints_and_unknown_exits_need_the_hart() {
     let fault = Fault::Unemulated;
-    assert_eq!(dispatch(Exit::Fault(fault), &zero()), Flow::Resolve(Trouble::Fault(fault)));
-    assert_eq!(dispatch(Exit::Debug, &zero()), Flow::Resolve(Trouble::Breakpoint));
-    assert_eq!(dispatch(Exit::Unknown(99), &zero()), Flow::Resolve(Trouble::UnknownExit(99)));
+    assert_eq!(dispatch(&mut Exit::Fault(fault), &zero()), Flow::Resolve(Trouble::Fault(fault)));
+    assert_eq!(dispatch(&mut Exit::Debug, &zero()), Flow::Resolve(Trouble::Breakpoint));
+    assert_eq!(dispatch(&mut Exit::Unknown(99), &zero()), Flow::Resolve(Trouble::UnknownExit(99)));
 }
 
 fn csr(number: u64) -> u64 {
     let mut ret = 0xdead;
     let access = CsrAccess { csr: number, new_value: 5, write_mask: u64::MAX, ret: &mut ret };
-    assert_eq!(dispatch(Exit::Csr(access), &zero()), Flow::Resume);
+    assert_eq!(dispatch(&mut Exit::Csr(access), &zero()), Flow::Resume);
     ret
 }
 
