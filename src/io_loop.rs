@@ -164,13 +164,14 @@ impl IoLoop {
                 error!("The I/O loop ends, devices get no more input: {error}");
                 return;
             }
-            self.shared.turns.fetch_add(1, Ordering::Relaxed);
             let mut came = self.came.lock().unwrap_or_else(PoisonError::into_inner);
             let batch = std::mem::take(&mut *came);
             drop(came);
             for (meaning, only_hang_up) in batch {
                 self.serve(meaning, only_hang_up);
             }
+            // Counted when it is over: who sees the count finds everything served.
+            self.shared.turns.fetch_add(1, Ordering::Release);
         }
     }
 
@@ -306,10 +307,10 @@ impl IoThread {
         self.wake();
     }
 
-    /// How often the thread has woken up.
+    /// How often the thread has woken up and done what there was to do.
     #[must_use]
     pub fn turns(&self) -> u64 {
-        self.shared.turns.load(Ordering::Relaxed)
+        self.shared.turns.load(Ordering::Acquire)
     }
 
     /// Ends the loop: as soon as no device owes the host any output, after `drain` at the latest. Returns when the thread
