@@ -1,5 +1,7 @@
 //! The command from outside: what it prints where, and how it ends. Runs on any machine.
 
+#![allow(clippy::expect_used, clippy::panic, reason = "tests may panic: that is how a test fails")]
+
 use std::process::{Command, Output, Stdio};
 
 fn rvmm(args: &[&str]) -> Output {

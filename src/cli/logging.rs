@@ -75,8 +75,8 @@ fn line(elapsed: Duration, record: &Record<'_>, dropped: u32, end: &str) -> Stri
     line.push_str(": ");
     push_escaped(&mut line, &record.args().to_string());
     if line.len() + end.len() > MOST {
-        let fits = line.floor_char_boundary(MOST - 3 - end.len());
-        line.truncate(fits);
+        let fits = (0..=MOST - 3 - end.len()).rev().find(|at| line.is_char_boundary(*at));
+        line.truncate(fits.unwrap_or(0));
         line.push_str("...");
     }
     line.push_str(end);

@@ -1,4 +1,4 @@
-//! The command: what stands on the command line becomes a [`ValidConfig`](crate::config::ValidConfig) or another task,
+//! The command: what stands on the command line becomes a [`ValidConfig`] or another task,
 //! the task is done, and its end becomes an exit code and at most one message.
 //!
 //! | file | what is in it |
