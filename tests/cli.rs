@@ -210,3 +210,31 @@ fn a_machine_of_another_kind_is_told_so() {
     assert_eq!(output.status.code(), Some(1));
     assert!(stdout(&output).contains("scripts/host"));
 }
+
+#[test]
+fn the_users_files_are_judged_before_the_host_is() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let missing = folder.path().join("Image");
+    let missing = missing.to_str().expect("UTF-8");
+    assert!(mistake(&["--kernel", missing, "--mem", "512M"]).contains(missing));
+    let text = folder.path().join("notes.txt");
+    std::fs::write(&text, "not a kernel").expect("a file");
+    assert!(mistake(&["--kernel", text.to_str().expect("UTF-8")]).contains("notes.txt"));
+    assert!(mistake(&["--kernel", folder.path().to_str().expect("UTF-8")]).contains("folder"));
+    assert!(mistake(&["--load", &format!("{missing}@0x8000_0000")]).contains(missing));
+}
+
+#[test]
+fn a_host_without_kvm_ends_a_good_command_line_with_code_1() {
+    if std::env::consts::ARCH == "riscv64" {
+        eprintln!("SKIPPED: this machine is a RISC-V one");
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("a.bin");
+    std::fs::write(&file, [0x73, 0, 0, 0]).expect("a file");
+    let output = rvmm(&["--load", &format!("{}@0x8000_0000", file.display())]);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(stderr(&output).starts_with("rvmm: ") && stderr(&output).contains("RISC-V"));
+    assert_eq!(stderr(&output).lines().count(), 1);
+}

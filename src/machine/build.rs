@@ -32,14 +32,13 @@ pub(super) struct Board {
 }
 
 impl Board {
-    /// Builds a board of `config` on `host`, its first UART wired to `console`.
+    /// Builds a board of `config`, whose files are open, on `host`, its first UART wired to `console`.
     pub(super) fn build(
         config: &VmConfig,
+        files: &Files,
         host: &dyn Hypervisor,
         console: SharedConsole,
     ) -> Result<Self, Error> {
-        // The user's files come first: a wrong one is found before the host is asked for anything.
-        let files = Files::open(config)?;
         let mut ram = GuestRam::new(Span { base: RAM_BASE, size: config.mem }, config.hugepages)?;
         let vm = host.create_vm()?;
         vm.map_memory(0, RAM_BASE, ram.host_address(), config.mem)

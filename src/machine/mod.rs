@@ -34,6 +34,7 @@ pub mod vm;
 
 use build::Board;
 pub use handle::Handle;
+use load::Files;
 use shared_console::SharedConsole;
 use vm::Hypervisor;
 
@@ -81,6 +82,8 @@ impl Machine {
     /// As [`Machine::build`].
     pub fn build_with(config: VmConfig, parts: Parts) -> Result<Self, Error> {
         let config = config.validate()?.into_inner();
+        // The user's files come first: a wrong one is found before the host is asked for anything and the terminal changes.
+        let files = Files::open(&config)?;
         let handle = Handle::new();
         let host = match parts.hypervisor {
             Some(host) => host,
@@ -93,7 +96,7 @@ impl Machine {
         };
         let Console { backend, pty } = console;
         let console = SharedConsole::new(backend);
-        let board = Board::build(&config, host.as_ref(), console.clone())?;
+        let board = Board::build(&config, &files, host.as_ref(), console.clone())?;
         Ok(Self { config, host, console, pty, signals: parts.signals, handle, board })
     }
 
@@ -121,7 +124,8 @@ impl Machine {
                 return Ok(reason);
             }
             log::info!("The guest restarts");
-            board = Board::build(&config, host.as_ref(), console.clone())?;
+            let files = Files::open(&config)?;
+            board = Board::build(&config, &files, host.as_ref(), console.clone())?;
         }
     }
 
