@@ -327,7 +327,8 @@ impl IoThread {
         let now = Instant::now();
         let deadline = now.checked_add(drain).unwrap_or(now);
         *self.shared.deadline.lock().unwrap_or_else(PoisonError::into_inner) = Some(deadline);
-        self.wake();
+        // Output may wait that no `ready` has told about.
+        self.refresh();
         thread.join().map_err(|_| io::Error::other("The I/O thread panicked"))
     }
 

@@ -1,0 +1,292 @@
+//! Ring 1: the console from outside, without a guest: a process that echoes through the UART, the I/O thread and the console
+//! of standard input and output, on terminals, pipes and files.
+
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a panic is how a test fails"
+)]
+
+use std::fs::File;
+use std::io::{self, IsTerminal, Read, Seek, Write};
+use std::os::fd::OwnedFd;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, setsid, waitpid};
+use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
+use rustix::termios::{LocalModes, tcgetattr};
+use rvmm::config::SerialConfig;
+use rvmm::io_loop::IoLoop;
+use rvmm::terminal::{self, StopRequest};
+use rvmm_devices::{Bus, Claim, Model, Options, Wiring};
+
+/// Far more than anything here takes, so that only a hang fails.
+const LONG: Duration = Duration::from_secs(60);
+
+/// Set for the process that echoes; `panic` makes it panic at the first byte.
+const ECHO: &str = "RVMM_TEST_ECHO";
+
+/// What the process that echoes says when its console is open.
+const READY: &[u8] = b"echo: ready\n";
+
+/// The data register and the line status of a 16550.
+const DATA: u64 = 0;
+const STATUS: u64 = 5;
+const DATA_READY: u8 = 1;
+const ROOM_TO_SEND: u8 = 1 << 5;
+
+struct NoPower;
+
+impl rvmm_devices::PowerSwitch for NoPower {
+    fn request(&self, _: rvmm_devices::PowerRequest) {
+        unreachable!("an echo never switches off")
+    }
+}
+
+fn register(bus: &Bus, offset: u64) -> u8 {
+    let mut value = [0];
+    assert_eq!(bus.read(offset, &mut value), Claim::Device);
+    value[0]
+}
+
+fn send(bus: &Bus, byte: u8) {
+    while register(bus, STATUS) & ROOM_TO_SEND == 0 {
+        thread::yield_now();
+    }
+    assert_eq!(bus.write(DATA, &[byte]), Claim::Device);
+}
+
+#[test]
+fn this_process_echoes_only_where_it_is_told_to() {
+    match std::env::var(ECHO) {
+        Ok(mode) => echo(&mode),
+        Err(error) => assert_eq!(error, std::env::VarError::NotPresent),
+    }
+}
+
+/// The process that the tests here start: what a machine does, with a loop in the place of a hart.
+fn echo(mode: &str) {
+    if io::stdin().is_terminal() {
+        setsid().unwrap();
+        rustix::process::ioctl_tiocsctty(io::stdin()).unwrap();
+    }
+    let wants_stop = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&wants_stop);
+    let stop: StopRequest = Arc::new(move || flag.store(true, Ordering::SeqCst));
+
+    let console = terminal::open(&SerialConfig::Stdio, Arc::clone(&stop)).unwrap();
+    let mut wiring = Wiring::new(Arc::new(NoPower));
+    wiring.console = Some(console.backend);
+    let serial = Model::find("serial").unwrap().create(&Options::none("serial"), wiring).unwrap();
+    let bus = Arc::new(Bus::new(vec![(0, serial)]).unwrap());
+    let mut io = IoLoop::new(Arc::clone(&bus)).unwrap();
+    io.watch_signals(stop).unwrap();
+    let io = io.spawn().unwrap();
+
+    READY.iter().for_each(|byte| send(&bus, *byte));
+    while !wants_stop.load(Ordering::SeqCst) {
+        if register(&bus, STATUS) & DATA_READY == 0 {
+            thread::yield_now();
+            continue;
+        }
+        assert_ne!(mode, "panic", "as it was told");
+        send(&bus, register(&bus, DATA));
+    }
+    io.stop(IoLoop::DRAIN).unwrap();
+}
+
+fn start(mode: &str, input: impl Into<Stdio>, output: impl Into<Stdio>) -> Child {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "this_process_echoes_only_where_it_is_told_to", "--nocapture", "--quiet"])
+        .env(ECHO, mode)
+        .stdin(input)
+        .stdout(output)
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+fn pid(child: &Child) -> Pid {
+    Pid::from_child(child)
+}
+
+/// What comes out of the process, as far as no test has taken it.
+struct Output<R> {
+    reader: R,
+    rest: Vec<u8>,
+}
+
+impl<R: Read> Output<R> {
+    fn new(reader: R) -> Self {
+        Self { reader, rest: Vec::new() }
+    }
+
+    /// Waits for `text` and takes everything up to its end.
+    fn until(&mut self, text: &[u8]) {
+        let found = |rest: &[u8]| rest.windows(text.len()).position(|window| window == text);
+        let at = loop {
+            if let Some(at) = found(&self.rest) {
+                break at;
+            }
+            self.more();
+        };
+        self.rest.drain(..at + text.len());
+    }
+
+    fn more(&mut self) {
+        let mut buffer = [0; 4096];
+        let count = self.reader.read(&mut buffer).unwrap();
+        assert_ne!(count, 0, "the end, after {:?}", String::from_utf8_lossy(&self.rest));
+        self.rest.extend_from_slice(&buffer[..count]);
+    }
+}
+
+/// A terminal with the process that echoes on it; ready, and the terminal raw.
+struct OnTerminal {
+    keyboard: File,
+    screen: Output<File>,
+    slave: OwnedFd,
+    child: Child,
+}
+
+impl OnTerminal {
+    fn start(mode: &str) -> Self {
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        let master = openpt(flags).unwrap();
+        unlockpt(&master).unwrap();
+        let slave = ioctl_tiocgptpeer(&master, flags).unwrap();
+        let child = start(mode, slave.try_clone().unwrap(), slave.try_clone().unwrap());
+        let keyboard = File::from(master);
+        let screen = Output::new(keyboard.try_clone().unwrap());
+        let mut new = Self { keyboard, screen, slave, child };
+        new.screen.until(b"Ctrl-A h shows the keys");
+        new.screen.until(b"echo: ready");
+        assert!(new.is_raw());
+        new
+    }
+
+    fn is_raw(&self) -> bool {
+        !tcgetattr(&self.slave)
+            .unwrap()
+            .local_modes
+            .intersects(LocalModes::ICANON | LocalModes::ECHO)
+    }
+
+    /// It ends, with success or without, and the terminal is as it was.
+    fn ends(mut self, well: bool) {
+        let (deadline, mut status) = (Instant::now() + LONG, None);
+        while status.is_none() {
+            assert!(Instant::now() < deadline, "it does not end");
+            status = self.child.try_wait().unwrap();
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(status.map(|status| status.success()), Some(well));
+        assert!(!self.is_raw(), "the terminal is raw still");
+    }
+}
+
+#[test]
+fn ctrl_a_x_ends_it_and_the_terminal_is_restored() {
+    let mut terminal = OnTerminal::start("echo");
+    terminal.keyboard.write_all(b"hello\x01\x01").unwrap();
+    terminal.screen.until(b"hello\x01");
+    terminal.keyboard.write_all(b"\x01h").unwrap();
+    terminal.screen.until(b"end the virtual machine");
+    terminal.keyboard.write_all(b"\x01x").unwrap();
+    terminal.ends(true);
+}
+
+#[test]
+fn a_signal_ends_it_and_the_terminal_is_restored() {
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP, Signal::QUIT] {
+        let terminal = OnTerminal::start("echo");
+        kill_process(pid(&terminal.child), signal).unwrap();
+        terminal.ends(true);
+    }
+}
+
+#[test]
+fn a_panic_restores_the_terminal() {
+    let mut terminal = OnTerminal::start("panic");
+    terminal.keyboard.write_all(b"!").unwrap();
+    terminal.ends(false);
+}
+
+#[test]
+fn a_stopped_process_gives_the_terminal_back_and_takes_it_when_it_goes_on() {
+    let mut terminal = OnTerminal::start("echo");
+    let process = pid(&terminal.child);
+    kill_process(process, Signal::TSTP).unwrap();
+    let (_, status) = waitpid(Some(process), WaitOptions::UNTRACED).unwrap().unwrap();
+    assert!(status.stopped());
+    assert!(!terminal.is_raw());
+    kill_process(process, Signal::CONT).unwrap();
+    let deadline = Instant::now() + LONG;
+    while !terminal.is_raw() {
+        assert!(Instant::now() < deadline, "the terminal is not raw again");
+        thread::sleep(Duration::from_millis(1));
+    }
+    terminal.keyboard.write_all(b"again").unwrap();
+    terminal.screen.until(b"again");
+    terminal.keyboard.write_all(b"\x01x").unwrap();
+    terminal.ends(true);
+}
+
+#[test]
+fn a_pipe_is_echoed_byte_for_byte_and_rvmms_keys_mean_nothing_in_it() {
+    let mut child = start("echo", Stdio::piped(), Stdio::piped());
+    let (mut input, mut output) =
+        (child.stdin.take().unwrap(), Output::new(child.stdout.take().unwrap()));
+    let text: Vec<u8> =
+        (0..200_000u32).map(|n| n.to_le_bytes()[0]).chain(*b"\x01x\x01hend").collect();
+    output.until(READY);
+    let typed = text.clone();
+    let typing = thread::spawn(move || input.write_all(&typed));
+    while output.rest.len() < text.len() {
+        output.more();
+    }
+    typing.join().unwrap().unwrap();
+    assert!(output.rest == text);
+    // The input has ended; the machine has not.
+    kill_process(pid(&child), Signal::TERM).unwrap();
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn a_file_is_echoed_into_a_file() {
+    let mut input = tempfile::tempfile().unwrap();
+    input.write_all(&[b'x'; 5000]).unwrap();
+    input.write_all(b"last line\n").unwrap();
+    input.rewind().unwrap();
+    let output = tempfile::NamedTempFile::new().unwrap();
+    let mut child = start("echo", input, output.reopen().unwrap());
+    let deadline = Instant::now() + LONG;
+    let mut text = String::new();
+    while !text.contains("last line\n") {
+        assert!(Instant::now() < deadline, "{text:?}");
+        thread::sleep(Duration::from_millis(5));
+        text = std::fs::read_to_string(&output).unwrap();
+    }
+    kill_process(pid(&child), Signal::TERM).unwrap();
+    assert!(child.wait().unwrap().success());
+    assert!(text.contains(&"x".repeat(5000)));
+}
+
+#[test]
+fn without_an_input_and_without_a_reader_it_goes_on_until_it_is_told() {
+    let mut child = start("echo", File::open("/dev/null").unwrap(), Stdio::piped());
+    let mut output = Output::new(child.stdout.take().unwrap());
+    output.until(READY);
+    drop(output);
+    assert!(child.try_wait().unwrap().is_none());
+    kill_process(pid(&child), Signal::TERM).unwrap();
+    // Its own last line has no reader either, which is the test library's affair, not the console's.
+    let status = child.wait().unwrap();
+    assert!(status.code().is_some(), "{status}");
+}
