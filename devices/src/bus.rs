@@ -362,6 +362,9 @@ mod tests {
         assert_eq!(bus.write(0x1002, &[9; 4]), Claim::Refused);
         assert_eq!(read(&bus, 0x1000), (Claim::Device, [1, 2, 3, 4]));
         assert_eq!(read(&bus, 0x1004), (Claim::Device, [1, 2, 3, 4]));
+        // Not the device decides that: this one would answer.
+        let bus = Bus::new(vec![cells(0x1000, "a", 3)]).unwrap();
+        assert_eq!(read(&bus, 0x1000), (Claim::Refused, [0; 4]));
     }
 
     #[test]

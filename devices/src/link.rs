@@ -430,6 +430,8 @@ mod tests {
         link.set_room(64);
         assert_eq!(watched(&link), [(TOKEN_INPUT, Interest::Read)]);
         assert_eq!(link.ready(TOKEN_KICK, &mut [0; 2]), b"ab");
+        link.set_room(64);
+        assert!(link.kick.read().is_err(), "what the loop knows wakes nobody");
         link.set_room(0);
         assert_eq!(watched(&link), []);
         link.set_room(RESUME_ROOM - 1);

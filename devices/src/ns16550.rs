@@ -233,7 +233,7 @@ impl State {
     /// driver listens.
     fn clear_fifo(&mut self) {
         self.set(reg::LCR, self.lcr & !bit::LCR_DLAB);
-        while self.data_ready() {
+        for _ in 0..FIFO {
             self.registers.read(reg::DATA);
         }
         self.set(reg::LCR, self.lcr);

@@ -224,7 +224,7 @@ impl Rtc {
             self.state.irq_pending = true;
         }
         let wait = match self.state.alarm_armed {
-            true => Duration::from_nanos(left).min(RECHECK),
+            true => until_next_look(left),
             false => Duration::ZERO,
         };
         if let Err(error) = self.timer.reset(wait, None) {
@@ -249,6 +249,11 @@ impl State {
             irq_pending: false,
         }
     }
+}
+
+/// How long to wait before the clock is looked at again, for an alarm that is so many nanoseconds off.
+fn until_next_look(left: u64) -> Duration {
+    Duration::from_nanos(left).min(RECHECK)
 }
 
 /// A 64-bit value as its low and high half.
@@ -387,6 +392,12 @@ mod tests {
         assert_eq!(board.read(reg::ALARM_STATUS), 0);
         // One alarm is one interrupt, and the loop sleeps again.
         assert_eq!(turn(board.rtc.as_mut(), 10).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_distant_alarm_is_held_against_the_clock_again_and_again() {
+        assert_eq!(until_next_look(1), Duration::from_nanos(1));
+        assert_eq!(until_next_look(u64::MAX), RECHECK);
     }
 
     #[test]

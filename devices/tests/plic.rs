@@ -499,7 +499,7 @@ fn bits(set: &[bool], word: usize) -> u32 {
 proptest! {
     #[test]
     fn every_sequence_of_steps_ends_where_the_model_ends(
-        steps in prop::collection::vec(step(), 1..200)
+        steps in prop::collection::vec(step(), 1..80)
     ) {
         let (mut board, mut model) = (board(3), Model::new(3));
         for step in &steps {

@@ -14,7 +14,9 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use rvmm_devices::testing::{MemoryConsole, TestIrq, turn, wiring};
-use rvmm_devices::{AccessError, ConsoleBackend, MmioDevice, Model, Options, Port, Ports, Wiring};
+use rvmm_devices::{
+    AccessError, ConsoleBackend, Interest, MmioDevice, Model, Options, Port, Ports, Wiring,
+};
 
 /// RBR, THR, DLL.
 const DATA: u64 = 0;
@@ -187,6 +189,8 @@ fn the_transmit_interrupt_follows_its_two_causes() {
     assert_eq!(board.read(IIR), 0x02);
     assert!(!board.irq.is_high(), "reading IIR clears it");
     assert_eq!(board.read(IIR), NO_INT);
+    board.write(IER, THRI);
+    assert!(!board.irq.is_high(), "it is enabled already");
     board.write(DATA, b'x');
     assert!(board.irq.is_high(), "the byte is gone, the transmitter empty again");
     board.write(IER, 0);
@@ -658,6 +662,29 @@ fn a_megabyte_through_a_slow_socket_arrives_byte_for_byte() {
         }
     });
     assert!(reader.join().unwrap() == text);
+}
+
+#[test]
+fn a_socket_that_is_full_one_way_is_read_the_other_way() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    let fd = ours.as_raw_fd();
+    let mut uart = uart(Some(Box::new(Socket(ours))), &TestIrq::default());
+    uart.write(IER, &[RDI]).unwrap();
+    for _ in 0..10_000_000 {
+        if read(uart.as_mut(), LSR) & THRE == 0 {
+            break;
+        }
+        uart.write(DATA, b"x").unwrap();
+    }
+    assert_eq!(read(uart.as_mut(), LSR) & THRE, 0, "the socket takes more than 10 MB");
+    let sources = uart.sources();
+    let console = sources.iter().filter(|source| source.fd == fd).collect::<Vec<_>>();
+    assert_eq!(console.len(), 1, "epoll takes a descriptor once");
+    assert_eq!(console[0].interest, Interest::ReadWrite);
+    theirs.write_all(b"hi").unwrap();
+    while turn(uart.as_mut(), 20).unwrap() != 0 && read(uart.as_mut(), LSR) & DR == 0 {}
+    assert_eq!([read(uart.as_mut(), DATA), read(uart.as_mut(), DATA)], *b"hi");
 }
 
 #[test]
