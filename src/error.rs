@@ -68,7 +68,19 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Config(_) | Self::Boot(_) | Self::File { .. } | Self::Device(_) => EXIT_USAGE,
+            Self::Vm(refusal) if refusal.is_mistake() => EXIT_USAGE,
             Self::Memory { .. } | Self::Vm(_) | Self::Host { .. } => EXIT_HOST,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_no_host_could_do_is_a_mistake_and_what_this_one_refuses_is_not() {
+        assert_eq!(Error::from(VmError::mistake("--isa: no such thing")).exit_code(), EXIT_USAGE);
+        assert_eq!(Error::from(VmError::new("no AIA here")).exit_code(), EXIT_HOST);
     }
 }

@@ -225,6 +225,24 @@ fn the_users_files_are_judged_before_the_host_is() {
 }
 
 #[test]
+fn an_extension_that_nobody_knows_is_a_mistake() {
+    if std::env::consts::ARCH != "riscv64" {
+        eprintln!("SKIPPED: KVM's names are looked up on RISC-V only");
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("a.bin");
+    std::fs::write(&file, [0x73, 0, 0, 0]).expect("a file");
+    let load = format!("{}@0x8000_0000", file.display());
+    let serial = ["--serial", "null", "--load", &load];
+    for (flag, value, near) in [("--isa", "-zicbon", "zicbom"), ("--sbi", "-pmv", "pmu")] {
+        let args: Vec<&str> = serial.into_iter().chain([flag, value]).collect();
+        let message = mistake(&args);
+        assert!(message.contains(flag) && message.contains(near), "{message}");
+    }
+}
+
+#[test]
 fn a_host_without_kvm_ends_a_good_command_line_with_code_1() {
     if std::env::consts::ARCH == "riscv64" {
         eprintln!("SKIPPED: this machine is a RISC-V one");

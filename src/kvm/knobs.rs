@@ -147,11 +147,11 @@ fn apply_id(vcpu: &Vcpu, id: CpuId) -> Result<(), VmError> {
 fn isa_name(change: &KnobChange) -> Result<&'static str, VmError> {
     let name = known("--isa", "ISA", ISA_EXTENSIONS, &change.name)?;
     match name {
-        "h" if change.on => Err(VmError::new(
+        "h" if change.on => Err(VmError::mistake(
             "--isa: h is not to be had: KVM on RISC-V does not run hypervisors inside guests",
         )),
         "i" if !change.on => {
-            Err(VmError::new("--isa: i cannot be switched off: every hart has it"))
+            Err(VmError::mistake("--isa: i cannot be switched off: every hart has it"))
         }
         _ => Ok(name),
     }
@@ -159,7 +159,7 @@ fn isa_name(change: &KnobChange) -> Result<&'static str, VmError> {
 
 fn sbi_name(change: &KnobChange) -> Result<&'static str, VmError> {
     if change.name == "base" {
-        return Err(VmError::new("--sbi: base is always there"));
+        return Err(VmError::mistake("--sbi: base is always there"));
     }
     known("--sbi", "SBI", SBI_EXTENSIONS, &change.name)
 }
@@ -181,7 +181,7 @@ fn known(
     } else {
         format!(" (did you mean {}?)", near.join(", "))
     };
-    Err(VmError::new(format!(
+    Err(VmError::mistake(format!(
         "{flag}: no {kind} extension that KVM knows is called {shown:?}{hint}"
     )))
 }

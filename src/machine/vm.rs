@@ -118,16 +118,28 @@ pub struct VmError {
     what: String,
     #[source]
     source: Option<io::Error>,
+    mistake: bool,
 }
 
 impl VmError {
     /// A refusal with a reason of rvmm's own.
     pub fn new(what: impl Into<String>) -> Self {
-        Self { what: what.into(), source: None }
+        Self { what: what.into(), source: None, mistake: false }
+    }
+
+    /// A refusal of what no host could do: a mistake of whoever asked.
+    pub fn mistake(what: impl Into<String>) -> Self {
+        Self { what: what.into(), source: None, mistake: true }
     }
 
     /// A refusal by the kernel.
     pub fn io(what: impl Into<String>, source: io::Error) -> Self {
-        Self { what: what.into(), source: Some(source) }
+        Self { what: what.into(), source: Some(source), mistake: false }
+    }
+
+    /// Whether no host could have done what was asked.
+    #[must_use]
+    pub fn is_mistake(&self) -> bool {
+        self.mistake
     }
 }
