@@ -9,8 +9,11 @@ mod refusal;
 #[cfg(test)]
 #[allow(dead_code, reason = "only its tests are wanted here")]
 mod regs;
+pub mod report;
 
 use std::sync::Arc;
+
+use report::HostReport;
 
 use crate::machine::vm::{Hypervisor, Vm, VmError};
 
@@ -28,6 +31,14 @@ pub fn open() -> Result<Kvm, VmError> {
     ))
 }
 
+/// Refuses, as [`open`] does.
+///
+/// # Errors
+/// Always.
+pub fn probe() -> Result<HostReport, VmError> {
+    match open()? {}
+}
+
 impl Hypervisor for Kvm {
     fn create_vm(&self) -> Result<Arc<dyn Vm>, VmError> {
         match *self {}
@@ -41,5 +52,6 @@ mod tests {
     #[test]
     fn a_machine_of_another_kind_is_told_what_to_do() {
         assert!(open().unwrap_err().to_string().contains("scripts/host"));
+        assert!(probe().unwrap_err().to_string().contains("scripts/host"));
     }
 }

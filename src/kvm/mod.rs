@@ -1,7 +1,8 @@
 //! KVM on RISC-V, behind the traits `Vm` and `Hart`: the only room with ioctls.
 //!
 //! [`open`] is the door. `vm` makes memory, harts, irqchip and lines; `hart` runs one vCPU and `exit` says why it came
-//! back; `kick` gets it out of the guest; `knobs` shapes the ISA; `isa` and `regs` are the kernel's numbers.
+//! back; `kick` gets it out of the guest; `knobs` shapes the ISA; `isa` and `regs` are the kernel's numbers; `probe` asks
+//! for a [`report`] of what the host can do.
 
 mod aia;
 mod exit;
@@ -10,8 +11,10 @@ mod irq;
 mod isa;
 mod kick;
 mod knobs;
+mod probe;
 mod refusal;
 mod regs;
+pub mod report;
 #[cfg(test)]
 mod tests;
 mod vcpu;
@@ -23,6 +26,7 @@ use std::sync::Arc;
 use kvm_bindings::KVM_API_VERSION;
 
 pub use knobs::check as check_knobs;
+pub use probe::probe;
 
 use crate::machine::vm::{Hypervisor, Vm, VmError};
 
@@ -46,11 +50,16 @@ pub fn open() -> Result<Kvm, VmError> {
     }
 }
 
+impl Kvm {
+    fn new_vm(&self) -> Result<vm::KvmVm, VmError> {
+        let fd = self.fd.create_vm();
+        fd.map(vm::KvmVm::new)
+            .map_err(|e| VmError::io("Cannot make a virtual machine", io::Error::from(e)))
+    }
+}
+
 impl Hypervisor for Kvm {
     fn create_vm(&self) -> Result<Arc<dyn Vm>, VmError> {
-        let fd = self.fd.create_vm();
-        let fd =
-            fd.map_err(|e| VmError::io("Cannot make a virtual machine", io::Error::from(e)))?;
-        Ok(Arc::new(vm::KvmVm::new(fd)))
+        Ok(Arc::new(self.new_vm()?))
     }
 }

@@ -8,7 +8,11 @@ use crate::machine::vm::VmError;
 /// The refusal to open /dev/kvm.
 pub(super) fn of_open(error: io::Error) -> VmError {
     let what = open_sentence(error.kind(), fs::read_to_string("/proc/cpuinfo").ok().as_deref());
-    VmError::io(what, error)
+    match error.kind() {
+        // The sentence says it already.
+        io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => VmError::new(what),
+        _ => VmError::io(what, error),
+    }
 }
 
 /// The refusal of a kernel whose KVM_GET_API_VERSION is not 12.
@@ -27,7 +31,7 @@ fn open_sentence(kind: io::ErrorKind, cpuinfo: Option<&str>) -> String {
             _ => "the kernel module is not loaded (sudo modprobe kvm)",
         },
         io::ErrorKind::PermissionDenied => {
-            "no permission (sudo usermod -aG kvm $USER, then log in again)"
+            "permission denied (sudo usermod -aG kvm $USER, then log in again)"
         }
         _ => "the kernel refused (sudo dmesg | grep kvm may say why)",
     };

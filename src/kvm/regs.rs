@@ -27,6 +27,8 @@ const fn id(class: u64, index: u64) -> u64 {
     RISCV | U64 | class | index
 }
 
+/// Program counter.
+pub(super) const PC: u64 = id(CORE, 0);
 /// Block size of `cbo.clean`, `cbo.flush` and `cbo.inval`, in bytes.
 pub(super) const ZICBOM_BLOCK: u64 = id(CONFIG, 1);
 /// `mvendorid`
@@ -62,7 +64,7 @@ pub(super) const fn sbi_extension(number: u64) -> u64 {
 /// The id of `reg`; `None` for `x0`, which has none, and for a number above 31.
 pub(super) const fn core_or_csr(reg: Reg) -> Option<u64> {
     match reg {
-        Reg::Pc => Some(id(CORE, 0)),
+        Reg::Pc => Some(PC),
         Reg::X(number @ 1..=31) => Some(id(CORE, number as u64)),
         Reg::X(_) => None,
         Reg::Mode => Some(id(CORE, CORE_MODE)),

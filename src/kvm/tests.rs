@@ -4,6 +4,7 @@ mod aia;
 mod asm;
 mod harts;
 mod knobs;
+mod report;
 
 use std::sync::Arc;
 
@@ -11,7 +12,6 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::open;
 use super::vcpu::Vcpu;
-use super::vm::KvmVm;
 use crate::machine::vm::{CpuKnobs, Hypervisor, Vm};
 use crate::vcpu::exit::{Exit, SbiCall};
 use crate::vcpu::hart::{Hart, Reg};
@@ -42,9 +42,8 @@ impl Guest {
 
     /// A vCPU of a VM of its own, as the room itself sees it.
     fn raw_vcpu(&self) -> Vcpu {
-        let fd = open().unwrap().fd.create_vm().unwrap();
         let host = self.memory.get_host_address(GuestAddress(BASE)).unwrap() as u64;
-        let vm = KvmVm::new(fd);
+        let vm = open().unwrap().new_vm().unwrap();
         vm.map_memory(0, BASE, host, 0x1_0000).unwrap();
         vm.make_vcpu(0).unwrap()
     }

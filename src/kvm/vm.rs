@@ -59,6 +59,10 @@ impl KvmVm {
         Ok(Arc::clone(&first.vcpu))
     }
 
+    pub(super) fn fd(&self) -> &VmFd {
+        &self.fd
+    }
+
     /// Makes a vCPU as the kernel gives it.
     pub(super) fn make_vcpu(&self, id: u32) -> Result<Vcpu, VmError> {
         let fd = self.fd.create_vcpu(id.into());

@@ -5,11 +5,12 @@ use rvmm_boot::error::Size;
 use super::host::{Host, Limit, Memory, Node};
 use super::kernel::{self, LIMITS, OLDEST};
 use super::report::Check;
-use super::virtualization::{self, Virtualization};
+use super::virtualization;
 use crate::config::DEFAULT_MEM;
+use crate::kvm::report::HostReport;
 
 /// All lines of the report, in the order in which they matter.
-pub(super) fn all(host: &Host, kvm: &Result<Virtualization, String>) -> Vec<Check> {
+pub(super) fn all(host: &Host, kvm: &Result<HostReport, String>) -> Vec<Check> {
     let mut checks = vec![arch(host)];
     checks.extend(kernel(host));
     checks.extend(hypervisor(host));

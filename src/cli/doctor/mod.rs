@@ -7,6 +7,7 @@ use std::path::Path;
 
 use crate::cli::output;
 use crate::error::{EXIT_HOST, EXIT_OK};
+use crate::kvm;
 
 mod checks;
 mod host;
@@ -20,7 +21,7 @@ use report::Report;
 /// Examines this host, prints the report (as JSON where `json`), and gives the exit code: 1 where rvmm cannot run.
 pub(super) fn examine(json: bool) -> u8 {
     let host = Host::read(Path::new("/"));
-    let kvm = Err(String::from("x"));
+    let kvm = kvm::probe().map_err(|e| output::chain(&e));
     let report = Report::new(checks::all(&host, &kvm));
     let shown = output::show(&if json { report.json() } else { report.text() });
     if report.can_run() || shown != EXIT_OK { shown } else { EXIT_HOST }

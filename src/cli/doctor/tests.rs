@@ -8,7 +8,7 @@ use tempfile::TempDir;
 use super::checks::all;
 use super::host::{Host, Memory, Node};
 use super::report::{Check, Report, Status};
-use super::virtualization::Virtualization;
+use crate::kvm::report::{AiaOffer, HostReport, SbiOffer, SbiState};
 
 /// A RISC-V host with all that rvmm can use.
 fn good_host() -> Host {
@@ -41,32 +41,45 @@ fn names(list: &str) -> Vec<String> {
     list.split(' ').map(Into::into).collect()
 }
 
-fn good_kvm() -> Virtualization {
-    Virtualization {
+fn offers(names: &[&'static str]) -> Vec<SbiOffer> {
+    names.iter().map(|name| SbiOffer { name, state: SbiState::On }).collect()
+}
+
+fn good_kvm() -> HostReport {
+    HostReport {
         max_vcpus: 1024,
         recommended_vcpus: 4,
         address_bits: Some(59),
-        aia: Some(true),
+        memory_slots: Some(32767),
+        aia: Some(AiaOffer { guest_files: true, ids: 255 }),
         isa: names("i m a f d c ssaia sstc smstateen"),
-        sbi: names("time ipi rfence srst hsm pmu dbcn sta susp fwft mpxy"),
+        satp_mode: 10,
+        timebase_hz: 10_000_000,
+        sbi: offers(&[
+            "time", "ipi", "rfence", "srst", "hsm", "pmu", "dbcn", "sta", "susp", "fwft", "mpxy",
+        ]),
+        sbi_v01: Some(true),
+        guest_debug: true,
+        irqfd: true,
+        ioeventfd: true,
     }
 }
 
 /// The lines about `topic` of a good host after `change`.
-fn lines(topic: &str, change: impl FnOnce(&mut Host, &mut Virtualization)) -> Vec<Check> {
+fn lines(topic: &str, change: impl FnOnce(&mut Host, &mut HostReport)) -> Vec<Check> {
     let (mut host, mut kvm) = (good_host(), good_kvm());
     change(&mut host, &mut kvm);
     all(&host, &Ok(kvm)).into_iter().filter(|check| check.topic == topic).collect()
 }
 
 /// The only line about `topic`.
-fn line(topic: &str, change: impl FnOnce(&mut Host, &mut Virtualization)) -> Check {
+fn line(topic: &str, change: impl FnOnce(&mut Host, &mut HostReport)) -> Check {
     let mut lines = lines(topic, change);
     assert_eq!(lines.len(), 1, "{topic}: {lines:?}");
     lines.remove(0)
 }
 
-fn runs(host: &Host, kvm: Result<Virtualization, String>) -> bool {
+fn runs(host: &Host, kvm: Result<HostReport, String>) -> bool {
     Report::new(all(host, &kvm)).can_run()
 }
 
@@ -170,12 +183,18 @@ fn a_host_without_aia_is_told_that_the_plic_serves() {
     let check = line("aia", |_, kvm| kvm.aia = None);
     assert_eq!((check.status, check.required), (Status::Missing, false));
     assert!(check.found.contains("PLIC"));
-    assert!(line("aia", |_, kvm| kvm.aia = Some(false)).found.contains("no guest interrupt files"));
+    assert!(
+        line("aia", |_, kvm| kvm.aia = Some(AiaOffer { guest_files: false, ids: 255 }))
+            .found
+            .contains("no guest interrupt files")
+    );
 }
 
 #[test]
 fn each_sbi_extension_that_kvm_lacks_is_a_line_with_the_release_that_brings_it() {
-    let sbi = lines("sbi", |_, kvm| kvm.sbi = names("time ipi rfence srst hsm pmu dbcn sta"));
+    let sbi = lines("sbi", |_, kvm| {
+        kvm.sbi = offers(&["time", "ipi", "rfence", "srst", "hsm", "pmu", "dbcn", "sta"]);
+    });
     assert_eq!(sbi[0].found, "time ipi rfence srst hsm pmu dbcn sta");
     let lacking: Vec<&str> = sbi[1..].iter().map(|check| check.found.as_str()).collect();
     assert_eq!(lacking.len(), 3);

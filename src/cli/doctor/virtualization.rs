@@ -1,22 +1,7 @@
 //! What KVM says about itself, as lines.
 
 use super::report::Check;
-
-/// What KVM says about itself.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Virtualization {
-    /// Most vCPUs of a machine, and the number up to which each has a host CPU of its own.
-    pub(super) max_vcpus: u32,
-    pub(super) recommended_vcpus: u32,
-    /// Bits of a guest-physical address, where KVM tells.
-    pub(super) address_bits: Option<u32>,
-    /// In-kernel AIA: `None` where there is none; whether it has guest interrupt files.
-    pub(super) aia: Option<bool>,
-    /// Extensions of a guest's hart, by lower-case name.
-    pub(super) isa: Vec<String>,
-    /// SBI extensions that KVM has, switched on or not, by lower-case name.
-    pub(super) sbi: Vec<String>,
-}
+use crate::kvm::report::{AiaOffer, HostReport, SbiState};
 
 /// SBI extensions that a guest may miss, and what brings them.
 const SBI_WANTED: [(&str, &str); 6] = [
@@ -29,22 +14,29 @@ const SBI_WANTED: [(&str, &str); 6] = [
 ];
 
 /// The lines.
-pub(super) fn checks(kvm: &Virtualization) -> Vec<Check> {
-    let mut checks = vec![aia(kvm), Check::ok("isa", kvm.isa.join(" "))];
-    checks.push(match has(&kvm.isa, "sstc") {
+pub(super) fn checks(kvm: &HostReport) -> Vec<Check> {
+    let mut checks = vec![aia(kvm), Check::ok("isa", kvm.isa.join(" ")), clock_and_mmu(kvm)];
+    checks.push(match kvm.has_isa("sstc") {
         true => Check::ok("sstc", "guests set their timers without leaving the guest"),
         false => Check::note(
             "sstc",
             "the CPU has no Sstc: each timer of a guest is a call to the kernel",
         ),
     });
-    checks.push(match has(&kvm.isa, "smstateen") {
-        true => Check::ok("smstateen", "rvmm can say which state a guest's user mode sees"),
-        false => Check::note("smstateen", "the CPU has no Smstateen: nothing to switch for guests"),
+    checks.push(match kvm.has_isa("smstateen") {
+        true => {
+            Check::ok("smstateen", "KVM can keep the AIA's registers from a guest: --isa -ssaia")
+        }
+        false => Check::note("smstateen", "the CPU has no Smstateen: ssaia can only be hidden"),
     });
-    checks.push(Check::ok("sbi", kvm.sbi.join(" ")));
-    let lacking = SBI_WANTED.iter().filter(|(name, _)| !has(&kvm.sbi, name));
+    checks.push(Check::ok("sbi", sbi(kvm)));
+    let lacking = SBI_WANTED.iter().filter(|(name, _)| !kvm.has_sbi(name));
     checks.extend(lacking.map(|(name, what)| Check::note("sbi", format!("no {name}: {what}"))));
+    checks.push(sbi_v01(kvm));
+    checks.push(match kvm.guest_debug {
+        true => Check::ok("guest-debug", "breakpoints of a debugger can be set in guests"),
+        false => Check::note("guest-debug", "no breakpoints in guests: Linux 6.10"),
+    });
     checks.push(Check::ok(
         "vcpus",
         format!(
@@ -60,13 +52,13 @@ pub(super) fn checks(kvm: &Virtualization) -> Vec<Check> {
     checks
 }
 
-fn aia(kvm: &Virtualization) -> Check {
+fn aia(kvm: &HostReport) -> Check {
     match kvm.aia {
-        Some(true) => Check::ok(
+        Some(AiaOffer { guest_files: true, .. }) => Check::ok(
             "aia",
             "interrupt controller in the kernel (APLIC, IMSICs), with guest interrupt files",
         ),
-        Some(false) => Check::ok(
+        Some(AiaOffer { guest_files: false, .. }) => Check::ok(
             "aia",
             "interrupt controller in the kernel (APLIC, IMSICs), emulated: no guest interrupt files",
         ),
@@ -78,6 +70,33 @@ fn aia(kvm: &Virtualization) -> Check {
     }
 }
 
-fn has(names: &[String], name: &str) -> bool {
-    names.iter().any(|other| other == name)
+fn clock_and_mmu(kvm: &HostReport) -> Check {
+    let mmu = match kvm.satp_mode {
+        8 => "Sv39",
+        9 => "Sv48",
+        10 => "Sv57",
+        _ => "no paging that rvmm knows",
+    };
+    Check::ok("mmu", format!("{mmu}; the clock of guests ticks {} times a second", kvm.timebase_hz))
+}
+
+/// The extensions that a guest can have, those marked that it gets by itself only where they are switched on.
+fn sbi(kvm: &HostReport) -> String {
+    let names = kvm.sbi.iter().filter_map(|offer| match offer.state {
+        SbiState::On => Some(offer.name.to_owned()),
+        SbiState::Off => Some(format!("{}(off)", offer.name)),
+        SbiState::Absent => None,
+    });
+    names.collect::<Vec<_>>().join(" ")
+}
+
+fn sbi_v01(kvm: &HostReport) -> Check {
+    match kvm.sbi_v01 {
+        Some(true) => Check::ok("sbi-0.1", "calls of SBI 0.1 reach rvmm"),
+        Some(false) => Check::note(
+            "sbi-0.1",
+            "the kernel is built without SBI 0.1: guests print through dbcn or the UART",
+        ),
+        None => Check::note("sbi-0.1", "no guest could be run to find out about SBI 0.1"),
+    }
 }

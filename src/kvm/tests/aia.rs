@@ -6,14 +6,14 @@ use crate::config::{IrqchipChoice, KnobChange};
 use crate::layout::Span;
 use crate::machine::vm::{AiaFacts, AiaPlan, Irqchip};
 
-const APLIC: u64 = 0x0d00_0000;
+const APLIC: u32 = 0x0d00_0000;
 const IMSICS: u64 = 0x2800_0000;
 
 fn plan(harts: u32) -> AiaPlan {
     AiaPlan {
         harts,
         sources: 95,
-        aplic: Span { base: APLIC, size: 0x4000 },
+        aplic: Span { base: APLIC.into(), size: 0x4000 },
         imsics: Span { base: IMSICS, size: 0x100_0000 },
     }
 }
@@ -137,7 +137,7 @@ fn a_wired_source_reaches_its_hart_through_aplic_and_imsic() {
         [&li(T0, reg)[..], &[csrw(siselect, T0)], &li(T0, value), &[csrw(sireg, T0)]].concat()
     };
     let write = |offset: u32, value: u32| {
-        [&li(T0, APLIC as u32 + offset)[..], &li(T1, value), &[store(2, T1, T0, 0)]].concat()
+        [&li(T0, APLIC + offset)[..], &li(T1, value), &[store(2, T1, T0, 0)]].concat()
     };
     // The IMSIC: delivery on, no threshold, identity 5 enabled. The APLIC: source 7, level high, to hart 0 as identity 5.
     let setup = [

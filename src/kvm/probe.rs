@@ -1,0 +1,97 @@
+//! `rvmm doctor`'s questions to KVM, asked through machines that are thrown away.
+
+use kvm_bindings::{
+    KVM_CAP_IOEVENTFD, KVM_CAP_IRQCHIP, KVM_CAP_IRQFD, KVM_CAP_NR_MEMSLOTS, KVM_CAP_NR_VCPUS,
+    KVM_CAP_SET_GUEST_DEBUG, KVM_CAP_VM_GPA_BITS,
+};
+use kvm_ioctls::VmFd;
+
+use super::isa::SBI_EXTENSIONS;
+use super::report::{AiaOffer, HostReport, SbiOffer, SbiState};
+use super::vcpu::Vcpu;
+use super::vm::shown;
+use super::{Kvm, aia, open, regs};
+use crate::machine::vm::{Vm, VmError};
+use crate::vcpu::exit::Exit;
+
+/// Where the page of [`v01_calls_leave`] lies.
+const CODE: u64 = 0x8000_0000;
+
+/// Asks KVM what it can do.
+///
+/// # Errors
+/// As [`open`]; or this host gives no machine with one hart.
+pub fn probe() -> Result<HostReport, VmError> {
+    let kvm = open()?;
+    let vm = kvm.new_vm()?;
+    let vcpu = vm.make_vcpu(0)?;
+    let fd = vm.fd();
+    let asked = |what: &str, id| {
+        vcpu.reg(id).map_err(|e| VmError::io(format!("Cannot ask KVM for {what}"), e))
+    };
+    let sbi_v01 = v01_calls_leave(&kvm);
+    Ok(HostReport {
+        max_vcpus: vm.max_harts(),
+        recommended_vcpus: cap(fd, KVM_CAP_NR_VCPUS).unwrap_or(1),
+        address_bits: cap(fd, KVM_CAP_VM_GPA_BITS),
+        memory_slots: cap(fd, KVM_CAP_NR_MEMSLOTS),
+        isa: shown(&vcpu, None)?.into_iter().map(String::from).collect(),
+        satp_mode: asked("the MMU mode", regs::SATP_MODE)?,
+        timebase_hz: asked("the timebase", regs::TIMEBASE)?,
+        sbi: sbi(&vcpu, sbi_v01),
+        sbi_v01,
+        guest_debug: cap(fd, KVM_CAP_SET_GUEST_DEBUG).is_some(),
+        irqfd: cap(fd, KVM_CAP_IRQFD).is_some(),
+        ioeventfd: cap(fd, KVM_CAP_IOEVENTFD).is_some(),
+        aia: aia_offer(fd),
+    })
+}
+
+/// What a capability says, if it is there.
+fn cap(fd: &VmFd, number: u32) -> Option<u32> {
+    u32::try_from(fd.check_extension_raw(number.into())).ok().filter(|value| *value > 0)
+}
+
+fn aia_offer(fd: &VmFd) -> Option<AiaOffer> {
+    cap(fd, KVM_CAP_IRQCHIP)?;
+    let device = aia::open(fd).ok()?;
+    let ids = aia::offered_ids(&device).ok()?;
+    Some(AiaOffer { guest_files: aia::takes_hardware_mode(&device), ids })
+}
+
+fn sbi(vcpu: &Vcpu, v01: Option<bool>) -> Vec<SbiOffer> {
+    let state = |number, name| match vcpu.reg(regs::sbi_extension(number)) {
+        Ok(0) => SbiState::Off,
+        // Kernels without it list it all the same.
+        Ok(_) if name == "v01" && v01 == Some(false) => SbiState::Absent,
+        Ok(_) => SbiState::On,
+        Err(_) => SbiState::Absent,
+    };
+    let numbered = (0..).zip(SBI_EXTENSIONS.iter().copied());
+    numbered.map(|(number, name)| SbiOffer { name, state: state(number, name) }).collect()
+}
+
+/// A page of memory.
+#[repr(C, align(4096))]
+struct Page([u32; 1024]);
+
+/// Whether a call of SBI 0.1 leaves the guest: makes one, and one that always does behind it.
+fn v01_calls_leave(kvm: &Kvm) -> Option<bool> {
+    const PUTCHAR: u64 = 1;
+    let mut page = Box::new(Page([0; 1024]));
+    // li a7, 1; ecall; lui a7, 0x9000 (the first vendor extension); ecall
+    for (word, instruction) in page.0.iter_mut().zip([0x0010_0893, 0x73, 0x0900_08b7, 0x73]) {
+        *word = instruction;
+    }
+    // Declared behind the page, so dropped before it: the kernel is done with it first.
+    let vm = kvm.new_vm().ok()?;
+    let host = std::ptr::from_ref(page.as_ref()) as u64;
+    vm.map_memory(0, CODE, host, size_of::<Page>() as u64).ok()?;
+    let vcpu = vm.make_vcpu(0).ok()?;
+    vcpu.set_reg(regs::PC, CODE).ok()?;
+    let mut hart = super::hart::KvmHart::new(0, vcpu.into());
+    match crate::vcpu::hart::Hart::enter(&mut hart).ok()? {
+        Exit::Sbi(call) => Some(call.extension == PUTCHAR),
+        _ => None,
+    }
+}
