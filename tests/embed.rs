@@ -1,0 +1,34 @@
+//! rvmm as a library: the example with two machines in one process.
+
+mod harness;
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use harness::{guest, host};
+
+/// Cargo builds the examples for a test run, next to the folder of the tests.
+fn example() -> PathBuf {
+    let mut path = std::env::current_exe().expect("the path of this test");
+    path.pop();
+    path.pop();
+    path.join("examples/embed")
+}
+
+#[test]
+fn two_machines_run_in_one_process() {
+    let Some(_) = host() else { return };
+    let output = Command::new(example()).arg(guest("hello")).output().expect("the example starts");
+    let text = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{text}{errors}");
+    assert_eq!(text.matches("PASS hello").count(), 2, "{text}{errors}");
+    assert_eq!(text.matches("-- The guest powered off").count(), 2, "{text}{errors}");
+}
+
+#[test]
+fn the_example_says_how_it_is_used() {
+    let output = Command::new(example()).output().expect("the example starts");
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("usage: embed KERNEL"));
+}
