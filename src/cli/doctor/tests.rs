@@ -202,6 +202,13 @@ fn each_sbi_extension_that_kvm_lacks_is_a_line_with_the_release_that_brings_it()
 }
 
 #[test]
+fn an_sbi_extension_that_a_guest_gets_on_demand_only_is_marked() {
+    let off = |name| SbiOffer { name, state: SbiState::Off };
+    let sbi = lines("sbi", |_, kvm| kvm.sbi = vec![off("dbcn"), off("mpxy")]);
+    assert_eq!(sbi[0].found, "dbcn mpxy(by --sbi +mpxy)");
+}
+
+#[test]
 fn cpu_extensions_that_matter_to_guests_have_lines_of_their_own() {
     assert_eq!(line("sstc", |_, kvm| kvm.isa = names("i m a")).status, Status::Note);
     assert_eq!(line("smstateen", |_, kvm| kvm.isa = names("i m a")).status, Status::Note);

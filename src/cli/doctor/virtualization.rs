@@ -7,7 +7,7 @@ use crate::kvm::report::{AiaOffer, HostReport, SbiState};
 const SBI_WANTED: [(&str, &str); 6] = [
     ("dbcn", "the debug console (earlycon=sbi): Linux 6.7"),
     ("susp", "system suspend: Linux 6.14"),
-    ("pmu", "performance counters: Linux 6.3"),
+    ("pmu", "performance counters: Linux 6.3, on a CPU with Sscofpmf"),
     ("sta", "steal time: Linux 6.8, with scheduler statistics"),
     ("fwft", "firmware features such as misaligned access delegation: Linux 6.18"),
     ("mpxy", "message proxy: Linux 6.19"),
@@ -80,11 +80,15 @@ fn clock_and_mmu(kvm: &HostReport) -> Check {
     Check::ok("mmu", format!("{mmu}; the clock of guests ticks {} times a second", kvm.timebase_hz))
 }
 
-/// The extensions that a guest can have, those marked that it gets by itself only where they are switched on.
+/// SBI extensions that KVM leaves off and rvmm switches on.
+const SBI_OURS: [&str; 2] = ["dbcn", "susp"];
+
+/// The extensions that a guest can have, those marked that it gets only where the user asks for them.
 fn sbi(kvm: &HostReport) -> String {
     let names = kvm.sbi.iter().filter_map(|offer| match offer.state {
         SbiState::On => Some(offer.name.to_owned()),
-        SbiState::Off => Some(format!("{}(off)", offer.name)),
+        SbiState::Off if SBI_OURS.contains(&offer.name) => Some(offer.name.to_owned()),
+        SbiState::Off => Some(format!("{}(by --sbi +{})", offer.name, offer.name)),
         SbiState::Absent => None,
     });
     names.collect::<Vec<_>>().join(" ")
