@@ -2,7 +2,7 @@
 // SBI calls, prints what is stored to the UART, and ends when the guest powers off. Nothing is checked beyond what keeps
 // the figures honest.
 //
-// floor IMAGE: runs a flat guest at 0x80000000 in 16 MiB with one hart.
+// floor IMAGE TREE: runs a RISC-V Image and its device tree in 16 MiB at 0x80000000 with one hart.
 #include <fcntl.h>
 #include <linux/kvm.h>
 #include <stdint.h>
@@ -15,6 +15,8 @@
 
 #define RAM_BASE 0x80000000ul
 #define RAM_SIZE (16ul << 20)
+#define IMAGE_AT (2ul << 20)
+#define TREE_AT (8ul << 20)
 #define UART 0x10000000ul
 #define LSR_READY 0x60 // THRE and TEMT
 #define SBI_NOT_SUPPORTED (-2l)
@@ -35,20 +37,20 @@ static void set_reg(int vcpu, uint64_t index, uint64_t value) {
 		fail("KVM_SET_ONE_REG");
 }
 
-static void load(const char *path, char *ram) {
+static void load(const char *path, char *ram, size_t at) {
 	int fd = open(path, O_RDONLY);
 	if (fd < 0)
 		fail(path);
 	size_t done = 0;
-	for (ssize_t n; (n = read(fd, ram + done, RAM_SIZE - done)) != 0; done += (size_t)n)
+	for (ssize_t n; (n = read(fd, ram + at + done, RAM_SIZE - at - done)) != 0; done += (size_t)n)
 		if (n < 0)
 			fail(path);
 	close(fd);
 }
 
 int main(int argc, char **argv) {
-	if (argc != 2) {
-		fprintf(stderr, "usage: floor IMAGE\n");
+	if (argc != 3) {
+		fprintf(stderr, "usage: floor IMAGE TREE\n");
 		return 2;
 	}
 	int kvm = open("/dev/kvm", O_RDWR);
@@ -60,7 +62,8 @@ int main(int argc, char **argv) {
 	char *ram = mmap(NULL, RAM_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (ram == MAP_FAILED)
 		fail("mmap");
-	load(argv[1], ram);
+	load(argv[1], ram, IMAGE_AT);
+	load(argv[2], ram, TREE_AT);
 	struct kvm_userspace_memory_region slot = {
 		.guest_phys_addr = RAM_BASE, .memory_size = RAM_SIZE, .userspace_addr = (uint64_t)ram,
 	};
@@ -73,8 +76,9 @@ int main(int argc, char **argv) {
 	struct kvm_run *run = mmap(NULL, (size_t)size, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0);
 	if (run == MAP_FAILED)
 		fail("mmap of the vCPU");
-	set_reg(vcpu, 0, RAM_BASE);
+	set_reg(vcpu, 0, RAM_BASE + IMAGE_AT);
 	set_reg(vcpu, 10, 0);
+	set_reg(vcpu, 11, RAM_BASE + TREE_AT);
 	for (;;) {
 		if (ioctl(vcpu, KVM_RUN, 0) < 0)
 			fail("KVM_RUN");

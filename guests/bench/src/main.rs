@@ -1,0 +1,73 @@
+//! How long a way out of the guest and back takes, in nanoseconds, one line per way: `NAME NUMBER`. scripts/bench runs it
+//! where one instruction takes one nanosecond, so that the numbers are instructions.
+//!
+//! `rows=NAME,NAME` in the boot arguments chooses; without it all are measured. What is printed goes to the UART without
+//! a look at its status, since the floor (bench/floor.c) has no more of a UART than that.
+
+#![no_std]
+#![no_main]
+#![forbid(unsafe_code)]
+
+use core::fmt::{self, Write};
+
+use runtime::{Board, mmio, sbi, time, uart};
+
+runtime::guest!(run);
+
+/// Round trips in a row, of which the mean is taken.
+const ROUNDS: u64 = 10_000;
+/// Round trips before that: the first ones meet cold caches of the kernel.
+const WARM_UP: u64 = 100;
+
+/// The first extension of the range that the specification leaves to firmware vendors (SBI 3.0, chapter 18): KVM hands
+/// it to user space.
+const VENDOR: usize = 0x0900_0000;
+
+/// A way out of the guest.
+struct Row {
+    name: &'static str,
+    once: fn(),
+}
+
+const ROWS: [Row; 4] = [
+    Row { name: "mmio_read", once: || _ = mmio::read8(uart::BASE + uart::reg::LSR) },
+    Row { name: "mmio_write", once: || mmio::write8(uart::BASE + uart::reg::SCR, 0x55) },
+    Row { name: "sbi_forwarded", once: || _ = sbi::call2(VENDOR, 0, 0, 0) },
+    Row { name: "sbi_kernel", once: || _ = sbi::call2(sbi::BASE, 0, 0, 0) },
+];
+
+fn run(board: &'static Board) {
+    let wanted = board.arg("rows");
+    for row in &ROWS {
+        if wanted.is_none_or(|names| names.split(',').any(|name| name == row.name)) {
+            measure(row, board.timebase_hz);
+        }
+    }
+}
+
+fn measure(row: &Row, hz: u64) {
+    repeat(row.once, WARM_UP);
+    let start = time::now();
+    repeat(row.once, ROUNDS);
+    let ticks = time::now() - start;
+    let total_ns = ticks.saturating_mul(1_000_000_000) / hz.max(1);
+    // Text into the UART cannot fail.
+    let _ = writeln!(Unpolled, "{} {}", row.name, total_ns / ROUNDS);
+}
+
+#[inline(never)]
+fn repeat(once: fn(), rounds: u64) {
+    for _ in 0..rounds {
+        once();
+    }
+}
+
+/// The UART, blindly.
+struct Unpolled;
+
+impl Write for Unpolled {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        text.bytes().for_each(|byte| uart::write(uart::reg::THR, byte));
+        Ok(())
+    }
+}
