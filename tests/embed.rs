@@ -12,7 +12,9 @@ fn example() -> PathBuf {
     let mut path = std::env::current_exe().expect("the path of this test");
     path.pop();
     path.pop();
-    path.join("examples/embed")
+    path.push("examples/embed");
+    assert!(path.exists(), "{} is missing: cargo builds it with --examples", path.display());
+    path
 }
 
 #[test]
