@@ -13,7 +13,11 @@ fn example() -> PathBuf {
     path.pop();
     path.pop();
     path.push("examples/embed");
-    assert!(path.exists(), "{} is missing: cargo builds it with --examples", path.display());
+    assert!(
+        path.exists(),
+        "{} is missing (cargo test builds it where no --test is given; or: cargo build --example embed)",
+        path.display()
+    );
     path
 }
 
