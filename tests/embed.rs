@@ -1,5 +1,13 @@
 //! rvmm as a library: the example with two machines in one process.
 
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a panic is how a test fails"
+)]
+
 mod harness;
 
 use std::path::PathBuf;
