@@ -122,15 +122,15 @@ impl IoLoop {
         Ok(new)
     }
 
-    /// Takes over the process's signals: SIGTERM, SIGINT, SIGHUP and SIGQUIT call `stop`; SIGTSTP gives the terminal back
-    /// while the process is stopped, SIGCONT takes it again; SIGXFSZ becomes a write error.
+    /// Takes over the process's signals, once for all loops: SIGTERM, SIGINT, SIGHUP and SIGQUIT no longer end it, SIGTSTP
+    /// no longer stops it, SIGXFSZ becomes a write error. What comes before a loop watches is kept.
     ///
-    /// Only for a program that is the machine and nothing else, before its other threads start.
+    /// Only for a program that is the machine and nothing else, before it changes the terminal.
     ///
     /// # Errors
-    /// `AlreadyExists` where another loop of this process has them.
-    pub fn watch_signals(&mut self, stop: StopRequest) -> io::Result<()> {
-        let signals = signals::watch(&[
+    /// `AlreadyExists` where somebody in this process has them.
+    pub fn take_signals() -> io::Result<Signals> {
+        signals::watch(&[
             libc::SIGTERM,
             libc::SIGINT,
             libc::SIGHUP,
@@ -138,7 +138,15 @@ impl IoLoop {
             libc::SIGTSTP,
             libc::SIGCONT,
             libc::SIGXFSZ,
-        ])?;
+        ])
+    }
+
+    /// Serves `signals`: SIGTERM, SIGINT, SIGHUP and SIGQUIT call `stop`; SIGTSTP gives the terminal back while the process is
+    /// stopped, SIGCONT takes it again. One loop at a time may.
+    ///
+    /// # Errors
+    /// What epoll says.
+    pub fn watch_signals(&mut self, signals: Signals, stop: StopRequest) -> io::Result<()> {
         self.watch(Meaning::Signal, signals.as_raw_fd(), Interest::Read)?;
         self.signals = Some((signals, stop));
         Ok(())
@@ -213,7 +221,7 @@ impl IoLoop {
     }
 
     fn serve_signals(&mut self) {
-        let Some((signals, stop)) = self.signals.as_mut() else { return };
+        let Some((signals, stop)) = self.signals.as_ref() else { return };
         for signal in signals.take() {
             match signal {
                 libc::SIGTSTP => terminal::suspend(),

@@ -17,8 +17,8 @@ static WAKE: OnceLock<OwnedFd> = OnceLock::new();
 /// Bit N: signal N has come.
 static CAME: AtomicU64 = AtomicU64::new(0);
 
-/// The signals that [`watch`] took over. There is at most one of these in a process.
-#[derive(Debug)]
+/// The signals that [`watch`] took over. Copies mean the same signals; each signal is taken by one of them.
+#[derive(Debug, Clone, Copy)]
 pub struct Signals {
     wake: BorrowedFd<'static>,
 }
@@ -54,7 +54,7 @@ fn bit(signal: c_int) -> u64 {
 
 impl Signals {
     /// Takes the signals that have come since the last call, each once, in ascending order.
-    pub fn take(&mut self) -> impl Iterator<Item = c_int> + use<> {
+    pub fn take(self) -> impl Iterator<Item = c_int> + use<> {
         // First the descriptor, then the bits: a signal in between costs a wake-up for nothing, never the signal.
         let _ = rustix::io::read(self.wake, &mut [0u8; 8]);
         let came = CAME.swap(0, Ordering::SeqCst);
@@ -80,7 +80,7 @@ mod tests {
 
     #[test]
     fn signals_come_once_each_and_only_one_party_may_watch_them() {
-        let mut signals = watch(&[libc::SIGUSR1, libc::SIGUSR2])
+        let signals = watch(&[libc::SIGUSR1, libc::SIGUSR2])
             .expect("nobody else in this test binary watches");
         assert_eq!(signals.take().count(), 0, "none has come");
 

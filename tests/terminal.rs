@@ -86,7 +86,7 @@ fn echo(mode: &str) {
     let serial = Model::find("serial").unwrap().create(&Options::none("serial"), wiring).unwrap();
     let bus = Arc::new(Bus::new(vec![(0, serial)]).unwrap());
     let mut io = IoLoop::new(Arc::clone(&bus)).unwrap();
-    io.watch_signals(stop).unwrap();
+    io.watch_signals(IoLoop::take_signals().unwrap(), stop).unwrap();
     let io = io.spawn().unwrap();
 
     READY.iter().for_each(|byte| send(&bus, *byte));

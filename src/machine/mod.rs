@@ -19,6 +19,7 @@ use crate::config::{OnReset, VmConfig};
 use crate::error::Error;
 use crate::io_loop::IoLoop;
 use crate::kvm;
+use crate::signals::Signals;
 use crate::terminal::{self, Console};
 use crate::vcpu::spawn_hart;
 use crate::vcpu::stop::StopReason;
@@ -56,7 +57,7 @@ pub struct Machine {
     host: Box<dyn Hypervisor>,
     console: SharedConsole,
     pty: Option<std::path::PathBuf>,
-    signals: bool,
+    signals: Option<Signals>,
     handle: Handle,
     board: Board,
 }
@@ -89,6 +90,9 @@ impl Machine {
             Some(host) => host,
             None => Box::new(kvm::open()?),
         };
+        // Before the terminal changes: from here on no signal ends the process without restoring it.
+        let signals = parts.signals.then(IoLoop::take_signals).transpose();
+        let signals = signals.map_err(|e| host_error("take over the process's signals", e))?;
         let stopper = handle.clone();
         let console = match parts.console {
             Some(console) => console,
@@ -97,7 +101,7 @@ impl Machine {
         let Console { backend, pty } = console;
         let console = SharedConsole::new(backend);
         let board = Board::build(&config, &files, host.as_ref(), console.clone())?;
-        Ok(Self { config, host, console, pty, signals: parts.signals, handle, board })
+        Ok(Self { config, host, console, pty, signals, handle, board })
     }
 
     /// What stops, pauses and resumes the machine from any thread.
@@ -138,7 +142,7 @@ impl Machine {
         let thread = thread::Builder::new().name("machine".into()).spawn(move || self.run());
         Ok(Running {
             handle,
-            thread: thread.map_err(|e| host("start the thread of a machine", e))?,
+            thread: thread.map_err(|e| host_error("start the thread of a machine", e))?,
         })
     }
 }
@@ -165,14 +169,16 @@ fn live(
     mut board: Board,
     config: &VmConfig,
     handle: &Handle,
-    signals: bool,
+    signals: Option<Signals>,
 ) -> Result<StopReason, Error> {
-    let mut io = IoLoop::new(Arc::clone(&board.bus)).map_err(|e| host("make the event loop", e))?;
-    if signals {
+    let mut io =
+        IoLoop::new(Arc::clone(&board.bus)).map_err(|e| host_error("make the event loop", e))?;
+    if let Some(signals) = signals {
         let stopper = handle.clone();
-        io.watch_signals(Arc::new(move || stopper.stop())).map_err(|e| host("watch signals", e))?;
+        io.watch_signals(signals, Arc::new(move || stopper.stop()))
+            .map_err(|e| host_error("watch signals", e))?;
     }
-    let io = io.spawn().map_err(|e| host("start the event loop", e))?;
+    let io = io.spawn().map_err(|e| host_error("start the event loop", e))?;
     let mut threads = Vec::new();
     let mut failed = None;
     for hart in board.harts.drain(..) {
@@ -182,7 +188,7 @@ fn live(
         match spawn_hart(hart, Arc::clone(&board.world), Arc::clone(&board.control), pinned) {
             Ok(thread) => threads.push(thread),
             Err(error) => {
-                failed = Some(host(&what, error));
+                failed = Some(host_error(&what, error));
                 board.control.stop(StopReason::HostFailure(what));
                 break;
             }
@@ -196,10 +202,10 @@ fn live(
         let _ = thread.join();
     }
     handle.leave();
-    io.stop(IoLoop::DRAIN).map_err(|e| host("end the event loop", e))?;
+    io.stop(IoLoop::DRAIN).map_err(|e| host_error("end the event loop", e))?;
     failed.map_or(Ok(reason), Err)
 }
 
-fn host(what: &str, source: std::io::Error) -> Error {
+fn host_error(what: &str, source: std::io::Error) -> Error {
     Error::Host { what: format!("Cannot {what}"), source }
 }

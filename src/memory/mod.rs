@@ -2,7 +2,7 @@
 //!
 //! A file may change or shrink while the guest runs: pages that the guest has not written then change under it, and
 //! pages behind the new end are lost. A lost page reads as zero for rvmm and stops the machine
-//! ([`crate::vcpu::stop::StopReason::MemoryLost`]); it never ends the process. See [`lost`].
+//! ([`crate::vcpu::stop::StopReason::MemoryLost`]); it never ends the process (see `lost.rs`).
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
