@@ -1,0 +1,183 @@
+//! Ring 3: Debian's kernel under rvmm, to the built-in prompt and to an initramfs of one's own, with every interrupt
+//! controller that the host can give. A boot takes a quarter of a minute in an emulated host, so each one checks much.
+
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a panic is how a test fails"
+)]
+
+mod harness;
+#[path = "linux/initramfs.rs"]
+mod initramfs;
+#[path = "linux/log.rs"]
+mod log;
+
+use std::io::Read;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use harness::{Launch, STOP_LIMIT, Session, host, kernel, rvmm};
+use rustix::process::Signal;
+
+/// Bytes of console output that must come through a slow reader unharmed.
+const FLOOD: usize = 10_000_000;
+
+/// A machine of 512 MiB with Debian's kernel.
+fn machine(irqchip: &str, cpus: &str) -> Launch {
+    rvmm(&["--mem", "512M", "--cpus", cpus, "--irqchip", irqchip]).kernel(&kernel())
+}
+
+/// Types a command and gives what it printed. The prompt that ends the answer stays to be looked for.
+fn ask(session: &mut Session, command: &str) -> String {
+    // The terminal echoes what is typed, broken into lines as it likes. Marks that are typed in two halves appear whole only
+    // where the shell prints them.
+    session.send(&format!("echo st''art; {command}; echo do''ne\n"));
+    session.expect("start\r\n");
+    session.expect("done\r\n").replace('\r', "")
+}
+
+fn number(text: &str) -> u64 {
+    text.trim().parse().unwrap_or_else(|_| panic!("not a number: {text:?}"))
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock").as_secs()
+}
+
+/// Boots to the prompt and looks at everything that the machine shows.
+fn look_around(irqchip: &str, cpus: &str) {
+    let mut session = machine(irqchip, cpus).start();
+    let greeting = format!("on {cpus} harts");
+    session.expect("rvmm: Linux ");
+    assert!(session.expect("rvmm# ").contains(&greeting), "the greeting does not say {greeting:?}");
+
+    assert_eq!(ask(&mut session, "echo $((6*7))"), "42\n");
+    assert_eq!(ask(&mut session, "nproc"), format!("{cpus}\n"));
+    let cpuinfo = ask(&mut session, "cat /proc/cpuinfo");
+    assert_eq!(cpuinfo.matches("\nhart\t").count().to_string(), cpus, "{cpuinfo}");
+    assert!(cpuinfo.contains("rv64imafdc"), "{cpuinfo}");
+    assert!(cpuinfo.contains("mmu\t\t: sv"), "{cpuinfo}");
+
+    // All of the 512 MiB but what the kernel takes for itself.
+    let total = ask(&mut session, "sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo");
+    let megabytes = number(&total) / 1024;
+    assert!((440..512).contains(&megabytes), "MemTotal says {megabytes} MiB of 512");
+    assert_eq!(ask(&mut session, "cat /proc/cmdline"), "console=ttyS0\n");
+
+    // The clock: both the device and the time that the kernel took from it at boot.
+    for command in ["cat /sys/class/rtc/rtc0/since_epoch", "date +%s"] {
+        let seconds = number(&ask(&mut session, command));
+        assert!(
+            seconds.abs_diff(now()) < 300,
+            "{command} says {seconds}, the host's clock {}",
+            now()
+        );
+    }
+
+    let interrupts = ask(&mut session, "cat /proc/interrupts");
+    let controller = if irqchip == "aia" { " APLIC" } else { " PLIC" };
+    let uart = interrupts.lines().find(|line| line.ends_with("ttyS0")).unwrap_or("");
+    assert!(uart.contains(controller), "ttyS0 is not at the {controller}: {interrupts}");
+
+    let complaints = log::complaints(&ask(&mut session, "dmesg -r"));
+    assert!(complaints.is_empty(), "the kernel complains:\n{}", complaints.join("\n"));
+
+    // In place: the same process, a new machine.
+    session.send("reboot\n");
+    session.expect("rvmm: Linux ");
+    session.expect("rvmm# ");
+    assert_eq!(ask(&mut session, "nproc"), format!("{cpus}\n"));
+    session.send("poweroff\n");
+    assert_eq!(session.exit_code(), 0);
+}
+
+#[test]
+fn the_built_in_prompt_shows_the_machine_that_was_asked_for_and_survives_a_reboot() {
+    let Some(host) = host() else { return };
+    look_around(host.irqchips[0], "4");
+}
+
+#[test]
+fn one_hart_comes_up_with_every_interrupt_controller() {
+    let Some(host) = host() else { return };
+    for irqchip in &host.irqchips {
+        own_initramfs(irqchip, "1");
+    }
+}
+
+#[test]
+fn two_and_eight_harts_come_up() {
+    let Some(host) = host() else { return };
+    own_initramfs(host.irqchips[0], "2");
+    own_initramfs(host.irqchips[0], "8");
+}
+
+#[test]
+fn four_harts_come_up_with_a_plic_where_the_host_has_aia() {
+    let Some(host) = host() else { return };
+    if host.irqchips.len() == 1 {
+        return harness::skip("the host has no AIA, so the other tests use the PLIC already");
+    }
+    look_around("plic", "4");
+}
+
+/// Boots to an initramfs of one's own, types into its shell, and powers off from there.
+fn own_initramfs(irqchip: &str, cpus: &str) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let initrd = initramfs::build(folder.path(), &[]);
+    let mut session = machine(irqchip, cpus)
+        .args(&["--cmdline", "console=ttyS0 quiet"])
+        .path("--initrd=", &initrd, "")
+        .start();
+    session.expect("own initramfs is up\r\n");
+    session.expect("# ");
+    assert_eq!(ask(&mut session, "nproc"), format!("{cpus}\n"));
+    assert_eq!(ask(&mut session, "echo $((6*7))"), "42\n");
+    session.send("poweroff -f\n");
+    assert_eq!(session.exit_code(), 0);
+}
+
+#[test]
+fn ten_megabytes_reach_a_slow_reader_byte_for_byte_and_an_idle_machine_stops() {
+    let Some(host) = host() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let data = harness::flood(FLOOD);
+    let initrd = initramfs::build(folder.path(), &[("data", &data)]);
+    let mut session = machine(host.irqchips[0], "1")
+        .args(&["--cmdline", "console=ttyS0 quiet flood"])
+        .path("--initrd=", &initrd, "")
+        .unread()
+        .start();
+    let mut output = session.take_output();
+    read_until(&mut output, b"own initramfs is up\r\n");
+    read_until(&mut output, b"begin\n");
+    // Long enough for every buffer on the way to fill up.
+    std::thread::sleep(Duration::from_secs(1));
+    let mut got = vec![0; FLOOD];
+    for piece in got.chunks_mut(100_000) {
+        output.read_exact(piece).expect("the guest's output");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let same = got.iter().zip(&data).take_while(|(a, b)| a == b).count();
+    assert!(got == data, "only the first {same} bytes are right");
+    read_until(&mut output, b"end\n");
+
+    // Nothing runs in the guest now but a shell that waits.
+    read_until(&mut output, b"# ");
+    session.signal(Signal::TERM);
+    assert_eq!(session.exit_code_within(STOP_LIMIT), 0);
+}
+
+/// Reads byte by byte until `text` has come.
+fn read_until(stream: &mut impl Read, text: &[u8]) {
+    let mut seen = Vec::new();
+    while !seen.ends_with(text) {
+        let mut byte = [0];
+        let count = stream.read(&mut byte).expect("a stream");
+        let so_far = String::from_utf8_lossy(&seen[seen.len().saturating_sub(2000)..]).into_owned();
+        assert_eq!(count, 1, "the end, before {:?}: {so_far}", String::from_utf8_lossy(text));
+        seen.push(byte[0]);
+    }
+}
