@@ -8,9 +8,10 @@ use rvmm_devices::{
     Placement, PowerSwitch, Wiring,
 };
 
-use super::irqchip::Lines;
+use super::irqchip::{Lines, WakingLine};
 use crate::error::Error;
 use crate::layout::{self, SLOT_SIZE, SLOTS};
+use crate::vcpu::Control;
 
 /// The bus with everything on it, and what the device tree says of it.
 pub(super) struct Attached {
@@ -21,6 +22,8 @@ pub(super) struct Attached {
 /// What devices need from the machine.
 pub(super) struct Hookup<'a> {
     pub(super) lines: &'a Lines,
+    /// What a rising line wakes.
+    pub(super) control: &'a Arc<Control>,
     pub(super) power: Arc<dyn PowerSwitch>,
     /// The other end of the first UART.
     pub(super) console: Box<dyn ConsoleBackend>,
@@ -43,7 +46,8 @@ pub(super) fn attach(extra: &[String], hookup: Hookup<'_>) -> Result<Attached, E
     for plan in plan(extra)? {
         let mut wiring = Wiring::new(Arc::clone(&hookup.power));
         if plan.irq != 0 {
-            wiring.irq = hookup.lines.source(plan.irq)?;
+            let line = hookup.lines.source(plan.irq)?;
+            wiring.irq = Arc::new(WakingLine { line, control: Arc::clone(hookup.control) });
         }
         if plan.model.name == "serial" {
             wiring.console = console.take();

@@ -50,7 +50,12 @@ impl Board {
         let lines = Lines::new(&vm, irqchip, config.cpus.count)?;
         let control = Arc::new(Control::new());
         let power: Arc<dyn PowerSwitch> = Arc::new(PowerButton(Arc::clone(&control)));
-        let hookup = Hookup { lines: &lines, power, console: Box::new(console) };
+        let hookup = Hookup {
+            lines: &lines,
+            control: &control,
+            power,
+            console: Box::new(console.waking(&control)),
+        };
         let Attached { bus, nodes } = attach(&config.devices, hookup)?;
         let facts = Facts {
             harts: config.cpus.count,

@@ -8,6 +8,7 @@ use rvmm_devices::irq::IrqLine;
 use super::vm::{Irqchip, Vm};
 use crate::error::Error;
 use crate::layout::IRQ_SOURCES;
+use crate::vcpu::Control;
 
 /// Where devices' interrupts go.
 pub(super) enum Lines {
@@ -46,6 +47,21 @@ impl Lines {
         match self {
             Self::Aia(_) => None,
             Self::Plic(plic) => Some(plic.clone()),
+        }
+    }
+}
+
+/// A line whose rise wakes a guest that has suspended itself (SBI SUSP).
+pub(super) struct WakingLine {
+    pub(super) line: Arc<dyn IrqLine>,
+    pub(super) control: Arc<Control>,
+}
+
+impl IrqLine for WakingLine {
+    fn set_level(&self, high: bool) {
+        self.line.set_level(high);
+        if high {
+            self.control.wake();
         }
     }
 }

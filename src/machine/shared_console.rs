@@ -5,17 +5,28 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rvmm_devices::{ConsoleBackend, Ports};
 
+use crate::vcpu::Control;
+
 /// A handle on the console's far end. Only one UART uses it at a time, so the lock is never waited for.
 #[derive(Clone)]
-pub(super) struct SharedConsole(Arc<Mutex<Box<dyn ConsoleBackend>>>);
+pub(super) struct SharedConsole {
+    backend: Arc<Mutex<Box<dyn ConsoleBackend>>>,
+    /// The life that input wakes, where its guest has suspended itself (SBI SUSP).
+    control: Option<Arc<Control>>,
+}
 
 impl SharedConsole {
     pub(super) fn new(backend: Box<dyn ConsoleBackend>) -> Self {
-        Self(Arc::new(Mutex::new(backend)))
+        Self { backend: Arc::new(Mutex::new(backend)), control: None }
+    }
+
+    /// The same console, for the life that `control` controls.
+    pub(super) fn waking(&self, control: &Arc<Control>) -> Self {
+        Self { backend: Arc::clone(&self.backend), control: Some(Arc::clone(control)) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Box<dyn ConsoleBackend>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.backend.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -25,7 +36,11 @@ impl ConsoleBackend for SharedConsole {
     }
 
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.lock().read(buffer)
+        let count = self.lock().read(buffer)?;
+        if let Some(control) = self.control.as_ref().filter(|_| count > 0) {
+            control.wake();
+        }
+        Ok(count)
     }
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {

@@ -4,8 +4,8 @@
 //! kicked looks here. A hart looks under the lock before it waits, so that nothing said in between is missed; what is said
 //! while it is on its way into the guest reaches it by the kick, which is never lost.
 //!
-//! Lock order: this lock is taken last. With it held only kicks are called, which take no lock and call nobody; so a
-//! device may stop the machine with its own lock held.
+//! Lock order: this lock is taken last. With it held only kicks are called, which call nobody; so a device may stop or wake
+//! the machine with its own lock held.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -109,8 +109,8 @@ impl Control {
         self.changed.notify_all();
     }
 
-    /// Says that a host event has reached a device (input, an alarm, a packet): a system that sleeps in SBI SUSP wakes up.
-    /// Cheap where none does.
+    /// Says that something has happened which wakes a system that sleeps in SBI SUSP: console input, a rising interrupt
+    /// line. Cheap where none sleeps, and callable with a device's lock held.
     pub fn wake(&self) {
         let mut state = self.lock();
         state.wakes = state.wakes.wrapping_add(1);
@@ -159,15 +159,28 @@ impl Control {
         }
     }
 
-    /// Waits until the hart may run, with `asleep` also until the next host event; false where the run ends.
-    pub(super) fn park(&self, asleep: bool) -> bool {
+    /// How many host events there were so far, for [`Control::sleep`].
+    pub(super) fn events(&self) -> u64 {
+        self.lock().wakes
+    }
+
+    /// Waits until the hart may run; false where the run ends.
+    pub(super) fn park(&self) -> bool {
+        self.rest(None)
+    }
+
+    /// As [`Control::park`], and until there were other than `events` host events.
+    pub(super) fn sleep(&self, events: u64) -> bool {
+        self.rest(Some(events))
+    }
+
+    fn rest(&self, events: Option<u64>) -> bool {
         let mut state = self.lock();
         state.parked += 1;
         self.changed.notify_all();
-        if asleep {
-            let before = state.wakes;
+        if let Some(events) = events {
             state.asleep += 1;
-            state = self.wait_while(state, |state| state.stop.is_none() && state.wakes == before);
+            state = self.wait_while(state, |state| state.stop.is_none() && state.wakes == events);
             state.asleep -= 1;
         }
         state = self.wait_while(state, |state| state.stop.is_none() && !state.may_run());

@@ -11,6 +11,7 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 use super::control::{Control, Order, Service};
 use super::dispatch::{Flow, dispatch};
 use super::hart::{Csr, Hart, Reg};
+use super::sbi;
 use super::stop::StopReason;
 use super::trap;
 use super::world::World;
@@ -126,7 +127,7 @@ fn live(hart: &mut dyn Hart, world: &World, control: &Control) -> io::Result<Opt
                 }
             }
             Flow::Suspend => {
-                if !sleep(hart, control)? {
+                if !sleep(hart, world, control)? {
                     return Ok(None);
                 }
             }
@@ -148,15 +149,17 @@ fn obey(hart: &mut dyn Hart, control: &Control) -> io::Result<bool> {
         Order::End => Ok(false),
         Order::Park => {
             hart.settle()?;
-            Ok(control.park(false))
+            Ok(control.park())
         }
     }
 }
 
-/// Sleeps until a host event; not at all where an interrupt is already pending, which would have woken hardware too.
+/// Sleeps until a host event; not at all where one is there already that would have woken hardware too: a pending
+/// interrupt, or input that nobody has read. Events are counted from before that look, so that none is missed after it.
 #[cold]
-fn sleep(hart: &mut dyn Hart, control: &Control) -> io::Result<bool> {
+fn sleep(hart: &mut dyn Hart, world: &World, control: &Control) -> io::Result<bool> {
     hart.settle()?;
-    let pending = hart.get(Reg::Csr(Csr::Sip))? & SEIP != 0;
-    if pending { obey(hart, control) } else { Ok(control.park(true)) }
+    let events = control.events();
+    let pending = hart.get(Reg::Csr(Csr::Sip))? & SEIP != 0 || sbi::has_input(world);
+    if pending { obey(hart, control) } else { Ok(control.sleep(events)) }
 }

@@ -68,7 +68,7 @@ fn unknown(world: &World, extension: u64, function: u64) -> Answer {
 /// The kernel has checked the call and queued the restart at the address that the guest named: it cannot be refused any
 /// more, only be honoured. The calling hart is the last one that runs.
 fn suspend() -> Answer {
-    info!("The guest suspends the system; input or a device's event wakes it");
+    info!("The guest suspends the system; console input or an interrupt wakes it");
     (SUCCESS, 0, Flow::Suspend)
 }
 
@@ -148,6 +148,12 @@ fn chunk(buf: &mut [u8; CHUNK], len: u64) -> &mut [u8] {
 /// One byte to the console; false where it is full. The other bits of the argument mean nothing.
 fn put(world: &World, arg: u64) -> bool {
     console(world).is_none_or(|uart| uart.put(arg.to_le_bytes()[0]))
+}
+
+/// True where the console has input that the guest has not read.
+pub(super) fn has_input(world: &World) -> bool {
+    let uart = world.console.map(|base| Uart { bus: &world.bus, base });
+    uart.is_some_and(|uart| uart.ready(uart::LSR_DATA_READY))
 }
 
 fn console(world: &World) -> Option<Uart<'_>> {

@@ -152,3 +152,13 @@ fn a_pending_interrupt_keeps_a_suspended_system_awake() {
     assert_eq!(reason, StopReason::PowerOff);
     assert!(events.contains(&Event::Settled));
 }
+
+#[test]
+fn input_that_nobody_has_read_keeps_a_suspended_system_awake() {
+    let (world, uart) = world(Unassigned::Zero);
+    uart.line().typed.push_back(b'x');
+    let suspend = Step::Sbi { extension: 0x5355_5350, function: 0, args: [0; 6] };
+    let (reason, _) = run(world, ScriptHart::new(0, [suspend, OFF]));
+    assert_eq!(reason, StopReason::PowerOff);
+    assert_eq!(uart.line().typed, [b'x'], "it is still there to be read");
+}
