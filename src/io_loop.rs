@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use event_manager::{
     EventManager, EventOps, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
 };
-use log::{error, warn};
+use log::{error, info, warn};
 use rvmm_devices::{Bus, Interest, Source};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -227,7 +227,10 @@ impl IoLoop {
                 libc::SIGTSTP => terminal::suspend(),
                 libc::SIGCONT => terminal::resume(),
                 libc::SIGXFSZ => {}
-                _ => stop(),
+                _ => {
+                    info!("Signal {signal} asks for an end");
+                    stop();
+                }
             }
         }
     }
