@@ -15,6 +15,8 @@
 //! | `words.rs`, `tables.rs` | taking lines and the kernel's tables apart: pure |
 
 use std::ffi::{OsStr, c_int};
+use std::fmt;
+use std::io::{self, Write};
 use std::os::unix::process::CommandExt;
 use std::panic;
 use std::process::{self, Command};
@@ -70,7 +72,7 @@ pub fn main() -> ! {
 
 fn process_one() -> ! {
     panic::set_hook(Box::new(|panic| {
-        eprintln!("rvmm: init failed and powers off: {panic}");
+        tell(format_args!("rvmm: init failed and powers off: {panic}"));
         power::now(Ending::PowerOff);
     }));
     mount_all();
@@ -84,14 +86,19 @@ fn process_one() -> ! {
     ]);
     // A name is a nicety; the shell's prompt does not depend on it.
     let _ = sethostname(b"rvmm");
-    println!("{}", greeting::line());
+    tell(format_args!("{}", greeting::line()));
     match signals {
         Ok(signals) => Init { signals, session: None, short: 0 }.run(),
         Err(error) => {
-            eprintln!("rvmm: init cannot take signals and powers off: {error}");
+            tell(format_args!("rvmm: init cannot take signals and powers off: {error}"));
             power::now(Ending::PowerOff)
         }
     }
+}
+
+/// Prints a line of process 1. Where the console is gone that fails, and `println!` would end process 1 over it.
+fn tell(line: fmt::Arguments<'_>) {
+    let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
 fn mount_all() {
@@ -106,7 +113,7 @@ fn mount_all() {
         if let Err(error) = mount(kind, place, kind, flags, None)
             && error != Errno::BUSY
         {
-            eprintln!("rvmm: cannot mount {place}: {error}");
+            tell(format_args!("rvmm: cannot mount {place}: {error}"));
         }
     }
 }
@@ -148,7 +155,7 @@ impl Init {
         match pid {
             Ok(pid) => self.session = pid.map(|pid| (pid, Instant::now())),
             Err(error) => {
-                eprintln!("rvmm: cannot start a session: {error}");
+                tell(format_args!("rvmm: cannot start a session: {error}"));
                 self.pause();
             }
         }

@@ -10,7 +10,7 @@ use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process_group, wait};
 use rustix::system::{RebootCommand, reboot};
 
-use super::tables;
+use super::{tables, tell};
 use crate::signals::Signals;
 
 /// How long programs have after SIGTERM before they are killed.
@@ -55,7 +55,7 @@ pub(super) fn now(ending: Ending) -> ! {
         Ending::Reboot => RebootCommand::Restart,
     };
     if let Err(error) = reboot(command) {
-        eprintln!("rvmm: the kernel refused to end the machine: {error}");
+        tell(format_args!("rvmm: the kernel refused to end the machine: {error}"));
     }
     // Process 1 must not return: that would be a kernel panic.
     loop {
@@ -87,7 +87,7 @@ fn unmount_disks() {
         tables::mounts(&mounts).filter(|mount| mount.source.starts_with("/dev/")).collect();
     for disk in disks.iter().rev() {
         if let Err(error) = unmount(disk.place.as_str(), UnmountFlags::empty()) {
-            eprintln!("rvmm: cannot unmount {}: {error}", disk.place);
+            tell(format_args!("rvmm: cannot unmount {}: {error}", disk.place));
         }
     }
 }
