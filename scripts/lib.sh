@@ -118,7 +118,9 @@ foreign_unpack() {
     local arch=$1 suite=$2 folder=$3 debs file
     shift 3
     mkdir -p "$folder"
-    debs=$(mktemp -d "$cache/tmp.XXXXXX")
+    debs=$cache/tmp.debs.$$
+    rm -rf "$debs"
+    mkdir "$debs"
     (cd "$debs" && foreign_apt "$arch" "$suite" apt-get download "$@" >download.log 2>&1) || {
         cat "$debs/download.log" >&2
         rm -rf "$debs"
