@@ -2,9 +2,12 @@
 // SBI calls, prints what is stored to the UART, and ends when the guest powers off. Nothing is checked beyond what keeps
 // the figures honest.
 //
-// floor IMAGE TREE: runs a RISC-V Image and its device tree in 16 MiB at 0x80000000 with one hart.
+// floor IMAGE TREE [aia] [thread]: runs a RISC-V Image and its device tree in 16 MiB at 0x80000000 with one hart. With `aia`
+// the VM has the kernel's interrupt controller, with `thread` the process has a second thread, which makes the kernel count
+// the users of a descriptor at every call: what both add is the kernel's work, and no VMM of that make can do without.
 #include <fcntl.h>
 #include <linux/kvm.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,6 +15,19 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <unistd.h>
+
+// <linux/kvm.h> has these from 6.5 on; Debian 12's is older.
+#ifndef KVM_DEV_RISCV_AIA_GRP_CONFIG
+#define KVM_DEV_TYPE_RISCV_AIA 11
+#define KVM_DEV_RISCV_AIA_GRP_CONFIG 0
+#define KVM_DEV_RISCV_AIA_CONFIG_MODE 0
+#define KVM_DEV_RISCV_AIA_CONFIG_SRCS 2
+#define KVM_DEV_RISCV_AIA_GRP_ADDR 1
+#define KVM_DEV_RISCV_AIA_ADDR_APLIC 0
+#define KVM_DEV_RISCV_AIA_ADDR_IMSIC(hart) (1 + (hart))
+#define KVM_DEV_RISCV_AIA_GRP_CTRL 2
+#define KVM_DEV_RISCV_AIA_CTRL_INIT 0
+#endif
 
 #define RAM_BASE 0x80000000ul
 #define RAM_SIZE (16ul << 20)
@@ -48,9 +64,38 @@ static void load(const char *path, char *ram, size_t at) {
 	close(fd);
 }
 
+static void set_attr(int device, uint32_t group, uint64_t attr, uint64_t *value) {
+	struct kvm_device_attr a = { .group = group, .attr = attr, .addr = (uint64_t)value };
+	if (ioctl(device, KVM_SET_DEVICE_ATTR, &a) < 0)
+		fail("KVM_SET_DEVICE_ATTR");
+}
+
+// An APLIC and one IMSIC, where rvmm has them.
+static void make_aia(int vm) {
+	struct kvm_create_device request = { .type = KVM_DEV_TYPE_RISCV_AIA };
+	if (ioctl(vm, KVM_CREATE_DEVICE, &request) < 0)
+		fail("KVM_CREATE_DEVICE");
+	uint64_t aplic = 0x0d000000, imsic = 0x28000000;
+	uint32_t sources = 63;
+	set_attr(request.fd, KVM_DEV_RISCV_AIA_GRP_CONFIG, KVM_DEV_RISCV_AIA_CONFIG_SRCS, (uint64_t *)&sources);
+	set_attr(request.fd, KVM_DEV_RISCV_AIA_GRP_ADDR, KVM_DEV_RISCV_AIA_ADDR_APLIC, &aplic);
+	set_attr(request.fd, KVM_DEV_RISCV_AIA_GRP_ADDR, KVM_DEV_RISCV_AIA_ADDR_IMSIC(0), &imsic);
+	set_attr(request.fd, KVM_DEV_RISCV_AIA_GRP_CTRL, KVM_DEV_RISCV_AIA_CTRL_INIT, NULL);
+}
+
+static void *idle(void *arg) {
+	pause();
+	return arg;
+}
+
 int main(int argc, char **argv) {
-	if (argc != 3) {
-		fprintf(stderr, "usage: floor IMAGE TREE\n");
+	int aia = 0, thread = 0;
+	for (int i = 3; i < argc; i++) {
+		aia |= strcmp(argv[i], "aia") == 0;
+		thread |= strcmp(argv[i], "thread") == 0;
+	}
+	if (argc < 3 || argc != 3 + aia + thread) {
+		fprintf(stderr, "usage: floor IMAGE TREE [aia] [thread]\n");
 		return 2;
 	}
 	int kvm = open("/dev/kvm", O_RDWR);
@@ -72,6 +117,11 @@ int main(int argc, char **argv) {
 	int vcpu = ioctl(vm, KVM_CREATE_VCPU, 0);
 	if (vcpu < 0)
 		fail("KVM_CREATE_VCPU");
+	if (aia)
+		make_aia(vm);
+	pthread_t other;
+	if (thread && pthread_create(&other, NULL, idle, NULL) != 0)
+		fail("pthread_create");
 	int size = ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
 	struct kvm_run *run = mmap(NULL, (size_t)size, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0);
 	if (run == MAP_FAILED)

@@ -20,7 +20,7 @@ BEGIN {
     row("sbi_kernel", "SBI call answered in the kernel", way, "", 1, 0)
     row("rss_kb", "RSS outside guest RAM, 1 vCPU", "KiB", 1000, 1, 0)
     row("threads", "threads, 1 vCPU", "", 3, 1, 0)
-    vmms = split("floor qemu rvmm", vmm, " ")
+    vmms = split("floor floor-aia qemu rvmm rvmm-plic", vmm, " ")
 }
 
 { sub(/\r$/, "") }
@@ -41,17 +41,20 @@ function verdict(r,    v) {
 function json_value(v) { return v == "" ? "null" : v ~ /^[0-9]+$/ ? v : "\"" v "\"" }
 
 END {
-    printf "%-34s %-13s %8s %8s %8s %8s  %s\n", "", "", "floor", "QEMU", "rvmm", "target", ""
+    printf "%-34s %-13s", "", ""
+    for (i = 1; i <= vmms; i++)
+        printf " %9s", vmm[i]
+    printf " %9s\n", "target"
     printf "{\n  \"counted\": %s,\n  \"rows\": [\n", counted ? "true" : "false" > json
     for (r = 1; r <= rows; r++) {
         printf "%-34s %-13s", title[r], units[r]
         printf "    {\"name\": \"%s\"", key[r] > json
         for (i = 1; i <= vmms; i++) {
             v = value[vmm[i], key[r]]
-            printf " %8s", shown(v, r)
+            printf " %9s", shown(v, r)
             printf ", \"%s\": %s", vmm[i], json_value(v) > json
         }
-        printf " %8s  %s\n", goal[r] == "" ? "" : "<= " shown(goal[r], r), verdict(r)
+        printf " %9s  %s\n", goal[r] == "" ? "" : "<= " shown(goal[r], r), verdict(r)
         printf ", \"target\": %s, \"verdict\": %s}%s\n", json_value(goal[r]), \
             verdict(r) == "" ? "null" : "\"" verdict(r) "\"", r < rows ? "," : "" > json
         if (value["rvmm", key[r]] !~ /^[0-9]+$/) missing = missing " rvmm:" key[r]

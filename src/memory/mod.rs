@@ -14,9 +14,11 @@ use crate::error::Error;
 use crate::layout::Span;
 
 mod lost;
+mod program;
 mod reserve;
 
 use lost::Watch;
+pub use program::drop_start_up_code;
 use reserve::Reservation;
 
 /// Size of a page of guest and host (RISC-V's base page; rvmm asks the host for nothing smaller).
