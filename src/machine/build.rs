@@ -15,7 +15,7 @@ use crate::config::VmConfig;
 use crate::error::Error;
 use crate::layout::{self, IRQ_SOURCES, RAM_BASE, Span};
 use crate::memory::GuestRam;
-use crate::vcpu::hart::{Hart, Reg};
+use crate::vcpu::hart::{Csr, Hart, Reg};
 use crate::vcpu::stop::StopReason;
 use crate::vcpu::{Control, World};
 
@@ -91,13 +91,22 @@ fn aia_plan(harts: u32) -> Result<AiaPlan, Error> {
     Ok(AiaPlan { harts, sources: IRQ_SOURCES, aplic, imsics })
 }
 
-/// The state in which firmware hands over to a supervisor: a0 = hart id, a1 = device tree.
+/// `scounteren`: user mode may read cycle, time and instret.
+const COUNTERS: u64 = 0b111;
+
+/// The state in which firmware hands over to a supervisor: a0 = hart id, a1 = device tree, and counters open to user mode.
+///
+/// A Linux guest whose host lacks Sscofpmf gets no PMU, so nothing in it opens the counters; its C library reads `time`
+/// though. KVM opened them up to Linux 6.15. The kernel resets harts that the guest starts later by itself.
 fn point_boot_hart(harts: &mut [Box<dyn Hart>], start: Start) -> Result<(), Error> {
     let Some(boot) = harts.first_mut() else {
         return Err(Error::Config("A machine needs at least one hart".into()));
     };
     let id = u64::from(boot.id());
-    for (reg, value) in [(Reg::Pc, start.entry), (Reg::X(10), id), (Reg::X(11), start.fdt)] {
+    let counters = (Reg::Csr(Csr::Scounteren), COUNTERS);
+    for (reg, value) in
+        [(Reg::Pc, start.entry), (Reg::X(10), id), (Reg::X(11), start.fdt), counters]
+    {
         boot.set(reg, value).map_err(|source| Error::Host {
             what: format!("Cannot set {reg:?} of the boot hart"),
             source,
