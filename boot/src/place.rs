@@ -292,12 +292,13 @@ fn too_little(request: &Request<'_>, blobs: &[Blob<'_>]) -> BootError {
     let needed = round_up(top, HUGE_PAGE)
         .saturating_add(round_up(initrd_len, PAGE))
         .saturating_add(round_up(request.fdt_len, PAGE));
-    let kernel = request.kernel.map(|kernel| ("kernel", extent(kernel, start).size));
-    let loads = request.loads.iter().map(|load| ("loaded file", load.source.len()));
-    let initrd = request.initrd.map(|initrd| ("initrd", initrd.len()));
+    let named = |what: &str, len| (what.to_string(), len);
+    let kernel = request.kernel.map(|kernel| named("kernel", extent(kernel, start).size));
+    let loads = request.loads.iter().map(|load| (load.name.to_string(), load.source.len()));
+    let initrd = request.initrd.map(|initrd| named("initrd", initrd.len()));
     let pieces = kernel.into_iter().chain(loads).chain(initrd);
     let pieces: Vec<String> = pieces
-        .chain([("device tree", request.fdt_len)])
+        .chain([named("device tree", request.fdt_len)])
         .map(|(name, len)| format!("{name} ({})", Size(round_up(len, 1 << 10))))
         .collect();
     BootError::TooLittleMemory {
