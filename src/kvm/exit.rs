@@ -26,7 +26,7 @@ pub(super) fn decode(reason: u32, body: &mut Body) -> Exit<'_> {
             Exit::Sbi(SbiCall {
                 extension: call.extension_id,
                 function: call.function_id,
-                args: call.args,
+                args: &call.args,
                 ret: &mut call.ret,
             })
         }
@@ -85,17 +85,14 @@ fn system_event(body: &Body) -> SystemEvent {
     }
 }
 
-/// The exit that a failed KVM_RUN means. Completing an exit and running the guest fail alike; the program counter
-/// stands at the instruction.
-#[cold]
-pub(super) fn failed(errno: i32) -> Exit<'static> {
-    match errno {
-        libc::EINTR => Exit::Interrupted,
-        libc::EOPNOTSUPP => Exit::Fault(Fault::Unemulated),
-        libc::EIO => Exit::Fault(Fault::Misaligned),
-        libc::EFAULT => Exit::Fault(Fault::Memory),
-        other => Exit::Fault(Fault::Host(other)),
-    }
+/// The exit that a KVM_RUN means that failed with `errno`. The program counter stands at the instruction.
+pub(super) fn fault(errno: i32) -> Exit<'static> {
+    Exit::Fault(match errno {
+        libc::EOPNOTSUPP => Fault::Unemulated,
+        libc::EIO => Fault::Misaligned,
+        libc::EFAULT => Fault::Memory,
+        other => Fault::Host(other),
+    })
 }
 
 /// Whether after `reason` the next KVM_RUN completes an instruction: a destination register or a program counter is
@@ -161,7 +158,7 @@ mod tests {
         let sbi = Sbi { extension_id: 0x4442_434e, function_id: 2, args, ret: [0; 2] };
         let mut body = Body { riscv_sbi: sbi };
         let Exit::Sbi(call) = decode(KVM_EXIT_RISCV_SBI, &mut body) else { panic!("not a call") };
-        assert_eq!((call.extension, call.function, call.args), (0x4442_434e, 2, args));
+        assert_eq!((call.extension, call.function, call.args), (0x4442_434e, 2, &args));
         *call.ret = [7, 8];
         // SAFETY: this test filled the member.
         assert_eq!(unsafe { body.riscv_sbi.ret }, [7, 8]);
@@ -225,10 +222,13 @@ mod tests {
 
     #[test]
     fn every_errno_of_a_run_has_its_meaning() {
-        assert!(matches!(failed(libc::EINTR), Exit::Interrupted));
-        assert!(matches!(failed(libc::EOPNOTSUPP), Exit::Fault(Fault::Unemulated)));
-        assert!(matches!(failed(libc::EIO), Exit::Fault(Fault::Misaligned)));
-        assert!(matches!(failed(libc::EFAULT), Exit::Fault(Fault::Memory)));
-        assert!(matches!(failed(libc::ENOMEM), Exit::Fault(Fault::Host(libc::ENOMEM))));
+        for (errno, expected) in [
+            (libc::EOPNOTSUPP, Fault::Unemulated),
+            (libc::EIO, Fault::Misaligned),
+            (libc::EFAULT, Fault::Memory),
+            (libc::ENOMEM, Fault::Host(libc::ENOMEM)),
+        ] {
+            assert!(matches!(fault(errno), Exit::Fault(fault) if fault == expected), "{errno}");
+        }
     }
 }

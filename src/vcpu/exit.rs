@@ -42,7 +42,7 @@ pub struct SbiCall<'a> {
     /// Function id (a6).
     pub function: u64,
     /// Arguments a0 to a5.
-    pub args: [u64; 6],
+    pub args: &'a [u64; 6],
     /// Where the answer goes: error (a0) and value (a1).
     pub ret: &'a mut [u64; 2],
 }

@@ -34,7 +34,7 @@ const CHUNK: usize = 256;
 #[cold]
 pub(super) fn answer(call: &mut SbiCall<'_>, world: &World) -> Flow {
     let (error, value, flow) = match (call.extension, call.function) {
-        (eid::DBCN, function) => dbcn(function, &call.args, world),
+        (eid::DBCN, function) => dbcn(function, call.args, world),
         (eid::LEGACY_PUTCHAR, _) => match put(world, call.args[0]) {
             true => (SUCCESS, call.args[1], Flow::Resume),
             false => return Flow::Retry,

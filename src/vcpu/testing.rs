@@ -187,7 +187,7 @@ impl Hart for ScriptHart {
             Step::Store { addr, bytes } => Exit::MmioWrite { addr: *addr, data: bytes },
             Step::Sbi { extension, function, args } => {
                 self.sbi = [u64::MAX - 1, 0];
-                let (extension, function, args) = (*extension, *function, *args);
+                let (extension, function) = (*extension, *function);
                 Exit::Sbi(SbiCall { extension, function, args, ret: &mut self.sbi })
             }
             Step::Csr { csr } => {

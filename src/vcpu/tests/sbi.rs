@@ -16,7 +16,7 @@ fn call(world: &World, extension: u64, function: u64, args: &[u64]) -> (Flow, [u
     let mut all = [0; 6];
     all[..args.len()].copy_from_slice(args);
     let mut ret = [NOT_SUPPORTED, 0];
-    let call = SbiCall { extension, function, args: all, ret: &mut ret };
+    let call = SbiCall { extension, function, args: &all, ret: &mut ret };
     (dispatch(&mut Exit::Sbi(call), world), ret)
 }
 
