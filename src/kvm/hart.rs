@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use super::exit::{decode, failed, is_open};
+use super::exit::{decode, fault, is_open};
 use super::kick;
 use super::regs;
 use super::vcpu::Vcpu;
@@ -27,21 +27,35 @@ impl KvmHart {
         Self { id, vcpu }
     }
 
-    /// What a failed KVM_RUN means, and nothing is left to be completed. `None`: try again.
+    /// What the page says after a KVM_RUN that succeeded.
+    #[inline]
+    fn exit(&mut self) -> Exit<'_> {
+        // SAFETY: this is the hart that runs the vCPU, it is not running, and the borrow of `self` in the result keeps it
+        // from running before the reference is gone.
+        let (reason, body) = unsafe { (self.vcpu.exit_reason(), self.vcpu.body()) };
+        decode(reason, body)
+    }
+
+    /// What a KVM_RUN that failed with `errno` means; nothing is left to be completed. Out of the way of the others.
     #[cold]
-    fn failure(&mut self) -> Option<Exit<'static>> {
-        let errno = io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
-        // SAFETY: this is the hart that runs the vCPU, and it is not running.
-        unsafe { self.vcpu.clear_exit_reason() };
-        match errno {
-            libc::EAGAIN => None,
-            libc::EINTR => {
-                // A kick between here and the store needs no second look: what it announces is visible already, and the
-                // loop looks after this return.
-                self.vcpu.immediate_exit().store(0, Relaxed);
-                Some(Exit::Interrupted)
+    #[inline(never)]
+    fn failed(&mut self, mut errno: i32) -> Exit<'_> {
+        loop {
+            // SAFETY: this is the hart that runs the vCPU, and it is not running.
+            unsafe { self.vcpu.clear_exit_reason() };
+            match errno {
+                libc::EAGAIN => match self.vcpu.run() {
+                    Ok(()) => return self.exit(),
+                    Err(again) => errno = again,
+                },
+                libc::EINTR => {
+                    // A kick between here and the store needs no second look: what it announces is visible already, and
+                    // the loop looks after this return.
+                    self.vcpu.immediate_exit().store(0, Relaxed);
+                    return Exit::Interrupted;
+                }
+                other => return fault(other),
             }
-            other => Some(failed(other)),
         }
     }
 }
@@ -57,16 +71,9 @@ impl Hart for KvmHart {
 
     #[inline]
     fn enter(&mut self) -> io::Result<Exit<'_>> {
-        loop {
-            if self.vcpu.run() {
-                // SAFETY: this is the hart that runs the vCPU, it is not running, and the borrow of `self` in the result
-                // keeps it from running before the reference is gone.
-                let (reason, body) = unsafe { (self.vcpu.exit_reason(), self.vcpu.body()) };
-                return Ok(decode(reason, body));
-            }
-            if let Some(exit) = self.failure() {
-                return Ok(exit);
-            }
+        match self.vcpu.run() {
+            Ok(()) => Ok(self.exit()),
+            Err(errno) => Ok(self.failed(errno)),
         }
     }
 
@@ -79,14 +86,14 @@ impl Hart for KvmHart {
         // Either of the two exchanges fails where a kick has set the flag; then the flag stays for the next `enter`.
         let _ = flag.compare_exchange(0, SETTLING, Relaxed, Relaxed);
         let ran = self.vcpu.run();
-        let error = io::Error::last_os_error();
         let _ = flag.compare_exchange(SETTLING, 0, Relaxed, Relaxed);
         // SAFETY: as above.
         unsafe { self.vcpu.clear_exit_reason() };
-        if ran {
-            return Err(io::Error::other("KVM_RUN ran the guest in spite of immediate_exit"));
+        match ran {
+            Err(libc::EINTR) => Ok(()),
+            Err(errno) => Err(io::Error::from_raw_os_error(errno)),
+            Ok(()) => Err(io::Error::other("KVM_RUN ran the guest in spite of immediate_exit")),
         }
-        if error.raw_os_error() == Some(libc::EINTR) { Ok(()) } else { Err(error) }
     }
 
     fn abandon(&mut self) {

@@ -67,7 +67,7 @@ fn called(hart: &mut dyn Hart, answer: [u64; 2]) -> (u64, [u64; 6]) {
         match hart.enter().unwrap() {
             Exit::Sbi(SbiCall { extension, args, ret, .. }) => {
                 *ret = answer;
-                return (extension, args);
+                return (extension, *args);
             }
             Exit::Interrupted => {}
             other => panic!("not a call: {other:?}"),
