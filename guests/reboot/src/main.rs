@@ -134,7 +134,8 @@ fn spoil(board: &'static Board) {
     board.irqchip.route(uart::IRQ, board.boot_hart);
     board.irqchip.unmask(uart::IRQ, board.boot_hart);
     csr_set!("sip", csr::SIE_SOFTWARE);
-    for cpu in board.cpus().iter().filter(|cpu| cpu.hart != board.boot_hart).skip(1) {
+    // All but the last, which may be asked to reset the machine.
+    for cpu in board.cpus().iter().filter(|cpu| cpu.hart != board.boot_hart).rev().skip(1) {
         smp::start(cpu.hart, || {
             loop {
                 csr::wait_for_interrupt();
