@@ -12,7 +12,6 @@ use super::{logging, output};
 use crate::config::{BootConfig, CpuConfig, InitrdConfig, OnReset, ValidConfig, VmConfig, quoted};
 use crate::error::Error;
 use crate::machine::{Machine, Parts};
-use crate::memory;
 use crate::vcpu::stop::StopReason;
 
 /// This program's file, whatever became of its name since it was started (proc(5)).
@@ -120,8 +119,6 @@ fn live(config: ValidConfig) -> Result<StopReason, Error> {
     if let Some(path) = machine.pty() {
         output::complain(&format!("The console is {}", path.display()));
     }
-    // The guest that runs from now on needs little of the program: the rest is not its cost.
-    memory::drop_start_up_code();
     machine.run()
 }
 

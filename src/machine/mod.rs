@@ -19,6 +19,7 @@ use crate::config::{OnReset, VmConfig};
 use crate::error::Error;
 use crate::io_loop::IoLoop;
 use crate::kvm;
+use crate::memory;
 use crate::signals::Signals;
 use crate::terminal::{self, Console};
 use crate::vcpu::spawn_hart;
@@ -48,6 +49,8 @@ pub struct Parts {
     pub hypervisor: Option<Box<dyn Hypervisor>>,
     /// SIGTERM, SIGINT, SIGHUP and SIGQUIT stop the machine. They belong to the process: only a program that is nothing
     /// but this machine wants that.
+    ///
+    /// The memory that only the start of the program needed is given back then, too.
     pub signals: bool,
 }
 
@@ -171,6 +174,7 @@ fn live(
     handle: &Handle,
     signals: Option<Signals>,
 ) -> Result<StopReason, Error> {
+    let alone = signals.is_some();
     let mut io =
         IoLoop::new(Arc::clone(&board.bus)).map_err(|e| host_error("make the event loop", e))?;
     if let Some(signals) = signals {
@@ -196,6 +200,10 @@ fn live(
     }
     handle.enter(&board.control);
     board.control.start();
+    if alone {
+        // What only the start needed is not the guest's cost; it comes back where it is needed after all.
+        memory::drop_start_up();
+    }
     let reason = board.control.wait();
     for thread in threads {
         // A hart that panicked has already stopped the machine with that reason.

@@ -18,7 +18,7 @@ mod program;
 mod reserve;
 
 use lost::Watch;
-pub use program::drop_start_up_code;
+pub use program::drop_start_up;
 use reserve::Reservation;
 
 /// Size of a page of guest and host (RISC-V's base page; rvmm asks the host for nothing smaller).

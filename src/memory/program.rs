@@ -1,4 +1,4 @@
-//! The program's own code in memory: what only the start needed can go again.
+//! The program's own memory: what only the start needed can go again.
 #![expect(unsafe_code, reason = "the program's own mapping is found by address")]
 
 use std::{ptr, slice};
@@ -11,8 +11,13 @@ use super::PAGE;
 /// from the host's page cache as a rule. To be called once, after the start, by a program that is nothing but a machine:
 /// taking a command line apart needs more code than running a guest.
 ///
-/// Only a hint: where the program cannot be found in memory nothing happens.
-pub fn drop_start_up_code() {
+/// What the heap no longer uses goes as well. Only a hint: where the program cannot be found in memory its code stays.
+pub fn drop_start_up() {
+    // SAFETY: has no preconditions; the allocator's own lock is taken.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0)
+    };
     for (address, len) in code() {
         // SAFETY: the kernel removes pages of a private mapping of a file. Nobody can have written them, since the segment
         // is not writable, and the file cannot change while it is executed: they come back as they were.
@@ -70,10 +75,10 @@ mod tests {
 
     #[test]
     fn the_program_finds_its_code_and_goes_on_without_it() {
-        let here = drop_start_up_code as *const () as usize;
+        let here = drop_start_up as *const () as usize;
         let inside = |&(start, len): &(usize, usize)| (start..start + len).contains(&here);
         assert!(code().iter().any(inside), "{here:#x} is not in {:x?}", code());
-        drop_start_up_code();
+        drop_start_up();
         assert_eq!(format!("{:?}", whole_pages(0, PAGE)), "Some((0, 4096))");
     }
 }

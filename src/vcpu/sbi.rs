@@ -1,7 +1,7 @@
 //! SBI calls that KVM leaves to user space (SBI specification 3.0): the debug console, the legacy console, system suspend,
 //! and the ranges in which the guest has nothing to find.
 
-use log::{debug, info, warn};
+use log::{Level, debug, info, log_enabled, warn};
 use rvmm_devices::Bus;
 
 use super::dispatch::Flow;
@@ -30,23 +30,40 @@ const MOST_BYTES: u64 = 4096;
 /// Bytes between guest memory and UART at a time.
 const CHUNK: usize = 256;
 
-/// Answers a call.
-#[cold]
+/// Answers a call. Whatever has work to do stands out of line: a guest that probes pays for the way here alone.
 pub(super) fn answer(call: &mut SbiCall<'_>, world: &World) -> Flow {
-    let (error, value, flow) = match (call.extension, call.function) {
-        (eid::DBCN, function) => dbcn(function, call.args, world),
-        (eid::LEGACY_PUTCHAR, _) => match put(world, call.args[0]) {
+    match (call.extension, call.function) {
+        (eid::DBCN | eid::LEGACY_PUTCHAR | eid::LEGACY_GETCHAR, _) => talk(call, world),
+        (eid::BASE, PROBE) => {
+            *call.ret = [SUCCESS, 0];
+            Flow::Resume
+        }
+        (eid::SUSP, 0) => suspend(call),
+        (extension, function) => {
+            let first = world.first(Notice::UnknownSbi);
+            if first || log_enabled!(Level::Debug) {
+                tell_unknown(first, extension, function);
+            }
+            *call.ret = [NOT_SUPPORTED, 0];
+            Flow::Resume
+        }
+    }
+}
+
+/// The calls that reach the console.
+#[inline(never)]
+fn talk(call: &mut SbiCall<'_>, world: &World) -> Flow {
+    let (error, value, flow) = match call.extension {
+        eid::LEGACY_PUTCHAR => match put(world, call.args[0]) {
             true => (SUCCESS, call.args[1], Flow::Resume),
             false => return Flow::Retry,
         },
         // A legacy call answers in a0 alone; the kernel writes a1 as well.
-        (eid::LEGACY_GETCHAR, _) => {
+        eid::LEGACY_GETCHAR => {
             let byte = console(world).and_then(|uart| uart.get());
             (byte.map_or(u64::MAX, u64::from), call.args[1], Flow::Resume)
         }
-        (eid::BASE, PROBE) => (SUCCESS, 0, Flow::Resume),
-        (eid::SUSP, 0) => suspend(),
-        (extension, function) => unknown(world, extension, function),
+        _ => dbcn(call.function, call.args, world),
     };
     *call.ret = [error, value];
     flow
@@ -54,22 +71,27 @@ pub(super) fn answer(call: &mut SbiCall<'_>, world: &World) -> Flow {
 
 type Answer = (u64, u64, Flow);
 
-fn unknown(world: &World, extension: u64, function: u64) -> Answer {
-    if world.first(Notice::UnknownSbi) {
+/// The first such call is worth a warning.
+#[cold]
+#[inline(never)]
+fn tell_unknown(first: bool, extension: u64, function: u64) {
+    if first {
         warn!(
             "The guest calls SBI extension {extension:#x}, function {function:#x}: not supported"
         );
     } else {
         debug!("SBI extension {extension:#x}, function {function:#x}: not supported");
     }
-    (NOT_SUPPORTED, 0, Flow::Resume)
 }
 
 /// The kernel has checked the call and queued the restart at the address that the guest named: it cannot be refused any
 /// more, only be honoured. The calling hart is the last one that runs.
-fn suspend() -> Answer {
+#[cold]
+#[inline(never)]
+fn suspend(call: &mut SbiCall<'_>) -> Flow {
     info!("The guest suspends the system; console input or an interrupt wakes it");
-    (SUCCESS, 0, Flow::Suspend)
+    *call.ret = [SUCCESS, 0];
+    Flow::Suspend
 }
 
 /// Debug Console (SBI chapter 12).
