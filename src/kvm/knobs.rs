@@ -23,20 +23,6 @@ pub(super) struct Applied {
     pub(super) hidden: Vec<&'static str>,
 }
 
-/// Refuses names that no kernel knows and changes that make no sense, without a vCPU at hand.
-///
-/// # Errors
-/// One line that names the knob and what was likely meant.
-pub fn check(knobs: &CpuKnobs) -> Result<(), VmError> {
-    for change in &knobs.isa {
-        isa_name(change)?;
-    }
-    for change in &knobs.sbi {
-        sbi_name(change)?;
-    }
-    Ok(())
-}
-
 /// Makes `vcpu` what `knobs` say; before it runs for the first time.
 pub(super) fn apply(vcpu: &Vcpu, knobs: &CpuKnobs) -> Result<Applied, VmError> {
     let mut applied = Applied::default();

@@ -25,7 +25,6 @@ use std::sync::Arc;
 
 use kvm_bindings::KVM_API_VERSION;
 
-pub use knobs::check as check_knobs;
 pub use probe::probe;
 
 use crate::machine::vm::{Hypervisor, Vm, VmError};
