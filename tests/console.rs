@@ -171,7 +171,10 @@ fn a_pty_carries_the_console_both_ways() {
     }
     let mut session = machine("sbi", "input").args(&["--serial", "pty"]).start();
     let path = announced_pty(&session);
-    let mut terminal = fs::File::options().read(true).write(true).open(path).expect("the pty");
+    // Not as the controlling terminal of the tests, which would end with it.
+    let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NOCTTY | rustix::fs::OFlags::CLOEXEC;
+    let terminal = rustix::fs::open(path, flags, rustix::fs::Mode::empty()).expect("the pty");
+    let mut terminal = fs::File::from(terminal);
     // A person's terminal program would do that: no echo, no editing.
     let mut settings = rustix::termios::tcgetattr(&terminal).expect("tcgetattr");
     settings.make_raw();
