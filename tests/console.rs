@@ -68,7 +68,7 @@ fn a_slow_reader_gets_ten_megabytes_byte_for_byte() {
     if host().is_none() {
         return;
     }
-    for (via, count) in [("uart", 2_000_000), ("dbcn", 10_000_000)] {
+    for (via, count) in [("uart", 200_000), ("dbcn", 10_000_000)] {
         let arguments = format!("bytes={count} via={via}");
         let mut session = machine("flood", &arguments).no_input().unread().start();
         let output = read_slowly(session.take_output());

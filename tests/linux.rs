@@ -21,8 +21,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use harness::{Launch, STOP_LIMIT, Session, host, kernel, rvmm};
 use rustix::process::Signal;
 
-/// Bytes of console output that must come through a slow reader unharmed.
+/// Bytes of console output that must come through a slow reader unharmed. Each is an exit, and a million take half a minute
+/// where the host is emulated: the whole of it comes on one kind of host.
 const FLOOD: usize = 10_000_000;
+/// The same with the other interrupt controller, where nothing but the interrupts is different.
+const FLOOD_WITH_PLIC: usize = 1_000_000;
 
 /// A machine of 512 MiB with Debian's kernel.
 fn machine(irqchip: &str, cpus: &str) -> Launch {
@@ -60,10 +63,10 @@ fn look_around(irqchip: &str, cpus: &str) {
     assert!(cpuinfo.contains("rv64imafdc"), "{cpuinfo}");
     assert!(cpuinfo.contains("mmu\t\t: sv"), "{cpuinfo}");
 
-    // All of the 512 MiB but what the kernel takes for itself.
+    // All of the 512 MiB but what the kernel takes for itself: its image, an entry per page, the harts' own areas.
     let total = ask(&mut session, "sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo");
     let megabytes = number(&total) / 1024;
-    assert!((440..512).contains(&megabytes), "MemTotal says {megabytes} MiB of 512");
+    assert!((400..512).contains(&megabytes), "MemTotal says {megabytes} MiB of 512");
     assert_eq!(ask(&mut session, "cat /proc/cmdline"), "console=ttyS0\n");
 
     // The clock: both the device and the time that the kernel took from it at boot.
@@ -140,10 +143,11 @@ fn own_initramfs(irqchip: &str, cpus: &str) {
 }
 
 #[test]
-fn ten_megabytes_reach_a_slow_reader_byte_for_byte_and_an_idle_machine_stops() {
+fn megabytes_reach_a_slow_reader_byte_for_byte_and_an_idle_machine_stops() {
     let Some(host) = host() else { return };
     let folder = tempfile::tempdir().expect("a folder");
-    let data = harness::flood(FLOOD);
+    let count = if host.irqchips[0] == "aia" { FLOOD } else { FLOOD_WITH_PLIC };
+    let data = harness::flood(count);
     let initrd = initramfs::build(folder.path(), &[("data", &data)]);
     let mut session = machine(host.irqchips[0], "1")
         .args(&["--cmdline", "console=ttyS0 quiet flood"])
@@ -155,7 +159,7 @@ fn ten_megabytes_reach_a_slow_reader_byte_for_byte_and_an_idle_machine_stops() {
     read_until(&mut output, b"begin\n");
     // Long enough for every buffer on the way to fill up.
     std::thread::sleep(Duration::from_secs(1));
-    let mut got = vec![0; FLOOD];
+    let mut got = vec![0; count];
     for piece in got.chunks_mut(100_000) {
         output.read_exact(piece).expect("the guest's output");
         std::thread::sleep(Duration::from_millis(5));

@@ -61,7 +61,9 @@ impl Host {
 /// A guest of `guests/`, as `scripts/guests` left it: `hello`, or `hello.elf`.
 pub(crate) fn guest(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/guests").join(name);
-    assert!(path.exists(), "{} is missing: run scripts/guests", path.display());
+    if let Err(error) = path.metadata() {
+        panic!("{}: {error} (scripts/guests builds it)", path.display());
+    }
     path
 }
 

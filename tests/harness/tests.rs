@@ -48,15 +48,16 @@ fn standard_error_is_kept_apart() {
 #[test]
 fn a_program_on_a_terminal_sees_one_and_its_changes_show() {
     let mut session =
-        shell("test -t 0 && echo terminal; stty -ixany; read line; stty ixany; echo $line")
+        shell("test -t 0 && stty -ixany && echo changed; read line; stty ixany; echo $line")
             .on_terminal()
             .start();
-    let before = session.settings();
-    session.expect("terminal");
+    let at_start = format!("{:?}", session.settings_at_start());
+    session.expect("changed");
+    assert_ne!(at_start, format!("{:?}", session.settings()));
     session.send("typed\n");
     session.expect("typed\r\ntyped");
     assert_eq!(session.exit_code(), 0);
-    assert_eq!(format!("{before:?}"), format!("{:?}", session.settings()));
+    assert_eq!(at_start, format!("{:?}", session.settings()));
 }
 
 #[test]
