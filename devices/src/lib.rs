@@ -16,6 +16,7 @@
 //! | `rtc.rs` | Goldfish real-time clock |
 //! | `power.rs` | SiFive test finisher: poweroff and reset |
 //! | `plic.rs` | SiFive PLIC, for hosts without an in-kernel interrupt controller |
+//! | `reserved.rs` | what the kernel's interrupt controller leaves of its addresses |
 //! | `testing.rs` | recorders for tests, of this crate and of others |
 //!
 //! # Locks
@@ -35,6 +36,7 @@ mod ns16550;
 pub mod options;
 pub mod plic;
 pub mod power;
+pub mod reserved;
 pub mod rtc;
 pub mod serial;
 pub mod testing;
@@ -49,4 +51,5 @@ pub use irq::{IrqLine, IrqPin, NoIrq};
 pub use options::{OptionError, Options};
 pub use plic::{Plic, PlicError};
 pub use power::{PowerRequest, PowerSwitch};
+pub use reserved::Reserved;
 pub use rtc::{Clock, WallClock};

@@ -56,9 +56,7 @@ pub(super) fn attach(extra: &[String], hookup: Hookup<'_>) -> Result<Attached, E
         nodes.extend(device.fdt().map(|desc| node(&plan, device.size(), desc)));
         devices.push((plan.base, device));
     }
-    if let Some(plic) = hookup.lines.plic() {
-        devices.push((layout::span("plic")?.base, Box::new(plic)));
-    }
+    devices.push(hookup.lines.registers()?);
     let bus = Bus::new(devices).map_err(refused)?;
     Ok(Attached { bus: Arc::new(bus), nodes })
 }

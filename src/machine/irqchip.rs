@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use rvmm_devices::Plic;
 use rvmm_devices::irq::IrqLine;
+use rvmm_devices::{MmioDevice, Plic, Reserved};
 
 use super::vm::{Irqchip, Vm};
 use crate::error::Error;
-use crate::layout::IRQ_SOURCES;
+use crate::layout::{self, IRQ_SOURCES};
 use crate::vcpu::Control;
 
 /// Where devices' interrupts go.
@@ -42,12 +42,16 @@ impl Lines {
         }
     }
 
-    /// The PLIC, where there is one, to be put on the bus.
-    pub(super) fn plic(&self) -> Option<Plic> {
-        match self {
-            Self::Aia(_) => None,
-            Self::Plic(plic) => Some(plic.clone()),
-        }
+    /// What of the controller is on the bus: all of the PLIC, or the registers of the APLIC that the kernel leaves, with
+    /// the base address.
+    pub(super) fn registers(&self) -> Result<(u64, Box<dyn MmioDevice>), Error> {
+        Ok(match self {
+            Self::Aia(_) => {
+                let span = layout::span("aplic")?;
+                (span.base, Box::new(Reserved::new("aplic", span.size)))
+            }
+            Self::Plic(plic) => (layout::span("plic")?.base, Box::new(plic.clone())),
+        })
     }
 }
 

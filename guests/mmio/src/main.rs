@@ -28,6 +28,7 @@ fn run(board: &'static Board) {
             ("clock in other widths", rtc_other),
             ("power register", power),
             ("nowhere", nowhere),
+            ("reserved registers of the APLIC", aplic),
             ("compressed instructions", compressed),
             ("destination registers", destinations),
         ],
@@ -212,6 +213,21 @@ fn nowhere(board: &'static Board) -> Result<(), Failure> {
             }
         }
     }
+    Ok(())
+}
+
+/// Whoever serves the controller: what is reserved in it is a register, not a hole.
+fn aplic(board: &'static Board) -> Result<(), Failure> {
+    let Some((base, _)) = board.fdt.compatible("riscv,aplic").and_then(|node| node.reg(0)) else {
+        return Ok(());
+    };
+    // Between sourcecfg and mmsiaddrcfg.
+    let reserved = base as usize + 0x1000;
+    let mut value = 0;
+    let on_write = trap::expect(|| write(reserved, 4, u64::MAX));
+    let on_read = trap::expect(|| value = read(reserved, 4));
+    ensure_eq!((on_read, on_write), (None, None), "traps at {reserved:#x}");
+    ensure_eq!(value, 0, "{reserved:#x}");
     Ok(())
 }
 
