@@ -100,6 +100,14 @@ fn apply_sbi(vcpu: &Vcpu, changes: &[KnobChange]) -> Result<(), VmError> {
     Ok(())
 }
 
+/// Switches system suspend off again, where it is on.
+pub(super) fn without_suspend(vcpu: &Vcpu) -> Result<(), VmError> {
+    set_sbi(vcpu, "susp", false).or_else(|e| match e.raw_os_error() {
+        Some(libc::ENOENT) => Ok(()),
+        _ => Err(sbi_error("susp", false, e)),
+    })
+}
+
 fn set_sbi(vcpu: &Vcpu, name: &str, on: bool) -> io::Result<()> {
     match sbi_number(name) {
         Some(number) => vcpu.set_reg(regs::sbi_extension(number), u64::from(on)),

@@ -37,6 +37,8 @@ pub(super) struct KvmVm {
 struct Member {
     id: u32,
     vcpu: Arc<Vcpu>,
+    /// The user has said whether the hart shall have SBI SUSP.
+    susp_chosen: bool,
 }
 
 impl KvmVm {
@@ -53,7 +55,7 @@ impl KvmVm {
         self.harts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn first_vcpu(&self) -> Result<Arc<Vcpu>, VmError> {
+    pub(super) fn first_vcpu(&self) -> Result<Arc<Vcpu>, VmError> {
         let harts = self.harts();
         let first = harts.first().ok_or_else(|| VmError::new("The VM has no hart yet"))?;
         Ok(Arc::clone(&first.vcpu))
@@ -118,7 +120,8 @@ impl Vm for KvmVm {
         }
         let vcpu = Arc::new(self.make_vcpu(id)?);
         let applied = knobs::apply(&vcpu, knobs)?;
-        harts.push(Member { id, vcpu: Arc::clone(&vcpu) });
+        let susp_chosen = knobs.sbi.iter().any(|change| change.name == "susp");
+        harts.push(Member { id, vcpu: Arc::clone(&vcpu), susp_chosen });
         if self.applied.set(applied).is_ok() {
             report(self.applied.get());
         }
@@ -172,6 +175,10 @@ impl Vm for KvmVm {
         let facts = aia.facts;
         if self.aia.set(aia).is_err() {
             return Err(VmError::new("The irqchip exists already"));
+        }
+        // The kernel resets the IMSIC of a hart that resumes, and guests do not expect that: nothing would wake them again.
+        for member in self.harts().iter().filter(|member| !member.susp_chosen) {
+            knobs::without_suspend(&member.vcpu)?;
         }
         Ok(Irqchip::Aia(facts))
     }

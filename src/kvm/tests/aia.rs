@@ -3,6 +3,8 @@
 use super::asm::*;
 use super::*;
 use crate::config::{IrqchipChoice, KnobChange};
+use crate::kvm::isa::sbi_number;
+use crate::kvm::regs::sbi_extension;
 use crate::layout::Span;
 use crate::machine::vm::{AiaFacts, AiaPlan, Irqchip};
 
@@ -169,4 +171,26 @@ fn a_wired_source_reaches_its_hart_through_aplic_and_imsic() {
     let (_, args) = called(hart.as_mut(), [0; 2]);
     raise.join().unwrap();
     assert_eq!(args[0] >> 16, 5);
+}
+
+/// Whether `susp` is on in the only hart of a machine with `sbi` as knobs, once `choice` is met; `None` without SUSP.
+fn suspend_is_on(choice: IrqchipChoice, sbi: &[KnobChange]) -> Option<bool> {
+    let vm = open().unwrap().new_vm().unwrap();
+    let knobs = CpuKnobs { sbi: sbi.to_vec(), ..CpuKnobs::default() };
+    let _hart = vm.create_hart(0, &knobs).ok()?;
+    vm.create_irqchip(choice, &plan(1)).unwrap();
+    let number = sbi_number("susp").unwrap();
+    let value = vm.first_vcpu().unwrap().reg(sbi_extension(number));
+    value.ok().map(|value| value != 0)
+}
+
+#[test]
+fn system_suspend_is_offered_where_a_guest_wakes_from_it() {
+    let Some(on) = suspend_is_on(IrqchipChoice::Plic, &[]) else { return };
+    assert!(on);
+    let asked = [KnobChange { name: "susp".into(), on: true }];
+    if host_has_aia() {
+        assert_eq!(suspend_is_on(IrqchipChoice::Aia, &[]), Some(false));
+        assert_eq!(suspend_is_on(IrqchipChoice::Aia, &asked), Some(true));
+    }
 }
