@@ -59,8 +59,8 @@ impl Socket {
     /// Makes the socket and its file.
     ///
     /// # Errors
-    /// [`Error::Config`] for a path that is too long; [`Error::Host`] where a program listens there already, something else
-    /// has that name, or the kernel refuses.
+    /// [`Error::Config`] for a path that is too long; [`Error::File`] where no file can be made there or something else has
+    /// that name; [`Error::Host`] where a program listens there already, or the kernel refuses.
     pub(super) fn listen(path: &Path) -> Result<Self, Error> {
         let length = path.as_os_str().len();
         if length > MAX_PATH {
@@ -70,11 +70,14 @@ impl Socket {
             )));
         }
         let failed = |source: io::Error| {
+            use io::ErrorKind::{
+                AddrInUse, AlreadyExists, NotADirectory, NotFound, PermissionDenied,
+            };
             let hint = match source.kind() {
-                io::ErrorKind::AddrInUse => {
-                    " (another program listens there: choose another path, or end it)"
+                AlreadyExists | NotADirectory | NotFound | PermissionDenied => {
+                    return Error::File { verb: "listen on", path: path.into(), source };
                 }
-                io::ErrorKind::AlreadyExists => " (remove what is there, or choose another path)",
+                AddrInUse => " (another program listens there: choose another path, or end it)",
                 _ => "",
             };
             Error::Host { what: format!("Cannot listen on {}{hint}", path.display()), source }
@@ -216,7 +219,7 @@ fn bound(path: &Path) -> io::Result<OwnedFd> {
     if !fs::symlink_metadata(path)?.file_type().is_socket() {
         return Err(io::Error::new(
             io::ErrorKind::AlreadyExists,
-            "there is something else of that name",
+            "there is something else of that name (remove what is there, or choose another path)",
         ));
     }
     match connect(&new_socket()?, &address) {
@@ -389,6 +392,17 @@ mod tests {
             assert!(refusal.contains("remove what is there"), "{refusal}");
         }
         assert_eq!(fs::read_to_string(&file).unwrap(), "precious");
+    }
+
+    #[test]
+    fn a_path_where_no_file_can_be_made_is_a_mistake_of_the_user() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        fs::write(&file, "").unwrap();
+        for path in [folder.path().join("nowhere/console"), file.join("console"), file] {
+            let refusal = Socket::listen(&path).unwrap_err();
+            assert_eq!(refusal.exit_code(), crate::error::EXIT_USAGE, "{refusal}");
+        }
     }
 
     #[test]
