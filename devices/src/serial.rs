@@ -71,8 +71,7 @@ impl MmioDevice for Serial {
         let register = register(offset)?;
         let [data] = data else { return Err(AccessError::Width) };
         if shows_output(register) && self.link.can_flush() {
-            self.link.flush();
-            self.sync_line();
+            self.flush();
         }
         *data = self.state.read(register);
         self.sync();
@@ -130,12 +129,23 @@ impl Serial {
         self.state.set_line(self.link.is_held(), self.link.is_empty());
     }
 
+    /// Sends what waits, before the guest looks at the line. Most looks find nothing waiting.
+    #[inline(never)]
+    fn flush(&mut self) {
+        self.link.flush();
+        self.sync_line();
+    }
+
     /// Derives from the registers what the link may take and the level of the interrupt line; most
     /// accesses are looks at LSR, which change neither.
     fn sync(&mut self) {
-        if !self.state.take_changed() {
-            return;
+        if self.state.take_changed() {
+            self.follow();
         }
+    }
+
+    #[inline(never)]
+    fn follow(&mut self) {
         self.link.set_room(self.state.room());
         self.irq.set(self.state.interrupts());
     }

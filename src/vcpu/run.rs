@@ -112,7 +112,10 @@ fn live(hart: &mut dyn Hart, world: &World, control: &Control) -> io::Result<Opt
     loop {
         // The exit stays where it is: to move it would cost as much as the rest of this loop.
         let flow = match hart.enter() {
-            Ok(ref mut exit) => dispatch(exit, world),
+            Ok(ref mut exit) => match dispatch(exit, world) {
+                Flow::Resume => continue,
+                other => other,
+            },
             Err(error) => return Err(error),
         };
         match flow {
