@@ -144,7 +144,8 @@ fn own_initramfs(irqchip: &str, cpus: &str) {
 fn a_flood_reaches_a_slow_reader_byte_for_byte_and_an_idle_machine_stops() {
     let Some(host) = host() else { return };
     let folder = tempfile::tempdir().expect("a folder");
-    let count = std::env::var("RVMM_FLOOD_BYTES").map_or(FLOOD, |count| count.parse().expect("a number"));
+    let count =
+        std::env::var("RVMM_FLOOD_BYTES").map_or(FLOOD, |count| count.parse().expect("a number"));
     let data = harness::flood(count);
     let initrd = initramfs::build(folder.path(), &[("data", &data)]);
     let mut session = machine(host.irqchips[0], "1")
