@@ -17,6 +17,9 @@ pub(crate) const FIFO: usize = 64;
 /// waits for the transmitter looks once and then sends.
 const POLLS: u8 = 16;
 
+/// Line status: what a driver looks at before and after every byte.
+pub(crate) const LSR: u8 = 5;
+
 mod reg {
     /// RBR, THR; with DLAB the divisor's low byte.
     pub(super) const DATA: u8 = 0;
@@ -26,7 +29,6 @@ mod reg {
     pub(super) const IIR_FCR: u8 = 2;
     pub(super) const LCR: u8 = 3;
     pub(super) const MCR: u8 = 4;
-    pub(super) const LSR: u8 = 5;
     pub(super) const MSR: u8 = 6;
     pub(super) const SCR: u8 = 7;
 }
@@ -110,9 +112,11 @@ impl State {
 
     /// The guest reads a register.
     pub(crate) fn read(&mut self, register: u8) -> u8 {
+        if register == LSR {
+            return self.read_lsr();
+        }
         let polled = std::mem::take(&mut self.polled);
         match register {
-            reg::LSR => self.read_lsr(polled),
             reg::DATA if !self.divisor_shown() => {
                 self.looks_for_input(polled, self.data_ready());
                 self.changed = true;
@@ -152,7 +156,7 @@ impl State {
                 self.set(reg::MCR, self.mcr);
                 self.listening |= self.mcr & bit::MCR_RTS != 0;
             }
-            reg::LSR | reg::MSR => return Err(AccessError::ReadOnly),
+            LSR | reg::MSR => return Err(AccessError::ReadOnly),
             other => self.set(other, value),
         }
         Ok(None)
@@ -180,6 +184,11 @@ impl State {
         }
     }
 
+    /// Whether the next [`take_changed`](Self::take_changed) says yes.
+    pub(crate) fn is_changed(&self) -> bool {
+        self.changed
+    }
+
     /// Whether the interrupt or the room for input may be another than at the last call.
     pub(crate) fn take_changed(&mut self) -> bool {
         std::mem::take(&mut self.changed)
@@ -190,8 +199,10 @@ impl State {
         self.cause() != bit::IIR_NONE
     }
 
-    /// No line errors, no break: data ready and the transmitter are all there is.
-    fn read_lsr(&mut self, polled: bool) -> u8 {
+    /// The guest reads LSR. No line errors, no break: data ready and the transmitter are all there is.
+    #[inline]
+    pub(crate) fn read_lsr(&mut self) -> u8 {
+        let polled = std::mem::take(&mut self.polled);
         let data = if self.data_ready() { bit::LSR_DR } else { 0 };
         match (self.held, self.idle) {
             (true, _) => data,
@@ -289,5 +300,5 @@ pub(crate) fn register(offset: u64) -> Result<u8, AccessError> {
 
 /// Whether reading this register shows the guest how far its output is.
 pub(crate) fn shows_output(register: u8) -> bool {
-    matches!(register, reg::LSR | reg::IIR_FCR)
+    matches!(register, LSR | reg::IIR_FCR)
 }

@@ -21,7 +21,7 @@ use crate::console::NullConsole;
 use crate::device::{Access, AccessError, FdtDesc, FdtProperty, MmioDevice, Source};
 use crate::irq::IrqPin;
 use crate::link::Link;
-use crate::ns16550::{FIFO, State, register, shows_output};
+use crate::ns16550::{FIFO, LSR, State, register, shows_output};
 use crate::options::Options;
 
 /// The catalog's entry.
@@ -70,11 +70,15 @@ impl MmioDevice for Serial {
     fn read(&mut self, offset: u64, data: &mut [u8]) -> Access {
         let register = register(offset)?;
         let [data] = data else { return Err(AccessError::Width) };
-        if shows_output(register) && self.link.can_flush() {
-            self.flush();
+        // Nearly every access of a driver is a look at LSR, and most find nothing to be done.
+        if register == LSR && !self.link.can_flush() {
+            *data = self.state.read_lsr();
+            if self.state.is_changed() {
+                self.sync();
+            }
+        } else {
+            *data = self.read_any(register);
         }
-        *data = self.state.read(register);
-        self.sync();
         Ok(())
     }
 
@@ -129,23 +133,24 @@ impl Serial {
         self.state.set_line(self.link.is_held(), self.link.is_empty());
     }
 
-    /// Sends what waits, before the guest looks at the line. Most looks find nothing waiting.
+    /// Reads a register, whatever follows from it.
     #[inline(never)]
-    fn flush(&mut self) {
-        self.link.flush();
-        self.sync_line();
-    }
-
-    /// Derives from the registers what the link may take and the level of the interrupt line; most
-    /// accesses are looks at LSR, which change neither.
-    fn sync(&mut self) {
-        if self.state.take_changed() {
-            self.follow();
+    fn read_any(&mut self, register: u8) -> u8 {
+        if shows_output(register) && self.link.can_flush() {
+            self.link.flush();
+            self.sync_line();
         }
+        let value = self.state.read(register);
+        self.sync();
+        value
     }
 
+    /// Derives from the registers what the link may take and the level of the interrupt line.
     #[inline(never)]
-    fn follow(&mut self) {
+    fn sync(&mut self) {
+        if !self.state.take_changed() {
+            return;
+        }
         self.link.set_room(self.state.room());
         self.irq.set(self.state.interrupts());
     }

@@ -22,8 +22,14 @@ pub enum Flow {
     Suspend,
     /// Its registers decide: a trap is raised in the guest, or the machine stops.
     Resolve(Trouble),
-    /// The machine stops.
-    Stop(StopReason),
+    /// The machine stops. Boxed, since a flow is made at every exit and this one once.
+    Stop(Box<StopReason>),
+}
+
+impl From<StopReason> for Flow {
+    fn from(reason: StopReason) -> Self {
+        Self::Stop(Box::new(reason))
+    }
 }
 
 /// What only the hart's registers can answer.
@@ -86,11 +92,11 @@ fn system(event: SystemEvent) -> Flow {
     match event {
         SystemEvent::Shutdown(reason) => {
             info!("The guest asks for poweroff, reason {reason}");
-            Flow::Stop(StopReason::PowerOff)
+            StopReason::PowerOff.into()
         }
         SystemEvent::Reset(reason) => {
             info!("The guest asks for a reset, reason {reason}");
-            Flow::Stop(StopReason::Reset)
+            StopReason::Reset.into()
         }
         SystemEvent::Other(number) => Flow::Resolve(Trouble::UnknownEvent(number)),
     }

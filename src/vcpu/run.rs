@@ -139,7 +139,7 @@ fn live(hart: &mut dyn Hart, world: &World, control: &Control) -> io::Result<Opt
                     return Ok(Some(reason));
                 }
             }
-            Flow::Stop(reason) => return Ok(Some(reason)),
+            Flow::Stop(reason) => return Ok(Some(*reason)),
         }
     }
 }

@@ -113,7 +113,7 @@ fn dbcn(function: u64, args: &[u64; 6], world: &World) -> Answer {
                 Err(RamError::NotRam) => (INVALID_PARAM, 0, Flow::Resume),
                 Err(RamError::Lost) => {
                     let reason = StopReason::MemoryLost { addr: Some(base) };
-                    (INVALID_PARAM, 0, Flow::Stop(reason))
+                    (INVALID_PARAM, 0, reason.into())
                 }
             }
         }

@@ -59,8 +59,8 @@ fn an_interruption_leads_to_the_control() {
 fn system_events_stop_the_machine_with_their_reason() {
     let flow = |event| dispatch(&mut Exit::System(event), &zero());
     for reason in [0, 1, u64::MAX] {
-        assert_eq!(flow(SystemEvent::Shutdown(reason)), Flow::Stop(StopReason::PowerOff));
-        assert_eq!(flow(SystemEvent::Reset(reason)), Flow::Stop(StopReason::Reset));
+        assert_eq!(flow(SystemEvent::Shutdown(reason)), StopReason::PowerOff.into());
+        assert_eq!(flow(SystemEvent::Reset(reason)), StopReason::Reset.into());
     }
     assert_eq!(flow(SystemEvent::Other(7)), Flow::Resolve(Trouble::UnknownEvent(7)));
 }
