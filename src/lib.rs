@@ -3,6 +3,7 @@
 pub mod cli;
 pub mod config;
 pub mod error;
+mod host;
 pub mod init;
 pub mod io_loop;
 #[cfg_attr(not(target_arch = "riscv64"), path = "kvm/absent.rs")]

@@ -7,13 +7,16 @@ use thiserror::Error;
 
 use crate::console::ConsoleBackend;
 use crate::device::MmioDevice;
+use crate::host::{Host, HostError, NoHost};
 use crate::irq::{IrqLine, NoIrq};
 use crate::options::{OptionError, Options};
 use crate::power::PowerSwitch;
 use crate::rtc::{Clock, WallClock};
+use crate::virtio::{DmaMemory, GuestMemoryMmap};
 
 /// Every device that rvmm can build. A new one adds its file and a line here.
-pub const CATALOG: &[Model] = &[crate::serial::MODEL, crate::rtc::MODEL, crate::power::MODEL];
+pub const CATALOG: &[Model] =
+    &[crate::serial::MODEL, crate::rtc::MODEL, crate::power::MODEL, crate::virtio::rng::MODEL];
 
 /// A device that was built, or why it was not.
 pub type Built = Result<Box<dyn MmioDevice>, BuildError>;
@@ -66,13 +69,24 @@ pub struct Wiring {
     pub power: Arc<dyn PowerSwitch>,
     /// The time of day.
     pub clock: Arc<dyn Clock>,
+    /// Guest RAM, for devices that reach into it.
+    pub memory: Arc<dyn DmaMemory>,
+    /// Who opens the host's ends of devices.
+    pub host: Arc<dyn Host>,
 }
 
 impl Wiring {
-    /// Wiring without an interrupt and without a console, on the host's clock.
+    /// Wiring without an interrupt, without a console, RAM and host, on the host's clock.
     #[must_use]
     pub fn new(power: Arc<dyn PowerSwitch>) -> Self {
-        Self { irq: Arc::new(NoIrq), console: None, power, clock: Arc::new(WallClock) }
+        Self {
+            irq: Arc::new(NoIrq),
+            console: None,
+            power,
+            clock: Arc::new(WallClock),
+            memory: Arc::new(GuestMemoryMmap::new()),
+            host: Arc::new(NoHost),
+        }
     }
 }
 
@@ -95,6 +109,15 @@ pub enum BuildError {
         /// What is wrong with it.
         #[source]
         source: OptionError,
+    },
+    /// The host's end of the device cannot be had.
+    #[error("Device {model}")]
+    End {
+        /// The model's name.
+        model: &'static str,
+        /// What was to be had, and why it cannot be.
+        #[source]
+        source: HostError,
     },
     /// The host refused something that the device needs.
     #[error("Device {model}: cannot create its {what}")]

@@ -4,6 +4,7 @@
 use std::os::fd::RawFd;
 
 use thiserror::Error;
+use vmm_sys_util::eventfd::EventFd;
 
 /// How an access ended: done, or refused without any effect on the device.
 pub type Access = Result<(), AccessError>;
@@ -93,6 +94,12 @@ pub trait MmioDevice: Send {
     fn ready(&mut self, token: u32) {
         let _ = token;
     }
+
+    /// Registers that only wake somebody: the board may have the kernel write to their descriptors instead of calling
+    /// [`write`](Self::write), which does the same. Asked once.
+    fn doorbells(&self) -> Vec<Doorbell<'_>> {
+        Vec::new()
+    }
 }
 
 /// A file descriptor that the I/O loop watches for a device.
@@ -107,6 +114,17 @@ pub struct Source {
     pub token: u32,
     /// What to wait for.
     pub interest: Interest,
+}
+
+/// A register of four bytes that only wakes somebody where one value is written to it.
+#[derive(Debug, Clone, Copy)]
+pub struct Doorbell<'a> {
+    /// Bytes from the device's base.
+    pub offset: u64,
+    /// The value that rings it.
+    pub value: u32,
+    /// What is written to then.
+    pub event: &'a EventFd,
 }
 
 /// What to wait for on a descriptor.

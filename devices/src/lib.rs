@@ -12,11 +12,13 @@
 //! | `bus.rs` | [`Bus`]: from an address to a device |
 //! | `catalog.rs`, `options.rs` | [`CATALOG`], [`Model`], `NAME,key=value` |
 //! | `console.rs` | [`ConsoleBackend`]: the host's end of a console |
+//! | `host.rs` | [`Host`]: who opens disks, networks, sockets |
 //! | `serial.rs` | NS16550A UART |
 //! | `rtc.rs` | Goldfish real-time clock |
 //! | `power.rs` | SiFive test finisher: poweroff and reset |
 //! | `plic.rs` | SiFive PLIC, for hosts without an in-kernel interrupt controller |
 //! | `reserved.rs` | what the kernel's interrupt controller leaves of its addresses |
+//! | `virtio/` | virtio: transport, queues, and a file per device |
 //! | `testing.rs` | recorders for tests, of this crate and of others |
 //!
 //! # Locks
@@ -30,6 +32,7 @@ pub mod bus;
 pub mod catalog;
 pub mod console;
 pub mod device;
+pub mod host;
 pub mod irq;
 mod link;
 mod ns16550;
@@ -40,13 +43,16 @@ pub mod reserved;
 pub mod rtc;
 pub mod serial;
 pub mod testing;
+pub mod virtio;
 
 pub use bus::{Bus, BusCounters, BusError, Claim};
 pub use catalog::{BuildError, Built, CATALOG, Key, Model, Placement, Wiring};
 pub use console::{ConsoleBackend, NullConsole, Port, Ports};
 pub use device::{
-    Access, AccessError, FdtCompanion, FdtDesc, FdtProperty, FdtValue, Interest, MmioDevice, Source,
+    Access, AccessError, Doorbell, FdtCompanion, FdtDesc, FdtProperty, FdtValue, Interest,
+    MmioDevice, Source,
 };
+pub use host::{Host, HostError, NoHost};
 pub use irq::{IrqLine, IrqPin, NoIrq};
 pub use options::{OptionError, Options};
 pub use plic::{Plic, PlicError};

@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use kvm_bindings::{
     KVM_CAP_IRQCHIP, KVM_CAP_MAX_VCPUS, KVM_CAP_NR_VCPUS, kvm_userspace_memory_region,
 };
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{IoEventAddress, VmFd};
+use rvmm_devices::Doorbell;
 use rvmm_devices::irq::IrqLine;
 
 use super::aia::{self, Aia};
@@ -181,6 +182,13 @@ impl Vm for KvmVm {
             knobs::without_suspend(&member.vcpu)?;
         }
         Ok(Irqchip::Aia(facts))
+    }
+
+    fn ring_in_kernel(&self, base: u64, doorbell: Doorbell<'_>) -> Result<(), VmError> {
+        let address = IoEventAddress::Mmio(base.saturating_add(doorbell.offset));
+        self.fd
+            .register_ioevent(doorbell.event, &address, doorbell.value)
+            .map_err(|e| VmError::io("Cannot let the kernel ring a device's doorbell", e.into()))
     }
 
     fn irq_line(&self, source: u32) -> Result<Arc<dyn IrqLine>, VmError> {

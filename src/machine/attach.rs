@@ -3,13 +3,16 @@
 use std::sync::Arc;
 
 use rvmm_boot::fdt::{DeviceNode, Node, Property, Value};
+use rvmm_devices::virtio::DmaMemory;
 use rvmm_devices::{
-    Bus, CATALOG, ConsoleBackend, FdtDesc, FdtProperty, FdtValue, MmioDevice, Model, Options,
-    Placement, PowerSwitch, Wiring,
+    BuildError, Bus, CATALOG, ConsoleBackend, FdtDesc, FdtProperty, FdtValue, Host, MmioDevice,
+    Model, Options, Placement, PowerSwitch, Wiring,
 };
 
 use super::irqchip::{Lines, WakingLine};
+use super::vm::Vm;
 use crate::error::Error;
+use crate::host::Linux;
 use crate::layout::{self, SLOT_SIZE, SLOTS};
 use crate::vcpu::Control;
 
@@ -27,6 +30,10 @@ pub(super) struct Hookup<'a> {
     pub(super) power: Arc<dyn PowerSwitch>,
     /// The other end of the first UART.
     pub(super) console: Box<dyn ConsoleBackend>,
+    /// Guest RAM, for devices that reach into it.
+    pub(super) memory: Arc<dyn DmaMemory>,
+    /// Who may ring doorbells without rvmm.
+    pub(super) vm: &'a dyn Vm,
 }
 
 /// One device to be made: its model, its options and its place.
@@ -43,8 +50,11 @@ pub(super) fn attach(extra: &[String], hookup: Hookup<'_>) -> Result<Attached, E
     let mut console = Some(hookup.console);
     let mut devices: Vec<(u64, Box<dyn MmioDevice>)> = Vec::new();
     let mut nodes = Vec::new();
+    let host: Arc<dyn Host> = Arc::new(Linux);
     for plan in plan(extra)? {
         let mut wiring = Wiring::new(Arc::clone(&hookup.power));
+        wiring.memory = Arc::clone(&hookup.memory);
+        wiring.host = Arc::clone(&host);
         if plan.irq != 0 {
             let line = hookup.lines.source(plan.irq)?;
             wiring.irq = Arc::new(WakingLine { line, control: Arc::clone(hookup.control) });
@@ -52,7 +62,10 @@ pub(super) fn attach(extra: &[String], hookup: Hookup<'_>) -> Result<Attached, E
         if plan.model.name == "serial" {
             wiring.console = console.take();
         }
-        let device = plan.model.create(&plan.options, wiring).map_err(refused)?;
+        let device = plan.model.create(&plan.options, wiring).map_err(not_built)?;
+        for doorbell in device.doorbells() {
+            hookup.vm.ring_in_kernel(plan.base, doorbell)?;
+        }
         nodes.extend(device.fdt().map(|desc| node(&plan, device.size(), desc)));
         devices.push((plan.base, device));
     }
@@ -106,6 +119,20 @@ fn plan(extra: &[String]) -> Result<Vec<Plan>, Error> {
         plans.push(Plan { model, options, label, base: SLOTS.base + slot * SLOT_SIZE, irq });
     }
     Ok(plans)
+}
+
+fn not_built(error: BuildError) -> Error {
+    match error {
+        BuildError::End { model, source } => match source.into_parts() {
+            (what, Some(source)) => Error::Host { what: format!("Device {model}: {what}"), source },
+            (what, None) => Error::Device(format!("Device {model}: {what}")),
+        },
+        BuildError::Host { model, what, source } => {
+            Error::Host { what: format!("Device {model}: cannot create its {what}"), source }
+        }
+        BuildError::Option { model, source } => Error::Device(format!("Device {model}: {source}")),
+        other => refused(other),
+    }
 }
 
 fn refused(error: impl std::fmt::Display) -> Error {

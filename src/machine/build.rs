@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use rvmm_devices::virtio::DmaMemory;
 use rvmm_devices::{Bus, PowerRequest, PowerSwitch};
 
 use super::attach::{Attached, Hookup, attach};
@@ -39,7 +40,8 @@ impl Board {
         host: &dyn Hypervisor,
         console: SharedConsole,
     ) -> Result<Self, Error> {
-        let mut ram = GuestRam::new(Span { base: RAM_BASE, size: config.mem }, config.hugepages)?;
+        let ram = GuestRam::new(Span { base: RAM_BASE, size: config.mem }, config.hugepages)?;
+        let ram = Arc::new(ram);
         let vm = host.create_vm()?;
         vm.map_memory(0, RAM_BASE, ram.host_address(), config.mem)
             .map_err(|e| no_memory(config.mem, e))?;
@@ -55,6 +57,8 @@ impl Board {
             control: &control,
             power,
             console: Box::new(console.waking(&control)),
+            memory: Arc::clone(&ram) as Arc<dyn DmaMemory>,
+            vm: vm.as_ref(),
         };
         let Attached { bus, nodes } = attach(&config.devices, hookup)?;
         let facts = Facts {
@@ -64,9 +68,8 @@ impl Board {
             ram: ram.span(),
             cmdline: &config.boot.cmdline,
         };
-        let start = files.load(&config.boot, board(&facts, nodes)?, &mut ram)?;
+        let start = files.load(&config.boot, board(&facts, nodes)?, &ram)?;
         point_boot_hart(&mut harts, start)?;
-        let ram = Arc::new(ram);
         let uart = layout::span("serial")?.base;
         let world = World::new(Arc::clone(&bus), Arc::clone(&ram), config.unassigned, Some(uart));
         Ok(Self { harts, world: Arc::new(world), bus, control, _vm: vm, _ram: ram })

@@ -52,7 +52,7 @@ impl Files {
         &self,
         boot: &BootConfig,
         mut board: Board,
-        ram: &mut GuestRam,
+        ram: &GuestRam,
     ) -> Result<Start, Error> {
         // The length does not depend on where the initrd comes to lie.
         board.chosen.initrd = self.initrd.as_ref().map(|_| region(ram.span()));
@@ -94,7 +94,7 @@ fn initrd(boot: &BootConfig) -> Result<Option<Initrd>, Error> {
     }
 }
 
-fn fill(ram: &mut GuestRam, placement: &Placement<'_>, tree: &[u8]) -> Result<(), Error> {
+fn fill(ram: &GuestRam, placement: &Placement<'_>, tree: &[u8]) -> Result<(), Error> {
     for Blob { name, address, source, .. } in &placement.blobs {
         match source {
             Source::File { file, offset, len } => ram.place_file(*address, file, *offset, *len)?,

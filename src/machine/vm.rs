@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
+use rvmm_devices::Doorbell;
 use rvmm_devices::irq::IrqLine;
 
 use crate::config::{CpuId, IrqchipChoice, KnobChange};
@@ -103,6 +104,10 @@ pub trait Vm: Send + Sync {
     /// # Errors
     /// [`IrqchipChoice::Aia`] on a host without it; the sentence says what to do.
     fn create_irqchip(&self, choice: IrqchipChoice, plan: &AiaPlan) -> Result<Irqchip, VmError>;
+
+    /// Has the kernel ring `doorbell` of the device at `base`, without an exit. A hypervisor that does not is right, too:
+    /// then the write comes out as any other.
+    fn ring_in_kernel(&self, base: u64, doorbell: Doorbell<'_>) -> Result<(), VmError>;
 
     /// The line into the in-kernel APLIC's source `source` (1-based).
     fn irq_line(&self, source: u32) -> Result<Arc<dyn IrqLine>, VmError>;

@@ -6,8 +6,9 @@
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rvmm_devices::virtio::DmaMemory;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use crate::error::Error;
@@ -30,7 +31,7 @@ pub struct GuestRam {
     /// Unmapped last: `view` and `watch` point into it.
     view: GuestMemoryMmap,
     watch: Watch,
-    files: Vec<Overlay>,
+    files: Mutex<Vec<Overlay>>,
     span: Span,
     reservation: Reservation,
 }
@@ -79,7 +80,7 @@ impl GuestRam {
             what: format!("Cannot place {} bytes of RAM at {:#x}", span.size, span.base),
             source: None,
         })?;
-        Ok(Self { view, watch, files: Vec::new(), span, reservation })
+        Ok(Self { view, watch, files: Mutex::default(), span, reservation })
     }
 
     /// Where RAM lies.
@@ -126,7 +127,7 @@ impl GuestRam {
     /// # Errors
     /// The range is not RAM, or the file cannot be read.
     pub fn place_file(
-        &mut self,
+        &self,
         addr: u64,
         file: &Arc<File>,
         offset: u64,
@@ -145,7 +146,8 @@ impl GuestRam {
         self.copy_file(addr, file, offset, lead)?;
         if mapped > 0 {
             self.reservation.overlay(addr + lead - self.span.base, file, offset + lead, mapped)?;
-            self.files.push(Overlay { file: Arc::clone(file), needed: offset + lead + mapped });
+            let overlay = Overlay { file: Arc::clone(file), needed: offset + lead + mapped };
+            self.overlays().push(overlay);
         }
         let done = lead + mapped;
         self.copy_file(addr + done, file, offset + done, len - done)
@@ -173,7 +175,11 @@ impl GuestRam {
     #[must_use]
     pub fn is_lost(&self) -> bool {
         let shrank = |o: &Overlay| o.file.metadata().map_or(true, |m| m.size() < o.needed);
-        self.watch.fired() || self.files.iter().any(shrank)
+        self.watch.fired() || self.overlays().iter().any(shrank)
+    }
+
+    fn overlays(&self) -> MutexGuard<'_, Vec<Overlay>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn check(&self, addr: u64, len: usize) -> Result<(), RamError> {
@@ -182,6 +188,12 @@ impl GuestRam {
 
     fn still_there(&self) -> Result<(), RamError> {
         if self.watch.fired() { Err(RamError::Lost) } else { Ok(()) }
+    }
+}
+
+impl DmaMemory for GuestRam {
+    fn view(&self) -> &GuestMemoryMmap {
+        &self.view
     }
 }
 

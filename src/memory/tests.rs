@@ -44,7 +44,7 @@ fn a_file_is_seen_whole_whether_its_pages_can_be_mapped_or_not() {
     for (addr, offset, len) in
         [(0, 0, 20_000), (0x1234, 0, 20_000), (0x10, 0x10, 12_000), (0x2000, 1, 9_000), (5, 7, 3)]
     {
-        let mut ram = GuestRam::new(SPAN, false).unwrap();
+        let ram = GuestRam::new(SPAN, false).unwrap();
         ram.place_file(SPAN.base + addr, &file, offset as u64, len as u64).unwrap();
         let mut got = vec![0; len];
         ram.read(SPAN.base + addr, &mut got).unwrap();
@@ -58,7 +58,7 @@ fn a_file_is_seen_whole_whether_its_pages_can_be_mapped_or_not() {
 #[test]
 fn what_the_guest_writes_never_reaches_the_file() {
     let file = file_of(&[1; 8192]);
-    let mut ram = GuestRam::new(SPAN, false).unwrap();
+    let ram = GuestRam::new(SPAN, false).unwrap();
     ram.place_file(SPAN.base, &file, 0, 8192).unwrap();
     ram.write(SPAN.base + 100, &[9; 5000]).unwrap();
     let mut back = vec![0; 8192];
@@ -69,7 +69,7 @@ fn what_the_guest_writes_never_reaches_the_file() {
 #[test]
 fn a_file_that_shrinks_under_the_guest_loses_memory_but_not_the_process() {
     let file = file_of(&[1; 4 * 4096]);
-    let mut ram = GuestRam::new(SPAN, false).unwrap();
+    let ram = GuestRam::new(SPAN, false).unwrap();
     ram.place_file(SPAN.base, &file, 0, 4 * 4096).unwrap();
     assert!(!ram.is_lost());
     file.set_len(4096).unwrap();
@@ -82,7 +82,7 @@ fn a_file_that_shrinks_under_the_guest_loses_memory_but_not_the_process() {
 #[test]
 fn two_guests_lose_memory_apart_from_each_other() {
     let file = file_of(&[1; 2 * 4096]);
-    let mut one = GuestRam::new(SPAN, false).unwrap();
+    let one = GuestRam::new(SPAN, false).unwrap();
     let two = GuestRam::new(SPAN, false).unwrap();
     one.place_file(SPAN.base, &file, 0, 2 * 4096).unwrap();
     file.set_len(0).unwrap();

@@ -219,7 +219,7 @@ fn what_the_host_cannot_do_is_the_hosts_failure() {
 fn memory_that_a_shrunken_file_backed_is_lost() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(0x10_0000).unwrap();
-    let mut ram = crate::memory::GuestRam::new(RAM, false).unwrap();
+    let ram = crate::memory::GuestRam::new(RAM, false).unwrap();
     let file = std::sync::Arc::new(file);
     ram.place_file(RAM.base, &file, 0, 0x10_0000).unwrap();
     let (mut world, _) = world(Unassigned::Zero);

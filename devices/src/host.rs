@@ -1,0 +1,42 @@
+//! What devices need from the host beyond a console: files, networks, sockets. Opened by whoever knows the host, used by the
+//! device that asked.
+
+use std::io;
+
+use thiserror::Error;
+
+/// Opens the host's ends of devices. A host that has none of a kind refuses by itself.
+pub trait Host: Send + Sync {}
+
+/// Why a host's end could not be had: the whole sentence for the user.
+#[derive(Debug, Error)]
+#[error("{what}")]
+pub struct HostError {
+    what: String,
+    #[source]
+    source: Option<io::Error>,
+}
+
+impl HostError {
+    /// What was asked for can never be had: the user has to ask for something else.
+    pub fn mistake(what: impl Into<String>) -> Self {
+        Self { what: what.into(), source: None }
+    }
+
+    /// The host refuses, with its answer.
+    pub fn refused(what: impl Into<String>, source: io::Error) -> Self {
+        Self { what: what.into(), source: Some(source) }
+    }
+
+    /// The sentence, and the host's answer where the host refused; none where the user has to ask for something else.
+    #[must_use]
+    pub fn into_parts(self) -> (String, Option<io::Error>) {
+        (self.what, self.source)
+    }
+}
+
+/// A host without anything.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NoHost;
+
+impl Host for NoHost {}

@@ -1,0 +1,218 @@
+//! Token buckets: how much of something a device may do in a time (the model is Firecracker's: size, burst, refill time).
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::timerfd::TimerFd;
+
+/// A limit: `size` tokens, refilled evenly over `refill`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limit {
+    /// Tokens that the bucket holds: bytes or operations.
+    pub size: u64,
+    /// Tokens on top that are there once, at the start.
+    pub burst: u64,
+    /// In how long an empty bucket is full again; at least a millisecond.
+    pub refill: Duration,
+}
+
+impl Limit {
+    /// So many tokens a second.
+    #[must_use]
+    pub fn per_second(size: u64) -> Self {
+        Self { size, burst: 0, refill: Duration::from_secs(1) }
+    }
+}
+
+/// A bucket and what is in it.
+#[derive(Debug)]
+struct Bucket {
+    limit: Limit,
+    tokens: u64,
+    burst: u64,
+    /// Up to when the refill has been counted.
+    counted: Instant,
+}
+
+impl Bucket {
+    fn new(limit: Limit, now: Instant) -> Self {
+        Self { limit, tokens: limit.size, burst: limit.burst, counted: now }
+    }
+
+    fn refill(&mut self, now: Instant) {
+        let refill_ns = self.limit.refill.as_nanos().max(1_000_000);
+        let passed_ns = now.saturating_duration_since(self.counted).as_nanos().min(refill_ns);
+        let gained = passed_ns * u128::from(self.limit.size) / refill_ns;
+        if gained > 0 {
+            let gained = u64::try_from(gained).unwrap_or(u64::MAX);
+            self.tokens = self.tokens.saturating_add(gained).min(self.limit.size);
+            self.counted = now;
+        }
+    }
+
+    /// What is there suffices. More than the bucket ever holds is let through when it is full.
+    fn has(&self, wanted: u64) -> bool {
+        self.burst.saturating_add(self.tokens) >= wanted || self.tokens == self.limit.size
+    }
+
+    fn take(&mut self, wanted: u64) {
+        let from_burst = wanted.min(self.burst);
+        self.burst -= from_burst;
+        self.tokens = self.tokens.saturating_sub(wanted - from_burst);
+    }
+
+    /// How long until `wanted` are there, with nobody else taking any.
+    fn wait(&self, wanted: u64) -> Duration {
+        let missing =
+            wanted.min(self.limit.size).saturating_sub(self.tokens.saturating_add(self.burst));
+        let refill_ns = self.limit.refill.as_nanos().max(1_000_000);
+        let wait_ns =
+            (u128::from(missing) * refill_ns).div_ceil(u128::from(self.limit.size.max(1)));
+        Duration::from_nanos(u64::try_from(wait_ns).unwrap_or(u64::MAX))
+            .max(Duration::from_millis(1))
+    }
+}
+
+/// A device's limits on bytes and operations; each may be absent.
+#[derive(Debug)]
+pub struct Limiter {
+    bytes: Option<Bucket>,
+    operations: Option<Bucket>,
+    timer: TimerFd,
+    is_waiting: bool,
+}
+
+impl Limiter {
+    /// A limiter whose buckets are full.
+    ///
+    /// # Errors
+    /// The host has no timers left.
+    pub fn new(bytes: Option<Limit>, operations: Option<Limit>) -> io::Result<Self> {
+        let now = Instant::now();
+        let bucket = |limit: Limit| Bucket::new(limit, now);
+        Ok(Self {
+            bytes: bytes.filter(|limit| limit.size > 0).map(bucket),
+            operations: operations.filter(|limit| limit.size > 0).map(bucket),
+            timer: TimerFd::new()?,
+            is_waiting: false,
+        })
+    }
+
+    /// Takes one operation of `bytes` bytes, if that may be now. Otherwise nothing is taken, the limiter waits, and its
+    /// descriptor tells when to try again.
+    pub fn allows(&mut self, bytes: u64) -> bool {
+        if self.bytes.is_none() && self.operations.is_none() {
+            return true;
+        }
+        self.allows_at(bytes, Instant::now())
+    }
+
+    fn allows_at(&mut self, bytes: u64, now: Instant) -> bool {
+        let mut wait = Duration::ZERO;
+        for (bucket, wanted) in [(&mut self.bytes, bytes), (&mut self.operations, 1)] {
+            let Some(bucket) = bucket else { continue };
+            bucket.refill(now);
+            if !bucket.has(wanted) {
+                wait = wait.max(bucket.wait(wanted));
+            }
+        }
+        if wait > Duration::ZERO {
+            self.is_waiting = self.timer.reset(wait, None).is_ok();
+            // Without a timer nothing would ever try again: the limit gives way.
+            return !self.is_waiting;
+        }
+        for (bucket, wanted) in [(&mut self.bytes, bytes), (&mut self.operations, 1)] {
+            if let Some(bucket) = bucket {
+                bucket.take(wanted);
+            }
+        }
+        true
+    }
+
+    /// Whether something was not allowed, and the time to try again has not been announced.
+    #[must_use]
+    pub fn is_waiting(&self) -> bool {
+        self.is_waiting
+    }
+
+    /// The descriptor that becomes readable when it is time to try again; to be watched always.
+    #[must_use]
+    pub fn fd(&self) -> RawFd {
+        self.timer.as_raw_fd()
+    }
+
+    /// The descriptor was readable, or may have been: it is time to try again.
+    pub fn expired(&mut self) {
+        // The counter is read so that the descriptor is quiet again; it would block where it has not expired.
+        if self.is_waiting {
+            let _ = self.timer.wait();
+            self.is_waiting = false;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limiter(bytes: u64, operations: u64) -> Limiter {
+        let limit = |size| (size > 0).then(|| Limit::per_second(size));
+        Limiter::new(limit(bytes), limit(operations)).unwrap()
+    }
+
+    #[test]
+    fn without_limits_everything_goes() {
+        let mut limiter = limiter(0, 0);
+        assert!((0..1000).all(|_| limiter.allows(u64::MAX)));
+    }
+
+    #[test]
+    fn a_second_holds_what_the_limit_says_and_the_next_one_as_much() {
+        let mut limiter = limiter(1000, 0);
+        let start = limiter.bytes.as_ref().unwrap().counted;
+        let count =
+            |limiter: &mut Limiter, now| (0..100).filter(|_| limiter.allows_at(100, now)).count();
+        assert_eq!(count(&mut limiter, start), 10);
+        assert_eq!(count(&mut limiter, start + Duration::from_millis(500)), 5);
+        assert_eq!(count(&mut limiter, start + Duration::from_secs(60)), 10);
+    }
+
+    #[test]
+    fn operations_and_bytes_both_count() {
+        let mut limiter = limiter(1000, 3);
+        let now = limiter.bytes.as_ref().unwrap().counted;
+        assert_eq!((0..100).filter(|_| limiter.allows_at(100, now)).count(), 3);
+        // Three operations have taken 300 bytes, the refused ones none.
+        assert_eq!(limiter.bytes.as_ref().unwrap().tokens, 700);
+    }
+
+    #[test]
+    fn what_is_larger_than_the_bucket_goes_through_when_it_is_full() {
+        let mut limiter = limiter(1000, 0);
+        let now = limiter.bytes.as_ref().unwrap().counted;
+        assert!(limiter.allows_at(5000, now));
+        assert!(!limiter.allows_at(1, now));
+        assert!(limiter.allows_at(5000, now + Duration::from_secs(1)));
+    }
+
+    #[test]
+    fn a_burst_is_there_once() {
+        let limit = Limit { size: 10, burst: 90, refill: Duration::from_secs(1) };
+        let mut limiter = Limiter::new(None, Some(limit)).unwrap();
+        let now = limiter.operations.as_ref().unwrap().counted;
+        assert_eq!((0..1000).filter(|_| limiter.allows_at(0, now)).count(), 100);
+        let later = now + Duration::from_secs(9);
+        assert_eq!((0..1000).filter(|_| limiter.allows_at(0, later)).count(), 10);
+    }
+
+    #[test]
+    fn the_descriptor_tells_when_to_try_again() {
+        let mut limiter = limiter(0, 1000);
+        while limiter.allows(0) {}
+        assert!(limiter.is_waiting());
+        limiter.expired();
+        assert!(!limiter.is_waiting());
+        assert!(limiter.allows(0));
+    }
+}

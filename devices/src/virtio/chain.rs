@@ -1,0 +1,282 @@
+//! A descriptor chain, taken apart and judged before a device sees it (virtio 1.3, sections 2.7.4 to 2.7.8).
+//!
+//! Every field is read once. What comes out is a list of pieces of RAM: first those that the device may read, then those
+//! that it may write. Whatever does not have that shape is refused as a whole.
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+
+/// Bytes of a descriptor.
+const DESCRIPTOR: u64 = 16;
+
+mod flag {
+    /// `VIRTQ_DESC_F_NEXT`
+    pub(super) const NEXT: u16 = 1;
+    /// `VIRTQ_DESC_F_WRITE`
+    pub(super) const WRITE: u16 = 2;
+    /// `VIRTQ_DESC_F_INDIRECT`
+    pub(super) const INDIRECT: u16 = 4;
+}
+
+/// A piece of guest RAM, all of it inside one region.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    /// Guest-physical address.
+    pub addr: GuestAddress,
+    /// Bytes, at least 1.
+    pub len: u32,
+}
+
+/// Why a chain is not one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ChainError {
+    /// `next` is no index into the table.
+    #[error("a descriptor's next is outside its table")]
+    Next,
+    /// More descriptors than the queue has, which is also what a loop looks like.
+    #[error("a chain is longer than its queue")]
+    TooLong,
+    /// An indirect table where none may be, of a length that is no number of descriptors, or inside another one.
+    #[error("an indirect table is not allowed there or has no proper length")]
+    Indirect,
+    /// A table or a buffer is not all RAM.
+    #[error("a descriptor or a buffer is outside RAM")]
+    NotRam,
+    /// A buffer to be read comes after one to be written.
+    #[error("a readable buffer comes after a writable one")]
+    Order,
+    /// More than 2^32 - 1 bytes.
+    #[error("a chain has more than 4 GiB")]
+    TooLarge,
+}
+
+/// A request that the driver has made available: the head of a chain and its buffers.
+///
+/// It goes back to the driver by [`Work::complete`](super::Work::complete), exactly once.
+#[derive(Debug)]
+#[must_use = "a chain that is not completed is lost to the driver"]
+pub struct Chain {
+    pub(super) queue: u16,
+    pub(super) head: u16,
+    /// Set-ups that the queue had seen when the chain was taken.
+    pub(super) life: u32,
+    pub(super) segments: Vec<Segment>,
+    pub(super) readable: usize,
+    readable_bytes: u32,
+    writable_bytes: u32,
+}
+
+impl Chain {
+    /// The queue that it came from.
+    #[must_use]
+    pub fn queue(&self) -> u16 {
+        self.queue
+    }
+
+    /// The buffers that the device may read, in order; pieces without any byte are left out.
+    #[must_use]
+    pub fn readable(&self) -> &[Segment] {
+        self.segments.get(..self.readable).unwrap_or_default()
+    }
+
+    /// The buffers that the device may write, in order; pieces without any byte are left out.
+    #[must_use]
+    pub fn writable(&self) -> &[Segment] {
+        self.segments.get(self.readable..).unwrap_or_default()
+    }
+
+    /// Bytes that can be read.
+    #[must_use]
+    pub fn readable_bytes(&self) -> u32 {
+        self.readable_bytes
+    }
+
+    /// Bytes that can be written.
+    #[must_use]
+    pub fn writable_bytes(&self) -> u32 {
+        self.writable_bytes
+    }
+
+    /// Copies the readable bytes from `offset` on into `into`, as many as there are, and gives their number.
+    pub fn read_at(&self, memory: &GuestMemoryMmap, offset: u32, into: &mut [u8]) -> usize {
+        let mut done = 0;
+        for piece in pieces(self.readable(), offset, into.len()) {
+            let Some(part) = into.get_mut(done..done + piece.len as usize) else { break };
+            if memory.read_slice(part, piece.addr).is_err() {
+                break;
+            }
+            done += part.len();
+        }
+        done
+    }
+
+    /// Copies `from` to the writable bytes from `offset` on, as many as there is room for, and gives their number.
+    pub fn write_at(&self, memory: &GuestMemoryMmap, offset: u32, from: &[u8]) -> usize {
+        let mut done = 0;
+        for piece in pieces(self.writable(), offset, from.len()) {
+            let Some(part) = from.get(done..done + piece.len as usize) else { break };
+            if memory.write_slice(part, piece.addr).is_err() {
+                break;
+            }
+            done += part.len();
+        }
+        done
+    }
+}
+
+/// What `count` bytes from `offset` on are in `segments`: fewer where there are not so many.
+pub fn pieces(
+    segments: &[Segment],
+    offset: u32,
+    count: usize,
+) -> impl Iterator<Item = Segment> + '_ {
+    let mut skip = offset;
+    let mut left = u32::try_from(count).unwrap_or(u32::MAX);
+    segments.iter().filter_map(move |segment| {
+        let skipped = skip.min(segment.len);
+        skip -= skipped;
+        let len = (segment.len - skipped).min(left);
+        left -= len;
+        // The segment lies in RAM, so its addresses do not wrap.
+        let addr = segment.addr.0.wrapping_add(skipped.into());
+        (len > 0).then_some(Segment { addr: GuestAddress(addr), len })
+    })
+}
+
+/// Where chains are looked up.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Tables {
+    /// The queue's descriptor table.
+    pub(super) descriptors: u64,
+    /// Its size: entries of the table, and descriptors in a chain at most.
+    pub(super) size: u16,
+    /// Indirect tables were negotiated.
+    pub(super) indirect: bool,
+}
+
+/// A descriptor, read.
+#[derive(Clone, Copy)]
+struct Descriptor {
+    addr: u64,
+    len: u32,
+    flags: u16,
+    next: u16,
+}
+
+impl Descriptor {
+    fn read(memory: &GuestMemoryMmap, table: u64, index: u16) -> Result<Self, ChainError> {
+        let addr = u64::from(index)
+            .checked_mul(DESCRIPTOR)
+            .and_then(|offset| table.checked_add(offset))
+            .ok_or(ChainError::NotRam)?;
+        let raw: [u8; 16] = memory.read_obj(GuestAddress(addr)).map_err(|_| ChainError::NotRam)?;
+        let raw = u128::from_le_bytes(raw);
+        // Truncations pick the fields out of the 16 bytes.
+        #[expect(clippy::cast_possible_truncation, reason = "fields of a descriptor")]
+        Ok(Self {
+            addr: raw as u64,
+            len: (raw >> 64) as u32,
+            flags: (raw >> 96) as u16,
+            next: (raw >> 112) as u16,
+        })
+    }
+
+    fn is(self, flag: u16) -> bool {
+        self.flags & flag != 0
+    }
+}
+
+impl Tables {
+    /// Takes the chain of `head` (an index into the table) apart, into `segments`.
+    pub(super) fn walk(
+        &self,
+        memory: &GuestMemoryMmap,
+        (queue, life): (u16, u32),
+        head: u16,
+        segments: Vec<Segment>,
+    ) -> Result<Chain, (ChainError, Vec<Segment>)> {
+        let mut chain = Chain {
+            queue,
+            head,
+            life,
+            segments,
+            readable: 0,
+            readable_bytes: 0,
+            writable_bytes: 0,
+        };
+        chain.segments.clear();
+        match self.follow(memory, head, &mut chain) {
+            Ok(()) => Ok(chain),
+            Err(error) => Err((error, chain.segments)),
+        }
+    }
+
+    fn follow(
+        &self,
+        memory: &GuestMemoryMmap,
+        head: u16,
+        chain: &mut Chain,
+    ) -> Result<(), ChainError> {
+        let (mut table, mut entries, mut index) = (self.descriptors, self.size, head);
+        let mut is_indirect = false;
+        // Descriptors with a buffer. With the one that leads to an indirect table a chain may have one more (2.7.5.3.1).
+        let mut left = self.size;
+        loop {
+            if index >= entries {
+                return Err(ChainError::Next);
+            }
+            let descriptor = Descriptor::read(memory, table, index)?;
+            if descriptor.is(flag::INDIRECT) {
+                if is_indirect || !self.indirect || descriptor.is(flag::NEXT) {
+                    return Err(ChainError::Indirect);
+                }
+                is_indirect = true;
+                (table, entries, index) = (descriptor.addr, self.entries(descriptor.len)?, 0);
+                continue;
+            }
+            left = left.checked_sub(1).ok_or(ChainError::TooLong)?;
+            chain.add(memory, descriptor)?;
+            if !descriptor.is(flag::NEXT) {
+                return Ok(());
+            }
+            index = descriptor.next;
+        }
+    }
+
+    /// Entries of an indirect table of `len` bytes.
+    fn entries(&self, len: u32) -> Result<u16, ChainError> {
+        let entries = u64::from(len) / DESCRIPTOR;
+        if entries == 0 || !u64::from(len).is_multiple_of(DESCRIPTOR) {
+            return Err(ChainError::Indirect);
+        }
+        match u16::try_from(entries) {
+            Ok(entries) if entries <= self.size => Ok(entries),
+            _ => Err(ChainError::TooLong),
+        }
+    }
+}
+
+impl Chain {
+    fn add(&mut self, memory: &GuestMemoryMmap, descriptor: Descriptor) -> Result<(), ChainError> {
+        let Descriptor { addr, len, .. } = descriptor;
+        let total = if descriptor.is(flag::WRITE) {
+            &mut self.writable_bytes
+        } else if self.segments.len() == self.readable {
+            &mut self.readable_bytes
+        } else {
+            return Err(ChainError::Order);
+        };
+        if len == 0 {
+            return Ok(());
+        }
+        *total = total.checked_add(len).ok_or(ChainError::TooLarge)?;
+        let addr = GuestAddress(addr);
+        if !memory.check_range(addr, len as usize) {
+            return Err(ChainError::NotRam);
+        }
+        self.segments.push(Segment { addr, len });
+        if !descriptor.is(flag::WRITE) {
+            self.readable = self.segments.len();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,342 @@
+//! The life of a virtio device, whatever its transport (virtio 1.3, chapters 2 and 3): status, features, queues, work.
+//!
+//! The status register is a table of steps: what is no step changes nothing. The features are refused unless the driver takes
+//! VERSION_1 and nothing that was not offered. A queue is set up while the device does not run and frozen while it does;
+//! RING_RESET opens one alone. A device that the driver has broken says NEEDS_RESET and is silent until it is reset.
+
+use std::sync::Arc;
+
+use log::warn;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::queue::{Queue, SetUp};
+use super::work::{Outcome, Work};
+use super::{DmaMemory, VirtioDevice, VirtioError, feature};
+use crate::device::{Access, AccessError};
+
+/// Bits of the status register (virtio 1.3, section 2.1).
+pub(super) mod status {
+    pub(crate) const ACKNOWLEDGE: u32 = 1;
+    pub(crate) const DRIVER: u32 = 2;
+    pub(crate) const DRIVER_OK: u32 = 4;
+    pub(crate) const FEATURES_OK: u32 = 8;
+    pub(crate) const NEEDS_RESET: u32 = 64;
+    pub(crate) const FAILED: u32 = 128;
+}
+
+/// Bits of the interrupt status register.
+pub(super) mod isr {
+    pub(crate) const USED_BUFFER: u32 = 1;
+    pub(crate) const CONFIG_CHANGE: u32 = 2;
+}
+
+/// The steps of a start, in order (virtio 1.3, section 3.1.1).
+const STEPS: [u32; 4] =
+    [status::ACKNOWLEDGE, status::DRIVER, status::FEATURES_OK, status::DRIVER_OK];
+
+/// A device, its queues, and what the driver has made of them.
+pub(super) struct Core {
+    pub(super) device: Box<dyn VirtioDevice>,
+    memory: Arc<dyn DmaMemory>,
+    /// One per queue; the kernel rings them where it can, else a write to QueueNotify does.
+    pub(super) kicks: Box<[EventFd]>,
+    has_warned: bool,
+
+    queues: Box<[Queue]>,
+    pub(super) state: State,
+}
+
+/// What the driver sees besides the queues.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct State {
+    pub(super) status: u32,
+    pub(super) interrupts: u32,
+    pub(super) device_features_sel: u32,
+    pub(super) driver_features_sel: u32,
+    driver_features: u64,
+    pub(super) queue_sel: u32,
+    pub(super) generation: u32,
+    /// Chains that went back unserved because they made no sense.
+    refused: u64,
+}
+
+impl Core {
+    pub(super) fn new(
+        device: Box<dyn VirtioDevice>,
+        memory: Arc<dyn DmaMemory>,
+    ) -> std::io::Result<Self> {
+        let queues: Box<[Queue]> =
+            (0..).zip(device.queue_sizes()).map(|(index, size)| Queue::new(index, *size)).collect();
+        let kick = |_: &Queue| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
+        let kicks = queues.iter().map(kick).collect::<Result<_, _>>()?;
+        Ok(Self { device, memory, kicks, has_warned: false, queues, state: State::default() })
+    }
+
+    pub(super) fn offered(&self) -> u64 {
+        self.device.features() | feature::TRANSPORT
+    }
+
+    pub(super) fn selected(&self) -> Option<&Queue> {
+        self.queues.get(usize::try_from(self.state.queue_sel).ok()?)
+    }
+
+    pub(super) fn is_active(&self, queue: u16) -> bool {
+        self.queues.get(usize::from(queue)).is_some_and(Queue::is_active)
+    }
+
+    /// Chains that went back unserved because they made no sense.
+    pub(super) fn refused(&self) -> u64 {
+        self.state.refused
+    }
+
+    /// Wakes the I/O thread for a queue, where the kernel does not do it.
+    pub(super) fn ring(&self, queue: u32) {
+        let kick = usize::try_from(queue).ok().and_then(|queue| self.kicks.get(queue));
+        // Refused means that the counter is full: it is awake.
+        let _ = kick.map(|kick| kick.write(1));
+    }
+
+    pub(super) fn take_features(&mut self, value: u32) -> Access {
+        if self.state.status & status::FEATURES_OK != 0 {
+            return Err(AccessError::ReadOnly);
+        }
+        let shift = match self.state.driver_features_sel {
+            0 => 0,
+            1 => 32,
+            // Nothing is offered there.
+            _ if value == 0 => return Ok(()),
+            _ => return Err(AccessError::NoRegister),
+        };
+        let features = self.state.driver_features & !(u64::from(u32::MAX) << shift);
+        self.state.driver_features = features | u64::from(value) << shift;
+        Ok(())
+    }
+
+    /// Changes the set-up of the selected queue, where it is not in use.
+    pub(super) fn set_up_queue(&mut self, change: impl FnOnce(&mut SetUp)) -> Access {
+        let is_running = self.state.is_running();
+        let Some(queue) = self.queues.get_mut(self.state.queue_sel as usize) else {
+            return Err(AccessError::NoRegister);
+        };
+        // Frozen as soon as it is ready: nothing moves a ring that is in use.
+        if queue.is_ready() || is_running && !queue.was_reset() {
+            return Err(AccessError::ReadOnly);
+        }
+        change(&mut queue.set_up);
+        Ok(())
+    }
+
+    pub(super) fn make_ready(&mut self, value: u32) -> Access {
+        let (is_running, memory) = (self.state.is_running(), Arc::clone(&self.memory));
+        let (indirect, event_idx) = self.state.ring_features();
+        let Some(queue) = self.queues.get_mut(self.state.queue_sel as usize) else {
+            return Err(AccessError::NoRegister);
+        };
+        match value {
+            0 if !is_running => queue.set_ready(false),
+            1 if queue.is_ready() => {}
+            1 if !is_running => queue.set_ready(true),
+            1 if queue.was_reset() => {
+                queue.set_ready(true);
+                if !queue.start(memory.view(), indirect, event_idx) {
+                    self.break_down("a queue is not all in RAM");
+                }
+            }
+            _ => return Err(AccessError::ReadOnly),
+        }
+        Ok(())
+    }
+
+    /// RING_RESET (virtio 1.3, section 2.6.1).
+    pub(super) fn reset_queue(&mut self, value: u32) -> Access {
+        let negotiated = self.state.driver_features & feature::RING_RESET != 0;
+        if value != 1 || !negotiated || !self.state.is_running() {
+            return Err(AccessError::ReadOnly);
+        }
+        let index = self.state.queue_sel;
+        let Some(queue) = self.queues.get_mut(index as usize) else {
+            return Err(AccessError::NoRegister);
+        };
+        if let Ok(index) = u16::try_from(index) {
+            self.device.reset_queue(index);
+        }
+        queue.reset(true);
+        Ok(())
+    }
+
+    pub(super) fn write_status(&mut self, value: u32) -> Access {
+        let now = self.state.status;
+        if value == 0 {
+            self.reset_device();
+            return Ok(());
+        }
+        // NEEDS_RESET is the device's; what is set stays set.
+        let new = value & !now & !status::NEEDS_RESET;
+        if now & !status::NEEDS_RESET & !value != 0 || new & !KNOWN != 0 {
+            return Err(AccessError::ReadOnly);
+        }
+        if new & status::FAILED != 0 {
+            self.state.status |= status::FAILED;
+            self.silence();
+            return Ok(());
+        }
+        if now & (status::FAILED | status::NEEDS_RESET) != 0 {
+            return Err(AccessError::ReadOnly);
+        }
+        for step in STEPS {
+            if new & step != 0 && !self.step(step) {
+                return Err(AccessError::ReadOnly);
+            }
+        }
+        Ok(())
+    }
+
+    /// One step of the start (virtio 1.3, section 3.1.1); false where it is not the next one.
+    fn step(&mut self, step: u32) -> bool {
+        let before = step_mask(step);
+        if self.state.status & before != before {
+            return false;
+        }
+        match step {
+            status::FEATURES_OK => {
+                let taken = self.state.driver_features;
+                // The driver finds out by reading the status back.
+                if taken & !self.offered() == 0 && taken & feature::VERSION_1 != 0 {
+                    self.state.status |= step;
+                }
+            }
+            status::DRIVER_OK => {
+                self.state.status |= step;
+                self.start();
+            }
+            _ => self.state.status |= step,
+        }
+        true
+    }
+
+    fn start(&mut self) {
+        let (indirect, event_idx) = self.state.ring_features();
+        let memory = Arc::clone(&self.memory);
+        let start = |queue: &mut Queue| {
+            !queue.is_ready() || queue.start(memory.view(), indirect, event_idx)
+        };
+        if !self.queues.iter_mut().all(start) {
+            self.break_down("a queue is not all in RAM");
+            return;
+        }
+        self.device.activate(self.state.driver_features);
+        // What was made available before is not announced again.
+        (0..).zip(&self.queues).filter(|(_, queue)| queue.is_active()).for_each(|(index, _)| {
+            self.ring(index);
+        });
+    }
+
+    /// Stops all work and forgets everything the driver has set up.
+    pub(super) fn reset_device(&mut self) {
+        self.device.reset();
+        self.queues.iter_mut().for_each(|queue| queue.reset(false));
+        let State { generation, refused, .. } = self.state;
+        self.state = State { generation, refused, ..State::default() };
+    }
+
+    /// Stops all work; the driver's registers stay.
+    fn silence(&mut self) {
+        self.device.reset();
+        self.queues.iter_mut().for_each(Queue::stop);
+    }
+
+    /// The driver has done what cannot be gone on from.
+    fn break_down(&mut self, why: &str) {
+        if !std::mem::replace(&mut self.has_warned, true) {
+            warn!("{}: {why}: the device waits for its reset", self.device.name());
+        }
+        self.silence();
+        self.state.status |= status::NEEDS_RESET;
+        self.state.interrupts |= isr::CONFIG_CHANGE;
+    }
+
+    /// Lets the device work for a bounded time, and draws the consequences.
+    pub(super) fn work(
+        &mut self,
+        task: impl Fn(&mut dyn VirtioDevice, &mut Work<'_>) -> Result<(), VirtioError>,
+        kicked: Option<u16>,
+    ) {
+        let memory = Arc::clone(&self.memory);
+        let mut budget = self.queues.iter().map(Queue::max_size).max().unwrap_or(0);
+        loop {
+            let mut work = Work::new(&mut self.queues, memory.view(), budget);
+            let result = task(self.device.as_mut(), &mut work);
+            let outcome = work.end();
+            budget = outcome.budget;
+            let is_cut_short = outcome.is_cut_short;
+            self.note(outcome);
+            if let Err(error) = result {
+                self.break_down(&error.to_string());
+                return;
+            }
+            let has_more = self.end_pass(&memory);
+            match kicked {
+                // The rest comes after everybody else had a turn.
+                Some(queue) if is_cut_short => return self.ring(queue.into()),
+                Some(queue) if has_more >> (queue % 64) & 1 == 1 && budget > 0 => {}
+                _ => return self.ring_all(has_more),
+            }
+        }
+    }
+
+    /// Turns notifications on where a queue was drained, and the interrupt where the driver wants it. Gives the queues
+    /// to which something has come meanwhile, a bit each.
+    fn end_pass(&mut self, memory: &Arc<dyn DmaMemory>) -> u64 {
+        let memory = memory.view();
+        let mut has_more = 0;
+        for (index, queue) in self.queues.iter_mut().enumerate() {
+            if queue.wants_interrupt(memory) {
+                self.state.interrupts |= isr::USED_BUFFER;
+            }
+            if queue.has_more(memory) {
+                has_more |= 1 << (index % 64);
+            }
+        }
+        has_more
+    }
+
+    fn ring_all(&self, queues: u64) {
+        (0..64).filter(|queue| queues >> queue & 1 == 1).for_each(|queue| self.ring(queue));
+    }
+
+    fn note(&mut self, outcome: Outcome) {
+        if outcome.config_changed {
+            self.state.generation = self.state.generation.wrapping_add(1);
+            if self.state.is_running() {
+                self.state.interrupts |= isr::CONFIG_CHANGE;
+            }
+        }
+        self.state.refused = self.state.refused.saturating_add(outcome.refused.into());
+        if let (Some(why), false) = (outcome.why_refused, self.has_warned) {
+            self.has_warned = true;
+            warn!("{}: a request was refused: {why}", self.device.name());
+        }
+    }
+}
+
+impl State {
+    fn is_running(&self) -> bool {
+        self.status & (status::DRIVER_OK | status::FAILED | status::NEEDS_RESET)
+            == status::DRIVER_OK
+    }
+
+    /// Indirect descriptors and event indices, where the driver has taken them.
+    fn ring_features(&self) -> (bool, bool) {
+        let has = |bit| self.driver_features & bit != 0;
+        (has(feature::INDIRECT_DESC), has(feature::EVENT_IDX))
+    }
+}
+
+/// Bits that a driver may write.
+const KNOWN: u32 =
+    status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK | status::FAILED;
+
+/// What has to be set before `step`.
+fn step_mask(step: u32) -> u32 {
+    STEPS.into_iter().take_while(|s| *s != step).fold(0, |mask, step| mask | step)
+}

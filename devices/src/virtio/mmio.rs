@@ -1,0 +1,285 @@
+//! Virtio over MMIO, version 2 (virtio 1.3, section 4.2): the registers. What they mean is in `life.rs`.
+//!
+//! Left out: shared memory regions (all have the length -1, as for those that do not exist) and legacy drivers (version 1).
+
+use std::os::fd::AsRawFd;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::VirtioDevice;
+use super::life::Core;
+use super::queue::Queue;
+use crate::catalog::{BuildError, Built, Wiring};
+use crate::device::{
+    Access, AccessError, Doorbell, FdtDesc, FdtProperty, FdtValue, Interest, MmioDevice, Source,
+    register32,
+};
+use crate::irq::IrqPin;
+
+/// Tokens from here on are the queues' kicks; those below are the device's own.
+pub const KICK: u32 = 1 << 31;
+
+/// Bytes of address space: the registers and all of the configuration space.
+const SIZE: u64 = 0x1000;
+
+/// Where the configuration space begins.
+const CONFIG: u64 = 0x100;
+
+mod reg {
+    pub(super) const MAGIC_VALUE: u64 = 0x000;
+    pub(super) const VERSION: u64 = 0x004;
+    pub(super) const DEVICE_ID: u64 = 0x008;
+    pub(super) const VENDOR_ID: u64 = 0x00c;
+    pub(super) const DEVICE_FEATURES: u64 = 0x010;
+    pub(super) const DEVICE_FEATURES_SEL: u64 = 0x014;
+    pub(super) const DRIVER_FEATURES: u64 = 0x020;
+    pub(super) const DRIVER_FEATURES_SEL: u64 = 0x024;
+    pub(super) const QUEUE_SEL: u64 = 0x030;
+    pub(super) const QUEUE_SIZE_MAX: u64 = 0x034;
+    pub(super) const QUEUE_SIZE: u64 = 0x038;
+    pub(super) const QUEUE_READY: u64 = 0x044;
+    pub(super) const QUEUE_NOTIFY: u64 = 0x050;
+    pub(super) const INTERRUPT_STATUS: u64 = 0x060;
+    pub(super) const INTERRUPT_ACK: u64 = 0x064;
+    pub(super) const STATUS: u64 = 0x070;
+    pub(super) const QUEUE_DESC_LOW: u64 = 0x080;
+    pub(super) const QUEUE_DESC_HIGH: u64 = 0x084;
+    pub(super) const QUEUE_DRIVER_LOW: u64 = 0x090;
+    pub(super) const QUEUE_DRIVER_HIGH: u64 = 0x094;
+    pub(super) const QUEUE_DEVICE_LOW: u64 = 0x0a0;
+    pub(super) const QUEUE_DEVICE_HIGH: u64 = 0x0a4;
+    pub(super) const SHM_SEL: u64 = 0x0ac;
+    pub(super) const SHM_LEN_LOW: u64 = 0x0b0;
+    pub(super) const SHM_LEN_HIGH: u64 = 0x0b4;
+    pub(super) const SHM_BASE_LOW: u64 = 0x0b8;
+    pub(super) const SHM_BASE_HIGH: u64 = 0x0bc;
+    pub(super) const QUEUE_RESET: u64 = 0x0c0;
+    pub(super) const CONFIG_GENERATION: u64 = 0x0fc;
+}
+
+/// "virt", little-endian.
+const MAGIC: u32 = 0x7472_6976;
+/// "RVMM", little-endian: the subsystem vendor, which drivers do not interpret.
+const VENDOR: u32 = 0x4d4d_5652;
+
+/// A virtio device in a slot of the bus.
+pub struct VirtioMmio {
+    core: Core,
+    irq: IrqPin,
+}
+
+impl VirtioMmio {
+    /// Puts `device` behind the registers, wired to `wiring`.
+    ///
+    /// # Errors
+    /// The host has no event descriptors left.
+    pub fn create(device: Box<dyn VirtioDevice>, wiring: Wiring) -> Built {
+        let model = device.name();
+        let core = Core::new(device, wiring.memory).map_err(|source| BuildError::Host {
+            model,
+            what: "event descriptors",
+            source,
+        })?;
+        Ok(Box::new(Self { core, irq: IrqPin::new(wiring.irq) }))
+    }
+
+    /// Requests that went back to the driver unserved since the device was made, because they made no sense.
+    #[must_use]
+    pub fn refused(&self) -> u64 {
+        self.core.refused()
+    }
+
+    fn read_register(&self, register: u64) -> Result<u32, AccessError> {
+        let core = &self.core;
+        let state = &core.state;
+        Ok(match register {
+            reg::MAGIC_VALUE => MAGIC,
+            reg::VERSION => 2,
+            reg::DEVICE_ID => core.device.id(),
+            reg::VENDOR_ID => VENDOR,
+            reg::DEVICE_FEATURES => half(core.offered(), state.device_features_sel),
+            reg::QUEUE_SIZE_MAX => core.selected().map_or(0, |queue| queue.max_size().into()),
+            reg::QUEUE_READY => core.selected().is_some_and(Queue::is_ready).into(),
+            reg::INTERRUPT_STATUS => state.interrupts,
+            reg::STATUS => state.status,
+            reg::SHM_LEN_LOW | reg::SHM_LEN_HIGH | reg::SHM_BASE_LOW | reg::SHM_BASE_HIGH => {
+                u32::MAX
+            }
+            // A reset is over before anybody can ask.
+            reg::QUEUE_RESET => 0,
+            reg::CONFIG_GENERATION => state.generation,
+            other if is_write_only(other) => return Err(AccessError::WriteOnly),
+            _ => return Err(AccessError::NoRegister),
+        })
+    }
+
+    fn write_register(&mut self, register: u64, value: u32) -> Access {
+        let core = &mut self.core;
+        match register {
+            reg::DEVICE_FEATURES_SEL => core.state.device_features_sel = value,
+            reg::DRIVER_FEATURES_SEL => core.state.driver_features_sel = value,
+            reg::DRIVER_FEATURES => return core.take_features(value),
+            reg::QUEUE_SEL => core.state.queue_sel = value,
+            reg::QUEUE_NOTIFY => core.ring(value),
+            reg::INTERRUPT_ACK => core.state.interrupts &= !value,
+            reg::STATUS => return core.write_status(value),
+            reg::SHM_SEL => {}
+            reg::QUEUE_RESET => return core.reset_queue(value),
+            reg::QUEUE_READY => return core.make_ready(value),
+            reg::QUEUE_SIZE => return core.set_up_queue(|queue| queue.size = value),
+            reg::QUEUE_DESC_LOW => {
+                return core.set_up_queue(|q| set_low(&mut q.descriptors, value));
+            }
+            reg::QUEUE_DESC_HIGH => {
+                return core.set_up_queue(|q| set_high(&mut q.descriptors, value));
+            }
+            reg::QUEUE_DRIVER_LOW => return core.set_up_queue(|q| set_low(&mut q.driver, value)),
+            reg::QUEUE_DRIVER_HIGH => return core.set_up_queue(|q| set_high(&mut q.driver, value)),
+            reg::QUEUE_DEVICE_LOW => return core.set_up_queue(|q| set_low(&mut q.device, value)),
+            reg::QUEUE_DEVICE_HIGH => return core.set_up_queue(|q| set_high(&mut q.device, value)),
+            _ if self.read_register(register).is_ok() => return Err(AccessError::ReadOnly),
+            _ => return Err(AccessError::NoRegister),
+        }
+        Ok(())
+    }
+
+    fn sync_irq(&mut self) {
+        self.irq.set(self.core.state.interrupts != 0);
+    }
+}
+
+impl MmioDevice for VirtioMmio {
+    fn name(&self) -> &'static str {
+        self.core.device.name()
+    }
+
+    fn size(&self) -> u64 {
+        SIZE
+    }
+
+    fn read(&mut self, offset: u64, data: &mut [u8]) -> Access {
+        check_end(offset, data.len())?;
+        if let Some(offset) = offset.checked_sub(CONFIG) {
+            read_config(self.core.device.config(), offset, data);
+            return Ok(());
+        }
+        let register = register32(offset, data.len())?;
+        data.copy_from_slice(&self.read_register(register)?.to_le_bytes());
+        Ok(())
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> Access {
+        check_end(offset, data.len())?;
+        if let Some(offset) = offset.checked_sub(CONFIG) {
+            let offset = usize::try_from(offset).map_err(|_| AccessError::NoRegister)?;
+            let end = offset.checked_add(data.len()).ok_or(AccessError::PastEnd)?;
+            if end > self.core.device.config().len() {
+                return Err(AccessError::NoRegister);
+            }
+            self.core.device.write_config(offset, data);
+            return Ok(());
+        }
+        let register = register32(offset, data.len())?;
+        let value = data.try_into().map(u32::from_le_bytes).map_err(|_| AccessError::Width)?;
+        let result = self.write_register(register, value);
+        self.sync_irq();
+        result
+    }
+
+    fn reset(&mut self) {
+        self.core.reset_device();
+        self.irq.reset();
+    }
+
+    fn fdt(&self) -> Option<FdtDesc> {
+        Some(FdtDesc {
+            name: "virtio_mmio",
+            compatible: vec!["virtio,mmio"],
+            properties: vec![FdtProperty { name: "dma-coherent", value: FdtValue::Empty }],
+            companions: Vec::new(),
+        })
+    }
+
+    fn sources(&self) -> Vec<Source> {
+        let kick = |(index, kick): (u32, &EventFd)| Source {
+            fd: kick.as_raw_fd(),
+            token: KICK | index,
+            interest: Interest::Read,
+        };
+        let mut sources: Vec<Source> = (0..).zip(self.core.kicks.iter()).map(kick).collect();
+        sources.extend(self.core.device.sources());
+        sources
+    }
+
+    fn ready(&mut self, token: u32) {
+        if token & KICK == 0 {
+            self.core.work(|device, work| device.ready(token, work), None);
+        } else if let Ok(queue) = u16::try_from(token & !KICK) {
+            if let Some(kick) = self.core.kicks.get(usize::from(queue)) {
+                // Drained; empty if the event was stale.
+                drop(kick.read());
+            }
+            if self.core.is_active(queue) {
+                self.core.work(|device, work| device.kicked(queue, work), Some(queue));
+            }
+        }
+        self.sync_irq();
+    }
+
+    fn doorbells(&self) -> Vec<Doorbell<'_>> {
+        let doorbell = |(value, event)| Doorbell { offset: reg::QUEUE_NOTIFY, value, event };
+        (0..).zip(self.core.kicks.iter()).map(doorbell).collect()
+    }
+}
+
+fn check_end(offset: u64, width: usize) -> Access {
+    let end = offset.checked_add(width as u64);
+    if end.is_some_and(|end| end <= SIZE) { Ok(()) } else { Err(AccessError::PastEnd) }
+}
+
+fn is_write_only(register: u64) -> bool {
+    matches!(
+        register,
+        reg::DEVICE_FEATURES_SEL
+            | reg::DRIVER_FEATURES
+            | reg::DRIVER_FEATURES_SEL
+            | reg::QUEUE_SEL
+            | reg::QUEUE_SIZE
+            | reg::QUEUE_NOTIFY
+            | reg::INTERRUPT_ACK
+            | reg::QUEUE_DESC_LOW
+            | reg::QUEUE_DESC_HIGH
+            | reg::QUEUE_DRIVER_LOW
+            | reg::QUEUE_DRIVER_HIGH
+            | reg::QUEUE_DEVICE_LOW
+            | reg::QUEUE_DEVICE_HIGH
+            | reg::SHM_SEL
+    )
+}
+
+/// Word `selector` of 64 bits of features; there are no others.
+fn half(features: u64, selector: u32) -> u32 {
+    let word = match selector {
+        0 => features,
+        1 => features >> 32,
+        _ => 0,
+    };
+    u32::try_from(word & u64::from(u32::MAX)).unwrap_or(0)
+}
+
+fn set_low(address: &mut u64, value: u32) {
+    *address = *address & !u64::from(u32::MAX) | u64::from(value);
+}
+
+fn set_high(address: &mut u64, value: u32) {
+    *address = *address & u64::from(u32::MAX) | u64::from(value) << 32;
+}
+
+/// What lies at `offset`; zeroes behind the end.
+fn read_config(config: &[u8], offset: u64, data: &mut [u8]) {
+    let from = usize::try_from(offset).ok().and_then(|offset| config.get(offset..));
+    let from = from.unwrap_or_default();
+    for (index, byte) in data.iter_mut().enumerate() {
+        *byte = from.get(index).copied().unwrap_or(0);
+    }
+}

@@ -1,0 +1,116 @@
+//! Virtio devices (virtio 1.3): what they share, and the seam between a device and its transport.
+//!
+//! | file | what |
+//! |---|---|
+//! | `life.rs` | the life of a device: status, features, queues, work |
+//! | `mmio.rs` | the transport: registers and interrupt |
+//! | `queue.rs` | a virtqueue that a driver cannot break; the only one that knows `virtio-queue` |
+//! | `chain.rs` | a descriptor chain, taken apart and judged |
+//! | `work.rs` | what a device works with: chains in, chains out |
+//! | `bucket.rs` | token buckets |
+//! | one file or folder per device | what only that device does |
+//!
+//! Everything that a device does happens on the I/O thread: kicks come as events, results go back under the device's lock.
+//! A hart only reaches the transport's registers; a reset, which a hart causes, is the one thing that waits for the host.
+
+use crate::device::Source;
+
+pub mod bucket;
+pub mod chain;
+mod life;
+pub mod mmio;
+pub mod queue;
+pub(crate) mod rng;
+pub mod testing;
+pub mod work;
+
+pub use bucket::{Limit, Limiter};
+pub use chain::{Chain, ChainError, Segment, pieces};
+pub use mmio::VirtioMmio;
+pub use queue::{MAX_QUEUE_SIZE, RingError};
+pub use vm_memory::GuestMemoryMmap;
+pub use work::Work;
+
+/// Guest RAM as devices reach it: alive as long as somebody holds this.
+pub trait DmaMemory: Send + Sync {
+    /// The RAM, by guest-physical address.
+    fn view(&self) -> &GuestMemoryMmap;
+}
+
+impl DmaMemory for GuestMemoryMmap {
+    fn view(&self) -> &GuestMemoryMmap {
+        self
+    }
+}
+
+/// Feature bits that the transport offers for every device (virtio 1.3, chapter 6).
+pub mod feature {
+    /// `VIRTIO_F_INDIRECT_DESC`: chains in tables of their own.
+    pub const INDIRECT_DESC: u64 = 1 << 28;
+    /// `VIRTIO_F_EVENT_IDX`: both sides say when they want to hear of the other.
+    pub const EVENT_IDX: u64 = 1 << 29;
+    /// `VIRTIO_F_VERSION_1`: not a legacy driver; without it nothing starts.
+    pub const VERSION_1: u64 = 1 << 32;
+    /// `VIRTIO_F_RING_RESET`: one queue can be reset alone.
+    pub const RING_RESET: u64 = 1 << 40;
+    /// All of them. ACCESS_PLATFORM is not among them: no IOMMU stands between these devices and RAM.
+    pub const TRANSPORT: u64 = INDIRECT_DESC | EVENT_IDX | VERSION_1 | RING_RESET;
+}
+
+/// The driver broke the device: it needs a reset and does nothing before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum VirtioError {
+    /// A ring cannot be read any further.
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    /// The host's end is gone for good.
+    #[error("the host's end is gone")]
+    Gone,
+}
+
+/// What only one kind of device does. The transport owns the rest.
+pub trait VirtioDevice: Send {
+    /// The model's name, as in the catalog.
+    fn name(&self) -> &'static str;
+
+    /// The device type (virtio 1.3, chapter 5).
+    fn id(&self) -> u32;
+
+    /// The greatest size of each queue: powers of two up to [`MAX_QUEUE_SIZE`].
+    fn queue_sizes(&self) -> &[u16];
+
+    /// The features of this kind of device that are offered; constant.
+    fn features(&self) -> u64;
+
+    /// The configuration space, little-endian.
+    fn config(&self) -> &[u8];
+
+    /// The driver writes `data` at `offset` of the configuration space, inside it. Fields that are not the driver's stay
+    /// as they are.
+    fn write_config(&mut self, offset: usize, data: &[u8]);
+
+    /// The driver is ready (DRIVER_OK) and has taken `features` of those offered.
+    fn activate(&mut self, features: u64);
+
+    /// The driver has made chains of `queue` available, or may have.
+    ///
+    /// # Errors
+    /// [`VirtioError`] where the device cannot go on without a reset.
+    fn kicked(&mut self, queue: u16, work: &mut Work<'_>) -> Result<(), VirtioError>;
+
+    /// The driver resets `queue` alone: what was taken from it is forgotten, and no longer touches guest memory when this
+    /// returns.
+    fn reset_queue(&mut self, queue: u16);
+
+    /// Back to the state after power-on. Nothing that was taken from a queue touches guest memory when this returns.
+    fn reset(&mut self);
+
+    /// What the I/O loop has to watch for this device; tokens are below [`mmio::KICK`].
+    fn sources(&self) -> Vec<Source>;
+
+    /// A source may be ready, whether the driver is or not.
+    ///
+    /// # Errors
+    /// As for [`kicked`](Self::kicked).
+    fn ready(&mut self, token: u32, work: &mut Work<'_>) -> Result<(), VirtioError>;
+}

@@ -1,0 +1,283 @@
+//! A split virtqueue (virtio 1.3, section 2.7): the one room that knows the crate `virtio-queue`.
+//!
+//! That crate keeps the rings' indices and notifications. What it leaves open is closed here: the set-up is frozen while
+//! the queue works, rings are checked before it starts, chains are taken apart by [`Tables`], a head that is still with the
+//! device is not taken again, the driver's suppression flag is honoured, and an error of the ring is told from its end.
+
+use std::sync::atomic::Ordering;
+
+use virtio_queue::{Queue as Ring, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+
+use super::chain::{Chain, Segment, Tables};
+
+/// The most entries that a queue of rvmm has.
+pub const MAX_QUEUE_SIZE: u16 = 1024;
+
+/// Lists of segments kept for the next chains.
+const SPARE: usize = 64;
+
+/// `VIRTQ_AVAIL_F_NO_INTERRUPT`
+const NO_INTERRUPT: u16 = 1;
+
+/// What a driver has written into the queue's registers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct SetUp {
+    /// Entries; a power of two up to the device's maximum once it is accepted.
+    pub(super) size: u32,
+    /// Descriptor area.
+    pub(super) descriptors: u64,
+    /// Driver area: the available ring.
+    pub(super) driver: u64,
+    /// Device area: the used ring.
+    pub(super) device: u64,
+}
+
+/// The ring cannot be used any more: the device needs a reset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum RingError {
+    /// The available index is ahead by more than the queue's size.
+    #[error("the available index is ahead by more than the queue's size")]
+    Index,
+    /// A head is no index into the descriptor table.
+    #[error("the available ring holds an index outside the descriptor table")]
+    Head,
+    /// A head was made available again before it came back.
+    #[error("a descriptor chain was made available twice")]
+    Twice,
+}
+
+/// What a look for the next chain found.
+pub(super) enum Popped {
+    Chain(Chain),
+    /// The chain was no chain; it went back without a byte written.
+    Refused(super::chain::ChainError),
+    Nothing,
+}
+
+/// A virtqueue from the device's side.
+#[derive(Debug)]
+pub(super) struct Queue {
+    index: u16,
+    max_size: u16,
+    pub(super) set_up: SetUp,
+    /// The driver says that the set-up is whole.
+    is_ready: bool,
+    /// The driver has reset this queue alone, and may set it up anew while the device runs.
+    was_reset: bool,
+    /// Set-ups so far: chains of an earlier one are not completed in a later one.
+    life: u32,
+    active: Option<Active>,
+    spare: Vec<Vec<Segment>>,
+}
+
+/// A queue at work.
+#[derive(Debug)]
+struct Active {
+    ring: Ring,
+    tables: Tables,
+    /// One bit per head that is with the device.
+    in_flight: Box<[u64]>,
+    /// Chains went back since the driver was last considered for an interrupt.
+    has_used: bool,
+    /// The last look found nothing: notifications have to be on.
+    is_drained: bool,
+}
+
+impl Queue {
+    pub(super) fn new(index: u16, max_size: u16) -> Self {
+        let max_size = max_size.min(MAX_QUEUE_SIZE);
+        Self {
+            index,
+            max_size,
+            set_up: SetUp::default_for(max_size),
+            is_ready: false,
+            was_reset: false,
+            life: 0,
+            active: None,
+            spare: Vec::new(),
+        }
+    }
+
+    pub(super) fn max_size(&self) -> u16 {
+        self.max_size
+    }
+
+    pub(super) fn is_active(&self) -> bool {
+        self.active.is_some()
+    }
+
+    pub(super) fn is_ready(&self) -> bool {
+        self.is_ready
+    }
+
+    pub(super) fn set_ready(&mut self, ready: bool) {
+        self.is_ready = ready;
+    }
+
+    /// Whether the driver has reset this queue alone since the device was last reset, and not started it again.
+    pub(super) fn was_reset(&self) -> bool {
+        self.was_reset
+    }
+
+    /// Starts the queue as it is set up, if it can be.
+    pub(super) fn start(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        indirect: bool,
+        event_idx: bool,
+    ) -> bool {
+        let Some(mut ring) = self.ring(memory) else { return false };
+        ring.set_event_idx(event_idx);
+        let size = ring.size();
+        let tables = Tables { descriptors: self.set_up.descriptors, size, indirect };
+        let words = usize::from(size).div_ceil(64);
+        self.was_reset = false;
+        self.life = self.life.wrapping_add(1);
+        self.active = Some(Active {
+            ring,
+            tables,
+            in_flight: vec![0; words].into(),
+            has_used: false,
+            is_drained: false,
+        });
+        true
+    }
+
+    /// The ring of the set-up, where every part of it is aligned and all RAM.
+    fn ring(&self, memory: &GuestMemoryMmap) -> Option<Ring> {
+        let SetUp { size, descriptors, driver, device } = self.set_up;
+        let size = u16::try_from(size).ok()?;
+        let mut ring = Ring::new(self.max_size).ok()?;
+        ring.try_set_size(size).ok()?;
+        ring.try_set_desc_table_address(GuestAddress(descriptors)).ok()?;
+        ring.try_set_avail_ring_address(GuestAddress(driver)).ok()?;
+        ring.try_set_used_ring_address(GuestAddress(device)).ok()?;
+        ring.set_ready(true);
+        let entries = usize::from(size);
+        // Section 2.7: 16 bytes a descriptor; 6 and 2 an entry, 6 and 8 an entry for the rings with their events.
+        let parts =
+            [(descriptors, 16 * entries), (driver, 6 + 2 * entries), (device, 6 + 8 * entries)];
+        // The crate takes a ring at address 0 for one that is not set up.
+        let is_ram = |(addr, len)| addr != 0 && memory.check_range(GuestAddress(addr), len);
+        parts.into_iter().all(is_ram).then_some(ring)
+    }
+
+    /// Stops the queue; what is with the device never goes back. The set-up stays.
+    pub(super) fn stop(&mut self) {
+        self.active = None;
+        self.life = self.life.wrapping_add(1);
+    }
+
+    /// Stops the queue and forgets its set-up; `alone` where the device goes on.
+    pub(super) fn reset(&mut self, alone: bool) {
+        self.stop();
+        self.is_ready = false;
+        self.was_reset = alone;
+        self.set_up = SetUp::default_for(self.max_size);
+    }
+
+    /// Takes the next chain. A queue that is not at work has none.
+    pub(super) fn pop(&mut self, memory: &GuestMemoryMmap) -> Result<Popped, RingError> {
+        let Some(active) = &mut self.active else { return Ok(Popped::Nothing) };
+        let next = active.ring.iter(memory).map(|mut iter| iter.next().map(|c| c.head_index()));
+        let Ok(next) = next else { return Err(RingError::Index) };
+        let Some(head) = next else {
+            active.is_drained = true;
+            return Ok(Popped::Nothing);
+        };
+        active.take(head)?;
+        let segments = self.spare.pop().unwrap_or_default();
+        match active.tables.walk(memory, (self.index, self.life), head, segments) {
+            Ok(chain) => Ok(Popped::Chain(chain)),
+            Err((error, segments)) => {
+                active.give(memory, head, 0);
+                self.keep(segments);
+                Ok(Popped::Refused(error))
+            }
+        }
+    }
+
+    /// Gives a chain back, with `written` bytes from the start of its writable part filled. One of an earlier life is dropped.
+    pub(super) fn complete(&mut self, memory: &GuestMemoryMmap, chain: Chain, written: u32) {
+        if let (Some(active), true) = (&mut self.active, chain.life == self.life) {
+            active.give(memory, chain.head, written.min(chain.writable_bytes()));
+        }
+        self.keep(chain.segments);
+    }
+
+    /// Undoes the last [`pop`](Self::pop): the chain is the next again.
+    pub(super) fn put_back(&mut self, chain: Chain) {
+        if let (Some(active), true) = (&mut self.active, chain.life == self.life) {
+            let next = active.ring.next_avail().wrapping_sub(1);
+            active.ring.set_next_avail(next);
+            active.release(chain.head);
+            active.is_drained = false;
+        }
+        self.keep(chain.segments);
+    }
+
+    /// Ends a pass: asks for notifications where nothing was left, and says whether something has come meanwhile.
+    pub(super) fn has_more(&mut self, memory: &GuestMemoryMmap) -> bool {
+        let Some(active) = &mut self.active else { return false };
+        if !std::mem::take(&mut active.is_drained) || !active.ring.event_idx_enabled() {
+            return false;
+        }
+        active.ring.enable_notification(memory).unwrap_or(false)
+    }
+
+    /// Whether the driver wants an interrupt for what went back since the last call.
+    pub(super) fn wants_interrupt(&mut self, memory: &GuestMemoryMmap) -> bool {
+        let Some(active) = &mut self.active else { return false };
+        if !std::mem::take(&mut active.has_used) {
+            return false;
+        }
+        if !active.ring.event_idx_enabled() {
+            let flags = memory.load(GuestAddress(active.ring.avail_ring()), Ordering::SeqCst);
+            return flags.map_or(true, |flags: u16| u16::from_le(flags) & NO_INTERRUPT == 0);
+        }
+        active.ring.needs_notification(memory).unwrap_or(true)
+    }
+
+    fn keep(&mut self, segments: Vec<Segment>) {
+        if self.spare.len() < SPARE {
+            self.spare.push(segments);
+        }
+    }
+}
+
+impl SetUp {
+    fn default_for(max_size: u16) -> Self {
+        Self { size: max_size.into(), descriptors: 0, driver: 0, device: 0 }
+    }
+}
+
+impl Active {
+    /// Notes that `head` is with the device.
+    fn take(&mut self, head: u16) -> Result<(), RingError> {
+        if head >= self.ring.size() {
+            return Err(RingError::Head);
+        }
+        let bit = 1 << (head % 64);
+        let word = self.in_flight.get_mut(usize::from(head / 64)).ok_or(RingError::Head)?;
+        if *word & bit != 0 {
+            return Err(RingError::Twice);
+        }
+        *word |= bit;
+        Ok(())
+    }
+
+    fn release(&mut self, head: u16) {
+        if let Some(word) = self.in_flight.get_mut(usize::from(head / 64)) {
+            *word &= !(1 << (head % 64));
+        }
+    }
+
+    fn give(&mut self, memory: &GuestMemoryMmap, head: u16, written: u32) {
+        self.release(head);
+        // The ring was checked to be RAM, and RAM does not go away.
+        if self.ring.add_used(memory, head, written).is_ok() {
+            self.has_used = true;
+        }
+    }
+}

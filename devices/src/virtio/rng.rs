@@ -1,0 +1,186 @@
+//! Entropy device (virtio 1.3, section 5.4): random numbers from the host's kernel.
+//!
+//! A request is filled with at most [`MAX_BYTES`] however large it is, as the specification allows: the driver asks again.
+
+use std::num::NonZeroU64;
+
+use rustix::rand::{GetRandomFlags, getrandom};
+
+use super::bucket::{Limit, Limiter};
+use super::{Chain, VirtioDevice, VirtioError, VirtioMmio, Work};
+use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
+use crate::device::{Interest, Source};
+use crate::options::Options;
+
+/// The catalog's entry.
+pub(crate) const MODEL: Model = Model {
+    name: "rng",
+    summary: "virtio entropy device: random numbers from the host",
+    keys: &[Key {
+        name: "bps",
+        value: "BYTES",
+        help: "bytes a second at most (default: no limit)",
+    }],
+    placement: Placement::Slot,
+    irqs: 1,
+    build,
+};
+
+/// Bytes of one request that are filled at most.
+const MAX_BYTES: usize = 64 << 10;
+
+/// Bytes that are drawn at once.
+const CHUNK: usize = 4096;
+
+const QUEUE: u16 = 0;
+const TOKEN_LIMIT: u32 = 0;
+
+struct Rng {
+    limiter: Limiter,
+}
+
+fn build(options: &Options, wiring: Wiring) -> Built {
+    let bps = options
+        .parsed::<NonZeroU64>("bps", "a number of bytes from 1")
+        .map_err(|source| BuildError::Option { model: MODEL.name, source })?;
+    let limit = bps.map(|bps| Limit::per_second(bps.get()));
+    let limiter = Limiter::new(limit, None).map_err(|source| BuildError::Host {
+        model: MODEL.name,
+        what: "timer",
+        source,
+    })?;
+    VirtioMmio::create(Box::new(Rng { limiter }), wiring)
+}
+
+impl Rng {
+    /// Serves requests until there are no more or the limit is reached.
+    fn serve(&mut self, work: &mut Work<'_>) -> Result<(), VirtioError> {
+        while !self.limiter.is_waiting() {
+            let Some(chain) = work.pop(QUEUE)? else { break };
+            let wanted = MAX_BYTES.min(chain.writable_bytes() as usize);
+            if wanted == 0 {
+                work.refuse(chain);
+            } else if self.limiter.allows(wanted as u64) {
+                let filled = fill(&chain, wanted, work);
+                work.complete(chain, filled);
+            } else {
+                work.put_back(chain);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Fills the chain with up to `wanted` random bytes, and gives how many.
+fn fill(chain: &Chain, wanted: usize, work: &Work<'_>) -> u32 {
+    let mut chunk = [0; CHUNK];
+    let mut filled = 0;
+    while let Some(left) = wanted.checked_sub(filled as usize).filter(|left| *left > 0) {
+        let part = chunk.get_mut(..left.min(CHUNK)).unwrap_or_default();
+        // The pool is ready long before guests run; a signal cannot interrupt so few bytes.
+        let Ok(drawn) = getrandom(&mut *part, GetRandomFlags::empty()) else { break };
+        let written = chain.write_at(work.memory(), filled, part.get(..drawn).unwrap_or_default());
+        if written == 0 {
+            break;
+        }
+        filled = filled.saturating_add(u32::try_from(written).unwrap_or(u32::MAX));
+    }
+    filled
+}
+
+impl VirtioDevice for Rng {
+    fn name(&self) -> &'static str {
+        MODEL.name
+    }
+
+    fn id(&self) -> u32 {
+        4
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[64]
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn config(&self) -> &[u8] {
+        &[]
+    }
+
+    fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
+
+    fn activate(&mut self, _features: u64) {}
+
+    fn kicked(&mut self, _queue: u16, work: &mut Work<'_>) -> Result<(), VirtioError> {
+        self.serve(work)
+    }
+
+    fn reset_queue(&mut self, _queue: u16) {}
+
+    fn reset(&mut self) {}
+
+    fn sources(&self) -> Vec<Source> {
+        vec![Source { fd: self.limiter.fd(), token: TOKEN_LIMIT, interest: Interest::Read }]
+    }
+
+    fn ready(&mut self, _token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {
+        self.limiter.expired();
+        self.serve(work)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::testing::{Buffer, Rig};
+
+    fn rig(options: &str) -> Rig {
+        let options = Options::parse(options).unwrap();
+        let mut rig = Rig::build(|wiring| MODEL.create(&options, wiring).unwrap());
+        rig.start(0);
+        rig
+    }
+
+    #[test]
+    fn a_request_is_filled_with_what_nobody_can_guess() {
+        let mut rig = rig("rng");
+        let first = rig.ask(0, &[Buffer::Write(64)]).unwrap();
+        let second = rig.ask(0, &[Buffer::Write(32), Buffer::Write(32)]).unwrap();
+        assert_eq!((first.len(), second.len()), (64, 64));
+        assert_ne!(first, second);
+        assert!(rig.irq.is_high());
+        assert_eq!(rig.acknowledge(), 1);
+        assert!(!rig.irq.is_high());
+    }
+
+    #[test]
+    fn a_huge_request_gets_64_kib_and_an_honest_length() {
+        let mut rig = rig("rng");
+        assert_eq!(rig.ask(0, &[Buffer::Write(1 << 20)]).unwrap().len(), 64 << 10);
+    }
+
+    #[test]
+    fn a_request_without_room_comes_back_empty() {
+        let mut rig = rig("rng");
+        assert_eq!(rig.ask(0, &[Buffer::Read(b"nothing to write to")]).unwrap(), b"");
+        assert_eq!(rig.ask(0, &[Buffer::Write(8)]).unwrap().len(), 8);
+    }
+
+    #[test]
+    fn the_limit_holds_requests_back_until_there_are_tokens_again() {
+        let mut rig = rig("rng,bps=100000");
+        let heads: Vec<u16> = (0..3).map(|_| rig.add(0, &[Buffer::Write(60_000)])).collect();
+        rig.kick(0);
+        assert_eq!(rig.take_used(0), Some((heads[0], 60_000)));
+        assert_eq!(rig.take_used(0), None, "the second is over the limit");
+        // A twentieth and three fifths of a second: waits end when the timer says so.
+        let mut rest = Vec::new();
+        while rest.len() < 2 {
+            crate::testing::turn(rig.device.as_mut(), 10_000).unwrap();
+            rest.extend(rig.take_used(0));
+        }
+        assert_eq!(rest, [(heads[1], 60_000), (heads[2], 60_000)]);
+    }
+}

@@ -1,0 +1,104 @@
+//! What a device gets to work with: the queues, guest memory, and ways to answer.
+
+use vm_memory::GuestMemoryMmap;
+
+use super::VirtioError;
+use super::chain::{Chain, ChainError};
+use super::queue::{Popped, Queue};
+
+/// One bounded pass of a device over its queues. What is left at its end is looked at again after everybody else had a turn.
+#[derive(Debug)]
+pub struct Work<'a> {
+    queues: &'a mut [Queue],
+    memory: &'a GuestMemoryMmap,
+    outcome: Outcome,
+}
+
+/// What came of a pass.
+#[derive(Debug, Default)]
+pub(super) struct Outcome {
+    /// Chains that may still be taken, refused ones included.
+    pub(super) budget: u16,
+    /// A chain was left because the budget was used up.
+    pub(super) is_cut_short: bool,
+    /// The device's configuration is another.
+    pub(super) config_changed: bool,
+    /// Chains that were refused, and why the last one was.
+    pub(super) refused: u32,
+    pub(super) why_refused: Option<ChainError>,
+}
+
+impl<'a> Work<'a> {
+    pub(super) fn new(queues: &'a mut [Queue], memory: &'a GuestMemoryMmap, budget: u16) -> Self {
+        Self { queues, memory, outcome: Outcome { budget, ..Outcome::default() } }
+    }
+
+    /// Guest RAM.
+    #[must_use]
+    pub fn memory(&self) -> &'a GuestMemoryMmap {
+        self.memory
+    }
+
+    /// Whether the driver has set up this queue and the device runs.
+    #[must_use]
+    pub fn is_active(&self, queue: u16) -> bool {
+        self.queues.get(usize::from(queue)).is_some_and(Queue::is_active)
+    }
+
+    /// Takes the next chain of `queue`; `None` where there is none now, or this pass has done enough. Chains that are none
+    /// go back to the driver here.
+    ///
+    /// # Errors
+    /// The ring itself is broken: the device needs a reset. To be handed on.
+    pub fn pop(&mut self, queue: u16) -> Result<Option<Chain>, VirtioError> {
+        let Some(from) = self.queues.get_mut(usize::from(queue)) else { return Ok(None) };
+        loop {
+            if self.outcome.budget == 0 {
+                self.outcome.is_cut_short |= from.is_active();
+                return Ok(None);
+            }
+            match from.pop(self.memory)? {
+                Popped::Nothing => return Ok(None),
+                Popped::Chain(chain) => {
+                    self.outcome.budget -= 1;
+                    return Ok(Some(chain));
+                }
+                Popped::Refused(why) => {
+                    self.outcome.budget -= 1;
+                    self.outcome.refused += 1;
+                    self.outcome.why_refused = Some(why);
+                }
+            }
+        }
+    }
+
+    /// Gives a chain back to the driver, with the first `written` bytes of its writable part filled.
+    pub fn complete(&mut self, chain: Chain, written: u32) {
+        if let Some(queue) = self.queues.get_mut(usize::from(chain.queue)) {
+            queue.complete(self.memory, chain, written);
+        }
+    }
+
+    /// Gives a chain back that makes no sense to the device, and counts it.
+    pub fn refuse(&mut self, chain: Chain) {
+        self.outcome.refused += 1;
+        self.complete(chain, 0);
+    }
+
+    /// Undoes the last [`pop`](Self::pop) of that queue: the chain is the next one again. The device looks for it itself
+    /// when it can go on; no notification tells it to.
+    pub fn put_back(&mut self, chain: Chain) {
+        if let Some(queue) = self.queues.get_mut(usize::from(chain.queue)) {
+            queue.put_back(chain);
+        }
+    }
+
+    /// The device's configuration has changed: the driver is told.
+    pub fn config_changed(&mut self) {
+        self.outcome.config_changed = true;
+    }
+
+    pub(super) fn end(self) -> Outcome {
+        self.outcome
+    }
+}
