@@ -1,7 +1,7 @@
 //! A split virtqueue (virtio 1.3, section 2.7): the one room that knows the crate `virtio-queue`.
 //!
 //! That crate keeps the rings' indices and notifications. What it leaves open is closed here: the set-up is frozen while
-//! the queue works, rings are checked before it starts, chains are taken apart by [`Tables`], a head that is still with the
+//! the queue works, rings are checked before it starts, chains are taken apart in `chain.rs`, a head that is still with the
 //! device is not taken again, the driver's suppression flag is honoured, and an error of the ring is told from its end.
 
 use std::sync::atomic::Ordering;
