@@ -6,9 +6,11 @@
     reason = "a test fails by panicking"
 )]
 
+use std::collections::HashSet;
 use std::io::ErrorKind;
 use std::num::NonZeroU64;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 use proptest::prelude::*;
 use rvmm_devices::testing::{MemoryHost, turn};
@@ -320,6 +322,35 @@ fn a_large_frame_fills_several_buffers_which_the_driver_sees_at_once() {
 }
 
 #[test]
+fn a_driver_that_looks_all_the_time_never_sees_a_part_of_a_frame() {
+    let mut test = test(LINUX);
+    let [.., used] = test.rig.rings(RX);
+    let memory = test.rig.memory.clone();
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let looks = scope.spawn(|| {
+            let mut seen = HashSet::new();
+            while !is_over.load(SeqCst) {
+                let index: u16 = memory.load(GuestAddress(used + 2), SeqCst).unwrap();
+                seen.insert(index % 4);
+            }
+            seen
+        });
+        for _ in 0..500 {
+            for _ in 0..4 {
+                test.rig.add(RX, &[Buffer::Write(500)]);
+            }
+            test.rig.kick(RX);
+            test.net.arrive(NO_HEADER, &frame(1900));
+            test.rig.run();
+            assert_eq!(test.received().map(|(header, _)| header[10]), Some(4));
+        }
+        is_over.store(true, SeqCst);
+        assert_eq!(looks.join().unwrap(), HashSet::from([0]));
+    });
+}
+
+#[test]
 fn a_driver_that_listens_from_time_to_time_is_interrupted_for_frames_of_several_buffers() {
     let mut test = test(LINUX);
     let [_, available, _] = test.rig.rings(RX);
@@ -458,6 +489,22 @@ fn offloads_follow_what_the_driver_takes() {
     assert_eq!(test.net.offloads(), all);
     test.rig.write(0x70, 0);
     assert_eq!(test.net.offloads(), Offloads::default());
+}
+
+#[test]
+fn the_host_hears_of_offloads_only_when_they_change() {
+    let mut test = test(PLAIN);
+    for _ in 0..100 {
+        test.rig.start(PLAIN);
+    }
+    assert_eq!(test.net.offload_changes(), 0);
+    test.rig.start(LINUX);
+    test.rig.start(LINUX);
+    assert_eq!(test.net.offload_changes(), 3, "on, off for the reset, on");
+    test.net.fail(Some(ErrorKind::PermissionDenied));
+    let off = [&[5, 0][..], &[0; 8]].concat();
+    assert_eq!(test.command(&off), [1], "the host refuses");
+    test.works_after_a_reset();
 }
 
 #[test]

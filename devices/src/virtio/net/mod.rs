@@ -15,8 +15,6 @@
 use std::io;
 use std::sync::Arc;
 
-use log::warn;
-
 use super::{VirtioDevice, VirtioError, VirtioMmio, Work};
 use crate::catalog::{BuildError, Built, Model, Placement, Wiring};
 use crate::device::{Interest, Source};
@@ -159,14 +157,12 @@ impl Net {
         Ok(())
     }
 
-    /// Frames may leave to the driver from now on what these features say; false where the host refuses.
+    /// Frames may leave to the driver from now on what these features say, and nothing else reaches it; false where the host
+    /// refuses.
     fn set_offloads(&mut self, features: u64) -> bool {
         let offloads = Offloads::of_driver(features);
-        let result = self.port.set_offloads(offloads);
-        if result.is_ok() {
-            self.rx.offloads = offloads;
-        }
-        result.is_ok()
+        self.rx.offloads = offloads;
+        self.port.set_offloads(offloads) == offloads || self.port.is_gone
     }
 
     /// Takes the link down when the host's end is gone.
@@ -207,10 +203,8 @@ impl VirtioDevice for Net {
         self.taken = features;
         self.rx.start(features);
         self.tx.start(features);
-        if !self.set_offloads(features) {
-            self.rx.offloads = Offloads::default();
-            warn!("net: the host refuses offloads; frames to the guest come whole and complete");
-        }
+        // Where the host refuses, frames come as they did; those that the driver does not take are dropped.
+        self.set_offloads(features);
     }
 
     fn kicked(&mut self, queue: u16, work: &mut Work<'_>) -> Result<(), VirtioError> {
@@ -240,7 +234,7 @@ impl VirtioDevice for Net {
         self.rx.stop();
         self.tx.stop();
         // What waits at the host's end is dropped where the next driver does not take it.
-        let _ = self.port.set_offloads(Offloads::default());
+        self.port.set_offloads(Offloads::default());
     }
 
     fn sources(&self) -> Vec<Source> {

@@ -1,6 +1,6 @@
 //! The host's end as both directions use it: errors become what is to be done about them, once and in one place.
 
-use std::io::{ErrorKind, Result};
+use std::io::ErrorKind;
 use std::sync::Arc;
 
 use log::warn;
@@ -20,6 +20,9 @@ pub(super) struct Port {
     /// It will never send or receive again.
     pub(super) is_gone: bool,
     lost_in_a_row: u32,
+    /// What the host's end knows that it may leave to the guest.
+    offloads: Offloads,
+    has_warned: bool,
 }
 
 /// What became of a frame to the host.
@@ -41,15 +44,36 @@ pub(super) enum Received {
 
 impl Port {
     pub(super) fn new(backend: Box<dyn NetBackend>) -> Self {
-        Self { backend, counters: Arc::default(), is_gone: false, lost_in_a_row: 0 }
+        Self {
+            backend,
+            counters: Arc::default(),
+            is_gone: false,
+            lost_in_a_row: 0,
+            offloads: Offloads::default(),
+            has_warned: false,
+        }
     }
 
     pub(super) fn fd(&self) -> i32 {
         self.backend.fd()
     }
 
-    pub(super) fn set_offloads(&mut self, offloads: Offloads) -> Result<()> {
-        if self.is_gone { Ok(()) } else { self.backend.set_offloads(offloads) }
+    /// Lets the host's end leave so much to the guest, and gives what it may leave now: the same as before where it refuses.
+    pub(super) fn set_offloads(&mut self, offloads: Offloads) -> Offloads {
+        // Asked for what is new only: a driver can ask as often as it likes, and the host tells all who watch its interfaces.
+        if self.offloads != offloads && !self.is_gone {
+            match self.backend.set_offloads(offloads) {
+                Ok(()) => self.offloads = offloads,
+                Err(error) if !std::mem::replace(&mut self.has_warned, true) => {
+                    warn!(
+                        "net: the offloads of {} stay as they are: {error}",
+                        self.backend.identity()
+                    );
+                }
+                Err(_) => {}
+            }
+        }
+        self.offloads
     }
 
     pub(super) fn send(&mut self, memory: &GuestMemoryMmap, head: &[u8], rest: &[Segment]) -> Sent {

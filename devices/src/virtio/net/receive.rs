@@ -59,7 +59,6 @@ impl Receiver {
     }
 
     pub(super) fn start(&mut self, features: u64) {
-        self.offloads = Offloads::of_driver(features);
         self.is_mergeable = features & bit::MRG_RXBUF != 0;
         self.is_starved = true;
     }

@@ -21,6 +21,7 @@ struct Wire {
     arriving: VecDeque<([u8; HEADER], Vec<u8>)>,
     sent: Vec<([u8; HEADER], Vec<u8>)>,
     offloads: Offloads,
+    offload_changes: usize,
     is_full: bool,
     failure: Option<ErrorKind>,
     reads: usize,
@@ -41,7 +42,8 @@ impl MemoryNet {
         Ok(Self(Arc::new(Mutex::new(Wire {
             arriving: VecDeque::new(),
             sent: Vec::new(),
-            offloads: Offloads { csum: true, tso4: true, tso6: true, ecn: true },
+            offloads: Offloads::default(),
+            offload_changes: 0,
             is_full: false,
             failure: None,
             reads: 0,
@@ -77,6 +79,12 @@ impl MemoryNet {
     #[must_use]
     pub fn offloads(&self) -> Offloads {
         self.lock().offloads
+    }
+
+    /// How often that was to be changed.
+    #[must_use]
+    pub fn offload_changes(&self) -> usize {
+        self.lock().offload_changes
     }
 
     /// Whether there is no room for frames of the guest.
@@ -120,8 +128,14 @@ impl NetBackend for MemoryNet {
     }
 
     fn set_offloads(&mut self, offloads: Offloads) -> io::Result<()> {
-        self.change(|wire| wire.offloads = offloads);
-        Ok(())
+        self.change(|wire| {
+            wire.offload_changes += 1;
+            if let Some(kind) = wire.failure {
+                return Err(kind.into());
+            }
+            wire.offloads = offloads;
+            Ok(())
+        })
     }
 
     fn send(&mut self, memory: &GuestMemoryMmap, head: &[u8], rest: &[Segment]) -> io::Result<()> {
