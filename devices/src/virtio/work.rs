@@ -19,7 +19,7 @@ pub struct Work<'a> {
 pub(super) struct Outcome {
     /// Chains that may still be taken, refused ones included.
     pub(super) budget: u16,
-    /// Queues with chains that were left for the next pass, a bit each.
+    /// Queues, a bit each, that were left because the budget was used up.
     pub(super) cut_short: u64,
     /// The device's configuration is another.
     pub(super) config_changed: bool,
@@ -54,9 +54,7 @@ impl<'a> Work<'a> {
         let Some(from) = self.queues.get_mut(usize::from(queue)) else { return Ok(None) };
         loop {
             if self.outcome.budget == 0 {
-                if from.is_active() {
-                    self.leave(queue);
-                }
+                self.outcome.cut_short |= u64::from(from.is_active()) << (queue % 64);
                 return Ok(None);
             }
             match from.pop(self.memory)? {
