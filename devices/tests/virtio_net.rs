@@ -504,6 +504,12 @@ fn the_host_hears_of_offloads_only_when_they_change() {
     test.net.fail(Some(ErrorKind::PermissionDenied));
     let off = [&[5, 0][..], &[0; 8]].concat();
     assert_eq!(test.command(&off), [1], "the host refuses");
+    test.net.fail(None);
+    test.rig.add(RX, &[Buffer::Write(20_000)]);
+    test.rig.kick(RX);
+    test.net.arrive(segment(), &frame(9000));
+    test.rig.run();
+    assert!(test.received().is_some(), "what was agreed before still holds");
     test.works_after_a_reset();
 }
 

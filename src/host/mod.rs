@@ -9,6 +9,9 @@ use rvmm_devices::{Host, HostError};
 
 mod tap;
 
+#[cfg(test)]
+pub(crate) use tap::tests::in_a_namespace;
+
 /// This machine's kernel.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Linux;

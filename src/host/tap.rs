@@ -265,4 +265,4 @@ fn not_attached(name: &str, error: io::Error) -> HostError {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -18,7 +18,7 @@ const RAM: u64 = 0x8000_0000;
 const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
 
 /// Runs `test` where there is nothing but a loopback interface, or says why it cannot.
-fn in_a_namespace(test: impl FnOnce() + Send + 'static) {
+pub(crate) fn in_a_namespace(test: impl FnOnce() + Send + 'static) {
     let name = thread::current().name().unwrap_or("?").to_owned();
     let run = move || {
         // SAFETY: has no preconditions; it concerns this thread alone, which ends soon.

@@ -157,12 +157,15 @@ impl Net {
         Ok(())
     }
 
-    /// Frames may leave to the driver from now on what these features say, and nothing else reaches it; false where the host
-    /// refuses.
+    /// Frames may leave to the driver from now on what these features say, and nothing else reaches it; false, and nothing
+    /// has changed, where the host refuses.
     fn set_offloads(&mut self, features: u64) -> bool {
         let offloads = Offloads::of_driver(features);
-        self.rx.offloads = offloads;
-        self.port.set_offloads(offloads) == offloads || self.port.is_gone
+        let is_done = self.port.set_offloads(offloads) == offloads || self.port.is_gone;
+        if is_done {
+            self.rx.offloads = offloads;
+        }
+        is_done
     }
 
     /// Takes the link down when the host's end is gone.
@@ -203,8 +206,10 @@ impl VirtioDevice for Net {
         self.taken = features;
         self.rx.start(features);
         self.tx.start(features);
-        // Where the host refuses, frames come as they did; those that the driver does not take are dropped.
-        self.set_offloads(features);
+        if !self.set_offloads(features) {
+            // Frames come as they did; those that this driver does not take are dropped.
+            self.rx.offloads = Offloads::of_driver(features);
+        }
     }
 
     fn kicked(&mut self, queue: u16, work: &mut Work<'_>) -> Result<(), VirtioError> {
