@@ -5,8 +5,16 @@ use std::io;
 
 use thiserror::Error;
 
+use crate::virtio::net::{NetBackend, NetworkEnd};
+
 /// Opens the host's ends of devices. A host that has none of a kind refuses by itself.
-pub trait Host: Send + Sync {}
+pub trait Host: Send + Sync {
+    /// Connects a network device.
+    ///
+    /// # Errors
+    /// There is no such network, or it is not for this user.
+    fn network(&self, end: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError>;
+}
 
 /// Why a host's end could not be had: the whole sentence for the user.
 #[derive(Debug, Error)]
@@ -39,4 +47,8 @@ impl HostError {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct NoHost;
 
-impl Host for NoHost {}
+impl Host for NoHost {
+    fn network(&self, _end: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError> {
+        Err(HostError::mistake("There is no network here"))
+    }
+}

@@ -14,9 +14,12 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::catalog::Wiring;
 use crate::console::{ConsoleBackend, Port, Ports};
 use crate::device::{Interest, MmioDevice};
+use crate::host::{Host, HostError};
 use crate::irq::IrqLine;
 use crate::power::{PowerRequest, PowerSwitch};
 use crate::rtc::Clock;
+use crate::virtio::net::testing::MemoryNet;
+use crate::virtio::net::{NetBackend, NetworkEnd};
 
 /// An interrupt line that remembers its level and how often it changed.
 #[derive(Debug, Clone, Default)]
@@ -238,12 +241,36 @@ impl ConsoleBackend for MemoryConsole {
     }
 }
 
-/// Wiring with a line, a power switch and a clock that are of no interest, and no console.
+/// A host that has everything, in memory, and remembers what was opened.
+#[derive(Debug, Clone, Default)]
+pub struct MemoryHost {
+    networks: Arc<Mutex<Vec<(NetworkEnd, MemoryNet)>>>,
+}
+
+impl MemoryHost {
+    /// The networks opened so far, by what was asked for.
+    #[must_use]
+    pub fn networks(&self) -> Vec<(NetworkEnd, MemoryNet)> {
+        lock(&self.networks).clone()
+    }
+}
+
+impl Host for MemoryHost {
+    fn network(&self, end: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError> {
+        let refused = |error| HostError::refused("Cannot make a network in memory", error);
+        let network = MemoryNet::new().map_err(refused)?;
+        lock(&self.networks).push((end.clone(), network.clone()));
+        Ok(Box::new(network))
+    }
+}
+
+/// Wiring with a line, a power switch, a clock and a host that are of no interest, and no console.
 #[must_use]
 pub fn wiring() -> Wiring {
     Wiring {
         irq: Arc::new(TestIrq::default()),
         clock: Arc::new(ManualClock::default()),
+        host: Arc::new(MemoryHost::default()),
         ..Wiring::new(Arc::new(FakePower::default()))
     }
 }

@@ -32,6 +32,10 @@ Examples:
   Run in the background, the console on a Unix socket:
     rvmm --kernel Image --mem 512M --serial unix:/tmp/guest.sock --name web &
 
+  A network: a tap of one's own, made once by root:
+    sudo ip tuntap add tap0 mode tap user $USER && sudo ip link set tap0 up
+    rvmm --kernel Image --mem 512M --net tap=tap0
+
   Start a flat binary where RAM begins, and stop at the first wrong address:
     rvmm --mem 64M --load hello.bin@0x8000_0000 --entry 0x8000_0000 --unassigned stop
 
@@ -180,6 +184,12 @@ pub(super) struct RunArgs {
     /// pty makes a pseudo terminal and prints its path; unix listens on a socket for one client at a time.
     #[arg(long, value_name = "WHERE", help_heading = "Devices", value_parser = OsStringValueParser::new().try_map(value::serial))]
     pub(super) serial: Option<SerialConfig>,
+
+    /// Connect the guest to a network: tap=NAME, with the options of the device net; may be given several times
+    ///
+    /// A short form of --device net,... How a tap is made: docs/networks.md.
+    #[arg(long, value_name = "tap=NAME", help_heading = "Devices", value_parser = value::net)]
+    pub(super) net: Vec<String>,
 
     /// Add a device, or set options of the board's own; may be given several times
     ///

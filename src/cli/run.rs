@@ -56,7 +56,7 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
         boot,
         irqchip: args.irqchip.unwrap_or_default(),
         serial: args.serial.unwrap_or_default(),
-        devices: args.device,
+        devices: args.device.into_iter().chain(args.net).collect(),
         on_reset: if args.no_reboot { OnReset::Exit } else { OnReset::Restart },
         unassigned: args.unassigned.unwrap_or_default(),
     };

@@ -50,7 +50,7 @@ fn every_flag_reaches_the_configuration() {
     let line = "--kernel Image --mem 2G --cpus 4 --initrd root.cpio --irqchip plic --dump-dtb out.dtb \
                 --load a@0x8100_0000 --load b@2G --entry 0x8020_0000 --serial unix:/tmp/s --no-reboot \
                 --unassigned fault --hugepages --name web-1 --log debug --device rtc,offset=5 --device serial \
-                --isa host,-v,-zicbom --sbi -pmu,-sta --cpu-id vendor=1,arch=0x2,impl=3 --affinity 0=2,1=3";
+                --net tap=t0,mtu=9000 --isa host,-v,-zicbom --sbi -pmu,-sta --cpu-id vendor=1,arch=0x2,impl=3 --affinity 0=2,1=3";
     let args: Vec<&str> = line.split_whitespace().chain(["--cmdline", "quiet  -- x"]).collect();
     let Ok(Task::Run(config, level)) = parse(&args) else { panic!("{:?}", parse(&args)) };
     let knob = |name: &str| KnobChange { name: name.into(), on: false };
@@ -69,7 +69,7 @@ fn every_flag_reaches_the_configuration() {
     assert_eq!((config.irqchip, config.unassigned), (IrqchipChoice::Plic, Unassigned::Fault));
     assert_eq!(config.serial, SerialConfig::Unix("/tmp/s".into()));
     assert_eq!((config.on_reset, config.name.as_str()), (OnReset::Exit, "web-1"));
-    assert_eq!(config.devices, ["rtc,offset=5", "serial"]);
+    assert_eq!(config.devices, ["rtc,offset=5", "serial", "net,tap=t0,mtu=9000"]);
     assert_eq!(config.cpus.isa, [knob("v"), knob("zicbom")]);
     assert_eq!(config.cpus.sbi, [knob("pmu"), knob("sta")]);
     assert_eq!(config.cpus.id, CpuId { vendor: Some(1), arch: Some(2), imp: Some(3) });
@@ -119,6 +119,8 @@ fn a_mistake_names_the_flag_the_value_and_what_to_do() {
         (&["--unassigned", "faul"], &["--unassigned", "'faul'", "fault"]),
         (&["--serial", "tcp:1"], &["--serial", "'tcp:1'", "file:PATH"]),
         (&["--load", "a.bin"], &["--load", "'a.bin'", "FILE@ADDR"]),
+        (&["--net", "user"], &["--net", "'user'", "not supported yet", "sudo ip tuntap add"]),
+        (&["--net", "tap=a,b=c"], &["--net", "'tap=a,b=c'", "mtu"]),
         (&["--log", "loud"], &["--log", "'loud'", "trace"]),
         (&["--isa", "v"], &["--isa", "'v'", "sign"]),
         (&["--cpu-id", "model=1"], &["--cpu-id", "'model=1'", "vendor"]),

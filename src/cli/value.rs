@@ -4,6 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
 use log::LevelFilter;
+use rvmm_devices::{Model, Options};
 
 use super::size::address;
 use crate::config::{CpuId, KnobChange, LoadConfig, MAX_CPUS, SerialConfig};
@@ -49,6 +50,26 @@ pub(super) fn serial(text: OsString) -> Result<SerialConfig, String> {
     path(b"unix:")
         .map(SerialConfig::Unix)
         .ok_or_else(|| "it is none of stdio, null, pty, file:PATH and unix:PATH".into())
+}
+
+/// `--net tap=NAME,KEY=VALUE,...`: the text of the device that it stands for.
+pub(super) fn net(text: &str) -> Result<String, String> {
+    if text == "user" || text.starts_with("user,") {
+        return Err("a network without a tap is not supported yet (make a tap: sudo ip tuntap add tap0 mode tap user $USER; \
+                    then --net tap=tap0; see docs/networks.md)"
+            .into());
+    }
+    if text.is_empty() {
+        return Err("its value is missing (write tap=NAME)".into());
+    }
+    let text = format!("net,{text}");
+    let options = Options::parse(&text).map_err(|error| error.to_string())?;
+    let model = Model::find(options.name()).map_err(|error| error.to_string())?;
+    options.check(model.keys).map_err(|error| error.to_string())?;
+    if options.get("tap").is_none() && options.get("fd").is_none() {
+        return Err("it names no other end (write tap=NAME or fd=N)".into());
+    }
+    Ok(text)
 }
 
 /// `--isa host,-v,+zbb`: the host's extensions, which are the start anyway, then the changes.
@@ -176,6 +197,23 @@ mod tests {
         }
         for text in ["file:", "unix:"] {
             assert!(serial(text.into()).expect_err(text).contains("missing"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_network_is_a_device_of_that_name() {
+        assert_eq!(net("tap=tap0"), Ok("net,tap=tap0".into()));
+        assert_eq!(net("fd=3,mtu=9000"), Ok("net,fd=3,mtu=9000".into()));
+        for (text, part) in [
+            ("user", "sudo ip tuntap add"),
+            ("user,hostfwd=1", "not supported yet"),
+            ("", "missing"),
+            ("tap0", "key=value"),
+            ("mtu=1500", "tap=NAME or fd=N"),
+            ("tap=a,colour=red", "colour"),
+            ("tap=a,tap=b", "twice"),
+        ] {
+            assert!(net(text).expect_err(text).contains(part), "{text}");
         }
     }
 

@@ -32,6 +32,8 @@ mod handle;
 mod irqchip;
 mod load;
 mod shared_console;
+#[cfg(test)]
+mod tests;
 mod tree;
 pub mod vm;
 

@@ -19,6 +19,7 @@ pub mod bucket;
 pub mod chain;
 mod life;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub(crate) mod rng;
 pub mod testing;
