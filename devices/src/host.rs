@@ -2,11 +2,25 @@
 //! device that asked.
 
 use std::io;
+use std::sync::Arc;
 
 use thiserror::Error;
 
+use crate::virtio::DmaMemory;
+use crate::virtio::blk::{DiskBackend, DiskPlan};
+
 /// Opens the host's ends of devices. A host that has none of a kind refuses by itself.
-pub trait Host: Send + Sync {}
+pub trait Host: Send + Sync {
+    /// Opens a disk, which reaches guest RAM through `memory`.
+    ///
+    /// # Errors
+    /// The file cannot be opened, cannot be a disk, or is in use.
+    fn disk(
+        &self,
+        plan: &DiskPlan,
+        memory: Arc<dyn DmaMemory>,
+    ) -> Result<Box<dyn DiskBackend>, HostError>;
+}
 
 /// Why a host's end could not be had: the whole sentence for the user.
 #[derive(Debug, Error)]
@@ -39,4 +53,12 @@ impl HostError {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct NoHost;
 
-impl Host for NoHost {}
+impl Host for NoHost {
+    fn disk(
+        &self,
+        plan: &DiskPlan,
+        _memory: Arc<dyn DmaMemory>,
+    ) -> Result<Box<dyn DiskBackend>, HostError> {
+        Err(HostError::mistake(format!("Cannot open disk {}: there is no host", plan.path)))
+    }
+}
