@@ -20,6 +20,7 @@ pub const CATALOG: &[Model] = &[
     crate::rtc::MODEL,
     crate::power::MODEL,
     crate::virtio::rng::MODEL,
+    crate::virtio::blk::MODEL,
     crate::virtio::net::MODEL,
 ];
 

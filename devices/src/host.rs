@@ -2,18 +2,37 @@
 //! device that asked.
 
 use std::io;
+use std::sync::Arc;
 
 use thiserror::Error;
 
+use crate::virtio::DmaMemory;
+use crate::virtio::blk::{DiskBackend, DiskPlan};
 use crate::virtio::net::{NetBackend, NetworkEnd};
 
 /// Opens the host's ends of devices. A host that has none of a kind refuses by itself.
 pub trait Host: Send + Sync {
+    /// Opens a disk, which reaches guest RAM through `memory`.
+    ///
+    /// # Errors
+    /// The file cannot be opened, cannot be a disk, or is in use.
+    fn disk(
+        &self,
+        plan: &DiskPlan,
+        memory: Arc<dyn DmaMemory>,
+    ) -> Result<Box<dyn DiskBackend>, HostError> {
+        let _ = memory;
+        Err(HostError::mistake(format!("Cannot open disk {}: this host has no disks", plan.path)))
+    }
+
     /// Connects a network device.
     ///
     /// # Errors
     /// There is no such network, or it is not for this user.
-    fn network(&self, end: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError>;
+    fn network(&self, end: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError> {
+        let _ = end;
+        Err(HostError::mistake("Cannot connect a network: this host has none"))
+    }
 }
 
 /// Why a host's end could not be had: the whole sentence for the user.
@@ -47,8 +66,4 @@ impl HostError {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct NoHost;
 
-impl Host for NoHost {
-    fn network(&self, _end: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError> {
-        Err(HostError::mistake("There is no network here"))
-    }
-}
+impl Host for NoHost {}

@@ -18,6 +18,9 @@ use crate::host::{Host, HostError};
 use crate::irq::IrqLine;
 use crate::power::{PowerRequest, PowerSwitch};
 use crate::rtc::Clock;
+use crate::virtio::DmaMemory;
+use crate::virtio::blk::testing::MemoryDisk;
+use crate::virtio::blk::{DiskBackend, DiskPlan};
 use crate::virtio::net::testing::MemoryNet;
 use crate::virtio::net::{NetBackend, NetworkEnd};
 
@@ -256,6 +259,15 @@ impl MemoryHost {
 }
 
 impl Host for MemoryHost {
+    fn disk(
+        &self,
+        plan: &DiskPlan,
+        memory: Arc<dyn DmaMemory>,
+    ) -> Result<Box<dyn DiskBackend>, HostError> {
+        let refused = |error| HostError::refused("Cannot make a disk in memory", error);
+        MemoryDisk::new(8).map_err(refused)?.disk(plan, memory)
+    }
+
     fn network(&self, end: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError> {
         let refused = |error| HostError::refused("Cannot make a network in memory", error);
         let network = MemoryNet::new().map_err(refused)?;
@@ -292,7 +304,13 @@ pub fn turn(device: &mut dyn MmioDevice, timeout_ms: i32) -> io::Result<usize> {
         epoll.ctl(ControlOperation::Add, source.fd, event)?;
     }
     let mut events = [EpollEvent::default(); 16];
-    let count = epoll.wait(timeout_ms, &mut events)?;
+    let count = loop {
+        match epoll.wait(timeout_ms, &mut events) {
+            // Work that the kernel does for io_uring in this thread interrupts it.
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            result => break result?,
+        }
+    };
     for event in events.iter().take(count) {
         device.ready(u32::try_from(event.data()).unwrap_or(u32::MAX));
     }

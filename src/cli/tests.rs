@@ -69,7 +69,7 @@ fn every_flag_reaches_the_configuration() {
     assert_eq!((config.irqchip, config.unassigned), (IrqchipChoice::Plic, Unassigned::Fault));
     assert_eq!(config.serial, SerialConfig::Unix("/tmp/s".into()));
     assert_eq!((config.on_reset, config.name.as_str()), (OnReset::Exit, "web-1"));
-    assert_eq!(config.devices, ["rtc,offset=5", "serial", "net,tap=t0,mtu=9000"]);
+    assert_eq!(config.devices, ["net,tap=t0,mtu=9000", "rtc,offset=5", "serial"]);
     assert_eq!(config.cpus.isa, [knob("v"), knob("zicbom")]);
     assert_eq!(config.cpus.sbi, [knob("pmu"), knob("sta")]);
     assert_eq!(config.cpus.id, CpuId { vendor: Some(1), arch: Some(2), imp: Some(3) });
@@ -93,6 +93,18 @@ fn a_tree_of_the_users_own_is_taken_without_a_command_line() {
 #[test]
 fn a_flat_binary_gets_no_built_in_prompt() {
     assert_eq!(config(&["--load", "a.bin@0x8000_0000"]).boot.initrd, InitrdConfig::None);
+}
+
+#[test]
+fn a_disk_leaves_no_built_in_prompt_and_comes_before_other_devices() {
+    for disk in [["--disk", "a.img"], ["--device", "blk,path=a.img"]] {
+        let config = config(&["--kernel", "Image", "--device", "rng", disk[0], disk[1]]);
+        assert_eq!(config.boot.initrd, InitrdConfig::None);
+    }
+    let line = "--kernel Image --device rng --disk a.img,ro=on --disk b.img --initrd x.cpio";
+    let config = config(&line.split(' ').collect::<Vec<_>>());
+    assert_eq!(config.devices, ["blk,path=a.img,ro=on", "blk,path=b.img", "rng"]);
+    assert_eq!(config.boot.initrd, InitrdConfig::File("x.cpio".into()));
 }
 
 #[test]
@@ -131,6 +143,9 @@ fn a_mistake_names_the_flag_the_value_and_what_to_do() {
         (&["--name", "a/b", "--kernel", "x"], &["--name", "'a/b'", "letters"]),
         (&["--device", "floppy", "--kernel", "x"], &["--device", "floppy", "serial"]),
         (&["--device", "rtc,colour=1", "--kernel", "x"], &["--device", "colour", "offset"]),
+        (&["--disk", ",ro=on"], &["--disk", "',ro=on'", "path"]),
+        (&["--disk", "a,colour=1", "--kernel", "x"], &["blk,path=a", "colour", "serial"]),
+        (&["--disk", "a,ro", "--kernel", "x"], &["blk,path=a", "'blk", "key=value"]),
         (&["--entry", "0x8000_0000"], &["--entry 0x80000000", "--load"]),
         (&["--kernel", "x", "--cmdline", "ä"], &["command line", "ASCII"]),
         (&[], &["--kernel", "--help"]),

@@ -32,6 +32,18 @@ pub(super) fn load(text: OsString) -> Result<LoadConfig, String> {
     Ok(LoadConfig { file: OsStr::from_bytes(file).into(), addr })
 }
 
+/// `--disk PATH[,key=value...]`, as `--device` takes it.
+pub(super) fn disk(text: &str) -> Result<String, String> {
+    let path = text.split(',').next().unwrap_or_default();
+    if path.is_empty() {
+        return Err("the path is missing (write disk.img or disk.img,ro=on)".into());
+    }
+    if path.starts_with("path=") {
+        return Err("the path stands alone, before the first comma (write disk.img,ro=on)".into());
+    }
+    Ok(format!("blk,path={text}"))
+}
+
 /// `--serial stdio|null|pty|file:PATH|unix:PATH`.
 pub(super) fn serial(text: OsString) -> Result<SerialConfig, String> {
     let bytes = text.as_bytes();
@@ -183,6 +195,16 @@ mod tests {
         }
         let text = OsStr::from_bytes(b"a@\xff");
         assert!(load(text.to_owned()).expect_err("not UTF-8").contains("not a number"));
+    }
+
+    #[test]
+    fn a_disk_is_a_device_with_a_path() {
+        assert_eq!(disk("a.img"), Ok("blk,path=a.img".into()));
+        assert_eq!(disk("/x=y/a,ro=on,queues=2"), Ok("blk,path=/x=y/a,ro=on,queues=2".into()));
+        for text in ["", ",ro=on"] {
+            assert!(disk(text).expect_err(text).contains("missing"), "{text}");
+        }
+        assert!(disk("path=a.img").expect_err("no path").contains("alone"));
     }
 
     #[test]

@@ -2,11 +2,17 @@
 //!
 //! | file | what |
 //! |---|---|
+//! | `disk/` | disks: files and block devices, by io_uring or a thread |
 //! | `tap.rs` | networks: tap interfaces |
 
+use std::sync::Arc;
+
+use rvmm_devices::virtio::DmaMemory;
+use rvmm_devices::virtio::blk::{DiskBackend, DiskPlan};
 use rvmm_devices::virtio::net::{NetBackend, NetworkEnd};
 use rvmm_devices::{Host, HostError};
 
+mod disk;
 mod tap;
 
 #[cfg(test)]
@@ -17,6 +23,14 @@ pub(crate) use tap::tests::in_a_namespace;
 pub(crate) struct Linux;
 
 impl Host for Linux {
+    fn disk(
+        &self,
+        plan: &DiskPlan,
+        memory: Arc<dyn DmaMemory>,
+    ) -> Result<Box<dyn DiskBackend>, HostError> {
+        Ok(Box::new(disk::open(plan, memory)?))
+    }
+
     fn network(&self, end: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError> {
         let tap = match end {
             NetworkEnd::Tap(name) => tap::Tap::open(name),
