@@ -21,6 +21,7 @@ pub const CATALOG: &[Model] = &[
     crate::power::MODEL,
     crate::virtio::rng::MODEL,
     crate::virtio::net::MODEL,
+    crate::virtio::blk::MODEL,
 ];
 
 /// A device that was built, or why it was not.

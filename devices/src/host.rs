@@ -2,9 +2,12 @@
 //! device that asked.
 
 use std::io;
+use std::sync::Arc;
 
 use thiserror::Error;
 
+use crate::virtio::DmaMemory;
+use crate::virtio::blk::{DiskBackend, DiskPlan};
 use crate::virtio::net::{NetBackend, NetworkEnd};
 
 /// Opens the host's ends of devices. A host that has none of a kind refuses by itself.
@@ -14,6 +17,16 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// There is no such network, or it is not for this user.
     fn network(&self, end: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError>;
+
+    /// Opens a disk, which reaches guest RAM through `memory`.
+    ///
+    /// # Errors
+    /// The file cannot be opened, cannot be a disk, or is in use.
+    fn disk(
+        &self,
+        plan: &DiskPlan,
+        memory: Arc<dyn DmaMemory>,
+    ) -> Result<Box<dyn DiskBackend>, HostError>;
 }
 
 /// Why a host's end could not be had: the whole sentence for the user.
@@ -50,5 +63,13 @@ pub struct NoHost;
 impl Host for NoHost {
     fn network(&self, _end: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError> {
         Err(HostError::mistake("There is no network here"))
+    }
+
+    fn disk(
+        &self,
+        plan: &DiskPlan,
+        _memory: Arc<dyn DmaMemory>,
+    ) -> Result<Box<dyn DiskBackend>, HostError> {
+        Err(HostError::mistake(format!("Cannot open disk {}: there is no host", plan.path)))
     }
 }

@@ -24,6 +24,7 @@ struct Built {
 fn least(model: &Model) -> String {
     match model.name {
         "net" => "net,tap=tap0".into(),
+        "blk" => "blk,path=disk".into(),
         name => name.into(),
     }
 }

@@ -2,11 +2,17 @@
 //!
 //! | file | what |
 //! |---|---|
+//! | `disk/` | disks: files and block devices |
 //! | `tap.rs` | networks: tap interfaces |
 
+use std::sync::Arc;
+
+use rvmm_devices::virtio::DmaMemory;
+use rvmm_devices::virtio::blk::{DiskBackend, DiskPlan};
 use rvmm_devices::virtio::net::{NetBackend, NetworkEnd};
 use rvmm_devices::{Host, HostError};
 
+mod disk;
 mod tap;
 
 #[cfg(test)]
@@ -23,5 +29,13 @@ impl Host for Linux {
             NetworkEnd::Descriptor(fd) => tap::Tap::inherit(*fd),
         }?;
         Ok(Box::new(tap))
+    }
+
+    fn disk(
+        &self,
+        plan: &DiskPlan,
+        memory: Arc<dyn DmaMemory>,
+    ) -> Result<Box<dyn DiskBackend>, HostError> {
+        Ok(Box::new(disk::open(plan, memory)?))
     }
 }

@@ -15,6 +15,7 @@
 
 use crate::device::Source;
 
+pub mod blk;
 pub mod bucket;
 pub mod chain;
 mod life;
