@@ -39,8 +39,11 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
         return Err(Error::Config(what.into()));
     }
     let cmdline = args.cmdline.unwrap_or(default.boot.cmdline);
+    // Disks come first, so that the first one given is the guest's first.
+    let devices: Vec<String> = args.disk.into_iter().chain(args.device).chain(args.net).collect();
+    let no_prompt = args.no_initrd || args.kernel.is_none() || devices.iter().any(|d| is_disk(d));
     let boot = BootConfig {
-        initrd: initrd(args.initrd, args.no_initrd || args.kernel.is_none(), &cmdline)?,
+        initrd: initrd(args.initrd, no_prompt, &cmdline)?,
         kernel: args.kernel,
         cmdline,
         dtb: args.dtb,
@@ -56,7 +59,7 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
         boot,
         irqchip: args.irqchip.unwrap_or_default(),
         serial: args.serial.unwrap_or_default(),
-        devices: args.device.into_iter().chain(args.net).collect(),
+        devices,
         on_reset: if args.no_reboot { OnReset::Exit } else { OnReset::Restart },
         unassigned: args.unassigned.unwrap_or_default(),
     };
@@ -65,6 +68,11 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
 
 fn list<T>(given: Option<List<T>>) -> Vec<T> {
     given.map(|list| list.0).unwrap_or_default()
+}
+
+/// Whether a `--device` is a disk, from which a guest may boot.
+fn is_disk(device: &str) -> bool {
+    device.split(',').next() == Some("blk")
 }
 
 /// The file given; else the built-in prompt, where nothing speaks against it.

@@ -96,6 +96,18 @@ fn a_flat_binary_gets_no_built_in_prompt() {
 }
 
 #[test]
+fn a_disk_leaves_no_built_in_prompt_and_comes_before_other_devices() {
+    for disk in [["--disk", "a.img"], ["--device", "blk,path=a.img"]] {
+        let config = config(&["--kernel", "Image", "--device", "rng", disk[0], disk[1]]);
+        assert_eq!(config.boot.initrd, InitrdConfig::None);
+    }
+    let line = "--kernel Image --device rng --disk a.img,ro=on --disk b.img --initrd x.cpio";
+    let config = config(&line.split(' ').collect::<Vec<_>>());
+    assert_eq!(config.devices, ["blk,path=a.img,ro=on", "blk,path=b.img", "rng"]);
+    assert_eq!(config.boot.initrd, InitrdConfig::File("x.cpio".into()));
+}
+
+#[test]
 fn a_root_on_the_command_line_leaves_no_built_in_prompt() {
     let config = config(&["--kernel", "Image", "--cmdline", "root=/dev/vda1"]);
     assert_eq!(config.boot.initrd, InitrdConfig::None);
@@ -131,6 +143,9 @@ fn a_mistake_names_the_flag_the_value_and_what_to_do() {
         (&["--name", "a/b", "--kernel", "x"], &["--name", "'a/b'", "letters"]),
         (&["--device", "floppy", "--kernel", "x"], &["--device", "floppy", "serial"]),
         (&["--device", "rtc,colour=1", "--kernel", "x"], &["--device", "colour", "offset"]),
+        (&["--disk", ",ro=on"], &["--disk", "',ro=on'", "path"]),
+        (&["--disk", "a,colour=1"], &["--disk", "'a,colour=1'", "colour", "serial"]),
+        (&["--disk", "a,ro"], &["--disk", "'a,ro'", "key=value"]),
         (&["--entry", "0x8000_0000"], &["--entry 0x80000000", "--load"]),
         (&["--kernel", "x", "--cmdline", "ä"], &["command line", "ASCII"]),
         (&[], &["--kernel", "--help"]),

@@ -32,6 +32,20 @@ pub(super) fn load(text: OsString) -> Result<LoadConfig, String> {
     Ok(LoadConfig { file: OsStr::from_bytes(file).into(), addr })
 }
 
+/// `--disk PATH[,key=value...]`, as `--device` takes it.
+pub(super) fn disk(text: &str) -> Result<String, String> {
+    let path = text.split(',').next().unwrap_or_default();
+    if path.is_empty() {
+        return Err("the path is missing (write disk.img or disk.img,ro=on)".into());
+    }
+    if path.starts_with("path=") {
+        return Err("the path stands alone, before the first comma (write disk.img,ro=on)".into());
+    }
+    let text = format!("blk,path={text}");
+    device(&text)?;
+    Ok(text)
+}
+
 /// `--serial stdio|null|pty|file:PATH|unix:PATH`.
 pub(super) fn serial(text: OsString) -> Result<SerialConfig, String> {
     let bytes = text.as_bytes();
@@ -52,6 +66,14 @@ pub(super) fn serial(text: OsString) -> Result<SerialConfig, String> {
         .ok_or_else(|| "it is none of stdio, null, pty, file:PATH and unix:PATH".into())
 }
 
+/// A device's text, of which names and keys are right.
+fn device(text: &str) -> Result<Options, String> {
+    let options = Options::parse(text).map_err(|error| error.to_string())?;
+    let model = Model::find(options.name()).map_err(|error| error.to_string())?;
+    options.check(model.keys).map_err(|error| error.to_string())?;
+    Ok(options)
+}
+
 /// `--net tap=NAME,KEY=VALUE,...`: the text of the device that it stands for.
 pub(super) fn net(text: &str) -> Result<String, String> {
     if text == "user" || text.starts_with("user,") {
@@ -63,9 +85,7 @@ pub(super) fn net(text: &str) -> Result<String, String> {
         return Err("its value is missing (write tap=NAME)".into());
     }
     let text = format!("net,{text}");
-    let options = Options::parse(&text).map_err(|error| error.to_string())?;
-    let model = Model::find(options.name()).map_err(|error| error.to_string())?;
-    options.check(model.keys).map_err(|error| error.to_string())?;
+    let options = device(&text)?;
     if options.get("tap").is_none() && options.get("fd").is_none() {
         return Err("it names no other end (write tap=NAME or fd=N)".into());
     }
@@ -183,6 +203,18 @@ mod tests {
         }
         let text = OsStr::from_bytes(b"a@\xff");
         assert!(load(text.to_owned()).expect_err("not UTF-8").contains("not a number"));
+    }
+
+    #[test]
+    fn a_disk_is_a_device_with_a_path() {
+        assert_eq!(disk("a.img"), Ok("blk,path=a.img".into()));
+        assert_eq!(disk("/x=y/a,ro=on,queues=2"), Ok("blk,path=/x=y/a,ro=on,queues=2".into()));
+        for text in ["", ",ro=on"] {
+            assert!(disk(text).expect_err(text).contains("missing"), "{text}");
+        }
+        assert!(disk("path=a.img").expect_err("no path").contains("alone"));
+        assert!(disk("a.img,ro").expect_err("no pair").contains("key=value"));
+        assert!(disk("a.img,path=b").expect_err("twice").contains("twice"));
     }
 
     #[test]
