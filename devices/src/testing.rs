@@ -315,7 +315,13 @@ pub fn turn(device: &mut dyn MmioDevice, timeout_ms: i32) -> io::Result<usize> {
         epoll.ctl(ControlOperation::Add, source.fd, event)?;
     }
     let mut events = [EpollEvent::default(); 16];
-    let count = epoll.wait(timeout_ms, &mut events)?;
+    let count = loop {
+        match epoll.wait(timeout_ms, &mut events) {
+            // Work that the kernel does for io_uring in this thread interrupts it.
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            result => break result?,
+        }
+    };
     for event in events.iter().take(count) {
         device.ready(u32::try_from(event.data()).unwrap_or(u32::MAX));
     }

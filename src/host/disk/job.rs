@@ -94,8 +94,12 @@ impl Job {
         }
     }
 
-    /// Takes a request in that is not a flush. False where its data is not all RAM.
+    /// Takes a request in that is not a flush. False where its data is not all RAM, or another one has not ended, whose call
+    /// may be on the way.
     pub(super) fn begin(&mut self, request: &DiskRequest<'_>, memory: &dyn DmaMemory) -> bool {
+        if !self.is_idle() {
+            return false;
+        }
         let DiskRequest { op, offset, len, data, .. } = *request;
         self.stage = match op {
             DiskOp::Read | DiskOp::Write { .. } => Stage::Transfer,

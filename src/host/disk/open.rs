@@ -9,6 +9,7 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 
 use log::warn;
 use rustix::fs::{OFlags, SeekFrom, fcntl_getfl, fcntl_setfl, seek};
+use rustix::io::Errno;
 use rvmm_devices::HostError;
 use rvmm_devices::virtio::blk::{DiskCache, DiskPlan};
 
@@ -57,7 +58,10 @@ impl Files {
         let mut options = OpenOptions::new();
         options.read(true).write(!plan.is_read_only);
         let main = options.custom_flags(flags.bits().cast_signed()).open(path);
-        let main = main.map_err(|error| not_open(path, error))?;
+        let main = main.map_err(|error| match Errno::from_io_error(&error) {
+            Some(Errno::INVAL) if plan.cache == DiskCache::None => no_direct(path),
+            _ => not_open(path, error),
+        })?;
         let kind = main.metadata().map_err(|error| not_open(path, error))?.file_type();
         judge(path, kind)?;
         // io_uring would take it for a wish to fail instead of waiting.
@@ -163,7 +167,6 @@ fn not_open(path: &str, error: io::Error) -> HostError {
         io::ErrorKind::ResourceBusy => {
             "it is mounted or part of another device: unmount it, or add ro=on".into()
         }
-        io::ErrorKind::InvalidInput => return no_direct(path),
         _ => return HostError::refused(what, error),
     };
     HostError::mistake(format!("{what}: {error} ({hint})"))

@@ -1,4 +1,5 @@
 //! Disks over files, on this machine: with each engine that its kernel has, and with one that a test answers for.
+#![allow(clippy::cast_possible_truncation, reason = "a test's sizes are small")]
 
 use std::fs::{self, File};
 use std::io::{self, Write as _};
@@ -7,7 +8,10 @@ use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rvmm_devices::testing::turn;
+use rvmm_devices::virtio::testing::{Buffer, Rig};
 use rvmm_devices::virtio::{GuestMemoryMmap, Segment};
+use rvmm_devices::{Model, Options, Wiring};
 use tempfile::{NamedTempFile, TempDir};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -379,6 +383,7 @@ fn what_cannot_be_a_disk_is_refused_in_one_line() {
         (at("short"), "truncate -s"),
         (at("missing"), "make one"),
         (at("empty/x"), "Not a directory"),
+        ("\0".into(), "NUL byte"),
     ] {
         for options in ["", "ro", "none"] {
             let error = open(&plan(&path, options), Arc::clone(&memory)).err().unwrap();
@@ -572,5 +577,49 @@ fn the_file_is_the_users_and_its_own_changes_are_seen() {
         bench.file.as_file().write_all_at(b"changed", 512).unwrap();
         assert!(bench.run(DiskOp::Read, 512, &[segment(RAM, 512)]));
         assert_eq!(bench.ram(RAM, 7), b"changed");
+    }
+}
+
+#[test]
+fn a_driver_reaches_the_file_through_the_device_and_its_event_loop() {
+    for options in ["", ",queues=2", ",cache=none"] {
+        let mut file = NamedTempFile::new().unwrap();
+        file.write_all(&pattern(1 << 20, 0)).unwrap();
+        let path = file.path().to_str().unwrap();
+        let options = Options::parse(&format!("blk,path={path}{options}")).unwrap();
+        let host = Arc::new(crate::host::Linux);
+        let model = Model::find("blk").unwrap();
+        let device = |wiring| model.create(&options, Wiring { host, ..wiring }).unwrap();
+        let mut rig = Rig::build(device);
+        rig.start(1 << 9);
+        let header =
+            |kind: u8, sector: u8| [kind, 0, 0, 0, 0, 0, 0, 0, sector, 0, 0, 0, 0, 0, 0, 0];
+        let data = pattern(8192, 77);
+        let mut ask = |buffers: &[Buffer<'_>]| {
+            let head = rig.add(0, buffers);
+            rig.kick(0);
+            loop {
+                match rig.take_used(0) {
+                    Some((used, _)) => {
+                        assert_eq!(used, head);
+                        return rig.written(0, head);
+                    }
+                    // What is not there yet is announced.
+                    None => assert_ne!(turn(rig.device.as_mut(), 60_000).unwrap(), 0),
+                }
+            }
+        };
+        for round in 0..15 {
+            let sector = round * 16;
+            let out =
+                ask(&[Buffer::Read(&header(1, sector)), Buffer::Read(&data), Buffer::Write(1)]);
+            assert_eq!(out, [0]);
+            assert_eq!(ask(&[Buffer::Read(&header(4, 0)), Buffer::Write(1)]), [0]);
+            let read =
+                ask(&[Buffer::Read(&header(0, sector)), Buffer::Write(8192), Buffer::Write(1)]);
+            assert!(read[..8192] == data && read[8192] == 0);
+        }
+        assert!(fs::read(path).unwrap()[..8192] == data);
+        assert_eq!(turn(rig.device.as_mut(), 0).unwrap(), 0, "the loop sleeps");
     }
 }
