@@ -56,7 +56,7 @@ pub(super) trait Engine: Send {
     /// Sets going what was pushed.
     fn submit(&mut self);
 
-    /// Takes a call back that has not begun. False where it may have: its outcome comes.
+    /// Takes a call back that has not begun. False where it may have: its outcome comes, as soon as that can be had.
     fn withdraw(&mut self, id: u32) -> bool;
 
     /// Adds the outcomes that are there.

@@ -15,6 +15,12 @@ use vm_memory::{Bytes, GuestMemoryBackend};
 use super::engine::{Buffers, Call, What};
 use super::open::Files;
 
+/// Bytes that one call moves: a reset waits for calls, not for requests, and a guest makes its requests as large as its RAM.
+const MOST_BYTES: u64 = 2 << 20;
+
+/// Bytes of a buffer in the list that the kernel gets; larger ones are several. A multiple of every alignment.
+const MOST_PART: usize = 1 << 20;
+
 /// Bytes that are moved at once where a bounce buffer is needed. Every request that is on the way may have one.
 const BOUNCE: u64 = 128 << 10;
 
@@ -118,8 +124,11 @@ impl Job {
                 self.stage = Stage::Idle;
                 return false;
             };
-            let iov_base = slice.ptr_guard_mut().as_ptr().cast();
-            self.iovecs.push(libc::iovec { iov_base, iov_len: len });
+            let first = slice.ptr_guard_mut().as_ptr();
+            for from in (0..len).step_by(MOST_PART) {
+                let iov_base = first.wrapping_add(from).cast();
+                self.iovecs.push(libc::iovec { iov_base, iov_len: MOST_PART.min(len - from) });
+            }
         }
         true
     }
@@ -182,18 +191,21 @@ impl Job {
     }
 
     fn transfer(&mut self, files: &Files, memory: &dyn DmaMemory) -> Call {
-        let (mut fd, mut len) = (files.main(), self.left);
+        let (parts, mut len) = self.first_parts();
+        let mut fd = files.main();
         self.is_bounced = false;
         if let Some(align) = files.direct() {
-            if !self.offset.is_multiple_of(align.offset) || !len.is_multiple_of(align.offset) {
-                fd = files.buffered();
-            } else if !self.iovecs.iter().all(|part| align.fits(part.iov_base.addr(), part.iov_len))
+            let fits = |part: &libc::iovec| align.fits(part.iov_base.addr(), part.iov_len);
+            if !self.offset.is_multiple_of(align.offset) || !self.left.is_multiple_of(align.offset)
             {
-                len = len.min(BOUNCE);
+                fd = files.buffered();
+            } else if !len.is_multiple_of(align.offset) || !self.iovecs.iter().take(parts).all(fits)
+            {
+                len = self.left.min(BOUNCE);
                 self.fill_bounce(len, memory);
             }
         }
-        let buffers = self.buffers(len);
+        let buffers = if self.is_bounced { self.bounced(len) } else { self.first(parts) };
         let what = match self.op {
             DiskOp::Read => What::Read(buffers),
             _ => What::Write { from: buffers, is_durable: self.is_durable() },
@@ -201,16 +213,29 @@ impl Job {
         Call { what, fd, offset: self.offset, len }
     }
 
-    fn buffers(&mut self, len: u64) -> Buffers {
-        if self.is_bounced {
-            let iov_base = self.bounce_part(len).as_mut_ptr().cast();
-            // The list of the rest is not needed before the next call: its first place is free for this one.
-            let whole = libc::iovec { iov_base, iov_len: usize::try_from(len).unwrap_or(0) };
-            self.iovecs.insert(0, whole);
-            return Buffers { first: self.iovecs.as_ptr(), count: 1 };
+    /// How many buffers of the list go into the next call, and their bytes.
+    fn first_parts(&self) -> (usize, u64) {
+        let (mut parts, mut bytes) = (0, 0);
+        for part in &self.iovecs {
+            let more = bytes + part.iov_len as u64;
+            if more > MOST_BYTES {
+                break;
+            }
+            (parts, bytes) = (parts + 1, more);
         }
-        let count = u32::try_from(self.iovecs.len()).unwrap_or(0);
-        Buffers { first: self.iovecs.as_ptr(), count }
+        (parts, bytes)
+    }
+
+    fn first(&self, parts: usize) -> Buffers {
+        Buffers { first: self.iovecs.as_ptr(), count: u32::try_from(parts).unwrap_or(0) }
+    }
+
+    /// The bounce buffer, put before the list of the rest until the outcome is there.
+    fn bounced(&mut self, len: u64) -> Buffers {
+        let iov_base = self.bounce_part(len).as_mut_ptr().cast();
+        let iov_len = usize::try_from(len).unwrap_or(0);
+        self.iovecs.insert(0, libc::iovec { iov_base, iov_len });
+        self.first(1)
     }
 
     /// The first `len` aligned bytes of the bounce buffer.
@@ -259,7 +284,8 @@ impl Job {
             self.iovecs.push(libc::iovec { iov_base, iov_len });
             left -= iov_len;
         }
-        let what = What::Write { from: self.buffers(len), is_durable: self.is_durable() };
+        let what =
+            What::Write { from: self.first(self.iovecs.len()), is_durable: self.is_durable() };
         Call { what, fd: files.buffered(), offset: self.offset, len }
     }
 

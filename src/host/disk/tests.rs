@@ -16,6 +16,7 @@ use tempfile::{NamedTempFile, TempDir};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::engine::Buffers;
 use super::*;
 
 const RAM: u64 = 0x8000_0000;
@@ -458,8 +459,12 @@ impl Engine for Script {
 }
 
 fn scripted() -> (Bench, Script) {
+    scripted_with("")
+}
+
+fn scripted_with(options: &str) -> (Bench, Script) {
     let script = Script::new();
-    (Bench::new("", Box::new(script.clone())).unwrap(), script)
+    (Bench::new(options, Box::new(script.clone())).unwrap(), script)
 }
 
 fn unsupported() -> io::Result<u32> {
@@ -568,6 +573,39 @@ fn durable_zeroes_end_with_a_sync() {
     let (id, what, ..) = script.call();
     assert!(matches!(what, What::Sync) && id == 0);
     script.answer(id, Ok(0));
+    assert!(bench.ended(1)[0].is_ok);
+}
+
+#[test]
+fn nothing_of_an_unsafe_disk_waits_for_the_disk() {
+    let (mut bench, script) = scripted_with("unsafe");
+    bench.clear(0, DiskOp::Flush, 0, 0);
+    assert!(bench.ended(1)[0].is_ok);
+    bench.clear(0, zeroes(true), 0, 512);
+    script.answer(script.call().0, Ok(0));
+    assert!(bench.ended(1)[0].is_ok);
+    bench.start(0, DiskOp::Write { is_durable: true }, 0, &[segment(RAM, 512)]);
+    let (id, what, ..) = script.call();
+    assert!(matches!(what, What::Write { is_durable: false, .. }));
+    script.answer(id, Ok(512));
+    assert!(bench.ended(1)[0].is_ok);
+}
+
+#[test]
+fn a_request_as_large_as_memory_is_moved_in_bounded_calls() {
+    let (mut bench, script) = scripted();
+    bench.start(0, DiskOp::Read, 0, &[segment(RAM, 1000), segment(RAM + 4096, (7 << 20) + 24)]);
+    let mut left = (7 << 20) + 1024;
+    while left > 0 {
+        let (id, what, offset, len) = script.call();
+        assert!(matches!(what, What::Read(Buffers { count: 1..=3, .. })));
+        assert!(len <= 2 << 20 && len <= left && offset == (7 << 20) + 1024 - left);
+        left -= len;
+        script.answer(id, Ok(u32::try_from(len).unwrap()));
+        if left > 0 {
+            bench.disk.poll(&mut Vec::new());
+        }
+    }
     assert!(bench.ended(1)[0].is_ok);
 }
 

@@ -15,9 +15,14 @@ use log::warn;
 
 use super::engine::{Call, Engine, Outcome, What};
 
-/// Calls that are submitted at once, at most. The completion queue has room for twice as many, which is more than the device
-/// has on the way.
+/// Calls that are submitted at once, at most.
 const BATCH: u32 = 256;
+
+/// Outcomes that have room: of all that the device has on the way, and as many cancellations.
+const OUTCOMES: u32 = 1024;
+
+/// What cancellations are called; their outcomes are of no interest.
+const CANCEL: u64 = u64::MAX;
 
 /// Bytes between two submits that may be copied from and to the page cache by the thread that submits; what is beyond that
 /// is done by the kernel's workers, however large the guest makes its requests.
@@ -39,7 +44,7 @@ impl Uring {
     /// # Errors
     /// What the kernel says; `Unsupported` where one of the calls is missing.
     pub(super) fn new() -> io::Result<Self> {
-        let ring = IoUring::builder().dontfork().build(BATCH)?;
+        let ring = IoUring::builder().dontfork().setup_cqsize(OUTCOMES).build(BATCH)?;
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
         let needed = [
@@ -47,6 +52,7 @@ impl Uring {
             opcode::Writev::CODE,
             opcode::Fsync::CODE,
             opcode::Fallocate::CODE,
+            opcode::AsyncCancel::CODE,
         ];
         if !needed.iter().all(|code| probe.is_supported(*code)) {
             return Err(io::ErrorKind::Unsupported.into());
@@ -121,14 +127,19 @@ impl Engine for Uring {
         }
     }
 
-    fn withdraw(&mut self, _id: u32) -> bool {
+    fn withdraw(&mut self, id: u32) -> bool {
+        // What waits for one of the kernel's workers ends at once; for the rest there is no harm in asking.
+        let cancel = opcode::AsyncCancel::new(id.into()).build().user_data(CANCEL);
+        // SAFETY: it has no buffers.
+        let _ = unsafe { self.ring.submission().push(&cancel) };
         false
     }
 
     fn reap(&mut self, outcomes: &mut Vec<Outcome>) {
         let refused = |id| (id, Err(io::ErrorKind::OutOfMemory.into()));
         outcomes.extend(self.refused.drain(..).map(refused));
-        outcomes.extend(self.ring.completion().map(|entry| {
+        let calls = self.ring.completion().filter(|entry| entry.user_data() != CANCEL);
+        outcomes.extend(calls.map(|entry| {
             let result = entry.result();
             let moved = u32::try_from(result);
             let id = u32::try_from(entry.user_data()).unwrap_or(u32::MAX);
