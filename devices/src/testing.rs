@@ -247,10 +247,17 @@ impl ConsoleBackend for MemoryConsole {
 /// A host that has everything, in memory, and remembers what was opened.
 #[derive(Debug, Clone, Default)]
 pub struct MemoryHost {
+    disk: Option<MemoryDisk>,
     networks: Arc<Mutex<Vec<(NetworkEnd, MemoryNet)>>>,
 }
 
 impl MemoryHost {
+    /// A host on which every disk is this one.
+    #[must_use]
+    pub fn with_disk(disk: MemoryDisk) -> Self {
+        Self { disk: Some(disk), ..Self::default() }
+    }
+
     /// The networks opened so far, by what was asked for.
     #[must_use]
     pub fn networks(&self) -> Vec<(NetworkEnd, MemoryNet)> {
@@ -273,6 +280,19 @@ impl Host for MemoryHost {
         let network = MemoryNet::new().map_err(refused)?;
         lock(&self.networks).push((end.clone(), network.clone()));
         Ok(Box::new(network))
+    }
+
+    fn disk(
+        &self,
+        plan: &DiskPlan,
+        memory: Arc<dyn DmaMemory>,
+    ) -> Result<Box<dyn DiskBackend>, HostError> {
+        let refused = |error| HostError::refused("Cannot make a disk in memory", error);
+        let disk = match &self.disk {
+            Some(disk) => disk.clone(),
+            None => MemoryDisk::new(8).map_err(refused)?,
+        };
+        Ok(disk.open(plan, memory))
     }
 }
 

@@ -722,9 +722,9 @@ fn what_a_pass_leaves_in_any_queue_is_looked_at_again_without_a_kick() {
     let mut rig = Rig::new(Box::new(Greedy(event.try_clone().unwrap())));
     rig.start(0);
     for queue in [0, 1] {
-        (0..16).for_each(|_| {
+        for _ in 0..16 {
             rig.add(queue, &[Buffer::Write(1)]);
-        });
+        }
     }
     event.write(1).unwrap();
     rig.run();

@@ -9,7 +9,7 @@
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use rvmm_devices::testing::{turn, wiring};
+use rvmm_devices::testing::{MemoryHost, turn, wiring};
 use rvmm_devices::virtio::blk::testing::MemoryDisk;
 use rvmm_devices::virtio::blk::{DiskCache, DiskPlan};
 use rvmm_devices::virtio::feature::RING_RESET;
@@ -51,7 +51,7 @@ fn stopped(options: &str) -> (Rig, MemoryDisk) {
         bytes.chunks_mut(512).enumerate().for_each(|(index, sector)| sector.fill(index as u8));
     });
     let options = Options::parse(&format!("blk,path=disk{options}")).unwrap();
-    let host = Arc::new(disk.clone());
+    let host = Arc::new(MemoryHost::with_disk(disk.clone()));
     let rig = Rig::build(|wiring| {
         Model::find("blk").unwrap().create(&options, Wiring { host, ..wiring }).unwrap()
     });
@@ -59,10 +59,9 @@ fn stopped(options: &str) -> (Rig, MemoryDisk) {
 }
 
 fn refusal(options: &str) -> String {
-    let host = Arc::new(MemoryDisk::new(1).unwrap());
     let options = Options::parse(options).unwrap();
     let model = Model::find("blk").unwrap();
-    let error = model.create(&options, Wiring { host, ..wiring() }).err().unwrap();
+    let error = model.create(&options, wiring()).err().unwrap();
     std::error::Error::source(&error).unwrap().to_string()
 }
 

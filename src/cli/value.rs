@@ -41,7 +41,9 @@ pub(super) fn disk(text: &str) -> Result<String, String> {
     if path.starts_with("path=") {
         return Err("the path stands alone, before the first comma (write disk.img,ro=on)".into());
     }
-    Ok(format!("blk,path={text}"))
+    let text = format!("blk,path={text}");
+    device(&text)?;
+    Ok(text)
 }
 
 /// `--serial stdio|null|pty|file:PATH|unix:PATH`.
@@ -64,6 +66,14 @@ pub(super) fn serial(text: OsString) -> Result<SerialConfig, String> {
         .ok_or_else(|| "it is none of stdio, null, pty, file:PATH and unix:PATH".into())
 }
 
+/// A device's text, of which names and keys are right.
+fn device(text: &str) -> Result<Options, String> {
+    let options = Options::parse(text).map_err(|error| error.to_string())?;
+    let model = Model::find(options.name()).map_err(|error| error.to_string())?;
+    options.check(model.keys).map_err(|error| error.to_string())?;
+    Ok(options)
+}
+
 /// `--net tap=NAME,KEY=VALUE,...`: the text of the device that it stands for.
 pub(super) fn net(text: &str) -> Result<String, String> {
     if text == "user" || text.starts_with("user,") {
@@ -75,9 +85,7 @@ pub(super) fn net(text: &str) -> Result<String, String> {
         return Err("its value is missing (write tap=NAME)".into());
     }
     let text = format!("net,{text}");
-    let options = Options::parse(&text).map_err(|error| error.to_string())?;
-    let model = Model::find(options.name()).map_err(|error| error.to_string())?;
-    options.check(model.keys).map_err(|error| error.to_string())?;
+    let options = device(&text)?;
     if options.get("tap").is_none() && options.get("fd").is_none() {
         return Err("it names no other end (write tap=NAME or fd=N)".into());
     }
@@ -205,6 +213,8 @@ mod tests {
             assert!(disk(text).expect_err(text).contains("missing"), "{text}");
         }
         assert!(disk("path=a.img").expect_err("no path").contains("alone"));
+        assert!(disk("a.img,ro").expect_err("no pair").contains("key=value"));
+        assert!(disk("a.img,path=b").expect_err("twice").contains("twice"));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `disk/` | disks: files and block devices, by io_uring or a thread |
+//! | `disk/` | disks: files and block devices |
 //! | `tap.rs` | networks: tap interfaces |
 
 use std::sync::Arc;
@@ -37,5 +37,13 @@ impl Host for Linux {
             NetworkEnd::Descriptor(fd) => tap::Tap::inherit(*fd),
         }?;
         Ok(Box::new(tap))
+    }
+
+    fn disk(
+        &self,
+        plan: &DiskPlan,
+        memory: Arc<dyn DmaMemory>,
+    ) -> Result<Box<dyn DiskBackend>, HostError> {
+        Ok(Box::new(disk::open(plan, memory)?))
     }
 }

@@ -358,7 +358,7 @@ mod tests {
         let host = disk.clone();
         let rig = Rig::build(|wiring| {
             let wish = Wish::read(&Options::parse("blk,path=disk,queues=2").unwrap()).unwrap();
-            let end = host.disk(&wish.plan, Arc::clone(&wiring.memory)).unwrap();
+            let end = host.open(&wish.plan, Arc::clone(&wiring.memory));
             let limiter = Limiter::new(None, None).unwrap();
             let mut blk = Blk::new(&wish, end, limiter, EventFd::new(EFD_NONBLOCK).unwrap());
             blk.free.truncate(2);
@@ -396,6 +396,6 @@ mod tests {
         let wish = Wish::read(&Options::parse("blk,path=a").unwrap()).unwrap();
         let memory = Arc::new(GuestMemoryMmap::new());
         let error = crate::host::NoHost.disk(&wish.plan, memory).err().unwrap();
-        assert_eq!(error.to_string(), "Cannot open disk a: this host has no disks");
+        assert_eq!(error.to_string(), "Cannot open disk a: there is no host");
     }
 }

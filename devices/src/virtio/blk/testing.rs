@@ -7,13 +7,13 @@ use vm_memory::Bytes;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{DiskBackend, DiskDone, DiskOp, DiskPlan, DiskRequest};
-use crate::host::{Host, HostError};
 use crate::virtio::{DmaMemory, Segment};
 
-/// A disk in memory. A handle: a clone is the same disk. As a [`Host`] it is every disk that is asked for.
-#[derive(Clone)]
+/// A disk in memory. A handle: a clone is the same disk.
+#[derive(Debug, Clone)]
 pub struct MemoryDisk(Arc<Mutex<State>>);
 
+#[derive(Debug)]
 struct State {
     bytes: Vec<u8>,
     /// Operations wait until they are let go.
@@ -29,6 +29,7 @@ struct State {
 }
 
 /// An operation that has not ended.
+#[derive(Debug)]
 struct Started {
     slot: u32,
     op: DiskOp,
@@ -124,21 +125,17 @@ impl MemoryDisk {
         self.state().fails_after = bytes;
     }
 
+    /// The device's end of it, which reaches guest RAM through `memory`.
+    #[must_use]
+    pub fn open(&self, plan: &DiskPlan, memory: Arc<dyn DmaMemory>) -> Box<dyn DiskBackend> {
+        let mut state = self.state();
+        state.plan = Some(plan.clone());
+        Box::new(End { disk: self.clone(), memory, event: state.event.as_raw_fd() })
+    }
+
     fn announce(&self) {
         // Refused means that it is readable anyway.
         let _ = self.state().event.write(1);
-    }
-}
-
-impl Host for MemoryDisk {
-    fn disk(
-        &self,
-        plan: &DiskPlan,
-        memory: Arc<dyn DmaMemory>,
-    ) -> Result<Box<dyn DiskBackend>, HostError> {
-        self.state().plan = Some(plan.clone());
-        let event = self.state().event.as_raw_fd();
-        Ok(Box::new(End { disk: self.clone(), memory, event }))
     }
 }
 
