@@ -22,7 +22,6 @@ pub const CATALOG: &[Model] = &[
     crate::virtio::rng::MODEL,
     crate::virtio::blk::MODEL,
     crate::virtio::net::MODEL,
-    crate::virtio::blk::MODEL,
 ];
 
 /// A device that was built, or why it was not.

@@ -266,15 +266,6 @@ impl MemoryHost {
 }
 
 impl Host for MemoryHost {
-    fn disk(
-        &self,
-        plan: &DiskPlan,
-        memory: Arc<dyn DmaMemory>,
-    ) -> Result<Box<dyn DiskBackend>, HostError> {
-        let refused = |error| HostError::refused("Cannot make a disk in memory", error);
-        MemoryDisk::new(8).map_err(refused)?.disk(plan, memory)
-    }
-
     fn network(&self, end: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError> {
         let refused = |error| HostError::refused("Cannot make a network in memory", error);
         let network = MemoryNet::new().map_err(refused)?;

@@ -40,7 +40,7 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
     }
     let cmdline = args.cmdline.unwrap_or(default.boot.cmdline);
     // Disks come first, so that the first one given is the guest's first.
-    let devices: Vec<String> = args.disk.into_iter().chain(args.device).chain(args.net).collect();
+    let devices: Vec<String> = args.disk.into_iter().chain(args.net).chain(args.device).collect();
     let no_prompt = args.no_initrd || args.kernel.is_none() || devices.iter().any(|d| is_disk(d));
     let boot = BootConfig {
         initrd: initrd(args.initrd, no_prompt, &cmdline)?,

@@ -23,14 +23,6 @@ pub(crate) use tap::tests::in_a_namespace;
 pub(crate) struct Linux;
 
 impl Host for Linux {
-    fn disk(
-        &self,
-        plan: &DiskPlan,
-        memory: Arc<dyn DmaMemory>,
-    ) -> Result<Box<dyn DiskBackend>, HostError> {
-        Ok(Box::new(disk::open(plan, memory)?))
-    }
-
     fn network(&self, end: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError> {
         let tap = match end {
             NetworkEnd::Tap(name) => tap::Tap::open(name),

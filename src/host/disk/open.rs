@@ -191,9 +191,9 @@ fn lock(path: &str, file: &File, is_read_only: bool) -> Result<(), HostError> {
     } else {
         ("reading", "stop that program, or add ro=on")
     };
-    Err(HostError::mistake(format!(
-        "Cannot use disk {path}: another program has it open for {open_for} ({hint})"
-    )))
+    let what =
+        format!("Cannot use disk {path}: another program has it open for {open_for} ({hint})");
+    Err(HostError::refused(what, io::ErrorKind::ResourceBusy.into()))
 }
 
 fn whole(kind: libc::c_int) -> libc::flock {

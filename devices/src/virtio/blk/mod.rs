@@ -396,6 +396,6 @@ mod tests {
         let wish = Wish::read(&Options::parse("blk,path=a").unwrap()).unwrap();
         let memory = Arc::new(GuestMemoryMmap::new());
         let error = crate::host::NoHost.disk(&wish.plan, memory).err().unwrap();
-        assert_eq!(error.to_string(), "Cannot open disk a: there is no host");
+        assert_eq!(error.to_string(), "Cannot open disk a: this host has no disks");
     }
 }
