@@ -15,8 +15,13 @@ use crate::rtc::{Clock, WallClock};
 use crate::virtio::{DmaMemory, GuestMemoryMmap};
 
 /// Every device that rvmm can build. A new one adds its file and a line here.
-pub const CATALOG: &[Model] =
-    &[crate::serial::MODEL, crate::rtc::MODEL, crate::power::MODEL, crate::virtio::rng::MODEL];
+pub const CATALOG: &[Model] = &[
+    crate::serial::MODEL,
+    crate::rtc::MODEL,
+    crate::power::MODEL,
+    crate::virtio::rng::MODEL,
+    crate::virtio::vsock::MODEL,
+];
 
 /// A device that was built, or why it was not.
 pub type Built = Result<Box<dyn MmioDevice>, BuildError>;

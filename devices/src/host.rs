@@ -2,11 +2,36 @@
 //! device that asked.
 
 use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 
 use thiserror::Error;
 
 /// Opens the host's ends of devices. A host that has none of a kind refuses by itself.
-pub trait Host: Send + Sync {}
+pub trait Host: Send + Sync {
+    /// Makes a Unix socket at `path` that its owner alone may connect to, and listens on it. One that nobody listens on any
+    /// more is taken over, anything else of that name is left alone.
+    ///
+    /// # Errors
+    /// No socket can be made there, or a program listens there already.
+    fn listen(&self, path: &Path) -> Result<Box<dyn Listener>, HostError>;
+
+    /// Connects to the Unix socket at `path`, which is no symbolic link, without waiting for who listens there.
+    ///
+    /// # Errors
+    /// Nobody listens there, or too many wait already (`WouldBlock`).
+    fn connect(&self, path: &Path) -> io::Result<UnixStream>;
+}
+
+/// A Unix socket that is listened on; dropping it removes its file. Readable (epoll) while somebody waits to be let in.
+pub trait Listener: AsRawFd + Send {
+    /// Lets the next one in, without waiting for one.
+    ///
+    /// # Errors
+    /// `WouldBlock` where nobody waits; else what the system says.
+    fn accept(&self) -> io::Result<UnixStream>;
+}
 
 /// Why a host's end could not be had: the whole sentence for the user.
 #[derive(Debug, Error)]
@@ -39,4 +64,13 @@ impl HostError {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct NoHost;
 
-impl Host for NoHost {}
+impl Host for NoHost {
+    fn listen(&self, path: &Path) -> Result<Box<dyn Listener>, HostError> {
+        let what = format!("Cannot listen on {}: there are no sockets here", path.display());
+        Err(HostError::mistake(what))
+    }
+
+    fn connect(&self, _path: &Path) -> io::Result<UnixStream> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}

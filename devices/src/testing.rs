@@ -4,7 +4,9 @@
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -14,6 +16,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::catalog::Wiring;
 use crate::console::{ConsoleBackend, Port, Ports};
 use crate::device::{Interest, MmioDevice};
+use crate::host::{Host, HostError, Listener};
 use crate::irq::IrqLine;
 use crate::power::{PowerRequest, PowerSwitch};
 use crate::rtc::Clock;
@@ -235,6 +238,45 @@ impl ConsoleBackend for MemoryConsole {
 
     fn attend(&mut self) {
         drop(lock(&self.0).attention.read());
+    }
+}
+
+/// A host whose sockets are the standard library's.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct TestHost;
+
+#[derive(Debug)]
+struct TestListener(UnixListener, PathBuf);
+
+impl Host for TestHost {
+    fn listen(&self, path: &Path) -> Result<Box<dyn Listener>, HostError> {
+        let failed =
+            |error| HostError::refused(format!("Cannot listen on {}", path.display()), error);
+        let listener = UnixListener::bind(path).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        Ok(Box::new(TestListener(listener, path.into())))
+    }
+
+    fn connect(&self, path: &Path) -> io::Result<UnixStream> {
+        UnixStream::connect(path)
+    }
+}
+
+impl AsRawFd for TestListener {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+impl Listener for TestListener {
+    fn accept(&self) -> io::Result<UnixStream> {
+        self.0.accept().map(|(stream, _)| stream)
+    }
+}
+
+impl Drop for TestListener {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.1);
     }
 }
 

@@ -187,6 +187,13 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "NAME,KEY=VALUE", help_heading = "Devices")]
     pub(super) device: Vec<String>,
 
+    /// Connect programs in the guest and on the host by sockets: the guest's port N, and N of the host at PATH_N
+    ///
+    /// rvmm listens on the Unix socket PATH: who connects and writes CONNECT N gets the guest's port N. Short for
+    /// --device vsock,path=PATH.
+    #[arg(long, value_name = "PATH[,cid=N]", help_heading = "Devices")]
+    pub(super) vsock: Option<String>,
+
     /// List the devices and their options
     #[arg(long, help_heading = "Devices")]
     pub(super) list_devices: bool,

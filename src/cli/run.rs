@@ -48,6 +48,8 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
         load: args.load,
         entry: args.entry,
     };
+    let mut devices = args.device;
+    devices.extend(args.vsock.map(|vsock| format!("vsock,path={vsock}")));
     let config = VmConfig {
         name: args.name.unwrap_or(default.name),
         mem: args.mem.unwrap_or(default.mem),
@@ -56,7 +58,7 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
         boot,
         irqchip: args.irqchip.unwrap_or_default(),
         serial: args.serial.unwrap_or_default(),
-        devices: args.device,
+        devices,
         on_reset: if args.no_reboot { OnReset::Exit } else { OnReset::Restart },
         unassigned: args.unassigned.unwrap_or_default(),
     };

@@ -46,6 +46,14 @@ fn a_kernel_alone_is_a_machine_with_the_defaults() {
 }
 
 #[test]
+fn vsock_is_short_for_a_device() {
+    let with = |flag: &str| config(&["--kernel", "Image", "--vsock", flag]).devices.clone();
+    assert_eq!(with("/run/guest.vsock"), ["vsock,path=/run/guest.vsock"]);
+    assert_eq!(with("/run/v,cid=7"), ["vsock,path=/run/v,cid=7"]);
+    assert!(mistake(&["--kernel", "Image", "--vsock", "/run/v,sid=7"]).contains("sid"));
+}
+
+#[test]
 fn every_flag_reaches_the_configuration() {
     let line = "--kernel Image --mem 2G --cpus 4 --initrd root.cpio --irqchip plic --dump-dtb out.dtb \
                 --load a@0x8100_0000 --load b@2G --entry 0x8020_0000 --serial unix:/tmp/s --no-reboot \

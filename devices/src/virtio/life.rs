@@ -268,7 +268,7 @@ impl Core {
             let result = task(self.device.as_mut(), &mut work);
             let outcome = work.end();
             budget = outcome.budget;
-            let is_cut_short = outcome.is_cut_short;
+            let cut_short = outcome.cut_short;
             self.note(outcome);
             if let Err(error) = result {
                 self.break_down(&error.to_string());
@@ -276,10 +276,10 @@ impl Core {
             }
             let has_more = self.end_pass(&memory);
             match kicked {
+                Some(queue)
+                    if cut_short == 0 && has_more >> (queue % 64) & 1 == 1 && budget > 0 => {}
                 // The rest comes after everybody else had a turn.
-                Some(queue) if is_cut_short => return self.ring(queue.into()),
-                Some(queue) if has_more >> (queue % 64) & 1 == 1 && budget > 0 => {}
-                _ => return self.ring_all(has_more),
+                _ => return self.ring_all(has_more | cut_short),
             }
         }
     }

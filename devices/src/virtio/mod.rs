@@ -22,6 +22,7 @@ pub mod mmio;
 pub mod queue;
 pub(crate) mod rng;
 pub mod testing;
+pub(crate) mod vsock;
 pub mod work;
 
 pub use bucket::{Limit, Limiter};

@@ -19,8 +19,8 @@ pub struct Work<'a> {
 pub(super) struct Outcome {
     /// Chains that may still be taken, refused ones included.
     pub(super) budget: u16,
-    /// A chain was left because the budget was used up.
-    pub(super) is_cut_short: bool,
+    /// Queues of which a chain may have been left because the budget was used up, a bit each.
+    pub(super) cut_short: u64,
     /// The device's configuration is another.
     pub(super) config_changed: bool,
     /// Chains that were refused, and why the last one was.
@@ -54,7 +54,7 @@ impl<'a> Work<'a> {
         let Some(from) = self.queues.get_mut(usize::from(queue)) else { return Ok(None) };
         loop {
             if self.outcome.budget == 0 {
-                self.outcome.is_cut_short |= from.is_active();
+                self.outcome.cut_short |= u64::from(from.is_active()) << (queue % 64);
                 return Ok(None);
             }
             match from.pop(self.memory)? {
