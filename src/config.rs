@@ -1,6 +1,7 @@
 //! What a user asks for: plain data, validated once, the same for the command line, a file and the API.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -35,6 +36,9 @@ pub struct VmConfig {
     pub on_reset: OnReset,
     /// What an access to an address without memory and device does.
     pub unassigned: Unassigned,
+    /// Seconds that a guest with a power button (the device `input`) has to power off after SIGTERM; 0 is none: it is
+    /// stopped at once.
+    pub grace_s: u32,
 }
 
 /// The harts of a machine.
@@ -197,6 +201,24 @@ pub const MAX_SOCKET_PATH: usize = 107;
 /// Command line of a kernel where nothing is said.
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0";
 
+/// Seconds that a guest has to power off where nothing is said.
+pub const DEFAULT_GRACE_S: u32 = 10;
+
+impl VmConfig {
+    /// Whether the machine has a device of this model besides those that every machine has.
+    #[must_use]
+    pub fn has_device(&self, model: &str) -> bool {
+        self.devices.iter().any(|text| text.split(',').next() == Some(model))
+    }
+
+    /// How long a guest may take to power off after SIGTERM; `None` where it has no power button, or is given no time.
+    #[must_use]
+    pub fn power_off_patience(&self) -> Option<Duration> {
+        let is_asked = self.grace_s > 0 && self.has_device("input");
+        is_asked.then(|| Duration::from_secs(self.grace_s.into()))
+    }
+}
+
 impl Default for VmConfig {
     fn default() -> Self {
         Self {
@@ -210,6 +232,7 @@ impl Default for VmConfig {
             devices: Vec::new(),
             on_reset: OnReset::default(),
             unassigned: Unassigned::default(),
+            grace_s: DEFAULT_GRACE_S,
         }
     }
 }

@@ -50,6 +50,9 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
     };
     let mut devices = args.device;
     devices.extend(args.vsock.map(|vsock| format!("vsock,path={vsock}")));
+    if args.power_button {
+        devices.push("input".into());
+    }
     let config = VmConfig {
         name: args.name.unwrap_or(default.name),
         mem: args.mem.unwrap_or(default.mem),
@@ -61,7 +64,12 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
         devices,
         on_reset: if args.no_reboot { OnReset::Exit } else { OnReset::Restart },
         unassigned: args.unassigned.unwrap_or_default(),
+        grace_s: args.grace.unwrap_or(default.grace_s),
     };
+    if args.grace.is_some() && !config.has_device("input") {
+        let what = "Cannot use --grace: SIGTERM stops a guest without a power button at once (add --power-button)";
+        return Err(Error::Config(what.into()));
+    }
     config.validate()
 }
 

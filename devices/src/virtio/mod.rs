@@ -17,6 +17,7 @@ use crate::device::Source;
 
 pub mod bucket;
 pub mod chain;
+pub(crate) mod input;
 mod life;
 pub mod mmio;
 pub mod queue;
