@@ -23,6 +23,7 @@ pub const CATALOG: &[Model] = &[
     crate::virtio::rng::MODEL,
     crate::virtio::vsock::MODEL,
     crate::virtio::input::MODEL,
+    crate::virtio::balloon::MODEL,
 ];
 
 /// A device that was built, or why it was not.
