@@ -1,5 +1,7 @@
 //! What a user asks for: plain data, validated once, the same for the command line, a file and the API.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -150,6 +152,31 @@ pub enum SerialConfig {
     Pty,
     /// A Unix socket that rvmm listens on, one client at a time.
     Unix(PathBuf),
+}
+
+impl SerialConfig {
+    /// Takes `stdio`, `null`, `pty`, `file:PATH` or `unix:PATH`.
+    ///
+    /// # Errors
+    /// What is wrong with the text.
+    pub fn parse(text: &OsStr) -> Result<Self, &'static str> {
+        let bytes = text.as_bytes();
+        let path =
+            |prefix: &[u8]| bytes.strip_prefix(prefix).map(|path| OsStr::from_bytes(path).into());
+        match bytes {
+            b"stdio" => return Ok(Self::Stdio),
+            b"null" => return Ok(Self::Null),
+            b"pty" => return Ok(Self::Pty),
+            b"file:" | b"unix:" => return Err("the path behind the ':' is missing"),
+            _ => {}
+        }
+        if let Some(path) = path(b"file:") {
+            return Ok(Self::File(path));
+        }
+        path(b"unix:")
+            .map(Self::Unix)
+            .ok_or("it is none of stdio, null, pty, file:PATH and unix:PATH")
+    }
 }
 
 /// What a guest's reset request (SBI SRST reboot, syscon reboot) does.

@@ -24,6 +24,7 @@ pub const CATALOG: &[Model] = &[
     crate::virtio::vsock::MODEL,
     crate::virtio::input::MODEL,
     crate::virtio::balloon::MODEL,
+    crate::virtio::console::MODEL,
 ];
 
 /// A device that was built, or why it was not.

@@ -8,8 +8,17 @@ use std::path::Path;
 
 use thiserror::Error;
 
+use crate::console::ConsoleBackend;
+
 /// Opens the host's ends of devices. A host that has none of a kind refuses by itself.
 pub trait Host: Send + Sync {
+    /// Opens a console's other end: `stdio`, `null`, `pty`, `file:PATH` or `unix:PATH`. Each has one user at a time; one that
+    /// was let go is handed out again as it was left.
+    ///
+    /// # Errors
+    /// It is none of these, cannot be had, or is in use.
+    fn console(&self, to: &str) -> Result<Box<dyn ConsoleBackend>, HostError>;
+
     /// Makes a Unix socket at `path` that its owner alone may connect to, and listens on it. One that nobody listens on any
     /// more is taken over, anything else of that name is left alone.
     ///
@@ -65,6 +74,10 @@ impl HostError {
 pub struct NoHost;
 
 impl Host for NoHost {
+    fn console(&self, to: &str) -> Result<Box<dyn ConsoleBackend>, HostError> {
+        Err(HostError::mistake(format!("Cannot open {to}: there are no consoles here")))
+    }
+
     fn listen(&self, path: &Path) -> Result<Box<dyn Listener>, HostError> {
         let what = format!("Cannot listen on {}: there are no sockets here", path.display());
         Err(HostError::mistake(what))

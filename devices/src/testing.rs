@@ -14,7 +14,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::catalog::Wiring;
-use crate::console::{ConsoleBackend, Port, Ports};
+use crate::console::{ConsoleBackend, NullConsole, Port, Ports};
 use crate::device::{Interest, MmioDevice};
 use crate::host::{Host, HostError, Listener};
 use crate::irq::IrqLine;
@@ -104,6 +104,7 @@ struct Memory {
     room: Option<usize>,
     failure: Option<ErrorKind>,
     writes: usize,
+    size: Option<(u16, u16)>,
     /// Its counter is not zero while there is input.
     readable: EventFd,
     /// Its counter is at the limit while there is no room.
@@ -127,6 +128,7 @@ impl MemoryConsole {
             room: None,
             failure: None,
             writes: 0,
+            size: None,
             readable: event()?,
             writable: event()?,
             attention: event()?,
@@ -194,7 +196,18 @@ impl MemoryConsole {
     }
 }
 
+impl MemoryConsole {
+    /// Makes the console a terminal of so many columns and rows.
+    pub fn set_size(&self, size: (u16, u16)) {
+        self.change(|memory| memory.size = Some(size));
+    }
+}
+
 impl ConsoleBackend for MemoryConsole {
+    fn size(&self) -> Option<(u16, u16)> {
+        lock(&self.0).size
+    }
+
     fn ports(&self) -> Ports {
         let memory = lock(&self.0);
         let port = |event: &EventFd| match memory.connected {
@@ -241,7 +254,7 @@ impl ConsoleBackend for MemoryConsole {
     }
 }
 
-/// A host whose sockets are the standard library's.
+/// A host whose sockets are the standard library's, and which has only the console `null`.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct TestHost;
 
@@ -249,6 +262,13 @@ pub struct TestHost;
 struct TestListener(UnixListener, PathBuf);
 
 impl Host for TestHost {
+    fn console(&self, to: &str) -> Result<Box<dyn ConsoleBackend>, HostError> {
+        match to {
+            "null" => Ok(Box::new(NullConsole)),
+            other => Err(HostError::mistake(format!("{other} is no console here"))),
+        }
+    }
+
     fn listen(&self, path: &Path) -> Result<Box<dyn Listener>, HostError> {
         let failed =
             |error| HostError::refused(format!("Cannot listen on {}", path.display()), error);

@@ -37,6 +37,7 @@ fn build(model: &Model) -> Built {
 fn options(model: &Model) -> Options {
     match model.name {
         "vsock" => Options::parse(&format!("vsock,path={}", socket_path())).unwrap(),
+        "console" => Options::parse("console,to=null").unwrap(),
         name => Options::none(name),
     }
 }

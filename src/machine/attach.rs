@@ -13,7 +13,6 @@ use super::irqchip::{Lines, WakingLine};
 use super::vm::Vm;
 use crate::button::Button;
 use crate::error::Error;
-use crate::host::Linux;
 use crate::layout::{self, SLOT_SIZE, SLOTS};
 use crate::vcpu::Control;
 
@@ -33,6 +32,8 @@ pub(super) struct Hookup<'a> {
     pub(super) console: Box<dyn ConsoleBackend>,
     /// The other end of the first input device.
     pub(super) button: Option<&'a Button>,
+    /// Who opens further ends.
+    pub(super) host: Arc<dyn Host>,
     /// Guest RAM, for devices that reach into it.
     pub(super) memory: Arc<dyn DmaMemory>,
     /// Who may ring doorbells without rvmm.
@@ -53,11 +54,10 @@ pub(super) fn attach(extra: &[String], hookup: Hookup<'_>) -> Result<Attached, E
     let (mut console, mut button) = (Some(hookup.console), hookup.button);
     let mut devices: Vec<(u64, Box<dyn MmioDevice>)> = Vec::new();
     let mut nodes = Vec::new();
-    let host: Arc<dyn Host> = Arc::new(Linux);
     for plan in plan(extra)? {
         let mut wiring = Wiring::new(Arc::clone(&hookup.power));
         wiring.memory = Arc::clone(&hookup.memory);
-        wiring.host = Arc::clone(&host);
+        wiring.host = Arc::clone(&hookup.host);
         if plan.irq != 0 {
             let line = hookup.lines.source(plan.irq)?;
             wiring.irq = Arc::new(WakingLine { line, control: Arc::clone(hookup.control) });

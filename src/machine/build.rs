@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use rvmm_devices::virtio::DmaMemory;
-use rvmm_devices::{Bus, PowerRequest, PowerSwitch};
+use rvmm_devices::{Bus, Host, PowerRequest, PowerSwitch};
 
 use super::attach::{Attached, Hookup, attach};
 use super::irqchip::Lines;
@@ -34,11 +34,14 @@ pub(super) struct Board {
 }
 
 /// What outlives a board: the other ends of its devices.
+#[derive(Clone)]
 pub(super) struct Ends {
     /// Of the first UART.
     pub(super) console: SharedConsole,
     /// Of the first input device.
     pub(super) button: Option<Arc<Button>>,
+    /// Who opens those of the others.
+    pub(super) host: Arc<dyn Host>,
 }
 
 impl Board {
@@ -47,7 +50,7 @@ impl Board {
         config: &VmConfig,
         files: &Files,
         host: &dyn Hypervisor,
-        ends: Ends,
+        ends: &Ends,
     ) -> Result<Self, Error> {
         let ram = GuestRam::new(Span { base: RAM_BASE, size: config.mem }, config.hugepages)?;
         let ram = Arc::new(ram);
@@ -67,6 +70,7 @@ impl Board {
             power,
             console: Box::new(ends.console.waking(&control)),
             button: ends.button.as_deref(),
+            host: Arc::clone(&ends.host),
             memory: Arc::clone(&ram) as Arc<dyn DmaMemory>,
             vm: vm.as_ref(),
         };

@@ -18,6 +18,7 @@ use std::thread::{self, JoinHandle};
 use crate::button::Button;
 use crate::config::{OnReset, VmConfig};
 use crate::error::Error;
+use crate::host::Linux;
 use crate::io_loop::IoLoop;
 use crate::kvm;
 use crate::memory;
@@ -60,10 +61,9 @@ pub struct Parts {
 pub struct Machine {
     config: VmConfig,
     host: Box<dyn Hypervisor>,
-    console: SharedConsole,
+    ends: Ends,
     pty: Option<std::path::PathBuf>,
     signals: Option<Signals>,
-    button: Option<Arc<Button>>,
     handle: Handle,
     board: Board,
 }
@@ -109,9 +109,11 @@ impl Machine {
         let button = signals.and_then(|_| config.power_off_patience());
         let button = button.map(Button::new).transpose();
         let button = button.map_err(|e| host_error("make the power button", e))?.map(Arc::new);
-        let ends = Ends { console: console.clone(), button: button.clone() };
-        let board = Board::build(&config, &files, host.as_ref(), ends)?;
-        Ok(Self { config, host, console, pty, signals, button, handle, board })
+        let stopper = handle.clone();
+        let linux = Arc::new(Linux::new(Arc::new(move || stopper.stop())));
+        let ends = Ends { console, button, host: linux };
+        let board = Board::build(&config, &files, host.as_ref(), &ends)?;
+        Ok(Self { config, host, ends, pty, signals, handle, board })
     }
 
     /// What stops, pauses and resumes the machine from any thread.
@@ -131,17 +133,16 @@ impl Machine {
     /// # Errors
     /// The host fails to start a thread or the event loop, or a restart finds a file or the host changed.
     pub fn run(self) -> Result<StopReason, Error> {
-        let Self { config, host, console, signals, button, handle, mut board, .. } = self;
+        let Self { config, host, ends, signals, handle, mut board, .. } = self;
         loop {
-            let callers = signals.map(|signals| (signals, button.clone()));
+            let callers = signals.map(|signals| (signals, ends.button.clone()));
             let reason = live(board, &config, &handle, callers)?;
             if reason != StopReason::Reset || config.on_reset == OnReset::Exit {
                 return Ok(reason);
             }
             log::info!("The guest restarts");
             let files = Files::open(&config)?;
-            let ends = Ends { console: console.clone(), button: button.clone() };
-            board = Board::build(&config, &files, host.as_ref(), ends)?;
+            board = Board::build(&config, &files, host.as_ref(), &ends)?;
         }
     }
 

@@ -18,6 +18,7 @@ use crate::device::Source;
 pub(crate) mod balloon;
 pub mod bucket;
 pub mod chain;
+pub(crate) mod console;
 pub(crate) mod input;
 mod life;
 pub mod mmio;
