@@ -531,6 +531,10 @@ fn bytes_of_the_host_come_in_large_pieces() {
 #[test]
 fn a_guest_has_1023_streams_at_most() {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    if limit.maximum.is_some_and(|most| most < 5000) {
+        println!("skipped: {limit:?} are too few descriptors for both ends of 1023 streams");
+        return;
+    }
     let most = rustix::process::Rlimit { current: limit.maximum, ..limit };
     rustix::process::setrlimit(rustix::process::Resource::Nofile, most).unwrap();
     let mut guest = Guest::new();

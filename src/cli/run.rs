@@ -50,7 +50,7 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
     };
     let mut devices = args.device;
     devices.extend(args.vsock.map(|vsock| format!("vsock,path={vsock}")));
-    if args.power_button {
+    if args.power_button && !devices.iter().any(|device| device == "input") {
         devices.push("input".into());
     }
     let config = VmConfig {

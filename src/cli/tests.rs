@@ -63,6 +63,8 @@ fn a_power_button_gives_the_guest_time() {
     assert_eq!(patience(&["--power-button"]), Some(10));
     assert_eq!(patience(&["--device", "input", "--grace", "3"]), Some(3));
     assert_eq!(patience(&["--power-button", "--grace", "0"]), None);
+    let both = config(&["--kernel", "Image", "--power-button", "--device", "input"]);
+    assert_eq!(both.devices, ["input"], "one button is enough");
     assert!(mistake(&["--kernel", "Image", "--grace", "3"]).contains("--power-button"));
     assert!(
         mistake(&["--kernel", "Image", "--power-button", "--grace", "x"]).contains("--grace 'x'")
