@@ -42,6 +42,13 @@ kernel_folder() {
     esac
 }
 
+# The modules of the kernel that guests run.
+guest_modules() {
+    local kernel
+    kernel=$(kernel_folder default)
+    printf '%s' "$kernel/lib/modules/$(<"$kernel/version")"
+}
+
 # Prints "address<TAB>keyring" of the Debian archive that this machine installs from: never a third party's source.
 debian_source() {
     local codename file

@@ -176,6 +176,12 @@ fn what_hardware_would_refuse_is_an_access_fault_that_the_guest_survives() {
 }
 
 #[test]
+fn a_virtio_device_answers_and_a_broken_driver_breaks_only_its_device() {
+    let Some(host) = host() else { return };
+    passes_everywhere(host, "virtio", &["--device", "rng"]);
+}
+
+#[test]
 fn a_reset_gives_a_new_machine() {
     let Some(host) = host() else { return };
     for irqchip in &host.irqchips {

@@ -18,7 +18,7 @@ mod log;
 use std::io::Read;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use harness::{Launch, STOP_LIMIT, Session, host, kernel, rvmm};
+use harness::{Launch, STOP_LIMIT, host, kernel, rvmm};
 use rustix::process::Signal;
 
 /// Bytes of console output that must come through a slow reader unharmed. Each is an exit, and a million take two minutes
@@ -28,15 +28,6 @@ const FLOOD: usize = 500_000;
 /// A machine of 512 MiB with Debian's kernel.
 fn machine(irqchip: &str, cpus: &str) -> Launch {
     rvmm(&["--mem", "512M", "--cpus", cpus, "--irqchip", irqchip]).kernel(&kernel())
-}
-
-/// Types a command and gives what it printed. The prompt that ends the answer stays to be looked for.
-fn ask(session: &mut Session, command: &str) -> String {
-    // The terminal echoes what is typed, broken into lines as it likes. Marks that are typed in two halves appear whole only
-    // where the shell prints them.
-    session.send(&format!("echo st''art; {command}; echo do''ne\n"));
-    session.expect("start\r\n");
-    session.expect("done\r\n").replace('\r', "")
 }
 
 fn number(text: &str) -> u64 {
@@ -54,22 +45,22 @@ fn look_around(irqchip: &str, cpus: &str) {
     session.expect("rvmm: Linux ");
     assert!(session.expect("rvmm# ").contains(&greeting), "the greeting does not say {greeting:?}");
 
-    assert_eq!(ask(&mut session, "echo $((6*7))"), "42\n");
-    assert_eq!(ask(&mut session, "nproc"), format!("{cpus}\n"));
-    let cpuinfo = ask(&mut session, "cat /proc/cpuinfo");
+    assert_eq!(session.ask("echo $((6*7))"), "42\n");
+    assert_eq!(session.ask("nproc"), format!("{cpus}\n"));
+    let cpuinfo = session.ask("cat /proc/cpuinfo");
     assert_eq!(cpuinfo.matches("\nhart\t").count().to_string(), cpus, "{cpuinfo}");
     assert!(cpuinfo.contains("rv64imafdc"), "{cpuinfo}");
     assert!(cpuinfo.contains("mmu\t\t: sv"), "{cpuinfo}");
 
     // All of the 512 MiB but what the kernel takes for itself: its image, an entry per page, the harts' own areas.
-    let total = ask(&mut session, "sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo");
+    let total = session.ask("sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo");
     let megabytes = number(&total) / 1024;
     assert!((400..512).contains(&megabytes), "MemTotal says {megabytes} MiB of 512");
-    assert_eq!(ask(&mut session, "cat /proc/cmdline"), "console=ttyS0\n");
+    assert_eq!(session.ask("cat /proc/cmdline"), "console=ttyS0\n");
 
     // The clock: both the device and the time that the kernel took from it at boot.
     for command in ["cat /sys/class/rtc/rtc0/since_epoch", "date +%s"] {
-        let seconds = number(&ask(&mut session, command));
+        let seconds = number(&session.ask(command));
         assert!(
             seconds.abs_diff(now()) < 300,
             "{command} says {seconds}, the host's clock {}",
@@ -77,19 +68,19 @@ fn look_around(irqchip: &str, cpus: &str) {
         );
     }
 
-    let interrupts = ask(&mut session, "cat /proc/interrupts");
+    let interrupts = session.ask("cat /proc/interrupts");
     let controller = if irqchip == "aia" { " APLIC" } else { " PLIC" };
     let uart = interrupts.lines().find(|line| line.ends_with("ttyS0")).unwrap_or("");
     assert!(uart.contains(controller), "ttyS0 is not at the {controller}: {interrupts}");
 
-    let complaints = log::complaints(&ask(&mut session, "dmesg -r"));
+    let complaints = log::complaints(&session.ask("dmesg -r"));
     assert!(complaints.is_empty(), "the kernel complains:\n{}", complaints.join("\n"));
 
     // In place: the same process, a new machine.
     session.send("reboot\n");
     session.expect("rvmm: Linux ");
     session.expect("rvmm# ");
-    assert_eq!(ask(&mut session, "nproc"), format!("{cpus}\n"));
+    assert_eq!(session.ask("nproc"), format!("{cpus}\n"));
     session.send("poweroff\n");
     assert_eq!(session.exit_code(), 0);
 }
@@ -127,15 +118,15 @@ fn four_harts_come_up_with_a_plic_where_the_host_has_aia() {
 /// Boots to an initramfs of one's own, types into its shell, and powers off from there.
 fn own_initramfs(irqchip: &str, cpus: &str) {
     let folder = tempfile::tempdir().expect("a folder");
-    let initrd = initramfs::build(folder.path(), &[]);
+    let initrd = initramfs::build(folder.path(), &[], &[]);
     let mut session = machine(irqchip, cpus)
         .args(&["--cmdline", "console=ttyS0 quiet"])
         .path("--initrd=", &initrd, "")
         .start();
     session.expect("own initramfs is up\r\n");
     session.expect("# ");
-    assert_eq!(ask(&mut session, "nproc"), format!("{cpus}\n"));
-    assert_eq!(ask(&mut session, "echo $((6*7))"), "42\n");
+    assert_eq!(session.ask("nproc"), format!("{cpus}\n"));
+    assert_eq!(session.ask("echo $((6*7))"), "42\n");
     session.send("poweroff -f\n");
     assert_eq!(session.exit_code(), 0);
 }
@@ -147,7 +138,7 @@ fn a_flood_reaches_a_slow_reader_byte_for_byte_and_an_idle_machine_stops() {
     let count =
         std::env::var("RVMM_FLOOD_BYTES").map_or(FLOOD, |count| count.parse().expect("a number"));
     let data = harness::flood(count);
-    let initrd = initramfs::build(folder.path(), &[("data", &data)]);
+    let initrd = initramfs::build(folder.path(), &[("data", &data)], &[]);
     let mut session = machine(host.irqchips[0], "1")
         .args(&["--cmdline", "console=ttyS0 quiet flood"])
         .path("--initrd=", &initrd, "")

@@ -21,6 +21,8 @@ pub const CATALOG: &[Model] = &[
     crate::rtc::MODEL,
     crate::power::MODEL,
     crate::virtio::rng::MODEL,
+    crate::virtio::blk::MODEL,
+    crate::virtio::net::MODEL,
     crate::virtio::vsock::MODEL,
     crate::virtio::input::MODEL,
     crate::virtio::balloon::MODEL,

@@ -5,32 +5,66 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
 
 use thiserror::Error;
 
 use crate::console::ConsoleBackend;
+use crate::virtio::DmaMemory;
+use crate::virtio::blk::{DiskBackend, DiskPlan};
+use crate::virtio::net::{NetBackend, NetworkEnd};
 
 /// Opens the host's ends of devices. A host that has none of a kind refuses by itself.
 pub trait Host: Send + Sync {
+    /// Opens a disk, which reaches guest RAM through `memory`.
+    ///
+    /// # Errors
+    /// The file cannot be opened, cannot be a disk, or is in use.
+    fn disk(
+        &self,
+        plan: &DiskPlan,
+        memory: Arc<dyn DmaMemory>,
+    ) -> Result<Box<dyn DiskBackend>, HostError> {
+        let _ = memory;
+        Err(HostError::mistake(format!("Cannot open disk {}: this host has no disks", plan.path)))
+    }
+
+    /// Connects a network device.
+    ///
+    /// # Errors
+    /// There is no such network, or it is not for this user.
+    fn network(&self, end: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError> {
+        let _ = end;
+        Err(HostError::mistake("Cannot connect a network: this host has none"))
+    }
+
     /// Opens a console's other end: `stdio`, `null`, `pty`, `file:PATH` or `unix:PATH`. Each has one user at a time; one that
     /// was let go is handed out again as it was left.
     ///
     /// # Errors
     /// It is none of these, cannot be had, or is in use.
-    fn console(&self, to: &str) -> Result<Box<dyn ConsoleBackend>, HostError>;
+    fn console(&self, to: &str) -> Result<Box<dyn ConsoleBackend>, HostError> {
+        Err(HostError::mistake(format!("Cannot open {to}: there are no consoles here")))
+    }
 
     /// Makes a Unix socket at `path` that its owner alone may connect to, and listens on it. One that nobody listens on any
     /// more is taken over, anything else of that name is left alone.
     ///
     /// # Errors
     /// No socket can be made there, or a program listens there already.
-    fn listen(&self, path: &Path) -> Result<Box<dyn Listener>, HostError>;
+    fn listen(&self, path: &Path) -> Result<Box<dyn Listener>, HostError> {
+        let what = format!("Cannot listen on {}: there are no sockets here", path.display());
+        Err(HostError::mistake(what))
+    }
 
     /// Connects to the Unix socket at `path`, which is no symbolic link, without waiting for who listens there.
     ///
     /// # Errors
     /// Nobody listens there, or too many wait already (`WouldBlock`).
-    fn connect(&self, path: &Path) -> io::Result<UnixStream>;
+    fn connect(&self, path: &Path) -> io::Result<UnixStream> {
+        let _ = path;
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 /// A Unix socket that is listened on; dropping it removes its file. Readable (epoll) while somebody waits to be let in.
@@ -73,17 +107,4 @@ impl HostError {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct NoHost;
 
-impl Host for NoHost {
-    fn console(&self, to: &str) -> Result<Box<dyn ConsoleBackend>, HostError> {
-        Err(HostError::mistake(format!("Cannot open {to}: there are no consoles here")))
-    }
-
-    fn listen(&self, path: &Path) -> Result<Box<dyn Listener>, HostError> {
-        let what = format!("Cannot listen on {}: there are no sockets here", path.display());
-        Err(HostError::mistake(what))
-    }
-
-    fn connect(&self, _path: &Path) -> io::Result<UnixStream> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-}
+impl Host for NoHost {}

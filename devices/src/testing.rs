@@ -20,6 +20,11 @@ use crate::host::{Host, HostError, Listener};
 use crate::irq::IrqLine;
 use crate::power::{PowerRequest, PowerSwitch};
 use crate::rtc::Clock;
+use crate::virtio::DmaMemory;
+use crate::virtio::blk::testing::MemoryDisk;
+use crate::virtio::blk::{DiskBackend, DiskPlan};
+use crate::virtio::net::testing::MemoryNet;
+use crate::virtio::net::{NetBackend, NetworkEnd};
 
 /// An interrupt line that remembers its level and how often it changed.
 #[derive(Debug, Clone, Default)]
@@ -254,14 +259,28 @@ impl ConsoleBackend for MemoryConsole {
     }
 }
 
-/// A host whose sockets are the standard library's, and which has only the console `null`.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct TestHost;
+/// A host that has everything, in memory but for its sockets, only the console `null`, and remembers what was opened.
+#[derive(Debug, Clone, Default)]
+pub struct MemoryHost {
+    disk: Option<MemoryDisk>,
+    networks: Arc<Mutex<Vec<(NetworkEnd, MemoryNet)>>>,
+}
 
-#[derive(Debug)]
-struct TestListener(UnixListener, PathBuf);
+impl MemoryHost {
+    /// A host on which every disk is this one.
+    #[must_use]
+    pub fn with_disk(disk: MemoryDisk) -> Self {
+        Self { disk: Some(disk), ..Self::default() }
+    }
 
-impl Host for TestHost {
+    /// The networks opened so far, by what was asked for.
+    #[must_use]
+    pub fn networks(&self) -> Vec<(NetworkEnd, MemoryNet)> {
+        lock(&self.networks).clone()
+    }
+}
+
+impl Host for MemoryHost {
     fn console(&self, to: &str) -> Result<Box<dyn ConsoleBackend>, HostError> {
         match to {
             "null" => Ok(Box::new(NullConsole)),
@@ -280,7 +299,31 @@ impl Host for TestHost {
     fn connect(&self, path: &Path) -> io::Result<UnixStream> {
         UnixStream::connect(path)
     }
+
+    fn network(&self, end: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError> {
+        let refused = |error| HostError::refused("Cannot make a network in memory", error);
+        let network = MemoryNet::new().map_err(refused)?;
+        lock(&self.networks).push((end.clone(), network.clone()));
+        Ok(Box::new(network))
+    }
+
+    fn disk(
+        &self,
+        plan: &DiskPlan,
+        memory: Arc<dyn DmaMemory>,
+    ) -> Result<Box<dyn DiskBackend>, HostError> {
+        let refused = |error| HostError::refused("Cannot make a disk in memory", error);
+        let disk = match &self.disk {
+            Some(disk) => disk.clone(),
+            None => MemoryDisk::new(8).map_err(refused)?,
+        };
+        Ok(disk.open(plan, memory))
+    }
 }
+
+/// A socket of the standard library's, and its file.
+#[derive(Debug)]
+struct TestListener(UnixListener, PathBuf);
 
 impl AsRawFd for TestListener {
     fn as_raw_fd(&self) -> RawFd {
@@ -300,12 +343,13 @@ impl Drop for TestListener {
     }
 }
 
-/// Wiring with a line, a power switch and a clock that are of no interest, and no console.
+/// Wiring with a line, a power switch, a clock and a host that are of no interest, and no console.
 #[must_use]
 pub fn wiring() -> Wiring {
     Wiring {
         irq: Arc::new(TestIrq::default()),
         clock: Arc::new(ManualClock::default()),
+        host: Arc::new(MemoryHost::default()),
         ..Wiring::new(Arc::new(FakePower::default()))
     }
 }
@@ -327,7 +371,13 @@ pub fn turn(device: &mut dyn MmioDevice, timeout_ms: i32) -> io::Result<usize> {
         epoll.ctl(ControlOperation::Add, source.fd, event)?;
     }
     let mut events = [EpollEvent::default(); 16];
-    let count = epoll.wait(timeout_ms, &mut events)?;
+    let count = loop {
+        match epoll.wait(timeout_ms, &mut events) {
+            // Work that the kernel does for io_uring in this thread interrupts it.
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            result => break result?,
+        }
+    };
     for event in events.iter().take(count) {
         device.ready(u32::try_from(event.data()).unwrap_or(u32::MAX));
     }

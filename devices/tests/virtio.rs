@@ -6,15 +6,17 @@
     reason = "a test fails by panicking"
 )]
 
+use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
-use rvmm_devices::Source;
 use rvmm_devices::virtio::testing::{
     Buffer, INDIRECT, NEXT, QUEUE_SIZE, RAM, RAM_SIZE, Rig, WRITE, status,
 };
 use rvmm_devices::virtio::{Chain, VirtioDevice, VirtioError, Work, feature};
+use rvmm_devices::{Interest, Source};
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// What the echo device was told, for the test to look at.
 type Journal = Arc<Mutex<Vec<String>>>;
@@ -662,5 +664,71 @@ proptest! {
         }
         rig.run();
         recovers(&mut rig);
+    }
+}
+
+/// Serves both its queues whenever its own descriptor is ready.
+struct Greedy(EventFd);
+
+impl VirtioDevice for Greedy {
+    fn name(&self) -> &'static str {
+        "greedy"
+    }
+
+    fn id(&self) -> u32 {
+        42
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[16, 16]
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn config(&self) -> &[u8] {
+        &[]
+    }
+
+    fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
+
+    fn activate(&mut self, _features: u64) {}
+
+    fn kicked(&mut self, queue: u16, work: &mut Work<'_>) -> Result<(), VirtioError> {
+        while let Some(chain) = work.pop(queue)? {
+            work.complete(chain, 0);
+        }
+        Ok(())
+    }
+
+    fn reset_queue(&mut self, _queue: u16) {}
+
+    fn reset(&mut self) {}
+
+    fn sources(&self) -> Vec<Source> {
+        vec![Source { fd: self.0.as_raw_fd(), token: 0, interest: Interest::Read }]
+    }
+
+    fn ready(&mut self, _token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {
+        drop(self.0.read());
+        (0..2).try_for_each(|queue| self.kicked(queue, work))
+    }
+}
+
+#[test]
+fn what_a_pass_leaves_in_any_queue_is_looked_at_again_without_a_kick() {
+    let event = EventFd::new(EFD_NONBLOCK).unwrap();
+    let mut rig = Rig::new(Box::new(Greedy(event.try_clone().unwrap())));
+    rig.start(0);
+    for queue in [0, 1] {
+        for _ in 0..16 {
+            rig.add(queue, &[Buffer::Write(1)]);
+        }
+    }
+    event.write(1).unwrap();
+    rig.run();
+    for queue in [0, 1] {
+        assert_eq!(std::iter::from_fn(|| rig.take_used(queue)).count(), 16, "queue {queue}");
     }
 }

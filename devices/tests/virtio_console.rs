@@ -51,7 +51,7 @@ fn started() -> (Rig, MemoryConsole) {
 
 #[test]
 fn a_console_without_another_end_is_refused() {
-    for text in ["console", "console,to=null"] {
+    for text in ["console", "console,to=nowhere"] {
         let options = Options::parse(text).unwrap();
         assert!(Model::find("console").unwrap().create(&options, wiring()).is_err(), "{text}");
     }

@@ -16,8 +16,8 @@ const ABOUT: &str = "Runs virtual machines on RISC-V Linux hosts with KVM";
 const LONG_ABOUT: &str = "\
 Runs virtual machines on RISC-V Linux hosts with KVM.
 
-A kernel and an amount of memory are enough: without an initrd and a root file system the guest gets a small built-in \
-prompt. Ctrl-A x ends the machine, Ctrl-A h shows the keys.";
+A kernel and an amount of memory are enough: without an initrd, a disk and a root file system the guest gets a small \
+built-in prompt. Ctrl-A x ends the machine, Ctrl-A h shows the keys.";
 
 const SHORT_END: &str = "Examples and longer explanations: rvmm --help";
 
@@ -29,8 +29,15 @@ Examples:
   Four harts, an initramfs of one's own, a command line of one's own:
     rvmm --kernel Image --mem 2G --cpus 4 --initrd root.cpio --cmdline 'console=ttyS0 quiet'
 
+  A root file system on a disk, a second disk that is only read:
+    rvmm --kernel Image --mem 1G --disk root.img --disk data.img,ro=on --cmdline 'console=ttyS0 root=/dev/vda rw'
+
   Run in the background, the console on a Unix socket:
     rvmm --kernel Image --mem 512M --serial unix:/tmp/guest.sock --name web &
+
+  A network: a tap of one's own, made once by root:
+    sudo ip tuntap add tap0 mode tap user $USER && sudo ip link set tap0 up
+    rvmm --kernel Image --mem 512M --net tap=tap0
 
   Start a flat binary where RAM begins, and stop at the first wrong address:
     rvmm --mem 64M --load hello.bin@0x8000_0000 --entry 0x8000_0000 --unassigned stop
@@ -103,8 +110,8 @@ pub(super) struct RunArgs {
 
     /// No initial RAM disk, not even the built-in prompt
     ///
-    /// The built-in prompt comes where --initrd is not given, and neither root=, rdinit= nor noinitrd stands in the
-    /// kernel's command line.
+    /// The built-in prompt comes where neither --initrd nor a disk is given, and neither root=, rdinit= nor noinitrd stands
+    /// in the kernel's command line.
     #[arg(long, help_heading = "What runs")]
     pub(super) no_initrd: bool,
 
@@ -180,6 +187,20 @@ pub(super) struct RunArgs {
     /// pty makes a pseudo terminal and prints its path; unix listens on a socket for one client at a time.
     #[arg(long, value_name = "WHERE", help_heading = "Devices", value_parser = OsStringValueParser::new().try_map(value::serial))]
     pub(super) serial: Option<SerialConfig>,
+
+    /// A disk: a file or block device, raw; may be given several times
+    ///
+    /// The guest calls the first one vda. KEY=VALUE are those of --device blk: ro=on, cache=none, serial=TEXT, ... The
+    /// same as --device blk,path=PATH,KEY=VALUE. With a disk there is no built-in prompt: say what the root file system is
+    /// with --cmdline 'console=ttyS0 root=/dev/vda'.
+    #[arg(long, value_name = "PATH,KEY=VALUE", help_heading = "Devices", value_parser = value::disk)]
+    pub(super) disk: Vec<String>,
+
+    /// Connect the guest to a network: tap=NAME, with the options of the device net; may be given several times
+    ///
+    /// A short form of --device net,... How a tap is made: docs/networks.md.
+    #[arg(long, value_name = "tap=NAME", help_heading = "Devices", value_parser = value::net)]
+    pub(super) net: Vec<String>,
 
     /// Add a device, or set options of the board's own; may be given several times
     ///

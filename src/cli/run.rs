@@ -39,8 +39,12 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
         return Err(Error::Config(what.into()));
     }
     let cmdline = args.cmdline.unwrap_or(default.boot.cmdline);
+    // Disks come first, so that the first one given is the guest's first.
+    let mut devices: Vec<String> =
+        args.disk.into_iter().chain(args.net).chain(args.device).collect();
+    let no_prompt = args.no_initrd || args.kernel.is_none() || devices.iter().any(|d| is_disk(d));
     let boot = BootConfig {
-        initrd: initrd(args.initrd, args.no_initrd || args.kernel.is_none(), &cmdline)?,
+        initrd: initrd(args.initrd, no_prompt, &cmdline)?,
         kernel: args.kernel,
         cmdline,
         dtb: args.dtb,
@@ -48,7 +52,6 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
         load: args.load,
         entry: args.entry,
     };
-    let mut devices = args.device;
     devices.extend(args.vsock.map(|vsock| format!("vsock,path={vsock}")));
     if args.power_button && !devices.iter().any(|device| device == "input") {
         devices.push("input".into());
@@ -75,6 +78,11 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
 
 fn list<T>(given: Option<List<T>>) -> Vec<T> {
     given.map(|list| list.0).unwrap_or_default()
+}
+
+/// Whether a `--device` is a disk, from which a guest may boot.
+fn is_disk(device: &str) -> bool {
+    device.split(',').next() == Some("blk")
 }
 
 /// The file given; else the built-in prompt, where nothing speaks against it.

@@ -76,7 +76,7 @@ fn every_flag_reaches_the_configuration() {
     let line = "--kernel Image --mem 2G --cpus 4 --initrd root.cpio --irqchip plic --dump-dtb out.dtb \
                 --load a@0x8100_0000 --load b@2G --entry 0x8020_0000 --serial unix:/tmp/s --no-reboot \
                 --unassigned fault --hugepages --name web-1 --log debug --device rtc,offset=5 --device serial \
-                --isa host,-v,-zicbom --sbi -pmu,-sta --cpu-id vendor=1,arch=0x2,impl=3 --affinity 0=2,1=3";
+                --net tap=t0,mtu=9000 --isa host,-v,-zicbom --sbi -pmu,-sta --cpu-id vendor=1,arch=0x2,impl=3 --affinity 0=2,1=3";
     let args: Vec<&str> = line.split_whitespace().chain(["--cmdline", "quiet  -- x"]).collect();
     let Ok(Task::Run(config, level)) = parse(&args) else { panic!("{:?}", parse(&args)) };
     let knob = |name: &str| KnobChange { name: name.into(), on: false };
@@ -95,7 +95,7 @@ fn every_flag_reaches_the_configuration() {
     assert_eq!((config.irqchip, config.unassigned), (IrqchipChoice::Plic, Unassigned::Fault));
     assert_eq!(config.serial, SerialConfig::Unix("/tmp/s".into()));
     assert_eq!((config.on_reset, config.name.as_str()), (OnReset::Exit, "web-1"));
-    assert_eq!(config.devices, ["rtc,offset=5", "serial"]);
+    assert_eq!(config.devices, ["net,tap=t0,mtu=9000", "rtc,offset=5", "serial"]);
     assert_eq!(config.cpus.isa, [knob("v"), knob("zicbom")]);
     assert_eq!(config.cpus.sbi, [knob("pmu"), knob("sta")]);
     assert_eq!(config.cpus.id, CpuId { vendor: Some(1), arch: Some(2), imp: Some(3) });
@@ -122,6 +122,18 @@ fn a_flat_binary_gets_no_built_in_prompt() {
 }
 
 #[test]
+fn a_disk_leaves_no_built_in_prompt_and_comes_before_other_devices() {
+    for disk in [["--disk", "a.img"], ["--device", "blk,path=a.img"]] {
+        let config = config(&["--kernel", "Image", "--device", "rng", disk[0], disk[1]]);
+        assert_eq!(config.boot.initrd, InitrdConfig::None);
+    }
+    let line = "--kernel Image --device rng --disk a.img,ro=on --disk b.img --initrd x.cpio";
+    let config = config(&line.split(' ').collect::<Vec<_>>());
+    assert_eq!(config.devices, ["blk,path=a.img,ro=on", "blk,path=b.img", "rng"]);
+    assert_eq!(config.boot.initrd, InitrdConfig::File("x.cpio".into()));
+}
+
+#[test]
 fn a_root_on_the_command_line_leaves_no_built_in_prompt() {
     let config = config(&["--kernel", "Image", "--cmdline", "root=/dev/vda1"]);
     assert_eq!(config.boot.initrd, InitrdConfig::None);
@@ -145,6 +157,8 @@ fn a_mistake_names_the_flag_the_value_and_what_to_do() {
         (&["--unassigned", "faul"], &["--unassigned", "'faul'", "fault"]),
         (&["--serial", "tcp:1"], &["--serial", "'tcp:1'", "file:PATH"]),
         (&["--load", "a.bin"], &["--load", "'a.bin'", "FILE@ADDR"]),
+        (&["--net", "user"], &["--net", "'user'", "not supported yet", "sudo ip tuntap add"]),
+        (&["--net", "tap=a,b=c"], &["--net", "'tap=a,b=c'", "mtu"]),
         (&["--log", "loud"], &["--log", "'loud'", "trace"]),
         (&["--isa", "v"], &["--isa", "'v'", "sign"]),
         (&["--cpu-id", "model=1"], &["--cpu-id", "'model=1'", "vendor"]),
@@ -155,6 +169,9 @@ fn a_mistake_names_the_flag_the_value_and_what_to_do() {
         (&["--name", "a/b", "--kernel", "x"], &["--name", "'a/b'", "letters"]),
         (&["--device", "floppy", "--kernel", "x"], &["--device", "floppy", "serial"]),
         (&["--device", "rtc,colour=1", "--kernel", "x"], &["--device", "colour", "offset"]),
+        (&["--disk", ",ro=on"], &["--disk", "',ro=on'", "path"]),
+        (&["--disk", "a,colour=1"], &["--disk", "'a,colour=1'", "colour", "serial"]),
+        (&["--disk", "a,ro"], &["--disk", "'a,ro'", "key=value"]),
         (&["--entry", "0x8000_0000"], &["--entry 0x80000000", "--load"]),
         (&["--kernel", "x", "--cmdline", "ä"], &["command line", "ASCII"]),
         (&[], &["--kernel", "--help"]),

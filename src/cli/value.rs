@@ -4,6 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
 use log::LevelFilter;
+use rvmm_devices::{Model, Options};
 
 use super::size::address;
 use crate::config::{CpuId, KnobChange, LoadConfig, MAX_CPUS, SerialConfig};
@@ -31,9 +32,49 @@ pub(super) fn load(text: OsString) -> Result<LoadConfig, String> {
     Ok(LoadConfig { file: OsStr::from_bytes(file).into(), addr })
 }
 
+/// `--disk PATH[,key=value...]`, as `--device` takes it.
+pub(super) fn disk(text: &str) -> Result<String, String> {
+    let path = text.split(',').next().unwrap_or_default();
+    if path.is_empty() {
+        return Err("the path is missing (write disk.img or disk.img,ro=on)".into());
+    }
+    if path.starts_with("path=") {
+        return Err("the path stands alone, before the first comma (write disk.img,ro=on)".into());
+    }
+    let text = format!("blk,path={text}");
+    device(&text)?;
+    Ok(text)
+}
+
 /// `--serial stdio|null|pty|file:PATH|unix:PATH`.
 pub(super) fn serial(text: OsString) -> Result<SerialConfig, String> {
     SerialConfig::parse(&text).map_err(Into::into)
+}
+
+/// A device's text, of which names and keys are right.
+fn device(text: &str) -> Result<Options, String> {
+    let options = Options::parse(text).map_err(|error| error.to_string())?;
+    let model = Model::find(options.name()).map_err(|error| error.to_string())?;
+    options.check(model.keys).map_err(|error| error.to_string())?;
+    Ok(options)
+}
+
+/// `--net tap=NAME,KEY=VALUE,...`: the text of the device that it stands for.
+pub(super) fn net(text: &str) -> Result<String, String> {
+    if text == "user" || text.starts_with("user,") {
+        return Err("a network without a tap is not supported yet (make a tap: sudo ip tuntap add tap0 mode tap user $USER; \
+                    then --net tap=tap0; see docs/networks.md)"
+            .into());
+    }
+    if text.is_empty() {
+        return Err("its value is missing (write tap=NAME)".into());
+    }
+    let text = format!("net,{text}");
+    let options = device(&text)?;
+    if options.get("tap").is_none() && options.get("fd").is_none() {
+        return Err("it names no other end (write tap=NAME or fd=N)".into());
+    }
+    Ok(text)
 }
 
 /// `--isa host,-v,+zbb`: the host's extensions, which are the start anyway, then the changes.
@@ -150,6 +191,18 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_is_a_device_with_a_path() {
+        assert_eq!(disk("a.img"), Ok("blk,path=a.img".into()));
+        assert_eq!(disk("/x=y/a,ro=on,queues=2"), Ok("blk,path=/x=y/a,ro=on,queues=2".into()));
+        for text in ["", ",ro=on"] {
+            assert!(disk(text).expect_err(text).contains("missing"), "{text}");
+        }
+        assert!(disk("path=a.img").expect_err("no path").contains("alone"));
+        assert!(disk("a.img,ro").expect_err("no pair").contains("key=value"));
+        assert!(disk("a.img,path=b").expect_err("twice").contains("twice"));
+    }
+
+    #[test]
     fn the_serial_line_has_five_other_ends() {
         assert_eq!(serial("stdio".into()), Ok(SerialConfig::Stdio));
         assert_eq!(serial("null".into()), Ok(SerialConfig::Null));
@@ -161,6 +214,23 @@ mod tests {
         }
         for text in ["file:", "unix:"] {
             assert!(serial(text.into()).expect_err(text).contains("missing"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_network_is_a_device_of_that_name() {
+        assert_eq!(net("tap=tap0"), Ok("net,tap=tap0".into()));
+        assert_eq!(net("fd=3,mtu=9000"), Ok("net,fd=3,mtu=9000".into()));
+        for (text, part) in [
+            ("user", "sudo ip tuntap add"),
+            ("user,hostfwd=1", "not supported yet"),
+            ("", "missing"),
+            ("tap0", "key=value"),
+            ("mtu=1500", "tap=NAME or fd=N"),
+            ("tap=a,colour=red", "colour"),
+            ("tap=a,tap=b", "twice"),
+        ] {
+            assert!(net(text).expect_err(text).contains(part), "{text}");
         }
     }
 

@@ -1,4 +1,10 @@
 //! The host's ends of devices, on Linux: what a virtio device reads from and writes to outside the guest.
+//!
+//! | file | what |
+//! |---|---|
+//! | `disk/` | disks: files and block devices |
+//! | `tap.rs` | networks: tap interfaces |
+//! | `listening.rs` | Unix sockets |
 
 use std::collections::HashMap;
 use std::io;
@@ -7,15 +13,22 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use log::warn;
+use rvmm_devices::virtio::DmaMemory;
+use rvmm_devices::virtio::blk::{DiskBackend, DiskPlan};
+use rvmm_devices::virtio::net::{NetBackend, NetworkEnd};
 use rvmm_devices::{ConsoleBackend, Host, HostError, Listener};
 
 use crate::config::{SerialConfig, quoted};
 use crate::error::Error;
 use crate::terminal::{self, Shared, StopRequest};
 
+mod disk;
 mod listening;
+mod tap;
 
 pub(crate) use listening::Listening;
+#[cfg(test)]
+pub(crate) use tap::tests::in_a_namespace;
 
 /// Programs that wait to be let in by a device.
 const BACKLOG: i32 = 128;
@@ -48,6 +61,22 @@ impl Linux {
 }
 
 impl Host for Linux {
+    fn network(&self, end: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError> {
+        let tap = match end {
+            NetworkEnd::Tap(name) => tap::Tap::open(name),
+            NetworkEnd::Descriptor(fd) => tap::Tap::inherit(*fd),
+        }?;
+        Ok(Box::new(tap))
+    }
+
+    fn disk(
+        &self,
+        plan: &DiskPlan,
+        memory: Arc<dyn DmaMemory>,
+    ) -> Result<Box<dyn DiskBackend>, HostError> {
+        Ok(Box::new(disk::open(plan, memory)?))
+    }
+
     fn console(&self, to: &str) -> Result<Box<dyn ConsoleBackend>, HostError> {
         let mut consoles = self.consoles.lock().unwrap_or_else(PoisonError::into_inner);
         let console = match consoles.get(to) {

@@ -14,6 +14,7 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use crate::button::Button;
 use crate::config::{OnReset, VmConfig};
@@ -33,6 +34,8 @@ mod handle;
 mod irqchip;
 mod load;
 mod shared_console;
+#[cfg(test)]
+mod tests;
 mod tree;
 pub mod vm;
 
@@ -41,6 +44,9 @@ pub use handle::Handle;
 use load::Files;
 use shared_console::SharedConsole;
 use vm::Hypervisor;
+
+/// How long a guest may take to start until rvmm gives back what memory only that needed. Nothing depends on it but memory.
+const GUEST_START: Duration = Duration::from_secs(2);
 
 /// What a machine is built with besides its configuration; [`Parts::default`] is what the command uses.
 #[derive(Default)]
@@ -212,8 +218,12 @@ fn live(
     handle.enter(&board.control);
     board.control.start();
     if alone {
-        // What only the start needed is not the guest's cost; it comes back where it is needed after all.
+        // What only the start needed is not the guest's cost; it comes back where it is needed after all. Once for rvmm's own
+        // start, and once for the guest's, which has asked for things that it will hardly ask for again.
         memory::drop_start_up();
+        if !board.control.ends_within(GUEST_START) {
+            memory::drop_start_up();
+        }
     }
     let reason = board.control.wait();
     for thread in threads {

@@ -115,12 +115,15 @@ pub(super) fn is_hung_up(fd: impl AsFd) -> bool {
 mod tests {
     use std::fs::{File, OpenOptions};
     use std::io::{Read, Write};
+    use std::os::unix::fs::OpenOptionsExt;
     use std::path::Path;
 
     use super::*;
 
     fn attach(path: &Path) -> File {
-        OpenOptions::new().read(true).write(true).open(path).unwrap()
+        // Where the test leads a session it must not become its terminal, whose end would end the test.
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).custom_flags(libc::O_NOCTTY).open(path).unwrap()
     }
 
     fn has_attention(pty: &Pty) -> bool {

@@ -8,6 +8,7 @@
 //! the machine with its own lock held.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use super::hart::Kick;
 use super::stop::StopReason;
@@ -129,6 +130,14 @@ impl Control {
                 _ => state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
             }
         }
+    }
+
+    /// Waits until there is a reason to stop, for `limit` at most. True where there is one.
+    pub fn ends_within(&self, limit: Duration) -> bool {
+        let state = self.lock();
+        let goes_on = |state: &mut State| state.stop.is_none();
+        let waited = self.changed.wait_timeout_while(state, limit, goes_on);
+        waited.map_or(true, |(state, _)| state.stop.is_some())
     }
 
     /// Why the run ends, once it does.

@@ -57,15 +57,20 @@ pub enum Trouble {
 /// MMIO is the way that costs: a lookup on the bus, the device's lock, the device. Whatever is rare is out of line.
 #[inline]
 pub fn dispatch(exit: &mut Exit<'_>, world: &World) -> Flow {
+    let claim = match exit {
+        Exit::MmioRead { addr, data } => world.bus.read(*addr, data),
+        Exit::MmioWrite { addr, data } => world.bus.write(*addr, data),
+        _ => return dispatch_rare(exit, world),
+    };
+    if claim == Claim::Unassigned { dispatch_rare(exit, world) } else { Flow::Resume }
+}
+
+/// What no device has answered.
+#[inline(never)]
+fn dispatch_rare(exit: &mut Exit<'_>, world: &World) -> Flow {
     match exit {
-        Exit::MmioRead { addr, data } => {
-            let claim = world.bus.read(*addr, data);
-            if claim == Claim::Unassigned { unassigned(world, *addr, false) } else { Flow::Resume }
-        }
-        Exit::MmioWrite { addr, data } => {
-            let claim = world.bus.write(*addr, data);
-            if claim == Claim::Unassigned { unassigned(world, *addr, true) } else { Flow::Resume }
-        }
+        Exit::MmioRead { addr, .. } => unassigned(world, *addr, false),
+        Exit::MmioWrite { addr, .. } => unassigned(world, *addr, true),
         Exit::Sbi(call) => sbi::answer(call, world),
         Exit::Csr(access) => {
             csr::answer(access, world);

@@ -77,6 +77,11 @@ pub(crate) fn busybox() -> PathBuf {
     file("RVMM_GUEST_BUSYBOX", "/bin/busybox")
 }
 
+/// The modules of that kernel: a folder with `modules.dep`.
+pub(crate) fn modules() -> PathBuf {
+    file("RVMM_GUEST_MODULES", "/lib/modules")
+}
+
 fn file(variable: &str, usual: &str) -> PathBuf {
     let path = std::env::var_os(variable).map_or_else(|| usual.into(), PathBuf::from);
     assert!(

@@ -88,6 +88,15 @@ impl Session {
         sent.unwrap_or_else(|error| panic!("Cannot type {} bytes: {error}", bytes.len()));
     }
 
+    /// Types a command into a guest's shell and gives what it printed. The prompt that ends the answer stays to be looked for.
+    pub(crate) fn ask(&mut self, command: &str) -> String {
+        // The terminal echoes what is typed, broken into lines as it likes. Marks that are typed in two halves appear whole
+        // only where the shell prints them.
+        self.send(&format!("echo st''art; {command}; echo do''ne\n"));
+        self.expect("start\r\n");
+        self.expect("done\r\n").replace('\r', "")
+    }
+
     /// Types bytes in a thread of its own, then closes the input.
     pub(crate) fn feed(&mut self, bytes: Vec<u8>) -> thread::JoinHandle<()> {
         let mut pipe = self.child.stdin.take().expect("a program with a pipe for its input");

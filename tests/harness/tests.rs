@@ -52,7 +52,7 @@ fn a_program_on_a_terminal_sees_one_and_its_changes_show() {
             .on_terminal()
             .start();
     let at_start = format!("{:?}", session.settings_at_start());
-    session.expect("changed");
+    session.expect("changed\r\n");
     assert_ne!(at_start, format!("{:?}", session.settings()));
     session.send("typed\n");
     session.expect("typed\r\ntyped");

@@ -5,7 +5,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::harness::busybox;
+use crate::harness::{busybox, modules};
 
 /// Process 1 of the guest. With `flood` on the kernel's command line it sends the file `/data` before the shell starts.
 const INIT: &str = r#"#!/bin/sh
@@ -13,6 +13,7 @@ const INIT: &str = r#"#!/bin/sh
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
+for module in $(cat /modules/order 2>/dev/null); do insmod /modules/$module; done
 exec </dev/ttyS0 >/dev/ttyS0 2>&1
 echo own initramfs is up
 if grep -q flood /proc/cmdline; then
@@ -25,9 +26,12 @@ fi
 exec setsid -c sh
 "#;
 
-/// Makes an initramfs in `folder`, with these files beside the usual ones.
-pub(crate) fn build(folder: &Path, files: &[(&str, &[u8])]) -> PathBuf {
+/// Makes an initramfs in `folder`, with these files beside the usual ones, and these modules of the kernel loaded at the start:
+/// by file name without `.ko.xz`, and what they need.
+pub(crate) fn build(folder: &Path, files: &[(&str, &[u8])], wanted: &[&str]) -> PathBuf {
     let tree = folder.join("tree");
+    fs::create_dir_all(tree.join("modules")).expect("a folder");
+    unpack_modules(&tree.join("modules"), wanted);
     for name in ["bin", "proc", "sys", "dev"] {
         fs::create_dir_all(tree.join(name)).expect("a folder");
     }
@@ -47,4 +51,43 @@ pub(crate) fn build(folder: &Path, files: &[(&str, &[u8])]) -> PathBuf {
         .status();
     assert!(packed.expect("busybox starts").success(), "cpio failed");
     archive
+}
+
+/// Puts modules and what they need into a folder, with a list `order` in which they can be loaded.
+fn unpack_modules(folder: &Path, wanted: &[&str]) {
+    if wanted.is_empty() {
+        return;
+    }
+    let from = modules();
+    let dependencies = fs::read_to_string(from.join("modules.dep")).expect("modules.dep");
+    let mut order: Vec<&str> = Vec::new();
+    for name in wanted {
+        let end = format!("/{name}.ko.xz");
+        let line = dependencies
+            .lines()
+            .find(|line| line.split_once(':').is_some_and(|(module, _)| module.ends_with(&end)));
+        let (module, needs) = line
+            .and_then(|line| line.split_once(':'))
+            .unwrap_or_else(|| panic!("there is no module {name} in {}", from.display()));
+        // What is needed first stands last.
+        for path in needs.split_whitespace().rev().chain([module]) {
+            if !order.contains(&path) {
+                order.push(path);
+            }
+        }
+    }
+    let mut list = String::new();
+    for path in order {
+        let name = path.rsplit('/').next().unwrap_or(path).trim_end_matches(".xz");
+        let unpacked = Command::new(busybox())
+            .arg("xzcat")
+            .arg(from.join(path))
+            .output()
+            .expect("busybox starts");
+        assert!(unpacked.status.success(), "xzcat {path} failed");
+        fs::write(folder.join(name), unpacked.stdout).expect("a file");
+        list.push_str(name);
+        list.push('\n');
+    }
+    fs::write(folder.join("order"), list).expect("a file");
 }

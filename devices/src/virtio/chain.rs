@@ -57,6 +57,8 @@ pub enum ChainError {
 pub struct Chain {
     pub(super) queue: u16,
     pub(super) head: u16,
+    /// Where in the sequence of chains it was taken from.
+    pub(super) position: u16,
     /// Set-ups that the queue had seen when the chain was taken.
     pub(super) life: u32,
     pub(super) segments: Vec<Segment>,
@@ -197,6 +199,7 @@ impl Tables {
         let mut chain = Chain {
             queue,
             head,
+            position: 0,
             life,
             segments,
             readable: 0,

@@ -275,12 +275,13 @@ impl Core {
                 return;
             }
             let has_more = self.end_pass(&memory);
-            match kicked {
-                Some(queue)
-                    if cut_short == 0 && has_more >> (queue % 64) & 1 == 1 && budget > 0 => {}
+            let own = kicked.map_or(0, |queue| 1 << (queue % 64));
+            if cut_short != 0 || has_more & own == 0 || budget == 0 {
                 // The rest comes after everybody else had a turn.
-                _ => return self.ring_all(has_more | cut_short),
+                return self.ring_all(has_more | cut_short);
             }
+            // A device may have looked at other queues too.
+            self.ring_all(has_more & !own);
         }
     }
 

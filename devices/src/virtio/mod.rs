@@ -16,12 +16,14 @@
 use crate::device::Source;
 
 pub(crate) mod balloon;
+pub mod blk;
 pub mod bucket;
 pub mod chain;
 pub(crate) mod console;
 pub(crate) mod input;
 mod life;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub(crate) mod rng;
 pub mod testing;

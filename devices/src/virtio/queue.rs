@@ -1,10 +1,10 @@
 //! A split virtqueue (virtio 1.3, section 2.7): the one room that knows the crate `virtio-queue`.
 //!
 //! That crate keeps the rings' indices and notifications. What it leaves open is closed here: the set-up is frozen while
-//! the queue works, rings are checked before it starts, chains are taken apart by [`Tables`], a head that is still with the
+//! the queue works, rings are checked before it starts, chains are taken apart in `chain.rs`, a head that is still with the
 //! device is not taken again, the driver's suppression flag is honoured, and an error of the ring is told from its end.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{Queue as Ring, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
@@ -78,8 +78,8 @@ struct Active {
     tables: Tables,
     /// One bit per head that is with the device.
     in_flight: Box<[u64]>,
-    /// Chains went back since the driver was last considered for an interrupt.
-    has_used: bool,
+    /// The used index when the driver was last considered for an interrupt.
+    considered: u16,
     /// The last look found nothing: notifications have to be on.
     is_drained: bool,
 }
@@ -138,7 +138,7 @@ impl Queue {
             ring,
             tables,
             in_flight: vec![0; words].into(),
-            has_used: false,
+            considered: 0,
             is_drained: false,
         });
         true
@@ -189,7 +189,10 @@ impl Queue {
         active.take(head)?;
         let segments = self.spare.pop().unwrap_or_default();
         match active.tables.walk(memory, (self.index, self.life), head, segments) {
-            Ok(chain) => Ok(Popped::Chain(chain)),
+            Ok(mut chain) => {
+                chain.position = active.ring.next_avail().wrapping_sub(1);
+                Ok(Popped::Chain(chain))
+            }
             Err((error, segments)) => {
                 active.give(memory, head, 0);
                 self.keep(segments);
@@ -206,13 +209,35 @@ impl Queue {
         self.keep(chain.segments);
     }
 
-    /// Undoes the last [`pop`](Self::pop): the chain is the next again.
-    pub(super) fn put_back(&mut self, chain: Chain) {
+    /// Gives chains back that belong together: the driver sees all of them or none.
+    pub(super) fn complete_together(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        chains: impl Iterator<Item = (Chain, u32)>,
+    ) {
+        let mut count = 0;
+        for (chain, written) in chains {
+            if let (Some(active), true) = (&mut self.active, chain.life == self.life) {
+                active.stage(memory, count, chain.head, written.min(chain.writable_bytes()));
+                count += 1;
+            }
+            self.keep(chain.segments);
+        }
+        if let Some(active) = &mut self.active {
+            active.publish(memory, count);
+        }
+    }
+
+    /// Undoes the last [`pop`](Self::pop): the chain is the next again. One that is not the last goes back empty.
+    pub(super) fn put_back(&mut self, memory: &GuestMemoryMmap, chain: Chain) {
         if let (Some(active), true) = (&mut self.active, chain.life == self.life) {
-            let next = active.ring.next_avail().wrapping_sub(1);
-            active.ring.set_next_avail(next);
-            active.release(chain.head);
-            active.is_drained = false;
+            if active.ring.next_avail() == chain.position.wrapping_add(1) {
+                active.ring.set_next_avail(chain.position);
+                active.release(chain.head);
+                active.is_drained = false;
+            } else {
+                active.give(memory, chain.head, 0);
+            }
         }
         self.keep(chain.segments);
     }
@@ -226,17 +251,27 @@ impl Queue {
         active.ring.enable_notification(memory).unwrap_or(false)
     }
 
-    /// Whether the driver wants an interrupt for what went back since the last call.
+    /// Whether the driver wants an interrupt for what went back since the last call (virtio 1.3, sections 2.7.7 and 2.7.10).
     pub(super) fn wants_interrupt(&mut self, memory: &GuestMemoryMmap) -> bool {
         let Some(active) = &mut self.active else { return false };
-        if !std::mem::take(&mut active.has_used) {
+        let used = active.ring.next_used();
+        let before = std::mem::replace(&mut active.considered, used);
+        let count = used.wrapping_sub(before);
+        if count == 0 {
             return false;
         }
-        if !active.ring.event_idx_enabled() {
-            let flags = memory.load(GuestAddress(active.ring.avail_ring()), Ordering::SeqCst);
-            return flags.map_or(true, |flags: u16| u16::from_le(flags) & NO_INTERRUPT == 0);
+        // The used index is visible before the driver's wish is read; else both would wait for each other.
+        fence(Ordering::SeqCst);
+        let wish = |offset: u64| {
+            let addr = active.ring.avail_ring().checked_add(offset)?;
+            let word: u16 = memory.load(GuestAddress(addr), Ordering::SeqCst).ok()?;
+            Some(u16::from_le(word))
+        };
+        if active.ring.event_idx_enabled() {
+            let used_event = wish(4 + 2 * u64::from(active.ring.size()));
+            return used_event.is_none_or(|event| used.wrapping_sub(event).wrapping_sub(1) < count);
         }
-        active.ring.needs_notification(memory).unwrap_or(true)
+        wish(0).is_none_or(|flags| flags & NO_INTERRUPT == 0)
     }
 
     fn keep(&mut self, segments: Vec<Segment>) {
@@ -276,8 +311,24 @@ impl Active {
     fn give(&mut self, memory: &GuestMemoryMmap, head: u16, written: u32) {
         self.release(head);
         // The ring was checked to be RAM, and RAM does not go away.
-        if self.ring.add_used(memory, head, written).is_ok() {
-            self.has_used = true;
-        }
+        let _ = self.ring.add_used(memory, head, written);
+    }
+
+    /// Writes an element `ahead` of the used index, where the driver does not look yet.
+    fn stage(&mut self, memory: &GuestMemoryMmap, ahead: u16, head: u16, written: u32) {
+        self.release(head);
+        let slot = self.ring.next_used().wrapping_add(ahead) % self.ring.size();
+        let element = u64::from(head) | u64::from(written) << 32;
+        let addr = self.ring.used_ring().checked_add(4 + 8 * u64::from(slot));
+        // The ring was checked to be RAM, and RAM does not go away.
+        let _ = addr.map(|addr| memory.write_slice(&element.to_le_bytes(), GuestAddress(addr)));
+    }
+
+    /// Moves the used index over `count` elements that are written.
+    fn publish(&mut self, memory: &GuestMemoryMmap, count: u16) {
+        let used = self.ring.next_used().wrapping_add(count);
+        self.ring.set_next_used(used);
+        let addr = self.ring.used_ring().checked_add(2);
+        let _ = addr.map(|addr| memory.store(used.to_le(), GuestAddress(addr), Ordering::Release));
     }
 }

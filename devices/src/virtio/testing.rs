@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use super::{VirtioDevice, VirtioMmio, feature};
 use crate::catalog::Wiring;
 use crate::device::MmioDevice;
-use crate::testing::{TestHost, TestIrq, turn, wiring};
+use crate::testing::{TestIrq, turn, wiring};
 
 /// Where the test's RAM begins.
 pub const RAM: u64 = 0x8000_0000;
@@ -94,7 +94,6 @@ impl Rig {
         let device = build(Wiring {
             irq: Arc::new(irq.clone()),
             memory: Arc::new(memory.clone()),
-            host: Arc::new(TestHost),
             ..wiring()
         });
         Self { device, irq, memory, queues: HashMap::new(), free: BUFFERS }

@@ -19,7 +19,7 @@ pub struct Work<'a> {
 pub(super) struct Outcome {
     /// Chains that may still be taken, refused ones included.
     pub(super) budget: u16,
-    /// Queues of which a chain may have been left because the budget was used up, a bit each.
+    /// Queues, a bit each, that were left because the budget was used up.
     pub(super) cut_short: u64,
     /// The device's configuration is another.
     pub(super) config_changed: bool,
@@ -79,6 +79,25 @@ impl<'a> Work<'a> {
         }
     }
 
+    /// Gives chains of one queue back that belong together, such as the parts of one frame: the driver sees all of them or
+    /// none.
+    pub fn complete_together(&mut self, queue: u16, chains: impl Iterator<Item = (Chain, u32)>) {
+        if let Some(queue) = self.queues.get_mut(usize::from(queue)) {
+            queue.complete_together(self.memory, chains);
+        }
+    }
+
+    /// Chains that this pass may still take.
+    #[must_use]
+    pub fn budget(&self) -> u16 {
+        self.outcome.budget
+    }
+
+    /// The device has done enough of `queue` for this pass: it is kicked again after everybody else had a turn.
+    pub fn leave(&mut self, queue: u16) {
+        self.outcome.cut_short |= 1 << (queue % 64);
+    }
+
     /// Gives a chain back that makes no sense to the device, and counts it.
     pub fn refuse(&mut self, chain: Chain) {
         self.outcome.refused += 1;
@@ -86,10 +105,11 @@ impl<'a> Work<'a> {
     }
 
     /// Undoes the last [`pop`](Self::pop) of that queue: the chain is the next one again. The device looks for it itself
-    /// when it can go on; no notification tells it to.
+    /// when it can go on; no notification tells it to. Several are put back in the opposite order; one whose turn it is not
+    /// goes back to the driver empty.
     pub fn put_back(&mut self, chain: Chain) {
         if let Some(queue) = self.queues.get_mut(usize::from(chain.queue)) {
-            queue.put_back(chain);
+            queue.put_back(self.memory, chain);
         }
     }
 

@@ -24,6 +24,7 @@ pub mod smp;
 pub mod time;
 pub mod trap;
 pub mod uart;
+pub mod virtio;
 
 pub use board::Board;
 pub use report::Failure;

@@ -1,0 +1,217 @@
+//! A disk in memory, for tests: it can be slow, fail, stop halfway, answer out of order, and change its size.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vm_memory::Bytes;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::{DiskBackend, DiskDone, DiskOp, DiskPlan, DiskRequest};
+use crate::virtio::{DmaMemory, Segment};
+
+/// A disk in memory. A handle: a clone is the same disk.
+#[derive(Debug, Clone)]
+pub struct MemoryDisk(Arc<Mutex<State>>);
+
+#[derive(Debug)]
+struct State {
+    bytes: Vec<u8>,
+    /// Operations wait until they are let go.
+    is_held: bool,
+    /// Bytes of each operation that are moved before it fails.
+    fails_after: Option<usize>,
+    started: Vec<Started>,
+    /// Let go one by one.
+    released: Vec<Started>,
+    journal: Vec<String>,
+    plan: Option<DiskPlan>,
+    event: EventFd,
+}
+
+/// An operation that has not ended.
+#[derive(Debug)]
+struct Started {
+    slot: u32,
+    op: DiskOp,
+    offset: u64,
+    len: u64,
+    data: Vec<Segment>,
+}
+
+/// The device's end of it.
+struct End {
+    disk: MemoryDisk,
+    memory: Arc<dyn DmaMemory>,
+    event: RawFd,
+}
+
+impl MemoryDisk {
+    /// A disk of so many sectors of zeroes.
+    ///
+    /// # Errors
+    /// The system has no event descriptors left.
+    pub fn new(sectors: usize) -> std::io::Result<Self> {
+        Ok(Self(Arc::new(Mutex::new(State {
+            bytes: vec![0; sectors * 512],
+            is_held: false,
+            fails_after: None,
+            started: Vec::new(),
+            released: Vec::new(),
+            journal: Vec::new(),
+            plan: None,
+            event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+        }))))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is on the disk.
+    #[must_use]
+    pub fn bytes(&self) -> Vec<u8> {
+        self.state().bytes.clone()
+    }
+
+    /// Changes what is on the disk, and how much.
+    pub fn change(&self, change: impl FnOnce(&mut Vec<u8>)) {
+        change(&mut self.state().bytes);
+    }
+
+    /// What was done, in order: `write 512+1024`, `flush`, `drain [0, 1]`.
+    #[must_use]
+    pub fn journal(&self) -> Vec<String> {
+        std::mem::take(&mut self.state().journal)
+    }
+
+    /// What it was opened for.
+    #[must_use]
+    pub fn plan(&self) -> Option<DiskPlan> {
+        self.state().plan.clone()
+    }
+
+    /// Operations from now on wait for [`release`](Self::release).
+    pub fn hold(&self) {
+        self.state().is_held = true;
+    }
+
+    /// Lets all operations go, and holds no others.
+    pub fn release(&self) {
+        self.state().is_held = false;
+        self.announce();
+    }
+
+    /// Lets the `index`th of the waiting operations go; false where there are not so many.
+    pub fn release_one(&self, index: usize) -> bool {
+        let mut state = self.state();
+        let is_there = index < state.started.len();
+        if is_there {
+            let started = state.started.remove(index);
+            state.released.push(started);
+        }
+        drop(state);
+        self.announce();
+        is_there
+    }
+
+    /// How many operations wait.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.state().started.len()
+    }
+
+    /// Every operation fails after so many bytes; `None` for no longer.
+    pub fn fail_after(&self, bytes: Option<usize>) {
+        self.state().fails_after = bytes;
+    }
+
+    /// The device's end of it, which reaches guest RAM through `memory`.
+    #[must_use]
+    pub fn open(&self, plan: &DiskPlan, memory: Arc<dyn DmaMemory>) -> Box<dyn DiskBackend> {
+        let mut state = self.state();
+        state.plan = Some(plan.clone());
+        Box::new(End { disk: self.clone(), memory, event: state.event.as_raw_fd() })
+    }
+
+    fn announce(&self) {
+        // Refused means that it is readable anyway.
+        let _ = self.state().event.write(1);
+    }
+}
+
+impl State {
+    /// Does an operation, and says whether all of it could be done.
+    fn perform(&mut self, started: &Started, memory: &dyn DmaMemory) -> bool {
+        let Started { op, offset, len, data, .. } = started;
+        let name = match op {
+            DiskOp::Read => "read",
+            DiskOp::Write { is_durable: false } => "write",
+            DiskOp::Write { is_durable: true } => "durable write",
+            DiskOp::Flush => "flush",
+            DiskOp::Discard => "discard",
+            DiskOp::WriteZeroes { may_unmap: false, .. } => "zero",
+            DiskOp::WriteZeroes { may_unmap: true, .. } => "unmap",
+        };
+        self.journal.push(match op {
+            DiskOp::Flush => name.into(),
+            _ => format!("{name} {offset}+{len}"),
+        });
+        let mut left = self.fails_after.unwrap_or(usize::MAX);
+        let mut at = usize::try_from(*offset).unwrap_or(usize::MAX);
+        let zeroes = usize::try_from(*len).unwrap_or(usize::MAX).min(left);
+        if matches!(op, DiskOp::Discard | DiskOp::WriteZeroes { .. }) {
+            let end = at.saturating_add(zeroes);
+            self.bytes.get_mut(at..end).unwrap_or_default().fill(0);
+        }
+        for Segment { addr, len } in data {
+            let part = usize::try_from(*len).unwrap_or(usize::MAX).min(left);
+            let Some(bytes) = self.bytes.get_mut(at..at.saturating_add(part)) else { return false };
+            let moved = match op {
+                DiskOp::Read => memory.view().write_slice(bytes, *addr),
+                _ => memory.view().read_slice(bytes, *addr),
+            };
+            if moved.is_err() {
+                return false;
+            }
+            at += part;
+            left -= part;
+        }
+        self.fails_after.is_none()
+    }
+}
+
+impl DiskBackend for End {
+    fn size(&self) -> u64 {
+        self.disk.state().bytes.len() as u64
+    }
+
+    fn start(&mut self, request: DiskRequest<'_>) {
+        let DiskRequest { slot, op, offset, len, data } = request;
+        self.disk.state().started.push(Started { slot, op, offset, len, data: data.to_vec() });
+    }
+
+    fn poll(&mut self, done: &mut Vec<DiskDone>) {
+        let mut state = self.disk.state();
+        // Empty where nothing was announced.
+        let _ = state.event.read();
+        let mut ready = std::mem::take(&mut state.released);
+        if !state.is_held {
+            ready.append(&mut state.started);
+        }
+        for started in ready {
+            let is_ok = state.perform(&started, self.memory.as_ref());
+            done.push(DiskDone { slot: started.slot, is_ok });
+        }
+    }
+
+    fn drain(&mut self, slots: &[u32]) {
+        let mut state = self.disk.state();
+        state.journal.push(format!("drain {slots:?}"));
+        state.started.retain(|started| !slots.contains(&started.slot));
+        state.released.retain(|started| !slots.contains(&started.slot));
+    }
+
+    fn fd(&self) -> RawFd {
+        self.event
+    }
+}

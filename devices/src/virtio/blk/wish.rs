@@ -1,0 +1,74 @@
+//! What a user wants of a disk: the options of `--device blk`, read and judged.
+
+use std::num::NonZeroU64;
+
+use super::backend::{DiskCache, DiskPlan};
+use super::request::ID_BYTES;
+use crate::options::{OptionError, Options};
+use crate::virtio::Limit;
+
+/// Queues at most.
+const MAX_QUEUES: u16 = 8;
+
+/// What the options ask for.
+pub(super) struct Wish {
+    pub(super) plan: DiskPlan,
+    pub(super) id: [u8; ID_BYTES],
+    pub(super) queues: u16,
+    pub(super) bps: Option<Limit>,
+    pub(super) iops: Option<Limit>,
+}
+
+impl Wish {
+    pub(super) fn read(options: &Options) -> Result<Self, OptionError> {
+        let path = options.get("path").unwrap_or_default();
+        if path.is_empty() {
+            return Err(options.bad("path", "the path of a file or block device"));
+        }
+        if !matches!(options.get("format"), None | Some("raw")) {
+            const ONLY_RAW: &str = "raw: qcow2 and others are not supported yet, and what a file holds is never guessed (make a raw image of it: qemu-img convert -O raw)";
+            return Err(options.bad("format", ONLY_RAW));
+        }
+        let is_read_only = match options.get("ro") {
+            None | Some("off") => false,
+            Some("on") => true,
+            Some(_) => return Err(options.bad("ro", "on or off")),
+        };
+        let cache = match options.get("cache") {
+            None | Some("writeback") => DiskCache::Writeback,
+            Some("none") => DiskCache::None,
+            Some("unsafe") => DiskCache::Unsafe,
+            Some(_) => return Err(options.bad("cache", "writeback, none or unsafe")),
+        };
+        let derived = derived_id(path);
+        let serial = options.get("serial").unwrap_or(&derived);
+        let mut id = [0; ID_BYTES];
+        if serial.is_empty() || serial.len() > ID_BYTES {
+            return Err(options.bad("serial", "a text of 1 to 20 bytes"));
+        }
+        id.iter_mut().zip(serial.bytes()).for_each(|(to, from)| *to = from);
+        const QUEUES: &str = "a number of queues from 1 to 8";
+        let queues = options.parsed("queues", QUEUES)?.unwrap_or(1);
+        if !(1..=MAX_QUEUES).contains(&queues) {
+            return Err(options.bad("queues", QUEUES));
+        }
+        let limit = |key, what| {
+            let limit = options.parsed::<NonZeroU64>(key, what)?;
+            Ok(limit.map(|limit| Limit::per_second(limit.get())))
+        };
+        Ok(Self {
+            plan: DiskPlan { path: path.into(), is_read_only, cache },
+            id,
+            queues,
+            bps: limit("bps", "a number of bytes from 1")?,
+            iops: limit("iops", "a number of requests from 1")?,
+        })
+    }
+}
+
+/// An identity that the same path always gets: FNV-1a of it.
+fn derived_id(path: &str) -> String {
+    let fold = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+    let hash = path.bytes().fold(0xcbf2_9ce4_8422_2325, fold);
+    format!("rvmm-{:015x}", hash >> 4)
+}

@@ -1,0 +1,54 @@
+//! The host's end of a network device: what the device asks of it, and what a user may ask for.
+
+use std::io;
+use std::os::fd::RawFd;
+
+use super::header::{HEADER, Offloads};
+use crate::virtio::{GuestMemoryMmap, Segment};
+
+/// Which network a device is to be connected to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NetworkEnd {
+    /// The tap interface of this name; it is made where there is none and the user may.
+    Tap(String),
+    /// A tap that whoever started the program has opened, by its descriptor.
+    Descriptor(RawFd),
+}
+
+/// An Ethernet segment that takes and gives whole frames, each behind a header of [`HEADER`] bytes (virtio 1.3, section
+/// 5.1.6). No call waits.
+///
+/// Three kinds of errors mean something: `WouldBlock`, that the descriptor will tell when to try again; `NotConnected`, that
+/// the other end is gone for good; every other one, that this frame is lost and the next one may not be.
+pub trait NetBackend: Send {
+    /// A text that is the same whenever the same end is opened on the same host: the default MAC address comes from it.
+    fn identity(&self) -> &str;
+
+    /// Becomes readable when there is a frame, and writable when there is room for one.
+    fn fd(&self) -> RawFd;
+
+    /// What frames from the network may leave to their receiver. None at all right after opening.
+    ///
+    /// # Errors
+    /// The host refuses; nothing has changed then.
+    fn set_offloads(&mut self, offloads: Offloads) -> io::Result<()>;
+
+    /// Sends a frame: the header and the frame's first bytes are in `head`, the rest of it in `rest`.
+    ///
+    /// # Errors
+    /// See above; the frame was not sent.
+    fn send(&mut self, memory: &GuestMemoryMmap, head: &[u8], rest: &[Segment]) -> io::Result<()>;
+
+    /// Receives a frame: its header into `header`, its bytes into `first` and, when that is full, into `rest`. Gives the
+    /// number of bytes without the header; more than there is room for means that the frame was cut off.
+    ///
+    /// # Errors
+    /// See above; in the case of `WouldBlock` nothing was received.
+    fn receive(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        header: &mut [u8; HEADER],
+        first: &[Segment],
+        rest: &mut [u8],
+    ) -> io::Result<usize>;
+}

@@ -1,0 +1,296 @@
+//! The header before each frame (virtio 1.3, section 5.1.6), and what of it may pass.
+//!
+//! A header asks somebody else to finish the frame: fill in a checksum, cut it into segments. Nothing passes that was not
+//! negotiated or that points outside of the frame. Left out: UFO and USO, hash reports, RSC.
+
+/// Bytes of a header.
+pub const HEADER: usize = 12;
+
+/// As a length in a chain.
+pub(super) const HEADER_LEN: u32 = 12;
+
+/// Bytes of the largest frame: an IP packet of 64 KiB and its Ethernet header (virtio 1.3, section 5.1.6.3.1).
+pub const MAX_FRAME: u32 = 65_550;
+
+/// Bytes of the smallest frame: an Ethernet header.
+pub const MIN_FRAME: u32 = 14;
+
+/// Feature bits (virtio 1.3, section 5.1.3).
+pub mod bit {
+    /// `VIRTIO_NET_F_CSUM`: the device completes checksums.
+    pub const CSUM: u64 = 1 << 0;
+    /// `VIRTIO_NET_F_GUEST_CSUM`: the driver does.
+    pub const GUEST_CSUM: u64 = 1 << 1;
+    /// `VIRTIO_NET_F_CTRL_GUEST_OFFLOADS`: what the driver takes changes while it runs.
+    pub const CTRL_GUEST_OFFLOADS: u64 = 1 << 2;
+    /// `VIRTIO_NET_F_MTU`
+    pub const MTU: u64 = 1 << 3;
+    /// `VIRTIO_NET_F_MAC`
+    pub const MAC: u64 = 1 << 5;
+    /// `VIRTIO_NET_F_GUEST_TSO4`: the driver takes TCP over IPv4 in large segments.
+    pub const GUEST_TSO4: u64 = 1 << 7;
+    /// `VIRTIO_NET_F_GUEST_TSO6`: and over IPv6.
+    pub const GUEST_TSO6: u64 = 1 << 8;
+    /// `VIRTIO_NET_F_GUEST_ECN`: and with congestion marks.
+    pub const GUEST_ECN: u64 = 1 << 9;
+    /// `VIRTIO_NET_F_HOST_TSO4`: the device takes TCP over IPv4 in large segments.
+    pub const HOST_TSO4: u64 = 1 << 11;
+    /// `VIRTIO_NET_F_HOST_TSO6`: and over IPv6.
+    pub const HOST_TSO6: u64 = 1 << 12;
+    /// `VIRTIO_NET_F_HOST_ECN`: and with congestion marks.
+    pub const HOST_ECN: u64 = 1 << 13;
+    /// `VIRTIO_NET_F_MRG_RXBUF`: a frame may fill several buffers.
+    pub const MRG_RXBUF: u64 = 1 << 15;
+    /// `VIRTIO_NET_F_STATUS`
+    pub const STATUS: u64 = 1 << 16;
+    /// `VIRTIO_NET_F_CTRL_VQ`
+    pub const CTRL_VQ: u64 = 1 << 17;
+    /// `VIRTIO_NET_F_CTRL_RX`
+    pub const CTRL_RX: u64 = 1 << 18;
+    /// What `VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET` may name, where it was negotiated.
+    pub const GUEST_OFFLOADS: u64 = GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN;
+}
+
+mod flag {
+    pub(super) const NEEDS_CSUM: u8 = 1;
+    pub(super) const DATA_VALID: u8 = 2;
+}
+
+mod gso {
+    pub(super) const NONE: u8 = 0;
+    pub(super) const TCPV4: u8 = 1;
+    pub(super) const TCPV6: u8 = 4;
+    pub(super) const ECN: u8 = 0x80;
+}
+
+/// What the receiver of a frame finishes itself. Nothing, by default.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Offloads {
+    /// Checksums.
+    pub csum: bool,
+    /// TCP over IPv4 in large segments.
+    pub tso4: bool,
+    /// TCP over IPv6 in large segments.
+    pub tso6: bool,
+    /// Large segments with congestion marks.
+    pub ecn: bool,
+}
+
+impl Offloads {
+    /// What these features let the driver leave to the device.
+    pub(super) fn of_device(features: u64) -> Self {
+        let has = |bit| features & bit != 0;
+        Self::new(has(bit::CSUM), has(bit::HOST_TSO4), has(bit::HOST_TSO6), has(bit::HOST_ECN))
+    }
+
+    /// What these features let the device leave to the driver.
+    pub(super) fn of_driver(features: u64) -> Self {
+        let has = |bit| features & bit != 0;
+        Self::new(
+            has(bit::GUEST_CSUM),
+            has(bit::GUEST_TSO4),
+            has(bit::GUEST_TSO6),
+            has(bit::GUEST_ECN),
+        )
+    }
+
+    /// Without what depends on something that is missing (virtio 1.3, section 5.1.3.1).
+    fn new(csum: bool, tso4: bool, tso6: bool, ecn: bool) -> Self {
+        let (tso4, tso6) = (csum && tso4, csum && tso6);
+        Self { csum, tso4, tso6, ecn: ecn && (tso4 || tso6) }
+    }
+
+    fn allow(self, gso_type: u8) -> bool {
+        let kind = match gso_type & !gso::ECN {
+            gso::TCPV4 => self.tso4,
+            gso::TCPV6 => self.tso6,
+            _ => false,
+        };
+        kind && (gso_type & gso::ECN == 0 || self.ecn)
+    }
+}
+
+/// A header, read once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Header {
+    flags: u8,
+    gso_type: u8,
+    hdr_len: u16,
+    gso_size: u16,
+    csum_start: u16,
+    csum_offset: u16,
+    pub(super) num_buffers: u16,
+}
+
+impl Header {
+    pub(super) fn parse(raw: [u8; HEADER]) -> Self {
+        let [flags, gso_type, a0, a1, b0, b1, c0, c1, d0, d1, e0, e1] = raw;
+        Self {
+            flags,
+            gso_type,
+            hdr_len: u16::from_le_bytes([a0, a1]),
+            gso_size: u16::from_le_bytes([b0, b1]),
+            csum_start: u16::from_le_bytes([c0, c1]),
+            csum_offset: u16::from_le_bytes([d0, d1]),
+            num_buffers: u16::from_le_bytes([e0, e1]),
+        }
+    }
+
+    pub(super) fn bytes(self) -> [u8; HEADER] {
+        let [a0, a1] = self.hdr_len.to_le_bytes();
+        let [b0, b1] = self.gso_size.to_le_bytes();
+        let [c0, c1] = self.csum_start.to_le_bytes();
+        let [d0, d1] = self.csum_offset.to_le_bytes();
+        let [e0, e1] = self.num_buffers.to_le_bytes();
+        [self.flags, self.gso_type, a0, a1, b0, b1, c0, c1, d0, d1, e0, e1]
+    }
+
+    /// Whether the frame is one large segment.
+    pub(super) fn is_segmented(self) -> bool {
+        self.gso_type != gso::NONE
+    }
+
+    /// The header of a frame of `len` bytes from the guest as the host may see it; `None` where the frame must not pass.
+    ///
+    /// Flags that a driver does not set are cleared (section 5.1.6.2.2).
+    pub(super) fn sent_by_guest(self, len: u32, offloads: Offloads) -> Option<Self> {
+        let needs_csum = self.flags & flag::NEEDS_CSUM != 0;
+        if u32::from(self.hdr_len) > len || needs_csum && !self.has_checksum_in(len) {
+            return None;
+        }
+        let flags = self.flags & flag::NEEDS_CSUM;
+        self.negotiated(flags, offloads).map(|header| Self { num_buffers: 0, ..header })
+    }
+
+    /// The header of a frame of `len` bytes from the host as the guest may see it; `None` where it does not take such
+    /// frames, which then are left over from before it said so.
+    pub(super) fn sent_by_host(self, len: u32, offloads: Offloads) -> Option<Self> {
+        let needs_csum = self.flags & flag::NEEDS_CSUM != 0;
+        if needs_csum && !self.has_checksum_in(len) {
+            return None;
+        }
+        let known = flag::NEEDS_CSUM | if offloads.csum { flag::DATA_VALID } else { 0 };
+        self.negotiated(self.flags & known, offloads)
+    }
+
+    fn negotiated(self, flags: u8, offloads: Offloads) -> Option<Self> {
+        let needs_csum = flags & flag::NEEDS_CSUM != 0;
+        if needs_csum && !offloads.csum {
+            return None;
+        }
+        // Each segment gets a checksum of its own, so a frame to be cut asks for one.
+        let is_whole = self.gso_size != 0 && needs_csum && offloads.allow(self.gso_type);
+        if self.is_segmented() && !is_whole {
+            return None;
+        }
+        let mut header = Self { flags, ..self };
+        if !needs_csum {
+            (header.csum_start, header.csum_offset) = (0, 0);
+        }
+        if !self.is_segmented() {
+            (header.hdr_len, header.gso_size) = (0, 0);
+        }
+        Some(header)
+    }
+
+    /// The two bytes of the checksum lie in a frame of `len` bytes.
+    fn has_checksum_in(self, len: u32) -> bool {
+        u32::from(self.csum_start) + u32::from(self.csum_offset) + 2 <= len
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const ALL: Offloads = Offloads { csum: true, tso4: true, tso6: true, ecn: true };
+    const CSUM: Offloads = Offloads { csum: true, tso4: false, tso6: false, ecn: false };
+
+    fn segment() -> Header {
+        Header {
+            flags: flag::NEEDS_CSUM,
+            gso_type: gso::TCPV4,
+            hdr_len: 54,
+            gso_size: 1448,
+            csum_start: 34,
+            csum_offset: 16,
+            num_buffers: 0,
+        }
+    }
+
+    #[test]
+    fn a_segment_passes_where_it_was_negotiated() {
+        assert_eq!(segment().sent_by_guest(9000, ALL), Some(segment()));
+        assert_eq!(segment().sent_by_host(9000, ALL), Some(segment()));
+        assert_eq!(segment().sent_by_guest(9000, CSUM), None);
+        assert_eq!(segment().sent_by_host(9000, CSUM), None);
+        let marked = Header { gso_type: gso::TCPV4 | gso::ECN, ..segment() };
+        assert_eq!(marked.sent_by_guest(9000, ALL), Some(marked));
+        assert_eq!(marked.sent_by_guest(9000, Offloads { ecn: false, ..ALL }), None);
+        let six = Header { gso_type: gso::TCPV6, ..segment() };
+        assert_eq!(six.sent_by_guest(9000, Offloads { tso6: false, ..ALL }), None);
+    }
+
+    #[test]
+    fn a_segment_of_no_size_or_kind_or_checksum_does_not_pass() {
+        let bad = [
+            Header { gso_size: 0, ..segment() },
+            Header { flags: 0, ..segment() },
+            Header { gso_type: 3, ..segment() },
+            Header { gso_type: 5, ..segment() },
+            Header { gso_type: 0x7f, ..segment() },
+            Header { gso_type: gso::ECN, ..segment() },
+            Header { hdr_len: 9001, ..segment() },
+        ];
+        for header in bad {
+            assert_eq!(header.sent_by_guest(9000, ALL), None, "{header:?}");
+        }
+    }
+
+    #[test]
+    fn a_checksum_lies_inside_its_frame_to_the_last_byte() {
+        let header = Header { flags: 1, csum_start: 34, csum_offset: 16, ..Header::default() };
+        assert!(header.sent_by_guest(52, CSUM).is_some());
+        assert!(header.sent_by_guest(51, CSUM).is_none());
+        let far = Header { flags: 1, csum_start: u16::MAX, csum_offset: u16::MAX, ..header };
+        assert!(far.sent_by_guest(MAX_FRAME, CSUM).is_none());
+        assert!(header.sent_by_guest(60, Offloads::default()).is_none());
+    }
+
+    #[test]
+    fn what_has_no_meaning_in_a_header_is_cleared() {
+        let odd = Header { flags: 0xfe, gso_size: 7, csum_start: 9999, ..Header::default() };
+        assert_eq!(odd.sent_by_guest(60, ALL), Some(Header::default()));
+        let valid = Header { flags: flag::DATA_VALID, ..Header::default() };
+        assert_eq!(valid.sent_by_host(60, ALL), Some(valid));
+        assert_eq!(valid.sent_by_host(60, Offloads::default()), Some(Header::default()));
+    }
+
+    #[test]
+    fn offloads_that_depend_on_a_missing_one_are_missing_too() {
+        assert_eq!(Offloads::of_device(bit::HOST_TSO4 | bit::HOST_ECN), Offloads::default());
+        assert_eq!(Offloads::of_driver(bit::GUEST_CSUM | bit::GUEST_ECN), CSUM);
+        assert_eq!(Offloads::of_driver(bit::GUEST_OFFLOADS), ALL);
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_passes_was_negotiated_and_points_into_the_frame(
+            raw: [u8; HEADER], len in MIN_FRAME..=MAX_FRAME,
+            features: u64,
+        ) {
+            let header = Header::parse(raw);
+            prop_assert_eq!(header.bytes(), raw);
+            let offloads = Offloads::of_device(features);
+            if let Some(passed) = header.sent_by_guest(len, offloads) {
+                prop_assert!(passed.flags <= 1 && (passed.flags == 0 || offloads.csum));
+                prop_assert!(u32::from(passed.hdr_len) <= len);
+                prop_assert!(passed.flags == 0 || passed.has_checksum_in(len));
+                prop_assert!(!passed.is_segmented() || passed.gso_size > 0 && offloads.allow(passed.gso_type));
+                prop_assert_eq!(passed.sent_by_guest(len, offloads), Some(passed));
+            }
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! What a user can set: `tap=NAME,mac=...`, read from the options of `--device net`.
+
+use std::num::NonZeroU64;
+
+use super::MODEL;
+use super::backend::NetworkEnd;
+use crate::catalog::{BuildError, Key};
+use crate::host::HostError;
+use crate::options::{OptionError, Options};
+use crate::virtio::{Limit, Limiter};
+
+pub(super) const KEYS: &[Key] = &[
+    Key {
+        name: "tap",
+        value: "NAME",
+        help: "the tap interface at the other end; made where there is none",
+    },
+    Key {
+        name: "fd",
+        value: "N",
+        help: "instead of tap: descriptor of an open tap that rvmm inherits",
+    },
+    Key {
+        name: "mac",
+        value: "ADDR",
+        help: "MAC address (default: made from the host and the tap's name)",
+    },
+    Key {
+        name: "mtu",
+        value: "N",
+        help: "largest packet that the guest is told of, 68 to 65535 bytes",
+    },
+    Key {
+        name: "pin",
+        value: "on|off",
+        help: "drop frames that do not carry the MAC address as sender (default: off)",
+    },
+    Key {
+        name: "rx_bps",
+        value: "BYTES",
+        help: "bytes a second to the guest at most (default: no limit)",
+    },
+    Key {
+        name: "tx_bps",
+        value: "BYTES",
+        help: "bytes a second from the guest at most (default: no limit)",
+    },
+    Key {
+        name: "rx_pps",
+        value: "N",
+        help: "frames a second to the guest at most (default: no limit)",
+    },
+    Key {
+        name: "tx_pps",
+        value: "N",
+        help: "frames a second from the guest at most (default: no limit)",
+    },
+];
+
+/// The least MTU of IPv4 (RFC 791).
+const MIN_MTU: u16 = 68;
+
+/// A network device as it was asked for, but for its other end.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// The MAC address; none for one made from the other end's identity.
+    pub mac: Option<[u8; 6]>,
+    /// The MTU that the driver is told.
+    pub mtu: Option<u16>,
+    /// Frames with another sender than the MAC address are dropped.
+    pub pin: bool,
+    /// Limits on frames to the guest.
+    pub rx: Rates,
+    /// Limits on frames from the guest.
+    pub tx: Rates,
+}
+
+/// Limits of one direction, where there are any.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Rates {
+    /// Bytes a second.
+    pub bps: Option<NonZeroU64>,
+    /// Frames a second.
+    pub pps: Option<NonZeroU64>,
+}
+
+impl Rates {
+    pub(super) fn limiter(self) -> std::io::Result<Limiter> {
+        let limit = |rate: NonZeroU64| Limit::per_second(rate.get());
+        Limiter::new(self.bps.map(limit), self.pps.map(limit))
+    }
+
+    fn parse(options: &Options, bps: &'static str, pps: &'static str) -> Result<Self, OptionError> {
+        Ok(Self {
+            bps: options.parsed(bps, "a number of bytes from 1")?,
+            pps: options.parsed(pps, "a number of frames from 1")?,
+        })
+    }
+}
+
+impl Settings {
+    pub(super) fn parse(options: &Options) -> Result<Self, OptionError> {
+        let expected = "a number from 68 to 65535";
+        let mtu = options.parsed::<u16>("mtu", expected)?;
+        if mtu.is_some_and(|mtu| mtu < MIN_MTU) {
+            return Err(options.bad("mtu", expected));
+        }
+        let mac = |text| {
+            let what = "the address of one station, in hexadecimal: 02:00:00:12:34:56";
+            parse_mac(text).ok_or_else(|| options.bad("mac", what))
+        };
+        let pin = match options.get("pin") {
+            None | Some("off") => false,
+            Some("on") => true,
+            Some(_) => return Err(options.bad("pin", "on or off")),
+        };
+        Ok(Self {
+            mac: options.get("mac").map(mac).transpose()?,
+            mtu,
+            pin,
+            rx: Rates::parse(options, "rx_bps", "rx_pps")?,
+            tx: Rates::parse(options, "tx_bps", "tx_pps")?,
+        })
+    }
+}
+
+/// The other end that the options name: exactly one.
+pub(super) fn end(options: &Options) -> Result<NetworkEnd, BuildError> {
+    let expected = "a descriptor's number";
+    let bad = |source| BuildError::Option { model: MODEL.name, source };
+    let fd = options.parsed::<u16>("fd", expected).map_err(bad)?;
+    match (options.get("tap"), fd) {
+        (Some(name), None) => Ok(NetworkEnd::Tap(name.to_owned())),
+        (None, Some(fd)) => Ok(NetworkEnd::Descriptor(fd.into())),
+        (Some(_), Some(_)) => Err(bad(options.bad("fd", "of use where tap is given, too"))),
+        (None, None) => Err(BuildError::End {
+            model: MODEL.name,
+            source: HostError::mistake("Its other end is missing (add tap=NAME or fd=N)"),
+        }),
+    }
+}
+
+/// Six bytes in hexadecimal; no group address, and not all zero.
+fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let mut mac = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part = parts.next().filter(|part| {
+            (1..=2).contains(&part.len()) && part.bytes().all(|c| c.is_ascii_hexdigit())
+        })?;
+        *byte = u8::from_str_radix(part, 16).ok()?;
+    }
+    let is_group = mac.first()? & 1 != 0;
+    (parts.next().is_none() && !is_group && mac != [0; 6]).then_some(mac)
+}
+
+/// A locally administered address that is always the same for the same identity: `02:` and 40 bits of its FNV-1a hash.
+pub(super) fn mac_of(identity: &str) -> [u8; 6] {
+    let mix = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    let hash = identity.bytes().fold(0xcbf2_9ce4_8422_2325, mix);
+    let [a, b, c, d, e, f, g, h] = hash.to_be_bytes();
+    // The first bytes depend on all of the text, the last ones hardly on its beginning.
+    [2, a ^ f, b ^ g, c ^ h, d, e]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mac_address_is_six_bytes_of_one_station() {
+        assert_eq!(parse_mac("02:0:fF:12:34:56"), Some([2, 0, 0xff, 0x12, 0x34, 0x56]));
+        for text in [
+            "",
+            "02:00:00:12:34",
+            "02:00:00:12:34:56:78",
+            "01:00:00:12:34:56",
+            "0:0:0:0:0:0",
+            "02-00-00-12-34-56",
+            "+2:00:00:12:34:56",
+            "002:00:00:12:34:56",
+            "02:00:00:12:34:",
+            "ff:ff:ff:ff:ff:ff",
+            "02:00:00:12:34:5g",
+        ] {
+            assert_eq!(parse_mac(text), None, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn an_address_made_from_a_name_is_stable_local_and_its_own() {
+        assert_eq!(mac_of("host/tap0"), mac_of("host/tap0"));
+        let names = ["host/tap0", "host/tap1", "tsoh/tap0", "", "a", "host/tap00"];
+        let all: std::collections::HashSet<_> = names.iter().map(|name| mac_of(name)).collect();
+        assert_eq!(all.len(), names.len());
+        assert!(all.iter().all(|mac| mac.starts_with(&[2])), "locally administered, one station");
+    }
+}

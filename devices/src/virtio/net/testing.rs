@@ -1,0 +1,185 @@
+//! A network in memory, for tests: it shows what the guest sent, and gives the guest what the test lets arrive.
+
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vm_memory::Bytes;
+
+use super::{HEADER, NetBackend, Offloads};
+use crate::virtio::{GuestMemoryMmap, Segment};
+
+/// A network in memory. A clone is the same network: a test keeps one and hands the other over. Its descriptor is true to
+/// epoll.
+#[derive(Debug, Clone)]
+pub struct MemoryNet(Arc<Mutex<Wire>>);
+
+#[derive(Debug)]
+struct Wire {
+    arriving: VecDeque<([u8; HEADER], Vec<u8>)>,
+    sent: Vec<([u8; HEADER], Vec<u8>)>,
+    offloads: Offloads,
+    offload_changes: usize,
+    is_full: bool,
+    failure: Option<ErrorKind>,
+    reads: usize,
+    /// What the device watches, and the other end, from which it is made readable and writable.
+    near: UnixStream,
+    far: UnixStream,
+}
+
+impl MemoryNet {
+    /// A network without frames and with room.
+    ///
+    /// # Errors
+    /// The system's, if there are no descriptors left.
+    pub fn new() -> io::Result<Self> {
+        let (near, far) = UnixStream::pair()?;
+        near.set_nonblocking(true)?;
+        far.set_nonblocking(true)?;
+        Ok(Self(Arc::new(Mutex::new(Wire {
+            arriving: VecDeque::new(),
+            sent: Vec::new(),
+            offloads: Offloads::default(),
+            offload_changes: 0,
+            is_full: false,
+            failure: None,
+            reads: 0,
+            near,
+            far,
+        }))))
+    }
+
+    /// A frame comes for the guest.
+    pub fn arrive(&self, header: [u8; HEADER], frame: &[u8]) {
+        self.change(|wire| wire.arriving.push_back((header, frame.to_vec())));
+    }
+
+    /// Frames that have come and that the device has not taken.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.lock().arriving.len()
+    }
+
+    /// How often the device has tried to take one.
+    #[must_use]
+    pub fn reads(&self) -> usize {
+        self.lock().reads
+    }
+
+    /// Takes what the guest has sent since the last call, headers and frames.
+    #[must_use]
+    pub fn sent(&self) -> Vec<([u8; HEADER], Vec<u8>)> {
+        std::mem::take(&mut self.lock().sent)
+    }
+
+    /// What frames for the guest may leave to it.
+    #[must_use]
+    pub fn offloads(&self) -> Offloads {
+        self.lock().offloads
+    }
+
+    /// How often that was to be changed.
+    #[must_use]
+    pub fn offload_changes(&self) -> usize {
+        self.lock().offload_changes
+    }
+
+    /// Whether there is no room for frames of the guest.
+    pub fn set_full(&self, is_full: bool) {
+        self.change(|wire| wire.is_full = is_full);
+    }
+
+    /// Makes everything fail in this way; `None` for no longer.
+    pub fn fail(&self, kind: Option<ErrorKind>) {
+        self.change(|wire| wire.failure = kind);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Wire> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes the state and makes the descriptor tell it.
+    fn change<R>(&self, change: impl FnOnce(&mut Wire) -> R) -> R {
+        let mut wire = self.lock();
+        let result = change(&mut wire);
+        let is_readable = !wire.arriving.is_empty() || wire.failure.is_some();
+        let is_full = wire.is_full && wire.failure.is_none();
+        let mut scrap = [0; 4096];
+        while matches!(wire.near.read(&mut scrap), Ok(1..)) {}
+        while matches!(wire.far.read(&mut scrap), Ok(1..)) {}
+        if is_readable {
+            let _ = wire.far.write(&[0]);
+        }
+        while is_full && matches!(wire.near.write(&scrap), Ok(1..)) {}
+        result
+    }
+}
+
+impl NetBackend for MemoryNet {
+    fn identity(&self) -> &str {
+        "memory"
+    }
+
+    fn fd(&self) -> RawFd {
+        self.lock().near.as_raw_fd()
+    }
+
+    fn set_offloads(&mut self, offloads: Offloads) -> io::Result<()> {
+        self.change(|wire| {
+            wire.offload_changes += 1;
+            if let Some(kind) = wire.failure {
+                return Err(kind.into());
+            }
+            wire.offloads = offloads;
+            Ok(())
+        })
+    }
+
+    fn send(&mut self, memory: &GuestMemoryMmap, head: &[u8], rest: &[Segment]) -> io::Result<()> {
+        self.change(|wire| {
+            if let Some(kind) = wire.failure {
+                return Err(kind.into());
+            }
+            if wire.is_full {
+                return Err(ErrorKind::WouldBlock.into());
+            }
+            let (header, start) = head.split_first_chunk().ok_or(ErrorKind::InvalidInput)?;
+            let mut frame = start.to_vec();
+            for piece in rest {
+                let mut bytes = vec![0; piece.len as usize];
+                memory.read_slice(&mut bytes, piece.addr).map_err(io::Error::other)?;
+                frame.extend(bytes);
+            }
+            wire.sent.push((*header, frame));
+            Ok(())
+        })
+    }
+
+    fn receive(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        header: &mut [u8; HEADER],
+        first: &[Segment],
+        rest: &mut [u8],
+    ) -> io::Result<usize> {
+        self.change(|wire| {
+            wire.reads += 1;
+            if let Some(kind) = wire.failure {
+                return Err(kind.into());
+            }
+            let (head, frame) = wire.arriving.pop_front().ok_or(ErrorKind::WouldBlock)?;
+            *header = head;
+            let mut left = frame.as_slice();
+            for piece in first {
+                let part;
+                (part, left) = left.split_at(left.len().min(piece.len as usize));
+                memory.write_slice(part, piece.addr).map_err(io::Error::other)?;
+            }
+            rest.iter_mut().zip(left).for_each(|(byte, value)| *byte = *value);
+            Ok(frame.len())
+        })
+    }
+}

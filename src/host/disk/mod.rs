@@ -1,0 +1,285 @@
+//! Disks: raw bytes in files and block devices.
+//!
+//! | file | what |
+//! |---|---|
+//! | `open.rs` | from a path to files: judged and locked |
+//! | `job.rs` | one request on its way through system calls |
+//! | `engine.rs` | who makes system calls while the I/O thread goes on |
+//! | `uring.rs`, `worker.rs` | the two who do: io_uring, and a thread |
+//!
+//! Guest RAM is given to the kernel by address. It stays because the disk holds it, and the disk waits for every call before
+//! it lets go. The size is looked up anew at every flush, and when a read ends early: that is how a file that was made larger
+//! becomes a larger disk.
+#![expect(unsafe_code, reason = "buffers are handed to the engine by address")]
+
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use log::{info, warn};
+use rvmm_devices::HostError;
+use rvmm_devices::virtio::DmaMemory;
+use rvmm_devices::virtio::blk::{DiskBackend, DiskCache, DiskDone, DiskOp, DiskPlan, DiskRequest};
+
+mod engine;
+mod job;
+mod open;
+mod uring;
+mod worker;
+
+#[cfg(test)]
+mod tests;
+
+use engine::{Call, Engine, Outcome, What};
+use job::{Job, Progress};
+use open::{Files, whole_sectors};
+use uring::Uring;
+use worker::Worker;
+
+/// The number of the flush, which slots do not reach.
+const SYNC: u32 = u32::MAX;
+
+/// Rounds of calls that follow from outcomes, before others get their turn.
+const MOST_ROUNDS: u32 = 4;
+
+/// An open disk.
+///
+/// Fields are dropped in this order: no call is on the way when files and memory go.
+pub(super) struct Disk {
+    engine: Box<dyn Engine>,
+    /// By slot.
+    jobs: Vec<Job>,
+    flushes: Flushes,
+    done: Vec<DiskDone>,
+    /// Kept for its room only.
+    outcomes: Vec<Outcome>,
+    has_pushed: bool,
+    has_warned: bool,
+    size: u64,
+    is_unsafe: bool,
+    name: String,
+    files: Files,
+    memory: Arc<dyn DmaMemory>,
+}
+
+/// Flushes that wait: all that come while one runs are served by the next.
+#[derive(Debug, Default)]
+struct Flushes {
+    is_running: bool,
+    /// Whose flush runs.
+    served: Vec<u32>,
+    /// Who came later.
+    waiting: Vec<u32>,
+}
+
+/// Opens a disk, with the best engine that the kernel has.
+pub(super) fn open(plan: &DiskPlan, memory: Arc<dyn DmaMemory>) -> Result<Disk, HostError> {
+    let engine: Box<dyn Engine> = match Uring::new() {
+        Ok(ring) => Box::new(ring),
+        Err(error) => {
+            info!("No io_uring for disk {}: {error}", plan.path);
+            Box::new(Worker::new().map_err(|source| {
+                HostError::refused(format!("Cannot start a thread for disk {}", plan.path), source)
+            })?)
+        }
+    };
+    Disk::open(plan, memory, engine)
+}
+
+impl Disk {
+    fn open(
+        plan: &DiskPlan,
+        memory: Arc<dyn DmaMemory>,
+        engine: Box<dyn Engine>,
+    ) -> Result<Self, HostError> {
+        let files = Files::open(plan)?;
+        let size = files.first_size(&plan.path)?;
+        info!("Disk {}: {size} bytes, through {}", plan.path, engine.name());
+        Ok(Self {
+            engine,
+            jobs: Vec::new(),
+            flushes: Flushes::default(),
+            done: Vec::new(),
+            outcomes: Vec::new(),
+            has_pushed: false,
+            has_warned: false,
+            size,
+            is_unsafe: plan.cache == DiskCache::Unsafe,
+            name: plan.path.clone(),
+            files,
+            memory,
+        })
+    }
+
+    fn look_at_size(&mut self) {
+        let now = self.files.bytes().map(whole_sectors).unwrap_or(self.size);
+        if now != self.size && now > 0 {
+            info!("Disk {} has {now} bytes now", self.name);
+            self.size = now;
+        }
+    }
+
+    fn push(&mut self, id: u32, call: Call) {
+        // SAFETY: the files are closed and the memory is let go after the engine, whose calls `Drop` waits for; a job does not
+        // change its list of buffers before it gets the outcome.
+        unsafe { self.engine.push(id, call) };
+        self.has_pushed = true;
+    }
+
+    fn push_next(&mut self, slot: u32) {
+        let Some(job) = self.jobs.get_mut(slot as usize) else { return };
+        let call = job.next(&self.files, self.memory.as_ref());
+        self.push(slot, call);
+    }
+
+    fn start_flush(&mut self) {
+        self.flushes.is_running = true;
+        self.flushes.served.append(&mut self.flushes.waiting);
+        let call = Call { what: What::Sync, fd: self.files.main(), offset: 0, len: 0 };
+        self.push(SYNC, call);
+    }
+
+    /// Takes what outcomes are there, and lets requests go on or end.
+    fn reap(&mut self) {
+        let mut outcomes = std::mem::take(&mut self.outcomes);
+        self.engine.reap(&mut outcomes);
+        for (id, result) in outcomes.drain(..) {
+            if id == SYNC { self.flushed(result) } else { self.advance(id, result) }
+        }
+        self.outcomes = outcomes;
+    }
+
+    fn advance(&mut self, slot: u32, result: std::io::Result<u32>) {
+        let Some(job) = self.jobs.get_mut(slot as usize) else { return };
+        if job.is_given_up() {
+            job.end();
+            return;
+        }
+        match job.advance(result, self.memory.as_ref()) {
+            Progress::More => self.push_next(slot),
+            Progress::Done(result) => {
+                let (verb, (offset, left)) = (job.verb(), job.range());
+                job.end();
+                if let Err(error) = &result {
+                    self.complain(&format!("{verb} {left} bytes at {offset} of"), error);
+                    self.look_at_size();
+                }
+                self.done.push(DiskDone { slot, is_ok: result.is_ok() });
+            }
+        }
+    }
+
+    fn flushed(&mut self, result: std::io::Result<u32>) {
+        if let (Err(error), false) = (&result, self.flushes.served.is_empty()) {
+            self.complain("flush", error);
+        }
+        let is_ok = result.is_ok();
+        self.done.extend(self.flushes.served.drain(..).map(|slot| DiskDone { slot, is_ok }));
+        self.flushes.is_running = false;
+        if !self.flushes.waiting.is_empty() {
+            self.start_flush();
+        }
+    }
+
+    /// A guest that goes on after errors does not fill the log.
+    fn complain(&mut self, what: &str, error: &std::io::Error) {
+        if !std::mem::replace(&mut self.has_warned, true) {
+            let name = &self.name;
+            warn!(
+                "Cannot {what} disk {name}: {error} (the guest is told; further errors are not logged)"
+            );
+        }
+    }
+
+    /// Gives requests up and waits for those of which a call is on the way.
+    fn give_up(&mut self, slots: &[u32]) {
+        let is_meant = |slot: &u32| slots.contains(slot);
+        self.flushes.served.retain(|slot| !is_meant(slot));
+        self.flushes.waiting.retain(|slot| !is_meant(slot));
+        for slot in slots {
+            let Some(job) = self.jobs.get_mut(*slot as usize) else { continue };
+            job.give_up();
+            if !job.is_idle() && self.engine.withdraw(*slot) {
+                job.end();
+            }
+        }
+        let is_busy =
+            |jobs: &[Job], slot: &u32| jobs.get(*slot as usize).is_some_and(|job| !job.is_idle());
+        while slots.iter().any(|slot| is_busy(&self.jobs, slot)) {
+            self.engine.wait();
+            self.reap();
+        }
+        self.done.retain(|done| !is_meant(&done.slot));
+    }
+}
+
+impl DiskBackend for Disk {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn start(&mut self, mut request: DiskRequest<'_>) {
+        let slot = request.slot;
+        if self.is_unsafe {
+            request.op = match request.op {
+                DiskOp::Write { .. } => DiskOp::Write { is_durable: false },
+                DiskOp::WriteZeroes { may_unmap, .. } => {
+                    DiskOp::WriteZeroes { may_unmap, is_durable: false }
+                }
+                other => other,
+            };
+        }
+        if request.op == DiskOp::Flush {
+            self.look_at_size();
+            if self.is_unsafe {
+                self.done.push(DiskDone { slot, is_ok: true });
+                return;
+            }
+            self.flushes.waiting.push(slot);
+            if !self.flushes.is_running {
+                self.start_flush();
+            }
+            return;
+        }
+        let index = slot as usize;
+        while self.jobs.len() <= index {
+            self.jobs.push(Job::idle());
+        }
+        let begun = self.jobs.get_mut(index).map(|job| job.begin(&request, self.memory.as_ref()));
+        if begun == Some(true) {
+            self.push_next(slot);
+        } else {
+            self.done.push(DiskDone { slot, is_ok: false });
+        }
+    }
+
+    fn poll(&mut self, done: &mut Vec<DiskDone>) {
+        // What had no room in the kernel is tried again, too.
+        self.engine.submit();
+        for _ in 0..MOST_ROUNDS {
+            self.has_pushed = false;
+            self.reap();
+            if !self.has_pushed {
+                break;
+            }
+            self.engine.submit();
+        }
+        done.append(&mut self.done);
+    }
+
+    fn drain(&mut self, slots: &[u32]) {
+        self.give_up(slots);
+        // Others may have gone a step further.
+        self.engine.submit();
+    }
+
+    fn fd(&self) -> RawFd {
+        self.engine.fd()
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let slots: Vec<u32> = (0..).zip(&self.jobs).map(|(slot, _)| slot).collect();
+        self.give_up(&slots);
+    }
+}

@@ -1,0 +1,235 @@
+//! From a path to files that a disk can live in: opened, judged, locked.
+#![expect(unsafe_code, reason = "two system calls that no safe crate here has")]
+
+use std::fs::{File, FileType, OpenOptions};
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+
+use log::warn;
+use rustix::fs::{OFlags, SeekFrom, fcntl_getfl, fcntl_setfl, seek};
+use rustix::io::Errno;
+use rvmm_devices::HostError;
+use rvmm_devices::virtio::blk::{DiskCache, DiskPlan};
+
+/// Bytes of a sector.
+const SECTOR: u64 = 512;
+
+/// What O_DIRECT wants where the kernel does not say: more than any disk does.
+const STRICT: Align = Align { memory: 4096, offset: 4096 };
+
+/// The open files of a disk. The lock is given back with them.
+#[derive(Debug)]
+pub(super) struct Files {
+    main: File,
+    is_block: bool,
+    /// With O_DIRECT: what it wants, and the same file without.
+    direct: Option<(Align, File)>,
+}
+
+/// What O_DIRECT wants of a transfer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Align {
+    /// Of addresses and lengths of buffers.
+    pub(super) memory: usize,
+    /// Of offsets and lengths on the disk.
+    pub(super) offset: u64,
+}
+
+impl Align {
+    /// Whether a buffer of `len` bytes at `address` will do.
+    pub(super) fn fits(self, address: usize, len: usize) -> bool {
+        address.is_multiple_of(self.memory) && len.is_multiple_of(self.memory)
+    }
+}
+
+impl Files {
+    /// Opens what the plan names and locks it: for itself where it is written, against writers where it is read.
+    pub(super) fn open(plan: &DiskPlan) -> Result<Self, HostError> {
+        let path = &plan.path;
+        let kind = std::fs::metadata(path).map_err(|error| not_open(path, error))?.file_type();
+        judge(path, kind)?;
+        // What is exclusive of a block device is that nobody has mounted it. NONBLOCK: should it have become something else
+        // meanwhile, nothing waits.
+        let mut flags = OFlags::NONBLOCK;
+        flags.set(OFlags::EXCL, kind.is_block_device() && !plan.is_read_only);
+        flags.set(OFlags::DIRECT, plan.cache == DiskCache::None);
+        let mut options = OpenOptions::new();
+        options.read(true).write(!plan.is_read_only);
+        let main = options.custom_flags(flags.bits().cast_signed()).open(path);
+        let main = main.map_err(|error| match Errno::from_io_error(&error) {
+            Some(Errno::INVAL) if plan.cache == DiskCache::None => no_direct(path),
+            _ => not_open(path, error),
+        })?;
+        let kind = main.metadata().map_err(|error| not_open(path, error))?.file_type();
+        judge(path, kind)?;
+        // io_uring would take it for a wish to fail instead of waiting.
+        fcntl_getfl(&main)
+            .and_then(|flags| fcntl_setfl(&main, flags - OFlags::NONBLOCK))
+            .map_err(|error| not_open(path, error.into()))?;
+        lock(path, &main, plan.is_read_only)?;
+        let mut files = Self { main, is_block: kind.is_block_device(), direct: None };
+        if plan.cache == DiskCache::None {
+            let align = alignment(&files.main).ok_or_else(|| no_direct(path))?;
+            // The same file whatever became of the path.
+            let same = format!("/proc/self/fd/{}", files.main());
+            let mut options = OpenOptions::new();
+            let buffered = options.read(true).write(!plan.is_read_only).open(same);
+            files.direct = Some((align, buffered.map_err(|error| not_open(path, error))?));
+        }
+        Ok(files)
+    }
+
+    /// The size of the disk in bytes: whole sectors.
+    pub(super) fn first_size(&self, path: &str) -> Result<u64, HostError> {
+        let bytes = self.bytes().map_err(|source| {
+            HostError::refused(format!("Cannot find out the size of disk {path}"), source)
+        })?;
+        let size = whole_sectors(bytes);
+        if size == 0 {
+            return Err(HostError::mistake(format!(
+                "Cannot use disk {path}: it has {bytes} bytes, a sector has 512 (make it larger: truncate -s 1G {path})"
+            )));
+        }
+        if size != bytes {
+            let rest = bytes - size;
+            warn!(
+                "Disk {path} has {bytes} bytes, no whole sectors: the guest does not see the last {rest}"
+            );
+        }
+        Ok(size)
+    }
+
+    /// Bytes of the file or device, now.
+    pub(super) fn bytes(&self) -> io::Result<u64> {
+        if self.is_block {
+            Ok(seek(&self.main, SeekFrom::End(0))?)
+        } else {
+            Ok(self.main.metadata()?.len())
+        }
+    }
+
+    /// The descriptor that everything goes through that can.
+    pub(super) fn main(&self) -> RawFd {
+        self.main.as_raw_fd()
+    }
+
+    /// The descriptor that goes through the page cache.
+    pub(super) fn buffered(&self) -> RawFd {
+        self.direct.as_ref().map_or(self.main(), |(_, buffered)| buffered.as_raw_fd())
+    }
+
+    /// What the main descriptor wants, where it has O_DIRECT.
+    pub(super) fn direct(&self) -> Option<Align> {
+        self.direct.as_ref().map(|(align, _)| *align)
+    }
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        // A call that has just ended may hold the file for a moment longer than we do, and with it the lock.
+        let _ = set_lock(&self.main, libc::F_UNLCK);
+    }
+}
+
+/// The part of `bytes` that is whole sectors.
+pub(super) fn whole_sectors(bytes: u64) -> u64 {
+    bytes / SECTOR * SECTOR
+}
+
+fn judge(path: &str, kind: FileType) -> Result<(), HostError> {
+    if kind.is_file() || kind.is_block_device() {
+        return Ok(());
+    }
+    let what = if kind.is_dir() {
+        "a folder"
+    } else if kind.is_fifo() {
+        "a FIFO"
+    } else if kind.is_socket() {
+        "a socket"
+    } else {
+        "a character device"
+    };
+    Err(HostError::mistake(format!(
+        "Cannot use disk {path}: it is {what} (give a file or a block device)"
+    )))
+}
+
+fn not_open(path: &str, error: io::Error) -> HostError {
+    let what = format!("Cannot open disk {path}");
+    let hint = match error.kind() {
+        io::ErrorKind::NotFound => format!("make one: truncate -s 1G {path}"),
+        io::ErrorKind::PermissionDenied => {
+            "give yourself the right to it, or add ro=on where reading is allowed".into()
+        }
+        io::ErrorKind::ReadOnlyFilesystem => "add ro=on".into(),
+        io::ErrorKind::ResourceBusy => {
+            "it is mounted or part of another device: unmount it, or add ro=on".into()
+        }
+        _ => return HostError::refused(what, error),
+    };
+    HostError::mistake(format!("{what}: {error} ({hint})"))
+}
+
+fn no_direct(path: &str) -> HostError {
+    HostError::mistake(format!(
+        "Cannot use disk {path} with cache=none: its file system does not have O_DIRECT (use cache=writeback)"
+    ))
+}
+
+/// Locks the whole file as long as it is open (an open file description lock, fcntl(2)).
+fn lock(path: &str, file: &File, is_read_only: bool) -> Result<(), HostError> {
+    let kind = if is_read_only { libc::F_RDLCK } else { libc::F_WRLCK };
+    let Err(error) = set_lock(file, kind) else { return Ok(()) };
+    if !matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::PermissionDenied) {
+        warn!("Disk {path} cannot be locked, see that nobody else uses it: {error}");
+        return Ok(());
+    }
+    let (open_for, hint) = if is_read_only || held(file) == Some(libc::F_WRLCK) {
+        ("writing", "stop that program")
+    } else {
+        ("reading", "stop that program, or add ro=on")
+    };
+    let what =
+        format!("Cannot use disk {path}: another program has it open for {open_for} ({hint})");
+    Err(HostError::refused(what, io::ErrorKind::ResourceBusy.into()))
+}
+
+fn whole(kind: libc::c_int) -> libc::flock {
+    // The constants fit: they are small, and the field's type differs between systems.
+    let l_type = libc::c_short::try_from(kind).unwrap_or_default();
+    let l_whence = libc::c_short::try_from(libc::SEEK_SET).unwrap_or_default();
+    libc::flock { l_type, l_whence, l_start: 0, l_len: 0, l_pid: 0 }
+}
+
+fn set_lock(file: &File, kind: libc::c_int) -> io::Result<()> {
+    let lock = whole(kind);
+    // SAFETY: fcntl reads a `flock` that outlives the call.
+    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The kind of lock that stands in the way of writing.
+fn held(file: &File) -> Option<libc::c_int> {
+    let mut lock = whole(libc::F_WRLCK);
+    // SAFETY: fcntl reads and writes a `flock` that outlives the call.
+    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) };
+    (result == 0).then_some(lock.l_type.into())
+}
+
+/// What O_DIRECT wants of this file; `None` where it is not possible.
+fn alignment(file: &File) -> Option<Align> {
+    let mut stat = MaybeUninit::<libc::statx>::zeroed();
+    let fd = file.as_fd().as_raw_fd();
+    let (flags, mask) = (libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN);
+    // SAFETY: the path is an empty C string, and statx writes at most a `statx`.
+    let result = unsafe { libc::statx(fd, c"".as_ptr(), flags, mask, stat.as_mut_ptr()) };
+    // SAFETY: all zeroes are a valid `statx`, and so is what the kernel writes.
+    let stat = unsafe { stat.assume_init() };
+    if result != 0 || stat.stx_mask & mask == 0 {
+        return Some(STRICT);
+    }
+    let (memory, offset) = (stat.stx_dio_mem_align as usize, u64::from(stat.stx_dio_offset_align));
+    (memory > 0 && offset > 0).then_some(Align { memory, offset })
+}

@@ -1,0 +1,268 @@
+//! Tap interfaces (Linux, Documentation/networking/tuntap.rst): a network device of the host whose cable ends in rvmm.
+//!
+//! Frames carry the header of virtio-net on this side, too, so they pass without being taken apart. One queue only. A tap that
+//! was there before stays when it is closed; one that was made by opening it goes.
+#![expect(
+    unsafe_code,
+    reason = "the ioctls of a tap, and readv and writev on guest memory, have no safe interface"
+)]
+
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use libc::{c_int, c_uint, c_ulong, c_void};
+use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, fstat, major, minor, open};
+use rvmm_devices::HostError;
+use rvmm_devices::virtio::net::{HEADER, NetBackend, Offloads};
+use rvmm_devices::virtio::{GuestMemoryMmap, Segment};
+use vm_memory::GuestMemoryBackend;
+
+/// Where taps come from.
+const TUN: &str = "/dev/net/tun";
+
+/// Its major and minor number (Documentation/admin-guide/devices.txt).
+const TUN_DEVICE: (u32, u32) = (10, 200);
+
+/// Whole Ethernet frames, without the kernel's own header, with that of virtio-net.
+const FLAGS: c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+
+/// A tap, open.
+#[derive(Debug)]
+pub(super) struct Tap {
+    fd: OwnedFd,
+    name: String,
+    identity: String,
+}
+
+impl Tap {
+    /// Opens the tap of this name, or makes it.
+    pub(super) fn open(name: &str) -> Result<Self, HostError> {
+        let mut request = request(name).ok_or_else(|| {
+            HostError::mistake(format!(
+                "Cannot use tap {name:?}: an interface's name has 1 to 15 letters, digits, '-', '_' and '.'"
+            ))
+        })?;
+        let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let fd = open(TUN, flags, Mode::empty()).map_err(|error| no_tun(error.into()))?;
+        // SAFETY: TUNSETIFF reads and writes one `ifreq`, which outlives the call.
+        let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+        check(result).map_err(|error| not_attached(name, error))?;
+        Self::prepare(fd, name.to_owned())
+    }
+
+    /// Uses a tap that whoever started rvmm has opened. The descriptor itself stays open, for the next time: a guest that
+    /// restarts needs its network again.
+    pub(super) fn inherit(fd: RawFd) -> Result<Self, HostError> {
+        let refused = |error| HostError::refused(format!("Cannot use descriptor {fd}"), error);
+        // SAFETY: only the number is used, by one call that fails where it stands for nothing.
+        let own = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
+        check(own).map_err(|error| match error.raw_os_error() {
+            Some(libc::EBADF) => HostError::mistake(format!(
+                "Cannot use descriptor {fd}: nothing is open there (open a tap before rvmm starts, and let it inherit the descriptor)"
+            )),
+            _ => refused(error),
+        })?;
+        // SAFETY: the descriptor was made above, and nobody else knows it.
+        let own = unsafe { OwnedFd::from_raw_fd(own) };
+        let mistake = |what| HostError::mistake(format!("Cannot use descriptor {fd}: {what}"));
+        let stat = fstat(&own).map_err(|error| refused(error.into()))?;
+        let is_tun = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice
+            && (major(stat.st_rdev), minor(stat.st_rdev)) == TUN_DEVICE;
+        if !is_tun {
+            return Err(mistake(
+                "it is not a tap (it has to be /dev/net/tun, attached with TUNSETIFF)",
+            ));
+        }
+        let mut request = empty_request();
+        // SAFETY: TUNGETIFF writes one `ifreq`, which outlives the call.
+        let result = unsafe { libc::ioctl(own.as_raw_fd(), libc::TUNGETIFF, &raw mut request) };
+        check(result)
+            .map_err(|_| mistake("it is not attached to an interface (use TUNSETIFF first)"))?;
+        // SAFETY: after TUNGETIFF the flags are what the union holds.
+        let flags = c_int::from(unsafe { request.ifr_ifru.ifru_flags });
+        if flags & FLAGS != FLAGS {
+            return Err(mistake(
+                "it is attached without IFF_TAP, IFF_NO_PI or IFF_VNET_HDR (all three are needed)",
+            ));
+        }
+        // SAFETY: as above; the number was just found open. Programs that rvmm starts do not get it.
+        let given = unsafe { BorrowedFd::borrow_raw(fd) };
+        rustix::io::fcntl_setfd(given, rustix::io::FdFlags::CLOEXEC)
+            .and_then(|()| fcntl_setfl(&own, fcntl_getfl(&own)? | OFlags::NONBLOCK))
+            .map_err(|error| refused(error.into()))?;
+        Self::prepare(own, name_of(&request))
+    }
+
+    /// Makes the frames those of virtio 1, with nothing left to be done by the receiver.
+    fn prepare(fd: OwnedFd, name: String) -> Result<Self, HostError> {
+        let host = fs::read_to_string("/etc/machine-id").unwrap_or_default();
+        let identity = format!("{}/{name}", host.trim());
+        let mut tap = Self { fd, name, identity };
+        tap.set_up().map_err(|error| {
+            HostError::refused(format!("Cannot set up tap {}", tap.name), error)
+        })?;
+        Ok(tap)
+    }
+
+    fn set_up(&mut self) -> io::Result<()> {
+        let size = c_int::try_from(HEADER).map_err(io::Error::other)?;
+        for (ioctl, value) in [(libc::TUNSETVNETHDRSZ, size), (libc::TUNSETVNETLE, 1)] {
+            // SAFETY: both read one int, which outlives the call.
+            check(unsafe { libc::ioctl(self.fd.as_raw_fd(), ioctl, &raw const value) })?;
+        }
+        self.set_offloads(Offloads::default())
+    }
+
+    /// What an error of readv and writev means to the device.
+    fn explain(&self, error: io::Error) -> io::Error {
+        let name = &self.name;
+        match error.raw_os_error() {
+            // The interface was deleted.
+            Some(libc::EBADFD) => {
+                io::Error::new(ErrorKind::NotConnected, format!("tap {name} is gone"))
+            }
+            Some(libc::EIO) => {
+                io::Error::other(format!("tap {name} is down (sudo ip link set {name} up)"))
+            }
+            _ => error,
+        }
+    }
+}
+
+impl NetBackend for Tap {
+    fn identity(&self) -> &str {
+        &self.identity
+    }
+
+    fn fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+
+    fn set_offloads(&mut self, offloads: Offloads) -> io::Result<()> {
+        let bits = [
+            (offloads.csum, libc::TUN_F_CSUM),
+            (offloads.tso4, libc::TUN_F_TSO4),
+            (offloads.tso6, libc::TUN_F_TSO6),
+            (offloads.ecn, libc::TUN_F_TSO_ECN),
+        ];
+        let taken = bits.iter().filter(|(is_on, _)| *is_on);
+        let bits: c_uint = taken.fold(0, |bits, (_, bit)| bits | bit);
+        // SAFETY: TUNSETOFFLOAD takes its argument by value.
+        check(unsafe { libc::ioctl(self.fd.as_raw_fd(), libc::TUNSETOFFLOAD, c_ulong::from(bits)) })
+    }
+
+    fn send(&mut self, memory: &GuestMemoryMmap, head: &[u8], rest: &[Segment]) -> io::Result<()> {
+        let mut list = Vec::with_capacity(rest.len() + 1);
+        list.push(vector(head.as_ptr().cast_mut().cast(), head.len()));
+        add(&mut list, memory, rest)?;
+        let count = c_int::try_from(list.len()).map_err(io::Error::other)?;
+        // SAFETY: each vector is all of `head` or a piece of guest RAM, which `memory` keeps mapped; the kernel only reads.
+        let sent = unsafe { libc::writev(self.fd.as_raw_fd(), list.as_ptr(), count) };
+        // A tap takes a frame as a whole or not at all.
+        if sent < 0 { Err(self.explain(io::Error::last_os_error())) } else { Ok(()) }
+    }
+
+    fn receive(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        header: &mut [u8; HEADER],
+        first: &[Segment],
+        rest: &mut [u8],
+    ) -> io::Result<usize> {
+        let mut list = Vec::with_capacity(first.len() + 2);
+        list.push(vector(header.as_mut_ptr().cast(), header.len()));
+        add(&mut list, memory, first)?;
+        list.push(vector(rest.as_mut_ptr().cast(), rest.len()));
+        let count = c_int::try_from(list.len()).map_err(io::Error::other)?;
+        // SAFETY: each vector is all of `header` or of `rest`, which are borrowed for writing, or a piece of guest RAM, which
+        // `memory` keeps mapped and which nobody in rvmm has a reference into.
+        let got = unsafe { libc::readv(self.fd.as_raw_fd(), list.as_ptr(), count) };
+        match usize::try_from(got) {
+            Ok(got) => got.checked_sub(HEADER).ok_or_else(|| ErrorKind::InvalidData.into()),
+            Err(_) => Err(self.explain(io::Error::last_os_error())),
+        }
+    }
+}
+
+/// Adds pieces of guest RAM, each checked at both ends to lie inside one region.
+fn add(
+    list: &mut Vec<libc::iovec>,
+    memory: &GuestMemoryMmap,
+    pieces: &[Segment],
+) -> io::Result<()> {
+    for piece in pieces {
+        let slice = memory.get_slice(piece.addr, piece.len as usize).map_err(io::Error::other)?;
+        let guard = slice.ptr_guard_mut();
+        list.push(vector(guard.as_ptr().cast(), slice.len()));
+    }
+    Ok(())
+}
+
+fn vector(start: *mut c_void, len: usize) -> libc::iovec {
+    libc::iovec { iov_base: start, iov_len: len }
+}
+
+/// The request to attach to the tap of this name; `None` where no interface can have it.
+fn request(name: &str) -> Option<libc::ifreq> {
+    let good = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'_' | b'.');
+    let mut request = empty_request();
+    // The last byte of the field stays zero.
+    let fits = (1..request.ifr_name.len()).contains(&name.len());
+    if !fits || !name.bytes().all(good) || matches!(name, "." | "..") {
+        return None;
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = libc::c_char::from_ne_bytes([from]);
+    }
+    request.ifr_ifru.ifru_flags = libc::c_short::try_from(FLAGS).ok()?;
+    Some(request)
+}
+
+fn empty_request() -> libc::ifreq {
+    // SAFETY: `ifreq` is plain data that zero bits make.
+    unsafe { std::mem::zeroed() }
+}
+
+fn name_of(request: &libc::ifreq) -> String {
+    let bytes = request.ifr_name.iter().map(|c| u8::from_ne_bytes(c.to_ne_bytes()));
+    let bytes: Vec<u8> = bytes.take_while(|byte| *byte != 0).collect();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+fn check(result: c_int) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn no_tun(error: io::Error) -> HostError {
+    let todo = match error.raw_os_error() {
+        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
+            " (load the kernel's module: sudo modprobe tun)"
+        }
+        Some(libc::EACCES | libc::EPERM) => {
+            " (sudo chmod 0666 /dev/net/tun; what each user may do is checked per tap)"
+        }
+        _ => "",
+    };
+    HostError::refused(format!("Cannot open {TUN}{todo}"), error)
+}
+
+fn not_attached(name: &str, error: io::Error) -> HostError {
+    let todo = match error.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => {
+            format!(" (create it with: sudo ip tuntap add {name} mode tap user $USER)")
+        }
+        Some(libc::EBUSY) => {
+            " (another program has it open: end that one, or use another tap)".into()
+        }
+        Some(libc::EINVAL) => {
+            " (there is an interface of this name that is no tap of one queue: use another name)"
+                .into()
+        }
+        _ => String::new(),
+    };
+    HostError::refused(format!("Cannot use tap {name}{todo}"), error)
+}
+
+#[cfg(test)]
+pub(super) mod tests;

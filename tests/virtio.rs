@@ -1,0 +1,215 @@
+//! Ring 3: Debian's own drivers against rvmm's virtio devices, with every interrupt controller that the host can give.
+
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a panic is how a test fails"
+)]
+
+mod harness;
+#[path = "linux/initramfs.rs"]
+mod initramfs;
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Command;
+use std::thread;
+
+use harness::{Session, busybox, host, kernel, rvmm};
+use rustix::process::Signal;
+
+/// Modules for a disk with a file system.
+const DISK: &[&str] = &["virtio_mmio", "virtio_blk", "crc32c_generic", "ext4"];
+/// Modules for a network.
+const NET: &[&str] = &["virtio_mmio", "virtio_net"];
+
+/// Boots Debian's kernel with these modules loaded and these arguments, up to its shell.
+fn boot(irqchip: &str, modules: &[&str], arguments: &[&str]) -> (Session, tempfile::TempDir) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let initrd = initramfs::build(folder.path(), &[], modules);
+    let session = rvmm(&["--mem", "256M", "--irqchip", irqchip])
+        .args(&["--cmdline", "console=ttyS0 quiet"])
+        .args(arguments)
+        .path("--initrd=", &initrd, "")
+        .kernel(&kernel())
+        .start();
+    session.expect("own initramfs is up\r\n");
+    (session, folder)
+}
+
+fn power_off(mut session: Session) {
+    session.send("poweroff -f\n");
+    assert_eq!(session.exit_code(), 0);
+}
+
+#[test]
+fn debians_driver_draws_random_numbers_through_both_controllers() {
+    let Some(host) = host() else { return };
+    for irqchip in &host.irqchips {
+        let (mut session, _folder) =
+            boot(irqchip, &["virtio_mmio", "virtio-rng"], &["--device", "rng"]);
+        let current = session.ask("cat /sys/class/misc/hw_random/rng_current");
+        assert_eq!(current, "virtio_rng.0\n");
+        let counts = session.ask("dd if=/dev/hwrng bs=4096 count=16 2>/dev/null | wc -c");
+        assert_eq!(counts.trim(), "65536");
+        let interrupts = session.ask("grep virtio /proc/interrupts");
+        let taken =
+            interrupts.split_whitespace().nth(1).and_then(|count| count.parse::<u32>().ok());
+        assert!(taken.is_some_and(|count| count > 0), "{interrupts}");
+        power_off(session);
+    }
+}
+
+/// A file of so many bytes that holds nothing yet.
+fn blank(folder: &Path, bytes: u64) -> std::path::PathBuf {
+    let path = folder.join("disk.img");
+    File::create(&path).and_then(|file| file.set_len(bytes)).expect("a sparse file");
+    path
+}
+
+#[test]
+fn a_disk_holds_a_file_system_tells_its_name_and_grows_while_the_guest_runs() {
+    let Some(host) = host() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    for irqchip in &host.irqchips {
+        let path = blank(folder.path(), 64 << 20);
+        let disk = format!("{},serial=rvmm-test", path.display());
+        let (mut session, _folder) = boot(irqchip, DISK, &["--disk", &disk]);
+        assert_eq!(session.ask("cat /sys/block/vda/serial; echo"), "rvmm-test\n");
+        assert_eq!(session.ask("cat /sys/block/vda/size"), "131072\n");
+        assert_eq!(
+            session
+                .ask("mke2fs /dev/vda >/dev/null && mkdir /m && mount /dev/vda /m && echo mounted"),
+            "mounted\n"
+        );
+        let made = session.ask(
+            "dd if=/dev/urandom of=/m/file bs=64k count=128 2>/dev/null; sync; md5sum </m/file",
+        );
+        // Nothing of the guest's page cache: what the disk gives is what was written.
+        let read = session.ask("umount /m; echo 3 >/proc/sys/vm/drop_caches; mount -o ro /dev/vda /m; md5sum </m/file; umount /m");
+        assert_eq!(made, read);
+        assert_eq!(made.len(), 36, "{made}");
+
+        File::options()
+            .write(true)
+            .open(&path)
+            .and_then(|file| file.set_len(96 << 20))
+            .expect("a longer file");
+        let size = session.ask("dd if=/dev/zero of=/dev/vda bs=4k seek=16000 count=1 conv=fsync 2>/dev/null; sleep 1; cat /sys/block/vda/size");
+        assert_eq!(size, "196608\n");
+        power_off(session);
+        fs::remove_file(path).expect("a file");
+    }
+}
+
+#[test]
+fn what_a_guest_has_synced_outlives_a_killed_machine() {
+    let Some(host) = host() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = blank(folder.path(), 16 << 20);
+    let disk = path.display().to_string();
+    let (mut session, _folder) = boot(host.irqchips[0], DISK, &["--disk", &disk]);
+    let sum = session.ask("dd if=/dev/urandom of=/data bs=1M count=4 2>/dev/null; dd if=/data of=/dev/vda bs=1M seek=8 conv=fsync 2>/dev/null; md5sum </data");
+    session.signal(Signal::KILL);
+    drop(session);
+    let mut bytes = vec![0; 4 << 20];
+    File::open(&path).and_then(|file| file.read_exact_at(&mut bytes, 8 << 20)).expect("the disk");
+    let copy = folder.path().join("copy");
+    fs::write(&copy, &bytes).expect("a file");
+    let here = Command::new(busybox()).arg("md5sum").arg(&copy).output().expect("busybox starts");
+    assert_eq!(sum.get(..32), String::from_utf8_lossy(&here.stdout).get(..32));
+}
+
+#[test]
+fn a_disk_that_is_only_read_refuses_and_one_in_use_is_not_opened_twice() {
+    let Some(host) = host() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = blank(folder.path(), 1 << 20);
+    let disk = path.display().to_string();
+    let (mut session, _folder) =
+        boot(host.irqchips[0], DISK, &["--disk", &format!("{disk},ro=on")]);
+    assert_eq!(session.ask("cat /sys/block/vda/ro"), "1\n");
+    assert_eq!(
+        session.ask("dd if=/dev/zero of=/dev/vda count=1 2>/dev/null || echo refused"),
+        "refused\n"
+    );
+    let mut second = rvmm(&["--mem", "64M", "--no-initrd", "--disk", &disk])
+        .kernel(&kernel())
+        .no_input()
+        .start();
+    assert_eq!(second.exit_code(), 1);
+    assert!(second.all_errors().contains("disk.img"), "{}", second.all_errors());
+    power_off(session);
+}
+
+#[test]
+fn a_file_that_shrinks_gives_io_errors_and_the_guest_lives() {
+    let Some(host) = host() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = blank(folder.path(), 8 << 20);
+    let disk = path.display().to_string();
+    let (mut session, _folder) = boot(host.irqchips[0], DISK, &["--disk", &disk]);
+    File::options()
+        .write(true)
+        .open(&path)
+        .and_then(|file| file.set_len(1 << 20))
+        .expect("a shorter file");
+    // The kernel is told of the new size with the first request that fails, and finds nothing behind the end from then on.
+    let lost = "dmesg -n 1; dd if=/dev/vda bs=4k skip=1024 count=1 2>/dev/null | wc -c";
+    assert_eq!(session.ask(lost), "0\n");
+    assert_eq!(session.ask("dd if=/dev/vda bs=4k count=1 2>/dev/null | wc -c"), "4096\n");
+    assert_eq!(session.ask("cat /sys/block/vda/size"), "2048\n");
+    power_off(session);
+}
+
+/// Runs a command of busybox on the host, which is root's as the tests are.
+fn on_the_host(arguments: &[&str]) {
+    let status = Command::new(busybox()).args(arguments).status().expect("busybox starts");
+    assert!(status.success(), "{arguments:?}: {status}");
+}
+
+#[test]
+fn a_guest_and_its_host_talk_over_a_tap_both_ways() {
+    let Some(host) = host() else { return };
+    if !rustix::process::geteuid().is_root() {
+        return harness::skip("a tap takes root");
+    }
+    for (number, irqchip) in host.irqchips.iter().enumerate() {
+        let tap = format!("rvmmtest{number}");
+        let address = format!("192.0.2.{}", 4 * number + 1);
+        let (mut session, _folder) =
+            boot(irqchip, NET, &["--net", &format!("tap={tap},mac=02:00:00:00:00:07")]);
+        on_the_host(&["ip", "addr", "add", &format!("{address}/30"), "dev", &tap]);
+        on_the_host(&["ip", "link", "set", &tap, "up"]);
+        let guest = format!("192.0.2.{}/30", 4 * number + 2);
+        session.ask(&format!("ip addr add {guest} dev eth0; ip link set eth0 up"));
+        assert_eq!(session.ask("cat /sys/class/net/eth0/address"), "02:00:00:00:00:07\n");
+        let pings =
+            session.ask(&format!("ping -c 3 -W 60 {address} | grep -o '3 packets received'"));
+        assert_eq!(pings, "3 packets received\n");
+
+        // What the guest sends comes back: every byte goes through TCP, with whatever offloads both sides agree on.
+        let listener = TcpListener::bind((address.as_str(), 0)).expect("a port");
+        let port = listener.local_addr().expect("an address").port();
+        let echo = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().expect("the guest");
+            let mut all = Vec::new();
+            stream.read_to_end(&mut all).expect("the guest's bytes");
+            stream.write_all(&all).expect("the guest reads");
+            stream.shutdown(Shutdown::Write).expect("the end");
+            all
+        });
+        let sums = session.ask(&format!(
+            "dd if=/dev/urandom of=/data bs=64k count=32 2>/dev/null; nc {address} {port} </data >/back; md5sum </data; md5sum </back"
+        ));
+        let mut sums = sums.lines();
+        assert_eq!(sums.next(), sums.next(), "what came back is not what was sent");
+        assert_eq!(echo.join().expect("the echo").len(), 2 << 20);
+        power_off(session);
+    }
+}
