@@ -1,6 +1,9 @@
 //! What a user asks for: plain data, validated once, the same for the command line, a file and the API.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -35,6 +38,9 @@ pub struct VmConfig {
     pub on_reset: OnReset,
     /// What an access to an address without memory and device does.
     pub unassigned: Unassigned,
+    /// Seconds that a guest with a power button (the device `input`) has to power off after SIGTERM; 0 is none: it is
+    /// stopped at once.
+    pub grace_s: u32,
 }
 
 /// The harts of a machine.
@@ -148,6 +154,31 @@ pub enum SerialConfig {
     Unix(PathBuf),
 }
 
+impl SerialConfig {
+    /// Takes `stdio`, `null`, `pty`, `file:PATH` or `unix:PATH`.
+    ///
+    /// # Errors
+    /// What is wrong with the text.
+    pub fn parse(text: &OsStr) -> Result<Self, &'static str> {
+        let bytes = text.as_bytes();
+        let path =
+            |prefix: &[u8]| bytes.strip_prefix(prefix).map(|path| OsStr::from_bytes(path).into());
+        match bytes {
+            b"stdio" => return Ok(Self::Stdio),
+            b"null" => return Ok(Self::Null),
+            b"pty" => return Ok(Self::Pty),
+            b"file:" | b"unix:" => return Err("the path behind the ':' is missing"),
+            _ => {}
+        }
+        if let Some(path) = path(b"file:") {
+            return Ok(Self::File(path));
+        }
+        path(b"unix:")
+            .map(Self::Unix)
+            .ok_or("it is none of stdio, null, pty, file:PATH and unix:PATH")
+    }
+}
+
 /// What a guest's reset request (SBI SRST reboot, syscon reboot) does.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -197,6 +228,24 @@ pub const MAX_SOCKET_PATH: usize = 107;
 /// Command line of a kernel where nothing is said.
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0";
 
+/// Seconds that a guest has to power off where nothing is said.
+pub const DEFAULT_GRACE_S: u32 = 10;
+
+impl VmConfig {
+    /// Whether the machine has a device of this model besides those that every machine has.
+    #[must_use]
+    pub fn has_device(&self, model: &str) -> bool {
+        self.devices.iter().any(|text| text.split(',').next() == Some(model))
+    }
+
+    /// How long a guest may take to power off after SIGTERM; `None` where it has no power button, or is given no time.
+    #[must_use]
+    pub fn power_off_patience(&self) -> Option<Duration> {
+        let is_asked = self.grace_s > 0 && self.has_device("input");
+        is_asked.then(|| Duration::from_secs(self.grace_s.into()))
+    }
+}
+
 impl Default for VmConfig {
     fn default() -> Self {
         Self {
@@ -210,6 +259,7 @@ impl Default for VmConfig {
             devices: Vec::new(),
             on_reset: OnReset::default(),
             unassigned: Unassigned::default(),
+            grace_s: DEFAULT_GRACE_S,
         }
     }
 }

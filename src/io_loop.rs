@@ -20,6 +20,7 @@ use rvmm_devices::{Bus, Interest, Source};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::button::Button;
 use crate::signals::{self, Signals};
 use crate::terminal::{self, StopRequest};
 
@@ -33,6 +34,8 @@ enum Meaning {
     Wake,
     /// A signal has come.
     Signal,
+    /// A guest that was asked to power off has had its time.
+    Grace,
     /// A device's source.
     Device { index: usize, source: Source },
 }
@@ -82,6 +85,7 @@ pub struct IoLoop {
     /// By the index of the device.
     listed: Vec<Vec<Listed>>,
     signals: Option<(Signals, StopRequest)>,
+    button: Option<Arc<Button>>,
     shared: Arc<Shared>,
 }
 
@@ -115,6 +119,7 @@ impl IoLoop {
             came: Arc::default(),
             listed,
             signals: None,
+            button: None,
             shared: Arc::new(shared),
         };
         let wake = new.shared.wake.as_raw_fd();
@@ -149,6 +154,16 @@ impl IoLoop {
     pub fn watch_signals(&mut self, signals: Signals, stop: StopRequest) -> io::Result<()> {
         self.watch(Meaning::Signal, signals.as_raw_fd(), Interest::Read)?;
         self.signals = Some((signals, stop));
+        Ok(())
+    }
+
+    /// Has the first SIGTERM press `button` instead, and ends the machine when the guest has had its time.
+    ///
+    /// # Errors
+    /// What epoll says.
+    pub fn watch_button(&mut self, button: Arc<Button>) -> io::Result<()> {
+        self.watch(Meaning::Grace, button.as_raw_fd(), Interest::Read)?;
+        self.button = Some(button);
         Ok(())
     }
 
@@ -205,6 +220,7 @@ impl IoLoop {
                 let _ = self.shared.wake.read();
             }
             Meaning::Signal => self.serve_signals(),
+            Meaning::Grace => self.end_grace(),
             Meaning::Device { index, source } => {
                 let is_listed = |listed: &Listed| listed.source == source && listed.id.is_some();
                 // An earlier event of the same batch may have changed the device's mind.
@@ -227,11 +243,21 @@ impl IoLoop {
                 libc::SIGTSTP => terminal::suspend(),
                 libc::SIGCONT => terminal::resume(),
                 libc::SIGXFSZ => {}
+                libc::SIGTERM if self.button.as_ref().is_some_and(|button| button.press()) => {
+                    info!("SIGTERM presses the power button");
+                }
                 _ => {
                     info!("Signal {signal} asks for an end");
                     stop();
                 }
             }
+        }
+    }
+
+    fn end_grace(&self) {
+        if self.button.as_ref().is_some_and(|button| button.is_over()) {
+            warn!("The guest has not powered off in time: it is stopped");
+            let _ = self.signals.as_ref().map(|(_, stop)| stop());
         }
     }
 

@@ -1,5 +1,6 @@
 //! rvmm, a virtual machine monitor for RISC-V Linux hosts.
 
+pub mod button;
 pub mod cli;
 pub mod config;
 pub mod error;

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, setsid, waitpid};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{LocalModes, tcgetattr};
+use rvmm::button::Button;
 use rvmm::config::SerialConfig;
 use rvmm::io_loop::IoLoop;
 use rvmm::terminal::{self, StopRequest};
@@ -34,6 +35,9 @@ const ECHO: &str = "RVMM_TEST_ECHO";
 
 /// What the process that echoes says when its console is open.
 const READY: &[u8] = b"echo: ready\n";
+
+/// What the process says when somebody presses its power button.
+const PRESSED: &[u8] = b"pressed";
 
 /// The data register and the line status of a 16550.
 const DATA: u64 = 0;
@@ -87,6 +91,23 @@ fn echo(mode: &str) {
     let bus = Arc::new(Bus::new(vec![(0, serial)]).unwrap());
     let mut io = IoLoop::new(Arc::clone(&bus)).unwrap();
     io.watch_signals(IoLoop::take_signals().unwrap(), stop).unwrap();
+    let patience = match mode {
+        "short grace" => Some(Duration::from_millis(1)),
+        "long grace" => Some(Duration::from_secs(3600)),
+        _ => None,
+    };
+    let button = patience.map(|patience| Arc::new(Button::new(patience).unwrap()));
+    if let Some(button) = &button {
+        io.watch_button(Arc::clone(button)).unwrap();
+        let device = button.device_end().unwrap();
+        let bus = Arc::clone(&bus);
+        thread::spawn(move || {
+            while device.read().is_err() {
+                thread::sleep(Duration::from_millis(1));
+            }
+            PRESSED.iter().for_each(|byte| send(&bus, *byte));
+        });
+    }
     let io = io.spawn().unwrap();
 
     READY.iter().for_each(|byte| send(&bus, *byte));
@@ -209,6 +230,36 @@ fn a_signal_ends_it_and_the_terminal_is_restored() {
         kill_process(pid(&terminal.child), signal).unwrap();
         terminal.ends(true);
     }
+}
+
+#[test]
+fn the_first_sigterm_presses_the_power_button_and_the_second_ends_the_machine() {
+    let mut child = start("long grace", File::open("/dev/null").unwrap(), Stdio::piped());
+    let mut output = Output::new(child.stdout.take().unwrap());
+    output.until(READY);
+    kill_process(pid(&child), Signal::TERM).unwrap();
+    output.until(PRESSED);
+    assert!(child.try_wait().unwrap().is_none(), "the guest has its time");
+    kill_process(pid(&child), Signal::TERM).unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn a_guest_that_does_not_power_off_in_time_is_stopped() {
+    let mut child = start("short grace", File::open("/dev/null").unwrap(), Stdio::piped());
+    let mut output = Output::new(child.stdout.take().unwrap());
+    output.until(READY);
+    kill_process(pid(&child), Signal::TERM).unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn another_signal_does_not_ask_the_guest() {
+    let mut child = start("long grace", File::open("/dev/null").unwrap(), Stdio::piped());
+    let mut output = Output::new(child.stdout.take().unwrap());
+    output.until(READY);
+    kill_process(pid(&child), Signal::INT).unwrap();
+    child.wait().unwrap();
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use thiserror::Error;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::console::ConsoleBackend;
 use crate::device::MmioDevice;
@@ -22,6 +23,10 @@ pub const CATALOG: &[Model] = &[
     crate::virtio::rng::MODEL,
     crate::virtio::blk::MODEL,
     crate::virtio::net::MODEL,
+    crate::virtio::vsock::MODEL,
+    crate::virtio::input::MODEL,
+    crate::virtio::balloon::MODEL,
+    crate::virtio::console::MODEL,
 ];
 
 /// A device that was built, or why it was not.
@@ -79,6 +84,8 @@ pub struct Wiring {
     pub memory: Arc<dyn DmaMemory>,
     /// Who opens the host's ends of devices.
     pub host: Arc<dyn Host>,
+    /// Readable when somebody presses the guest's power button; without one nobody does.
+    pub power_button: Option<EventFd>,
 }
 
 impl Wiring {
@@ -92,6 +99,7 @@ impl Wiring {
             clock: Arc::new(WallClock),
             memory: Arc::new(GuestMemoryMmap::new()),
             host: Arc::new(NoHost),
+            power_button: None,
         }
     }
 }

@@ -38,6 +38,11 @@ pub trait ConsoleBackend: Send {
     /// the system's `EIO` the device does not ask again until [`attend`](Self::attend) has run.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize>;
 
+    /// Columns and rows of the terminal, where the backend is one.
+    fn size(&self) -> Option<(u16, u16)> {
+        None
+    }
+
     /// The descriptor in [`Ports::attention`] is readable: a client wants in, a pty has to be
     /// looked at again.
     fn attend(&mut self) {}

@@ -2,10 +2,14 @@
 //! device that asked.
 
 use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 
 use thiserror::Error;
 
+use crate::console::ConsoleBackend;
 use crate::virtio::DmaMemory;
 use crate::virtio::blk::{DiskBackend, DiskPlan};
 use crate::virtio::net::{NetBackend, NetworkEnd};
@@ -33,6 +37,43 @@ pub trait Host: Send + Sync {
         let _ = end;
         Err(HostError::mistake("Cannot connect a network: this host has none"))
     }
+
+    /// Opens a console's other end: `stdio`, `null`, `pty`, `file:PATH` or `unix:PATH`. Each has one user at a time; one that
+    /// was let go is handed out again as it was left.
+    ///
+    /// # Errors
+    /// It is none of these, cannot be had, or is in use.
+    fn console(&self, to: &str) -> Result<Box<dyn ConsoleBackend>, HostError> {
+        Err(HostError::mistake(format!("Cannot open {to}: there are no consoles here")))
+    }
+
+    /// Makes a Unix socket at `path` that its owner alone may connect to, and listens on it. One that nobody listens on any
+    /// more is taken over, anything else of that name is left alone.
+    ///
+    /// # Errors
+    /// No socket can be made there, or a program listens there already.
+    fn listen(&self, path: &Path) -> Result<Box<dyn Listener>, HostError> {
+        let what = format!("Cannot listen on {}: there are no sockets here", path.display());
+        Err(HostError::mistake(what))
+    }
+
+    /// Connects to the Unix socket at `path`, which is no symbolic link, without waiting for who listens there.
+    ///
+    /// # Errors
+    /// Nobody listens there, or too many wait already (`WouldBlock`).
+    fn connect(&self, path: &Path) -> io::Result<UnixStream> {
+        let _ = path;
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+/// A Unix socket that is listened on; dropping it removes its file. Readable (epoll) while somebody waits to be let in.
+pub trait Listener: AsRawFd + Send {
+    /// Lets the next one in, without waiting for one.
+    ///
+    /// # Errors
+    /// `WouldBlock` where nobody waits; else what the system says.
+    fn accept(&self) -> io::Result<UnixStream>;
 }
 
 /// Why a host's end could not be had: the whole sentence for the user.

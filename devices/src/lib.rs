@@ -52,7 +52,7 @@ pub use device::{
     Access, AccessError, Doorbell, FdtCompanion, FdtDesc, FdtProperty, FdtValue, Interest,
     MmioDevice, Source,
 };
-pub use host::{Host, HostError, NoHost};
+pub use host::{Host, HostError, Listener, NoHost};
 pub use irq::{IrqLine, IrqPin, NoIrq};
 pub use options::{OptionError, Options};
 pub use plic::{Plic, PlicError};

@@ -25,6 +25,9 @@ const TOKEN_INPUT: u32 = 2;
 const TOKEN_OUTPUT: u32 = 3;
 const TOKEN_ATTENTION: u32 = 4;
 
+/// The last token that the link uses; the device's own come behind it.
+pub(crate) const LAST_TOKEN: u32 = TOKEN_ATTENTION;
+
 /// Bytes that are written at once without waiting for the guest to look at the line.
 const BURST: usize = 64;
 
@@ -115,6 +118,22 @@ impl Link {
         } else if !self.timer_armed {
             self.arm_timer();
         }
+    }
+
+    /// How many bytes of output may be added without holding the guest back.
+    pub(crate) fn output_room(&self) -> usize {
+        HELD_FROM.saturating_sub(self.queue.len())
+    }
+
+    /// Takes output, at most [`output_room`](Self::output_room) bytes, and writes what the backend takes.
+    pub(crate) fn extend(&mut self, bytes: &[u8]) {
+        self.queue.extend(bytes);
+        self.flush();
+    }
+
+    /// Columns and rows of the terminal at the other end, where it is one.
+    pub(crate) fn size(&self) -> Option<(u16, u16)> {
+        self.backend.size()
     }
 
     /// Whether there is output that [`flush`](Self::flush) could write.

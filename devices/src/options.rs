@@ -124,6 +124,19 @@ impl Options {
         value.parse().map(Some).map_err(|_| self.bad(key, expected))
     }
 
+    /// Whether a key is `on` or `off`; `default` where it is not given.
+    ///
+    /// # Errors
+    /// [`OptionError::BadValue`] if it is anything else.
+    pub fn switch(&self, key: &'static str, default: bool) -> Result<bool, OptionError> {
+        match self.get(key) {
+            None => Ok(default),
+            Some("on") => Ok(true),
+            Some("off") => Ok(false),
+            Some(_) => Err(self.bad(key, "on or off")),
+        }
+    }
+
     /// The error for a value that cannot be used.
     #[must_use]
     pub fn bad(&self, key: &'static str, expected: &'static str) -> OptionError {

@@ -4,7 +4,9 @@
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -12,9 +14,9 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::catalog::Wiring;
-use crate::console::{ConsoleBackend, Port, Ports};
+use crate::console::{ConsoleBackend, NullConsole, Port, Ports};
 use crate::device::{Interest, MmioDevice};
-use crate::host::{Host, HostError};
+use crate::host::{Host, HostError, Listener};
 use crate::irq::IrqLine;
 use crate::power::{PowerRequest, PowerSwitch};
 use crate::rtc::Clock;
@@ -107,6 +109,7 @@ struct Memory {
     room: Option<usize>,
     failure: Option<ErrorKind>,
     writes: usize,
+    size: Option<(u16, u16)>,
     /// Its counter is not zero while there is input.
     readable: EventFd,
     /// Its counter is at the limit while there is no room.
@@ -130,6 +133,7 @@ impl MemoryConsole {
             room: None,
             failure: None,
             writes: 0,
+            size: None,
             readable: event()?,
             writable: event()?,
             attention: event()?,
@@ -197,7 +201,18 @@ impl MemoryConsole {
     }
 }
 
+impl MemoryConsole {
+    /// Makes the console a terminal of so many columns and rows.
+    pub fn set_size(&self, size: (u16, u16)) {
+        self.change(|memory| memory.size = Some(size));
+    }
+}
+
 impl ConsoleBackend for MemoryConsole {
+    fn size(&self) -> Option<(u16, u16)> {
+        lock(&self.0).size
+    }
+
     fn ports(&self) -> Ports {
         let memory = lock(&self.0);
         let port = |event: &EventFd| match memory.connected {
@@ -244,7 +259,7 @@ impl ConsoleBackend for MemoryConsole {
     }
 }
 
-/// A host that has everything, in memory, and remembers what was opened.
+/// A host that has everything, in memory but for its sockets, only the console `null`, and remembers what was opened.
 #[derive(Debug, Clone, Default)]
 pub struct MemoryHost {
     disk: Option<MemoryDisk>,
@@ -266,6 +281,25 @@ impl MemoryHost {
 }
 
 impl Host for MemoryHost {
+    fn console(&self, to: &str) -> Result<Box<dyn ConsoleBackend>, HostError> {
+        match to {
+            "null" => Ok(Box::new(NullConsole)),
+            other => Err(HostError::mistake(format!("{other} is no console here"))),
+        }
+    }
+
+    fn listen(&self, path: &Path) -> Result<Box<dyn Listener>, HostError> {
+        let failed =
+            |error| HostError::refused(format!("Cannot listen on {}", path.display()), error);
+        let listener = UnixListener::bind(path).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        Ok(Box::new(TestListener(listener, path.into())))
+    }
+
+    fn connect(&self, path: &Path) -> io::Result<UnixStream> {
+        UnixStream::connect(path)
+    }
+
     fn network(&self, end: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError> {
         let refused = |error| HostError::refused("Cannot make a network in memory", error);
         let network = MemoryNet::new().map_err(refused)?;
@@ -284,6 +318,28 @@ impl Host for MemoryHost {
             None => MemoryDisk::new(8).map_err(refused)?,
         };
         Ok(disk.open(plan, memory))
+    }
+}
+
+/// A socket of the standard library's, and its file.
+#[derive(Debug)]
+struct TestListener(UnixListener, PathBuf);
+
+impl AsRawFd for TestListener {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+impl Listener for TestListener {
+    fn accept(&self) -> io::Result<UnixStream> {
+        self.0.accept().map(|(stream, _)| stream)
+    }
+}
+
+impl Drop for TestListener {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.1);
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use proptest::prelude::*;
 use rvmm_devices::testing::{MemoryConsole, TestIrq, turn, wiring};
@@ -25,6 +26,8 @@ fn least(model: &Model) -> String {
     match model.name {
         "net" => "net,tap=tap0".into(),
         "blk" => "blk,path=disk".into(),
+        "vsock" => format!("vsock,path={}", socket_path()),
+        "console" => "console,to=null".into(),
         name => name.into(),
     }
 }
@@ -35,6 +38,13 @@ fn build(model: &Model) -> Built {
         Wiring { irq: Arc::new(irq.clone()), console: Some(Box::new(console.clone())), ..wiring() };
     let device = model.create(&Options::parse(&least(model)).unwrap(), wiring).unwrap();
     Built { device, irq, console }
+}
+
+/// A path that no other test uses; the file goes with the device.
+fn socket_path() -> String {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let name = format!("rvmm-conformance-{}-{}", std::process::id(), COUNT.fetch_add(1, Relaxed));
+    std::env::temp_dir().join(name).display().to_string()
 }
 
 /// One of each model, and a PLIC.

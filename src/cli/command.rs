@@ -208,6 +208,17 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "NAME,KEY=VALUE", help_heading = "Devices")]
     pub(super) device: Vec<String>,
 
+    /// Connect programs in the guest and on the host by sockets: the guest's port N, and N of the host at PATH_N
+    ///
+    /// rvmm listens on the Unix socket PATH: who connects and writes CONNECT N gets the guest's port N. Short for
+    /// --device vsock,path=PATH.
+    #[arg(long, value_name = "PATH[,cid=N]", help_heading = "Devices")]
+    pub(super) vsock: Option<String>,
+
+    /// Give the guest a power button, which SIGTERM presses; short for --device input
+    #[arg(long, help_heading = "Devices")]
+    pub(super) power_button: bool,
+
     /// List the devices and their options
     #[arg(long, help_heading = "Devices")]
     pub(super) list_devices: bool,
@@ -219,6 +230,12 @@ pub(super) struct RunArgs {
     /// What an access to an address without memory or device does [default: zero]
     #[arg(long, value_name = "WHAT", help_heading = "Behaviour", value_parser = unassigned())]
     pub(super) unassigned: Option<Unassigned>,
+
+    /// Seconds that a guest with a power button has to power off after SIGTERM [default: 10]
+    ///
+    /// A second SIGTERM stops it at once, and so does the first one where SECONDS is 0.
+    #[arg(long, value_name = "SECONDS", help_heading = "Behaviour")]
+    pub(super) grace: Option<u32>,
 
     /// What is logged to standard error: off, error, warn, info, debug or trace [default: warn]
     ///

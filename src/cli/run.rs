@@ -40,7 +40,8 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
     }
     let cmdline = args.cmdline.unwrap_or(default.boot.cmdline);
     // Disks come first, so that the first one given is the guest's first.
-    let devices: Vec<String> = args.disk.into_iter().chain(args.net).chain(args.device).collect();
+    let mut devices: Vec<String> =
+        args.disk.into_iter().chain(args.net).chain(args.device).collect();
     let no_prompt = args.no_initrd || args.kernel.is_none() || devices.iter().any(|d| is_disk(d));
     let boot = BootConfig {
         initrd: initrd(args.initrd, no_prompt, &cmdline)?,
@@ -51,6 +52,10 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
         load: args.load,
         entry: args.entry,
     };
+    devices.extend(args.vsock.map(|vsock| format!("vsock,path={vsock}")));
+    if args.power_button && !devices.iter().any(|device| device == "input") {
+        devices.push("input".into());
+    }
     let config = VmConfig {
         name: args.name.unwrap_or(default.name),
         mem: args.mem.unwrap_or(default.mem),
@@ -62,7 +67,12 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
         devices,
         on_reset: if args.no_reboot { OnReset::Exit } else { OnReset::Restart },
         unassigned: args.unassigned.unwrap_or_default(),
+        grace_s: args.grace.unwrap_or(default.grace_s),
     };
+    if args.grace.is_some() && !config.has_device("input") {
+        let what = "Cannot use --grace: SIGTERM stops a guest without a power button at once (add --power-button)";
+        return Err(Error::Config(what.into()));
+    }
     config.validate()
 }
 

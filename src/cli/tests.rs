@@ -46,6 +46,32 @@ fn a_kernel_alone_is_a_machine_with_the_defaults() {
 }
 
 #[test]
+fn vsock_is_short_for_a_device() {
+    let with = |flag: &str| config(&["--kernel", "Image", "--vsock", flag]).devices.clone();
+    assert_eq!(with("/run/guest.vsock"), ["vsock,path=/run/guest.vsock"]);
+    assert_eq!(with("/run/v,cid=7"), ["vsock,path=/run/v,cid=7"]);
+    assert!(mistake(&["--kernel", "Image", "--vsock", "/run/v,sid=7"]).contains("sid"));
+}
+
+#[test]
+fn a_power_button_gives_the_guest_time() {
+    let patience = |args: &[&str]| {
+        let args: Vec<&str> = ["--kernel", "Image"].iter().chain(args).copied().collect();
+        config(&args).power_off_patience().map(|patience| patience.as_secs())
+    };
+    assert_eq!(patience(&[]), None);
+    assert_eq!(patience(&["--power-button"]), Some(10));
+    assert_eq!(patience(&["--device", "input", "--grace", "3"]), Some(3));
+    assert_eq!(patience(&["--power-button", "--grace", "0"]), None);
+    let both = config(&["--kernel", "Image", "--power-button", "--device", "input"]);
+    assert_eq!(both.devices, ["input"], "one button is enough");
+    assert!(mistake(&["--kernel", "Image", "--grace", "3"]).contains("--power-button"));
+    assert!(
+        mistake(&["--kernel", "Image", "--power-button", "--grace", "x"]).contains("--grace 'x'")
+    );
+}
+
+#[test]
 fn every_flag_reaches_the_configuration() {
     let line = "--kernel Image --mem 2G --cpus 4 --initrd root.cpio --irqchip plic --dump-dtb out.dtb \
                 --load a@0x8100_0000 --load b@2G --entry 0x8020_0000 --serial unix:/tmp/s --no-reboot \

@@ -48,22 +48,7 @@ pub(super) fn disk(text: &str) -> Result<String, String> {
 
 /// `--serial stdio|null|pty|file:PATH|unix:PATH`.
 pub(super) fn serial(text: OsString) -> Result<SerialConfig, String> {
-    let bytes = text.as_bytes();
-    let path =
-        |prefix: &[u8]| bytes.strip_prefix(prefix).map(|path| OsStr::from_bytes(path).into());
-    match bytes {
-        b"stdio" => return Ok(SerialConfig::Stdio),
-        b"null" => return Ok(SerialConfig::Null),
-        b"pty" => return Ok(SerialConfig::Pty),
-        b"file:" | b"unix:" => return Err("the path behind the ':' is missing".into()),
-        _ => {}
-    }
-    if let Some(path) = path(b"file:") {
-        return Ok(SerialConfig::File(path));
-    }
-    path(b"unix:")
-        .map(SerialConfig::Unix)
-        .ok_or_else(|| "it is none of stdio, null, pty, file:PATH and unix:PATH".into())
+    SerialConfig::parse(&text).map_err(Into::into)
 }
 
 /// A device's text, of which names and keys are right.

@@ -4,23 +4,61 @@
 //! |---|---|
 //! | `disk/` | disks: files and block devices |
 //! | `tap.rs` | networks: tap interfaces |
+//! | `listening.rs` | Unix sockets |
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 
+use log::warn;
 use rvmm_devices::virtio::DmaMemory;
 use rvmm_devices::virtio::blk::{DiskBackend, DiskPlan};
 use rvmm_devices::virtio::net::{NetBackend, NetworkEnd};
-use rvmm_devices::{Host, HostError};
+use rvmm_devices::{ConsoleBackend, Host, HostError, Listener};
+
+use crate::config::{SerialConfig, quoted};
+use crate::error::Error;
+use crate::terminal::{self, Shared, StopRequest};
 
 mod disk;
+mod listening;
 mod tap;
 
+pub(crate) use listening::Listening;
 #[cfg(test)]
 pub(crate) use tap::tests::in_a_namespace;
 
-/// This machine's kernel.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Linux;
+/// Programs that wait to be let in by a device.
+const BACKLOG: i32 = 128;
+
+/// This machine's kernel, and what of it a machine's devices use over all lives of the guest.
+pub(crate) struct Linux {
+    /// Who ends the machine when a user asks for it.
+    stop: StopRequest,
+    /// Consoles by what they were asked for as.
+    consoles: Mutex<HashMap<String, Shared>>,
+}
+
+impl Linux {
+    /// A host whose consoles call `stop` for Ctrl-A x.
+    pub(crate) fn new(stop: StopRequest) -> Self {
+        Self { stop, consoles: Mutex::default() }
+    }
+
+    fn open_console(&self, to: &str) -> Result<Shared, HostError> {
+        let serial = SerialConfig::parse(to.as_ref()).map_err(|reason| {
+            HostError::mistake(format!("Cannot use to={}: {reason}", quoted(to)))
+        })?;
+        let console = terminal::open(&serial, Arc::clone(&self.stop)).map_err(refusal)?;
+        if let Some(path) = &console.pty {
+            // Said at the level that is always shown: without it nobody finds the terminal.
+            warn!("The console of the device console is {}", path.display());
+        }
+        Ok(Shared::new(console.backend))
+    }
+}
 
 impl Host for Linux {
     fn network(&self, end: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError> {
@@ -37,5 +75,73 @@ impl Host for Linux {
         memory: Arc<dyn DmaMemory>,
     ) -> Result<Box<dyn DiskBackend>, HostError> {
         Ok(Box::new(disk::open(plan, memory)?))
+    }
+
+    fn console(&self, to: &str) -> Result<Box<dyn ConsoleBackend>, HostError> {
+        let mut consoles = self.consoles.lock().unwrap_or_else(PoisonError::into_inner);
+        let console = match consoles.get(to) {
+            Some(console) if console.is_in_use() => {
+                let what = format!("Cannot use {} twice (give each console its own)", quoted(to));
+                return Err(HostError::mistake(what));
+            }
+            Some(console) => console.clone(),
+            None => {
+                let console = self.open_console(to)?;
+                consoles.insert(to.to_owned(), console.clone());
+                console
+            }
+        };
+        Ok(Box::new(console))
+    }
+
+    fn listen(&self, path: &Path) -> Result<Box<dyn Listener>, HostError> {
+        Listening::open(path, BACKLOG)
+            .map(|listening| Box::new(listening) as Box<dyn Listener>)
+            .map_err(refusal)
+    }
+
+    fn connect(&self, path: &Path) -> io::Result<UnixStream> {
+        listening::connect_to(path)
+    }
+}
+
+/// An error of this crate as a device hands it on.
+fn refusal(error: Error) -> HostError {
+    match error {
+        Error::Host { what, source } => HostError::refused(what, source),
+        other => HostError::mistake(other.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn linux() -> Linux {
+        Linux::new(Arc::new(|| {}))
+    }
+
+    #[test]
+    fn a_console_has_one_user_at_a_time_and_the_next_goes_on_where_the_last_one_ended() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        let (linux, to) = (linux(), format!("file:{}", path.display()));
+        let mut first = linux.console(&to).unwrap();
+        first.write(b"first life, ").unwrap();
+        let refused = linux.console(&to).err().unwrap().to_string();
+        assert!(refused.contains("twice"), "{refused}");
+        drop(first);
+        linux.console(&to).unwrap().write(b"second life").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "first life, second life");
+    }
+
+    #[test]
+    fn what_is_no_console_is_a_mistake() {
+        for to in ["", "tty", "file:", "unix:", "file:/nowhere/at/all"] {
+            let (what, source) = linux().console(to).err().unwrap().into_parts();
+            assert!(what.starts_with("Cannot ") && source.is_none(), "{what}");
+        }
     }
 }

@@ -11,8 +11,8 @@ use rvmm_devices::{
 
 use super::irqchip::{Lines, WakingLine};
 use super::vm::Vm;
+use crate::button::Button;
 use crate::error::Error;
-use crate::host::Linux;
 use crate::layout::{self, SLOT_SIZE, SLOTS};
 use crate::vcpu::Control;
 
@@ -30,6 +30,10 @@ pub(super) struct Hookup<'a> {
     pub(super) power: Arc<dyn PowerSwitch>,
     /// The other end of the first UART.
     pub(super) console: Box<dyn ConsoleBackend>,
+    /// The other end of the first input device.
+    pub(super) button: Option<&'a Button>,
+    /// Who opens further ends.
+    pub(super) host: Arc<dyn Host>,
     /// Guest RAM, for devices that reach into it.
     pub(super) memory: Arc<dyn DmaMemory>,
     /// Who may ring doorbells without rvmm.
@@ -47,20 +51,25 @@ struct Plan {
 
 /// Makes the board's devices and those of `extra` (`NAME,key=value,...`) and puts them on a bus.
 pub(super) fn attach(extra: &[String], hookup: Hookup<'_>) -> Result<Attached, Error> {
-    let mut console = Some(hookup.console);
+    let (mut console, mut button) = (Some(hookup.console), hookup.button);
     let mut devices: Vec<(u64, Box<dyn MmioDevice>)> = Vec::new();
     let mut nodes = Vec::new();
-    let host: Arc<dyn Host> = Arc::new(Linux);
     for plan in plan(extra)? {
         let mut wiring = Wiring::new(Arc::clone(&hookup.power));
         wiring.memory = Arc::clone(&hookup.memory);
-        wiring.host = Arc::clone(&host);
+        wiring.host = Arc::clone(&hookup.host);
         if plan.irq != 0 {
             let line = hookup.lines.source(plan.irq)?;
             wiring.irq = Arc::new(WakingLine { line, control: Arc::clone(hookup.control) });
         }
         if plan.model.name == "serial" {
             wiring.console = console.take();
+        }
+        if plan.model.name == "input" {
+            wiring.power_button =
+                button.take().map(Button::device_end).transpose().map_err(|source| {
+                    Error::Host { what: "Cannot wire the power button".into(), source }
+                })?;
         }
         let device = plan.model.create(&plan.options, wiring).map_err(not_built)?;
         for doorbell in device.doorbells() {

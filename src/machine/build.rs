@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use rvmm_devices::virtio::DmaMemory;
-use rvmm_devices::{Bus, PowerRequest, PowerSwitch};
+use rvmm_devices::{Bus, Host, PowerRequest, PowerSwitch};
 
 use super::attach::{Attached, Hookup, attach};
 use super::irqchip::Lines;
@@ -12,6 +12,7 @@ use super::load::{Files, Start};
 use super::shared_console::SharedConsole;
 use super::tree::{Facts, board};
 use super::vm::{AiaPlan, CpuKnobs, Hypervisor, Vm};
+use crate::button::Button;
 use crate::config::VmConfig;
 use crate::error::Error;
 use crate::layout::{self, IRQ_SOURCES, RAM_BASE, Span};
@@ -32,13 +33,24 @@ pub(super) struct Board {
     _ram: Arc<GuestRam>,
 }
 
+/// What outlives a board: the other ends of its devices.
+#[derive(Clone)]
+pub(super) struct Ends {
+    /// Of the first UART.
+    pub(super) console: SharedConsole,
+    /// Of the first input device.
+    pub(super) button: Option<Arc<Button>>,
+    /// Who opens those of the others.
+    pub(super) host: Arc<dyn Host>,
+}
+
 impl Board {
-    /// Builds a board of `config`, whose files are open, on `host`, its first UART wired to `console`.
+    /// Builds a board of `config`, whose files are open, on `host`, its devices wired to `ends`.
     pub(super) fn build(
         config: &VmConfig,
         files: &Files,
         host: &dyn Hypervisor,
-        console: SharedConsole,
+        ends: &Ends,
     ) -> Result<Self, Error> {
         let ram = GuestRam::new(Span { base: RAM_BASE, size: config.mem }, config.hugepages)?;
         let ram = Arc::new(ram);
@@ -56,7 +68,9 @@ impl Board {
             lines: &lines,
             control: &control,
             power,
-            console: Box::new(console.waking(&control)),
+            console: Box::new(ends.console.waking(&control)),
+            button: ends.button.as_deref(),
+            host: Arc::clone(&ends.host),
             memory: Arc::clone(&ram) as Arc<dyn DmaMemory>,
             vm: vm.as_ref(),
         };

@@ -16,8 +16,10 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use crate::button::Button;
 use crate::config::{OnReset, VmConfig};
 use crate::error::Error;
+use crate::host::Linux;
 use crate::io_loop::IoLoop;
 use crate::kvm;
 use crate::memory;
@@ -37,7 +39,7 @@ mod tests;
 mod tree;
 pub mod vm;
 
-use build::Board;
+use build::{Board, Ends};
 pub use handle::Handle;
 use load::Files;
 use shared_console::SharedConsole;
@@ -53,7 +55,8 @@ pub struct Parts {
     pub console: Option<Console>,
     /// Who makes the VM; KVM where nothing is given.
     pub hypervisor: Option<Box<dyn Hypervisor>>,
-    /// SIGTERM, SIGINT, SIGHUP and SIGQUIT stop the machine. They belong to the process: only a program that is nothing
+    /// SIGTERM, SIGINT, SIGHUP and SIGQUIT stop the machine; in one with a power button the first SIGTERM presses that
+    /// instead, and the guest has `config.grace_s` to power off. They belong to the process: only a program that is nothing
     /// but this machine wants that.
     ///
     /// The memory that only the start of the program needed is given back then, too.
@@ -64,7 +67,7 @@ pub struct Parts {
 pub struct Machine {
     config: VmConfig,
     host: Box<dyn Hypervisor>,
-    console: SharedConsole,
+    ends: Ends,
     pty: Option<std::path::PathBuf>,
     signals: Option<Signals>,
     handle: Handle,
@@ -109,8 +112,14 @@ impl Machine {
         };
         let Console { backend, pty } = console;
         let console = SharedConsole::new(backend);
-        let board = Board::build(&config, &files, host.as_ref(), console.clone())?;
-        Ok(Self { config, host, console, pty, signals, handle, board })
+        let button = signals.and_then(|_| config.power_off_patience());
+        let button = button.map(Button::new).transpose();
+        let button = button.map_err(|e| host_error("make the power button", e))?.map(Arc::new);
+        let stopper = handle.clone();
+        let linux = Arc::new(Linux::new(Arc::new(move || stopper.stop())));
+        let ends = Ends { console, button, host: linux };
+        let board = Board::build(&config, &files, host.as_ref(), &ends)?;
+        Ok(Self { config, host, ends, pty, signals, handle, board })
     }
 
     /// What stops, pauses and resumes the machine from any thread.
@@ -130,15 +139,16 @@ impl Machine {
     /// # Errors
     /// The host fails to start a thread or the event loop, or a restart finds a file or the host changed.
     pub fn run(self) -> Result<StopReason, Error> {
-        let Self { config, host, console, signals, handle, mut board, .. } = self;
+        let Self { config, host, ends, signals, handle, mut board, .. } = self;
         loop {
-            let reason = live(board, &config, &handle, signals)?;
+            let callers = signals.map(|signals| (signals, ends.button.clone()));
+            let reason = live(board, &config, &handle, callers)?;
             if reason != StopReason::Reset || config.on_reset == OnReset::Exit {
                 return Ok(reason);
             }
             log::info!("The guest restarts");
             let files = Files::open(&config)?;
-            board = Board::build(&config, &files, host.as_ref(), console.clone())?;
+            board = Board::build(&config, &files, host.as_ref(), &ends)?;
         }
     }
 
@@ -178,14 +188,15 @@ fn live(
     mut board: Board,
     config: &VmConfig,
     handle: &Handle,
-    signals: Option<Signals>,
+    callers: Option<(Signals, Option<Arc<Button>>)>,
 ) -> Result<StopReason, Error> {
-    let alone = signals.is_some();
+    let alone = callers.is_some();
     let mut io =
         IoLoop::new(Arc::clone(&board.bus)).map_err(|e| host_error("make the event loop", e))?;
-    if let Some(signals) = signals {
+    if let Some((signals, button)) = callers {
         let stopper = handle.clone();
         io.watch_signals(signals, Arc::new(move || stopper.stop()))
+            .and_then(|()| button.map_or(Ok(()), |button| io.watch_button(button)))
             .map_err(|e| host_error("watch signals", e))?;
     }
     let io = io.spawn().map_err(|e| host_error("start the event loop", e))?;

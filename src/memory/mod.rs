@@ -25,6 +25,9 @@ use reserve::Reservation;
 /// Size of a page of guest and host (RISC-V's base page; rvmm asks the host for nothing smaller).
 pub const PAGE: u64 = 4096;
 
+/// Size of a huge page of the host's pool.
+const HUGE_PAGE: u64 = 2 << 20;
+
 /// The guest's RAM and how rvmm reaches it. All addresses are guest-physical.
 #[derive(Debug)]
 pub struct GuestRam {
@@ -40,6 +43,8 @@ pub struct GuestRam {
 #[derive(Debug)]
 struct Overlay {
     file: Arc<File>,
+    /// Where its pages are, and how many bytes.
+    span: Span,
     /// The file must be at least this long for every mapped page to exist.
     needed: u64,
 }
@@ -146,7 +151,8 @@ impl GuestRam {
         self.copy_file(addr, file, offset, lead)?;
         if mapped > 0 {
             self.reservation.overlay(addr + lead - self.span.base, file, offset + lead, mapped)?;
-            let overlay = Overlay { file: Arc::clone(file), needed: offset + lead + mapped };
+            let span = Span { base: addr + lead, size: mapped };
+            let overlay = Overlay { file: Arc::clone(file), span, needed: offset + lead + mapped };
             self.overlays().push(overlay);
         }
         let done = lead + mapped;
@@ -194,6 +200,32 @@ impl GuestRam {
 impl DmaMemory for GuestRam {
     fn view(&self) -> &GuestMemoryMmap {
         &self.view
+    }
+
+    /// Pages of a file are kept: given back they would come again with what the file holds, and anonymous pages in their
+    /// place would be a mapping each, of which a process has not many. They are few, and as long as the guest has not
+    /// written them the host can drop them by itself.
+    fn release(&self, addr: u64, len: u64) {
+        let step = if self.reservation.is_huge() { HUGE_PAGE } else { PAGE };
+        let end = addr.saturating_add(len).min(self.span.end()) / step * step;
+        let Some(mut at) = addr.max(self.span.base).checked_next_multiple_of(step) else { return };
+        let files: Vec<Span> = self.overlays().iter().map(|overlay| overlay.span).collect();
+        while at < end {
+            // Up to the next file, or behind the one that this is in.
+            let ahead = files.iter().filter(|file| file.end() > at);
+            match ahead.min_by_key(|file| file.base) {
+                Some(file) if file.base <= at => at = file.end().next_multiple_of(step),
+                next => {
+                    let stop = next.map_or(end, |file| file.base.min(end) / step * step);
+                    if stop <= at {
+                        at += step;
+                        continue;
+                    }
+                    self.reservation.discard(at - self.span.base, stop - at);
+                    at = stop;
+                }
+            }
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use std::fs::File;
 use std::ptr;
 
-use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use vm_memory::MmapRegion;
 
 use crate::error::Error;
@@ -107,6 +107,20 @@ impl Reservation {
             },
         )?;
         Ok(())
+    }
+}
+
+impl Reservation {
+    /// Gives the pages of `len` bytes of RAM at `at` back to the host, all multiples of the page size and none of a file: they
+    /// read as zero from then on. A range that is not all RAM is left alone.
+    pub(super) fn discard(&self, at: u64, len: u64) {
+        let fits = at.checked_add(len).is_some_and(|end| end <= self.size as u64);
+        let (Ok(at), Ok(len), true) = (usize::try_from(at), usize::try_from(len), fits) else {
+            return;
+        };
+        // SAFETY: the range lies inside our RAM mapping (checked above), which nobody holds references into: all accesses
+        // are volatile copies, and the kernel takes the pages from the guest, too. A refusal leaves them as they are.
+        let _ = unsafe { madvise(self.ram.wrapping_byte_add(at), len, Advice::LinuxDontNeed) };
     }
 }
 

@@ -97,3 +97,65 @@ fn more_memory_than_the_address_space_holds_is_refused_with_advice() {
     let error = GuestRam::new(Span { base: 0x8000_0000, size: 1 << 62 }, false).unwrap_err();
     assert!(error.to_string().contains("--mem"), "{error}");
 }
+
+/// The first byte of each of the first pages of RAM.
+fn first_bytes(ram: &GuestRam, pages: u64) -> Vec<u8> {
+    let byte = |page: u64| {
+        let mut byte = [0];
+        ram.read(SPAN.base + page * PAGE, &mut byte).unwrap();
+        byte[0]
+    };
+    (0..pages).map(byte).collect()
+}
+
+#[test]
+fn whole_pages_that_are_given_back_read_as_zero_and_can_be_used_again() {
+    let ram = GuestRam::new(SPAN, false).unwrap();
+    ram.write(SPAN.base, &[1; 8 * 4096]).unwrap();
+    ram.release(SPAN.base + 1, 2 * PAGE);
+    ram.release(SPAN.base + 4 * PAGE, 2 * PAGE);
+    ram.release(SPAN.base + 7 * PAGE, PAGE - 1);
+    assert_eq!(first_bytes(&ram, 9), [1, 0, 1, 1, 0, 0, 1, 1, 0]);
+    ram.write(SPAN.base + 4 * PAGE, &[2]).unwrap();
+    assert_eq!(first_bytes(&ram, 6), [1, 0, 1, 1, 2, 0]);
+}
+
+#[test]
+fn what_is_not_ram_is_not_given_back() {
+    let ram = GuestRam::new(SPAN, false).unwrap();
+    ram.write(SPAN.base, &[1; 4096]).unwrap();
+    ram.write(SPAN.end() - PAGE, &[1; 4096]).unwrap();
+    for (addr, len) in [
+        (0, 4096),
+        (SPAN.base - PAGE, PAGE),
+        (SPAN.end(), PAGE),
+        (SPAN.end(), u64::MAX),
+        (u64::MAX, 1),
+        (u64::MAX - 5000, 5000),
+        (SPAN.base, 0),
+    ] {
+        ram.release(addr, len);
+        assert_eq!(first_bytes(&ram, 1), [1], "{addr:#x} {len:#x}");
+    }
+    ram.release(SPAN.end() - PAGE, u64::MAX);
+    let mut last = [7];
+    ram.read(SPAN.end() - PAGE, &mut last).unwrap();
+    assert_eq!(last, [0]);
+    ram.release(0, u64::MAX);
+    assert_eq!(first_bytes(&ram, 1), [0]);
+}
+
+#[test]
+fn pages_of_a_file_stay_when_they_are_given_back() {
+    let file = file_of(&[1; 3 * 4096]);
+    let ram = GuestRam::new(SPAN, false).unwrap();
+    ram.write(SPAN.base, &[2; 12 * 4096]).unwrap();
+    ram.place_file(SPAN.base + 2 * PAGE, &file, 0, 3 * PAGE).unwrap();
+    ram.place_file(SPAN.base + 8 * PAGE, &file, 0, 2 * PAGE).unwrap();
+    ram.write(SPAN.base + 3 * PAGE, &[3]).unwrap();
+    ram.release(SPAN.base + PAGE, 8 * PAGE);
+    assert_eq!(first_bytes(&ram, 12), [2, 0, 1, 3, 1, 0, 0, 0, 1, 1, 2, 2]);
+    ram.release(SPAN.base, SPAN.size);
+    assert_eq!(first_bytes(&ram, 12), [0, 0, 1, 3, 1, 0, 0, 0, 1, 1, 0, 0]);
+    assert!(!ram.is_lost());
+}

@@ -8,6 +8,7 @@
 //! | `descriptor.rs` | one descriptor of any kind that never blocks |
 //! | `streams.rs`, `stdio.rs` | a console on two descriptors; on standard input and output |
 //! | `pty.rs`, `socket.rs` | consoles whose user comes and goes |
+//! | `shared.rs` | a console that outlives its user |
 //! | `writer.rs` | a console that ends in any [`Write`] |
 
 use std::fmt;
@@ -27,6 +28,7 @@ mod descriptor;
 mod keys;
 mod pty;
 mod raw;
+mod shared;
 mod socket;
 mod stdio;
 mod streams;
@@ -34,6 +36,7 @@ mod writer;
 
 pub use raw::restore;
 pub(crate) use raw::{resume, suspend};
+pub(crate) use shared::Shared;
 
 /// What somebody calls who wants the machine to end: the user by Ctrl-A x, or a signal.
 ///

@@ -90,6 +90,11 @@ impl ConsoleBackend for Pty {
         }
     }
 
+    fn size(&self) -> Option<(u16, u16)> {
+        let size = rustix::termios::tcgetwinsize(&self.master).ok()?;
+        Some((size.ws_col, size.ws_row))
+    }
+
     fn attend(&mut self) {
         // What the events say is known: somebody opened it. Whether it still is open is asked.
         let mut events = [0; 1024];

@@ -1,29 +1,19 @@
 //! A Unix socket that rvmm listens on: one user at a time, and when that one leaves, the next.
 //!
-//! The file is rvmm's: made for its owner alone, taken over from a dead rvmm but never from a living one, removed at the end.
+//! The socket's file is the business of [`Listening`].
 
-use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::{Path, PathBuf};
-use std::thread::sleep;
-use std::time::Duration;
+use std::path::Path;
 
 use log::{info, warn};
-use rustix::fs::{FlockOperation, Mode, fchmod, flock};
 use rustix::io::{Errno, ioctl_fionread};
-use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with,
-    bind, connect, listen, recv, send, socket_with,
-};
+use rustix::net::{RecvFlags, SendFlags, recv, send};
 use rvmm_devices::{ConsoleBackend, Port, Ports};
 
 use super::pty::is_hung_up;
 use crate::error::Error;
-
-/// Bytes of a socket's path that the kernel takes (unix(7): `sun_path` is 108 with a NUL).
-const MAX_PATH: usize = 107;
+use crate::host::Listening;
 
 /// Users who wait while another is being answered.
 const BACKLOG: i32 = 4;
@@ -31,16 +21,10 @@ const BACKLOG: i32 = 4;
 /// What a second user gets to read.
 const IN_USE: &[u8] = b"rvmm: somebody else is using this console\r\n";
 
-/// How often the folder's lock is tried, 10 ms apart.
-const LOCK_TRIES: u32 = 100;
-
 /// The console of `--serial unix:PATH`.
 #[derive(Debug)]
 pub(super) struct Socket {
-    listener: OwnedFd,
-    path: PathBuf,
-    /// Device and inode of the file, so that at the end no other is removed.
-    identity: (u64, u64),
+    listener: Listening,
     user: Option<User>,
     /// The user's place is not free yet, or nobody can be let in: the listener is not looked at.
     is_deaf: bool,
@@ -59,46 +43,22 @@ impl Socket {
     /// Makes the socket and its file.
     ///
     /// # Errors
-    /// [`Error::Config`] for a path that is too long; [`Error::File`] where no file can be made there or something else has
-    /// that name; [`Error::Host`] where a program listens there already, or the kernel refuses.
+    /// As [`Listening::open`].
     pub(super) fn listen(path: &Path) -> Result<Self, Error> {
-        let length = path.as_os_str().len();
-        if length > MAX_PATH {
-            return Err(Error::Config(format!(
-                "Cannot listen on {}: the path has {length} bytes and a socket's at most {MAX_PATH} (choose a shorter one)",
-                path.display()
-            )));
-        }
-        let failed = |source: io::Error| {
-            use io::ErrorKind::{
-                AddrInUse, AlreadyExists, NotADirectory, NotFound, PermissionDenied,
-            };
-            let hint = match source.kind() {
-                AlreadyExists | NotADirectory | NotFound | PermissionDenied => {
-                    return Error::File { verb: "listen on", path: path.into(), source };
-                }
-                AddrInUse => " (another program listens there: choose another path, or end it)",
-                _ => "",
-            };
-            Error::Host { what: format!("Cannot listen on {}{hint}", path.display()), source }
-        };
-        // Held until the socket listens: between bind and listen it looks dead to others.
-        let _lock = lock_folder(path).map_err(failed)?;
-        let listener = bound(path).map_err(failed)?;
-        listen(&listener, BACKLOG).map_err(|error| failed(error.into()))?;
-        let file = fs::symlink_metadata(path).map_err(failed)?;
-        let identity = (file.dev(), file.ino());
-        Ok(Self { listener, path: path.into(), identity, user: None, is_deaf: false })
+        Ok(Self { listener: Listening::open(path, BACKLOG)?, user: None, is_deaf: false })
     }
 
     /// Lets the next one in, as user or only to hear that the place is taken.
     fn accept(&mut self) {
-        let stream = match accept_with(&self.listener, SocketFlags::CLOEXEC) {
+        let stream = match self.listener.accept() {
             Ok(stream) => stream,
-            Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => return,
+            Err(error) if super::may_go_on(&error) => return,
             Err(error) => {
                 // It would be refused again at once and for ever.
-                warn!("No more users for the console at {}: {error}", self.path.display());
+                warn!(
+                    "No more users for the console at {}: {error}",
+                    self.listener.path().display()
+                );
                 self.is_deaf = true;
                 return;
             }
@@ -107,12 +67,12 @@ impl Socket {
             let _ = send(&stream, IN_USE, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
             return;
         }
-        info!("A user connected to the console at {}", self.path.display());
+        info!("A user connected to the console at {}", self.listener.path().display());
         self.user = Some(User { stream, input_has_ended: false, output_has_ended: false });
     }
 
     fn leave(&mut self) {
-        info!("The user of the console at {} left", self.path.display());
+        info!("The user of the console at {} left", self.listener.path().display());
         self.user = None;
         self.is_deaf = false;
     }
@@ -177,65 +137,14 @@ impl ConsoleBackend for Socket {
     }
 }
 
-impl Drop for Socket {
-    fn drop(&mut self) {
-        let is_own = fs::symlink_metadata(&self.path)
-            .is_ok_and(|file| (file.dev(), file.ino()) == self.identity);
-        if is_own {
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
-/// Locks the folder in which the socket's file will be against others who do the same, for as long as the result lives.
-/// A folder that cannot be opened is not locked.
-fn lock_folder(path: &Path) -> io::Result<Option<File>> {
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let Ok(folder) = File::open(parent.unwrap_or(Path::new("."))) else { return Ok(None) };
-    for _ in 0..LOCK_TRIES {
-        match flock(&folder, FlockOperation::NonBlockingLockExclusive) {
-            Err(Errno::AGAIN) => sleep(Duration::from_millis(10)),
-            // A file system without locks.
-            _ => return Ok(Some(folder)),
-        }
-    }
-    Err(io::Error::new(io::ErrorKind::TimedOut, "another program keeps the folder locked"))
-}
-
-/// A socket bound to `path`, which nobody but the owner may connect to.
-fn bound(path: &Path) -> io::Result<OwnedFd> {
-    let address = SocketAddrUnix::new(path)?;
-    let new_socket = || {
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
-    };
-    let socket = new_socket()?;
-    // Before bind: it is what bind makes the file with, so there is no moment in which others may connect.
-    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
-    match bind(&socket, &address) {
-        Err(Errno::ADDRINUSE) => {}
-        result => return Ok(result.map(|()| socket)?),
-    }
-    if !fs::symlink_metadata(path)?.file_type().is_socket() {
-        return Err(io::Error::new(
-            io::ErrorKind::AlreadyExists,
-            "there is something else of that name (remove what is there, or choose another path)",
-        ));
-    }
-    match connect(&new_socket()?, &address) {
-        Err(Errno::CONNREFUSED) => fs::remove_file(path)?,
-        Ok(()) | Err(Errno::AGAIN) => return Err(io::ErrorKind::AddrInUse.into()),
-        Err(error) => return Err(error.into()),
-    }
-    bind(&socket, &address)?;
-    Ok(socket)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::io::{Read, Write};
     use std::net::Shutdown;
+    use std::os::unix::fs::MetadataExt;
     use std::os::unix::net::{UnixListener, UnixStream};
+    use std::path::PathBuf;
 
     use super::*;
 

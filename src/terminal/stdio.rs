@@ -74,6 +74,11 @@ impl ConsoleBackend for Stdio {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.streams.write(bytes)
     }
+
+    fn size(&self) -> Option<(u16, u16)> {
+        let size = rustix::termios::tcgetwinsize(io::stdout()).ok()?;
+        Some((size.ws_col, size.ws_row))
+    }
 }
 
 #[cfg(test)]

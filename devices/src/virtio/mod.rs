@@ -15,15 +15,19 @@
 
 use crate::device::Source;
 
+pub(crate) mod balloon;
 pub mod blk;
 pub mod bucket;
 pub mod chain;
+pub(crate) mod console;
+pub(crate) mod input;
 mod life;
 pub mod mmio;
 pub mod net;
 pub mod queue;
 pub(crate) mod rng;
 pub mod testing;
+pub(crate) mod vsock;
 pub mod work;
 
 pub use bucket::{Limit, Limiter};
@@ -31,17 +35,33 @@ pub use chain::{Chain, ChainError, Segment, pieces};
 pub use mmio::VirtioMmio;
 pub use queue::{MAX_QUEUE_SIZE, RingError};
 pub use vm_memory::GuestMemoryMmap;
+use vm_memory::{Bytes, GuestAddress};
 pub use work::Work;
 
 /// Guest RAM as devices reach it: alive as long as somebody holds this.
 pub trait DmaMemory: Send + Sync {
     /// The RAM, by guest-physical address.
     fn view(&self) -> &GuestMemoryMmap;
+
+    /// The guest needs what is in these `len` bytes from `addr` no more: whole pages of RAM inside may be given to the host.
+    /// They stay RAM, and read as zero or as before. What of the range is not RAM is left alone.
+    fn release(&self, addr: u64, len: u64);
 }
 
 impl DmaMemory for GuestMemoryMmap {
     fn view(&self) -> &GuestMemoryMmap {
         self
+    }
+
+    /// Only makes them read as zero: giving them back takes more than this crate may do.
+    fn release(&self, addr: u64, len: u64) {
+        let end = addr.saturating_add(len) / 4096 * 4096;
+        let first = addr.checked_next_multiple_of(4096).unwrap_or(end);
+        for page in (first..end).step_by(4096) {
+            if self.write_slice(&[0; 4096], GuestAddress(page)).is_err() {
+                return;
+            }
+        }
     }
 }
 

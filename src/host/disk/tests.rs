@@ -630,7 +630,7 @@ fn a_driver_reaches_the_file_through_the_device_and_its_event_loop() {
             continue;
         }
         let options = Options::parse(&format!("blk,path={path}{options}")).unwrap();
-        let host = Arc::new(crate::host::Linux);
+        let host = Arc::new(crate::host::Linux::new(Arc::new(|| {})));
         let model = Model::find("blk").unwrap();
         let device = |wiring| model.create(&options, Wiring { host, ..wiring }).unwrap();
         let mut rig = Rig::build(device);

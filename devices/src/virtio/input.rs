@@ -1,0 +1,298 @@
+//! Input device (virtio 1.3, section 5.8): a keyboard of one key, the power button.
+//!
+//! Whoever holds the other end of [`Wiring::power_button`] presses it: the guest gets KEY_POWER down and up, as from a machine's
+//! own button, and its init powers off in order. Presses before the guest has a driver are kept as one; those that come
+//! while the last is still on its way count as that one.
+//!
+//! Left out: other keys, axes, and lights; the status queue, by which a driver would switch those, is emptied.
+
+use std::os::fd::AsRawFd;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{VirtioDevice, VirtioError, VirtioMmio, Work};
+use crate::catalog::{Built, Model, Placement, Wiring};
+use crate::device::{Interest, Source};
+use crate::options::Options;
+
+/// The catalog's entry.
+pub(crate) const MODEL: Model = Model {
+    name: "input",
+    summary: "virtio input with one key: the power button, pressed by SIGTERM",
+    keys: &[],
+    placement: Placement::Slot,
+    irqs: 1,
+    build,
+};
+
+const EVENTS: u16 = 0;
+const STATUS: u16 = 1;
+
+const TOKEN_BUTTON: u32 = 0;
+
+/// Fields of the configuration space (section 5.8.4).
+mod config {
+    pub(super) const SELECT: usize = 0;
+    pub(super) const SUBSEL: usize = 1;
+    pub(super) const SIZE: usize = 2;
+    pub(super) const DATA: usize = 8;
+    pub(super) const LEN: usize = 136;
+
+    pub(super) const ID_NAME: u8 = 0x01;
+    pub(super) const ID_DEVIDS: u8 = 0x03;
+    pub(super) const EV_BITS: u8 = 0x11;
+}
+
+/// Linux's input event codes.
+const EV_SYN: u16 = 0;
+const EV_KEY: u16 = 1;
+const KEY_POWER: u16 = 116;
+
+const NAME: &[u8] = b"rvmm power button";
+
+/// Bus BUS_VIRTUAL, vendor and product 1, version 1, 16 bits each.
+const DEVIDS: [u8; 8] = [6, 0, 1, 0, 1, 0, 1, 0];
+
+/// A press: type, code, value. What follows a SYN is another moment.
+const PRESS: [(u16, u16, u32); 4] =
+    [(EV_KEY, KEY_POWER, 1), (EV_SYN, 0, 0), (EV_KEY, KEY_POWER, 0), (EV_SYN, 0, 0)];
+
+struct Input {
+    button: Option<EventFd>,
+    /// Events of a press that the guest has not got; all of them sent where it has none.
+    sent: usize,
+    config: [u8; config::LEN],
+}
+
+fn build(_: &Options, mut wiring: Wiring) -> Built {
+    let button = wiring.power_button.take();
+    let input = Input { button, sent: PRESS.len(), config: [0; config::LEN] };
+    VirtioMmio::create(Box::new(input), wiring)
+}
+
+impl Input {
+    /// Sends what the guest has room for.
+    fn send(&mut self, work: &mut Work<'_>) -> Result<(), VirtioError> {
+        while let Some((kind, code, value)) = PRESS.get(self.sent) {
+            let Some(chain) = work.pop(EVENTS)? else { break };
+            if chain.writable_bytes() < 8 {
+                work.refuse(chain);
+                continue;
+            }
+            let event = u64::from(*kind) | u64::from(*code) << 16 | u64::from(*value) << 32;
+            let written = chain.write_at(work.memory(), 0, &event.to_le_bytes());
+            work.complete(chain, u32::try_from(written).unwrap_or(0));
+            self.sent += 1;
+        }
+        Ok(())
+    }
+
+    /// Shows in the configuration space what the driver has selected.
+    fn show(&mut self) {
+        let [select, subsel, rest @ ..] = &mut self.config;
+        rest.fill(0);
+        // A bit per code, as far as the last one that there is.
+        let mut keys = [0; KEY_POWER as usize / 8 + 1];
+        if let Some(last) = keys.last_mut() {
+            *last = 1 << (KEY_POWER % 8);
+        }
+        let shown: &[u8] = match (*select, *subsel) {
+            (config::ID_NAME, 0) => NAME,
+            (config::ID_DEVIDS, 0) => &DEVIDS,
+            (config::EV_BITS, kind) if u16::from(kind) == EV_KEY => &keys,
+            _ => &[],
+        };
+        let size = u8::try_from(shown.len()).unwrap_or(0);
+        if let Some(field) = self.config.get_mut(config::SIZE) {
+            *field = size;
+        }
+        let data = self.config.iter_mut().skip(config::DATA);
+        data.zip(shown).for_each(|(to, from)| *to = *from);
+    }
+}
+
+impl VirtioDevice for Input {
+    fn name(&self) -> &'static str {
+        MODEL.name
+    }
+
+    fn id(&self) -> u32 {
+        18
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[64, 64]
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    fn write_config(&mut self, offset: usize, data: &[u8]) {
+        let own = self.config.iter_mut().take(config::SUBSEL + 1);
+        own.skip(config::SELECT + offset).zip(data).for_each(|(to, from)| *to = *from);
+        self.show();
+    }
+
+    fn activate(&mut self, _features: u64) {}
+
+    fn kicked(&mut self, queue: u16, work: &mut Work<'_>) -> Result<(), VirtioError> {
+        if queue == STATUS {
+            while let Some(chain) = work.pop(STATUS)? {
+                work.complete(chain, 0);
+            }
+        }
+        self.send(work)
+    }
+
+    fn reset_queue(&mut self, _queue: u16) {}
+
+    fn reset(&mut self) {
+        self.config = [0; config::LEN];
+        // A press that the guest has not got whole is pressed again for the next driver.
+        if self.sent < PRESS.len() {
+            self.sent = 0;
+        }
+    }
+
+    fn sources(&self) -> Vec<Source> {
+        let source = |button: &EventFd| Source {
+            fd: button.as_raw_fd(),
+            token: TOKEN_BUTTON,
+            interest: Interest::Read,
+        };
+        self.button.iter().map(source).collect()
+    }
+
+    fn ready(&mut self, _token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {
+        let was_pressed = self.button.as_ref().is_some_and(|button| button.read().is_ok());
+        if was_pressed && self.sent == PRESS.len() {
+            self.sent = 0;
+        }
+        self.send(work)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    use super::*;
+    use crate::virtio::testing::{Buffer, Rig};
+
+    const DOWN: [u8; 8] = [1, 0, 116, 0, 1, 0, 0, 0];
+    const UP: [u8; 8] = [1, 0, 116, 0, 0, 0, 0, 0];
+    const SYN: [u8; 8] = [0; 8];
+
+    fn rig() -> (Rig, EventFd) {
+        let button = EventFd::new(EFD_NONBLOCK).unwrap();
+        let own = button.try_clone().unwrap();
+        let rig = Rig::build(|mut wiring| {
+            wiring.power_button = Some(own);
+            MODEL.create(&Options::none("input"), wiring).unwrap()
+        });
+        (rig, button)
+    }
+
+    fn supply(rig: &mut Rig, count: usize) -> Vec<u16> {
+        let heads = (0..count).map(|_| rig.add(0, &[Buffer::Write(8)])).collect();
+        rig.kick(0);
+        heads
+    }
+
+    fn events(rig: &mut Rig) -> Vec<Vec<u8>> {
+        rig.run();
+        let mut events = Vec::new();
+        while let Some((head, len)) = rig.take_used(0) {
+            assert_eq!(len, 8);
+            events.push(rig.written(0, head));
+        }
+        events
+    }
+
+    fn select(rig: &mut Rig, select: u8, subsel: u8) -> Vec<u8> {
+        rig.device.write(0x100, &[select]).unwrap();
+        rig.device.write(0x101, &[subsel]).unwrap();
+        let mut size = [0];
+        rig.device.read(0x102, &mut size).unwrap();
+        let mut data = vec![0; size[0].into()];
+        rig.device.read(0x108, &mut data).unwrap();
+        data
+    }
+
+    #[test]
+    fn the_driver_finds_a_keyboard_with_a_power_key() {
+        let (mut rig, _button) = rig();
+        assert_eq!(rig.read(8), 18);
+        assert_eq!(select(&mut rig, 1, 0), NAME);
+        assert_eq!(select(&mut rig, 3, 0), DEVIDS);
+        let keys = select(&mut rig, 0x11, 1);
+        let set = (0..keys.len() * 8).filter(|bit| keys[bit / 8] >> (bit % 8) & 1 == 1);
+        assert_eq!(set.collect::<Vec<_>>(), [116]);
+        for (what, sub) in
+            [(0, 0), (1, 1), (2, 0), (0x10, 0), (0x11, 0), (0x11, 3), (0x12, 0), (255, 255)]
+        {
+            assert_eq!(select(&mut rig, what, sub), b"", "{what:#x} {sub}");
+        }
+        // The rest of the configuration is not the driver's.
+        rig.device.write(0x102, &[9; 8]).unwrap();
+        assert_eq!(select(&mut rig, 1, 0), NAME);
+    }
+
+    #[test]
+    fn a_press_is_the_key_down_and_up() {
+        let (mut rig, button) = rig();
+        rig.start(0);
+        supply(&mut rig, 8);
+        for _ in 0..2 {
+            button.write(1).unwrap();
+            assert_eq!(events(&mut rig), [DOWN, SYN, UP, SYN]);
+        }
+        assert_eq!(events(&mut rig), Vec::<Vec<u8>>::new());
+    }
+
+    #[test]
+    fn a_press_waits_for_the_driver_and_for_its_buffers() {
+        let (mut rig, button) = rig();
+        button.write(5).unwrap();
+        rig.run();
+        rig.start(0);
+        supply(&mut rig, 3);
+        assert_eq!(events(&mut rig), [DOWN, SYN, UP]);
+        button.write(1).unwrap();
+        rig.run();
+        supply(&mut rig, 5);
+        assert_eq!(events(&mut rig), [SYN], "a press during a press is that press");
+        button.write(1).unwrap();
+        assert_eq!(events(&mut rig).len(), 4);
+    }
+
+    #[test]
+    fn half_a_press_is_whole_for_the_next_driver() {
+        let (mut rig, button) = rig();
+        rig.start(0);
+        supply(&mut rig, 2);
+        button.write(1).unwrap();
+        assert_eq!(events(&mut rig), [DOWN, SYN]);
+        rig.start(0);
+        supply(&mut rig, 4);
+        assert_eq!(events(&mut rig), [DOWN, SYN, UP, SYN]);
+    }
+
+    #[test]
+    fn buffers_without_room_and_lights_come_back() {
+        let (mut rig, button) = rig();
+        rig.start(0);
+        button.write(1).unwrap();
+        assert_eq!(rig.ask(0, &[Buffer::Write(7)]).unwrap(), b"");
+        assert_eq!(rig.ask(0, &[Buffer::Read(&[0; 8])]).unwrap(), b"");
+        assert_eq!(rig.ask(0, &[Buffer::Write(3), Buffer::Write(9)]).unwrap(), DOWN);
+        for _ in 0..100 {
+            assert_eq!(rig.ask(1, &[Buffer::Read(&[0; 8])]).unwrap(), b"");
+        }
+    }
+}

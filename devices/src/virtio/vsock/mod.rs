@@ -1,0 +1,225 @@
+//! Socket device (virtio 1.3, section 5.10): streams between programs in the guest and programs on the host.
+//!
+//! | file | what |
+//! |---|---|
+//! | `packet.rs` | the header of a packet |
+//! | `connection.rs` | one stream: its stages, its bytes, its end |
+//! | `credit.rs` | how much the guest can take |
+//! | `socket.rs` | writing to a socket, and whether its other end is there |
+//! | `caller.rs` | the line by which a program of the host says where it wants to |
+//! | `streams.rs` | all streams: their number, their turns, their deadlines |
+//!
+//! The host's side are Unix sockets, in the way of Firecracker: rvmm listens on one, and a program that connects and writes
+//! `CONNECT <port>\n` is connected with that port of the guest and reads `OK <port>\n`; a guest that connects to a port of
+//! the host is connected with the program that listens on `<path>_<port>`.
+//!
+//! Left out: SEQPACKET, whose messages have no counterpart in a stream socket, and events: the event queue tells of a
+//! move to another host.
+
+use std::num::ParseIntError;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use vmm_sys_util::timerfd::TimerFd;
+
+use self::packet::{HOST_CID, Header};
+use self::streams::Streams;
+use super::{Chain, VirtioDevice, VirtioError, VirtioMmio, Work};
+use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
+use crate::device::Source;
+use crate::options::Options;
+
+mod caller;
+mod connection;
+mod credit;
+mod packet;
+mod socket;
+mod streams;
+
+/// The catalog's entry.
+pub(crate) const MODEL: Model = Model {
+    name: "vsock",
+    summary: "virtio sockets: streams between guest and host, at Unix sockets",
+    keys: &[
+        Key {
+            name: "path",
+            value: "PATH",
+            help: "Unix socket to make; the guest reaches PATH_<port> (needed)",
+        },
+        Key { name: "cid", value: "N", help: "the guest's address, from 3 (default: 3)" },
+    ],
+    placement: Placement::Slot,
+    irqs: 1,
+    build,
+};
+
+const RX: u16 = 0;
+const TX: u16 = 1;
+
+/// `VIRTIO_VSOCK_F_STREAM`
+const F_STREAM: u64 = 1;
+
+/// Bytes behind a header at most, in both directions.
+const MAX_PAYLOAD: usize = 64 << 10;
+
+struct Vsock {
+    streams: Streams,
+    /// Room for one packet's payload.
+    payload: Box<[u8]>,
+    guest_cid: u64,
+    config: [u8; 8],
+}
+
+/// An address that a guest may have: 0 to 2 and the last one mean others (section 5.10.4).
+#[derive(Debug, Clone, Copy)]
+struct Cid(u32);
+
+impl std::str::FromStr for Cid {
+    type Err = Option<ParseIntError>;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let cid = text.parse().map_err(Some)?;
+        if (3..u32::MAX).contains(&cid) { Ok(Self(cid)) } else { Err(None) }
+    }
+}
+
+fn build(options: &Options, wiring: Wiring) -> Built {
+    let refused = |source| BuildError::Option { model: MODEL.name, source };
+    let path = options.get("path").filter(|path| !path.is_empty()).map(PathBuf::from);
+    let path =
+        path.ok_or_else(|| refused(options.bad("path", "a path (write vsock,path=PATH)")))?;
+    let cid = options.parsed::<Cid>("cid", "a number from 3 to 4294967294").map_err(refused)?;
+    let guest_cid = u64::from(cid.unwrap_or(Cid(3)).0);
+    let listener = wiring
+        .host
+        .listen(&path)
+        .map_err(|source| BuildError::End { model: MODEL.name, source })?;
+    let timer = TimerFd::new().map_err(|source| BuildError::Host {
+        model: MODEL.name,
+        what: "timer",
+        source: source.into(),
+    })?;
+    let streams = Streams::new(guest_cid, path, wiring.host.clone(), listener, timer);
+    let vsock = Vsock {
+        streams,
+        payload: vec![0; MAX_PAYLOAD].into(),
+        guest_cid,
+        config: guest_cid.to_le_bytes(),
+    };
+    VirtioMmio::create(Box::new(vsock), wiring)
+}
+
+impl Vsock {
+    fn serve(&mut self, work: &mut Work<'_>, now: Instant) -> Result<(), VirtioError> {
+        loop {
+            let is_held = self.take_packets(work, now)?;
+            self.give_packets(work, now)?;
+            if !is_held || !self.streams.takes_packets() {
+                break;
+            }
+        }
+        self.streams.set_timer(now);
+        Ok(())
+    }
+
+    /// Takes the guest's packets, and says whether some are left because the guest does not take the answers.
+    fn take_packets(&mut self, work: &mut Work<'_>, now: Instant) -> Result<bool, VirtioError> {
+        while self.streams.takes_packets() {
+            let Some(chain) = work.pop(TX)? else { return Ok(false) };
+            if self.take(&chain, work, now) {
+                work.complete(chain, 0);
+            } else {
+                work.refuse(chain);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Takes one packet; false where it is none, or not from this guest to this host.
+    fn take(&mut self, chain: &Chain, work: &Work<'_>, now: Instant) -> bool {
+        let mut raw = [0; Header::LEN];
+        if chain.read_at(work.memory(), 0, &mut raw) < raw.len() {
+            return false;
+        }
+        // The only look at the header: the guest may write another one meanwhile.
+        let header = Header::parse(&raw);
+        let Some(payload) = self.payload.get_mut(..header.len as usize) else { return false };
+        if chain.read_at(work.memory(), Header::END, payload) < payload.len() {
+            return false;
+        }
+        if header.src_cid != self.guest_cid || header.dst_cid != HOST_CID {
+            return false;
+        }
+        self.streams.receive(&header, payload, now);
+        true
+    }
+
+    /// Gives packets to the guest as long as it has buffers.
+    fn give_packets(&mut self, work: &mut Work<'_>, now: Instant) -> Result<(), VirtioError> {
+        while self.streams.has_packets() {
+            let Some(chain) = work.pop(RX)? else { break };
+            let room = (chain.writable_bytes() as usize).saturating_sub(Header::LEN);
+            let Some(room @ [_, ..]) = self.payload.get_mut(..room.min(MAX_PAYLOAD)) else {
+                work.refuse(chain);
+                continue;
+            };
+            let Some(header) = self.streams.next_packet(room, now) else {
+                work.put_back(chain);
+                break;
+            };
+            let payload = room.get(..header.len as usize).unwrap_or_default();
+            let mut written = chain.write_at(work.memory(), 0, &header.bytes());
+            written += chain.write_at(work.memory(), Header::END, payload);
+            work.complete(chain, u32::try_from(written).unwrap_or(u32::MAX));
+        }
+        Ok(())
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn name(&self) -> &'static str {
+        MODEL.name
+    }
+
+    fn id(&self) -> u32 {
+        19
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[256, 256, 64]
+    }
+
+    fn features(&self) -> u64 {
+        F_STREAM
+    }
+
+    fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
+
+    fn activate(&mut self, _features: u64) {
+        self.streams.is_active = true;
+    }
+
+    fn kicked(&mut self, _queue: u16, work: &mut Work<'_>) -> Result<(), VirtioError> {
+        self.serve(work, Instant::now())
+    }
+
+    fn reset_queue(&mut self, _queue: u16) {}
+
+    fn reset(&mut self) {
+        self.streams.reset();
+    }
+
+    fn sources(&self) -> Vec<Source> {
+        self.streams.sources()
+    }
+
+    fn ready(&mut self, token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {
+        let now = Instant::now();
+        self.streams.ready(token, now);
+        self.serve(work, now)
+    }
+}

@@ -1,0 +1,211 @@
+//! A Unix socket that rvmm listens on, and its file: made for its owner alone, taken over from a dead rvmm but never from a
+//! living one, removed at the end.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::Duration;
+
+use rustix::fs::{FlockOperation, Mode, fchmod, flock};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen,
+    socket_with,
+};
+use rvmm_devices::Listener;
+
+use crate::config::MAX_SOCKET_PATH;
+use crate::error::Error;
+
+/// How often the folder's lock is tried, 10 ms apart.
+const LOCK_TRIES: u32 = 100;
+
+/// A socket that is listened on, without ever waiting.
+#[derive(Debug)]
+pub(crate) struct Listening {
+    socket: OwnedFd,
+    path: PathBuf,
+    /// Device and inode of the file, so that at the end no other is removed.
+    identity: (u64, u64),
+}
+
+impl Listening {
+    /// Makes the socket and its file; `backlog` may wait to be let in.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a path that is too long; [`Error::File`] where no file can be made there or something else has
+    /// that name; [`Error::Host`] where a program listens there already, or the kernel refuses.
+    pub(crate) fn open(path: &Path, backlog: i32) -> Result<Self, Error> {
+        let length = path.as_os_str().len();
+        if length > MAX_SOCKET_PATH {
+            return Err(Error::Config(format!(
+                "Cannot listen on {}: the path has {length} bytes and a socket's at most {MAX_SOCKET_PATH} (choose a shorter one)",
+                path.display()
+            )));
+        }
+        let failed = |source: io::Error| {
+            use io::ErrorKind::{
+                AddrInUse, AlreadyExists, NotADirectory, NotFound, PermissionDenied,
+            };
+            let hint = match source.kind() {
+                AlreadyExists | NotADirectory | NotFound | PermissionDenied => {
+                    return Error::File { verb: "listen on", path: path.into(), source };
+                }
+                AddrInUse => " (another program listens there: choose another path, or end it)",
+                _ => "",
+            };
+            Error::Host { what: format!("Cannot listen on {}{hint}", path.display()), source }
+        };
+        // Held until the socket listens: between bind and listen it looks dead to others.
+        let _lock = lock_folder(path).map_err(failed)?;
+        let socket = bound(path).map_err(failed)?;
+        listen(&socket, backlog).map_err(|error| failed(error.into()))?;
+        let file = fs::symlink_metadata(path).map_err(failed)?;
+        let identity = (file.dev(), file.ino());
+        Ok(Self { socket, path: path.into(), identity })
+    }
+
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Lets the next one in.
+    ///
+    /// # Errors
+    /// `WouldBlock` where nobody waits, or the one that did has left; else what the kernel says.
+    pub(crate) fn accept(&self) -> io::Result<OwnedFd> {
+        accept_with(&self.socket, SocketFlags::CLOEXEC).map_err(|error| match error {
+            Errno::CONNABORTED => io::ErrorKind::WouldBlock.into(),
+            other => other.into(),
+        })
+    }
+}
+
+impl AsFd for Listening {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl AsRawFd for Listening {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+impl Listener for Listening {
+    fn accept(&self) -> io::Result<UnixStream> {
+        Self::accept(self).map(Into::into)
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        let is_own = fs::symlink_metadata(&self.path)
+            .is_ok_and(|file| (file.dev(), file.ino()) == self.identity);
+        if is_own {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Connects to the socket at `path`, without waiting and without following a symbolic link in its last part.
+///
+/// # Errors
+/// Nobody listens there, too many wait already (`WouldBlock`), or it is no socket.
+pub(super) fn connect_to(path: &Path) -> io::Result<UnixStream> {
+    if !fs::symlink_metadata(path)?.file_type().is_socket() {
+        return Err(io::Error::other("it is no socket"));
+    }
+    let socket = new_socket()?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket.into())
+}
+
+fn new_socket() -> Result<OwnedFd, Errno> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+}
+
+/// Locks the folder in which the socket's file will be against others who do the same, for as long as the result lives.
+/// A folder that cannot be opened is not locked.
+fn lock_folder(path: &Path) -> io::Result<Option<File>> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let Ok(folder) = File::open(parent.unwrap_or(Path::new("."))) else { return Ok(None) };
+    for _ in 0..LOCK_TRIES {
+        match flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::AGAIN) => sleep(Duration::from_millis(10)),
+            // A file system without locks.
+            _ => return Ok(Some(folder)),
+        }
+    }
+    Err(io::Error::new(io::ErrorKind::TimedOut, "another program keeps the folder locked"))
+}
+
+/// A socket bound to `path`, which nobody but the owner may connect to.
+fn bound(path: &Path) -> io::Result<OwnedFd> {
+    let address = SocketAddrUnix::new(path)?;
+    let socket = new_socket()?;
+    // Before bind: it is what bind makes the file with, so there is no moment in which others may connect.
+    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    match bind(&socket, &address) {
+        Err(Errno::ADDRINUSE) => {}
+        result => return Ok(result.map(|()| socket)?),
+    }
+    if !fs::symlink_metadata(path)?.file_type().is_socket() {
+        return Err(io::Error::new(
+            io::ErrorKind::AlreadyExists,
+            "there is something else of that name (remove what is there, or choose another path)",
+        ));
+    }
+    match connect(&new_socket()?, &address) {
+        Err(Errno::CONNREFUSED) => fs::remove_file(path)?,
+        Ok(()) | Err(Errno::AGAIN) => return Err(io::ErrorKind::AddrInUse.into()),
+        Err(error) => return Err(error.into()),
+    }
+    bind(&socket, &address)?;
+    Ok(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+
+    #[test]
+    fn a_socket_that_listens_is_connected_to_without_waiting() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let listening = Listening::open(&path, 1).unwrap();
+        assert_eq!(listening.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        let mut near = connect_to(&path).unwrap();
+        let mut far = UnixStream::from(listening.accept().unwrap());
+        near.write_all(b"hello").unwrap();
+        let mut heard = [0; 5];
+        far.read_exact(&mut heard).unwrap();
+        assert_eq!(&heard, b"hello");
+        // Nobody lets them in: the one that no longer fits is not waited for.
+        let waiting: Vec<_> = (0..16).map(|_| connect_to(&path)).collect();
+        let refused = waiting.iter().find_map(|result| result.as_ref().err()).unwrap();
+        assert_eq!(refused.kind(), io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn what_is_no_socket_is_not_connected_to() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, link) = (folder.path().join("socket"), folder.path().join("link"));
+        let _listening = Listening::open(&path, 1).unwrap();
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        let file = folder.path().join("file");
+        fs::write(&file, "").unwrap();
+        for path in [&link, &file, folder.path(), &folder.path().join("nothing")] {
+            assert!(connect_to(path).is_err(), "{}", path.display());
+        }
+    }
+}
