@@ -213,3 +213,62 @@ fn a_guest_and_its_host_talk_over_a_tap_both_ways() {
         power_off(session);
     }
 }
+
+#[test]
+fn the_power_button_is_pressed_by_a_signal_and_a_second_one_stops() {
+    let Some(host) = host() else { return };
+    for irqchip in &host.irqchips {
+        let modules = &["virtio_mmio", "virtio_input", "evdev"];
+        let (mut session, _folder) = boot(irqchip, modules, &["--power-button", "--grace", "60"]);
+        assert_eq!(session.ask("cat /sys/class/input/input0/name"), "rvmm power button\n");
+        // Only who has the device open is told.
+        session.send("exec 3</dev/input/event0; echo wait''ing; dd bs=24 count=4 <&3 2>/dev/null | xxd -p -c 24; echo press''ed\n");
+        session.expect("waiting\r\n");
+        session.signal(Signal::TERM);
+        let events = session.expect("pressed\r\n");
+        // Each ends in type, code and value: the key down, the end of the report, the key up, the end of the report.
+        let ends: Vec<&str> = events.split_whitespace().filter_map(|line| line.get(32..)).collect();
+        assert_eq!(
+            ends,
+            ["0100740001000000", "0000000000000000", "0100740000000000", "0000000000000000"],
+            "{events}"
+        );
+        session.signal(Signal::TERM);
+        assert_eq!(session.exit_code_within(harness::STOP_LIMIT), 0);
+    }
+}
+
+#[test]
+fn a_balloon_takes_what_it_is_told_to_and_the_guest_goes_on() {
+    let Some(host) = host() else { return };
+    let modules = &["virtio_mmio", "virtio_balloon"];
+    for irqchip in &host.irqchips {
+        let (mut session, _folder) = boot(irqchip, modules, &["--device", "balloon,size=64"]);
+        // 64 MiB are 16,384 pages; the driver takes them by itself, in its own time.
+        let inflated = "until [ $(sed -n 's/balloon_inflate //p' /proc/vmstat) -ge 16384 ]; do sleep 1; done; echo inflated";
+        assert_eq!(session.ask(inflated), "inflated\n");
+        assert_eq!(
+            session.ask("dd if=/dev/zero of=/data bs=1M count=32 2>/dev/null; wc -c </data"),
+            "33554432\n"
+        );
+        power_off(session);
+    }
+}
+
+#[test]
+fn a_second_console_goes_its_own_way() {
+    let Some(host) = host() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    for irqchip in &host.irqchips {
+        let file = folder.path().join(format!("console-{irqchip}"));
+        let device = format!("console,to=file:{}", file.display());
+        let (mut session, _folder) = boot(irqchip, &["virtio_mmio"], &["--device", &device]);
+        session.ask("seq 1 1000 >/dev/hvc0");
+        power_off(session);
+        let expected: String = (1..=1000).map(|number| format!("{number}\n")).collect();
+        let got = fs::read_to_string(&file).expect("the console's file");
+        // The terminal adds carriage returns.
+        let got = got.replace('\r', "");
+        assert!(got == expected, "{} bytes of {}", got.len(), expected.len());
+    }
+}

@@ -1,0 +1,120 @@
+//! Ring 3: streams between programs of a Debian guest and of its host. The guest's program is this very test, started there.
+
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a panic is how a test fails"
+)]
+
+mod harness;
+#[path = "linux/initramfs.rs"]
+mod initramfs;
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::thread;
+
+use harness::{checksum, flood, host, kernel, rvmm};
+use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener, VsockStream};
+
+/// Ports on either side.
+const GUEST_PORT: u32 = 52;
+const HOST_PORT: u32 = 1234;
+/// Streams in each direction, and bytes that go through each of them and back.
+const STREAMS: usize = 20;
+const BYTES: usize = 300_000;
+
+/// Sends everything back that comes, until the other side has said all.
+fn echo(mut stream: impl Read + Write) {
+    let mut all = Vec::new();
+    stream.read_to_end(&mut all).expect("the other side's bytes");
+    stream.write_all(&all).expect("the other side reads");
+}
+
+#[test]
+fn what_runs_inside_the_guest() {
+    if std::env::var_os("RVMM_INSIDE_THE_GUEST").is_none() {
+        return harness::skip("it is the guest's side of the other test");
+    }
+    let listener = VsockListener::bind_with_cid_port(VMADDR_CID_ANY, GUEST_PORT).expect("bind");
+    println!("the guest listens");
+    for _ in 0..STREAMS {
+        let (stream, from) = listener.accept().expect("accept");
+        assert_eq!(from.cid(), VMADDR_CID_HOST);
+        echo(stream);
+    }
+    let sent = flood(BYTES);
+    for _ in 0..STREAMS {
+        let mut stream =
+            VsockStream::connect_with_cid_port(VMADDR_CID_HOST, HOST_PORT).expect("connect");
+        let mut reader = stream.try_clone().expect("a copy");
+        let back = thread::spawn(move || {
+            let mut all = Vec::new();
+            reader.read_to_end(&mut all).map(|_| all)
+        });
+        stream.write_all(&sent).expect("the host reads");
+        stream.shutdown(Shutdown::Write).expect("the end");
+        let back = back.join().expect("a thread").expect("the host's answer");
+        assert_eq!(checksum(&back), checksum(&sent));
+    }
+    let refused = VsockStream::connect_with_cid_port(VMADDR_CID_HOST, 4321);
+    assert!(refused.is_err(), "nobody listens there");
+    println!("the guest has all of it");
+}
+
+/// Connects to a port of the guest as any program of the host does.
+fn connect(path: &Path) -> UnixStream {
+    let mut stream = UnixStream::connect(path).expect("rvmm listens");
+    writeln!(stream, "CONNECT {GUEST_PORT}").expect("rvmm reads");
+    let mut answer = String::new();
+    BufReader::with_capacity(1, &stream).read_line(&mut answer).expect("an answer");
+    assert!(answer.starts_with("OK "), "{answer:?}");
+    stream
+}
+
+#[test]
+fn streams_carry_every_byte_both_ways_whoever_begins() {
+    let Some(host) = host() else { return };
+    for irqchip in &host.irqchips {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("vsock");
+        let own = std::env::current_exe().and_then(fs::read).expect("this program");
+        let modules = ["virtio_mmio", "vmw_vsock_virtio_transport"];
+        let initrd = initramfs::build(folder.path(), &[("inside", &own)], &modules);
+        let listener = UnixListener::bind(folder.path().join(format!("vsock_{HOST_PORT}")))
+            .expect("a socket of the host");
+        let server = thread::spawn(move || {
+            for _ in 0..STREAMS {
+                let (stream, _) = listener.accept().expect("rvmm connects");
+                echo(stream);
+            }
+        });
+        let mut session = rvmm(&["--mem", "256M", "--irqchip", irqchip])
+            .args(&["--cmdline", "console=ttyS0 quiet"])
+            .path("--vsock=", &path, "")
+            .path("--initrd=", &initrd, "")
+            .kernel(&kernel())
+            .start();
+        session.expect("own initramfs is up\r\n");
+        session.send("chmod +x /inside; RVMM_INSIDE_THE_GUEST=1 /inside --exact what_runs_inside_the_guest --nocapture\n");
+        session.expect("the guest listens\r\n");
+        let sent = flood(BYTES);
+        for _ in 0..STREAMS {
+            let mut stream = connect(&path);
+            stream.write_all(&sent).expect("the guest reads");
+            stream.shutdown(Shutdown::Write).expect("the end");
+            let mut back = Vec::new();
+            stream.read_to_end(&mut back).expect("the guest's answer");
+            assert_eq!(checksum(&back), checksum(&sent));
+        }
+        session.expect("the guest has all of it\r\n");
+        server.join().expect("every stream came");
+        session.send("poweroff -f\n");
+        assert_eq!(session.exit_code(), 0);
+    }
+}
