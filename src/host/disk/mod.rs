@@ -38,6 +38,10 @@ use worker::Worker;
 /// The number of the flush, which slots do not reach.
 const SYNC: u32 = u32::MAX;
 
+/// Bytes between two polls that are copied here, where the disk is memory; what is beyond that is the engine's, however large
+/// the guest makes its requests.
+const INLINE: u64 = 4 << 20;
+
 /// Rounds of calls that follow from outcomes, before others get their turn.
 const MOST_ROUNDS: u32 = 4;
 
@@ -50,8 +54,10 @@ pub(super) struct Disk {
     jobs: Vec<Job>,
     flushes: Flushes,
     done: Vec<DiskDone>,
-    /// Kept for its room only.
+    /// Of calls that were made here.
     outcomes: Vec<Outcome>,
+    /// Bytes of them since the last poll; none where the disk is not memory.
+    inline: Option<u64>,
     has_pushed: bool,
     has_warned: bool,
     size: u64,
@@ -94,12 +100,15 @@ impl Disk {
         let files = Files::open(plan)?;
         let size = files.first_size(&plan.path)?;
         info!("Disk {}: {size} bytes, through {}", plan.path, engine.name());
+        // io_uring would give each call to one of the kernel's workers: tmpfs does not say that it never waits.
+        let inline = files.is_in_memory().then_some(0);
         Ok(Self {
             engine,
             jobs: Vec::new(),
             flushes: Flushes::default(),
             done: Vec::new(),
             outcomes: Vec::new(),
+            inline,
             has_pushed: false,
             has_warned: false,
             size,
@@ -125,17 +134,29 @@ impl Disk {
         self.has_pushed = true;
     }
 
+    /// Makes the first call of a request here and now, where that is a copy in memory; else pushes it. Its outcome waits for
+    /// `reap`, and follow-ups are the engine's: the next poll has all of them.
+    fn push_first(&mut self, id: u32, call: Call) {
+        let is_copy = !matches!(call.what, What::Allocate { .. });
+        let bytes = self.inline.filter(|_| is_copy).map(|bytes| bytes.saturating_add(call.len));
+        let Some(bytes) = bytes.filter(|bytes| *bytes <= INLINE) else {
+            return self.push(id, call);
+        };
+        self.inline = Some(bytes);
+        // SAFETY: the files are open and the memory is held while this runs, and the job waits for its outcome.
+        self.outcomes.push((id, unsafe { worker::make(call) }));
+    }
+
     fn push_next(&mut self, slot: u32) {
         let Some(job) = self.jobs.get_mut(slot as usize) else { return };
         let call = job.next(&self.files, self.memory.as_ref());
         self.push(slot, call);
     }
 
-    fn start_flush(&mut self) {
+    fn start_flush(&mut self) -> Call {
         self.flushes.is_running = true;
         self.flushes.served.append(&mut self.flushes.waiting);
-        let call = Call { what: What::Sync, fd: self.files.main(), offset: 0, len: 0 };
-        self.push(SYNC, call);
+        Call { what: What::Sync, fd: self.files.main(), offset: 0, len: 0 }
     }
 
     /// Takes what outcomes are there, and lets requests go on or end.
@@ -176,7 +197,8 @@ impl Disk {
         self.done.extend(self.flushes.served.drain(..).map(|slot| DiskDone { slot, is_ok }));
         self.flushes.is_running = false;
         if !self.flushes.waiting.is_empty() {
-            self.start_flush();
+            let call = self.start_flush();
+            self.push(SYNC, call);
         }
     }
 
@@ -205,7 +227,9 @@ impl Disk {
         let is_busy =
             |jobs: &[Job], slot: &u32| jobs.get(*slot as usize).is_some_and(|job| !job.is_idle());
         while slots.iter().any(|slot| is_busy(&self.jobs, slot)) {
-            self.engine.wait();
+            if self.outcomes.is_empty() {
+                self.engine.wait();
+            }
             self.reap();
         }
         self.done.retain(|done| !is_meant(&done.slot));
@@ -236,7 +260,8 @@ impl DiskBackend for Disk {
             }
             self.flushes.waiting.push(slot);
             if !self.flushes.is_running {
-                self.start_flush();
+                let call = self.start_flush();
+                self.push_first(SYNC, call);
             }
             return;
         }
@@ -244,15 +269,19 @@ impl DiskBackend for Disk {
         while self.jobs.len() <= index {
             self.jobs.push(Job::idle());
         }
-        let begun = self.jobs.get_mut(index).map(|job| job.begin(&request, self.memory.as_ref()));
-        if begun == Some(true) {
-            self.push_next(slot);
+        let memory = self.memory.as_ref();
+        let job = self.jobs.get_mut(index);
+        let call =
+            job.and_then(|job| job.begin(&request, memory).then(|| job.next(&self.files, memory)));
+        if let Some(call) = call {
+            self.push_first(slot, call);
         } else {
             self.done.push(DiskDone { slot, is_ok: false });
         }
     }
 
     fn poll(&mut self, done: &mut Vec<DiskDone>) {
+        self.inline = self.inline.map(|_| 0);
         // What had no room in the kernel is tried again, too.
         self.engine.submit();
         for _ in 0..MOST_ROUNDS {

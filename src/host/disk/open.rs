@@ -8,13 +8,16 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 
 use log::warn;
-use rustix::fs::{OFlags, SeekFrom, fcntl_getfl, fcntl_setfl, seek};
+use rustix::fs::{OFlags, SeekFrom, fcntl_getfl, fcntl_setfl, fstatfs, seek};
 use rustix::io::Errno;
 use rvmm_devices::HostError;
 use rvmm_devices::virtio::blk::{DiskCache, DiskPlan};
 
 /// Bytes of a sector.
 const SECTOR: u64 = 512;
+
+/// File systems that are nothing but memory: tmpfs and ramfs (<linux/magic.h>).
+const IN_MEMORY: [i64; 2] = [0x0102_1994, 0x8584_58f6];
 
 /// What O_DIRECT wants where the kernel does not say: more than any disk does.
 const STRICT: Align = Align { memory: 4096, offset: 4096 };
@@ -24,6 +27,7 @@ const STRICT: Align = Align { memory: 4096, offset: 4096 };
 pub(super) struct Files {
     main: File,
     is_block: bool,
+    is_in_memory: bool,
     /// With O_DIRECT: what it wants, and the same file without.
     direct: Option<(Align, File)>,
 }
@@ -69,7 +73,11 @@ impl Files {
             .and_then(|flags| fcntl_setfl(&main, flags - OFlags::NONBLOCK))
             .map_err(|error| not_open(path, error.into()))?;
         lock(path, &main, plan.is_read_only)?;
-        let mut files = Self { main, is_block: kind.is_block_device(), direct: None };
+        let is_block = kind.is_block_device();
+        // The node of a block device may lie in a file system of memory, the device does not.
+        let is_in_memory =
+            !is_block && fstatfs(&main).is_ok_and(|stat| IN_MEMORY.contains(&stat.f_type));
+        let mut files = Self { main, is_block, is_in_memory, direct: None };
         if plan.cache == DiskCache::None {
             let align = alignment(&files.main).ok_or_else(|| no_direct(path))?;
             // The same file whatever became of the path.
@@ -108,6 +116,11 @@ impl Files {
         } else {
             Ok(self.main.metadata()?.len())
         }
+    }
+
+    /// Whether reads and writes are copies and no more: nothing is worth handing to somebody else.
+    pub(super) fn is_in_memory(&self) -> bool {
+        self.is_in_memory
     }
 
     /// The descriptor that everything goes through that can.

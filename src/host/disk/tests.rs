@@ -62,13 +62,20 @@ impl Bench {
         file.write_all(&pattern(DISK_SIZE as usize, 0)).unwrap();
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(RAM), RAM_SIZE)]).unwrap();
         let ram = Arc::new(memory.clone());
-        let disk = Disk::open(&plan(file.path().to_str().unwrap(), options), ram, engine)?;
+        let mut disk = Disk::open(&plan(file.path().to_str().unwrap(), options), ram, engine)?;
+        // Wherever the file lies, the engine is what is tested.
+        disk.inline = None;
         Ok(Self { disk, memory, file })
     }
 
-    /// One with each engine.
+    /// One with each engine, and one that takes its file for memory.
     fn all(options: &str) -> Vec<Self> {
-        engines().into_iter().map(|engine| Self::new(options, engine).unwrap()).collect()
+        let new = |engine| Self::new(options, engine).unwrap();
+        let mut all: Vec<Self> = engines().into_iter().map(new).collect();
+        let mut inline = new(Box::new(Worker::new().unwrap()));
+        inline.disk.inline = Some(0);
+        all.push(inline);
+        all
     }
 
     fn start(&mut self, slot: u32, op: DiskOp, offset: u64, data: &[Segment]) {
@@ -665,4 +672,52 @@ fn a_driver_reaches_the_file_through_the_device_and_its_event_loop() {
         assert!(fs::read(path).unwrap()[..8192] == data);
         assert_eq!(turn(rig.device.as_mut(), 0).unwrap(), 0, "the loop sleeps");
     }
+}
+
+#[test]
+fn a_disk_in_memory_copies_at_once_and_only_so_much() {
+    let mut bench = Bench::all("").pop().unwrap();
+    let page = |slot: u64| Segment { addr: GuestAddress(RAM + slot * 4096), len: 4096 };
+    bench.start(0, DiskOp::Read, 0, &[page(0)]);
+    assert_eq!(bench.ram(RAM, 4096), pattern(4096, 0), "read before anybody polls");
+    let mut done = Vec::new();
+    bench.disk.poll(&mut done);
+    assert_eq!(done, [DiskDone { slot: 0, is_ok: true }]);
+    // Two of these are as much as one poll may cost; the third is the engine's, and all end.
+    let large = Segment { addr: GuestAddress(RAM), len: 2 << 20 };
+    for slot in 0..3 {
+        bench.start(slot, DiskOp::Read, 0, &[large]);
+    }
+    assert_eq!(bench.disk.outcomes.len(), 2);
+    assert!(bench.ended(3).iter().all(|done| done.is_ok));
+}
+
+#[test]
+fn what_a_disk_in_memory_has_done_is_given_up_like_anything_else() {
+    let mut bench = Bench::all("").pop().unwrap();
+    let page = |slot: u64| Segment { addr: GuestAddress(RAM + slot * 4096), len: 4096 };
+    bench.start(0, DiskOp::Read, 0, &[page(0)]);
+    bench.start(1, DiskOp::Read, 0, &[page(1)]);
+    bench.start(2, DiskOp::Flush, 0, &[]);
+    bench.disk.drain(&[0, 2]);
+    assert_eq!(bench.ended(1), [DiskDone { slot: 1, is_ok: true }]);
+    // The slots are free again.
+    assert!(bench.run(DiskOp::Read, 4096, &[page(2)]));
+    bench.start(0, DiskOp::Flush, 0, &[]);
+    assert_eq!(bench.ended(1), [DiskDone { slot: 0, is_ok: true }]);
+}
+
+#[test]
+fn memory_is_told_from_what_only_has_its_name_there() {
+    let Ok(file) = NamedTempFile::new_in("/dev/shm") else {
+        eprintln!("SKIPPED: this machine has no tmpfs in /dev/shm");
+        return;
+    };
+    file.as_file().set_len(4096).unwrap();
+    let files = Files::open(&plan(file.path().to_str().unwrap(), "")).unwrap();
+    assert!(files.is_in_memory());
+    let elsewhere = NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let files = Files::open(&plan(elsewhere.path().to_str().unwrap(), "")).unwrap();
+    let kind = rustix::fs::fstatfs(elsewhere.as_file()).unwrap().f_type;
+    assert_eq!(files.is_in_memory(), kind == 0x0102_1994);
 }

@@ -70,7 +70,8 @@ impl Shared {
                 continue;
             };
             drop(calls);
-            let result = make(call);
+            // SAFETY: who pushed the call answers for file and buffers until the outcome is reaped.
+            let result = unsafe { make(call) };
             calls = self.calls();
             calls.outcomes.push((id, result));
             self.ended.notify_all();
@@ -81,15 +82,18 @@ impl Shared {
 }
 
 /// Makes a call, in this thread.
-fn make(call: Call) -> io::Result<u32> {
+///
+/// # Safety
+/// As for [`Engine::push`], until this returns.
+pub(super) unsafe fn make(call: Call) -> io::Result<u32> {
     let refuse = |_| io::Error::from(io::ErrorKind::InvalidInput);
     let offset = libc::off_t::try_from(call.offset).map_err(refuse)?;
-    // SAFETY: who pushed the call answers for the file being open until the outcome is reaped.
+    // SAFETY: the caller answers for the file being open.
     let file = unsafe { BorrowedFd::borrow_raw(call.fd) };
     let moved = match call.what {
         What::Read(to) => {
             let count = i32::try_from(to.count).map_err(refuse)?;
-            // SAFETY: who pushed the call answers for the buffers and their list until the outcome is reaped.
+            // SAFETY: the caller answers for the buffers and their list.
             unsafe { libc::preadv(call.fd, to.first, count, offset) }
         }
         What::Write { from, is_durable } => {
