@@ -80,7 +80,8 @@ pub struct Limiter {
     bytes: Option<Bucket>,
     operations: Option<Bucket>,
     timer: TimerFd,
-    is_waiting: bool,
+    /// When it is time to try again, where something was not allowed.
+    waits_until: Option<Instant>,
 }
 
 impl Limiter {
@@ -95,7 +96,7 @@ impl Limiter {
             bytes: bytes.filter(|limit| limit.size > 0).map(bucket),
             operations: operations.filter(|limit| limit.size > 0).map(bucket),
             timer: TimerFd::new()?,
-            is_waiting: false,
+            waits_until: None,
         })
     }
 
@@ -118,9 +119,10 @@ impl Limiter {
             }
         }
         if wait > Duration::ZERO {
-            self.is_waiting = self.timer.reset(wait, None).is_ok();
+            self.waits_until =
+                self.timer.reset(wait, None).ok().and_then(|()| now.checked_add(wait));
             // Without a timer nothing would ever try again: the limit gives way.
-            return !self.is_waiting;
+            return self.waits_until.is_none();
         }
         for (bucket, wanted) in [(&mut self.bytes, bytes), (&mut self.operations, 1)] {
             if let Some(bucket) = bucket {
@@ -133,7 +135,7 @@ impl Limiter {
     /// Whether something was not allowed, and the time to try again has not been announced.
     #[must_use]
     pub fn is_waiting(&self) -> bool {
-        self.is_waiting
+        self.waits_until.is_some()
     }
 
     /// The descriptor that becomes readable when it is time to try again; to be watched always.
@@ -142,12 +144,13 @@ impl Limiter {
         self.timer.as_raw_fd()
     }
 
-    /// The descriptor was readable, or may have been: it is time to try again.
+    /// The descriptor was readable, or may have been. Afterwards [`is_waiting`](Self::is_waiting) tells whether it is time to
+    /// try again.
     pub fn expired(&mut self) {
-        // The counter is read so that the descriptor is quiet again; it would block where it has not expired.
-        if self.is_waiting {
+        // The counter is read so that the descriptor is quiet again; before its time that would block.
+        if self.waits_until.is_some_and(|until| until <= Instant::now()) {
             let _ = self.timer.wait();
-            self.is_waiting = false;
+            self.waits_until = None;
         }
     }
 }
@@ -211,8 +214,18 @@ mod tests {
         let mut limiter = limiter(0, 1000);
         while limiter.allows(0) {}
         assert!(limiter.is_waiting());
-        limiter.expired();
-        assert!(!limiter.is_waiting());
+        while limiter.is_waiting() {
+            limiter.expired();
+        }
         assert!(limiter.allows(0));
+    }
+
+    #[test]
+    fn a_look_before_its_time_neither_waits_nor_ends_the_wait() {
+        let hour = Limit { size: 1, burst: 0, refill: Duration::from_secs(3600) };
+        let mut limiter = Limiter::new(None, Some(hour)).unwrap();
+        assert!(limiter.allows(0) && !limiter.allows(0));
+        limiter.expired();
+        assert!(limiter.is_waiting());
     }
 }
