@@ -4,6 +4,9 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use rvmm_devices::Doorbell;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
 use super::asm::*;
 use super::*;
 use crate::vcpu::exit::{Fault, SystemEvent};
@@ -301,4 +304,26 @@ fn a_thread_takes_one_hart_after_another() {
     assert!(matches!(other.enter().unwrap(), Exit::Sbi(_)));
     new.kick();
     assert!(matches!(other.enter().unwrap(), Exit::Interrupted));
+}
+
+#[test]
+fn a_doorbell_rings_without_an_exit_and_only_with_its_own_value() {
+    let code = [
+        &li(T0, u32::try_from(HOLE).unwrap())[..],
+        &[addi(T1, ZERO, 1), store(2, T1, T0, 0x50)][..],
+        &[addi(T1, ZERO, 2), store(2, T1, T0, 0x50)][..],
+    ]
+    .concat();
+    let guest = Guest::new(&code);
+    let event = EventFd::new(EFD_NONBLOCK).unwrap();
+    let doorbell = Doorbell { offset: 0x50, value: 1, event: &event };
+    guest.vm.ring_in_kernel(HOLE, doorbell).unwrap();
+    let mut hart = guest.hart(0);
+    match hart.enter().unwrap() {
+        Exit::MmioWrite { addr, data } => {
+            assert_eq!((addr, data), (HOLE + 0x50, &2_u32.to_le_bytes()[..]));
+        }
+        other => panic!("not the store of another value: {other:?}"),
+    }
+    assert_eq!(event.read().unwrap(), 1);
 }

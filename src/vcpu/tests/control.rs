@@ -234,3 +234,13 @@ fn without_harts_a_stop_is_the_end() {
     control.stop(StopReason::Requested);
     assert_eq!(control.wait(), StopReason::Requested);
 }
+
+#[test]
+fn who_waits_for_an_end_for_a_while_learns_whether_it_came() {
+    let control = Arc::new(Control::new());
+    assert!(!control.ends_within(Duration::from_millis(1)));
+    let stopper = Arc::clone(&control);
+    let thread = thread::spawn(move || stopper.stop(StopReason::Requested));
+    assert!(control.ends_within(Duration::from_secs(3600)), "the end ends the wait");
+    thread.join().unwrap();
+}
