@@ -11,7 +11,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use rvmm_devices::testing::{MemoryHost, turn, wiring};
 use rvmm_devices::virtio::blk::testing::MemoryDisk;
-use rvmm_devices::virtio::blk::{DiskCache, DiskPlan};
+use rvmm_devices::virtio::blk::{DiskCache, DiskFormat, DiskPlan};
 use rvmm_devices::virtio::feature::RING_RESET;
 use rvmm_devices::virtio::testing::{Buffer, NEXT, RAM, Rig, WRITE, status};
 use rvmm_devices::{Model, Options, Wiring};
@@ -115,17 +115,27 @@ fn a_disk_describes_itself() {
     assert_eq!(config(&mut rig, 56, 1), 1, "write_zeroes_may_unmap");
     let offered = rig.offered();
     assert_eq!(offered & 0x7fff, 0b111_1010_0100_0100);
-    let plan = DiskPlan { path: "disk".into(), is_read_only: false, cache: DiskCache::Writeback };
+    let plan = DiskPlan {
+        path: "disk".into(),
+        is_read_only: false,
+        cache: DiskCache::Writeback,
+        format: DiskFormat::Raw,
+    };
     assert_eq!(disk.plan(), Some(plan));
 }
 
 #[test]
 fn a_disk_that_is_only_read_offers_nothing_else_and_refuses_the_rest() {
-    let (mut rig, disk) = rig(",ro=on,cache=none");
+    let (mut rig, disk) = rig(",ro=on,cache=none,format=qcow2,backing=on");
     let offered = rig.offered();
     assert_eq!(offered & 0x7fff, 0b000_0010_0110_0100);
     assert!(offered & F_RO != 0 && offered & F_MQ == 0);
-    let plan = DiskPlan { path: "disk".into(), is_read_only: true, cache: DiskCache::None };
+    let plan = DiskPlan {
+        path: "disk".into(),
+        is_read_only: true,
+        cache: DiskCache::None,
+        format: DiskFormat::Qcow2 { has_backing: true },
+    };
     assert_eq!(disk.plan(), Some(plan));
     let before = disk.bytes();
     assert_eq!(transfer(&mut rig, OUT, 0, 512), IOERR);
@@ -549,8 +559,10 @@ fn the_options_are_judged_and_the_refusal_says_what_to_do() {
         ("blk,path=a,bps=fast", "bytes"),
         ("blk,path=a,serial=", "1 to 20"),
         ("blk,path=a,serial=twenty-one-bytes-long", "1 to 20"),
-        ("blk,path=a,format=qcow2", "qcow2 and others are not supported yet"),
-        ("blk,path=a,format=", "never guessed"),
+        ("blk,path=a,format=vmdk", "raw or qcow2"),
+        ("blk,path=a,format=", "raw or qcow2"),
+        ("blk,path=a,backing=on", "it goes with format=qcow2"),
+        ("blk,path=a,format=qcow2,backing=perhaps", "on or off"),
     ] {
         let text = refusal(options);
         assert!(text.contains(part), "{options}: {text}");

@@ -188,7 +188,7 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "WHERE", help_heading = "Devices", value_parser = OsStringValueParser::new().try_map(value::serial))]
     pub(super) serial: Option<SerialConfig>,
 
-    /// A disk: a file or block device, raw; may be given several times
+    /// A disk: a file or block device; may be given several times
     ///
     /// The guest calls the first one vda. KEY=VALUE are those of --device blk: ro=on, cache=none, serial=TEXT, ... The
     /// same as --device blk,path=PATH,KEY=VALUE. With a disk there is no built-in prompt: say what the root file system is

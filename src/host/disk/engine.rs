@@ -42,6 +42,13 @@ unsafe impl Send for Buffers {}
 /// What came of a call: bytes moved, or the kernel's error.
 pub(super) type Outcome = (u32, io::Result<u32>);
 
+/// Makes one call, and waits for it.
+pub(super) trait Maker: Send {
+    /// # Safety
+    /// The file is open, and the buffers and their list stay where they are, until this returns.
+    unsafe fn make(&mut self, call: Call) -> io::Result<u32>;
+}
+
 /// Makes calls.
 pub(super) trait Engine: Send {
     /// What it is called in the log.

@@ -1,4 +1,4 @@
-//! Disks: raw bytes in files and block devices.
+//! Disks in files and block devices: raw bytes, or qcow2 images.
 //!
 //! | file | what |
 //! |---|---|
@@ -6,6 +6,7 @@
 //! | `job.rs` | one request on its way through system calls |
 //! | `engine.rs` | who makes system calls while the I/O thread goes on |
 //! | `uring.rs`, `worker.rs` | the two who do: io_uring, and a thread |
+//! | `qcow2/` | images: calls that are made of them on the thread |
 //!
 //! Guest RAM is given to the kernel by address. It stays because the disk holds it, and the disk waits for every call before
 //! it lets go. The size is looked up anew at every flush, and when a read ends early: that is how a file that was made larger
@@ -18,11 +19,14 @@ use std::sync::Arc;
 use log::{info, warn};
 use rvmm_devices::HostError;
 use rvmm_devices::virtio::DmaMemory;
-use rvmm_devices::virtio::blk::{DiskBackend, DiskCache, DiskDone, DiskOp, DiskPlan, DiskRequest};
+use rvmm_devices::virtio::blk::{
+    DiskBackend, DiskCache, DiskDone, DiskFormat, DiskOp, DiskPlan, DiskRequest,
+};
 
 mod engine;
 mod job;
 mod open;
+mod qcow2;
 mod uring;
 mod worker;
 
@@ -32,6 +36,7 @@ mod tests;
 use engine::{Call, Engine, Outcome, What};
 use job::{Job, Progress};
 use open::{Files, whole_sectors};
+use qcow2::Image;
 use uring::Uring;
 use worker::Worker;
 
@@ -61,6 +66,8 @@ pub(super) struct Disk {
     has_pushed: bool,
     has_warned: bool,
     size: u64,
+    /// The file's size is the disk's.
+    is_raw: bool,
     is_unsafe: bool,
     name: String,
     files: Files,
@@ -79,16 +86,21 @@ struct Flushes {
 
 /// Opens a disk, with the best engine that the kernel has.
 pub(super) fn open(plan: &DiskPlan, memory: Arc<dyn DmaMemory>) -> Result<Disk, HostError> {
+    if plan.format != DiskFormat::Raw {
+        return Disk::open_image(plan, memory);
+    }
     let engine: Box<dyn Engine> = match Uring::new() {
         Ok(ring) => Box::new(ring),
         Err(error) => {
             info!("No io_uring for disk {}: {error}", plan.path);
-            Box::new(Worker::new().map_err(|source| {
-                HostError::refused(format!("Cannot start a thread for disk {}", plan.path), source)
-            })?)
+            Box::new(Worker::new().map_err(|source| no_thread(plan, source))?)
         }
     };
     Disk::open(plan, memory, engine)
+}
+
+fn no_thread(plan: &DiskPlan, source: std::io::Error) -> HostError {
+    HostError::refused(format!("Cannot start a thread for disk {}", plan.path), source)
 }
 
 impl Disk {
@@ -99,27 +111,55 @@ impl Disk {
     ) -> Result<Self, HostError> {
         let files = Files::open(plan)?;
         let size = files.first_size(&plan.path)?;
-        info!("Disk {}: {size} bytes, through {}", plan.path, engine.name());
         // io_uring would give each call to one of the kernel's workers: tmpfs does not say that it never waits.
         let inline = files.is_in_memory().then_some(0);
-        Ok(Self {
+        let mut disk = Self::new(plan, memory, engine, files, size);
+        disk.inline = inline;
+        Ok(disk)
+    }
+
+    fn open_image(plan: &DiskPlan, memory: Arc<dyn DmaMemory>) -> Result<Self, HostError> {
+        let mut files = Files::open(plan)?;
+        let image = Image::open(plan, &files)?;
+        let size = image.size();
+        // The image sees to it.
+        files.forget_direct();
+        let engine = Worker::with(image).map_err(|source| no_thread(plan, source))?;
+        let mut disk = Self::new(plan, memory, Box::new(engine), files, size);
+        disk.is_raw = false;
+        Ok(disk)
+    }
+
+    fn new(
+        plan: &DiskPlan,
+        memory: Arc<dyn DmaMemory>,
+        engine: Box<dyn Engine>,
+        files: Files,
+        size: u64,
+    ) -> Self {
+        info!("Disk {}: {size} bytes, through {}", plan.path, engine.name());
+        Self {
             engine,
             jobs: Vec::new(),
             flushes: Flushes::default(),
             done: Vec::new(),
             outcomes: Vec::new(),
-            inline,
+            inline: None,
             has_pushed: false,
             has_warned: false,
             size,
+            is_raw: true,
             is_unsafe: plan.cache == DiskCache::Unsafe,
             name: plan.path.clone(),
             files,
             memory,
-        })
+        }
     }
 
     fn look_at_size(&mut self) {
+        if !self.is_raw {
+            return;
+        }
         let now = self.files.bytes().map(whole_sectors).unwrap_or(self.size);
         if now != self.size && now > 0 {
             info!("Disk {} has {now} bytes now", self.name);

@@ -128,9 +128,29 @@ impl Files {
         self.main.as_raw_fd()
     }
 
+    /// Whether it is a block device.
+    pub(super) fn is_block(&self) -> bool {
+        self.is_block
+    }
+
+    /// The same open file once more: it has the lock, and what is set of one is set of both.
+    pub(super) fn share(&self) -> io::Result<File> {
+        self.main.try_clone()
+    }
+
+    /// The file as everybody may read it, of any alignment.
+    pub(super) fn readable(&self) -> &File {
+        self.direct.as_ref().map_or(&self.main, |(_, buffered)| buffered)
+    }
+
+    /// From now on somebody else minds what O_DIRECT wants.
+    pub(super) fn forget_direct(&mut self) {
+        self.direct = None;
+    }
+
     /// The descriptor that goes through the page cache.
     pub(super) fn buffered(&self) -> RawFd {
-        self.direct.as_ref().map_or(self.main(), |(_, buffered)| buffered.as_raw_fd())
+        self.readable().as_raw_fd()
     }
 
     /// What the main descriptor wants, where it has O_DIRECT.

@@ -19,12 +19,12 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::engine::Buffers;
 use super::*;
 
-const RAM: u64 = 0x8000_0000;
+pub(super) const RAM: u64 = 0x8000_0000;
 const RAM_SIZE: usize = 16 << 20;
 const DISK_SIZE: u64 = 8 << 20;
 
 /// Bytes that are nowhere the same for long.
-fn pattern(len: usize, seed: usize) -> Vec<u8> {
+pub(super) fn pattern(len: usize, seed: usize) -> Vec<u8> {
     (0..len).map(|i| (i.wrapping_mul(31) ^ (i >> 9).wrapping_mul(7) ^ seed) as u8).collect()
 }
 
@@ -37,6 +37,7 @@ fn plan(path: &str, options: &str) -> DiskPlan {
             text if text.contains("unsafe") => DiskCache::Unsafe,
             _ => DiskCache::Writeback,
         },
+        format: DiskFormat::Raw,
     }
 }
 
@@ -50,8 +51,8 @@ fn engines() -> Vec<Box<dyn Engine>> {
 }
 
 /// A disk, the file it lives in, and RAM.
-struct Bench {
-    disk: Disk,
+pub(super) struct Bench {
+    pub(super) disk: Disk,
     memory: GuestMemoryMmap,
     file: NamedTempFile,
 }
@@ -68,6 +69,13 @@ impl Bench {
         Ok(Self { disk, memory, file })
     }
 
+    /// One over a file that is there, as its plan says.
+    pub(super) fn over(plan: &DiskPlan) -> Result<Self, HostError> {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(RAM), RAM_SIZE)]).unwrap();
+        let disk = open(plan, Arc::new(memory.clone()))?;
+        Ok(Self { disk, memory, file: NamedTempFile::new().unwrap() })
+    }
+
     /// One with each engine, and one that takes its file for memory.
     fn all(options: &str) -> Vec<Self> {
         let new = |engine| Self::new(options, engine).unwrap();
@@ -78,17 +86,17 @@ impl Bench {
         all
     }
 
-    fn start(&mut self, slot: u32, op: DiskOp, offset: u64, data: &[Segment]) {
+    pub(super) fn start(&mut self, slot: u32, op: DiskOp, offset: u64, data: &[Segment]) {
         let len = data.iter().map(|segment| u64::from(segment.len)).sum();
         self.disk.start(DiskRequest { slot, op, offset, len, data });
     }
 
-    fn clear(&mut self, slot: u32, op: DiskOp, offset: u64, len: u64) {
+    pub(super) fn clear(&mut self, slot: u32, op: DiskOp, offset: u64, len: u64) {
         self.disk.start(DiskRequest { slot, op, offset, len, data: &[] });
     }
 
     /// Waits until so many requests have ended.
-    fn ended(&mut self, count: usize) -> Vec<DiskDone> {
+    pub(super) fn ended(&mut self, count: usize) -> Vec<DiskDone> {
         let mut done = Vec::new();
         loop {
             self.disk.poll(&mut done);
@@ -105,18 +113,18 @@ impl Bench {
         }
     }
 
-    fn run(&mut self, op: DiskOp, offset: u64, data: &[Segment]) -> bool {
+    pub(super) fn run(&mut self, op: DiskOp, offset: u64, data: &[Segment]) -> bool {
         self.start(3, op, offset, data);
         self.ended(1)[0].is_ok
     }
 
-    fn ram(&self, at: u64, len: usize) -> Vec<u8> {
+    pub(super) fn ram(&self, at: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         self.memory.read_slice(&mut bytes, GuestAddress(at)).unwrap();
         bytes
     }
 
-    fn fill(&self, at: u64, bytes: &[u8]) {
+    pub(super) fn fill(&self, at: u64, bytes: &[u8]) {
         self.memory.write_slice(bytes, GuestAddress(at)).unwrap();
     }
 
@@ -125,13 +133,13 @@ impl Bench {
     }
 }
 
-fn segment(addr: u64, len: u32) -> Segment {
+pub(super) fn segment(addr: u64, len: u32) -> Segment {
     Segment { addr: GuestAddress(addr), len }
 }
 
-const WRITE: DiskOp = DiskOp::Write { is_durable: false };
+pub(super) const WRITE: DiskOp = DiskOp::Write { is_durable: false };
 
-fn zeroes(may_unmap: bool) -> DiskOp {
+pub(super) fn zeroes(may_unmap: bool) -> DiskOp {
     DiskOp::WriteZeroes { may_unmap, is_durable: true }
 }
 

@@ -1,4 +1,5 @@
-//! The engine on a thread of its own, where there is no io_uring: calls are made one after the other.
+//! The engine on a thread of its own: calls are made one after the other. For files where there is no io_uring, and for what
+//! is more than a file.
 #![expect(unsafe_code, reason = "preadv and pwritev2 go to guest RAM by address")]
 
 use std::collections::VecDeque;
@@ -9,7 +10,7 @@ use std::thread::{self, JoinHandle};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::engine::{Call, Engine, Outcome, What};
+use super::engine::{Call, Engine, Maker, Outcome, What};
 
 /// A thread that makes calls.
 pub(super) struct Worker {
@@ -36,11 +37,19 @@ struct Calls {
 }
 
 impl Worker {
-    /// Starts the thread, named `disk`.
+    /// Starts the thread, named `disk`, for calls of the system.
     ///
     /// # Errors
     /// The host has no threads or descriptors left.
     pub(super) fn new() -> io::Result<Self> {
+        Self::with(System)
+    }
+
+    /// Starts the thread for calls that `maker` makes; it is dropped there after the last one.
+    ///
+    /// # Errors
+    /// The host has no threads or descriptors left.
+    pub(super) fn with(maker: impl Maker + 'static) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             calls: Mutex::default(),
             begun: Condvar::new(),
@@ -48,7 +57,7 @@ impl Worker {
             event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
         });
         let its = Arc::clone(&shared);
-        let thread = thread::Builder::new().name("disk".into()).spawn(move || its.work())?;
+        let thread = thread::Builder::new().name("disk".into()).spawn(move || its.work(maker))?;
         Ok(Self { shared, pushed: Vec::new(), thread: Some(thread) })
     }
 }
@@ -58,7 +67,7 @@ impl Shared {
         self.calls.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn work(&self) {
+    fn work(&self, mut maker: impl Maker) {
         let mut calls = self.calls();
         loop {
             let next = calls.waiting.pop_front();
@@ -71,13 +80,23 @@ impl Shared {
             };
             drop(calls);
             // SAFETY: who pushed the call answers for file and buffers until the outcome is reaped.
-            let result = unsafe { make(call) };
+            let result = unsafe { maker.make(call) };
             calls = self.calls();
             calls.outcomes.push((id, result));
             self.ended.notify_all();
             // Refused means that it is readable anyway.
             let _ = self.event.write(1);
         }
+    }
+}
+
+/// Calls of the system, on the file that each names.
+struct System;
+
+impl Maker for System {
+    unsafe fn make(&mut self, call: Call) -> io::Result<u32> {
+        // SAFETY: the caller's promise.
+        unsafe { make(call) }
     }
 }
 

@@ -13,6 +13,21 @@ pub struct DiskPlan {
     pub is_read_only: bool,
     /// What stands between the guest and the disk.
     pub cache: DiskCache,
+    /// How the disk lies in the file.
+    pub format: DiskFormat,
+}
+
+/// How a disk lies in its file. Said by the user, never found out from what the file holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DiskFormat {
+    /// The file's bytes are the disk's.
+    #[default]
+    Raw,
+    /// A qcow2 image, version 2 or 3.
+    Qcow2 {
+        /// The image may name a backing file, which is opened as the image says.
+        has_backing: bool,
+    },
 }
 
 /// What stands between the guest and the disk.

@@ -1,7 +1,7 @@
-//! Block device (virtio 1.3, section 5.2): a disk whose contents are the bytes of a file or block device of the host.
+//! Block device (virtio 1.3, section 5.2): a disk whose contents lie in a file or block device of the host.
 //!
-//! The format is raw: what lies in the file is never looked at, so a guest cannot make its disk into something else by what
-//! it writes. Requests go to the host's end ([`DiskBackend`]) and come back in any order; how many are on the way is bounded.
+//! The format is what the user says, raw if nothing: what lies in the file is never asked for it, so a guest cannot make its
+//! disk into something else by what it writes. Requests go to the host's end ([`DiskBackend`]) and come back in any order; how many are on the way is bounded.
 //! Left out: legacy geometry, secure erase, lifetime, zones.
 
 use std::os::fd::AsRawFd;
@@ -21,7 +21,7 @@ mod request;
 pub mod testing;
 mod wish;
 
-pub use backend::{DiskBackend, DiskCache, DiskDone, DiskOp, DiskPlan, DiskRequest};
+pub use backend::{DiskBackend, DiskCache, DiskDone, DiskFormat, DiskOp, DiskPlan, DiskRequest};
 
 use config::Config;
 use request::{HEADER, ID_BYTES, Limits, Status, Verdict, judge, room};
@@ -30,7 +30,7 @@ use wish::Wish;
 /// The catalog's entry.
 pub(crate) const MODEL: Model = Model {
     name: "blk",
-    summary: "virtio block device: a disk, raw bytes in a file or block device",
+    summary: "virtio block device: a disk in a file or block device",
     keys: &[
         key("path", "FILE", "the file or block device; has to be given"),
         key("ro", "on|off", "the guest cannot write (default: off)"),
@@ -43,7 +43,8 @@ pub(crate) const MODEL: Model = Model {
         key("queues", "N", "request queues, 1 to 8 (default: 1)"),
         key("iops", "N", "requests a second at most (default: no limit)"),
         key("bps", "BYTES", "bytes a second at most (default: no limit)"),
-        key("format", "raw", "raw is the only one (default: raw)"),
+        key("format", "FORMAT", "raw or qcow2 (default: raw, whatever the file holds)"),
+        key("backing", "on|off", "a qcow2 image may name a backing file (default: off)"),
     ],
     placement: Placement::Slot,
     irqs: 1,

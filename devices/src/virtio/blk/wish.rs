@@ -2,7 +2,7 @@
 
 use std::num::NonZeroU64;
 
-use super::backend::{DiskCache, DiskPlan};
+use super::backend::{DiskCache, DiskFormat, DiskPlan};
 use super::request::ID_BYTES;
 use crate::options::{OptionError, Options};
 use crate::virtio::Limit;
@@ -25,10 +25,18 @@ impl Wish {
         if path.is_empty() {
             return Err(options.bad("path", "the path of a file or block device"));
         }
-        if !matches!(options.get("format"), None | Some("raw")) {
-            const ONLY_RAW: &str = "raw: qcow2 and others are not supported yet, and what a file holds is never guessed (make a raw image of it: qemu-img convert -O raw)";
-            return Err(options.bad("format", ONLY_RAW));
-        }
+        let has_backing = options.switch("backing", false)?;
+        let format = match options.get("format") {
+            None | Some("raw") if options.get("backing").is_some() => {
+                return Err(options.bad("backing", "for raw disks: it goes with format=qcow2"));
+            }
+            None | Some("raw") => DiskFormat::Raw,
+            Some("qcow2") => DiskFormat::Qcow2 { has_backing },
+            Some(_) => {
+                const KNOWN: &str = "raw or qcow2 (make one of other formats: qemu-img convert)";
+                return Err(options.bad("format", KNOWN));
+            }
+        };
         let is_read_only = match options.get("ro") {
             None | Some("off") => false,
             Some("on") => true,
@@ -57,7 +65,7 @@ impl Wish {
             Ok(limit.map(|limit| Limit::per_second(limit.get())))
         };
         Ok(Self {
-            plan: DiskPlan { path: path.into(), is_read_only, cache },
+            plan: DiskPlan { path: path.into(), is_read_only, cache, format },
             id,
             queues,
             bps: limit("bps", "a number of bytes from 1")?,

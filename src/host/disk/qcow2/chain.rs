@@ -1,0 +1,163 @@
+//! From a path to an open image with everything below it: each file judged, locked and opened as the one above says.
+//!
+//! Left out: formats of backing files other than raw and qcow2, names that are no paths (`json:`, `nbd:`), and guessing the
+//! format of a backing file where the image does not say it.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use imago::qcow2::Qcow2;
+use imago::raw::Raw;
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
+use rvmm_devices::HostError;
+use rvmm_devices::virtio::blk::{DiskFormat, DiskPlan};
+
+use super::super::open::Files;
+use super::header::{Backing, Header};
+use super::store::Store;
+use super::tables;
+
+/// Files below each other at most.
+const MOST_FILES: usize = 16;
+
+/// One file of a chain.
+struct Layer {
+    path: String,
+    store: Store,
+    /// None where it is raw.
+    header: Option<Header>,
+}
+
+/// Opens the image in `files`, which the plan names, and what it stands on; the locks of the latter last as long as what is
+/// returned beside it.
+pub(super) fn open(
+    plan: &DiskPlan,
+    files: &Files,
+) -> Result<(FormatAccess<Store>, Vec<Files>), HostError> {
+    let top = layer(&plan.path, files, true)?;
+    if !plan.is_read_only {
+        judge_writable(&plan.path, files, &top)?;
+    }
+    let mut seen = vec![identity(&plan.path)?];
+    let mut layers = vec![top];
+    let mut locked = Vec::new();
+    while let Some((above, backing)) = next(&layers) {
+        if plan.format != (DiskFormat::Qcow2 { has_backing: true }) {
+            return Err(HostError::mistake(format!(
+                "Cannot use disk {above}: it stands on {}, a file of this machine (add backing=on if whoever made the image may choose what the guest reads)",
+                backing.name
+            )));
+        }
+        let is_image = is_image(above, backing)?;
+        let path = beside(above, &backing.name);
+        let identity = identity(&path).map_err(|error| named_by(above, error))?;
+        if seen.contains(&identity) || seen.len() == MOST_FILES {
+            return Err(HostError::mistake(format!(
+                "Cannot use disk {}: its backing files stand on each other in a circle, or are more than {MOST_FILES} (see them: qemu-img info --backing-chain)",
+                plan.path
+            )));
+        }
+        seen.push(identity);
+        let plan = DiskPlan {
+            path: path.clone(),
+            is_read_only: true,
+            cache: plan.cache,
+            format: DiskFormat::Raw,
+        };
+        let opened = Files::open(&plan).map_err(|error| named_by(above, error))?;
+        layers.push(layer(&path, &opened, is_image).map_err(|error| named_by(above, error))?);
+        locked.push(opened);
+    }
+    build(layers, !plan.is_read_only).map(|image| (image, locked))
+}
+
+/// What the lowest file so far stands on, and who says so.
+fn next(layers: &[Layer]) -> Option<(&str, &Backing)> {
+    let lowest = layers.last()?;
+    Some((&lowest.path, lowest.header.as_ref()?.backing.as_ref()?))
+}
+
+fn layer(path: &str, files: &Files, is_image: bool) -> Result<Layer, HostError> {
+    let unusable = |what: String| HostError::mistake(format!("Cannot use disk {path}: it {what}"));
+    let refused = |source| HostError::refused(format!("Cannot use disk {path}"), source);
+    let store = Store::new(files, path).map_err(refused)?;
+    let len = files.bytes().map_err(refused)?;
+    let header = is_image.then(|| Header::read(files.readable(), len).map_err(unusable));
+    Ok(Layer { path: path.to_owned(), store, header: header.transpose()? })
+}
+
+/// Whether writing the image harms nobody but its disk.
+fn judge_writable(path: &str, files: &Files, top: &Layer) -> Result<(), HostError> {
+    let Some(header) = &top.header else { return Ok(()) };
+    if header.snapshots > 0 {
+        let count = header.snapshots;
+        return Err(HostError::mistake(format!(
+            "Cannot use disk {path}: it has {count} internal snapshots, which rvmm does not write beside (add ro=on, or remove them: qemu-img snapshot -d)"
+        )));
+    }
+    let refused = |source| HostError::refused(format!("Cannot use disk {path}"), source);
+    let len = files.bytes().map_err(refused)?;
+    tables::check(files.readable(), header, len)
+        .map_err(|what| HostError::mistake(format!("Cannot use disk {path}: it {what}")))
+}
+
+fn is_image(above: &str, backing: &Backing) -> Result<bool, HostError> {
+    match backing.format.as_deref() {
+        Some("qcow2") => Ok(true),
+        Some("raw") => Ok(false),
+        other => {
+            let name = &backing.name;
+            let what = other.map_or("no format".into(), |format| format!("the format {format:?}"));
+            Err(HostError::mistake(format!(
+                "Cannot use disk {above}: it says {what} for its backing file {name}, known are raw and qcow2 (say it: qemu-img rebase -u -b {name} -F raw)"
+            )))
+        }
+    }
+}
+
+/// A path as an image means it: from its own folder.
+fn beside(image: &str, name: &str) -> String {
+    let path = Path::new(image).parent().unwrap_or(Path::new("")).join(name);
+    path.to_string_lossy().into_owned()
+}
+
+fn identity(path: &str) -> Result<(u64, u64), HostError> {
+    let data = std::fs::metadata(path)
+        .map_err(|error| HostError::mistake(format!("Cannot open disk {path}: {error}")))?;
+    Ok((data.dev(), data.ino()))
+}
+
+fn named_by(above: &str, error: HostError) -> HostError {
+    let (what, source) = error.into_parts();
+    let what = format!("{what} (a backing file of {above})");
+    match source {
+        Some(source) => HostError::refused(what, source),
+        None => HostError::mistake(what),
+    }
+}
+
+/// Puts the files onto each other, the lowest first.
+fn build(layers: Vec<Layer>, is_written: bool) -> Result<FormatAccess<Store>, HostError> {
+    let mut below: Option<FormatAccess<Store>> = None;
+    let mut above = layers.len();
+    for Layer { path, store, header } in layers.into_iter().rev() {
+        above -= 1;
+        let opened = match header {
+            None => {
+                Raw::builder(store).open(DenyImplicitOpenGate::default()).map(FormatAccess::new)
+            }
+            Some(_) => Qcow2::<Store>::builder(store)
+                .write(is_written && above == 0)
+                .backing(below.take())
+                .data_file(None)
+                .open(DenyImplicitOpenGate::default())
+                .map(FormatAccess::new),
+        };
+        below = Some(opened.map_err(|error| {
+            HostError::mistake(format!(
+                "Cannot use disk {path}: it is no sound image: {error} (see what is wrong: qemu-img check)"
+            ))
+        })?);
+    }
+    below.ok_or_else(|| HostError::mistake("Cannot use a disk without a file"))
+}

@@ -1,0 +1,161 @@
+//! What imago reads and writes: a file that was opened, judged and locked here.
+//!
+//! imago has files of its own, which it opens by name. This one has none, so an image cannot make imago open anything, and
+//! it tells a file that was cut short from one that ends early by nature. Left out: resizing, which nothing here asks for.
+
+use std::fmt::{self, Display, Formatter};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use imago::Storage;
+use imago::io_buffers::{IoVector, IoVectorMut};
+use imago::storage::drivers::CommonStorageHelper;
+use rustix::fs::{FallocateFlags, fallocate, fdatasync};
+
+use super::super::open::{Align, Files};
+
+/// Zeroes that are written at once where the file system cannot make them.
+const ZEROES: usize = 64 << 10;
+
+/// An open file.
+#[derive(Debug)]
+pub(super) struct Store {
+    file: File,
+    name: String,
+    /// What O_DIRECT wants, where the file has it.
+    align: Option<Align>,
+    /// Where the file ends, as far as is known: what is missing before that was cut off.
+    end: AtomicU64,
+    is_block: bool,
+    blocked: CommonStorageHelper,
+}
+
+impl Store {
+    /// The same open file as the disk's, with its lock.
+    pub(super) fn new(files: &Files, name: &str) -> io::Result<Self> {
+        Ok(Self {
+            file: files.share()?,
+            name: name.to_owned(),
+            align: files.direct(),
+            end: AtomicU64::new(files.bytes()?),
+            is_block: files.is_block(),
+            blocked: CommonStorageHelper::default(),
+        })
+    }
+
+    fn end(&self) -> u64 {
+        self.end.load(Ordering::Relaxed)
+    }
+
+    fn read(&self, mut rest: &mut [u8], mut at: u64) -> io::Result<()> {
+        while !rest.is_empty() {
+            let read = match self.file.read_at(rest, at) {
+                Ok(read) => read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            };
+            at += read as u64;
+            rest = rest.get_mut(read..).unwrap_or_default();
+            let is_aligned = self.align.is_none_or(|align| at.is_multiple_of(align.offset));
+            if read == 0 || !is_aligned {
+                if at < self.end() && !rest.is_empty() {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                rest.fill(0);
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&self, bytes: &[u8], at: u64) -> io::Result<()> {
+        self.file.write_all_at(bytes, at)?;
+        self.end.fetch_max(at.saturating_add(bytes.len() as u64), Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
+        let end = offset.saturating_add(len);
+        if end > self.end() && !self.is_block {
+            // Behind the end there is nothing but zeroes.
+            self.file.set_len(end)?;
+            self.end.fetch_max(end, Ordering::Relaxed);
+        }
+        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        if fallocate(&self.file, mode, offset, len).is_ok() {
+            return Ok(());
+        }
+        // Aligned as every disk wants it.
+        let piece = imago::io_buffers::IoBuffer::new(ZEROES, 4096)?;
+        let mut piece = piece;
+        piece.as_mut().into_slice().fill(0);
+        let mut at = offset;
+        while at < end {
+            let more = (end - at).min(ZEROES as u64);
+            let zeroes = piece.as_ref().into_slice();
+            self.write(zeroes.get(..usize::try_from(more).unwrap_or(0)).unwrap_or_default(), at)?;
+            at += more;
+        }
+        Ok(())
+    }
+}
+
+impl Display for Store {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name)
+    }
+}
+
+impl Storage for Store {
+    fn mem_align(&self) -> usize {
+        self.align.map_or(1, |align| align.memory)
+    }
+
+    fn req_align(&self) -> usize {
+        self.align.map_or(1, |align| usize::try_from(align.offset).unwrap_or(4096))
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.end())
+    }
+
+    unsafe fn pure_readv(&self, bufv: IoVectorMut<'_>, offset: u64) -> io::Result<()> {
+        let mut at = offset;
+        for mut piece in bufv.into_inner() {
+            self.read(&mut piece, at)?;
+            at = at.saturating_add(piece.len() as u64);
+        }
+        Ok(())
+    }
+
+    unsafe fn pure_writev(&self, bufv: IoVector<'_>, offset: u64) -> io::Result<()> {
+        let mut at = offset;
+        for piece in bufv.into_inner() {
+            self.write(&piece, at)?;
+            at = at.saturating_add(piece.len() as u64);
+        }
+        Ok(())
+    }
+
+    unsafe fn pure_write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.write_zeroes(offset, length)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(fdatasync(&self.file)?)
+    }
+
+    unsafe fn invalidate_cache(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn get_storage_helper(&self) -> &CommonStorageHelper {
+        &self.blocked
+    }
+}

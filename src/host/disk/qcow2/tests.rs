@@ -1,0 +1,539 @@
+//! Disks in qcow2 images, made by imago here and by qemu-img where it is installed.
+#![allow(clippy::cast_possible_truncation, reason = "a test's sizes are small")]
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Command;
+
+use imago::qcow2::Qcow2;
+use imago::{FormatCreateBuilder, file};
+use proptest::prelude::*;
+use proptest::strategy::ValueTree as _;
+use proptest::test_runner::TestRunner;
+use rvmm_devices::virtio::blk::{DiskBackend, DiskCache, DiskFormat, DiskOp};
+use tempfile::{TempDir, tempdir};
+
+use super::super::tests::{Bench, RAM, WRITE, pattern, segment, zeroes};
+use super::*;
+
+const SIZE: u64 = 4 << 20;
+
+/// Makes an image in a folder, in the format's version 3.
+fn image(folder: &TempDir, name: &str, size: u64, cluster: usize, backing: Option<(&str, &str)>) {
+    let path = folder.path().join(name);
+    let file = File::options().read(true).write(true).create(true).truncate(true).open(path);
+    let storage = file::File::try_from(file.unwrap()).unwrap();
+    let mut builder = Qcow2::<file::File>::create_builder(storage).size(size).cluster_size(cluster);
+    if let Some((name, format)) = backing {
+        builder = builder.backing(name.into(), format.into());
+    }
+    builder.create().unwrap();
+}
+
+fn at(folder: &TempDir, name: &str) -> String {
+    folder.path().join(name).to_str().unwrap().to_owned()
+}
+
+/// `options`: `ro`, `none`, `unsafe`, `backing`.
+fn plan(path: &str, options: &str) -> DiskPlan {
+    DiskPlan {
+        path: path.into(),
+        is_read_only: options.contains("ro"),
+        cache: match options {
+            text if text.contains("none") => DiskCache::None,
+            text if text.contains("unsafe") => DiskCache::Unsafe,
+            _ => DiskCache::Writeback,
+        },
+        format: DiskFormat::Qcow2 { has_backing: options.contains("backing") },
+    }
+}
+
+fn refusal(path: &str, options: &str) -> String {
+    Bench::over(&plan(path, options)).err().map_or("opened".into(), |error| error.to_string())
+}
+
+impl Bench {
+    fn open(path: &str, options: &str) -> Self {
+        Self::over(&plan(path, options)).unwrap()
+    }
+
+    fn put(&mut self, offset: u64, bytes: &[u8]) -> bool {
+        self.fill(RAM, bytes);
+        self.run(WRITE, offset, &[segment(RAM, bytes.len() as u32)])
+    }
+
+    fn get(&mut self, offset: u64, len: usize) -> Option<Vec<u8>> {
+        let is_ok = self.run(DiskOp::Read, offset, &[segment(RAM, len as u32)]);
+        is_ok.then(|| self.ram(RAM, len))
+    }
+
+    fn flush(&mut self) -> bool {
+        self.run(DiskOp::Flush, 0, &[])
+    }
+
+    fn wipe(&mut self, op: DiskOp, offset: u64, len: u64) -> bool {
+        self.clear(3, op, offset, len);
+        self.ended(1)[0].is_ok
+    }
+}
+
+/// Runs qemu-img. False, aloud, where there is none.
+fn qemu_img(arguments: &[&str]) -> bool {
+    let output = match Command::new("qemu-img").args(arguments).output() {
+        Ok(output) => output,
+        Err(error) => {
+            eprintln!("SKIPPED: no qemu-img on this machine: {error}");
+            return false;
+        }
+    };
+    let said = [output.stdout, output.stderr].concat();
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&said));
+    true
+}
+
+/// What a test does to a disk.
+#[derive(Debug, Clone)]
+enum Step {
+    Write(u64, usize, usize),
+    Discard(u64, u64),
+    Zero(bool, u64, u64),
+    Flush,
+    Reopen,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let sector = 0_u64..SIZE / 512;
+    let step = prop_oneof![
+        4 => (sector.clone(), 1_usize..300, any::<u8>())
+            .prop_map(|(at, count, seed)| Step::Write(at, count, seed.into())),
+        2 => (sector.clone(), 1_u64..2000).prop_map(|(at, count)| Step::Discard(at, count)),
+        2 => (any::<bool>(), sector, 1_u64..2000)
+            .prop_map(|(unmap, at, count)| Step::Zero(unmap, at, count)),
+        1 => Just(Step::Flush),
+        1 => Just(Step::Reopen),
+    ];
+    prop::collection::vec(step, 1..24)
+}
+
+/// Does the steps to an image and to plain bytes, which have to stay the same.
+fn compare(path: &str, options: &str, mut model: Vec<u8>, steps: &[Step]) {
+    let mut bench = Bench::open(path, options);
+    for step in steps {
+        let clip = |at: u64, count: u64| (at * 512, count.min(SIZE / 512 - at) * 512);
+        match *step {
+            Step::Write(sector, count, seed) => {
+                let (offset, len) = clip(sector, count as u64);
+                let bytes = pattern(len as usize, seed);
+                assert!(bench.put(offset, &bytes));
+                model[offset as usize..][..bytes.len()].copy_from_slice(&bytes);
+            }
+            Step::Discard(sector, count) => {
+                let (offset, len) = clip(sector, count);
+                assert!(bench.wipe(DiskOp::Discard, offset, len));
+                // What a discarded range reads as is the image's to say.
+                let now = bench.get(offset, len as usize).unwrap();
+                model[offset as usize..][..now.len()].copy_from_slice(&now);
+            }
+            Step::Zero(may_unmap, sector, count) => {
+                let (offset, len) = clip(sector, count);
+                assert!(bench.wipe(zeroes(may_unmap), offset, len));
+                model[offset as usize..][..len as usize].fill(0);
+            }
+            Step::Flush => assert!(bench.flush()),
+            Step::Reopen => {
+                drop(bench);
+                bench = Bench::open(path, options);
+            }
+        }
+    }
+    assert!(bench.get(0, SIZE as usize).unwrap() == model, "{steps:?}");
+    drop(bench);
+    assert!(Bench::open(path, options).get(0, SIZE as usize).unwrap() == model, "{steps:?}");
+}
+
+#[test]
+fn an_image_is_a_disk_whatever_is_done_to_it_and_stays_sound() {
+    for (cluster, options) in
+        [(512, ""), (4096, ""), (65536, ""), (65536, "unsafe"), (2 << 20, ""), (4096, "none")]
+    {
+        let mut runner = TestRunner::deterministic();
+        for _ in 0..8 {
+            let steps = steps().new_tree(&mut runner).unwrap().current();
+            let folder = tempdir().unwrap();
+            image(&folder, "disk", SIZE, cluster, None);
+            let path = at(&folder, "disk");
+            if refusal(&path, options).contains("O_DIRECT") {
+                eprintln!("SKIPPED: no O_DIRECT here");
+                break;
+            }
+            compare(&path, options, vec![0; SIZE as usize], &steps);
+            qemu_img(&["check", "-q", "-f", "qcow2", &path]);
+        }
+    }
+}
+
+#[test]
+fn an_image_outgrows_its_first_tables_and_stays_sound() {
+    let folder = tempdir().unwrap();
+    // One cluster of the table of counts covers 8 MiB here.
+    image(&folder, "disk", 20 << 20, 512, None);
+    let path = at(&folder, "disk");
+    let mut bench = Bench::open(&path, "");
+    let bytes = pattern(1 << 20, 3);
+    for number in 0..20 {
+        assert!(bench.put(number << 20, &bytes));
+    }
+    assert!(bench.wipe(zeroes(true), 5 << 20, 3 << 20));
+    drop(bench);
+    qemu_img(&["check", "-q", "-f", "qcow2", &path]);
+    let mut bench = Bench::open(&path, "");
+    assert!(bench.get(19 << 20, 1 << 20).unwrap() == bytes);
+    assert!(bench.get(6 << 20, 512).unwrap() == [0; 512]);
+}
+
+#[test]
+fn version_2_of_the_format_is_a_disk_too() {
+    let mut runner = TestRunner::deterministic();
+    for _ in 0..4 {
+        let folder = tempdir().unwrap();
+        let path = at(&folder, "disk");
+        if !qemu_img(&["create", "-q", "-f", "qcow2", "-o", "compat=0.10", &path, "4M"]) {
+            return;
+        }
+        let steps = steps().new_tree(&mut runner).unwrap().current();
+        compare(&path, "", vec![0; SIZE as usize], &steps);
+        qemu_img(&["check", "-q", "-f", "qcow2", &path]);
+    }
+}
+
+#[test]
+fn compressed_clusters_are_read_and_written_over() {
+    let folder = tempdir().unwrap();
+    let (raw, path) = (at(&folder, "raw"), at(&folder, "disk"));
+    let words = "all work and no play ".repeat(SIZE as usize / 21 + 1);
+    let bytes = &words.as_bytes()[..SIZE as usize];
+    fs::write(&raw, bytes).unwrap();
+    if !qemu_img(&["convert", "-c", "-f", "raw", "-O", "qcow2", &raw, &path]) {
+        return;
+    }
+    assert!(fs::metadata(&path).unwrap().len() < SIZE / 2);
+    let steps = steps().new_tree(&mut TestRunner::deterministic()).unwrap().current();
+    assert!(Bench::open(&path, "ro").get(0, SIZE as usize).unwrap() == bytes);
+    compare(&path, "", bytes.to_vec(), &steps);
+    qemu_img(&["check", "-q", "-f", "qcow2", &path]);
+    fs::write(&raw, bytes).unwrap();
+    qemu_img(&[
+        "convert",
+        "-c",
+        "-f",
+        "raw",
+        "-O",
+        "qcow2",
+        "-o",
+        "compression_type=zstd",
+        &raw,
+        &path,
+    ]);
+    assert!(refusal(&path, "").contains("not compressed by deflate"));
+}
+
+#[test]
+fn what_the_guest_has_flushed_is_in_the_file_and_what_it_has_not_does_no_harm() {
+    let folder = tempdir().unwrap();
+    image(&folder, "disk", SIZE, 4096, None);
+    let (path, copy) = (at(&folder, "disk"), at(&folder, "copy"));
+    let mut bench = Bench::open(&path, "");
+    let bytes = pattern(100_352, 5);
+    assert!(bench.put(512, &bytes) && bench.flush());
+    // A copy is what a killed machine leaves behind.
+    fs::copy(&path, &copy).unwrap();
+    assert!(Bench::open(&copy, "").get(512, bytes.len()).unwrap() == bytes);
+    assert!(bench.wipe(DiskOp::Discard, 0, 65536) && bench.put(1 << 20, &bytes));
+    fs::copy(&path, &copy).unwrap();
+    assert!(Bench::open(&copy, "").get(512, 512).is_some());
+    let durable = DiskOp::Write { is_durable: true };
+    assert!(bench.run(durable, 2 << 20, &[segment(RAM, 512)]));
+    fs::copy(&path, &copy).unwrap();
+    assert!(Bench::open(&copy, "").get(2 << 20, 512).unwrap() == bytes[..512]);
+}
+
+#[test]
+fn an_image_has_one_writer() {
+    let folder = tempdir().unwrap();
+    image(&folder, "disk", SIZE, 4096, None);
+    let path = at(&folder, "disk");
+    let first = Bench::open(&path, "");
+    for options in ["", "ro"] {
+        let text = refusal(&path, options);
+        assert!(text.contains("another program has it open for writing"), "{text}");
+    }
+    drop(first);
+    let (mut reader, other) = (Bench::open(&path, "ro"), Bench::open(&path, "ro"));
+    assert_eq!(other.disk.size(), SIZE);
+    assert!(!reader.put(0, &[1; 512]));
+}
+
+#[test]
+fn a_backing_file_shows_through_only_where_that_is_asked_for_and_is_never_written() {
+    let folder = tempdir().unwrap();
+    let base = pattern(1 << 20, 9);
+    fs::write(at(&folder, "base"), &base).unwrap();
+    image(&folder, "middle", SIZE, 4096, Some(("base", "raw")));
+    image(&folder, "top", SIZE, 65536, Some(("middle", "qcow2")));
+    let path = at(&folder, "top");
+    let text = refusal(&path, "");
+    assert!(text.contains("stands on middle") && text.contains("backing=on"), "{text}");
+    let mut model = vec![0; SIZE as usize];
+    model[..base.len()].copy_from_slice(&base);
+    let mut bench = Bench::open(&path, "backing");
+    assert!(bench.get(0, SIZE as usize).unwrap() == model, "zeroes behind the end of the base");
+    // What shows through may be read by others, and written by nobody.
+    let other = Bench::open(&at(&folder, "middle"), "ro,backing");
+    assert_eq!(other.disk.size(), SIZE);
+    drop(other);
+    assert!(refusal(&at(&folder, "middle"), "backing").contains("open for reading"));
+    assert!(bench.put(512, &[7; 512]));
+    model[512..1024].fill(7);
+    assert!(bench.get(0, SIZE as usize).unwrap() == model);
+    drop(bench);
+    let middle = fs::read(at(&folder, "middle")).unwrap();
+    let steps = steps().new_tree(&mut TestRunner::deterministic()).unwrap().current();
+    compare(&path, "backing", model, &steps);
+    assert!(fs::read(at(&folder, "base")).unwrap() == base);
+    assert!(fs::read(at(&folder, "middle")).unwrap() == middle);
+    qemu_img(&["check", "-q", "-f", "qcow2", &path]);
+}
+
+#[test]
+fn a_chain_that_is_no_chain_is_refused() {
+    let folder = tempdir().unwrap();
+    image(&folder, "self", SIZE, 4096, Some(("self", "qcow2")));
+    image(&folder, "one", SIZE, 4096, Some(("two", "qcow2")));
+    image(&folder, "two", SIZE, 4096, Some(("one", "qcow2")));
+    image(&folder, "lost", SIZE, 4096, Some(("nowhere", "qcow2")));
+    image(&folder, "odd", SIZE, 4096, Some(("one", "vmdk")));
+    image(&folder, "wrong", SIZE, 4096, Some(("text", "qcow2")));
+    fs::write(at(&folder, "text"), "no image").unwrap();
+    image(&folder, "folder", SIZE, 4096, Some((".", "raw")));
+    for number in 0..20 {
+        let below = format!("deep{}", number + 1);
+        image(&folder, &format!("deep{number}"), SIZE, 4096, Some((&below, "qcow2")));
+    }
+    for (name, part) in [
+        ("self", "in a circle"),
+        ("one", "in a circle"),
+        ("deep0", "more than 16"),
+        ("lost", "No such file"),
+        ("odd", "the format \"vmdk\" for its backing file one"),
+        ("wrong", "is no qcow2 image"),
+        ("folder", "it is a folder"),
+    ] {
+        for options in ["backing", "backing,ro"] {
+            let text = refusal(&at(&folder, name), options);
+            assert!(text.contains(part), "{name}: {text}");
+        }
+    }
+    assert!(refusal(&at(&folder, "wrong"), "backing").contains("a backing file of"));
+}
+
+fn poke(path: &str, offset: u64, bytes: &[u8]) {
+    File::options().write(true).open(path).unwrap().write_all_at(bytes, offset).unwrap();
+}
+
+#[test]
+fn a_header_that_asks_for_too_much_or_the_unknown_is_refused_with_a_sentence() {
+    let folder = tempdir().unwrap();
+    let path = at(&folder, "disk");
+    let huge = u64::MAX.to_be_bytes();
+    for (offset, bytes, part) in [
+        (0, &b"RAW!"[..], "leave format=qcow2 away"),
+        (4, &[0, 0, 0, 4], "version 4"),
+        (8, &huge, "name of its backing file"),
+        (8, &[0, 0, 0, 0, 0, 0, 0, 200, 0, 0, 255, 255], "name of its backing file"),
+        (20, &[0, 0, 0, 8], "sizes that the format does not know"),
+        (20, &[0, 0, 0, 22], "sizes that the format does not know"),
+        (20, &[255; 4], "sizes that the format does not know"),
+        (24, &huge, "larger than rvmm allows"),
+        (24, &[0, 0, 1, 0, 0, 0, 0, 0], "L1 table"),
+        (24, &[0; 8], "no sector"),
+        (32, &[0, 0, 0, 1], "encrypted"),
+        (36, &[0; 4], "L1 table"),
+        (36, &[255; 4], "L1 table"),
+        (40, &huge, "L1 table is not inside"),
+        (40, &[0; 8], "L1 table is not inside"),
+        (40, &[0, 0, 0, 0, 0, 0, 16, 1], "L1 table is not inside"),
+        (48, &huge, "reference counts is not inside"),
+        (56, &[0; 4], "impossible size"),
+        (56, &[255; 4], "impossible size"),
+        (72, &[0, 0, 0, 0, 0, 0, 0, 1], "not closed properly"),
+        (72, &[0, 0, 0, 0, 0, 0, 0, 2], "marked as corrupt"),
+        (72, &[0, 0, 0, 0, 0, 0, 0, 4], "data in another file"),
+        (72, &[0, 0, 0, 0, 0, 0, 0, 8], "deflate"),
+        (72, &[0, 0, 0, 0, 0, 0, 0, 16], "extended L2"),
+        (72, &[128, 0, 0, 0, 0, 0, 0, 0], "does not know"),
+        (96, &[0, 0, 0, 7], "sizes that the format does not know"),
+        (100, &[0, 0, 0, 8], "impossible length"),
+        (100, &[255; 4], "impossible length"),
+    ] {
+        image(&folder, "disk", SIZE, 4096, None);
+        poke(&path, offset, bytes);
+        for options in ["", "ro"] {
+            let text = refusal(&path, options);
+            assert!(text.contains(part) && text.starts_with("Cannot "), "{offset}: {text}");
+        }
+    }
+    for len in [0, 3, 71, 103] {
+        image(&folder, "disk", SIZE, 4096, None);
+        File::options().write(true).open(&path).unwrap().set_len(len).unwrap();
+        assert!(refusal(&path, "").contains("no qcow2 image"), "{len}");
+    }
+    // Extensions: one that reaches over the cluster, and feature names of which the last is half there.
+    for extension in [[0x12, 0x34, 0x56, 0x78, 0, 0, 32, 0], [0x68, 3, 0xf8, 0x57, 0, 0, 0, 49]] {
+        image(&folder, "disk", SIZE, 4096, None);
+        let mut length = [0; 4];
+        File::open(&path).unwrap().read_exact_at(&mut length, 100).unwrap();
+        poke(&path, u32::from_be_bytes(length).into(), &extension);
+        assert!(refusal(&path, "").contains("do not end"), "{extension:?}");
+    }
+}
+
+/// Numbers of the image's header.
+fn field(path: &str, offset: u64) -> u64 {
+    let mut bytes = [0; 8];
+    File::open(path).unwrap().read_exact_at(&mut bytes, offset).unwrap();
+    u64::from_be_bytes(bytes)
+}
+
+#[test]
+fn tables_that_contradict_each_other_are_refused_before_the_image_is_written() {
+    let folder = tempdir().unwrap();
+    let path = at(&folder, "disk");
+    let make = || {
+        image(&folder, "disk", SIZE, 4096, None);
+        assert!(Bench::open(&path, "").put(0, &[1; 65536]));
+        assert_eq!(refusal(&path, ""), "opened");
+        let l1 = field(&path, 40);
+        let l2 = field(&path, l1) & 0x00ff_ffff_ffff_fe00;
+        (l1, l2, field(&path, 48))
+    };
+    let copied = 1_u64 << 63;
+    let (l1, l2, counts) = make();
+    for (offset, entry, part) in [
+        (l1, copied | 4096, "share the cluster"),
+        (l1, copied | (1 << 50), "no cluster of the file"),
+        (l1, copied | (l2 + 512), "no cluster of the file"),
+        (l1, copied | l2 | 1, "reserved bits"),
+        (l1 + 8, copied | l2, "share the cluster"),
+        (l2, copied | l1, "data lies in the table"),
+        (l2, copied, "opened"),
+        (l2, copied | l2, "data lies in the table"),
+        (l2, copied | (1 << 55), "no cluster of the file"),
+        (l2, (1 << 62) | 100, "data lies in the table"),
+        (l2, (1 << 62) | (1 << 50), "no cluster of the file"),
+        (l2, copied | (1 << 62), "reserved bits"),
+        (l2, 1 << 60, "reserved bits"),
+        (l2 + 8, field(&path, l2), "more often than it counts"),
+        (counts, 0, "more often than it counts"),
+        (counts, 4096, "share the cluster"),
+        (counts + 8, field(&path, counts), "share the cluster"),
+        (counts, 1 << 50, "no cluster of the file"),
+        (counts, field(&path, counts) | 1, "reserved bits"),
+        (field(&path, counts), 0, "more often than it counts"),
+    ] {
+        make();
+        poke(&path, offset, &entry.to_be_bytes());
+        let text = refusal(&path, "");
+        assert!(text.contains(part), "{offset:#x}: {text}");
+    }
+    make();
+    poke(&path, 60, &[0, 0, 0, 1]);
+    assert!(refusal(&path, "").contains("snapshots"));
+    assert_eq!(refusal(&path, "ro"), "opened");
+}
+
+#[test]
+fn no_damage_to_an_image_costs_more_than_errors() {
+    let folder = tempdir().unwrap();
+    let (path, sound) = (at(&folder, "disk"), at(&folder, "sound"));
+    let mut runner = TestRunner::deterministic();
+    for cluster in [512, 4096] {
+        image(&folder, "sound", 256 << 10, cluster, None);
+        let mut bench = Bench::open(&sound, "");
+        assert!(bench.put(0, &pattern(65536, 1)) && bench.wipe(DiskOp::Discard, 8192, 8192));
+        drop(bench);
+        let bytes = fs::read(&sound).unwrap();
+        // Tables come first; what is behind them is mostly data.
+        let place = prop_oneof![0..112_usize, 0..cluster * 6, 0..bytes.len()];
+        let damage = prop::collection::vec((place, any::<u8>()), 1..4);
+        let mut opened = 0;
+        for _ in 0..400 {
+            let mut bytes = bytes.clone();
+            for (place, value) in damage.new_tree(&mut runner).unwrap().current() {
+                bytes[place] = value;
+            }
+            fs::write(&path, &bytes).unwrap();
+            for options in ["ro", ""] {
+                let Ok(mut bench) = Bench::over(&plan(&path, options)) else { continue };
+                opened += 1;
+                let size = bench.disk.size();
+                let len = size.min(128 << 10) as usize;
+                let _ = bench.get(0, len);
+                let _ = bench.get(size - 512, 512);
+                if options.is_empty() {
+                    let _ = bench.put(512, &pattern(1024, 2));
+                    let _ = bench.wipe(DiskOp::Discard, 0, len as u64 / 2);
+                    let _ = bench.put(0, &pattern(len, 3));
+                    let _ = bench.wipe(zeroes(false), size - 512, 512);
+                    let _ = bench.flush();
+                }
+            }
+        }
+        assert!(opened > 100, "{opened} images were opened at all");
+    }
+}
+
+#[test]
+fn a_file_that_is_cut_short_gives_errors_and_not_zeroes() {
+    let folder = tempdir().unwrap();
+    image(&folder, "disk", SIZE, 65536, None);
+    let path = at(&folder, "disk");
+    assert!(Bench::open(&path, "").put(0, &pattern(SIZE as usize / 2, 4)));
+    let mut bench = Bench::open(&path, "");
+    assert!(bench.get(0, 512).is_some());
+    let file = File::options().write(true).open(&path).unwrap();
+    file.set_len(fs::metadata(&path).unwrap().len() / 2).unwrap();
+    assert_eq!(bench.get(SIZE / 2 - 65536, 65536), None);
+    assert!(bench.get(0, 512).is_some());
+}
+
+#[test]
+fn a_disk_that_is_full_is_an_error_and_goes_on_when_there_is_room() {
+    // A file system of half a megabyte that nobody else sees.
+    let full = || {
+        let folder = tempdir().unwrap();
+        let flags = rustix::mount::MountFlags::empty();
+        let size = Some(c"size=1M");
+        rustix::mount::mount("tmpfs", folder.path(), "tmpfs", flags, size).ok()?;
+        Some(folder)
+    };
+    let Some(folder) = full() else {
+        eprintln!("SKIPPED: no right to mount here");
+        return;
+    };
+    image(&folder, "disk", SIZE, 4096, None);
+    let path = at(&folder, "disk");
+    let mut bench = Bench::open(&path, "");
+    let all: Vec<bool> =
+        (0..SIZE / 65536).map(|number| bench.put(number * 65536, &pattern(65536, 1))).collect();
+    assert!(all[0] && !all[all.len() - 1], "{all:?}");
+    assert!(bench.get(0, 512).unwrap() == pattern(512, 1));
+    rustix::mount::mount_remount(folder.path(), rustix::mount::MountFlags::empty(), c"size=16M")
+        .unwrap();
+    assert!(bench.put(SIZE - 65536, &pattern(65536, 2)) && bench.flush());
+    drop(bench);
+    assert!(Path::new(&path).exists());
+    qemu_img(&["check", "-q", "-f", "qcow2", &path]);
+    assert!(Bench::open(&path, "").get(SIZE - 65536, 65536).unwrap() == pattern(65536, 2));
+    rustix::mount::unmount(folder.path(), rustix::mount::UnmountFlags::DETACH).unwrap();
+}
