@@ -125,6 +125,60 @@ fn what_a_guest_has_synced_outlives_a_killed_machine() {
     assert_eq!(sum.get(..32), String::from_utf8_lossy(&here.stdout).get(..32));
 }
 
+/// A qcow2 image of so many bytes, less than 512 MiB, that holds nothing yet: header, counts, and an L1 table in four clusters.
+fn blank_image(folder: &Path, bytes: u64) -> std::path::PathBuf {
+    const CLUSTER: u64 = 65536;
+    let path = folder.join("disk.qcow2");
+    let file = File::create(&path).expect("a file");
+    let header: [(u64, &[u8]); 8] = [
+        (0, &[0x51, 0x46, 0x49, 0xfb, 0, 0, 0, 3]),
+        (20, &[0, 0, 0, 16]),
+        (24, &bytes.to_be_bytes()),
+        (36, &[0, 0, 0, 1]),
+        (40, &(3 * CLUSTER).to_be_bytes()),
+        (48, &CLUSTER.to_be_bytes()),
+        (56, &[0, 0, 0, 1]),
+        (96, &[0, 0, 0, 4, 0, 0, 0, 104]),
+    ];
+    let tables: [(u64, &[u8]); 3] = [
+        (CLUSTER, &(2 * CLUSTER).to_be_bytes()),
+        (2 * CLUSTER, &[0, 1, 0, 1, 0, 1, 0, 1]),
+        (4 * CLUSTER - 1, &[0]),
+    ];
+    for (at, bytes) in header.into_iter().chain(tables) {
+        file.write_all_at(bytes, at).expect("the image");
+    }
+    path
+}
+
+#[test]
+fn a_file_system_in_a_qcow2_image_outlives_a_killed_machine() {
+    let Some(host) = host() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = blank_image(folder.path(), 256 << 20);
+    let disk = format!("{},format=qcow2", path.display());
+    let (mut session, _folder) = boot(host.irqchips[0], DISK, &["--disk", &disk]);
+    assert_eq!(session.ask("cat /sys/block/vda/size"), "524288\n");
+    assert_eq!(
+        session.ask("mke2fs /dev/vda >/dev/null && mkdir /m && mount /dev/vda /m && echo mounted"),
+        "mounted\n"
+    );
+    let made = session.ask("dd if=/dev/urandom of=/m/file bs=64k count=128 2>/dev/null; dd if=/dev/urandom of=/m/gone bs=64k count=64 2>/dev/null; rm /m/gone; sync; md5sum </m/file");
+    assert_eq!(made.len(), 36, "{made}");
+    // Under way when the machine dies.
+    session.send("dd if=/dev/zero of=/m/more bs=64k count=640 conv=fsync & echo go''ing\n");
+    session.expect("going\r\n");
+    session.signal(Signal::KILL);
+    drop(session);
+
+    let irqchip = host.irqchips.last().copied().unwrap_or(host.irqchips[0]);
+    let (mut session, _folder) = boot(irqchip, DISK, &["--disk", &disk]);
+    let read = session.ask("mkdir /m; mount /dev/vda /m; md5sum </m/file; rm -f /m/more");
+    assert_eq!(made, read);
+    assert_eq!(session.ask("fstrim /m && umount /m && echo trimmed"), "trimmed\n");
+    power_off(session);
+}
+
 #[test]
 fn a_disk_that_is_only_read_refuses_and_one_in_use_is_not_opened_twice() {
     let Some(host) = host() else { return };
