@@ -236,13 +236,16 @@ fn a_guest_and_its_host_talk_over_a_tap_both_ways() {
     for (number, irqchip) in host.irqchips.iter().enumerate() {
         let tap = format!("rvmmtest{number}");
         let address = format!("192.0.2.{}", 4 * number + 1);
-        let (mut session, _folder) =
-            boot(irqchip, NET, &["--net", &format!("tap={tap},mac=02:00:00:00:00:07")]);
+        let net = format!("tap={tap},mac=02:00:00:00:00:07,queues=2");
+        let (mut session, _folder) = boot(irqchip, NET, &["--cpus", "2", "--net", &net]);
         on_the_host(&["ip", "addr", "add", &format!("{address}/30"), "dev", &tap]);
         on_the_host(&["ip", "link", "set", &tap, "up"]);
         let guest = format!("192.0.2.{}/30", 4 * number + 2);
         session.ask(&format!("ip addr add {guest} dev eth0; ip link set eth0 up"));
         assert_eq!(session.ask("cat /sys/class/net/eth0/address"), "02:00:00:00:00:07\n");
+        // Linux takes as many pairs of queues as it has harts, by itself.
+        let queues = session.ask("ls /sys/class/net/eth0/queues | tr '\\n' ' '; echo");
+        assert_eq!(queues, "rx-0 rx-1 tx-0 tx-1 \n");
         let pings =
             session.ask(&format!("ping -c 3 -W 60 {address} | grep -o '3 packets received'"));
         assert_eq!(pings, "3 packets received\n");

@@ -38,6 +38,23 @@ pub trait Host: Send + Sync {
         Err(HostError::mistake("Cannot connect a network: this host has none"))
     }
 
+    /// Connects a network device with `pairs` pairs of queues, an end for each; they are all of the same network.
+    ///
+    /// # Errors
+    /// As for [`network`](Self::network); and a network that has one queue has no more.
+    fn network_queues(
+        &self,
+        end: &NetworkEnd,
+        pairs: u16,
+    ) -> Result<Vec<Box<dyn NetBackend>>, HostError> {
+        if pairs > 1 {
+            return Err(HostError::mistake(format!(
+                "Cannot connect a network with {pairs} pairs of queues: it has one (leave queues={pairs} away)"
+            )));
+        }
+        Ok(vec![self.network(end)?])
+    }
+
     /// Opens a console's other end: `stdio`, `null`, `pty`, `file:PATH` or `unix:PATH`. Each has one user at a time; one that
     /// was let go is handed out again as it was left.
     ///

@@ -16,7 +16,7 @@ use proptest::prelude::*;
 use rvmm_devices::testing::{MemoryHost, turn};
 use rvmm_devices::virtio::net::testing::MemoryNet;
 use rvmm_devices::virtio::net::{
-    Counters, HEADER, MAX_FRAME, Net, NetworkEnd, Offloads, Rates, Settings, bit,
+    Counters, HEADER, MAX_FRAME, Net, NetBackend, NetworkEnd, Offloads, Rates, Settings, bit,
 };
 use rvmm_devices::virtio::testing::{Buffer, NEXT, Rig};
 use rvmm_devices::virtio::{VirtioDevice, feature};
@@ -750,7 +750,10 @@ fn options_become_the_other_end_and_what_a_driver_sees() {
         ("net,tap=a,mtu=65536", "68 to 65535"),
         ("net,tap=a,pin=yes", "on or off"),
         ("net,tap=a,rx_pps=0", "from 1"),
-        ("net,tap=a,queues=2", "queues"),
+        ("net,tap=a,queues=2", "it has one (leave queues=2 away)"),
+        ("net,tap=a,queues=0", "from 1 to 8"),
+        ("net,tap=a,queues=9", "from 1 to 8"),
+        ("net,fd=3,queues=2", "what one descriptor is"),
     ] {
         let (rig, refusal, _) = built(text);
         assert!(rig.is_none() && refusal.contains(part), "{text}: {refusal}");
@@ -763,6 +766,130 @@ fn a_device_that_was_not_started_watches_nothing_of_the_network() {
     let device = Net::new(Box::new(net.clone()), &Settings::default()).unwrap();
     net.arrive(NO_HEADER, &frame(60));
     assert!(device.sources().iter().all(|source| source.token != 0));
+}
+
+/// A device with so many pairs of queues, and the ends of them.
+fn several(pairs: usize, settings: &Settings, features: u64) -> (Rig, Vec<MemoryNet>) {
+    let nets: Vec<MemoryNet> = (0..pairs).map(|_| MemoryNet::new().unwrap()).collect();
+    let end = |net: &MemoryNet| Box::new(net.clone()) as Box<dyn NetBackend>;
+    let device = Net::with_queues(nets.iter().map(end).collect(), settings).unwrap();
+    let mut rig = Rig::new(Box::new(device));
+    rig.start(features);
+    (rig, nets)
+}
+
+/// The answer to `VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET`.
+fn use_pairs(rig: &mut Rig, control: u32, pairs: u16) -> Vec<u8> {
+    let [low, high] = pairs.to_le_bytes();
+    rig.ask(control, &[Buffer::Read(&[4, 0, low, high]), Buffer::Write(1)]).unwrap()
+}
+
+fn in_use(nets: &[MemoryNet]) -> Vec<bool> {
+    nets.iter().map(MemoryNet::is_in_use).collect()
+}
+
+#[test]
+fn a_driver_says_how_many_pairs_of_queues_it_uses() {
+    let (mut rig, nets) = several(4, &Settings::default(), LINUX | bit::MQ);
+    assert_eq!(rig.offered() & bit::MQ, bit::MQ);
+    assert_eq!(rig.read(0x108) & 0xffff, 4, "max_virtqueue_pairs");
+    assert_eq!(in_use(&nets), [true, false, false, false]);
+    let bytes = [&NO_HEADER[..], &frame(60)].concat();
+    // What comes too early waits.
+    rig.add(7, &[Buffer::Read(&bytes)]);
+    rig.add(6, &[Buffer::Write(2000)]);
+    (6..8).for_each(|queue| rig.kick(queue));
+    nets[3].arrive(NO_HEADER, &frame(80));
+    rig.run();
+    assert_eq!((nets[3].sent().len(), nets[3].waiting(), rig.take_used(6)), (0, 1, None));
+    assert_eq!(use_pairs(&mut rig, 8, 4), [0]);
+    rig.run();
+    assert_eq!(in_use(&nets), [true; 4]);
+    assert_eq!(nets[3].sent(), [(NO_HEADER, frame(60))]);
+    let (head, len) = rig.take_used(6).unwrap();
+    assert_eq!(rig.written(6, head)[HEADER..len as usize], frame(80));
+    for wrong in [0, 5, 8, 0x8000] {
+        assert_eq!(use_pairs(&mut rig, 8, wrong), [1], "{wrong}");
+    }
+    assert_eq!(use_pairs(&mut rig, 8, 2), [0]);
+    assert_eq!(in_use(&nets), [true, true, false, false]);
+    rig.ask(3, &[Buffer::Read(&bytes)]).unwrap();
+    assert_eq!(nets[1].sent(), [(NO_HEADER, frame(60))]);
+    rig.write(0x70, 0);
+    assert_eq!(in_use(&nets), [true, false, false, false]);
+}
+
+#[test]
+fn a_driver_that_knows_one_pair_finds_the_commands_behind_it() {
+    let (mut rig, nets) = several(3, &Settings::default(), LINUX);
+    assert_eq!(rig.ask(CTRL, &[Buffer::Read(&[0, 0, 1]), Buffer::Write(1)]).unwrap(), [0]);
+    assert_eq!(use_pairs(&mut rig, CTRL, 2), [1], "it was not negotiated");
+    assert_eq!(in_use(&nets), [true, false, false]);
+    assert_eq!(test(LINUX).rig.offered() & bit::MQ, 0, "one pair is no choice");
+}
+
+#[test]
+fn a_host_that_keeps_its_queues_as_they_are_is_believed() {
+    let (mut rig, nets) = several(3, &Settings::default(), LINUX | bit::MQ);
+    nets[2].fail(Some(ErrorKind::PermissionDenied));
+    assert_eq!(use_pairs(&mut rig, 6, 3), [1]);
+    assert_eq!(in_use(&nets), [true, false, false]);
+    nets[2].fail(None);
+    assert_eq!(use_pairs(&mut rig, 6, 3), [0]);
+    assert_eq!(in_use(&nets), [true; 3]);
+}
+
+#[test]
+fn a_limit_is_that_of_all_pairs_together() {
+    let settings = Settings { tx: rates(1_000_000, 4), ..Settings::default() };
+    let (mut rig, nets) = several(2, &settings, LINUX | bit::MQ);
+    assert_eq!(use_pairs(&mut rig, 4, 2), [0]);
+    let bytes = [&NO_HEADER[..], &frame(60)].concat();
+    for queue in [1, 3] {
+        (0..8).for_each(|_| drop(rig.add(queue, &[Buffer::Read(&bytes)])));
+        rig.kick(queue);
+    }
+    let sent = || nets.iter().map(|net| net.sent().len()).sum::<usize>();
+    assert_eq!(sent(), 4);
+    let mut rest = 0;
+    while rest < 12 {
+        turn(rig.device.as_mut(), 10_000).unwrap();
+        rest += sent();
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_order_of_pairs_and_frames_does_harm(
+        takes_mq in any::<bool>(),
+        steps in prop::collection::vec((0_u8..5, 0_u32..8, 0_u16..5, 0_usize..3000), 1..24),
+    ) {
+        let features = if takes_mq { LINUX | bit::MQ } else { LINUX };
+        let (mut rig, nets) = several(3, &Settings::default(), features);
+        for (what, queue, pairs, len) in &steps {
+            let queue = queue % 7;
+            match what {
+                0 => drop(rig.add(queue, &[Buffer::Read(&[&NO_HEADER[..], &frame(*len)].concat())])),
+                1 => drop(rig.add(queue, &[Buffer::Write(*len as u32)])),
+                2 => {
+                    let order = [4, 0, *pairs as u8, 0];
+                    let control = if takes_mq { 6 } else { 2 };
+                    rig.add(control, &[Buffer::Read(&order), Buffer::Write(1)]);
+                    rig.kick(control);
+                }
+                3 => nets[queue as usize % 3].arrive(NO_HEADER, &frame(*len)),
+                _ => rig.kick(queue),
+            }
+            rig.run();
+        }
+        prop_assert_eq!(rig.read(0x104) >> 16 & 1, 1, "nobody was asked who is not in use");
+        nets.iter().for_each(|net| drop(net.sent()));
+        rig.start(LINUX);
+        rig.ask(TX, &[Buffer::Read(&[&NO_HEADER[..], &frame(60)].concat())]).unwrap();
+        prop_assert_eq!(nets[0].sent(), [(NO_HEADER, frame(60))]);
+    }
 }
 
 proptest! {

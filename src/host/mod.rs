@@ -69,6 +69,20 @@ impl Host for Linux {
         Ok(Box::new(tap))
     }
 
+    fn network_queues(
+        &self,
+        end: &NetworkEnd,
+        pairs: u16,
+    ) -> Result<Vec<Box<dyn NetBackend>>, HostError> {
+        match end {
+            NetworkEnd::Tap(name) if pairs > 1 => {
+                let taps = tap::Tap::open_queues(name, pairs)?;
+                Ok(taps.into_iter().map(|tap| Box::new(tap) as Box<dyn NetBackend>).collect())
+            }
+            _ => Ok(vec![self.network(end)?]),
+        }
+    }
+
     fn disk(
         &self,
         plan: &DiskPlan,

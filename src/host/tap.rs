@@ -1,6 +1,6 @@
 //! Tap interfaces (Linux, Documentation/networking/tuntap.rst): a network device of the host whose cable ends in rvmm.
 //!
-//! Frames carry the header of virtio-net on this side, too, so they pass without being taken apart. One queue only. A tap that
+//! Frames carry the header of virtio-net on this side, too, so they pass without being taken apart. A tap that
 //! was there before stays when it is closed; one that was made by opening it goes.
 #![expect(
     unsafe_code,
@@ -38,7 +38,16 @@ pub(super) struct Tap {
 impl Tap {
     /// Opens the tap of this name, or makes it.
     pub(super) fn open(name: &str) -> Result<Self, HostError> {
-        let mut request = request(name).ok_or_else(|| {
+        Self::attach(name, 0)
+    }
+
+    /// Opens `count` queues of the tap of this name, or makes it.
+    pub(super) fn open_queues(name: &str, count: u16) -> Result<Vec<Self>, HostError> {
+        (0..count).map(|_| Self::attach(name, libc::IFF_MULTI_QUEUE)).collect()
+    }
+
+    fn attach(name: &str, more: c_int) -> Result<Self, HostError> {
+        let mut request = request(name, FLAGS | more).ok_or_else(|| {
             HostError::mistake(format!(
                 "Cannot use tap {name:?}: an interface's name has 1 to 15 letters, digits, '-', '_' and '.'"
             ))
@@ -47,7 +56,7 @@ impl Tap {
         let fd = open(TUN, flags, Mode::empty()).map_err(|error| no_tun(error.into()))?;
         // SAFETY: TUNSETIFF reads and writes one `ifreq`, which outlives the call.
         let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
-        check(result).map_err(|error| not_attached(name, error))?;
+        check(result).map_err(|error| not_attached(name, more != 0, error))?;
         Self::prepare(fd, name.to_owned())
     }
 
@@ -152,6 +161,14 @@ impl NetBackend for Tap {
         check(unsafe { libc::ioctl(self.fd.as_raw_fd(), libc::TUNSETOFFLOAD, c_ulong::from(bits)) })
     }
 
+    fn set_in_use(&mut self, is_in_use: bool) -> io::Result<()> {
+        let flag = if is_in_use { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
+        let mut request = empty_request();
+        request.ifr_ifru.ifru_flags = libc::c_short::try_from(flag).map_err(io::Error::other)?;
+        // SAFETY: TUNSETQUEUE reads one `ifreq`, which outlives the call.
+        check(unsafe { libc::ioctl(self.fd.as_raw_fd(), libc::TUNSETQUEUE, &raw const request) })
+    }
+
     fn send(&mut self, memory: &GuestMemoryMmap, head: &[u8], rest: &[Segment]) -> io::Result<()> {
         let mut list = Vec::with_capacity(rest.len() + 1);
         list.push(vector(head.as_ptr().cast_mut().cast(), head.len()));
@@ -203,8 +220,8 @@ fn vector(start: *mut c_void, len: usize) -> libc::iovec {
     libc::iovec { iov_base: start, iov_len: len }
 }
 
-/// The request to attach to the tap of this name; `None` where no interface can have it.
-fn request(name: &str) -> Option<libc::ifreq> {
+/// The request about the interface of this name; `None` where no interface can have it.
+fn request(name: &str, flags: c_int) -> Option<libc::ifreq> {
     let good = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'_' | b'.');
     let mut request = empty_request();
     // The last byte of the field stays zero.
@@ -215,7 +232,7 @@ fn request(name: &str) -> Option<libc::ifreq> {
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = libc::c_char::from_ne_bytes([from]);
     }
-    request.ifr_ifru.ifru_flags = libc::c_short::try_from(FLAGS).ok()?;
+    request.ifr_ifru.ifru_flags = libc::c_short::try_from(flags).ok()?;
     Some(request)
 }
 
@@ -247,16 +264,22 @@ fn no_tun(error: io::Error) -> HostError {
     HostError::refused(format!("Cannot open {TUN}{todo}"), error)
 }
 
-fn not_attached(name: &str, error: io::Error) -> HostError {
+fn not_attached(name: &str, has_queues: bool, error: io::Error) -> HostError {
+    let queues = if has_queues { " multi_queue" } else { "" };
     let todo = match error.raw_os_error() {
         Some(libc::EPERM | libc::EACCES) => {
-            format!(" (create it with: sudo ip tuntap add {name} mode tap user $USER)")
+            format!(" (create it with: sudo ip tuntap add {name} mode tap{queues} user $USER)")
+        }
+        Some(libc::EINVAL) if has_queues => {
+            format!(
+                " (there is an interface of this name that has one queue or is no tap: leave queues away, or make it anew with: sudo ip tuntap add {name} mode tap multi_queue user $USER)"
+            )
         }
         Some(libc::EBUSY) => {
             " (another program has it open: end that one, or use another tap)".into()
         }
         Some(libc::EINVAL) => {
-            " (there is an interface of this name that is no tap of one queue: use another name)"
+            " (there is an interface of this name that is no tap of one queue: use another name, or queues=2 for one made with multi_queue)"
                 .into()
         }
         _ => String::new(),

@@ -53,7 +53,7 @@ impl Cable {
         check(fd).unwrap();
         // SAFETY: the descriptor was just made, and nobody else knows it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        let mut request = request(name).unwrap();
+        let mut request = request(name, 0).unwrap();
         request.ifr_ifru.ifru_flags = libc::c_short::try_from(libc::IFF_UP).unwrap();
         // SAFETY: both calls read or write one `ifreq`, which outlives them, and after the second the union holds an index.
         let index = unsafe {
@@ -181,6 +181,35 @@ fn a_tap_is_busy_while_it_is_open_and_free_afterwards() {
 }
 
 #[test]
+fn a_tap_of_several_queues_gives_frames_only_to_those_in_use() {
+    in_a_namespace(|| {
+        let mut taps = Tap::open_queues("t0", 3).unwrap();
+        let (what, _) = Tap::open("t0").unwrap_err().into_parts();
+        assert!(what.contains("queues=2 for one made with multi_queue"), "{what}");
+        let (cable, memory) = (Cable::to("t0"), memory());
+        for tap in &mut taps[1..] {
+            tap.set_in_use(false).unwrap();
+        }
+        for len in 60..80 {
+            cable.send(&frame(len));
+        }
+        for len in 60..80 {
+            assert_eq!(receive(&mut taps[0], &memory, &[]), (frame(len), len));
+        }
+        for tap in &mut taps[1..] {
+            tap.set_in_use(true).unwrap();
+            let head = [&[0; HEADER][..], &frame(70)].concat();
+            tap.send(&memory, &head, &[]).unwrap();
+            assert_eq!(cable.receive(), Some(frame(70)));
+        }
+        drop(taps);
+        let _one = Tap::open("t1").unwrap();
+        let (what, _) = Tap::open_queues("t1", 2).unwrap_err().into_parts();
+        assert!(what.contains("leave queues away"), "{what}");
+    });
+}
+
+#[test]
 fn what_is_no_tap_is_refused_with_what_to_do() {
     in_a_namespace(|| {
         let (what, _) = Tap::open("lo").unwrap_err().into_parts();
@@ -190,7 +219,8 @@ fn what_is_no_tap_is_refused_with_what_to_do() {
         let (what, source) = Tap::open(name).unwrap_err().into_parts();
         assert!(what.contains("1 to 15 letters") && source.is_none(), "{name:?}: {what}");
     }
-    let sentence = |errno| not_attached("t0", io::Error::from_raw_os_error(errno)).to_string();
+    let sentence =
+        |errno| not_attached("t0", false, io::Error::from_raw_os_error(errno)).to_string();
     assert!(sentence(libc::EPERM).contains("sudo ip tuntap add t0 mode tap user $USER"));
     let sentence = |errno| no_tun(io::Error::from_raw_os_error(errno)).to_string();
     assert!(sentence(libc::ENOENT).contains("sudo modprobe tun"));
@@ -201,7 +231,7 @@ fn what_is_no_tap_is_refused_with_what_to_do() {
 fn an_inherited_tap_can_be_used_again_and_again() {
     in_a_namespace(|| {
         let file = File::options().read(true).write(true).open(TUN).unwrap();
-        let mut request = request("t0").unwrap();
+        let mut request = request("t0", FLAGS).unwrap();
         // SAFETY: TUNSETIFF reads and writes one `ifreq`, which outlives the call.
         check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) }).unwrap();
         let cable = Cable::to("t0");
@@ -226,7 +256,7 @@ fn a_descriptor_that_is_no_tap_is_refused() {
         assert!(refusal(null.as_raw_fd()).contains("not a tap"));
         assert!(refusal(999_999).contains("nothing is open there"));
         let tun = File::options().read(true).write(true).open(TUN).unwrap();
-        let mut request = request("t1").unwrap();
+        let mut request = request("t1", FLAGS).unwrap();
         let flags = libc::IFF_TUN | libc::IFF_NO_PI;
         request.ifr_ifru.ifru_flags = libc::c_short::try_from(flags).unwrap();
         let tun = tun.into_raw_fd();

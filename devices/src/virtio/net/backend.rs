@@ -33,6 +33,16 @@ pub trait NetBackend: Send {
     /// The host refuses; nothing has changed then.
     fn set_offloads(&mut self, offloads: Offloads) -> io::Result<()>;
 
+    /// Whether the network brings frames here, where this is one of several queues of it; all are in use right after opening.
+    /// Nothing is sent or received while it is not.
+    ///
+    /// # Errors
+    /// The host refuses; nothing has changed then.
+    fn set_in_use(&mut self, is_in_use: bool) -> io::Result<()> {
+        let _ = is_in_use;
+        Ok(())
+    }
+
     /// Sends a frame: the header and the frame's first bytes are in `head`, the rest of it in `rest`.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 //!
 //! Receive filters are taken and change nothing: the host's end delivers every frame of its segment, and a driver has to
 //! expect more than it asked for (5.1.6.5.2.1). Left out, and answered with an error: VLAN filters, a MAC address set by the
-//! driver, announcements, several pairs of queues.
+//! driver, announcements, hashing.
 
 use super::header::bit;
 use crate::virtio::{Chain, GuestMemoryMmap};
@@ -12,6 +12,7 @@ mod command {
     pub(super) const RX_PROMISC: [u8; 2] = [0, 0];
     pub(super) const RX_ALLMULTI: [u8; 2] = [0, 1];
     pub(super) const MAC_TABLE_SET: [u8; 2] = [1, 0];
+    pub(super) const MQ_VQ_PAIRS_SET: [u8; 2] = [4, 0];
     pub(super) const GUEST_OFFLOADS_SET: [u8; 2] = [5, 0];
 }
 
@@ -30,6 +31,8 @@ pub(super) enum Order {
     Nothing,
     /// Frames may leave this to the driver from now on: feature bits.
     Offloads(u64),
+    /// So many pairs of queues are used from now on: the first ones.
+    Pairs(u16),
 }
 
 /// What the driver orders; `None` where it is no command, or none that was negotiated.
@@ -54,6 +57,11 @@ pub(super) fn order(chain: &Chain, memory: &GuestMemoryMmap, features: u64) -> O
             let offloads = u64::from_le_bytes(offloads);
             let is_known = offloads & !(features & bit::GUEST_OFFLOADS) == 0;
             (size == 8 && is_known).then_some(Order::Offloads(offloads))
+        }
+        command::MQ_VQ_PAIRS_SET if has(bit::MQ) => {
+            let mut pairs = [0; 2];
+            chain.read_at(memory, HEAD, &mut pairs);
+            (size == 2).then_some(Order::Pairs(u16::from_le_bytes(pairs)))
         }
         _ => None,
     }

@@ -47,6 +47,8 @@ pub mod bit {
     pub const CTRL_VQ: u64 = 1 << 17;
     /// `VIRTIO_NET_F_CTRL_RX`
     pub const CTRL_RX: u64 = 1 << 18;
+    /// `VIRTIO_NET_F_MQ`: several pairs of queues.
+    pub const MQ: u64 = 1 << 22;
     /// What `VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET` may name, where it was negotiated.
     pub const GUEST_OFFLOADS: u64 = GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN;
 }

@@ -1,29 +1,32 @@
-//! Network device (virtio 1.3, section 5.1), one pair of queues and a control queue.
+//! Network device (virtio 1.3, section 5.1): pairs of queues and a control queue.
 //!
 //! | file | what |
 //! |---|---|
-//! | `receive.rs`, `transmit.rs` | the two directions |
+//! | `pairs.rs` | the pairs of queues, of which the driver uses the first ones |
+//! | `receive.rs`, `transmit.rs` | the two directions of a pair |
 //! | `header.rs` | the header before each frame, and what of it may pass |
 //! | `control.rs` | commands of the driver |
 //! | `backend.rs`, `port.rs` | the host's end, and what its errors mean |
 //! | `settings.rs`, `counters.rs` | what a user sets and sees |
 //!
 //! Checksums and segmentation are negotiated end to end: the host's end gives the guest what the guest's driver takes, and
-//! takes what it was offered. Left out: several pairs of queues (one thread works for all of them), UFO and USO, hashing,
-//! VLAN filters, a MAC address that the driver sets.
+//! takes what it was offered. Several pairs of queues spare the guest's harts waiting for each other; on this side one thread
+//! works for all of them. Left out: UFO and USO, hashing (the host's end spreads frames as it likes), VLAN filters, a MAC
+//! address that the driver sets.
 
 use std::io;
 use std::sync::Arc;
 
 use super::{VirtioDevice, VirtioError, VirtioMmio, Work};
 use crate::catalog::{BuildError, Built, Model, Placement, Wiring};
-use crate::device::{Interest, Source};
+use crate::device::Source;
 use crate::options::Options;
 
 mod backend;
 mod control;
 mod counters;
 mod header;
+mod pairs;
 mod port;
 mod receive;
 mod settings;
@@ -36,9 +39,7 @@ pub use header::{HEADER, MAX_FRAME, MIN_FRAME, Offloads, bit};
 pub use settings::{Rates, Settings};
 
 use control::Order;
-use port::Port;
-use receive::Receiver;
-use transmit::Transmitter;
+use pairs::Pairs;
 
 /// The catalog's entry.
 pub(crate) const MODEL: Model = Model {
@@ -54,12 +55,8 @@ pub(crate) const MODEL: Model = Model {
 pub const RX: u16 = 0;
 /// The queue of frames from the guest.
 pub const TX: u16 = 1;
-/// The queue of commands.
+/// The queue of commands, where the driver knows of one pair of queues; else it comes after all pairs.
 pub const CTRL: u16 = 2;
-
-const TOKEN_NETWORK: u32 = 0;
-const TOKEN_RX_LIMIT: u32 = 1;
-const TOKEN_TX_LIMIT: u32 = 2;
 
 /// What every such device offers.
 const FEATURES: u64 = bit::CSUM
@@ -87,9 +84,8 @@ const LINK_UP: u8 = 1;
 pub struct Net {
     /// Features that only this one offers.
     extra: u64,
-    port: Port,
-    rx: Receiver,
-    tx: Transmitter,
+    queue_sizes: Box<[u16]>,
+    pairs: Pairs,
     config: [u8; CONFIG],
     /// What the driver has taken; nothing while there is none.
     taken: u64,
@@ -99,11 +95,11 @@ fn build(options: &Options, wiring: Wiring) -> Built {
     let settings = Settings::parse(options)
         .map_err(|source| BuildError::Option { model: MODEL.name, source })?;
     let end = settings::end(options)?;
-    let backend = wiring
+    let backends = wiring
         .host
-        .network(&end)
+        .network_queues(&end, settings.pairs)
         .map_err(|source| BuildError::End { model: MODEL.name, source })?;
-    let net = Net::new(backend, &settings).map_err(|source| BuildError::Host {
+    let net = Net::with_queues(backends, &settings).map_err(|source| BuildError::Host {
         model: MODEL.name,
         what: "timers",
         source,
@@ -112,34 +108,51 @@ fn build(options: &Options, wiring: Wiring) -> Built {
 }
 
 impl Net {
-    /// A device whose other end is `backend`.
+    /// A device with one pair of queues, whose other end is `backend`.
     ///
     /// # Errors
     /// The host has no timers left.
     pub fn new(backend: Box<dyn NetBackend>, settings: &Settings) -> io::Result<Self> {
-        let mac = settings.mac.unwrap_or_else(|| settings::mac_of(backend.identity()));
+        Self::with_queues(vec![backend], settings)
+    }
+
+    /// A device with a pair of queues for each of `backends`, 1 to 8 queues of the same network.
+    ///
+    /// # Errors
+    /// The host has no timers left.
+    pub fn with_queues(
+        backends: Vec<Box<dyn NetBackend>>,
+        settings: &Settings,
+    ) -> io::Result<Self> {
+        let identity = backends.first().map_or("", |backend| backend.identity());
+        let mac = settings.mac.unwrap_or_else(|| settings::mac_of(identity));
         let mtu = settings.mtu.unwrap_or(0).to_le_bytes();
+        let pairs = Pairs::new(backends, settings, mac)?;
         let mut config = [0; CONFIG];
-        let fields = mac.into_iter().chain([LINK_UP, 0, 1, 0]).chain(mtu);
+        let [low, high] = pairs.count().to_le_bytes();
+        let fields = mac.into_iter().chain([LINK_UP, 0, low, high]).chain(mtu);
         config.iter_mut().zip(fields).for_each(|(byte, value)| *byte = value);
-        Ok(Self {
-            extra: if settings.mtu.is_some() { bit::MTU } else { 0 },
-            port: Port::new(backend),
-            rx: Receiver::new(settings.rx, settings.mtu)?,
-            tx: Transmitter::new(settings.tx, settings.pin.then_some(mac))?,
-            config,
-            taken: 0,
-        })
+        let mut queue_sizes = vec![256; 2 * usize::from(pairs.count())];
+        queue_sizes.push(64);
+        let mtu = if settings.mtu.is_some() { bit::MTU } else { 0 };
+        let queues = if pairs.count() > 1 { bit::MQ } else { 0 };
+        let queue_sizes = queue_sizes.into();
+        Ok(Self { extra: mtu | queues, queue_sizes, pairs, config, taken: 0 })
     }
 
     /// What it has let through and dropped; counts on while the device runs.
     #[must_use]
     pub fn counters(&self) -> Arc<Counters> {
-        Arc::clone(&self.port.counters)
+        self.pairs.counters()
+    }
+
+    /// Which queue has the commands (section 5.1.2).
+    fn control(&self) -> u16 {
+        if self.taken & bit::MQ == 0 { CTRL } else { 2 * self.pairs.count() }
     }
 
     fn command(&mut self, work: &mut Work<'_>) -> Result<(), VirtioError> {
-        while let Some(chain) = work.pop(CTRL)? {
+        while let Some(chain) = work.pop(self.control())? {
             if chain.writable_bytes() == 0 {
                 work.refuse(chain);
                 continue;
@@ -149,29 +162,26 @@ impl Net {
                 None => false,
                 Some(Order::Nothing) => true,
                 Some(Order::Offloads(features)) => self.set_offloads(features),
+                Some(Order::Pairs(count)) => self.pairs.use_first(count),
             };
             let answer = if is_done { control::OK } else { control::ERR };
             chain.write_at(work.memory(), 0, &[answer]);
             work.complete(chain, 1);
         }
-        Ok(())
+        // What waited in queues that were not in use.
+        self.pairs.transmit_all(work)
     }
 
     /// Frames may leave to the driver from now on what these features say, and nothing else reaches it; false, and nothing
     /// has changed, where the host refuses.
     fn set_offloads(&mut self, features: u64) -> bool {
-        let offloads = Offloads::of_driver(features);
-        let is_done = self.port.set_offloads(offloads) == offloads || self.port.is_gone;
-        if is_done {
-            self.rx.offloads = offloads;
-        }
-        is_done
+        self.pairs.set_offloads(Offloads::of_driver(features))
     }
 
     /// Takes the link down when the host's end is gone.
     fn watch_link(&mut self, work: &mut Work<'_>) {
         let [_, _, _, _, _, _, status, ..] = &mut self.config;
-        if self.port.is_gone && *status & LINK_UP != 0 {
+        if self.pairs.is_gone() && *status & LINK_UP != 0 {
             *status &= !LINK_UP;
             work.config_changed();
         }
@@ -188,7 +198,7 @@ impl VirtioDevice for Net {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &[256, 256, 64]
+        &self.queue_sizes
     }
 
     fn features(&self) -> u64 {
@@ -204,74 +214,40 @@ impl VirtioDevice for Net {
 
     fn activate(&mut self, features: u64) {
         self.taken = features;
-        self.rx.start(features);
-        self.tx.start(features);
+        self.pairs.start(features);
         if !self.set_offloads(features) {
             // Frames come as they did; those that this driver does not take are dropped.
-            self.rx.offloads = Offloads::of_driver(features);
+            self.pairs.take_only(Offloads::of_driver(features));
         }
     }
 
     fn kicked(&mut self, queue: u16, work: &mut Work<'_>) -> Result<(), VirtioError> {
-        match queue {
-            RX => {
-                self.rx.feed();
-                self.rx.pass(&mut self.port, work)?;
-            }
-            TX => self.tx.pass(&mut self.port, work)?,
-            CTRL => self.command(work)?,
-            _ => {}
+        if queue == self.control() {
+            self.command(work)?;
+        } else {
+            self.pairs.kicked(queue, work)?;
         }
         self.watch_link(work);
         Ok(())
     }
 
     fn reset_queue(&mut self, queue: u16) {
-        match queue {
-            RX => self.rx.starve(),
-            TX => self.tx.stop(),
-            _ => {}
+        if queue != self.control() {
+            self.pairs.reset_queue(queue);
         }
     }
 
     fn reset(&mut self) {
         self.taken = 0;
-        self.rx.stop();
-        self.tx.stop();
-        // What waits at the host's end is dropped where the next driver does not take it.
-        self.port.set_offloads(Offloads::default());
+        self.pairs.reset();
     }
 
     fn sources(&self) -> Vec<Source> {
-        let limit = |fd, token| Source { fd, token, interest: Interest::Read };
-        let mut sources = vec![
-            limit(self.rx.limit.fd(), TOKEN_RX_LIMIT),
-            limit(self.tx.limit.fd(), TOKEN_TX_LIMIT),
-        ];
-        let interest = Interest::of(self.rx.can_take(), self.tx.is_blocked);
-        if let (Some(interest), false) = (interest, self.port.is_gone) {
-            sources.push(Source { fd: self.port.fd(), token: TOKEN_NETWORK, interest });
-        }
-        sources
+        self.pairs.sources()
     }
 
     fn ready(&mut self, token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {
-        match token {
-            TOKEN_NETWORK => {
-                self.tx.is_blocked = false;
-                self.rx.pass(&mut self.port, work)?;
-                self.tx.pass(&mut self.port, work)?;
-            }
-            TOKEN_RX_LIMIT => {
-                self.rx.limit.expired();
-                self.rx.pass(&mut self.port, work)?;
-            }
-            TOKEN_TX_LIMIT => {
-                self.tx.limit.expired();
-                self.tx.pass(&mut self.port, work)?;
-            }
-            _ => {}
-        }
+        self.pairs.ready(token, work)?;
         self.watch_link(work);
         Ok(())
     }

@@ -19,6 +19,8 @@ pub(super) struct Port {
     pub(super) counters: Arc<Counters>,
     /// It will never send or receive again.
     pub(super) is_gone: bool,
+    /// The driver uses the pair of queues that this is for.
+    pub(super) is_in_use: bool,
     lost_in_a_row: u32,
     /// What the host's end knows that it may leave to the guest.
     offloads: Offloads,
@@ -43,11 +45,12 @@ pub(super) enum Received {
 }
 
 impl Port {
-    pub(super) fn new(backend: Box<dyn NetBackend>) -> Self {
+    pub(super) fn new(backend: Box<dyn NetBackend>, counters: &Arc<Counters>) -> Self {
         Self {
             backend,
-            counters: Arc::default(),
+            counters: Arc::clone(counters),
             is_gone: false,
+            is_in_use: true,
             lost_in_a_row: 0,
             offloads: Offloads::default(),
             has_warned: false,
@@ -56,6 +59,27 @@ impl Port {
 
     pub(super) fn fd(&self) -> i32 {
         self.backend.fd()
+    }
+
+    /// Frames can be had.
+    pub(super) fn can_move(&self) -> bool {
+        self.is_in_use && !self.is_gone
+    }
+
+    /// The network brings frames here, or it does not; false, and nothing has changed, where the host refuses.
+    pub(super) fn set_in_use(&mut self, is_in_use: bool) -> bool {
+        if self.is_in_use == is_in_use || self.is_gone {
+            return true;
+        }
+        match self.backend.set_in_use(is_in_use) {
+            Ok(()) => self.is_in_use = is_in_use,
+            Err(error) if !std::mem::replace(&mut self.has_warned, true) => {
+                let identity = self.backend.identity();
+                warn!("net: the queues of {identity} stay as they are: {error}");
+            }
+            Err(_) => {}
+        }
+        self.is_in_use == is_in_use
     }
 
     /// Lets the host's end leave so much to the guest, and gives what it may leave now: the same as before where it refuses.

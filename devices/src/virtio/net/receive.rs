@@ -4,12 +4,8 @@
 //! it fills further buffers. The header is kept aside until it is judged: the guest cannot change it under the judge.
 //! Without a buffer nothing is read, and the host's end is not watched until there is one.
 
-use std::io;
-
-use super::RX;
 use super::header::{HEADER, HEADER_LEN, Header, Offloads, bit};
 use super::port::{Port, Received};
-use super::settings::Rates;
 use crate::virtio::{Chain, Limiter, Segment, VirtioError, Work, pieces};
 
 /// Frames that one pass moves.
@@ -25,9 +21,9 @@ const MANY: u16 = 64;
 /// Bytes of an Ethernet header with a VLAN tag.
 const LINK_HEADER: usize = 18;
 
-/// This direction of a device.
+/// This direction of a pair of queues.
 pub(super) struct Receiver {
-    pub(super) limit: Limiter,
+    queue: u16,
     /// What a frame may have without being one large segment.
     most: Option<usize>,
     /// Bytes of the last frame, which the limit has not seen. Frames are paid for afterwards: their size is not known before.
@@ -44,9 +40,10 @@ pub(super) struct Receiver {
 }
 
 impl Receiver {
-    pub(super) fn new(rates: Rates, mtu: Option<u16>) -> io::Result<Self> {
-        Ok(Self {
-            limit: rates.limiter()?,
+    /// Of this queue; `mtu` is what the driver is told.
+    pub(super) fn new(queue: u16, mtu: Option<u16>) -> Self {
+        Self {
+            queue,
             most: mtu.map(|mtu| usize::from(mtu) + LINK_HEADER),
             owed: None,
             rest: vec![0; ROOM],
@@ -55,7 +52,7 @@ impl Receiver {
             offloads: Offloads::default(),
             is_mergeable: false,
             is_starved: true,
-        })
+        }
     }
 
     pub(super) fn start(&mut self, features: u64) {
@@ -79,18 +76,23 @@ impl Receiver {
     }
 
     /// A frame could be given to the guest if there was one.
-    pub(super) fn can_take(&self) -> bool {
-        !self.is_starved && !self.limit.is_waiting()
+    pub(super) fn can_take(&self, limit: &Limiter) -> bool {
+        !self.is_starved && !limit.is_waiting()
     }
 
     /// Moves frames until there are no more, or no more buffers, or enough for now.
-    pub(super) fn pass(&mut self, port: &mut Port, work: &mut Work<'_>) -> Result<(), VirtioError> {
+    pub(super) fn pass(
+        &mut self,
+        limit: &mut Limiter,
+        port: &mut Port,
+        work: &mut Work<'_>,
+    ) -> Result<(), VirtioError> {
         for _ in 0..FRAMES {
-            if port.is_gone || !self.can_take() || !self.has_paid() {
+            if !port.can_move() || !self.can_take(limit) || !self.has_paid(limit) {
                 break;
             }
             if work.budget() < if self.is_mergeable { MANY } else { 1 } {
-                work.leave(RX);
+                work.leave(self.queue);
                 break;
             }
             let Some(first) = self.next_buffer(work)? else { break };
@@ -101,8 +103,8 @@ impl Receiver {
         Ok(())
     }
 
-    fn has_paid(&mut self) -> bool {
-        let is_paid = self.owed.is_none_or(|bytes| self.limit.allows(bytes));
+    fn has_paid(&mut self, limit: &mut Limiter) -> bool {
+        let is_paid = self.owed.is_none_or(|bytes| limit.allows(bytes));
         if is_paid {
             self.owed = None;
         }
@@ -111,7 +113,7 @@ impl Receiver {
 
     /// A chain with room for a header. Others go back.
     fn next_buffer(&mut self, work: &mut Work<'_>) -> Result<Option<Chain>, VirtioError> {
-        while let Some(chain) = work.pop(RX)? {
+        while let Some(chain) = work.pop(self.queue)? {
             if chain.writable_bytes() >= HEADER_LEN {
                 return Ok(Some(chain));
             }
@@ -183,7 +185,7 @@ impl Receiver {
         if let Some((first, _)) = self.parts.first() {
             first.write_at(work.memory(), 0, &header.bytes());
         }
-        work.complete_together(RX, self.parts.drain(..));
+        work.complete_together(self.queue, self.parts.drain(..));
         port.counters.rx_frames.add();
         Ok(())
     }
@@ -192,7 +194,7 @@ impl Receiver {
     fn spread(&mut self, count: usize, work: &mut Work<'_>) -> Result<bool, VirtioError> {
         let mut left = self.rest.get(..count).unwrap_or_default();
         while !left.is_empty() {
-            let next = if self.is_mergeable { work.pop(RX)? } else { None };
+            let next = if self.is_mergeable { work.pop(self.queue)? } else { None };
             let Some(chain) = next else { return Ok(false) };
             let taken = chain.write_at(work.memory(), 0, left);
             if taken == 0 {

@@ -36,6 +36,11 @@ pub(super) const KEYS: &[Key] = &[
         help: "drop frames that do not carry the MAC address as sender (default: off)",
     },
     Key {
+        name: "queues",
+        value: "N",
+        help: "pairs of queues, 1 to 8, for guests of several harts (default: 1)",
+    },
+    Key {
         name: "rx_bps",
         value: "BYTES",
         help: "bytes a second to the guest at most (default: no limit)",
@@ -57,6 +62,9 @@ pub(super) const KEYS: &[Key] = &[
     },
 ];
 
+/// Pairs of queues at most.
+pub(super) const MOST_PAIRS: u16 = 8;
+
 /// The least MTU of IPv4 (RFC 791).
 const MIN_MTU: u16 = 68;
 
@@ -69,9 +77,11 @@ pub struct Settings {
     pub mtu: Option<u16>,
     /// Frames with another sender than the MAC address are dropped.
     pub pin: bool,
-    /// Limits on frames to the guest.
+    /// Pairs of queues: one end each. Zero means one.
+    pub pairs: u16,
+    /// Limits on frames to the guest, over all pairs.
     pub rx: Rates,
-    /// Limits on frames from the guest.
+    /// Limits on frames from the guest, over all pairs.
     pub tx: Rates,
 }
 
@@ -109,6 +119,14 @@ impl Settings {
             let what = "the address of one station, in hexadecimal: 02:00:00:12:34:56";
             parse_mac(text).ok_or_else(|| options.bad("mac", what))
         };
+        let expected = "a number of pairs of queues from 1 to 8";
+        let pairs = options.parsed("queues", expected)?.unwrap_or(1);
+        if !(1..=MOST_PAIRS).contains(&pairs) {
+            return Err(options.bad("queues", expected));
+        }
+        if pairs > 1 && options.get("fd").is_some() {
+            return Err(options.bad("queues", "1, which is what one descriptor is (use tap=NAME)"));
+        }
         let pin = match options.get("pin") {
             None | Some("off") => false,
             Some("on") => true,
@@ -118,6 +136,7 @@ impl Settings {
             mac: options.get("mac").map(mac).transpose()?,
             mtu,
             pin,
+            pairs,
             rx: Rates::parse(options, "rx_bps", "rx_pps")?,
             tx: Rates::parse(options, "tx_bps", "tx_pps")?,
         })

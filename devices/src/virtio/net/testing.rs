@@ -23,6 +23,7 @@ struct Wire {
     offloads: Offloads,
     offload_changes: usize,
     is_full: bool,
+    is_in_use: bool,
     failure: Option<ErrorKind>,
     reads: usize,
     /// What the device watches, and the other end, from which it is made readable and writable.
@@ -45,6 +46,7 @@ impl MemoryNet {
             offloads: Offloads::default(),
             offload_changes: 0,
             is_full: false,
+            is_in_use: true,
             failure: None,
             reads: 0,
             near,
@@ -85,6 +87,12 @@ impl MemoryNet {
     #[must_use]
     pub fn offload_changes(&self) -> usize {
         self.lock().offload_changes
+    }
+
+    /// Whether the network brings frames here.
+    #[must_use]
+    pub fn is_in_use(&self) -> bool {
+        self.lock().is_in_use
     }
 
     /// Whether there is no room for frames of the guest.
@@ -138,10 +146,23 @@ impl NetBackend for MemoryNet {
         })
     }
 
+    fn set_in_use(&mut self, is_in_use: bool) -> io::Result<()> {
+        self.change(|wire| {
+            if let Some(kind) = wire.failure {
+                return Err(kind.into());
+            }
+            wire.is_in_use = is_in_use;
+            Ok(())
+        })
+    }
+
     fn send(&mut self, memory: &GuestMemoryMmap, head: &[u8], rest: &[Segment]) -> io::Result<()> {
         self.change(|wire| {
             if let Some(kind) = wire.failure {
                 return Err(kind.into());
+            }
+            if !wire.is_in_use {
+                return Err(ErrorKind::NotConnected.into());
             }
             if wire.is_full {
                 return Err(ErrorKind::WouldBlock.into());
@@ -169,6 +190,9 @@ impl NetBackend for MemoryNet {
             wire.reads += 1;
             if let Some(kind) = wire.failure {
                 return Err(kind.into());
+            }
+            if !wire.is_in_use {
+                return Err(ErrorKind::NotConnected.into());
             }
             let (head, frame) = wire.arriving.pop_front().ok_or(ErrorKind::WouldBlock)?;
             *header = head;

@@ -3,12 +3,8 @@
 //! The header and the Ethernet header are copied once, judged, and sent from the copy; the rest of the frame goes out of
 //! guest memory as it is. A frame that makes no sense is dropped and counted, never passed on.
 
-use std::io;
-
-use super::TX;
 use super::header::{HEADER, HEADER_LEN, Header, MAX_FRAME, MIN_FRAME, Offloads};
 use super::port::{Port, Sent};
-use super::settings::Rates;
 use crate::virtio::{Chain, GuestMemoryMmap, Limiter, Segment, VirtioError, Work, pieces};
 
 /// Bytes that one pass hands to the host, but for the last frame's.
@@ -21,9 +17,9 @@ const HEAD_LEN: u32 = HEADER_LEN + MIN_FRAME;
 /// Where in it the sender's address is.
 const SENDER: std::ops::Range<usize> = HEADER + 6..HEADER + 12;
 
-/// This direction of a device.
+/// This direction of a pair of queues.
 pub(super) struct Transmitter {
-    pub(super) limit: Limiter,
+    queue: u16,
     /// The only sender that may be, where that is so.
     pinned: Option<[u8; 6]>,
     segments: Vec<Segment>,
@@ -35,15 +31,16 @@ pub(super) struct Transmitter {
 }
 
 impl Transmitter {
-    pub(super) fn new(rates: Rates, pinned: Option<[u8; 6]>) -> io::Result<Self> {
-        Ok(Self {
-            limit: rates.limiter()?,
+    /// Of this queue; with the only sender that may be, where that is so.
+    pub(super) fn new(queue: u16, pinned: Option<[u8; 6]>) -> Self {
+        Self {
+            queue,
             pinned,
             segments: Vec::new(),
             offloads: Offloads::default(),
             is_blocked: false,
             has_paid: false,
-        })
+        }
     }
 
     pub(super) fn start(&mut self, features: u64) {
@@ -56,17 +53,22 @@ impl Transmitter {
     }
 
     /// Moves frames until there are no more, or no more room, or enough for now.
-    pub(super) fn pass(&mut self, port: &mut Port, work: &mut Work<'_>) -> Result<(), VirtioError> {
+    pub(super) fn pass(
+        &mut self,
+        limit: &mut Limiter,
+        port: &mut Port,
+        work: &mut Work<'_>,
+    ) -> Result<(), VirtioError> {
         let mut moved = 0;
-        while !self.is_blocked && !self.limit.is_waiting() {
+        while port.is_in_use && !self.is_blocked && !limit.is_waiting() {
             if moved >= PASS {
-                work.leave(TX);
+                work.leave(self.queue);
                 break;
             }
-            let Some(chain) = work.pop(TX)? else { break };
+            let Some(chain) = work.pop(self.queue)? else { break };
             // What makes no sense is paid for as well; it costs rvmm as much as a frame at most.
             let size = chain.readable_bytes().min(MAX_FRAME);
-            if !self.has_paid && !self.limit.allows(size.into()) {
+            if !self.has_paid && !limit.allows(size.into()) {
                 work.put_back(chain);
                 break;
             }

@@ -1,0 +1,189 @@
+//! The pairs of queues of a network device (virtio 1.3, sections 5.1.2 and 5.1.6.5.6): each has a queue of the host's end for
+//! itself, and the driver says how many of them it uses, the first ones.
+//!
+//! Which queue a frame arrives in is the host's end to choose. Limits are those of the device, over all pairs.
+
+use std::io;
+use std::sync::Arc;
+
+use super::backend::NetBackend;
+use super::counters::Counters;
+use super::header::Offloads;
+use super::port::Port;
+use super::receive::Receiver;
+use super::settings::Settings;
+use super::transmit::Transmitter;
+use crate::device::{Interest, Source};
+use crate::virtio::{Limiter, VirtioError, Work};
+
+const TOKEN_NETWORK: u32 = 0;
+const TOKEN_RX_LIMIT: u32 = 1;
+const TOKEN_TX_LIMIT: u32 = 2;
+/// The second pair's, and then one after the other.
+const TOKEN_FURTHER: u32 = 3;
+
+/// All pairs of a device.
+pub(super) struct Pairs {
+    all: Vec<Pair>,
+    rx_limit: Limiter,
+    tx_limit: Limiter,
+    counters: Arc<Counters>,
+}
+
+struct Pair {
+    port: Port,
+    rx: Receiver,
+    tx: Transmitter,
+}
+
+impl Pairs {
+    /// One for each of `backends`; the first is in use.
+    ///
+    /// # Errors
+    /// The host has no timers left.
+    pub(super) fn new(
+        backends: Vec<Box<dyn NetBackend>>,
+        settings: &Settings,
+        mac: [u8; 6],
+    ) -> io::Result<Self> {
+        let counters = Arc::default();
+        let pair = |(number, backend): (u16, Box<dyn NetBackend>)| Pair {
+            port: Port::new(backend, &counters),
+            rx: Receiver::new(2 * number, settings.mtu),
+            tx: Transmitter::new(2 * number + 1, settings.pin.then_some(mac)),
+        };
+        let all = (0..).zip(backends).map(pair).collect();
+        let (rx_limit, tx_limit) = (settings.rx.limiter()?, settings.tx.limiter()?);
+        let mut pairs = Self { all, rx_limit, tx_limit, counters };
+        pairs.use_first(1);
+        Ok(pairs)
+    }
+
+    pub(super) fn count(&self) -> u16 {
+        u16::try_from(self.all.len()).unwrap_or(u16::MAX)
+    }
+
+    pub(super) fn counters(&self) -> Arc<Counters> {
+        Arc::clone(&self.counters)
+    }
+
+    /// A queue of the host's end will never send or receive again.
+    pub(super) fn is_gone(&self) -> bool {
+        self.all.iter().any(|pair| pair.port.is_gone)
+    }
+
+    /// The driver uses the first `count` pairs from now on; false, and nothing has changed, where there are not so many or the
+    /// host refuses.
+    pub(super) fn use_first(&mut self, count: u16) -> bool {
+        if !(1..=self.count()).contains(&count) {
+            return false;
+        }
+        let before = self.all.iter().filter(|pair| pair.port.is_in_use).count();
+        let set = |pairs: &mut [Pair], count: usize| {
+            let mut numbered = pairs.iter_mut().enumerate();
+            numbered.all(|(number, pair)| pair.port.set_in_use(number < count))
+        };
+        let is_done = set(&mut self.all, count.into());
+        if !is_done {
+            set(&mut self.all, before);
+        }
+        is_done
+    }
+
+    pub(super) fn start(&mut self, features: u64) {
+        for Pair { rx, tx, .. } in &mut self.all {
+            rx.start(features);
+            tx.start(features);
+        }
+    }
+
+    /// Frames may leave so much to the driver; false, and nothing has changed, where the host refuses.
+    pub(super) fn set_offloads(&mut self, offloads: Offloads) -> bool {
+        // They are those of the network, whichever queue says it.
+        let Some(first) = self.all.first_mut() else { return false };
+        let is_done = first.port.set_offloads(offloads) == offloads || first.port.is_gone;
+        if is_done {
+            self.take_only(offloads);
+        }
+        is_done
+    }
+
+    /// Frames that leave more than that to the driver are dropped.
+    pub(super) fn take_only(&mut self, offloads: Offloads) {
+        self.all.iter_mut().for_each(|pair| pair.rx.offloads = offloads);
+    }
+
+    pub(super) fn kicked(&mut self, queue: u16, work: &mut Work<'_>) -> Result<(), VirtioError> {
+        let Some(Pair { port, rx, tx }) = self.all.get_mut(usize::from(queue / 2)) else {
+            return Ok(());
+        };
+        if queue.is_multiple_of(2) {
+            rx.feed();
+            rx.pass(&mut self.rx_limit, port, work)
+        } else {
+            tx.pass(&mut self.tx_limit, port, work)
+        }
+    }
+
+    pub(super) fn transmit_all(&mut self, work: &mut Work<'_>) -> Result<(), VirtioError> {
+        let limit = &mut self.tx_limit;
+        self.all.iter_mut().try_for_each(|pair| pair.tx.pass(limit, &mut pair.port, work))
+    }
+
+    fn receive_all(&mut self, work: &mut Work<'_>) -> Result<(), VirtioError> {
+        let limit = &mut self.rx_limit;
+        self.all.iter_mut().try_for_each(|pair| pair.rx.pass(limit, &mut pair.port, work))
+    }
+
+    pub(super) fn reset_queue(&mut self, queue: u16) {
+        let Some(pair) = self.all.get_mut(usize::from(queue / 2)) else { return };
+        if queue.is_multiple_of(2) { pair.rx.starve() } else { pair.tx.stop() }
+    }
+
+    pub(super) fn reset(&mut self) {
+        for Pair { rx, tx, .. } in &mut self.all {
+            rx.stop();
+            tx.stop();
+        }
+        // What waits at the host's end is dropped where the next driver does not take it.
+        if let Some(first) = self.all.first_mut() {
+            first.port.set_offloads(Offloads::default());
+        }
+        self.use_first(1);
+    }
+
+    pub(super) fn sources(&self) -> Vec<Source> {
+        let limit = |fd, token| Source { fd, token, interest: Interest::Read };
+        let mut sources = vec![
+            limit(self.rx_limit.fd(), TOKEN_RX_LIMIT),
+            limit(self.tx_limit.fd(), TOKEN_TX_LIMIT),
+        ];
+        let tokens = std::iter::once(TOKEN_NETWORK).chain(TOKEN_FURTHER..);
+        for (token, Pair { port, rx, tx }) in tokens.zip(&self.all) {
+            let interest = Interest::of(rx.can_take(&self.rx_limit), tx.is_blocked);
+            if let (Some(interest), true) = (interest, port.can_move()) {
+                sources.push(Source { fd: port.fd(), token, interest });
+            }
+        }
+        sources
+    }
+
+    pub(super) fn ready(&mut self, token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {
+        let number = match token {
+            TOKEN_RX_LIMIT => {
+                self.rx_limit.expired();
+                return self.receive_all(work);
+            }
+            TOKEN_TX_LIMIT => {
+                self.tx_limit.expired();
+                return self.transmit_all(work);
+            }
+            TOKEN_NETWORK => 0,
+            further => (further - TOKEN_FURTHER + 1) as usize,
+        };
+        let Some(Pair { port, rx, tx }) = self.all.get_mut(number) else { return Ok(()) };
+        tx.is_blocked = false;
+        rx.pass(&mut self.rx_limit, port, work)?;
+        tx.pass(&mut self.tx_limit, port, work)
+    }
+}
