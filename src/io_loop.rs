@@ -128,7 +128,7 @@ impl IoLoop {
     }
 
     /// Takes over the process's signals, once for all loops: SIGTERM, SIGINT, SIGHUP and SIGQUIT no longer end it, SIGTSTP
-    /// no longer stops it, SIGXFSZ becomes a write error. What comes before a loop watches is kept.
+    /// no longer stops it, SIGXFSZ becomes a write error, SIGWINCH tells a console of a new size. What comes before a loop watches is kept.
     ///
     /// Only for a program that is the machine and nothing else, before it changes the terminal.
     ///
@@ -143,6 +143,7 @@ impl IoLoop {
             libc::SIGTSTP,
             libc::SIGCONT,
             libc::SIGXFSZ,
+            libc::SIGWINCH,
         ])
     }
 
@@ -243,6 +244,7 @@ impl IoLoop {
                 libc::SIGTSTP => terminal::suspend(),
                 libc::SIGCONT => terminal::resume(),
                 libc::SIGXFSZ => {}
+                libc::SIGWINCH => terminal::resized(),
                 libc::SIGTERM if self.button.as_ref().is_some_and(|button| button.press()) => {
                     info!("SIGTERM presses the power button");
                 }

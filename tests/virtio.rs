@@ -15,7 +15,8 @@ mod initramfs;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::thread;
@@ -312,20 +313,63 @@ fn a_balloon_takes_what_it_is_told_to_and_the_guest_goes_on() {
     }
 }
 
+/// The pseudo terminal that rvmm names, as it comes out of a terminal program: raw.
+fn terminal_of(session: &Session) -> File {
+    session.expect_error("The console of the device console is ");
+    let path = session.expect_error("\n");
+    let mut options = File::options();
+    let terminal = options.read(true).write(true).custom_flags(libc::O_NOCTTY).open(path.trim());
+    let terminal = terminal.expect("a pseudo terminal");
+    let mut mode = rustix::termios::tcgetattr(&terminal).expect("a terminal");
+    mode.make_raw();
+    rustix::termios::tcsetattr(&terminal, rustix::termios::OptionalActions::Now, &mode)
+        .expect("a terminal");
+    terminal
+}
+
 #[test]
-fn a_second_console_goes_its_own_way() {
+fn a_second_console_and_named_ports_go_their_own_ways() {
     let Some(host) = host() else { return };
     let folder = tempfile::tempdir().expect("a folder");
     for irqchip in &host.irqchips {
-        let file = folder.path().join(format!("console-{irqchip}"));
-        let device = format!("console,to=file:{}", file.display());
-        let (mut session, _folder) = boot(irqchip, &["virtio_mmio"], &["--device", &device]);
-        session.ask("seq 1 1000 >/dev/hvc0");
-        power_off(session);
+        let log = folder.path().join(format!("log-{irqchip}"));
+        let socket = folder.path().join(format!("agent-{irqchip}"));
+        let agent = format!("port=agent,path={}", socket.display());
+        let file = format!("port=log,to=file:{}", log.display());
+        let consoles = ["--console", "to=pty", "--console", &agent, "--console", &file];
+        let (mut session, _folder) = boot(irqchip, &["virtio_mmio"], &consoles);
+        let mut terminal = terminal_of(&session);
+        session.ask("exec 4<>/dev/hvc0; stty raw -echo <&4");
+
         let expected: String = (1..=1000).map(|number| format!("{number}\n")).collect();
-        let got = fs::read_to_string(&file).expect("the console's file");
-        // The terminal adds carriage returns.
-        let got = got.replace('\r', "");
-        assert!(got == expected, "{} bytes of {}", got.len(), expected.len());
+        let mut reader = terminal.try_clone().expect("a copy of a descriptor");
+        let len = expected.len();
+        let reading = thread::spawn(move || {
+            let mut bytes = vec![0; len];
+            reader.read_exact(&mut bytes).expect("what the guest prints");
+            String::from_utf8_lossy(&bytes).into_owned()
+        });
+        session.ask("seq 1 1000 >&4");
+        assert!(reading.join().expect("the reader") == expected);
+
+        let size = rustix::termios::Winsize { ws_row: 33, ws_col: 101, ws_xpixel: 0, ws_ypixel: 0 };
+        rustix::termios::tcsetwinsize(&terminal, size).expect("a terminal");
+        terminal.write_all(b"x").expect("the guest's terminal");
+        let sized = session.ask("for i in 1 2 3 4 5 6 7 8 9 10; do [ \"$(stty size <&4)\" = '33 101' ] && break; sleep 1; done; stty size <&4");
+        assert_eq!(sized, "33 101\n");
+
+        let dev = |name| {
+            format!("/dev/$(basename $(dirname $(grep -lx {name} /sys/class/virtio-ports/*/name)))")
+        };
+        session.ask(&format!("echo to the log >{}", dev("log")));
+        let mut stream = UnixStream::connect(&socket).expect("the port's socket");
+        stream.write_all(b"hello, agent").expect("the guest");
+        let agent = dev("agent");
+        session.ask(&format!("exec 3<>{agent}; head -c 12 <&3 | tr a-z A-Z >&3; exec 3>&-"));
+        let mut answer = [0; 12];
+        stream.read_exact(&mut answer).expect("the guest's answer");
+        assert_eq!(&answer, b"HELLO, AGENT");
+        power_off(session);
+        assert_eq!(fs::read_to_string(&log).expect("the port's file"), "to the log\n");
     }
 }

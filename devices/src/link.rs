@@ -136,6 +136,12 @@ impl Link {
         self.backend.size()
     }
 
+    /// Somebody is at the other end, or it is one that needs nobody.
+    pub(crate) fn is_connected(&self) -> bool {
+        let ports = self.backend.ports();
+        ports.input != Port::Closed || ports.output != Port::Closed
+    }
+
     /// Whether there is output that [`flush`](Self::flush) could write.
     pub(crate) fn can_flush(&self) -> bool {
         !self.blocked && !self.queue.is_empty()

@@ -1,10 +1,16 @@
 //! The console device against its driver and its other end: slow readers, much input, sizes, emergency writes.
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    reason = "a test fails by panicking"
+)]
 
+use std::collections::HashMap;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 use rvmm_devices::testing::{MemoryConsole, turn, wiring};
@@ -247,6 +253,253 @@ fn output_outside_of_ram_is_refused_and_a_huge_one_does_not_keep_the_thread() {
     assert!((1..=256 << 10).contains(&first), "{first} bytes in one pass");
     rig.run();
     assert_eq!(console.output().len() as u64, 8 * RAM_SIZE);
+}
+
+/// A host with a console for each name that is asked for.
+#[derive(Clone, Default)]
+struct Consoles(Arc<Mutex<HashMap<String, MemoryConsole>>>);
+
+impl Consoles {
+    fn at(&self, to: &str) -> MemoryConsole {
+        let mut all = self.0.lock().unwrap();
+        all.entry(to.to_owned()).or_insert_with(|| MemoryConsole::new().unwrap()).clone()
+    }
+}
+
+impl Host for Consoles {
+    fn console(&self, to: &str) -> Result<Box<dyn ConsoleBackend>, HostError> {
+        Ok(Box::new(self.at(to)))
+    }
+}
+
+const F_MULTIPORT: u64 = 2;
+const CONTROL_IN: u32 = 2;
+const CONTROL_OUT: u32 = 3;
+const DEVICE_READY: u16 = 0;
+const PORT_ADD: u16 = 1;
+const PORT_READY: u16 = 3;
+const CONSOLE_PORT: u16 = 4;
+const RESIZE: u16 = 5;
+const PORT_OPEN: u16 = 6;
+const PORT_NAME: u16 = 7;
+
+/// A device with ports, whose driver has not said that it is ready.
+fn ports(text: &str, features: u64) -> (Rig, Consoles) {
+    let consoles = Consoles::default();
+    let options = Options::parse(&format!("console,{text}")).unwrap();
+    consoles.at("tty").set_size((80, 24));
+    let host = consoles.clone();
+    let mut rig = Rig::build(|mut wiring| {
+        wiring.host = Arc::new(host.clone());
+        Model::find("console").unwrap().create(&options, wiring).unwrap()
+    });
+    rig.start(features);
+    (rig, consoles)
+}
+
+fn say(rig: &mut Rig, id: u32, event: u16, value: u16) {
+    let message = [&id.to_le_bytes()[..], &event.to_le_bytes(), &value.to_le_bytes()].concat();
+    assert_eq!(rig.ask(CONTROL_OUT, &[Buffer::Read(&message)]).unwrap(), b"");
+}
+
+/// What the device says, as far as it has something to say: id, event, value, and what is behind that.
+fn said(rig: &mut Rig) -> Vec<(u32, u16, u16, Vec<u8>)> {
+    let mut all = Vec::new();
+    loop {
+        rig.add(CONTROL_IN, &[Buffer::Write(80)]);
+        rig.kick(CONTROL_IN);
+        let Some((head, len)) = rig.take_used(CONTROL_IN) else { return all };
+        let bytes = rig.written(CONTROL_IN, head);
+        let bytes = &bytes[..len as usize];
+        let half = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+        all.push((u32::from(half(0)), half(4), half(6), bytes[8..].to_vec()));
+    }
+}
+
+/// As Linux does it.
+fn all_ready(rig: &mut Rig, count: u32) {
+    say(rig, u32::MAX, DEVICE_READY, 1);
+    (0..count).for_each(|id| say(rig, id, PORT_READY, 1));
+    said(rig);
+}
+
+#[test]
+fn ports_are_announced_and_named_and_the_console_is_the_first() {
+    let (mut rig, consoles) = ports("to=tty,port1=agent=a,port4=log.1=b", F_SIZE | F_MULTIPORT);
+    consoles.at("b").hang_up();
+    rig.run();
+    assert_eq!(rig.offered() & 7, F_SIZE | F_MULTIPORT | F_EMERG_WRITE);
+    assert_eq!((rig.read(0x100), rig.read(0x104)), (80 | 24 << 16, 3));
+    assert_eq!(said(&mut rig), [], "the driver is not ready");
+    say(&mut rig, u32::MAX, DEVICE_READY, 1);
+    let adds: Vec<_> = said(&mut rig);
+    assert_eq!(adds, [0, 1, 2].map(|id| (id, PORT_ADD, 1, Vec::new())));
+    say(&mut rig, 0, PORT_READY, 1);
+    let size = [80, 0, 24, 0].to_vec();
+    assert_eq!(
+        said(&mut rig),
+        [(0, CONSOLE_PORT, 1, vec![]), (0, RESIZE, 1, size), (0, PORT_OPEN, 1, vec![])]
+    );
+    say(&mut rig, 1, PORT_READY, 1);
+    assert_eq!(said(&mut rig), [(1, PORT_NAME, 1, b"agent".to_vec()), (1, PORT_OPEN, 1, vec![])]);
+    say(&mut rig, 2, PORT_READY, 1);
+    assert_eq!(said(&mut rig), [(2, PORT_NAME, 1, b"log.1".to_vec())], "nobody is there");
+    consoles.at("b").connect();
+    rig.run();
+    assert_eq!(said(&mut rig), [(2, PORT_OPEN, 1, vec![])]);
+    consoles.at("b").hang_up();
+    rig.run();
+    assert_eq!(said(&mut rig), [(2, PORT_OPEN, 0, vec![])]);
+}
+
+#[test]
+fn each_port_has_its_own_other_end_and_input_waits_until_it_is_open() {
+    let (mut rig, consoles) = ports("to=tty,port1=one=a,port2=two=b", F_MULTIPORT);
+    all_ready(&mut rig, 3);
+    for (queue, to) in [(1, "tty"), (5, "a"), (7, "b")] {
+        rig.ask(queue, &[Buffer::Read(to.as_bytes())]).unwrap();
+        assert_eq!(consoles.at(to).output(), to.as_bytes());
+    }
+    let slow = consoles.at("a");
+    slow.set_room(Some(0));
+    rig.add(5, &[Buffer::Read(&[b'x'; 9000])]);
+    rig.kick(5);
+    assert_eq!(rig.take_used(5), None);
+    rig.ask(7, &[Buffer::Read(b"!")]).unwrap();
+    assert_eq!(consoles.at("b").output(), b"b!", "a slow reader holds up its own port");
+    slow.set_room(None);
+    rig.run();
+    assert!(rig.take_used(5).is_some());
+
+    let head = rig.add(6, &[Buffer::Write(64)]);
+    rig.kick(6);
+    consoles.at("b").type_in(b"hello");
+    rig.run();
+    assert_eq!((rig.take_used(6), consoles.at("b").unread()), (None, 5));
+    say(&mut rig, 2, PORT_OPEN, 1);
+    rig.run();
+    assert_eq!(rig.take_used(6), Some((head, 5)));
+    say(&mut rig, 2, PORT_OPEN, 0);
+    rig.add(6, &[Buffer::Write(64)]);
+    rig.kick(6);
+    consoles.at("b").type_in(b"later");
+    rig.run();
+    assert_eq!((rig.take_used(6), consoles.at("b").unread()), (None, 5));
+    assert_eq!(turn(rig.device.as_mut(), 0).unwrap(), 0, "the loop sleeps");
+    consoles.at("tty").type_in(b"k");
+    assert_eq!(rig.ask(RECEIVE, &[Buffer::Write(8)]).unwrap(), b"k", "the console is always open");
+}
+
+#[test]
+fn a_driver_that_knows_no_ports_has_the_console_alone() {
+    let (mut rig, consoles) = ports("to=tty,port1=one=a", F_SIZE);
+    rig.ask(TRANSMIT, &[Buffer::Read(b"plain")]).unwrap();
+    assert_eq!(consoles.at("tty").output(), b"plain");
+    rig.add(CONTROL_OUT, &[Buffer::Read(&[0; 8])]);
+    rig.add(CONTROL_IN, &[Buffer::Write(64)]);
+    rig.add(5, &[Buffer::Read(b"nobody's")]);
+    (2..6).for_each(|queue| rig.kick(queue));
+    assert!((2..6).all(|queue| rig.take_used(queue).is_none()));
+    assert_eq!(consoles.at("a").output(), b"");
+    let (mut rig, consoles) = ports("port1=only=a", F_MULTIPORT);
+    assert_eq!(rig.read(0x104), 1);
+    all_ready(&mut rig, 1);
+    rig.ask(TRANSMIT, &[Buffer::Read(b"no console")]).unwrap();
+    assert_eq!(consoles.at("a").output(), b"no console");
+}
+
+#[test]
+fn a_terminal_that_changes_its_size_is_told_of_to_drivers_of_ports_too() {
+    let (mut rig, consoles) = ports("to=tty,port1=one=a", F_SIZE | F_MULTIPORT);
+    all_ready(&mut rig, 2);
+    consoles.at("tty").set_size((132, 50));
+    consoles.at("tty").connect();
+    rig.run();
+    assert_eq!(said(&mut rig), [(0, RESIZE, 1, [132, 0, 50, 0].to_vec())]);
+    assert_eq!(rig.read(0x100), 132 | 50 << 16);
+}
+
+#[test]
+fn a_driver_that_talks_without_end_or_sense_costs_nothing() {
+    let (mut rig, _consoles) = ports("to=tty,port1=one=a", F_MULTIPORT);
+    say(&mut rig, 0, DEVICE_READY, 1);
+    for _ in 0..2000 {
+        say(&mut rig, 1, PORT_READY, 1);
+    }
+    assert_eq!(
+        said(&mut rig).iter().map(|said| said.1).collect::<Vec<_>>(),
+        [PORT_ADD, PORT_ADD, PORT_NAME, PORT_OPEN]
+    );
+    for (id, event, value) in [(2, PORT_READY, 1), (u32::MAX, PORT_OPEN, 1), (1, 99, 1), (1, 2, 0)]
+    {
+        say(&mut rig, id, event, value);
+    }
+    for odd in [&b""[..], b"short", &[0xff; 9000]] {
+        rig.ask(CONTROL_OUT, &[Buffer::Read(odd)]).unwrap();
+    }
+    assert_eq!(said(&mut rig), []);
+    say(&mut rig, 1, PORT_READY, 0);
+    say(&mut rig, 1, PORT_READY, 1);
+    rig.add(CONTROL_IN, &[Buffer::Write(7)]);
+    rig.kick(CONTROL_IN);
+    // What was left by `said` is filled first; what is too short comes back empty.
+    let taken: Vec<u32> =
+        std::iter::from_fn(|| rig.take_used(CONTROL_IN)).map(|used| used.1).collect();
+    assert!(taken.contains(&11) && taken.iter().all(|len| matches!(len, 0 | 8 | 11)), "{taken:?}");
+    rig.start(F_MULTIPORT);
+    assert_eq!(said(&mut rig), [], "a new driver has said nothing");
+}
+
+#[test]
+fn ports_have_names_that_make_files_each_once() {
+    for (text, part) in [
+        ("console,port1=agent", "NAME=WHERE"),
+        ("console,port1==a", "NAME=WHERE"),
+        ("console,port1=a/b=a", "NAME=WHERE"),
+        ("console,port1=a b=a", "NAME=WHERE"),
+        ("console,port2=x=a,port1=x=b", "no other port"),
+        ("console,port8=x=a", "Unknown option"),
+    ] {
+        let options = Options::parse(text).unwrap();
+        let built = Model::find("console").unwrap().create(&options, wiring());
+        let error = built.err().unwrap();
+        let said =
+            format!("{error} {:?}", std::error::Error::source(&error).map(ToString::to_string));
+        assert!(said.contains(part), "{text}: {said}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_order_of_messages_and_bytes_makes_ports_panic_or_spin(
+        takes_ports in any::<bool>(),
+        steps in prop::collection::vec((0_u8..9, 0_u32..4, 0_u16..9, 0_usize..6000), 1..60)
+    ) {
+        let (mut rig, consoles) = ports("to=tty,port1=one=a,port2=two=b", if takes_ports { 3 } else { 1 });
+        for (what, number, event, len) in steps {
+            let end = consoles.at(["tty", "a", "b", "tty"][number as usize]);
+            let queue = [0, 4, 6, 2][number as usize];
+            match what {
+                0 => drop(rig.add(queue, &[Buffer::Write((len % 90) as u32)])),
+                1 => drop(rig.add(queue + 1, &[Buffer::Read(&vec![1; len])])),
+                2..4 => {
+                    let message = [&number.to_le_bytes()[..], &event.to_le_bytes(), &(len as u16 % 3).to_le_bytes()].concat();
+                    rig.add(3, &[Buffer::Read(&message)]);
+                }
+                4 => end.type_in(&vec![2; len]),
+                5 => end.set_room(Some(len)),
+                6 => end.hang_up(),
+                7 => end.connect(),
+                _ => end.set_size((event, number as u16)),
+            }
+            (0..8).for_each(|queue| rig.kick(queue));
+            rig.run();
+            (0..8).for_each(|queue| while rig.take_used(queue).is_some() {});
+        }
+        prop_assert!(rig.status() == 15 || rig.status() == 15 | 64);
+    }
 }
 
 proptest! {

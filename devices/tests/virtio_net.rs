@@ -846,7 +846,9 @@ fn a_limit_is_that_of_all_pairs_together() {
     assert_eq!(use_pairs(&mut rig, 4, 2), [0]);
     let bytes = [&NO_HEADER[..], &frame(60)].concat();
     for queue in [1, 3] {
-        (0..8).for_each(|_| drop(rig.add(queue, &[Buffer::Read(&bytes)])));
+        for _ in 0..8 {
+            rig.add(queue, &[Buffer::Read(&bytes)]);
+        }
         rig.kick(queue);
     }
     let sent = || nets.iter().map(|net| net.sent().len()).sum::<usize>();

@@ -202,6 +202,13 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "tap=NAME", help_heading = "Devices", value_parser = value::net)]
     pub(super) net: Vec<String>,
 
+    /// A virtio console, hvc0: to=WHERE; with port=NAME,path=PATH a named port beside it; may be given several times
+    ///
+    /// WHERE is as for --serial. A program in the guest finds a port at /dev/virtio-ports/NAME, one on the host at the Unix
+    /// socket PATH (or port=NAME,to=WHERE). All of them are one --device console,to=WHERE,port1=NAME=unix:PATH,...
+    #[arg(long, value_name = "to=WHERE|port=NAME,path=PATH", help_heading = "Devices", value_parser = value::console)]
+    pub(super) console: Vec<value::ConsoleEnd>,
+
     /// Add a device, or set options of the board's own; may be given several times
     ///
     /// --device help lists all of them with their options.

@@ -54,6 +54,31 @@ fn vsock_is_short_for_a_device() {
 }
 
 #[test]
+fn consoles_and_ports_are_short_for_one_device() {
+    let with = |flags: &[&str]| {
+        let flags = flags.iter().flat_map(|flag| ["--console", flag]);
+        let args: Vec<&str> = ["--kernel", "Image"].into_iter().chain(flags).collect();
+        parse(&args).map(|task| match task {
+            Task::Run(config, _) => config.devices.clone(),
+            other => panic!("{other:?}"),
+        })
+    };
+    assert_eq!(with(&["to=pty"]).unwrap(), ["console,to=pty"]);
+    assert_eq!(
+        with(&["port=agent,path=/run/a=b", "to=null", "to=file:log,port=x.1"]).unwrap(),
+        ["console,to=null,port1=agent=unix:/run/a=b,port2=x.1=file:log"]
+    );
+    for wrong in ["", "pty", "port=a", "path=/x", "to=", "to=null,to=pty", "name=a,to=null"] {
+        let line = with(&[wrong]).unwrap_err();
+        assert!(line.contains("--console") && !line.contains('\n'), "{wrong}: {line}");
+    }
+    let ports: Vec<String> = (0..8).map(|number| format!("port=p{number},to=null")).collect();
+    let ports: Vec<&str> = ports.iter().map(String::as_str).collect();
+    assert!(with(&ports).unwrap_err().contains("port8"));
+    assert!(with(&["to=null", "to=pty"]).unwrap_err().contains("one console without port=NAME"));
+}
+
+#[test]
 fn a_power_button_gives_the_guest_time() {
     let patience = |args: &[&str]| {
         let args: Vec<&str> = ["--kernel", "Image"].iter().chain(args).copied().collect();

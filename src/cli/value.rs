@@ -77,6 +77,57 @@ pub(super) fn net(text: &str) -> Result<String, String> {
     Ok(text)
 }
 
+/// One `--console`: the console itself where it has no port's name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct ConsoleEnd {
+    pub(super) port: Option<String>,
+    pub(super) to: String,
+}
+
+/// `--console to=WHERE`, `--console port=NAME,path=PATH` or `--console port=NAME,to=WHERE`.
+pub(super) fn console(text: &str) -> Result<ConsoleEnd, String> {
+    const FORMS: &str = "it is not of the form to=WHERE, port=NAME,path=PATH or port=NAME,to=WHERE";
+    let mut end = (None, None);
+    for part in text.split(',') {
+        let (key, value) = part.split_once('=').ok_or(FORMS)?;
+        let (field, value) = match key {
+            "port" => (&mut end.0, value.to_owned()),
+            "to" => (&mut end.1, value.to_owned()),
+            "path" => (&mut end.1, format!("unix:{value}")),
+            _ => return Err(FORMS.into()),
+        };
+        if value.is_empty() || field.replace(value).is_some() {
+            return Err(FORMS.into());
+        }
+    }
+    let (port, to) = (end.0, end.1.ok_or(FORMS)?);
+    if port.is_none() && text.starts_with("path=") {
+        return Err("a path goes with a port (write port=NAME,path=PATH, or to=unix:PATH)".into());
+    }
+    Ok(ConsoleEnd { port, to })
+}
+
+/// The device that all `--console` together are; none where there are none.
+pub(super) fn consoles(ends: &[ConsoleEnd]) -> Result<Option<String>, String> {
+    let mut text = "console".to_owned();
+    let (consoles, ports): (Vec<_>, Vec<_>) = ends.iter().partition(|end| end.port.is_none());
+    if consoles.len() > 1 {
+        return Err("there is one console without port=NAME (name the others)".into());
+    }
+    for end in consoles {
+        text.push_str(&format!(",to={}", end.to));
+    }
+    for (number, end) in ports.iter().enumerate() {
+        let name = end.port.as_deref().unwrap_or_default();
+        text.push_str(&format!(",port{}={name}={}", number + 1, end.to));
+    }
+    if ends.is_empty() {
+        return Ok(None);
+    }
+    device(&text)?;
+    Ok(Some(text))
+}
+
 /// `--isa host,-v,+zbb`: the host's extensions, which are the start anyway, then the changes.
 pub(super) fn isa(text: &str) -> Result<List<KnobChange>, String> {
     match text {

@@ -35,7 +35,7 @@ mod streams;
 mod writer;
 
 pub use raw::restore;
-pub(crate) use raw::{resume, suspend};
+pub(crate) use raw::{resized, resume, suspend};
 pub(crate) use shared::Shared;
 
 /// What somebody calls who wants the machine to end: the user by Ctrl-A x, or a signal.

@@ -4,12 +4,13 @@
 //! place that the panic hook and the signals reach too.
 
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::panic;
-use std::sync::{Mutex, MutexGuard, Once, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, TryLockError};
 
 use rustix::process::{Signal, getpgrp, getpid, kill_process};
 use rustix::termios::{OptionalActions, OutputModes, Termios, tcgetattr, tcgetpgrp, tcsetattr};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// The terminal that is raw now.
 static RAW: Mutex<Option<Taken>> = Mutex::new(None);
@@ -18,11 +19,15 @@ struct Taken {
     terminal: OwnedFd,
     before: Termios,
     raw: Termios,
+    resized: Arc<EventFd>,
 }
 
 /// Keeps a terminal raw as long as it lives. There is one at a time in a process.
 #[derive(Debug)]
-pub(super) struct RawMode(());
+pub(super) struct RawMode {
+    /// Readable when the terminal may have another size.
+    resized: Arc<EventFd>,
+}
 
 impl RawMode {
     /// Makes a terminal raw: every key is handed on at once, unechoed, and none makes a signal.
@@ -41,12 +46,24 @@ impl RawMode {
         let mut raw = before.clone();
         raw.make_raw();
         raw.output_modes |= before.output_modes & (OutputModes::OPOST | OutputModes::ONLCR);
-        let new = Taken { terminal, before, raw };
+        let resized = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+        let new = Taken { terminal, before, raw, resized: Arc::clone(&resized) };
         new.apply(&new.raw)?;
         *taken = Some(new);
         drop(taken);
         restore_on_panic();
-        Ok(Self(()))
+        Ok(Self { resized })
+    }
+
+    /// The descriptor that is readable when the terminal may have another size.
+    pub(super) fn resized(&self) -> RawFd {
+        self.resized.as_raw_fd()
+    }
+
+    /// The new size was looked at, or will be.
+    pub(super) fn note_resized(&self) {
+        // Empty where the event was stale.
+        drop(self.resized.read());
     }
 }
 
@@ -94,8 +111,17 @@ pub(crate) fn suspend() {
     let _ = kill_process(getpid(), Signal::STOP);
 }
 
-/// SIGCONT has come: takes the terminal again.
+/// SIGWINCH has come: who has the terminal looks at its size.
+pub(crate) fn resized() {
+    if let Some(taken) = lock().as_ref() {
+        // Refused means that it is readable already.
+        let _ = taken.resized.write(1);
+    }
+}
+
+/// SIGCONT has come: takes the terminal again, which may have another size by now.
 pub(crate) fn resume() {
+    resized();
     if let Some(taken) = lock().as_ref() {
         let _ = taken.apply(&taken.raw);
     }
@@ -163,10 +189,18 @@ mod tests {
         assert_eq!(after.output_modes, before.output_modes);
 
         let raw = RawMode::enter(terminal.as_fd()).unwrap();
+        // A new size is told to who has the terminal, once.
+        assert!(raw.resized.read().is_err());
+        resized();
+        resized();
+        assert_eq!(raw.resized.read().ok(), Some(2));
+        raw.note_resized();
+        assert!(raw.resized.read().is_err());
         restore();
         assert!(!is_raw(&terminal), "restored without the console's help");
         resume();
         assert!(is_raw(&terminal), "taken again after a stop");
+        assert_eq!(raw.resized.read().ok(), Some(1));
         thread::spawn(|| panic!("on purpose")).join().unwrap_err();
         assert!(!is_raw(&terminal), "restored by the panic hook");
         drop(raw);

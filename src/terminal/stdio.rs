@@ -17,7 +17,7 @@ pub(super) struct Stdio {
     keys: Option<Keys>,
     stop: StopRequest,
     /// Put back when this is dropped.
-    _raw: Option<RawMode>,
+    raw: Option<RawMode>,
 }
 
 impl Stdio {
@@ -33,7 +33,7 @@ impl Stdio {
             Some(input.as_fd().try_clone_to_owned()?),
             Some(output.as_fd().try_clone_to_owned()?),
         )?;
-        let mut console = Self { streams, keys: on_terminal.then(Keys::default), stop, _raw: raw };
+        let mut console = Self { streams, keys: on_terminal.then(Keys::default), stop, raw };
         if on_terminal && output.is_terminal() {
             console.streams.show(keys::HINT);
         } else if on_terminal {
@@ -53,7 +53,7 @@ impl Stdio {
 
 impl ConsoleBackend for Stdio {
     fn ports(&self) -> Ports {
-        self.streams.ports()
+        Ports { attention: self.raw.as_ref().map(RawMode::resized), ..self.streams.ports() }
     }
 
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
@@ -79,6 +79,10 @@ impl ConsoleBackend for Stdio {
         let size = rustix::termios::tcgetwinsize(io::stdout()).ok()?;
         Some((size.ws_col, size.ws_row))
     }
+
+    fn attend(&mut self) {
+        self.raw.iter().for_each(RawMode::note_resized);
+    }
 }
 
 #[cfg(test)]
@@ -99,7 +103,7 @@ mod tests {
             counter.fetch_add(1, Ordering::SeqCst);
         });
         let streams = Streams::new(Some(input), Some(output)).unwrap();
-        (Stdio { streams, keys: Some(Keys::default()), stop, _raw: None }, stops)
+        (Stdio { streams, keys: Some(Keys::default()), stop, raw: None }, stops)
     }
 
     #[test]

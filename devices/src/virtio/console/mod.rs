@@ -1,0 +1,300 @@
+//! Console device (virtio 1.3, section 5.3): `/dev/hvc0` in Linux, beside the UART, and named ports beside that
+//! (`/dev/virtio-ports/NAME`).
+//!
+//! | file | what |
+//! |---|---|
+//! | `wish.rs` | what a user asks for |
+//! | `port.rs` | a port: bytes in both directions |
+//! | `control.rs` | what driver and device tell each other about ports |
+//!
+//! What the guest prints stays in its queue until the other end takes it: a slow reader holds the guest back, and nothing is
+//! lost. Input is read only as the guest makes room for it. The size of the terminal, where the other end is one, is
+//! looked at whenever something happens on the console, and when the terminal says that it has changed.
+//!
+//! Left out: ports that come and go while the guest runs.
+
+use std::os::fd::AsRawFd;
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::{VirtioDevice, VirtioError, VirtioMmio, Work};
+use crate::catalog::{BuildError, Built, Model, Placement, Wiring};
+use crate::device::{Interest, Source};
+use crate::link::{LAST_TOKEN, Link};
+use crate::options::Options;
+
+mod control;
+mod port;
+mod wish;
+
+use control::{Message, Talk, event};
+use port::Port;
+use wish::Wish;
+
+/// The catalog's entry.
+pub(crate) const MODEL: Model = Model {
+    name: "console",
+    summary: "virtio console: a second console, hvc0 in Linux, and named ports",
+    keys: wish::KEYS,
+    placement: Placement::Slot,
+    irqs: 1,
+    build,
+};
+
+/// Queues: the first port's two, two for control messages, and two for each further port (section 5.3.2).
+const PORT_QUEUES: u16 = 64;
+const CONTROL_QUEUES: u16 = 32;
+const CONTROL_RECEIVE: u16 = 2;
+const CONTROL_TRANSMIT: u16 = 3;
+
+const F_SIZE: u64 = 1;
+const F_MULTIPORT: u64 = 1 << 1;
+const F_EMERG_WRITE: u64 = 1 << 2;
+
+/// Where `max_nr_ports` and `emerg_wr` are in the configuration space, and how long that is (section 5.3.4).
+const MOST_PORTS: usize = 4;
+const EMERG_WRITE: usize = 8;
+const CONFIG: usize = 12;
+
+/// Bytes of output that one pass moves at most, over all ports.
+const MOST_OUTPUT: usize = 256 << 10;
+
+/// The device's own token is behind the first port's, and the second port's are behind that.
+const TOKEN_AGAIN: u32 = LAST_TOKEN + 1;
+const TOKENS: u32 = TOKEN_AGAIN + 1;
+
+struct Console {
+    /// The console comes first, where there is one.
+    ports: Vec<Port>,
+    queue_sizes: Box<[u16]>,
+    /// Readable when a pass has left output behind.
+    again: EventFd,
+    /// Features that are offered: the size where the other end is a terminal.
+    offered: u64,
+
+    /// Features that the driver has taken.
+    taken: u64,
+    config: [u8; CONFIG],
+}
+
+fn build(options: &Options, wiring: Wiring) -> Built {
+    let wish =
+        Wish::read(options).map_err(|source| BuildError::Option { model: MODEL.name, source })?;
+    let failed = |source| BuildError::Host { model: MODEL.name, what: "event descriptors", source };
+    let mut ports = Vec::new();
+    for (number, end) in (0..).zip(wish.ends) {
+        let backend = wiring
+            .host
+            .console(&end.to)
+            .map_err(|source| BuildError::End { model: MODEL.name, source })?;
+        let link = Link::new(MODEL.name, backend).map_err(failed)?;
+        ports.push(Port::new(number, link, end.name));
+    }
+    let mut console =
+        Console::new(ports, EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(failed)?);
+    console.look_at_size();
+    VirtioMmio::create(Box::new(console), wiring)
+}
+
+impl Console {
+    fn new(ports: Vec<Port>, again: EventFd) -> Self {
+        let has_size = ports.first().is_some_and(|port| port.is_console() && port.size().is_some());
+        let has_ports = ports.len() > 1 || ports.iter().any(|port| !port.is_console());
+        let mut queue_sizes = vec![PORT_QUEUES; 2];
+        if has_ports {
+            queue_sizes.extend([CONTROL_QUEUES; 2]);
+            let further = ports.len().saturating_sub(1);
+            queue_sizes.extend(std::iter::repeat_n(PORT_QUEUES, 2 * further));
+        }
+        let mut config = [0; CONFIG];
+        if let Some(field) = config.get_mut(MOST_PORTS) {
+            *field = u8::try_from(ports.len()).unwrap_or(u8::MAX);
+        }
+        let flag = |is_on, bit| if is_on { bit } else { 0 };
+        Self {
+            ports,
+            queue_sizes: queue_sizes.into(),
+            again,
+            offered: flag(has_size, F_SIZE) | flag(has_ports, F_MULTIPORT) | F_EMERG_WRITE,
+            taken: 0,
+            config,
+        }
+    }
+
+    fn has_talk(&self) -> bool {
+        self.taken & F_MULTIPORT != 0
+    }
+
+    /// Puts the size of the terminal into the configuration space; true where it is another than before.
+    fn look_at_size(&mut self) -> bool {
+        let console = self.ports.first().filter(|port| port.is_console());
+        let Some((columns, rows)) = console.and_then(Port::size) else { return false };
+        let size = u32::from(columns) | u32::from(rows) << 16;
+        let Some(field) = self.config.first_chunk_mut() else { return false };
+        std::mem::replace(field, size.to_le_bytes()) != *field
+    }
+
+    /// The port that a queue belongs to; none for those of control messages.
+    fn port_of(&self, queue: u16) -> Option<usize> {
+        match queue {
+            0 | 1 => Some(0),
+            CONTROL_RECEIVE | CONTROL_TRANSMIT => None,
+            further if self.has_talk() => Some(usize::from(further / 2) - 1),
+            _ => None,
+        }
+    }
+
+    /// Moves bytes of a port, if something may be ready there.
+    fn serve(
+        &mut self,
+        number: usize,
+        token: Option<u32>,
+        work: &mut Work<'_>,
+    ) -> Result<(), VirtioError> {
+        let Some(port) = self.ports.get_mut(number) else { return Ok(()) };
+        port.receive(token, work)?;
+        let mut left = MOST_OUTPUT;
+        port.transmit(&mut left, work)?;
+        if left == 0 {
+            // Refused means that it is readable already.
+            let _ = self.again.write(1);
+        }
+        if self.look_at_size() && self.taken & F_SIZE != 0 {
+            work.config_changed();
+            // Drivers of several ports do not look there.
+            self.ports.iter_mut().take(1).for_each(|console| console.talk.owes_size());
+        }
+        self.tell(work)
+    }
+
+    /// Takes what the driver says.
+    fn listen(&mut self, work: &mut Work<'_>) -> Result<(), VirtioError> {
+        while let Some(chain) = work.pop(CONTROL_TRANSMIT)? {
+            if let Some(message) = Message::read(&chain, work.memory()) {
+                self.obey(message);
+            }
+            work.complete(chain, 0);
+        }
+        Ok(())
+    }
+
+    fn obey(&mut self, Message { id, event, value }: Message) {
+        if event == event::DEVICE_READY {
+            let ports = self.ports.iter_mut();
+            return ports.for_each(|port| port.talk = Talk::begin(value == 1));
+        }
+        let port = usize::try_from(id).ok().and_then(|id| self.ports.get_mut(id));
+        let Some(port) = port else { return };
+        match event {
+            event::PORT_READY => {
+                let has_size = port.is_console() && port.size().is_some();
+                port.talk.ready(value == 1, port.is_console(), has_size);
+            }
+            event::PORT_OPEN => port.set_open(value == 1),
+            _ => {}
+        }
+    }
+
+    /// Tells the driver what it has to know, as far as it has buffers for that.
+    fn tell(&mut self, work: &mut Work<'_>) -> Result<(), VirtioError> {
+        if !self.has_talk() {
+            return Ok(());
+        }
+        for port in &mut self.ports {
+            port.talk.set_connected(port.is_connected());
+            while port.talk.owes() {
+                let Some(chain) = work.pop(CONTROL_RECEIVE)? else { return Ok(()) };
+                if chain.writable_bytes() < Message::BYTES {
+                    work.refuse(chain);
+                    continue;
+                }
+                let message = port.next_message();
+                let written = chain.write_at(work.memory(), 0, &message);
+                work.complete(chain, u32::try_from(written).unwrap_or(0));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl VirtioDevice for Console {
+    fn name(&self) -> &'static str {
+        MODEL.name
+    }
+
+    fn id(&self) -> u32 {
+        3
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.queue_sizes
+    }
+
+    fn features(&self) -> u64 {
+        self.offered
+    }
+
+    fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    fn write_config(&mut self, offset: usize, data: &[u8]) {
+        // One character before any queue works, for a driver that has said that it knows of this.
+        if let (EMERG_WRITE, Some(byte), Some(port)) =
+            (offset, data.first(), self.ports.first_mut())
+            && self.taken & F_EMERG_WRITE != 0
+        {
+            port.push(*byte);
+        }
+    }
+
+    fn activate(&mut self, features: u64) {
+        self.taken = features;
+    }
+
+    fn kicked(&mut self, queue: u16, work: &mut Work<'_>) -> Result<(), VirtioError> {
+        match self.port_of(queue) {
+            Some(number) => self.serve(number, None, work),
+            None if self.has_talk() => {
+                self.listen(work)?;
+                // A port that was opened wants its input.
+                (0..self.ports.len()).try_for_each(|number| self.serve(number, None, work))
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn reset_queue(&mut self, queue: u16) {
+        let number = self.port_of(queue);
+        let port = number.and_then(|number| self.ports.get_mut(number));
+        if let (Some(port), false) = (port, queue.is_multiple_of(2)) {
+            port.forget_output();
+        }
+    }
+
+    fn reset(&mut self) {
+        self.taken = 0;
+        self.ports.iter_mut().for_each(Port::reset);
+    }
+
+    fn sources(&self) -> Vec<Source> {
+        let again =
+            Source { fd: self.again.as_raw_fd(), token: TOKEN_AGAIN, interest: Interest::Read };
+        let mut sources = Vec::new();
+        for (number, port) in (0..).zip(&self.ports) {
+            let own = |source: Source| Source { token: TOKENS * number + source.token, ..source };
+            sources.extend(port.sources().into_iter().map(own));
+        }
+        sources.push(again);
+        sources
+    }
+
+    fn ready(&mut self, token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {
+        if token == TOKEN_AGAIN {
+            // Drained; empty if the event was stale.
+            drop(self.again.read());
+            return (0..self.ports.len()).try_for_each(|number| self.serve(number, None, work));
+        }
+        self.serve((token / TOKENS) as usize, Some(token % TOKENS), work)
+    }
+}
