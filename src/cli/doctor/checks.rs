@@ -25,6 +25,8 @@ pub(super) fn all(host: &Host, kvm: &Result<HostReport, String>) -> Vec<Check> {
     }
     checks.extend(memory(host));
     checks.extend(nodes(host));
+    checks.push(io_uring(host));
+    checks.extend(programs(host));
     checks.extend(limits(host));
     checks
 }
@@ -167,6 +169,38 @@ fn nodes(host: &Host) -> [Check; 3] {
             "vsock in the kernel",
             "vhost_vsock",
         ),
+    ]
+}
+
+/// What disks are fastest with.
+fn io_uring(host: &Host) -> Check {
+    const INSTEAD: &str = "disks go through a thread each, which is slower";
+    match host.io_uring_disabled {
+        Some(0) => Check::ok("io_uring", "io_uring is there for disks"),
+        Some(1) => Check::note(
+            "io_uring",
+            format!("io_uring is for users with the right to it: {INSTEAD}"),
+        )
+        .advise(
+            "sudo sysctl kernel.io_uring_disabled=0, or join the group of kernel.io_uring_group",
+        ),
+        Some(_) => Check::note("io_uring", format!("io_uring is switched off: {INSTEAD}"))
+            .advise("sudo sysctl kernel.io_uring_disabled=0"),
+        None => Check::note("io_uring", format!("the kernel has no io_uring: {INSTEAD}"))
+            .advise("use a kernel with CONFIG_IO_URING, where disks have to be fast"),
+    }
+}
+
+/// Programs that rvmm starts for devices.
+fn programs(host: &Host) -> [Check; 2] {
+    let check = |topic, is_there, what: &str| match is_there {
+        true => Check::ok(topic, format!("{topic} is installed: {what}")),
+        false => Check::missing(topic, format!("there is no {topic}: no {what}"))
+            .advise(format!("sudo apt install {topic}")),
+    };
+    [
+        check("virtiofsd", host.has_virtiofsd, "folders shared with guests"),
+        check("passt", host.has_passt, "networks without a tap and without root"),
     ]
 }
 

@@ -1,8 +1,9 @@
 //! What files of the host say: /proc, /sys and /dev below a root, which is `/` but in tests.
 
+use std::env;
 use std::fs::{self, OpenOptions};
 use std::io::ErrorKind;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::OFlags;
@@ -51,6 +52,11 @@ pub(super) struct Host {
     pub(super) tun: Node,
     pub(super) vhost_net: Node,
     pub(super) vhost_vsock: Node,
+    /// Who may not use io_uring (Documentation/admin-guide/sysctl/kernel.rst): 0 nobody, 1 users without a right, 2 everybody.
+    pub(super) io_uring_disabled: Option<u8>,
+    /// Whether the programs are there that rvmm starts for shared folders and for networks without a tap.
+    pub(super) has_virtiofsd: bool,
+    pub(super) has_passt: bool,
     pub(super) open_files: Option<Limit>,
     pub(super) locked_memory: Option<Limit>,
     pub(super) address_space: Option<Limit>,
@@ -66,7 +72,7 @@ impl Host {
         let limits = text("proc/self/limits").unwrap_or_default();
         let groups = cgroups(root, &text("proc/self/cgroup").unwrap_or_default());
         Self {
-            arch: std::env::consts::ARCH,
+            arch: env::consts::ARCH,
             release: text("proc/sys/kernel/osrelease").map(|release| release.trim().to_owned()),
             isa: text("proc/cpuinfo").and_then(|cpuinfo| isa(&cpuinfo)),
             online_cpus: text("sys/devices/system/cpu/online").and_then(|list| count_cpus(&list)),
@@ -77,6 +83,10 @@ impl Host {
             tun: node(root, "dev/net/tun"),
             vhost_net: node(root, "dev/vhost-net"),
             vhost_vsock: node(root, "dev/vhost-vsock"),
+            io_uring_disabled: text("proc/sys/kernel/io_uring_disabled")
+                .and_then(|number| number.trim().parse().ok()),
+            has_virtiofsd: has_program(root, "virtiofsd", &["usr/libexec", "usr/lib"]),
+            has_passt: has_program(root, "passt", &[]),
             open_files: limit(&limits, "Max open files"),
             locked_memory: limit(&limits, "Max locked memory"),
             address_space: limit(&limits, "Max address space"),
@@ -99,6 +109,17 @@ fn node(root: &Path, path: &str) -> Node {
             _ => Node::Refused(error.to_string()),
         },
     }
+}
+
+/// Whether a program lies in a folder of PATH, or in one of `more`, where Debian puts what only programs start.
+fn has_program(root: &Path, name: &str, more: &[&str]) -> bool {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let below = |folder: PathBuf| root.join(folder.strip_prefix("/").unwrap_or(&folder));
+    let mut folders = env::split_paths(&path).chain(more.iter().map(PathBuf::from)).map(below);
+    folders.any(|folder| {
+        let file = fs::metadata(folder.join(name));
+        file.is_ok_and(|data| data.is_file() && data.permissions().mode() & 0o111 != 0)
+    })
 }
 
 /// The value of the first `isa` line of /proc/cpuinfo.

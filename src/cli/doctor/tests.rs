@@ -1,6 +1,7 @@
 //! Every line of the report, from fake trees of files and from facts made up.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use tempfile::TempDir;
@@ -29,6 +30,9 @@ fn good_host() -> Host {
         tun: Node::Usable,
         vhost_net: Node::Usable,
         vhost_vsock: Node::Usable,
+        io_uring_disabled: Some(0),
+        has_virtiofsd: true,
+        has_passt: true,
         open_files: Some(Some(1024)),
         locked_memory: Some(None),
         address_space: Some(None),
@@ -105,6 +109,9 @@ fn whatever_is_missing_is_said_with_what_to_do() {
         tun: Node::Absent,
         vhost_net: Node::Denied,
         vhost_vsock: Node::Absent,
+        io_uring_disabled: None,
+        has_virtiofsd: false,
+        has_passt: false,
         open_files: Some(Some(20)),
         locked_memory: Some(Some(0)),
         address_space: Some(Some(1 << 30)),
@@ -311,6 +318,7 @@ fn tree(files: &[(&str, &str)]) -> TempDir {
 fn facts_are_read_from_the_hosts_files() {
     let root = tree(&[
         ("proc/sys/kernel/osrelease", "6.12.107+deb13-riscv64\n"),
+        ("proc/sys/kernel/io_uring_disabled", "1\n"),
         (
             "proc/cpuinfo",
             "processor\t: 0\nhart\t\t: 1\nisa\t\t: rv64imafdch_sstc\nmmu\t\t: sv57\n\nprocessor\t: 1\nisa\t\t: rv64i\n",
@@ -351,6 +359,9 @@ fn facts_are_read_from_the_hosts_files() {
         tun: Node::Usable,
         vhost_net: Node::Absent,
         vhost_vsock: Node::Absent,
+        io_uring_disabled: Some(1),
+        has_virtiofsd: false,
+        has_passt: false,
         open_files: Some(Some(1024)),
         locked_memory: Some(Some(8 << 20)),
         address_space: Some(None),
@@ -387,6 +398,42 @@ fn files_full_of_nonsense_give_no_facts_and_no_panic() {
     assert_eq!((host.open_files, host.address_space, host.cgroup_memory), (None, None, None));
     assert!(matches!(host.kvm, Node::Refused(_)));
     assert!(!all(&host, &Err("none".into())).is_empty());
+}
+
+#[test]
+fn io_uring_is_there_restricted_switched_off_or_unknown() {
+    for (disabled, status, part) in [
+        (Some(0), Status::Ok, "is there"),
+        (Some(1), Status::Note, "with the right to it"),
+        (Some(2), Status::Note, "switched off"),
+        (None, Status::Note, "CONFIG_IO_URING"),
+    ] {
+        let line = line("io_uring", |host, _| host.io_uring_disabled = disabled);
+        let said = format!("{} {:?}", line.found, line.advice);
+        assert!(line.status == status && said.contains(part), "{disabled:?}: {line:?}");
+    }
+}
+
+#[test]
+fn programs_count_where_they_can_be_run() {
+    let root = tree(&[("usr/libexec/virtiofsd", "#!/bin/sh"), ("usr/bin/passt", "#!/bin/sh")]);
+    let host = || Host::read(root.path());
+    assert!(!host().has_virtiofsd && !host().has_passt, "nobody may run them");
+    for program in ["usr/libexec/virtiofsd", "usr/bin/passt"] {
+        let path = root.path().join(program);
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    assert!(host().has_virtiofsd);
+    let in_path = std::env::var_os("PATH").is_some_and(|path| {
+        std::env::split_paths(&path).any(|folder| folder == Path::new("/usr/bin"))
+    });
+    assert_eq!(host().has_passt, in_path);
+    for (topic, package) in [("virtiofsd", "folders"), ("passt", "without root")] {
+        let line = line(topic, |host, _| (host.has_virtiofsd, host.has_passt) = (false, false));
+        assert_eq!(line.status, Status::Missing);
+        assert!(line.found.contains(package), "{line:?}");
+        assert_eq!(line.advice, Some(format!("sudo apt install {topic}")));
+    }
 }
 
 #[test]
