@@ -268,6 +268,13 @@ fn a_guest_and_its_host_talk_over_a_tap_both_ways() {
         let mut sums = sums.lines();
         assert_eq!(sums.next(), sums.next(), "what came back is not what was sent");
         assert_eq!(echo.join().expect("the echo").len(), 2 << 20);
+        for (state, carrier) in [("down", "0"), ("up", "1")] {
+            on_the_host(&["ip", "link", "set", &tap, state]);
+            let wait = format!(
+                "until [ $(cat /sys/class/net/eth0/carrier) = {carrier} ]; do sleep 1; done; echo {state}"
+            );
+            assert_eq!(session.ask(&wait), format!("{state}\n"));
+        }
         power_off(session);
     }
 }

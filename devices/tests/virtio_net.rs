@@ -601,6 +601,21 @@ fn a_network_that_is_gone_takes_the_link_down_and_the_guest_goes_on() {
 }
 
 #[test]
+fn a_cable_that_is_pulled_and_put_in_again_is_told_of() {
+    let mut test = test(LINUX);
+    let carrier = |test: &mut Test| (test.rig.acknowledge() & 2, test.rig.read(0x104) >> 16 & 1);
+    for (is_up, expected) in [(false, (2, 0)), (false, (0, 0)), (true, (2, 1)), (true, (0, 1))] {
+        test.net.set_link(is_up);
+        test.rig.run();
+        assert_eq!(carrier(&mut test), expected);
+        assert_eq!(turn(test.rig.device.as_mut(), 0).unwrap(), 0, "the loop sleeps");
+    }
+    test.net.set_link(false);
+    let device = Net::new(Box::new(test.net.clone()), &Settings::default()).unwrap();
+    assert_eq!(device.config()[6], 0, "a new device finds it as it is");
+}
+
+#[test]
 fn a_network_that_fails_for_ever_does_not_keep_the_loop_awake() {
     let mut test = test(LINUX);
     test.rig.add(RX, &[Buffer::Write(2000)]);

@@ -13,6 +13,10 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use libc::{c_int, c_uint, c_ulong, c_void};
 use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, fstat, major, minor, open};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvFlags, SocketFlags, SocketType, bind, netlink, recv, socket_with,
+};
 use rvmm_devices::HostError;
 use rvmm_devices::virtio::net::{HEADER, NetBackend, Offloads};
 use rvmm_devices::virtio::{GuestMemoryMmap, Segment};
@@ -27,23 +31,35 @@ const TUN_DEVICE: (u32, u32) = (10, 200);
 /// Whole Ethernet frames, without the kernel's own header, with that of virtio-net.
 const FLAGS: c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 
+/// The group of messages about interfaces (<linux/rtnetlink.h>).
+const RTMGRP_LINK: u32 = 1;
+
+/// Messages that are read at once: a host can have more interfaces than anybody wants to hear of.
+const MOST_CHANGES: usize = 64;
+
 /// A tap, open.
 #[derive(Debug)]
 pub(super) struct Tap {
     fd: OwnedFd,
     name: String,
     identity: String,
+    /// Readable when some interface of the host has changed; none where that cannot be had.
+    changes: Option<OwnedFd>,
 }
 
 impl Tap {
     /// Opens the tap of this name, or makes it.
     pub(super) fn open(name: &str) -> Result<Self, HostError> {
-        Self::attach(name, 0)
+        Ok(Self { changes: changes(), ..Self::attach(name, 0)? })
     }
 
     /// Opens `count` queues of the tap of this name, or makes it.
     pub(super) fn open_queues(name: &str, count: u16) -> Result<Vec<Self>, HostError> {
-        (0..count).map(|_| Self::attach(name, libc::IFF_MULTI_QUEUE)).collect()
+        let mut queues: Vec<Self> = (0..count)
+            .map(|_| Self::attach(name, libc::IFF_MULTI_QUEUE))
+            .collect::<Result<_, _>>()?;
+        queues.iter_mut().take(1).for_each(|first| first.changes = changes());
+        Ok(queues)
     }
 
     fn attach(name: &str, more: c_int) -> Result<Self, HostError> {
@@ -107,7 +123,8 @@ impl Tap {
     fn prepare(fd: OwnedFd, name: String) -> Result<Self, HostError> {
         let host = fs::read_to_string("/etc/machine-id").unwrap_or_default();
         let identity = format!("{}/{name}", host.trim());
-        let mut tap = Self { fd, name, identity };
+        // Where one that was handed over is, in which network namespace, only who opened it knows: nobody watches its link.
+        let mut tap = Self { fd, name, identity, changes: None };
         tap.set_up().map_err(|error| {
             HostError::refused(format!("Cannot set up tap {}", tap.name), error)
         })?;
@@ -169,6 +186,31 @@ impl NetBackend for Tap {
         check(unsafe { libc::ioctl(self.fd.as_raw_fd(), libc::TUNSETQUEUE, &raw const request) })
     }
 
+    fn link_fd(&self) -> Option<RawFd> {
+        self.changes.as_ref().map(AsRawFd::as_raw_fd)
+    }
+
+    fn is_link_up(&mut self) -> bool {
+        let Some(changes) = &self.changes else { return true };
+        // What it was about does not matter; what does not fit was not needed.
+        let mut scrap = [0; 4096];
+        for _ in 0..MOST_CHANGES {
+            if recv(changes, &mut scrap, RecvFlags::DONTWAIT).is_err_and(|e| e == Errno::AGAIN) {
+                break;
+            }
+        }
+        let Some(mut request) = request(&self.name, 0) else { return true };
+        // SAFETY: SIOCGIFFLAGS reads and writes one `ifreq`, which outlives the call.
+        let result =
+            unsafe { libc::ioctl(changes.as_raw_fd(), libc::SIOCGIFFLAGS, &raw mut request) };
+        // SAFETY: after SIOCGIFFLAGS, and before it, the flags are what the union holds.
+        let flags = c_int::from(unsafe { request.ifr_ifru.ifru_flags });
+        match check(result) {
+            Ok(()) => flags & libc::IFF_UP != 0,
+            Err(error) => error.raw_os_error() != Some(libc::ENODEV),
+        }
+    }
+
     fn send(&mut self, memory: &GuestMemoryMmap, head: &[u8], rest: &[Segment]) -> io::Result<()> {
         let mut list = Vec::with_capacity(rest.len() + 1);
         list.push(vector(head.as_ptr().cast_mut().cast(), head.len()));
@@ -200,6 +242,14 @@ impl NetBackend for Tap {
             Err(_) => Err(self.explain(io::Error::last_os_error())),
         }
     }
+}
+
+/// A socket that is told of every change of an interface (rtnetlink(7); the protocol is number 0 of netlink's).
+fn changes() -> Option<OwnedFd> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None).ok()?;
+    bind(&socket, &netlink::SocketAddrNetlink::new(0, RTMGRP_LINK)).ok()?;
+    Some(socket)
 }
 
 /// Adds pieces of guest RAM, each checked at both ends to lie inside one region.

@@ -210,6 +210,31 @@ fn a_tap_of_several_queues_gives_frames_only_to_those_in_use() {
 }
 
 #[test]
+fn a_tap_tells_when_it_is_taken_up_and_down() {
+    in_a_namespace(|| {
+        let mut tap = Tap::open("t0").unwrap();
+        assert!(!tap.is_link_up(), "a new one is down");
+        let is_told = |tap: &Tap| {
+            // SAFETY: the descriptor is the tap's, which lives longer than this.
+            let fd = unsafe { BorrowedFd::borrow_raw(tap.link_fd().unwrap()) };
+            let mut fds = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
+            rustix::event::poll(&mut fds, Some(&rustix::event::Timespec::default())) == Ok(1)
+        };
+        let cable = Cable::to("t0");
+        assert!(is_told(&tap) && tap.is_link_up() && !is_told(&tap));
+        let mut request = request("t0", 0).unwrap();
+        // SAFETY: SIOCSIFFLAGS reads one `ifreq`, which outlives the call.
+        let done =
+            unsafe { libc::ioctl(cable.0.as_raw_fd(), libc::SIOCSIFFLAGS, &raw mut request) };
+        check(done).unwrap();
+        assert!(is_told(&tap) && !tap.is_link_up() && !is_told(&tap));
+        let mut queues = Tap::open_queues("t1", 2).unwrap();
+        assert!(queues[0].link_fd().is_some() && queues[1].link_fd().is_none());
+        assert!(!queues[0].is_link_up());
+    });
+}
+
+#[test]
 fn what_is_no_tap_is_refused_with_what_to_do() {
     in_a_namespace(|| {
         let (what, _) = Tap::open("lo").unwrap_err().into_parts();

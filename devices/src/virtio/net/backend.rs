@@ -43,6 +43,16 @@ pub trait NetBackend: Send {
         Ok(())
     }
 
+    /// Becomes readable when the network's side of the cable may have gone up or down; none where it cannot tell.
+    fn link_fd(&self) -> Option<RawFd> {
+        None
+    }
+
+    /// Whether that side is up. What [`link_fd`](Self::link_fd) has told of is done with then.
+    fn is_link_up(&mut self) -> bool {
+        true
+    }
+
     /// Sends a frame: the header and the frame's first bytes are in `head`, the rest of it in `rest`.
     ///
     /// # Errors

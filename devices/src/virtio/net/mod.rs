@@ -130,7 +130,8 @@ impl Net {
         let pairs = Pairs::new(backends, settings, mac)?;
         let mut config = [0; CONFIG];
         let [low, high] = pairs.count().to_le_bytes();
-        let fields = mac.into_iter().chain([LINK_UP, 0, low, high]).chain(mtu);
+        let status = if pairs.is_link_up() { LINK_UP } else { 0 };
+        let fields = mac.into_iter().chain([status, 0, low, high]).chain(mtu);
         config.iter_mut().zip(fields).for_each(|(byte, value)| *byte = value);
         let mut queue_sizes = vec![256; 2 * usize::from(pairs.count())];
         queue_sizes.push(64);
@@ -178,11 +179,11 @@ impl Net {
         self.pairs.set_offloads(Offloads::of_driver(features))
     }
 
-    /// Takes the link down when the host's end is gone.
+    /// Tells the driver when the link has gone up or down, or is gone with the host's end.
     fn watch_link(&mut self, work: &mut Work<'_>) {
         let [_, _, _, _, _, _, status, ..] = &mut self.config;
-        if self.pairs.is_gone() && *status & LINK_UP != 0 {
-            *status &= !LINK_UP;
+        let now = if self.pairs.is_link_up() { LINK_UP } else { 0 };
+        if std::mem::replace(status, now) != now {
             work.config_changed();
         }
     }

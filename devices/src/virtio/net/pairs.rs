@@ -19,8 +19,9 @@ use crate::virtio::{Limiter, VirtioError, Work};
 const TOKEN_NETWORK: u32 = 0;
 const TOKEN_RX_LIMIT: u32 = 1;
 const TOKEN_TX_LIMIT: u32 = 2;
+const TOKEN_LINK: u32 = 3;
 /// The second pair's, and then one after the other.
-const TOKEN_FURTHER: u32 = 3;
+const TOKEN_FURTHER: u32 = 4;
 
 /// All pairs of a device.
 pub(super) struct Pairs {
@@ -28,6 +29,8 @@ pub(super) struct Pairs {
     rx_limit: Limiter,
     tx_limit: Limiter,
     counters: Arc<Counters>,
+    /// The network's side of the cable was up when it was last looked at.
+    is_up: bool,
 }
 
 struct Pair {
@@ -54,8 +57,9 @@ impl Pairs {
         };
         let all = (0..).zip(backends).map(pair).collect();
         let (rx_limit, tx_limit) = (settings.rx.limiter()?, settings.tx.limiter()?);
-        let mut pairs = Self { all, rx_limit, tx_limit, counters };
+        let mut pairs = Self { all, rx_limit, tx_limit, counters, is_up: true };
         pairs.use_first(1);
+        pairs.look_at_link();
         Ok(pairs)
     }
 
@@ -67,9 +71,14 @@ impl Pairs {
         Arc::clone(&self.counters)
     }
 
-    /// A queue of the host's end will never send or receive again.
-    pub(super) fn is_gone(&self) -> bool {
-        self.all.iter().any(|pair| pair.port.is_gone)
+    /// There is a network, and its side of the cable is up.
+    pub(super) fn is_link_up(&self) -> bool {
+        // The queues are of one network: where one is gone for good, all are.
+        self.is_up && !self.all.iter().any(|pair| pair.port.is_gone)
+    }
+
+    fn look_at_link(&mut self) {
+        self.is_up = self.all.first_mut().is_none_or(|first| first.port.is_link_up());
     }
 
     /// The driver uses the first `count` pairs from now on; false, and nothing has changed, where there are not so many or the
@@ -158,6 +167,8 @@ impl Pairs {
             limit(self.rx_limit.fd(), TOKEN_RX_LIMIT),
             limit(self.tx_limit.fd(), TOKEN_TX_LIMIT),
         ];
+        let link = self.all.first().and_then(|first| first.port.link_fd());
+        sources.extend(link.map(|fd| limit(fd, TOKEN_LINK)));
         let tokens = std::iter::once(TOKEN_NETWORK).chain(TOKEN_FURTHER..);
         for (token, Pair { port, rx, tx }) in tokens.zip(&self.all) {
             let interest = Interest::of(rx.can_take(&self.rx_limit), tx.is_blocked);
@@ -177,6 +188,10 @@ impl Pairs {
             TOKEN_TX_LIMIT => {
                 self.tx_limit.expired();
                 return self.transmit_all(work);
+            }
+            TOKEN_LINK => {
+                self.look_at_link();
+                return Ok(());
             }
             TOKEN_NETWORK => 0,
             further => (further - TOKEN_FURTHER + 1) as usize,

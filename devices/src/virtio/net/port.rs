@@ -61,6 +61,15 @@ impl Port {
         self.backend.fd()
     }
 
+    /// What tells that the link may have changed, while there is a network.
+    pub(super) fn link_fd(&self) -> Option<i32> {
+        self.backend.link_fd().filter(|_| !self.is_gone)
+    }
+
+    pub(super) fn is_link_up(&mut self) -> bool {
+        !self.is_gone && self.backend.is_link_up()
+    }
+
     /// Frames can be had.
     pub(super) fn can_move(&self) -> bool {
         self.is_in_use && !self.is_gone

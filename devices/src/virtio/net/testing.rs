@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_memory::Bytes;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{HEADER, NetBackend, Offloads};
 use crate::virtio::{GuestMemoryMmap, Segment};
@@ -24,6 +25,9 @@ struct Wire {
     offload_changes: usize,
     is_full: bool,
     is_in_use: bool,
+    is_link_up: bool,
+    /// Readable when that has changed.
+    link: EventFd,
     failure: Option<ErrorKind>,
     reads: usize,
     /// What the device watches, and the other end, from which it is made readable and writable.
@@ -47,6 +51,8 @@ impl MemoryNet {
             offload_changes: 0,
             is_full: false,
             is_in_use: true,
+            is_link_up: true,
+            link: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             failure: None,
             reads: 0,
             near,
@@ -93,6 +99,14 @@ impl MemoryNet {
     #[must_use]
     pub fn is_in_use(&self) -> bool {
         self.lock().is_in_use
+    }
+
+    /// Takes the network's side of the cable up or down.
+    pub fn set_link(&self, is_up: bool) {
+        self.change(|wire| {
+            wire.is_link_up = is_up;
+            let _ = wire.link.write(1);
+        });
     }
 
     /// Whether there is no room for frames of the guest.
@@ -154,6 +168,17 @@ impl NetBackend for MemoryNet {
             wire.is_in_use = is_in_use;
             Ok(())
         })
+    }
+
+    fn link_fd(&self) -> Option<RawFd> {
+        Some(self.lock().link.as_raw_fd())
+    }
+
+    fn is_link_up(&mut self) -> bool {
+        let wire = self.lock();
+        // Empty where nothing has changed.
+        let _ = wire.link.read();
+        wire.is_link_up
     }
 
     fn send(&mut self, memory: &GuestMemoryMmap, head: &[u8], rest: &[Segment]) -> io::Result<()> {
