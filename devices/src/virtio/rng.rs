@@ -29,6 +29,9 @@ pub(crate) const MODEL: Model = Model {
 /// Bytes of one request that are filled at most.
 const MAX_BYTES: usize = 64 << 10;
 
+/// Bytes that one pass draws, but for the last request's: drawing them is work of this thread.
+const PASS: usize = 256 << 10;
+
 /// Bytes that are drawn at once.
 const CHUNK: usize = 4096;
 
@@ -53,15 +56,21 @@ fn build(options: &Options, wiring: Wiring) -> Built {
 }
 
 impl Rng {
-    /// Serves requests until there are no more or the limit is reached.
+    /// Serves requests until there are no more, the limit is reached, or it has been enough for now.
     fn serve(&mut self, work: &mut Work<'_>) -> Result<(), VirtioError> {
+        let mut drawn = 0;
         while !self.limiter.is_waiting() {
+            if drawn >= PASS {
+                work.leave(QUEUE);
+                break;
+            }
             let Some(chain) = work.pop(QUEUE)? else { break };
             let wanted = MAX_BYTES.min(chain.writable_bytes() as usize);
             if wanted == 0 {
                 work.refuse(chain);
             } else if self.limiter.allows(wanted as u64) {
                 let filled = fill(&chain, wanted, work);
+                drawn += wanted;
                 work.complete(chain, filled);
             } else {
                 work.put_back(chain);

@@ -21,7 +21,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::{Chain, DmaMemory, VirtioDevice, VirtioError, VirtioMmio, Work};
+use super::{Chain, DmaMemory, Segment, VirtioDevice, VirtioError, VirtioMmio, Work, pieces};
 use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
 use crate::device::{Interest, Source};
 use crate::options::Options;
@@ -62,7 +62,7 @@ pub(crate) const MODEL: Model = Model {
 /// Bytes of page numbers in one request at most: a GiB of pages.
 const MAX_REQUEST: u32 = 1 << 20;
 
-/// Pages that one pass gives back at most.
+/// Pages that one pass gives back at most, put into the balloon or reported.
 const PAGES_PER_PASS: u64 = 4096;
 
 /// Page numbers that are looked at together.
@@ -99,6 +99,8 @@ struct Balloon {
     config: [u8; 8],
     /// A request that has more pages than a pass, and how far it is.
     unfinished: Option<(Chain, u32)>,
+    /// The same for a report of free pages.
+    unfinished_report: Option<(Chain, u32)>,
     /// The buffer by which the guest is asked for its numbers.
     stats: Option<Chain>,
     is_asked: bool,
@@ -141,6 +143,7 @@ fn build(options: &Options, wiring: Wiring) -> Built {
         active: 0,
         config,
         unfinished: None,
+        unfinished_report: None,
         stats: None,
         is_asked: false,
     };
@@ -233,12 +236,24 @@ impl Balloon {
         left: &mut u64,
     ) -> Result<(), VirtioError> {
         while *left > 0 {
-            let Some(chain) = work.pop(queue)? else { break };
-            for segment in chain.writable() {
-                self.memory.release(segment.addr.0, segment.len.into());
-                *left = left.saturating_sub((u64::from(segment.len) / PAGE).max(1));
+            let (chain, mut offset) = match self.unfinished_report.take() {
+                Some(unfinished) => unfinished,
+                None => match work.pop(queue)? {
+                    Some(chain) => (chain, 0),
+                    None => break,
+                },
+            };
+            // One buffer may be as large as RAM: it is given back a piece at a time.
+            while let Some(piece) = next_piece(&chain, offset, *left) {
+                self.memory.release(piece.addr.0, piece.len.into());
+                *left = left.saturating_sub(u64::from(piece.len).div_ceil(PAGE));
+                offset = offset.saturating_add(piece.len);
             }
-            answer(chain, work);
+            if offset < chain.writable_bytes() {
+                self.unfinished_report = Some((chain, offset));
+            } else {
+                answer(chain, work);
+            }
         }
         Ok(())
     }
@@ -273,6 +288,15 @@ impl Balloon {
             None => self.timer.clear(),
         };
     }
+}
+
+/// What comes at `offset` of a report, at most `most` pages of it, and whole ones where it goes on behind them; none where
+/// `most` is 0 or the report is over.
+fn next_piece(chain: &Chain, offset: u32, most: u64) -> Option<Segment> {
+    let rest = usize::try_from(chain.writable_bytes()).unwrap_or(usize::MAX);
+    let Segment { addr, len } = pieces(chain.writable(), offset, rest).next()?;
+    let most = most.checked_mul(PAGE)?.checked_sub(addr.0 % PAGE)?;
+    Some(Segment { addr, len: len.min(u32::try_from(most).unwrap_or(u32::MAX)) })
 }
 
 /// Gives back a request of which nothing is written, or refuses one that asks for nothing.
@@ -341,11 +365,15 @@ impl VirtioDevice for Balloon {
         if Some(queue) == self.stats_queue() {
             self.stats = None;
         }
+        if Some(queue) == self.reporting_queue() {
+            self.unfinished_report = None;
+        }
     }
 
     fn reset(&mut self) {
         self.active = 0;
         self.unfinished = None;
+        self.unfinished_report = None;
         self.stats = None;
         self.is_asked = false;
         self.config.iter_mut().skip(4).for_each(|byte| *byte = 0);

@@ -247,6 +247,10 @@ impl Connection {
                 Err(_) => return Fate::Over,
             }
         }
+        if self.buffer.is_empty() {
+            // A stream that was held up once does not keep the room for ever.
+            self.buffer = VecDeque::new();
+        }
         self.finish(now)
     }
 

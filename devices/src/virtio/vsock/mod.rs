@@ -62,6 +62,9 @@ const F_STREAM: u64 = 1;
 /// Bytes behind a header at most, in both directions.
 const MAX_PAYLOAD: usize = 64 << 10;
 
+/// Bytes that one pass moves in each direction, but for the last packet's: moving them is work of this thread.
+const PASS: usize = 512 << 10;
+
 struct Vsock {
     streams: Streams,
     /// Room for one packet's payload.
@@ -124,8 +127,14 @@ impl Vsock {
 
     /// Takes the guest's packets, and says whether some are left because the guest does not take the answers.
     fn take_packets(&mut self, work: &mut Work<'_>, now: Instant) -> Result<bool, VirtioError> {
+        let mut moved = 0;
         while self.streams.takes_packets() {
+            if moved >= PASS {
+                work.leave(TX);
+                return Ok(false);
+            }
             let Some(chain) = work.pop(TX)? else { return Ok(false) };
+            moved += (chain.readable_bytes() as usize).min(MAX_PAYLOAD);
             if self.take(&chain, work, now) {
                 work.complete(chain, 0);
             } else {
@@ -156,7 +165,12 @@ impl Vsock {
 
     /// Gives packets to the guest as long as it has buffers.
     fn give_packets(&mut self, work: &mut Work<'_>, now: Instant) -> Result<(), VirtioError> {
+        let mut moved = 0;
         while self.streams.has_packets() {
+            if moved >= PASS {
+                work.leave(RX);
+                break;
+            }
             let Some(chain) = work.pop(RX)? else { break };
             let room = (chain.writable_bytes() as usize).saturating_sub(Header::LEN);
             let Some(room @ [_, ..]) = self.payload.get_mut(..room.min(MAX_PAYLOAD)) else {
@@ -168,6 +182,7 @@ impl Vsock {
                 break;
             };
             let payload = room.get(..header.len as usize).unwrap_or_default();
+            moved += payload.len();
             let mut written = chain.write_at(work.memory(), 0, &header.bytes());
             written += chain.write_at(work.memory(), Header::END, payload);
             work.complete(chain, u32::try_from(written).unwrap_or(u32::MAX));
