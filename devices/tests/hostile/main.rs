@@ -1,0 +1,110 @@
+//! Hostile guests: scripts that fuzzers have found and proptest makes up, races in guest memory, resets under load.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    reason = "a test fails by panicking"
+)]
+
+mod findings;
+mod play;
+mod races;
+mod resets;
+mod rings;
+mod seeds;
+
+use play::kind::{Kind, Piece};
+use play::ram::HIGH;
+use play::stage::{CANARY, Stage};
+use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress};
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 12, max_shrink_iters: 100, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_script_that_nobody_wrote_breaks_nothing_but_its_guest(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+        for (_, target) in play::TARGETS {
+            target(&bytes);
+        }
+    }
+}
+
+#[test]
+fn every_seed_of_the_fuzzers_is_played() {
+    for (name, target) in play::TARGETS {
+        let seeds = seeds::of(name);
+        assert!(!seeds.is_empty(), "no seeds of {name}");
+        seeds.iter().for_each(|seed| target(seed));
+    }
+}
+
+/// A running device with one buffer of 64 bytes, which it has not looked at.
+fn stage() -> Stage {
+    let mut stage = Stage::new(Kind::Rng, "rng");
+    stage.start(0, 16);
+    assert!(stage.post(0, &[Piece::Write(64)], false));
+    stage
+}
+
+#[test]
+#[should_panic(expected = "the device wrote to")]
+fn the_judge_sees_a_byte_outside_of_all_buffers() {
+    let mut stage = stage();
+    stage.forge(|stage| stage.ram.memory.write_slice(&[1], GuestAddress(CANARY.start)).unwrap());
+}
+
+#[test]
+#[should_panic(expected = "the device wrote to")]
+fn the_judge_sees_a_byte_in_a_buffer_that_has_come_back() {
+    let mut stage = stage();
+    stage.kick(0);
+    assert_eq!(stage.run(), [1]);
+    let buffer = stage.ram.peek::<8>(stage.rings(0)[0]).map(u64::from_le_bytes).unwrap();
+    let byte: [u8; 1] = stage.ram.peek(buffer).unwrap();
+    let change = [!byte[0]];
+    stage.forge(|stage| stage.ram.memory.write_slice(&change, GuestAddress(buffer)).unwrap());
+}
+
+/// Puts an element into the used ring as a device would.
+fn forge(stage: &Stage, position: u64, head: u32, len: u32) {
+    let used = stage.rings(0)[2];
+    let element = u64::from(head) | u64::from(len) << 32;
+    stage.ram.memory.write_obj(element, GuestAddress(used + 4 + 8 * position)).unwrap();
+    stage.ram.memory.write_obj(position as u16 + 1, GuestAddress(used + 2)).unwrap();
+}
+
+#[test]
+#[should_panic(expected = "and only 1 were there")]
+fn the_judge_sees_a_chain_that_comes_back_twice() {
+    let mut stage = stage();
+    stage.kick(0);
+    stage.run();
+    stage.forge(|stage| forge(stage, 1, 0, 64));
+}
+
+#[test]
+#[should_panic(expected = "came back and was never there")]
+fn the_judge_sees_a_head_that_was_never_made_available() {
+    stage().forge(|stage| forge(stage, 0, 5, 0));
+}
+
+#[test]
+#[should_panic(expected = "65 bytes written to 64")]
+fn the_judge_sees_a_length_beyond_the_buffers() {
+    stage().forge(|stage| forge(stage, 0, 0, 65));
+}
+
+#[test]
+fn the_judge_lets_a_guest_hurt_itself() {
+    let mut stage = stage();
+    // The table of an indirect chain is its own buffer.
+    stage.descriptor(HIGH.start, 0, (HIGH.start, 64, 2, 0));
+    stage.descriptor(stage.rings(0)[0], 3, (HIGH.start, 16, 4, 0));
+    stage.offer(0, 3);
+    stage.kick(0);
+    stage.run();
+    play::works(&mut stage);
+}

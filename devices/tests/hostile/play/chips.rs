@@ -1,0 +1,176 @@
+//! The chips without queues, and the text of `--device`, played from bytes.
+
+use std::sync::Arc;
+
+use rvmm_devices::testing::{ManualClock, MemoryConsole, MemoryHost, TestIrq, turn, wiring};
+use rvmm_devices::{CATALOG, IrqLine, MmioDevice, Model, Options, Plic, Wiring};
+
+use super::script::Script;
+
+const ACTIONS: usize = 400;
+
+/// An access of any width; the offset is below `near`, or anything.
+fn access(device: &mut dyn MmioDevice, near: usize, script: &mut Script<'_>) {
+    let offset = if script.once_in(8) { script.odd() } else { script.below(near) as u64 };
+    let width = script.pick(&[4, 1, 4, 2, 8, 4, 4, 1]);
+    let mut data = script.odd().to_le_bytes();
+    if script.flag() {
+        let _ = device.write(offset, &data[..width]);
+    } else {
+        let _ = device.read(offset, &mut data[..width]);
+    }
+}
+
+/// The device must come to rest.
+fn rest(device: &mut dyn MmioDevice) {
+    let is_awake = (0..1000).all(|_| turn(device, 0).unwrap() != 0);
+    assert!(!is_awake, "{} never sleeps", device.name());
+}
+
+/// Interrupt lines and harts, against a PLIC; a claim gives only what is there.
+pub fn plic(bytes: &[u8]) {
+    let mut script = Script::new(bytes);
+    let sources = script.pick(&[95, 1, 31, 32, 33, 1023]);
+    let harts: Vec<TestIrq> = (0..=script.below(3)).map(|_| TestIrq::default()).collect();
+    let outputs = harts.iter().map(|line| Arc::new(line.clone()) as Arc<dyn IrqLine>).collect();
+    let mut plic = Plic::new(sources, outputs).unwrap();
+    let mut raised = vec![false; sources as usize + 1];
+    for _ in 0..ACTIONS {
+        if script.is_over() {
+            break;
+        }
+        let source = 1 + script.below(sources as usize);
+        match script.below(8) {
+            0 | 1 => {
+                let high = script.flag();
+                raised[source] |= high;
+                plic.source(source as u32).unwrap().set_level(high);
+            }
+            2 => {
+                // Priorities, enables, thresholds that mean something.
+                let hart = script.below(harts.len()) as u64;
+                let word = source as u64 / 32;
+                let (offset, value) = match script.below(3) {
+                    0 => (4 * source as u64, script.below(9) as u32),
+                    1 => (0x2000 + 0x80 * (2 * hart + 1) + 4 * word, script.odd32()),
+                    _ => (0x20_0000 + 0x1000 * (2 * hart + 1), script.below(9) as u32),
+                };
+                plic.write(offset, &value.to_le_bytes()).unwrap();
+            }
+            3 | 4 => {
+                let hart = script.below(harts.len()) as u64;
+                let offset = 0x20_0004 + 0x1000 * (2 * hart + 1);
+                let mut claim = [0; 4];
+                plic.read(offset, &mut claim).unwrap();
+                let claimed = u32::from_le_bytes(claim);
+                assert!(claimed <= sources, "{claimed} of {sources}");
+                assert!(claimed == 0 || raised[claimed as usize], "{claimed} was never raised");
+                let complete = if script.flag() { claimed } else { script.odd32() };
+                plic.write(offset, &complete.to_le_bytes()).unwrap();
+            }
+            5 if script.once_in(8) => plic.reset(),
+            6 => access(&mut plic, 0x20_4008, &mut script),
+            _ => access(&mut plic, 0x2200, &mut script),
+        }
+    }
+    plic.reset();
+    // What has no enable bit interrupts nobody.
+    assert!(harts.iter().all(|line| !line.is_high()));
+}
+
+/// A driver and a console, against the UART; what it holds back is bounded.
+pub fn uart(bytes: &[u8]) {
+    let mut script = Script::new(bytes);
+    let (irq, console) = (TestIrq::default(), MemoryConsole::new().unwrap());
+    let wiring =
+        Wiring { irq: Arc::new(irq.clone()), console: Some(Box::new(console.clone())), ..wiring() };
+    let model = Model::find("serial").unwrap();
+    let mut device = model.create(&Options::none("serial"), wiring).unwrap();
+    for _ in 0..ACTIONS {
+        match script.below(10) {
+            _ if script.is_over() => break,
+            0 => console.type_in(&vec![b'i'; script.below(300)]),
+            1 => console.set_room(script.flag().then_some(script.below(300))),
+            2 => match script.below(4) {
+                0 => console.hang_up(),
+                1 => console.connect(),
+                2 => console.fail_writes(Some(std::io::ErrorKind::Other)),
+                _ => console.fail_writes(None),
+            },
+            3 => rest(device.as_mut()),
+            4 => {
+                let byte = [script.byte()];
+                for _ in 0..script.below(2000) {
+                    let _ = device.write(0, &byte);
+                }
+            }
+            5 if script.once_in(8) => device.reset(),
+            6 => device.ready(script.below(8) as u32),
+            _ => access(device.as_mut(), 9, &mut script),
+        }
+    }
+    device.reset();
+    assert!(!irq.is_high());
+    console.connect();
+    console.fail_writes(None);
+    console.set_room(None);
+    rest(device.as_mut());
+    device.write(0, b"!").unwrap();
+    let mut line = [0];
+    device.read(5, &mut line).unwrap();
+    assert!(console.output().ends_with(b"!"), "the UART is silent");
+}
+
+/// Registers and time, against the RTC.
+pub fn rtc(bytes: &[u8]) {
+    let mut script = Script::new(bytes);
+    let (irq, clock) = (TestIrq::default(), ManualClock::default());
+    let wiring = Wiring { irq: Arc::new(irq.clone()), clock: Arc::new(clock.clone()), ..wiring() };
+    let text = format!("rtc,offset={}", script.pick(&["0", "-1", "9223372036854775807", "60"]));
+    let Ok(options) = Options::parse(&text) else { return };
+    let Ok(mut device) = Model::find("rtc").unwrap().create(&options, wiring) else { return };
+    for _ in 0..ACTIONS {
+        match script.below(8) {
+            _ if script.is_over() => break,
+            0 => clock.set_ns(script.odd()),
+            1 => {
+                turn(device.as_mut(), 0).unwrap();
+            }
+            2 if script.once_in(8) => device.reset(),
+            3 => device.ready(script.below(3) as u32),
+            _ => access(device.as_mut(), 0x28, &mut script),
+        }
+    }
+    device.reset();
+    assert!(!irq.is_high());
+    // A timer may be due again and again, but not without an alarm.
+    rest(device.as_mut());
+}
+
+/// Text of a user: refused in words or built.
+pub fn options(bytes: &[u8]) {
+    let mut script = Script::new(bytes);
+    let model = CATALOG[script.below(CATALOG.len())];
+    let pick = script.byte();
+    let rest = String::from_utf8_lossy(script.rest());
+    let text = match pick % 4 {
+        0 => rest.into_owned(),
+        1 => format!("{},{rest}", model.name),
+        // A key that there is.
+        _ => match model.keys.get(usize::from(pick / 4) % model.keys.len().max(1)) {
+            Some(key) => format!("{},{}={rest}", model.name, key.name),
+            None => format!("{},{rest}", model.name),
+        },
+    };
+    let Ok(options) = Options::parse(&text) else { return };
+    let Ok(model) = Model::find(options.name()) else { return };
+    // Sockets would be files of this machine.
+    if model.name == "vsock" && options.get("path").is_some() {
+        return;
+    }
+    let wiring = Wiring { host: Arc::new(MemoryHost::default()), ..wiring() };
+    match model.create(&options, wiring) {
+        Ok(device) => assert_eq!(device.name(), model.name),
+        Err(error) => assert!(!error.to_string().is_empty()),
+    }
+}

@@ -1,0 +1,245 @@
+//! The host's ends of a device that a hostile guest is let loose on: all in memory, slow or failing as the script wants.
+
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use rvmm_devices::testing::MemoryConsole;
+use rvmm_devices::virtio::DmaMemory;
+use rvmm_devices::virtio::blk::testing::MemoryDisk;
+use rvmm_devices::virtio::blk::{DiskBackend, DiskPlan};
+use rvmm_devices::virtio::net::testing::MemoryNet;
+use rvmm_devices::virtio::net::{NetBackend, NetworkEnd};
+use rvmm_devices::{ConsoleBackend, Host, HostError, Listener};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EFD_SEMAPHORE, EventFd};
+
+use super::kind::Kind;
+use super::script::Script;
+
+/// Sectors of the disk at the start.
+pub(crate) const SECTORS: usize = 16;
+
+/// Everything a device may be connected to. A clone is the same thing.
+#[derive(Clone)]
+pub(crate) struct Ends {
+    pub(crate) disk: MemoryDisk,
+    pub(crate) net: MemoryNet,
+    pub(crate) console: MemoryConsole,
+    pub(crate) button: Arc<EventFd>,
+    sockets: Arc<Mutex<Sockets>>,
+    rings: Arc<EventFd>,
+}
+
+/// Unix sockets without files.
+#[derive(Default)]
+struct Sockets {
+    /// Programs that want to be let in.
+    callers: VecDeque<UnixStream>,
+    /// The programs' ends of streams.
+    programs: Vec<UnixStream>,
+    /// How many of the guest's next calls are refused, and in which way.
+    refusal: Option<ErrorKind>,
+}
+
+impl Ends {
+    pub(crate) fn new() -> Self {
+        let event = |flags| Arc::new(EventFd::new(EFD_NONBLOCK | flags).unwrap());
+        let console = MemoryConsole::new().unwrap();
+        console.set_size((80, 25));
+        Self {
+            disk: MemoryDisk::new(SECTORS).unwrap(),
+            net: MemoryNet::new().unwrap(),
+            console,
+            button: event(0),
+            sockets: Arc::default(),
+            rings: event(EFD_SEMAPHORE),
+        }
+    }
+
+    /// Everything works again, and nothing is held up.
+    pub(crate) fn mend(&self) {
+        self.disk.fail_after(None);
+        self.disk.release();
+        self.disk.change(|bytes| bytes.resize(SECTORS * 512, 0));
+        self.net.fail(None);
+        self.net.set_full(false);
+        self.console.fail_writes(None);
+        self.console.set_room(None);
+        self.console.connect();
+        self.sockets.lock().unwrap().refusal = None;
+    }
+
+    /// Nothing goes on at the host's ends.
+    pub(crate) fn hold(&self) {
+        self.disk.hold();
+        self.net.set_full(true);
+        self.console.set_room(Some(0));
+    }
+
+    /// Something happens on the host.
+    pub(crate) fn happen(&self, kind: Kind, script: &mut Script<'_>) {
+        match kind {
+            Kind::Blk => self.happen_to_disk(script),
+            Kind::Net => self.happen_to_net(script),
+            Kind::Console => self.happen_to_console(script),
+            Kind::Vsock => self.happen_to_sockets(script),
+            Kind::Input => drop(self.button.write(1)),
+            Kind::Rng | Kind::Balloon => {}
+        }
+    }
+
+    fn happen_to_disk(&self, script: &mut Script<'_>) {
+        match script.below(6) {
+            0 | 1 => self.disk.hold(),
+            2 => self.disk.release(),
+            3 => drop(self.disk.release_one(script.below(8))),
+            4 => self.disk.fail_after(script.flag().then_some(script.below(1500))),
+            _ => {
+                let sectors = script.pick(&[1, 2, SECTORS - 1, SECTORS, SECTORS + 5]);
+                self.disk.change(|bytes| bytes.resize(sectors * 512, 0));
+            }
+        }
+        drop(self.disk.journal());
+    }
+
+    fn happen_to_net(&self, script: &mut Script<'_>) {
+        const FAILURES: [ErrorKind; 4] = [
+            ErrorKind::Other,
+            ErrorKind::InvalidInput,
+            ErrorKind::NotConnected,
+            ErrorKind::Interrupted,
+        ];
+        match script.below(8) {
+            0 => self.net.set_full(true),
+            1 => self.net.set_full(false),
+            2 => self.net.fail(None),
+            3 if script.once_in(4) => {
+                let kind = script.pick(&FAILURES);
+                // A network that is interrupted for ever is none that there is.
+                self.net.fail((kind != ErrorKind::Interrupted).then_some(kind));
+            }
+            _ => {
+                let header = script.bytes(12).try_into().unwrap();
+                let header = if script.flag() { [0; 12] } else { header };
+                let len = script.pick(&[60, 14, 1, 0, 1514, 5000, 65_550, 70_000]);
+                self.net.arrive(header, &vec![0xa5; len]);
+            }
+        }
+        drop(self.net.sent());
+    }
+
+    fn happen_to_console(&self, script: &mut Script<'_>) {
+        match script.below(9) {
+            0 => self.console.set_room(Some(script.below(9000))),
+            1 => self.console.set_room(None),
+            2 => self.console.hang_up(),
+            3 => self.console.connect(),
+            4 => self.console.fail_writes(Some(ErrorKind::Other)),
+            5 => self.console.fail_writes(None),
+            6 => self.console.set_size((script.odd16(), script.odd16())),
+            7 if script.once_in(4) => self.console.end_input(),
+            _ => self.console.type_in(&vec![b'k'; script.below(5000)]),
+        }
+    }
+
+    fn happen_to_sockets(&self, script: &mut Script<'_>) {
+        let mut sockets = self.sockets.lock().unwrap();
+        let count = sockets.programs.len();
+        if count == 0 || script.below(8) == 0 {
+            if count < 64 {
+                let (program, stream) = pair();
+                let port = script.below(4);
+                let line = match script.below(4) {
+                    0 => script.bytes(40),
+                    _ => format!("CONNECT {port}\n").into_bytes(),
+                };
+                let _ = (&program).write(&line);
+                sockets.callers.push_back(stream);
+                sockets.programs.push(program);
+                drop(self.rings.write(1));
+            }
+            return;
+        }
+        let at = script.below(count);
+        let mut program = &sockets.programs[at];
+        match script.below(7) {
+            0 => drop(program.write(&vec![b's'; script.pick(&[1, 100, 5000, 100_000])])),
+            1 => drop(program.read(&mut vec![0; script.pick(&[1, 100, 5000, 100_000])])),
+            2 => drop(program.shutdown(Shutdown::Write)),
+            3 => drop(program.shutdown(Shutdown::Read)),
+            4 => drop(sockets.programs.swap_remove(at)),
+            5 => {
+                const REFUSALS: [Option<ErrorKind>; 4] = [
+                    None,
+                    Some(ErrorKind::NotFound),
+                    Some(ErrorKind::WouldBlock),
+                    Some(ErrorKind::Other),
+                ];
+                sockets.refusal = script.pick(&REFUSALS);
+            }
+            _ => drop(program.write(b"x\n")),
+        }
+    }
+}
+
+fn pair() -> (UnixStream, UnixStream) {
+    let (program, stream) = UnixStream::pair().unwrap();
+    program.set_nonblocking(true).unwrap();
+    stream.set_nonblocking(true).unwrap();
+    (program, stream)
+}
+
+impl Host for Ends {
+    fn disk(
+        &self,
+        plan: &DiskPlan,
+        memory: Arc<dyn DmaMemory>,
+    ) -> Result<Box<dyn DiskBackend>, HostError> {
+        Ok(self.disk.open(plan, memory))
+    }
+
+    fn network(&self, _end: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError> {
+        Ok(Box::new(self.net.clone()))
+    }
+
+    fn console(&self, _to: &str) -> Result<Box<dyn ConsoleBackend>, HostError> {
+        Ok(Box::new(self.console.clone()))
+    }
+
+    fn listen(&self, _path: &Path) -> Result<Box<dyn Listener>, HostError> {
+        Ok(Box::new(Door(self.clone())))
+    }
+
+    fn connect(&self, _path: &Path) -> io::Result<UnixStream> {
+        let mut sockets = self.sockets.lock().unwrap();
+        match sockets.refusal {
+            Some(kind) => Err(kind.into()),
+            None => {
+                let (program, stream) = pair();
+                sockets.programs.push(program);
+                Ok(stream)
+            }
+        }
+    }
+}
+
+/// Where programs of the host are let in.
+struct Door(Ends);
+
+impl AsRawFd for Door {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.rings.as_raw_fd()
+    }
+}
+
+impl Listener for Door {
+    fn accept(&self) -> io::Result<UnixStream> {
+        self.0.rings.read()?;
+        let caller = self.0.sockets.lock().unwrap().callers.pop_front();
+        caller.ok_or_else(|| ErrorKind::WouldBlock.into())
+    }
+}

@@ -1,0 +1,111 @@
+//! Guest RAM in two pieces with a hole between them, and a copy of what the driver has put there: what differs from it was
+//! written by the device.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+use rvmm_devices::virtio::{DmaMemory, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
+
+/// The pieces of RAM: rings and buffers in the first, indirect tables in the second.
+pub(crate) const LOW: Range<u64> = 0x8000_0000..0x8004_0000;
+pub(crate) const HIGH: Range<u64> = 0x8010_0000..0x8011_0000;
+
+/// Bytes that are compared at once.
+const BLOCK: usize = 256;
+
+/// Guest RAM and the driver's idea of it.
+pub(crate) struct Ram {
+    pub(crate) memory: GuestMemoryMmap,
+    pieces: [(Range<u64>, Vec<u8>); 2],
+    scratch: Vec<u8>,
+}
+
+impl Ram {
+    pub(crate) fn new() -> Self {
+        let ranges = [LOW, HIGH]
+            .map(|piece| (GuestAddress(piece.start), (piece.end - piece.start) as usize));
+        let copy = |piece: Range<u64>| (piece.clone(), vec![0; (piece.end - piece.start) as usize]);
+        Self {
+            memory: GuestMemoryMmap::from_ranges(&ranges).unwrap(),
+            pieces: [copy(LOW), copy(HIGH)],
+            scratch: Vec::new(),
+        }
+    }
+
+    /// Whether this is all RAM, in one piece.
+    pub(crate) fn holds(&self, addr: u64, len: u64) -> bool {
+        let Some(end) = addr.checked_add(len) else { return false };
+        self.pieces.iter().any(|(piece, _)| piece.contains(&addr) && end <= piece.end)
+    }
+
+    /// The driver writes; what is not RAM is left out.
+    pub(crate) fn poke(&mut self, addr: u64, bytes: &[u8]) {
+        if !self.holds(addr, bytes.len() as u64) {
+            let one_by_one = bytes.iter().enumerate();
+            let there = one_by_one.map(|(at, byte)| (addr.wrapping_add(at as u64), *byte));
+            let there: Vec<_> = there.filter(|(at, _)| self.holds(*at, 1)).collect();
+            return there.into_iter().for_each(|(at, byte)| self.poke(at, &[byte]));
+        }
+        self.memory.write_slice(bytes, GuestAddress(addr)).unwrap();
+        let home = self.pieces.iter_mut().find(|(piece, _)| piece.contains(&addr));
+        let Some((piece, copy)) = home else { return };
+        let at = (addr - piece.start) as usize;
+        copy[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+
+    /// What the driver sees.
+    pub(crate) fn peek<const N: usize>(&self, addr: u64) -> Option<[u8; N]> {
+        let mut bytes = [0; N];
+        self.memory.read_slice(&mut bytes, GuestAddress(addr)).ok()?;
+        Some(bytes)
+    }
+
+    pub(crate) fn peek16(&self, addr: u64) -> u16 {
+        self.peek(addr).map_or(0, u16::from_le_bytes)
+    }
+
+    /// The bytes that the device has changed since the last call, side by side ones together.
+    pub(crate) fn changes(&mut self) -> Vec<Range<u64>> {
+        let mut changes: Vec<Range<u64>> = Vec::new();
+        for (piece, copy) in &mut self.pieces {
+            self.scratch.resize(copy.len(), 0);
+            self.memory.read_slice(&mut self.scratch, GuestAddress(piece.start)).unwrap();
+            if self.scratch == *copy {
+                continue;
+            }
+            let blocks = self.scratch.chunks(BLOCK).zip(copy.chunks(BLOCK));
+            for (start, (now, before)) in (piece.start..).step_by(BLOCK).zip(blocks) {
+                if now == before {
+                    continue;
+                }
+                let bytes = (start..).zip(now.iter().zip(before));
+                for (at, _) in bytes.filter(|(_, (now, before))| now != before) {
+                    match changes.last_mut() {
+                        Some(last) if last.end == at => last.end = at + 1,
+                        _ => changes.push(at..at + 1),
+                    }
+                }
+            }
+            copy.copy_from_slice(&self.scratch);
+        }
+        changes
+    }
+}
+
+/// RAM as the device gets it: it counts what is given to the host, and does nothing about it.
+#[derive(Clone)]
+pub(crate) struct Watched {
+    pub(crate) memory: GuestMemoryMmap,
+    pub(crate) released: Arc<Mutex<u64>>,
+}
+
+impl DmaMemory for Watched {
+    fn view(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    fn release(&self, _addr: u64, len: u64) {
+        *self.released.lock().unwrap() += len;
+    }
+}

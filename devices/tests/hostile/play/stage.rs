@@ -1,0 +1,436 @@
+//! A virtio device, its registers as the driver has written them, and the judge of what it does.
+
+use std::collections::HashSet;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+use rvmm_devices::testing::{TestIrq, turn, wiring};
+use rvmm_devices::{MmioDevice, Model, Options, Wiring};
+
+use super::ends::Ends;
+use super::kind::{Kind, Piece};
+use super::oracle::{Live, SetUp, overlap};
+use super::ram::{HIGH, LOW, Ram, Watched};
+
+/// Where each queue's rings go, and where buffers begin.
+const RINGS: u64 = 0x2800;
+pub(crate) const BUFFERS: u64 = LOW.start + 0x1_8000;
+
+/// Where nothing is, between both.
+pub(crate) const CANARY: Range<u64> = LOW.start + 0x1_7000..BUFFERS;
+
+/// Events of the device's sources after which it must have nothing to do.
+const TURNS: usize = 3000;
+
+/// Bytes that one call of a device may give to the host: what its documentation says, and one piece more.
+const MOST_RELEASED: u64 = (4096 + 1024) * 4096;
+
+mod reg {
+    pub(super) const DEVICE_FEATURES: u64 = 0x10;
+    pub(super) const DEVICE_FEATURES_SEL: u64 = 0x14;
+    pub(super) const DRIVER_FEATURES: u64 = 0x20;
+    pub(super) const DRIVER_FEATURES_SEL: u64 = 0x24;
+    pub(super) const QUEUE_SEL: u64 = 0x30;
+    pub(super) const QUEUE_SIZE_MAX: u64 = 0x34;
+    pub(super) const QUEUE_SIZE: u64 = 0x38;
+    pub(super) const QUEUE_READY: u64 = 0x44;
+    pub(super) const INTERRUPT_STATUS: u64 = 0x60;
+    pub(super) const STATUS: u64 = 0x70;
+    /// Low words; the high ones follow.
+    pub(super) const ADDRESSES: [u64; 3] = [0x80, 0x90, 0xa0];
+    pub(super) const QUEUE_RESET: u64 = 0xc0;
+}
+
+const DRIVER_OK: u32 = 4;
+const SILENT: u32 = 64 | 128;
+
+/// A queue from the driver's side.
+#[derive(Debug, Default)]
+pub(crate) struct Queue {
+    set_up: SetUp,
+    max: u32,
+    is_ready: bool,
+    pub(crate) live: Option<Live>,
+    /// What the driver has made available so far.
+    pub(crate) available: u16,
+    next: u16,
+}
+
+/// A device and its guest.
+pub(crate) struct Stage {
+    pub(crate) kind: Kind,
+    pub(crate) device: Box<dyn MmioDevice>,
+    pub(crate) ends: Ends,
+    pub(crate) ram: Ram,
+    pub(crate) queues: Vec<Queue>,
+    pub(crate) offered: u64,
+    irq: TestIrq,
+    released: Arc<Mutex<u64>>,
+    selected: u32,
+    /// The guest has laid things over its rings: see `oracle.rs`.
+    is_tainted: bool,
+    free: u64,
+    free_table: u64,
+}
+
+impl Stage {
+    /// Power-on.
+    pub(crate) fn new(kind: Kind, options: &str) -> Self {
+        let (ram, ends, irq) = (Ram::new(), Ends::new(), TestIrq::default());
+        let released = Arc::new(Mutex::new(0));
+        let memory = Watched { memory: ram.memory.clone(), released: Arc::clone(&released) };
+        let options = Options::parse(options).unwrap();
+        let wiring = Wiring {
+            irq: Arc::new(irq.clone()),
+            memory: Arc::new(memory),
+            host: Arc::new(ends.clone()),
+            power_button: Some(ends.button.try_clone().unwrap()),
+            ..wiring()
+        };
+        let device = Model::find(options.name()).unwrap().create(&options, wiring).unwrap();
+        let mut stage = Self {
+            kind,
+            device,
+            ends,
+            ram,
+            queues: Vec::new(),
+            offered: 0,
+            irq,
+            released,
+            selected: 0,
+            is_tainted: false,
+            free: BUFFERS,
+            free_table: HIGH.start,
+        };
+        stage.look();
+        stage
+    }
+
+    /// Finds out what the device offers.
+    fn look(&mut self) {
+        for word in [1, 0] {
+            self.write(reg::DEVICE_FEATURES_SEL, word);
+            self.offered = self.offered << 32 | u64::from(self.read(reg::DEVICE_FEATURES));
+        }
+        loop {
+            self.write(reg::QUEUE_SEL, self.queues.len() as u32);
+            match self.read(reg::QUEUE_SIZE_MAX) {
+                0 => break,
+                max => {
+                    let set_up = SetUp { size: max, at: [0; 3] };
+                    self.queues.push(Queue { max, set_up, ..Queue::default() });
+                }
+            }
+        }
+        assert!(!self.queues.is_empty() && self.queues.len() <= 9);
+    }
+
+    pub(crate) fn read(&mut self, register: u64) -> u32 {
+        let mut data = [0; 4];
+        self.device.read(register, &mut data).map_or(0, |()| u32::from_le_bytes(data))
+    }
+
+    /// Writes a register, and notes what that means to the judge.
+    pub(crate) fn write(&mut self, register: u64, value: u32) {
+        let is_taken = self.device.write(register, &value.to_le_bytes()).is_ok();
+        let queue = self.queues.get_mut(self.selected as usize);
+        match (register, queue) {
+            (reg::QUEUE_SEL, _) if is_taken => self.selected = value,
+            (reg::QUEUE_SIZE, Some(queue)) if is_taken => queue.set_up.size = value,
+            (reg::QUEUE_READY, Some(queue)) if is_taken => {
+                let was_ready = std::mem::replace(&mut queue.is_ready, value == 1);
+                if !was_ready && value == 1 && self.runs() {
+                    self.go_live(self.selected as usize);
+                }
+            }
+            (reg::QUEUE_RESET, Some(queue)) if is_taken => {
+                *queue = Queue { max: queue.max, ..Queue::default() };
+                queue.set_up.size = queue.max;
+            }
+            (reg::STATUS, _) => self.note_status(),
+            (_, Some(queue)) if is_taken => {
+                for (at, low) in queue.set_up.at.iter_mut().zip(reg::ADDRESSES) {
+                    if register == low {
+                        *at = *at >> 32 << 32 | u64::from(value);
+                    } else if register == low + 4 {
+                        *at = *at << 32 >> 32 | u64::from(value) << 32;
+                    }
+                }
+            }
+            _ => {}
+        }
+        if matches!(register, reg::STATUS | reg::QUEUE_RESET | reg::QUEUE_READY) {
+            assert_eq!(self.ram.changes(), [], "a register has written to RAM");
+        }
+    }
+
+    pub(crate) fn status(&mut self) -> u32 {
+        self.read(reg::STATUS)
+    }
+
+    fn runs(&mut self) -> bool {
+        self.status() & (DRIVER_OK | SILENT) == DRIVER_OK
+    }
+
+    fn note_status(&mut self) {
+        let status = self.status();
+        if status == 0 {
+            for queue in &mut self.queues {
+                *queue = Queue { max: queue.max, ..Queue::default() };
+                queue.set_up.size = queue.max;
+            }
+            // A reset device has no selection left.
+            self.selected = 0;
+            self.is_tainted = false;
+        } else if status & SILENT != 0 {
+            self.queues.iter_mut().for_each(|queue| queue.live = None);
+        } else if status & DRIVER_OK != 0 {
+            let news = |queue: &Queue| queue.is_ready && queue.live.is_none();
+            let ready: Vec<usize> =
+                (0..self.queues.len()).filter(|index| news(&self.queues[*index])).collect();
+            ready.into_iter().for_each(|index| self.go_live(index));
+        }
+    }
+
+    fn go_live(&mut self, index: usize) {
+        let queue = &mut self.queues[index];
+        queue.live = Some(Live::new(queue.set_up));
+        let parts: Vec<Range<u64>> = self.parts().collect();
+        for (index, part) in parts.iter().enumerate() {
+            self.is_tainted |= parts[..index].iter().any(|other| overlap(part, other));
+        }
+    }
+
+    /// The rings of all queues at work.
+    fn parts(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        self.queues.iter().filter_map(|queue| queue.live.as_ref()).flat_map(|l| l.set_up.parts())
+    }
+
+    /// A reset, whose end the device must report.
+    pub(crate) fn reset(&mut self) {
+        self.write(reg::STATUS, 0);
+        assert_eq!(self.status(), 0, "a reset does not end");
+        assert!(!self.irq.is_high(), "a reset leaves the line high");
+        self.free = BUFFERS;
+        self.free_table = HIGH.start;
+    }
+
+    /// Resets the device and starts it properly, with as many of `features` as it offers and queues of at most `size`.
+    pub(crate) fn start(&mut self, features: u64, size: u32) {
+        self.reset();
+        self.write(reg::STATUS, 1);
+        self.write(reg::STATUS, 3);
+        let features = features & self.offered | 1 << 32;
+        for word in 0..2 {
+            self.write(reg::DRIVER_FEATURES_SEL, word);
+            self.write(reg::DRIVER_FEATURES, (features >> (32 * word)) as u32);
+        }
+        self.write(reg::STATUS, 11);
+        assert_eq!(self.status(), 11, "the device does not agree to what it offers");
+        (0..self.queues.len()).for_each(|index| self.set_up(index, size));
+        self.write(reg::STATUS, 15);
+        assert_eq!(self.status(), 15, "the device does not start");
+    }
+
+    /// Sets a queue up where it belongs.
+    pub(crate) fn set_up(&mut self, index: usize, size: u32) {
+        let base = LOW.start + RINGS * index as u64;
+        self.ram.poke(base, &vec![0; RINGS as usize]);
+        self.write(reg::QUEUE_SEL, index as u32);
+        self.write(reg::QUEUE_SIZE, size.min(self.queues[index].max));
+        for (low, addr) in reg::ADDRESSES.into_iter().zip(self.rings(index)) {
+            self.write(low, addr as u32);
+            self.write(low + 4, (addr >> 32) as u32);
+        }
+        self.write(reg::QUEUE_READY, 1);
+    }
+
+    pub(crate) fn reset_queue(&mut self, index: usize) {
+        self.write(reg::QUEUE_SEL, index as u32);
+        self.write(reg::QUEUE_RESET, 1);
+    }
+
+    /// The driver writes to RAM, wherever that is.
+    pub(crate) fn poke(&mut self, addr: u64, bytes: &[u8]) {
+        let range = addr..addr.saturating_add(bytes.len() as u64);
+        for live in self.queues.iter_mut().filter_map(|queue| queue.live.as_mut()) {
+            live.is_scribbled |= overlap(&live.set_up.parts()[2], &range);
+        }
+        self.ram.poke(addr, bytes);
+    }
+
+    pub(crate) fn descriptor(&mut self, table: u64, index: u16, fields: (u64, u32, u16, u16)) {
+        let (addr, len, flags, next) = fields;
+        let raw = u128::from(addr) | u128::from(len) << 64;
+        let raw = raw | u128::from(flags) << 96 | u128::from(next) << 112;
+        self.poke(table.wrapping_add(16 * u64::from(index)), &raw.to_le_bytes());
+    }
+
+    /// A piece of RAM; the oldest is taken again when there is no other.
+    pub(crate) fn allocate(&mut self, len: u64) -> u64 {
+        if self.free + len > LOW.end {
+            self.free = BUFFERS;
+        }
+        let addr = self.free;
+        self.free = (addr + len).next_multiple_of(16);
+        addr
+    }
+
+    fn allocate_table(&mut self, entries: u64) -> u64 {
+        if self.free_table + 16 * entries > HIGH.end {
+            self.free_table = HIGH.start;
+        }
+        let addr = self.free_table;
+        self.free_table += 16 * entries;
+        addr
+    }
+
+    /// Where a queue's rings are when the stage has set it up.
+    pub(crate) fn rings(&self, index: usize) -> [u64; 3] {
+        let base = LOW.start + RINGS * index as u64;
+        [base, base + 0x1000, base + 0x1800]
+    }
+
+    /// Makes a request available without looking whether there is room, or whether the device works at all.
+    pub(crate) fn throw(&mut self, index: usize, pieces: &[Piece], indirect: bool) {
+        if let Some(live) = self.queues[index].live.as_mut() {
+            live.with_device.clear();
+        }
+        self.post(index, pieces, indirect);
+    }
+
+    /// Makes a request available, in a table of its own or not; false where the queue has no room for it or is none.
+    pub(crate) fn post(&mut self, index: usize, pieces: &[Piece], indirect: bool) -> bool {
+        let Some(live) = self.queues.get(index).and_then(|queue| queue.live.as_ref()) else {
+            return false;
+        };
+        let (table, size) = (live.set_up.at[0], live.set_up.size as u16);
+        let needed = if indirect { 1 } else { pieces.len() as u16 };
+        let used = live.with_device.len() * 4 + usize::from(needed);
+        if needed == 0 || needed > size || used > usize::from(size) && !live.with_device.is_empty()
+        {
+            return false;
+        }
+        let head = self.queues[index].next % size;
+        self.queues[index].next = (head + needed) % size;
+        let into = if indirect { self.allocate_table(pieces.len() as u64) } else { table };
+        let mut at = if indirect { 0 } else { head };
+        for (number, piece) in pieces.iter().enumerate() {
+            let (addr, len, flags) = match piece {
+                Piece::Read(bytes) => {
+                    let addr = self.allocate(bytes.len() as u64);
+                    self.poke(addr, bytes);
+                    (addr, bytes.len() as u32, 0)
+                }
+                Piece::Write(len) => (self.allocate((*len).into()), *len, 2),
+            };
+            let flags = if number + 1 < pieces.len() { flags | 1 } else { flags };
+            let next = if indirect { at + 1 } else { (at + 1) % size };
+            self.descriptor(into, at, (addr, len, flags, next));
+            at = next;
+        }
+        if indirect {
+            self.descriptor(table, head, (into, 16 * pieces.len() as u32, 4, 0));
+        }
+        self.offer(index, head);
+        true
+    }
+
+    /// Makes a head available, whatever it is.
+    pub(crate) fn offer(&mut self, index: usize, head: u16) {
+        let Some(queue) = self.queues.get_mut(index) else { return };
+        let Some(live) = &queue.live else { return };
+        let ring = live.set_up.at[1];
+        let slot = u64::from(queue.available) % u64::from(live.set_up.size);
+        queue.available = queue.available.wrapping_add(1);
+        let available = queue.available;
+        self.poke(ring + 4 + 2 * slot, &head.to_le_bytes());
+        self.poke(ring + 2, &available.to_le_bytes());
+    }
+
+    pub(crate) fn kick(&mut self, queue: u32) {
+        self.write(0x50, queue);
+    }
+
+    /// Lets the device work until it sleeps, and judges it. Gives how many chains came back, by queue.
+    pub(crate) fn run(&mut self) -> Vec<u64> {
+        self.before();
+        self.turns();
+        self.after()
+    }
+
+    /// Judges what `forge` does to memory as if the device had done it.
+    pub(crate) fn forge(&mut self, forge: impl FnOnce(&Self)) {
+        self.before();
+        forge(self);
+        self.after();
+    }
+
+    /// Calls the device once without any cause, and judges what it does.
+    pub(crate) fn disturb(&mut self, token: u32) {
+        self.before();
+        self.device.ready(token);
+        self.after();
+    }
+
+    fn turns(&mut self) {
+        for _ in 0..TURNS {
+            *self.released.lock().unwrap() = 0;
+            let events = turn(self.device.as_mut(), 0).unwrap();
+            let released = *self.released.lock().unwrap();
+            let most = MOST_RELEASED * events.max(1) as u64;
+            assert!(released <= most, "{released} bytes were released at once");
+            if events == 0 {
+                return;
+            }
+        }
+        panic!("the device never sleeps");
+    }
+
+    fn before(&mut self) {
+        let mut tables = Vec::new();
+        let Self { ram, queues, .. } = self;
+        for live in queues.iter_mut().filter_map(|queue| queue.live.as_mut()) {
+            live.note(ram, &mut tables);
+        }
+        let [used, rest] = [true, false].map(|used| {
+            let lives = self.queues.iter().filter_map(|queue| queue.live.as_ref());
+            let parts = lives.map(|live| live.set_up.parts());
+            let parts = parts.flat_map(|[d, a, u]| if used { vec![u] } else { vec![d, a] });
+            parts.collect::<Vec<_>>()
+        });
+        tables.extend(rest);
+        let lives = self.queues.iter().filter_map(|queue| queue.live.as_ref());
+        let buffers: HashSet<Range<u64>> = lives.flat_map(Live::writable).collect();
+        let buffers = || buffers.iter().filter(|range| !used.contains(range));
+        self.is_tainted |=
+            tables.iter().chain(&used).any(|part| buffers().any(|b| overlap(b, part)));
+        self.is_tainted |= tables.iter().any(|table| used.iter().any(|used| overlap(used, table)));
+    }
+
+    fn after(&mut self) -> Vec<u64> {
+        let changes = self.ram.changes();
+        let lives = || self.queues.iter().filter_map(|queue| queue.live.as_ref());
+        if !self.is_tainted {
+            let allowed: Vec<Range<u64>> = lives().flat_map(Live::writable).collect();
+            for change in changes {
+                let mut at = change.start;
+                while at < change.end {
+                    let around = allowed.iter().find(|range| range.contains(&at));
+                    let bad = || panic!("the device wrote to {at:x} of {change:x?}");
+                    at = around.unwrap_or_else(bad).end;
+                }
+            }
+        }
+        let (ram, is_tainted) = (&self.ram, self.is_tainted);
+        let settle =
+            |queue: &mut Queue| queue.live.as_mut().map_or(0, |live| live.settle(ram, is_tainted));
+        let counts = self.queues.iter_mut().map(settle).collect();
+        if self.status() & SILENT != 0 {
+            self.queues.iter_mut().for_each(|queue| queue.live = None);
+        }
+        let pending = self.read(reg::INTERRUPT_STATUS);
+        assert_eq!(self.irq.is_high(), pending != 0, "the line and its register differ");
+        counts
+    }
+}

@@ -1,0 +1,6 @@
+//! Fuzzes the text of `--device`.
+#![no_main]
+
+use rvmm_fuzz::play;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| play::chips::options(bytes));

@@ -1,0 +1,6 @@
+//! Fuzzes kernel files: Image, ELF, gzip, zstd.
+#![no_main]
+
+use rvmm_fuzz::opened;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| opened::kernel(bytes));

@@ -1,0 +1,6 @@
+//! Fuzzes the registers of the PLIC.
+#![no_main]
+
+use rvmm_fuzz::play;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| play::chips::plic(bytes));

@@ -1,0 +1,6 @@
+//! Fuzzes the registers of the RTC.
+#![no_main]
+
+use rvmm_fuzz::play;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| play::chips::rtc(bytes));

@@ -1,0 +1,6 @@
+//! Fuzzes the registers of the UART.
+#![no_main]
+
+use rvmm_fuzz::play;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| play::chips::uart(bytes));

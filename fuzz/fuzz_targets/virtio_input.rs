@@ -1,0 +1,6 @@
+//! Fuzzes a hostile driver of the virtio device input.
+#![no_main]
+
+use rvmm_fuzz::play;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| play::virtio(play::kind::Kind::Input, bytes));

@@ -1,0 +1,16 @@
+//! What the fuzz targets play: the same sources that the tests of ring 1 have.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    dead_code,
+    missing_docs,
+    reason = "a target fails by panicking, and does not use all that the tests use"
+)]
+
+#[path = "../../boot/tests/opened/mod.rs"]
+pub mod opened;
+#[path = "../../devices/tests/hostile/play/mod.rs"]
+pub mod play;
