@@ -21,15 +21,17 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::{Chain, DmaMemory, Segment, VirtioDevice, VirtioError, VirtioMmio, Work, pieces};
+use super::{Chain, DmaMemory, VirtioDevice, VirtioError, VirtioMmio, Work};
 use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
 use crate::device::{Interest, Source};
 use crate::options::Options;
 
 mod pages;
+mod reports;
 mod stats;
 
 use pages::{List, PAGE};
+use reports::Reports;
 use stats::{MAX_BYTES, numbers};
 
 /// The catalog's entry.
@@ -99,8 +101,7 @@ struct Balloon {
     config: [u8; 8],
     /// A request that has more pages than a pass, and how far it is.
     unfinished: Option<(Chain, u32)>,
-    /// The same for a report of free pages.
-    unfinished_report: Option<(Chain, u32)>,
+    reports: Reports,
     /// The buffer by which the guest is asked for its numbers.
     stats: Option<Chain>,
     is_asked: bool,
@@ -143,7 +144,7 @@ fn build(options: &Options, wiring: Wiring) -> Built {
         active: 0,
         config,
         unfinished: None,
-        unfinished_report: None,
+        reports: Reports::default(),
         stats: None,
         is_asked: false,
     };
@@ -171,7 +172,7 @@ impl Balloon {
             self.take_stats(queue, work)?;
         }
         if let Some(queue) = self.reporting_queue() {
-            self.take_reports(queue, work, &mut left)?;
+            self.reports.take(queue, work, self.memory.as_ref(), &mut left)?;
         }
         if left == 0 {
             // Refused means that it is readable already.
@@ -228,36 +229,6 @@ impl Balloon {
         self.ignored = self.ignored.saturating_add(count as u64);
     }
 
-    /// Takes free pages, whose content the guest does not need; they stay its own.
-    fn take_reports(
-        &mut self,
-        queue: u16,
-        work: &mut Work<'_>,
-        left: &mut u64,
-    ) -> Result<(), VirtioError> {
-        while *left > 0 {
-            let (chain, mut offset) = match self.unfinished_report.take() {
-                Some(unfinished) => unfinished,
-                None => match work.pop(queue)? {
-                    Some(chain) => (chain, 0),
-                    None => break,
-                },
-            };
-            // One buffer may be as large as RAM: it is given back a piece at a time.
-            while let Some(piece) = next_piece(&chain, offset, *left) {
-                self.memory.release(piece.addr.0, piece.len.into());
-                *left = left.saturating_sub(u64::from(piece.len).div_ceil(PAGE));
-                offset = offset.saturating_add(piece.len);
-            }
-            if offset < chain.writable_bytes() {
-                self.unfinished_report = Some((chain, offset));
-            } else {
-                answer(chain, work);
-            }
-        }
-        Ok(())
-    }
-
     /// Keeps the guest's buffer until its numbers are wanted anew, and logs those in it if they were.
     fn take_stats(&mut self, queue: u16, work: &mut Work<'_>) -> Result<(), VirtioError> {
         while let Some(chain) = work.pop(queue)? {
@@ -288,15 +259,6 @@ impl Balloon {
             None => self.timer.clear(),
         };
     }
-}
-
-/// What comes at `offset` of a report, at most `most` pages of it, and whole ones where it goes on behind them; none where
-/// `most` is 0 or the report is over.
-fn next_piece(chain: &Chain, offset: u32, most: u64) -> Option<Segment> {
-    let rest = usize::try_from(chain.writable_bytes()).unwrap_or(usize::MAX);
-    let Segment { addr, len } = pieces(chain.writable(), offset, rest).next()?;
-    let most = most.checked_mul(PAGE)?.checked_sub(addr.0 % PAGE)?;
-    Some(Segment { addr, len: len.min(u32::try_from(most).unwrap_or(u32::MAX)) })
 }
 
 /// Gives back a request of which nothing is written, or refuses one that asks for nothing.
@@ -366,14 +328,14 @@ impl VirtioDevice for Balloon {
             self.stats = None;
         }
         if Some(queue) == self.reporting_queue() {
-            self.unfinished_report = None;
+            self.reports.reset();
         }
     }
 
     fn reset(&mut self) {
         self.active = 0;
         self.unfinished = None;
-        self.unfinished_report = None;
+        self.reports.reset();
         self.stats = None;
         self.is_asked = false;
         self.config.iter_mut().skip(4).for_each(|byte| *byte = 0);

@@ -30,6 +30,8 @@ pub(crate) struct Ends {
     pub(crate) net: MemoryNet,
     pub(crate) console: MemoryConsole,
     pub(crate) button: Arc<EventFd>,
+    /// Consoles that have been opened: the first one is above, the others are of no interest.
+    consoles: Arc<Mutex<usize>>,
     sockets: Arc<Mutex<Sockets>>,
     rings: Arc<EventFd>,
 }
@@ -55,6 +57,7 @@ impl Ends {
             net: MemoryNet::new().unwrap(),
             console,
             button: event(0),
+            consoles: Arc::default(),
             sockets: Arc::default(),
             rings: event(EFD_SEMAPHORE),
         }
@@ -206,8 +209,21 @@ impl Host for Ends {
         Ok(Box::new(self.net.clone()))
     }
 
+    fn network_queues(
+        &self,
+        _end: &NetworkEnd,
+        pairs: u16,
+    ) -> Result<Vec<Box<dyn NetBackend>>, HostError> {
+        let others = (1..pairs).map(|_| MemoryNet::new().unwrap());
+        let ends = std::iter::once(self.net.clone()).chain(others);
+        Ok(ends.map(|end| Box::new(end) as Box<dyn NetBackend>).collect())
+    }
+
     fn console(&self, _to: &str) -> Result<Box<dyn ConsoleBackend>, HostError> {
-        Ok(Box::new(self.console.clone()))
+        let mut consoles = self.consoles.lock().unwrap();
+        *consoles += 1;
+        let first = *consoles == 1;
+        Ok(Box::new(if first { self.console.clone() } else { MemoryConsole::new().unwrap() }))
     }
 
     fn listen(&self, _path: &Path) -> Result<Box<dyn Listener>, HostError> {

@@ -33,13 +33,15 @@ impl Kind {
         match self {
             Self::Rng => &["rng"],
             Self::Blk => &["blk,path=d", "blk,path=d,queues=3", "blk,path=d,ro=on,cache=unsafe"],
-            Self::Net => &["net,tap=t", "net,tap=t,mtu=1500", "net,tap=t,mac=02:00:00:00:00:01"],
+            Self::Net => {
+                &["net,tap=t", "net,tap=t,mtu=1500,queues=2", "net,tap=t,mac=02:00:00:00:00:01"]
+            }
             Self::Vsock => &["vsock,path=s"],
             Self::Input => &["input"],
             Self::Balloon => {
                 &["balloon,size=1,reporting=on", "balloon,stats=3600,reporting=on", "balloon"]
             }
-            Self::Console => &["console,to=c"],
+            Self::Console => &["console,to=c", "console,to=c,port1=log=x"],
         }
     }
 
@@ -48,8 +50,11 @@ impl Kind {
         match (self, queue) {
             (Self::Rng, _) => vec![Piece::Write(script.pick(&[1, 64, 4096, 70_000, 0]))],
             (Self::Blk, _) => disk(script),
-            (Self::Net, 0) => vec![Piece::Write(script.pick(&[12, 1526, 4096, 11, 1, 65_562, 13]))],
-            (Self::Net, 1) => frame(script),
+            (Self::Net, 2) if script.flag() => command(script),
+            (Self::Net, 0 | 2) => {
+                vec![Piece::Write(script.pick(&[12, 1526, 4096, 11, 1, 65_562, 13]))]
+            }
+            (Self::Net, 1 | 3) => frame(script),
             (Self::Net, _) => command(script),
             (Self::Vsock, 0) => vec![Piece::Write(script.pick(&[4096, 44, 45, 43, 65_580, 100]))],
             (Self::Vsock, _) => packet(script),
@@ -63,7 +68,8 @@ impl Kind {
                 let count = script.pick(&[10, 20, 100, 5, 330]);
                 vec![Piece::Read(script.bytes(count))]
             }
-            (Self::Console, 0) => vec![Piece::Write(script.pick(&[1, 64, 4096, 5000, 0]))],
+            (Self::Console, 3) => control(script),
+            (Self::Console, 0 | 2 | 4) => vec![Piece::Write(script.pick(&[1, 64, 4096, 5000, 0]))],
             (Self::Console, _) => {
                 vec![Piece::Read(vec![b'o'; script.pick(&[1, 100, 4096, 30_000])])]
             }
@@ -100,6 +106,15 @@ fn disk(script: &mut Script<'_>) -> Vec<Piece> {
         pieces.push(Piece::Write(script.pick(&[1, 1, 1, 0, 5])));
     }
     pieces
+}
+
+/// A control message of a console: port, event, value.
+fn control(script: &mut Script<'_>) -> Vec<Piece> {
+    let mut message = u32::from(script.pick(&[0_u8, 1, 2, 255])).to_le_bytes().to_vec();
+    message.extend(u16::to_le_bytes(script.pick(&[0, 1, 2, 3, 4, 5, 6, 7, 99])));
+    message.extend(u16::to_le_bytes(script.pick(&[1, 0, 2])));
+    message.truncate(script.pick(&[8, 8, 8, 7, 0]));
+    vec![Piece::Read(message)]
 }
 
 fn frame(script: &mut Script<'_>) -> Vec<Piece> {

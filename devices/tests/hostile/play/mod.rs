@@ -233,7 +233,9 @@ fn suppress(stage: &mut Stage, script: &mut Script<'_>, queue: usize) {
 /// After a reset, and with everything mended on the host, the device does what it is for.
 pub(crate) fn works(stage: &mut Stage) {
     stage.ends.mend();
-    stage.start(!(1 << 29), 16);
+    // Without EVENT_IDX, and of a console without its many ports, which want to be greeted first.
+    let many_ports = if stage.kind == Kind::Console { 2 } else { 0 };
+    stage.start(!(1 << 29 | many_ports), 16);
     stage.run();
     let queue = match stage.kind {
         Kind::Rng | Kind::Blk | Kind::Balloon => 0,
