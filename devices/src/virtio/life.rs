@@ -41,6 +41,11 @@ pub(super) struct Core {
     /// One per queue; the kernel rings them where it can, else a write to QueueNotify does.
     pub(super) kicks: Box<[EventFd]>,
     has_warned: bool,
+    /// The driver has reset the device, which is not through with what it had taken before. Until it is, the status says
+    /// NEEDS_RESET, so that nothing starts.
+    is_resetting: bool,
+    /// The same for queues that were reset alone, a bit each.
+    resetting_queues: u64,
 
     queues: Box<[Queue]>,
     pub(super) state: State,
@@ -69,7 +74,16 @@ impl Core {
             (0..).zip(device.queue_sizes()).map(|(index, size)| Queue::new(index, *size)).collect();
         let kick = |_: &Queue| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         let kicks = queues.iter().map(kick).collect::<Result<_, _>>()?;
-        Ok(Self { device, memory, kicks, has_warned: false, queues, state: State::default() })
+        Ok(Self {
+            device,
+            memory,
+            kicks,
+            has_warned: false,
+            is_resetting: false,
+            resetting_queues: 0,
+            queues,
+            state: State::default(),
+        })
     }
 
     pub(super) fn offered(&self) -> u64 {
@@ -119,7 +133,7 @@ impl Core {
             return Err(AccessError::NoRegister);
         };
         // Frozen as soon as it is ready: nothing moves a ring that is in use.
-        if queue.is_ready() || is_running && !queue.was_reset() {
+        if self.resetting_queues != 0 || queue.is_ready() || is_running && !queue.was_reset() {
             return Err(AccessError::ReadOnly);
         }
         change(&mut queue.set_up);
@@ -133,6 +147,7 @@ impl Core {
             return Err(AccessError::NoRegister);
         };
         match value {
+            _ if self.resetting_queues != 0 => return Err(AccessError::ReadOnly),
             0 if !is_running => queue.set_ready(false),
             1 if queue.is_ready() => {}
             1 if !is_running => queue.set_ready(true),
@@ -161,7 +176,25 @@ impl Core {
             self.device.reset_queue(index);
         }
         queue.reset(true);
+        if !self.device.is_settled() {
+            self.resetting_queues |= 1 << (index % 64);
+        }
         Ok(())
+    }
+
+    /// Whether the reset of the selected queue is not over.
+    pub(super) fn is_queue_resetting(&self) -> bool {
+        self.state.queue_sel < 64 && self.resetting_queues >> self.state.queue_sel & 1 == 1
+    }
+
+    /// Ends resets that waited for the host's end.
+    fn settle(&mut self) {
+        if (self.is_resetting || self.resetting_queues != 0) && self.device.is_settled() {
+            self.resetting_queues = 0;
+            if std::mem::take(&mut self.is_resetting) {
+                self.state.status = 0;
+            }
+        }
     }
 
     pub(super) fn write_status(&mut self, value: u32) -> Access {
@@ -237,6 +270,11 @@ impl Core {
         self.queues.iter_mut().for_each(|queue| queue.reset(false));
         let State { generation, refused, .. } = self.state;
         self.state = State { generation, refused, ..State::default() };
+        self.resetting_queues = 0;
+        self.is_resetting = !self.device.is_settled();
+        if self.is_resetting {
+            self.state.status = status::NEEDS_RESET;
+        }
     }
 
     /// Stops all work; the driver's registers stay.
@@ -270,6 +308,7 @@ impl Core {
             budget = outcome.budget;
             let cut_short = outcome.cut_short;
             self.note(outcome);
+            self.settle();
             if let Err(error) = result {
                 self.break_down(&error.to_string());
                 return;

@@ -105,8 +105,8 @@ impl VirtioMmio {
             reg::SHM_LEN_LOW | reg::SHM_LEN_HIGH | reg::SHM_BASE_LOW | reg::SHM_BASE_HIGH => {
                 u32::MAX
             }
-            // A reset is over before anybody can ask.
-            reg::QUEUE_RESET => 0,
+            // Nearly always a reset is over before anybody can ask.
+            reg::QUEUE_RESET => core.is_queue_resetting().into(),
             reg::CONFIG_GENERATION => state.generation,
             other if is_write_only(other) => return Err(AccessError::WriteOnly),
             _ => return Err(AccessError::NoRegister),

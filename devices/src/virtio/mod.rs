@@ -11,7 +11,8 @@
 //! | one file or folder per device | what only that device does |
 //!
 //! Everything that a device does happens on the I/O thread: kicks come as events, results go back under the device's lock.
-//! A hart only reaches the transport's registers; a reset, which a hart causes, is the one thing that waits for the host.
+//! A hart only reaches the transport's registers; a reset, which a hart causes, is the one thing that waits for the host, and not for long:
+//! where a host's call does not end, the driver sees a reset that is not over.
 
 use crate::device::Source;
 
@@ -121,11 +122,18 @@ pub trait VirtioDevice: Send {
     fn kicked(&mut self, queue: u16, work: &mut Work<'_>) -> Result<(), VirtioError>;
 
     /// The driver resets `queue` alone: what was taken from it is forgotten, and no longer touches guest memory when this
-    /// returns.
+    /// returns and [`is_settled`](Self::is_settled).
     fn reset_queue(&mut self, queue: u16);
 
-    /// Back to the state after power-on. Nothing that was taken from a queue touches guest memory when this returns.
+    /// Back to the state after power-on. Nothing that was taken from a queue touches guest memory when this returns and
+    /// [`is_settled`](Self::is_settled). Waits for a second at most.
     fn reset(&mut self);
+
+    /// Whether nothing of before the last resets touches guest memory any more. The driver sees a reset as not over before;
+    /// the device is called ([`ready`](Self::ready)) when it is.
+    fn is_settled(&self) -> bool {
+        true
+    }
 
     /// What the I/O loop has to watch for this device; tokens are below [`mmio::KICK`].
     fn sources(&self) -> Vec<Source>;

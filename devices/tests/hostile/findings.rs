@@ -1,8 +1,10 @@
-//! What fuzzers and reviews have found, each with its name: how long one pass of a device may keep the I/O thread.
+//! What fuzzers and reviews have found, each with its name: how long one pass of a device may keep the I/O thread, and what
+//! it waits for.
 
 use std::sync::{Arc, Mutex};
 
-use rvmm_devices::testing::turn;
+use rvmm_devices::testing::{MemoryHost, turn};
+use rvmm_devices::virtio::blk::testing::MemoryDisk;
 use rvmm_devices::virtio::mmio::KICK;
 use rvmm_devices::virtio::testing::{Buffer, NEXT, RAM, RAM_SIZE, Rig, WRITE};
 use rvmm_devices::{Model, Options};
@@ -83,4 +85,73 @@ fn a_report_of_more_memory_than_a_pass_may_give_back_is_worked_off_in_turns() {
     assert_eq!(rig.take_used(2), Some((0, 0)));
     assert_eq!(all, 16 * (RAM_SIZE - 5));
     assert!(calls >= 8, "{calls}");
+}
+
+/// A disk of two queues whose host does not answer, and a read of its first sector that is on the way.
+fn stuck(features: u64) -> (Rig, MemoryDisk, u16) {
+    let disk = MemoryDisk::new(8).unwrap();
+    disk.change(|bytes| bytes.fill(0xd5));
+    let options = Options::parse("blk,path=d,queues=2").unwrap();
+    let mut rig = Rig::build(|mut wiring| {
+        wiring.host = Arc::new(MemoryHost::with_disk(disk.clone()));
+        Model::find("blk").unwrap().create(&options, wiring).unwrap()
+    });
+    rig.start(features);
+    disk.get_stuck();
+    let head = rig.add(0, &[Buffer::Read(&[0; 16]), Buffer::Write(512), Buffer::Write(1)]);
+    rig.kick(0);
+    (rig, disk, head)
+}
+
+fn reads(rig: &mut Rig) {
+    let request = [Buffer::Read(&[0; 16]), Buffer::Write(512), Buffer::Write(1)];
+    assert!(rig.ask(0, &request).unwrap().starts_with(&[0xd5; 512]));
+}
+
+#[test]
+fn a_reset_does_not_wait_for_a_disk_that_hangs_and_is_over_when_the_disk_has_answered() {
+    let (mut rig, disk, _) = stuck(0);
+    for value in [0, 1, 3, 11, 15, 0] {
+        rig.write(0x70, value);
+        // Memory may still be written to: the driver sees a device that nothing can be done with.
+        assert_eq!(rig.status(), 64, "after {value}");
+    }
+    rig.run();
+    assert_eq!(rig.status(), 64);
+    disk.release();
+    rig.run();
+    assert_eq!(rig.status(), 0);
+    rig.start(0);
+    assert_eq!(rig.take_used(0), None);
+    reads(&mut rig);
+}
+
+#[test]
+fn a_queue_that_is_reset_alone_is_not_set_up_again_before_its_disk_has_answered() {
+    let (mut rig, disk, _) = stuck(1 << 40);
+    rig.write(0x30, 0);
+    rig.write(0xc0, 1);
+    for _ in 0..2 {
+        assert_eq!((rig.read(0xc0), rig.read(0x44)), (1, 0));
+        assert!(!rig.write(0x80, 0) && !rig.write(0x44, 1));
+        rig.run();
+    }
+    disk.release();
+    rig.run();
+    assert_eq!((rig.read(0xc0), rig.status()), (0, 15));
+    rig.set_up(0);
+    reads(&mut rig);
+}
+
+#[test]
+fn a_ring_that_breaks_while_the_disk_hangs_breaks_only_its_device() {
+    let (mut rig, disk, head) = stuck(0);
+    rig.make_available(0, head);
+    rig.kick(0);
+    assert_eq!(rig.status() & 64, 64);
+    disk.release();
+    rig.run();
+    assert_eq!(rig.take_used(0), None, "a broken device is silent");
+    rig.start(0);
+    reads(&mut rig);
 }

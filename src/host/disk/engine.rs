@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::RawFd;
+use std::time::Duration;
 
 /// One system call.
 #[derive(Debug, Clone, Copy)]
@@ -69,8 +70,8 @@ pub(super) trait Engine: Send {
     /// Adds the outcomes that are there.
     fn reap(&mut self, outcomes: &mut Vec<Outcome>);
 
-    /// Submits, and waits for an outcome. Only when a call is on the way.
-    fn wait(&mut self);
+    /// Submits, and waits for an outcome, where `most` is given for that long at most. Only when a call is on the way.
+    fn wait(&mut self, most: Option<Duration>);
 
     /// Readable when there may be outcomes.
     fn fd(&self) -> RawFd;

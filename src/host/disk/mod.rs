@@ -15,6 +15,7 @@
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use log::{info, warn};
 use rvmm_devices::HostError;
@@ -59,6 +60,8 @@ pub(super) struct Disk {
     jobs: Vec<Job>,
     flushes: Flushes,
     done: Vec<DiskDone>,
+    /// Given up while a call was on the way, whose end is to be reported.
+    abandoned: Vec<u32>,
     /// Of calls that were made here.
     outcomes: Vec<Outcome>,
     /// Bytes of them since the last poll; none where the disk is not memory.
@@ -143,6 +146,7 @@ impl Disk {
             jobs: Vec::new(),
             flushes: Flushes::default(),
             done: Vec::new(),
+            abandoned: Vec::new(),
             outcomes: Vec::new(),
             inline: None,
             has_pushed: false,
@@ -213,6 +217,10 @@ impl Disk {
         let Some(job) = self.jobs.get_mut(slot as usize) else { return };
         if job.is_given_up() {
             job.end();
+            if let Some(at) = self.abandoned.iter().position(|abandoned| *abandoned == slot) {
+                self.abandoned.swap_remove(at);
+                self.done.push(DiskDone { slot, is_ok: false });
+            }
             return;
         }
         match job.advance(result, self.memory.as_ref()) {
@@ -252,8 +260,10 @@ impl Disk {
         }
     }
 
-    /// Gives requests up and waits for those of which a call is on the way.
-    fn give_up(&mut self, slots: &[u32]) {
+    /// Gives requests up and waits for those of which a call is on the way, where `patience` is given for that long at most.
+    /// Gives those that are left.
+    fn give_up(&mut self, slots: &[u32], patience: Option<Duration>) -> Vec<u32> {
+        let start = Instant::now();
         let is_meant = |slot: &u32| slots.contains(slot);
         self.flushes.served.retain(|slot| !is_meant(slot));
         self.flushes.waiting.retain(|slot| !is_meant(slot));
@@ -267,12 +277,17 @@ impl Disk {
         let is_busy =
             |jobs: &[Job], slot: &u32| jobs.get(*slot as usize).is_some_and(|job| !job.is_idle());
         while slots.iter().any(|slot| is_busy(&self.jobs, slot)) {
+            let left = patience.map(|patience| patience.saturating_sub(start.elapsed()));
             if self.outcomes.is_empty() {
-                self.engine.wait();
+                self.engine.wait(left);
             }
             self.reap();
+            if left.is_some_and(|left| left.is_zero()) {
+                break;
+            }
         }
         self.done.retain(|done| !is_meant(&done.slot));
+        slots.iter().copied().filter(|slot| is_busy(&self.jobs, slot)).collect()
     }
 }
 
@@ -336,9 +351,16 @@ impl DiskBackend for Disk {
     }
 
     fn drain(&mut self, slots: &[u32]) {
-        self.give_up(slots);
+        self.give_up(slots, None);
         // Others may have gone a step further.
         self.engine.submit();
+    }
+
+    fn abandon(&mut self, slots: &[u32], patience: Duration) -> Vec<u32> {
+        let left = self.give_up(slots, Some(patience));
+        self.abandoned.extend_from_slice(&left);
+        self.engine.submit();
+        left
     }
 
     fn fd(&self) -> RawFd {
@@ -349,6 +371,6 @@ impl DiskBackend for Disk {
 impl Drop for Disk {
     fn drop(&mut self) {
         let slots: Vec<u32> = (0..).zip(&self.jobs).map(|(slot, _)| slot).collect();
-        self.give_up(&slots);
+        self.give_up(&slots, None);
     }
 }

@@ -6,6 +6,7 @@ use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rvmm_devices::testing::turn;
@@ -421,13 +422,19 @@ fn a_file_that_ends_within_a_sector_loses_that() {
     assert_eq!(disk.size(), 1024);
 }
 
-/// An engine whose outcomes the test makes up.
+/// An engine whose outcomes the test makes up, and which takes nothing back where its last part says so.
 #[derive(Clone)]
-struct Script(Arc<Mutex<Vec<(u32, Call)>>>, Arc<Mutex<Vec<Outcome>>>, Arc<EventFd>);
+struct Script(
+    Arc<Mutex<Vec<(u32, Call)>>>,
+    Arc<Mutex<Vec<Outcome>>>,
+    Arc<EventFd>,
+    Arc<AtomicBool>,
+);
 
 impl Script {
     fn new() -> Self {
-        Self(Arc::default(), Arc::default(), Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()))
+        let event = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+        Self(Arc::default(), Arc::default(), event, Arc::default())
     }
 
     /// The only call that is on the way.
@@ -455,6 +462,9 @@ impl Engine for Script {
     fn submit(&mut self) {}
 
     fn withdraw(&mut self, id: u32) -> bool {
+        if self.3.load(SeqCst) {
+            return false;
+        }
         let mut calls = self.0.lock().unwrap();
         calls.retain(|(pushed, _)| *pushed != id);
         true
@@ -464,8 +474,8 @@ impl Engine for Script {
         outcomes.append(&mut self.1.lock().unwrap());
     }
 
-    fn wait(&mut self) {
-        panic!("nothing is on the way that could be waited for");
+    fn wait(&mut self, most: Option<Duration>) {
+        assert!(most.is_some(), "nothing is on the way that could be waited for");
     }
 
     fn fd(&self) -> RawFd {
@@ -484,6 +494,30 @@ fn scripted_with(options: &str) -> (Bench, Script) {
 
 fn unsupported() -> io::Result<u32> {
     Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
+}
+
+#[test]
+fn a_call_that_does_not_end_is_waited_for_a_while_and_reported_when_it_has_ended() {
+    let (mut bench, script) = scripted();
+    script.3.store(true, SeqCst);
+    bench.start(3, DiskOp::Read, 0, &[segment(RAM, 512)]);
+    bench.clear(4, DiskOp::Flush, 0, 0);
+    // A flush touches no memory: it is over at once.
+    assert_eq!(bench.disk.abandon(&[3, 4], Duration::from_millis(1)), [3]);
+    let mut done = Vec::new();
+    bench.disk.poll(&mut done);
+    assert_eq!(done, []);
+    script.answer(3, Ok(512));
+    bench.disk.poll(&mut done);
+    assert_eq!(done, [DiskDone { slot: 3, is_ok: false }]);
+    // The slot is free again. What ends in time is not reported.
+    bench.start(3, DiskOp::Read, 0, &[segment(RAM, 512)]);
+    script.answer(3, Ok(512));
+    assert!(bench.disk.abandon(&[3], Duration::from_secs(600)).is_empty());
+    script.answer(SYNC, Ok(0));
+    done.clear();
+    bench.disk.poll(&mut done);
+    assert_eq!(done, []);
 }
 
 #[test]

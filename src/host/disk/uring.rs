@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::thread;
 use std::time::Duration;
 
-use io_uring::types::{Fd, FsyncFlags};
+use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, Probe, opcode, squeue};
 use log::warn;
 
@@ -147,9 +147,15 @@ impl Engine for Uring {
         }));
     }
 
-    fn wait(&mut self) {
+    fn wait(&mut self, most: Option<Duration>) {
         self.inline = 0;
-        self.enter(usize::from(self.refused.is_empty()));
+        let Some(most) = most else { return self.enter(usize::from(self.refused.is_empty())) };
+        self.enter(0);
+        if self.refused.is_empty() {
+            let most = Timespec::from(most);
+            // In time, too late, or interrupted: who waits looks, and waits again.
+            let _ = self.ring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&most));
+        }
     }
 
     fn fd(&self) -> RawFd {

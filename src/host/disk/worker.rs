@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -162,11 +163,14 @@ impl Engine for Worker {
         outcomes.append(&mut calls.outcomes);
     }
 
-    fn wait(&mut self) {
+    fn wait(&mut self, most: Option<Duration>) {
         self.submit();
         let calls = self.shared.calls();
         let is_empty = |calls: &mut Calls| calls.outcomes.is_empty();
-        drop(self.shared.ended.wait_while(calls, is_empty));
+        match most {
+            Some(most) => drop(self.shared.ended.wait_timeout_while(calls, most, is_empty)),
+            None => drop(self.shared.ended.wait_while(calls, is_empty)),
+        }
     }
 
     fn fd(&self) -> RawFd {

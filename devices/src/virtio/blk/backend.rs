@@ -1,6 +1,7 @@
 //! The host's end of a disk, as the device sees it: operations in, completions out, nothing waited for.
 
 use std::os::fd::RawFd;
+use std::time::Duration;
 
 use crate::virtio::Segment;
 
@@ -89,7 +90,7 @@ pub struct DiskDone {
     pub is_ok: bool,
 }
 
-/// An open disk. Nothing here blocks, except [`drain`](Self::drain).
+/// An open disk. Nothing here blocks, except [`abandon`](Self::abandon) for a bounded time, and [`drain`](Self::drain).
 pub trait DiskBackend: Send {
     /// Bytes: a multiple of 512, at least 512. May change after a [`poll`](Self::poll), when somebody resized the disk.
     fn size(&self) -> u64;
@@ -103,6 +104,14 @@ pub trait DiskBackend: Send {
     /// Gives the operations of these slots up: waits until none of them touches guest RAM any more, and never reports them.
     /// The others go on.
     fn drain(&mut self, slots: &[u32]);
+
+    /// As [`drain`](Self::drain), but waits for `patience` at most. Gives those of the slots whose operations may still touch
+    /// guest RAM then: [`poll`](Self::poll) reports each of them when it does no longer, and they are taken until then.
+    fn abandon(&mut self, slots: &[u32], patience: Duration) -> Vec<u32> {
+        let _ = patience;
+        self.drain(slots);
+        Vec::new()
+    }
 
     /// The descriptor that is readable when [`poll`](Self::poll) may find something ended.
     fn fd(&self) -> RawFd;

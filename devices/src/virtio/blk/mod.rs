@@ -6,6 +6,7 @@
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -72,6 +73,9 @@ const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 /// Requests that are with the host's end at most, of all queues together.
 const MAX_IN_FLIGHT: u32 = 256;
 
+/// How long a reset waits for the disk, with the device's lock held. What takes longer is waited for by the driver.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 const TOKEN_LIMIT: u32 = 0;
 const TOKEN_DISK: u32 = 1;
 const TOKEN_AGAIN: u32 = 2;
@@ -96,6 +100,8 @@ struct Blk {
     /// What is with the host's end, by slot: never by the driver's head, which the driver chooses.
     in_flight: Box<[Option<InFlight>]>,
     free: Vec<u32>,
+    /// Slots of requests that were given up and with which the host's end is not through.
+    abandoned: Vec<u32>,
     /// A queue was left because no slot was free.
     is_starved: bool,
     /// Kept for their room only.
@@ -150,6 +156,7 @@ impl Blk {
             in_flight: (0..MAX_IN_FLIGHT).map(|_| None).collect(),
             // The lowest is taken first.
             free: (0..MAX_IN_FLIGHT).rev().collect(),
+            abandoned: Vec::new(),
             is_starved: false,
             done: Vec::new(),
             data: Vec::new(),
@@ -234,7 +241,10 @@ impl Blk {
         let mut done = std::mem::take(&mut self.done);
         self.disk.poll(&mut done);
         for DiskDone { slot, is_ok } in done.drain(..) {
-            let Some(InFlight { chain, fills }) = self.release(slot) else { continue };
+            let Some(InFlight { chain, fills }) = self.release(slot) else {
+                self.note_through(slot);
+                continue;
+            };
             let (status, filled) = if is_ok { (Status::Ok, fills) } else { (Status::IoErr, 0) };
             answer(chain, status, filled, work);
         }
@@ -252,6 +262,14 @@ impl Blk {
         Some(request)
     }
 
+    /// The host's end is through with a request that was given up.
+    fn note_through(&mut self, slot: u32) {
+        if let Some(at) = self.abandoned.iter().position(|abandoned| *abandoned == slot) {
+            self.abandoned.swap_remove(at);
+            self.free.push(slot);
+        }
+    }
+
     /// Gives up what is in flight and `is_meant`.
     fn give_up(&mut self, is_meant: impl Fn(&Chain) -> bool) {
         let is_meant = |(slot, place): (u32, &Option<InFlight>)| {
@@ -259,8 +277,15 @@ impl Blk {
         };
         let slots: Vec<u32> = (0..).zip(&self.in_flight).filter_map(is_meant).collect();
         if !slots.is_empty() {
-            self.disk.drain(&slots);
-            slots.into_iter().for_each(|slot| drop(self.release(slot)));
+            let left = self.disk.abandon(&slots, PATIENCE);
+            for slot in slots {
+                drop(self.release(slot));
+                if left.contains(&slot) {
+                    // As it was, but for the request.
+                    self.free.pop();
+                    self.abandoned.push(slot);
+                }
+            }
         }
     }
 }
@@ -313,6 +338,10 @@ impl VirtioDevice for Blk {
         self.give_up(|chain| chain.queue() == queue);
         // Others may have ended meanwhile. Refused means that it is awake.
         let _ = self.again.write(1);
+    }
+
+    fn is_settled(&self) -> bool {
+        self.abandoned.is_empty()
     }
 
     fn reset(&mut self) {

@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use vm_memory::Bytes;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -18,6 +19,8 @@ struct State {
     bytes: Vec<u8>,
     /// Operations wait until they are let go.
     is_held: bool,
+    /// Operations that have been started are not taken back.
+    is_stuck: bool,
     /// Bytes of each operation that are moved before it fails.
     fails_after: Option<usize>,
     started: Vec<Started>,
@@ -54,6 +57,7 @@ impl MemoryDisk {
         Ok(Self(Arc::new(Mutex::new(State {
             bytes: vec![0; sectors * 512],
             is_held: false,
+            is_stuck: false,
             fails_after: None,
             started: Vec::new(),
             released: Vec::new(),
@@ -95,9 +99,18 @@ impl MemoryDisk {
         self.state().is_held = true;
     }
 
+    /// Operations from now on wait for [`release`](Self::release), and the host cannot take them back before.
+    pub fn get_stuck(&self) {
+        let mut state = self.state();
+        (state.is_held, state.is_stuck) = (true, true);
+    }
+
     /// Lets all operations go, and holds no others.
     pub fn release(&self) {
-        self.state().is_held = false;
+        {
+            let mut state = self.state();
+            (state.is_held, state.is_stuck) = (false, false);
+        }
         self.announce();
     }
 
@@ -209,6 +222,16 @@ impl DiskBackend for End {
         state.journal.push(format!("drain {slots:?}"));
         state.started.retain(|started| !slots.contains(&started.slot));
         state.released.retain(|started| !slots.contains(&started.slot));
+    }
+
+    fn abandon(&mut self, slots: &[u32], _patience: Duration) -> Vec<u32> {
+        if self.disk.state().is_stuck {
+            let state = self.disk.state();
+            state.started.iter().map(|s| s.slot).filter(|slot| slots.contains(slot)).collect()
+        } else {
+            self.drain(slots);
+            Vec::new()
+        }
     }
 
     fn fd(&self) -> RawFd {
