@@ -107,7 +107,7 @@ fn a_disk_describes_itself() {
     let (mut rig, disk) = stopped(",queues=4");
     assert_eq!(rig.read(8), 2);
     assert_eq!(config(&mut rig, 0, 8), SECTORS as u64, "capacity");
-    assert_eq!(config(&mut rig, 12, 4), 254, "seg_max");
+    assert_eq!(config(&mut rig, 12, 4), 510, "seg_max");
     assert_eq!(config(&mut rig, 20, 4), 512, "blk_size");
     assert_eq!(config(&mut rig, 32, 1), 1, "writeback");
     assert_eq!(config(&mut rig, 34, 2), 4, "num_queues");

@@ -3,10 +3,13 @@
 //! Every field is read once. What comes out is a list of pieces of RAM: first those that the device may read, then those
 //! that it may write. Whatever does not have that shape is refused as a whole.
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 /// Bytes of a descriptor.
 const DESCRIPTOR: u64 = 16;
+
+/// Descriptors of an indirect table that are read at once: drivers fill such tables in order.
+const BLOCK: usize = 32;
 
 mod flag {
     /// `VIRTQ_DESC_F_NEXT`
@@ -165,25 +168,93 @@ struct Descriptor {
 }
 
 impl Descriptor {
-    fn read(memory: &GuestMemoryMmap, table: u64, index: u16) -> Result<Self, ChainError> {
-        let addr = u64::from(index)
-            .checked_mul(DESCRIPTOR)
-            .and_then(|offset| table.checked_add(offset))
-            .ok_or(ChainError::NotRam)?;
-        let raw: [u8; 16] = memory.read_obj(GuestAddress(addr)).map_err(|_| ChainError::NotRam)?;
+    // Truncations pick the fields out of the 16 bytes.
+    #[expect(clippy::cast_possible_truncation, reason = "fields of a descriptor")]
+    fn from_bytes(raw: [u8; DESCRIPTOR as usize]) -> Self {
         let raw = u128::from_le_bytes(raw);
-        // Truncations pick the fields out of the 16 bytes.
-        #[expect(clippy::cast_possible_truncation, reason = "fields of a descriptor")]
-        Ok(Self {
+        Self {
             addr: raw as u64,
             len: (raw >> 64) as u32,
             flags: (raw >> 96) as u16,
             next: (raw >> 112) as u16,
-        })
+        }
     }
 
     fn is(self, flag: u16) -> bool {
         self.flags & flag != 0
+    }
+}
+
+/// The table that a chain is in now, and what of it was read last.
+struct Table {
+    addr: u64,
+    entries: u16,
+    is_indirect: bool,
+    /// Copies of the descriptors from `first` on.
+    block: [[u8; DESCRIPTOR as usize]; BLOCK],
+    first: u16,
+    count: u16,
+}
+
+impl Table {
+    fn new(addr: u64, entries: u16, is_indirect: bool) -> Self {
+        let block = [[0; DESCRIPTOR as usize]; BLOCK];
+        Self { addr, entries, is_indirect, block, first: 0, count: 0 }
+    }
+
+    /// The descriptor at `index`: a copy, in which the driver can change nothing any more.
+    fn descriptor(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        index: u16,
+    ) -> Result<Descriptor, ChainError> {
+        if index >= self.entries {
+            return Err(ChainError::Next);
+        }
+        let is_held = |at: u16| at < self.count;
+        let at = match index.checked_sub(self.first).filter(|at| is_held(*at)) {
+            Some(at) => at,
+            None => self.read(memory, index).map(|()| 0)?,
+        };
+        let raw = self.block.get(usize::from(at)).ok_or(ChainError::Next)?;
+        Ok(Descriptor::from_bytes(*raw))
+    }
+
+    /// Reads from `index` on: a block of an indirect table, one descriptor of the queue's own, where chains are short.
+    fn read(&mut self, memory: &GuestMemoryMmap, index: u16) -> Result<(), ChainError> {
+        let most = if self.is_indirect { BLOCK } else { 1 };
+        let count = usize::from(self.entries.saturating_sub(index)).min(most);
+        let addr = u64::from(index)
+            .checked_mul(DESCRIPTOR)
+            .and_then(|offset| self.addr.checked_add(offset))
+            .ok_or(ChainError::NotRam)?;
+        let into = self.block.get_mut(..count).unwrap_or_default().as_flattened_mut();
+        memory.read_slice(into, GuestAddress(addr)).map_err(|_| ChainError::NotRam)?;
+        self.first = index;
+        self.count = u16::try_from(count).unwrap_or(0);
+        Ok(())
+    }
+}
+
+/// Finds out whether buffers are RAM; those of one chain mostly lie in one region.
+#[derive(Default)]
+struct Ram {
+    /// First address and bytes of the region that was found last.
+    region: (u64, u64),
+}
+
+impl Ram {
+    fn has(&mut self, memory: &GuestMemoryMmap, addr: GuestAddress, len: u32) -> bool {
+        let is_inside = |(start, bytes): (u64, u64)| {
+            let offset = addr.0.wrapping_sub(start);
+            offset < bytes && u64::from(len) <= bytes - offset
+        };
+        if is_inside(self.region) {
+            return true;
+        }
+        let Some(region) = memory.find_region(addr) else { return false };
+        self.region = (region.start_addr().0, region.len());
+        is_inside(self.region)
     }
 }
 
@@ -219,25 +290,22 @@ impl Tables {
         head: u16,
         chain: &mut Chain,
     ) -> Result<(), ChainError> {
-        let (mut table, mut entries, mut index) = (self.descriptors, self.size, head);
-        let mut is_indirect = false;
+        let mut table = Table::new(self.descriptors, self.size, false);
+        let (mut ram, mut index) = (Ram::default(), head);
         // Descriptors with a buffer. With the one that leads to an indirect table a chain may have one more (2.7.5.3.1).
         let mut left = self.size;
         loop {
-            if index >= entries {
-                return Err(ChainError::Next);
-            }
-            let descriptor = Descriptor::read(memory, table, index)?;
+            let descriptor = table.descriptor(memory, index)?;
             if descriptor.is(flag::INDIRECT) {
-                if is_indirect || !self.indirect || descriptor.is(flag::NEXT) {
+                if table.is_indirect || !self.indirect || descriptor.is(flag::NEXT) {
                     return Err(ChainError::Indirect);
                 }
-                is_indirect = true;
-                (table, entries, index) = (descriptor.addr, self.entries(descriptor.len)?, 0);
+                (table, index) =
+                    (Table::new(descriptor.addr, self.entries(descriptor.len)?, true), 0);
                 continue;
             }
             left = left.checked_sub(1).ok_or(ChainError::TooLong)?;
-            chain.add(memory, descriptor)?;
+            chain.add(memory, &mut ram, descriptor)?;
             if !descriptor.is(flag::NEXT) {
                 return Ok(());
             }
@@ -259,7 +327,12 @@ impl Tables {
 }
 
 impl Chain {
-    fn add(&mut self, memory: &GuestMemoryMmap, descriptor: Descriptor) -> Result<(), ChainError> {
+    fn add(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        ram: &mut Ram,
+        descriptor: Descriptor,
+    ) -> Result<(), ChainError> {
         let Descriptor { addr, len, .. } = descriptor;
         let total = if descriptor.is(flag::WRITE) {
             &mut self.writable_bytes
@@ -273,7 +346,7 @@ impl Chain {
         }
         *total = total.checked_add(len).ok_or(ChainError::TooLarge)?;
         let addr = GuestAddress(addr);
-        if !memory.check_range(addr, len as usize) {
+        if !ram.has(memory, addr, len) {
             return Err(ChainError::NotRam);
         }
         self.segments.push(Segment { addr, len });

@@ -10,7 +10,9 @@ use std::io;
 use rustix::io::Errno;
 use rvmm_devices::virtio::blk::{DiskOp, DiskRequest};
 use rvmm_devices::virtio::{DmaMemory, Segment, pieces};
-use vm_memory::{Bytes, GuestMemoryBackend};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
 
 use super::engine::{Buffers, Call, What};
 use super::open::Files;
@@ -58,6 +60,34 @@ pub(super) struct Job {
 // SAFETY: the addresses in `iovecs` are those of guest RAM and of a static, which are the same in every thread; nothing here
 // follows them.
 unsafe impl Send for Job {}
+
+/// The region of guest RAM that was looked up last: the buffers of a request mostly lie in one.
+#[derive(Default)]
+struct Ram<'a> {
+    region: Option<&'a GuestRegionMmap>,
+}
+
+impl<'a> Ram<'a> {
+    /// Where `len` bytes from `addr` are in this process; none where they are not all in one region.
+    fn find(
+        &mut self,
+        memory: &'a GuestMemoryMmap,
+        addr: GuestAddress,
+        len: usize,
+    ) -> Option<*mut u8> {
+        let inside = |region: &GuestRegionMmap| {
+            let offset = addr.0.checked_sub(region.start_addr().0)?;
+            let end = offset.checked_add(len as u64)?;
+            let offset = usize::try_from(offset).ok()?;
+            (end <= region.len()).then(|| region.as_ptr().wrapping_add(offset))
+        };
+        if let Some(found) = self.region.and_then(inside) {
+            return Some(found);
+        }
+        self.region = memory.find_region(addr);
+        self.region.and_then(inside)
+    }
+}
 
 /// Where a job is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,13 +148,13 @@ impl Job {
         self.data.clear();
         self.data.extend_from_slice(data);
         self.iovecs.clear();
+        let mut ram = Ram::default();
         for Segment { addr, len } in data {
             let len = *len as usize;
-            let Ok(slice) = memory.view().get_slice(*addr, len) else {
+            let Some(first) = ram.find(memory.view(), *addr, len) else {
                 self.stage = Stage::Idle;
                 return false;
             };
-            let first = slice.ptr_guard_mut().as_ptr();
             for from in (0..len).step_by(MOST_PART) {
                 let iov_base = first.wrapping_add(from).cast();
                 self.iovecs.push(libc::iovec { iov_base, iov_len: MOST_PART.min(len - from) });

@@ -66,8 +66,8 @@ mod feature {
     pub(super) const WRITABLE: u64 = CONFIG_WCE | DISCARD | WRITE_ZEROES;
 }
 
-/// Entries of each queue.
-const QUEUE_SIZE: u16 = 256;
+/// Entries of each queue: a mebibyte of scattered pages is one request.
+const QUEUE_SIZE: u16 = 512;
 /// Buffers of data in a request: header and status take two descriptors.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 /// Requests that are with the host's end at most, of all queues together.
