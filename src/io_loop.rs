@@ -5,6 +5,7 @@
 //! a hang-up that nobody handles costs nothing; one that is listed, reports only a hang-up or an error, and is listed the same
 //! afterwards, is taken out until the device changes its mind.
 
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -228,7 +229,7 @@ impl IoLoop {
                 if !self.listed.get(index).is_some_and(|list| list.iter().any(is_listed)) {
                     return;
                 }
-                self.bus.with_device(index, |device| device.ready(source.token));
+                self.bus.ready(index, source.token);
                 self.sync(index);
                 if only_hang_up {
                     self.mute(index, source);
@@ -271,14 +272,14 @@ impl IoLoop {
             return;
         }
         // What is gone leaves first: a new source may have the same descriptor.
-        let (mut kept, gone): (Vec<_>, Vec<_>) =
-            std::mem::take(listed).into_iter().partition(|listed| wanted.contains(&listed.source));
+        let stays: HashSet<&Source> = wanted.iter().collect();
+        let (kept, gone): (Vec<_>, Vec<_>) =
+            std::mem::take(listed).into_iter().partition(|listed| stays.contains(&listed.source));
         gone.into_iter().for_each(|listed| self.unwatch(listed.id));
+        let mut kept: HashMap<Source, _> = kept.into_iter().map(|l| (l.source, l.id)).collect();
         let now = wanted.into_iter().map(|source| {
-            match kept.iter().position(|listed| listed.source == source) {
-                Some(at) => kept.swap_remove(at),
-                None => Listed { source, id: self.watch_source(index, source) },
-            }
+            let id = kept.remove(&source).unwrap_or_else(|| self.watch_source(index, source));
+            Listed { source, id }
         });
         let now = now.collect();
         if let Some(listed) = self.listed.get_mut(index) {

@@ -189,6 +189,18 @@ impl Bus {
         self.slots.get(index).map(|slot| f(slot.lock().as_mut()))
     }
 
+    /// Tells the device in this slot that a source may be ready ([`MmioDevice::ready`]), and drives the interrupt that comes
+    /// of it when the device's lock is free again.
+    pub fn ready(&self, index: usize, token: u32) {
+        let undriven = self.with_device(index, |device| {
+            device.ready(token);
+            device.undriven()
+        });
+        if let Some(pin) = undriven.flatten() {
+            pin.drive();
+        }
+    }
+
     /// What a guest has done that no device answered.
     pub fn counters(&self) -> BusCounters {
         BusCounters {

@@ -13,6 +13,7 @@ use crate::irq::{IrqLine, NoIrq};
 use crate::options::{OptionError, Options};
 use crate::power::PowerSwitch;
 use crate::rtc::{Clock, WallClock};
+use crate::virtio::balloon::BalloonControl;
 use crate::virtio::{DmaMemory, GuestMemoryMmap};
 
 /// Every device that rvmm can build. A new one adds its file and a line here.
@@ -86,6 +87,8 @@ pub struct Wiring {
     pub host: Arc<dyn Host>,
     /// Readable when somebody presses the guest's power button; without one nobody does.
     pub power_button: Option<EventFd>,
+    /// Who sets the balloon's target while the guest runs; without one it stays as it was built.
+    pub balloon: Option<BalloonControl>,
 }
 
 impl Wiring {
@@ -100,6 +103,7 @@ impl Wiring {
             memory: Arc::new(GuestMemoryMmap::new()),
             host: Arc::new(NoHost),
             power_button: None,
+            balloon: None,
         }
     }
 }

@@ -2,9 +2,12 @@
 //! says about itself.
 
 use std::os::fd::RawFd;
+use std::sync::Arc;
 
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::irq::LatePin;
 
 /// How an access ended: done, or refused without any effect on the device.
 pub type Access = Result<(), AccessError>;
@@ -93,6 +96,12 @@ pub trait MmioDevice: Send {
     /// A source with this token may be ready. Unknown tokens are ignored.
     fn ready(&mut self, token: u32) {
         let _ = token;
+    }
+
+    /// The interrupt whose level [`ready`](Self::ready) has decided and not driven: whoever called it drives it, once the device's lock
+    /// is given back.
+    fn undriven(&mut self) -> Option<Arc<LatePin>> {
+        None
     }
 
     /// Registers that only wake somebody: the board may have the kernel write to their descriptors instead of calling

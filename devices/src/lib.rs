@@ -53,7 +53,7 @@ pub use device::{
     MmioDevice, Source,
 };
 pub use host::{Host, HostError, Listener, NoHost};
-pub use irq::{IrqLine, IrqPin, NoIrq};
+pub use irq::{IrqLine, IrqPin, LatePin, NoIrq};
 pub use options::{OptionError, Options};
 pub use plic::{Plic, PlicError};
 pub use power::{PowerRequest, PowerSwitch};

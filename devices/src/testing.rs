@@ -380,6 +380,7 @@ pub fn turn(device: &mut dyn MmioDevice, timeout_ms: i32) -> io::Result<usize> {
     };
     for event in events.iter().take(count) {
         device.ready(u32::try_from(event.data()).unwrap_or(u32::MAX));
+        let _ = device.undriven().map(|pin| pin.drive());
     }
     Ok(count)
 }

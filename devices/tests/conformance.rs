@@ -216,6 +216,7 @@ fn an_event_without_cause_does_no_harm() {
     for mut built in devices() {
         for token in (0..10).chain([u32::MAX]) {
             built.device.ready(token);
+            let _ = built.device.undriven().map(|pin| pin.drive());
         }
         assert!(!built.irq.is_high(), "{}", built.device.name());
     }
@@ -273,7 +274,10 @@ proptest! {
                     0..3 => drop(built.device.read(*offset, &mut data[..*width]).err()),
                     3..6 => drop(built.device.write(*offset, &data[..*width]).err()),
                     6 => built.console.type_in(&data),
-                    _ => built.device.ready(u32::from(data[0])),
+                    _ => {
+                        built.device.ready(u32::from(data[0]));
+                        let _ = built.device.undriven().map(|pin| pin.drive());
+                    }
                 }
             }
             let awake = (0..100).all(|_| turn(built.device.as_mut(), 0).unwrap() != 0);

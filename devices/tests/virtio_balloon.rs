@@ -8,6 +8,7 @@
 
 use proptest::prelude::*;
 use rvmm_devices::testing::{turn, wiring};
+use rvmm_devices::virtio::balloon::BalloonControl;
 use rvmm_devices::virtio::testing::{Buffer, NEXT, RAM, RAM_SIZE, Rig, WRITE};
 use rvmm_devices::{Model, Options};
 use vm_memory::{Bytes, GuestAddress};
@@ -236,4 +237,63 @@ proptest! {
         }
         prop_assert_eq!(rig.status() & 15, 15);
     }
+}
+
+/// A balloon whose target can be set, and who sets it.
+fn controlled(options: &str) -> (Rig, BalloonControl) {
+    let control = BalloonControl::new().unwrap();
+    let options = Options::parse(options).unwrap();
+    let rig = Rig::build(|mut wiring| {
+        wiring.balloon = Some(control.clone());
+        Model::find("balloon").unwrap().create(&options, wiring).unwrap()
+    });
+    (rig, control)
+}
+
+#[test]
+fn a_target_that_is_set_while_the_guest_runs_is_announced_to_it() {
+    let (mut rig, control) = controlled("balloon,size=64");
+    assert_eq!(control.target(), 64 << 20);
+    rig.start(DEFLATE_ON_OOM);
+    let (pages, generation) = (0x100, 0xfc);
+    assert_eq!(rig.read(pages), 64 * 256);
+    let before = rig.read(generation);
+    control.set_target((100 << 20) + 4095).unwrap();
+    rig.run();
+    assert_eq!(rig.read(pages), 100 * 256, "whole pages");
+    assert_ne!(rig.read(generation), before);
+    assert_eq!(rig.read(0x60), 2, "the interrupt says that the configuration has changed");
+    rig.write(0x64, 2);
+    control.set_target(100 << 20).unwrap();
+    rig.run();
+    assert_eq!(rig.read(0x60), 0, "nothing has changed");
+}
+
+#[test]
+fn what_the_guest_says_that_it_has_given_can_be_read() {
+    let (mut rig, control) = controlled("balloon");
+    rig.start(0);
+    assert_eq!(control.actual(), 0);
+    rig.write(0x104, 0x1234);
+    assert_eq!(control.actual(), 0x1234 * 4096);
+    rig.write(0x104, u32::MAX);
+    assert_eq!(control.actual(), u64::from(u32::MAX) * 4096, "a guest may say anything");
+    rig.write(0x70, 0);
+    assert_eq!(control.actual(), 0, "a reset empties the balloon");
+}
+
+#[test]
+fn the_target_outlives_the_guest_and_has_a_limit() {
+    let (rig, control) = controlled("balloon,size=8");
+    let refused = control.set_target(1 << 44).unwrap_err();
+    assert!(refused.to_string().contains("17592186044416"), "{refused}");
+    control.set_target((1 << 44) - 1).unwrap();
+    control.set_target(16 << 20).unwrap();
+    drop(rig);
+    let options = Options::parse("balloon,size=8").unwrap();
+    let mut next = Rig::build(|mut wiring| {
+        wiring.balloon = Some(control.clone());
+        Model::find("balloon").unwrap().create(&options, wiring).unwrap()
+    });
+    assert_eq!(next.read(0x100), 16 * 256);
 }

@@ -5,8 +5,11 @@
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
+/// A descriptor as it lies in memory.
+type Raw = [u8; 16];
+
 /// Bytes of a descriptor.
-const DESCRIPTOR: u64 = 16;
+const DESCRIPTOR: u64 = size_of::<Raw>() as u64;
 
 /// Descriptors of an indirect table that are read at once: drivers fill such tables in order.
 const BLOCK: usize = 32;
@@ -170,7 +173,7 @@ struct Descriptor {
 impl Descriptor {
     // Truncations pick the fields out of the 16 bytes.
     #[expect(clippy::cast_possible_truncation, reason = "fields of a descriptor")]
-    fn from_bytes(raw: [u8; DESCRIPTOR as usize]) -> Self {
+    fn from_bytes(raw: Raw) -> Self {
         let raw = u128::from_le_bytes(raw);
         Self {
             addr: raw as u64,
@@ -191,14 +194,14 @@ struct Table {
     entries: u16,
     is_indirect: bool,
     /// Copies of the descriptors from `first` on.
-    block: [[u8; DESCRIPTOR as usize]; BLOCK],
+    block: [Raw; BLOCK],
     first: u16,
     count: u16,
 }
 
 impl Table {
     fn new(addr: u64, entries: u16, is_indirect: bool) -> Self {
-        let block = [[0; DESCRIPTOR as usize]; BLOCK];
+        let block = [Raw::default(); BLOCK];
         Self { addr, entries, is_indirect, block, first: 0, count: 0 }
     }
 

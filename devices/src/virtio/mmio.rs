@@ -3,6 +3,7 @@
 //! Left out: shared memory regions (all have the length -1, as for those that do not exist) and legacy drivers (version 1).
 
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -14,7 +15,7 @@ use crate::device::{
     Access, AccessError, Doorbell, FdtDesc, FdtProperty, FdtValue, Interest, MmioDevice, Source,
     register32,
 };
-use crate::irq::IrqPin;
+use crate::irq::LatePin;
 
 /// Tokens from here on are the queues' kicks; those below are the device's own.
 pub const KICK: u32 = 1 << 31;
@@ -65,7 +66,9 @@ const VENDOR: u32 = 0x4d4d_5652;
 /// A virtio device in a slot of the bus.
 pub struct VirtioMmio {
     core: Core,
-    irq: IrqPin,
+    irq: Arc<LatePin>,
+    /// The level was decided and not driven.
+    is_undriven: bool,
 }
 
 impl VirtioMmio {
@@ -80,7 +83,8 @@ impl VirtioMmio {
             what: "event descriptors",
             source,
         })?;
-        Ok(Box::new(Self { core, irq: IrqPin::new(wiring.irq) }))
+        let irq = Arc::new(LatePin::new(wiring.irq));
+        Ok(Box::new(Self { core, irq, is_undriven: false }))
     }
 
     /// Requests that went back to the driver unserved since the device was made, because they made no sense.
@@ -143,8 +147,16 @@ impl VirtioMmio {
         Ok(())
     }
 
+    /// The line follows the interrupt status.
+    fn decide_irq(&mut self) {
+        self.is_undriven |= self.irq.decide(self.core.state.interrupts != 0);
+    }
+
     fn sync_irq(&mut self) {
-        self.irq.set(self.core.state.interrupts != 0);
+        self.decide_irq();
+        if std::mem::take(&mut self.is_undriven) {
+            self.irq.drive();
+        }
     }
 }
 
@@ -188,7 +200,9 @@ impl MmioDevice for VirtioMmio {
 
     fn reset(&mut self) {
         self.core.reset_device();
-        self.irq.reset();
+        // Whatever it was: after a reset nobody's memory of it counts.
+        self.is_undriven = true;
+        self.sync_irq();
     }
 
     fn fdt(&self) -> Option<FdtDesc> {
@@ -223,7 +237,11 @@ impl MmioDevice for VirtioMmio {
                 self.core.work(|device, work| device.kicked(queue, work), Some(queue));
             }
         }
-        self.sync_irq();
+        self.decide_irq();
+    }
+
+    fn undriven(&mut self) -> Option<Arc<LatePin>> {
+        std::mem::take(&mut self.is_undriven).then(|| Arc::clone(&self.irq))
     }
 
     fn doorbells(&self) -> Vec<Doorbell<'_>> {

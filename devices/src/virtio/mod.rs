@@ -16,7 +16,7 @@
 
 use crate::device::Source;
 
-pub(crate) mod balloon;
+pub mod balloon;
 pub mod blk;
 pub mod bucket;
 pub mod chain;

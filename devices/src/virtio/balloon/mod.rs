@@ -3,7 +3,7 @@
 //! * Pages that the guest puts into the balloon are given to the host at once ([`DmaMemory::release`]); they read as zero or as
 //!   before when it takes them out again, and nothing has to be done for that: the host provides memory as it is touched.
 //!   So a guest that goes on to use them gets them, and the limit of a machine's memory is its `--mem`.
-//! * The target is fixed when the machine is made (`size=MIB`).
+//! * The target is `size=MIB` at first; a [`BalloonControl`] changes it while the guest runs.
 //! * With `stats=SECONDS` the guest's own numbers are logged (level `info`).
 //! * With `reporting=on` the guest tells of free pages without giving them up.
 //!
@@ -26,10 +26,12 @@ use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
 use crate::device::{Interest, Source};
 use crate::options::Options;
 
+mod control;
 mod pages;
 mod reports;
 mod stats;
 
+pub use control::{BalloonControl, BalloonTooLarge};
 use pages::{List, PAGE};
 use reports::Reports;
 use stats::{MAX_BYTES, numbers};
@@ -39,7 +41,11 @@ pub(crate) const MODEL: Model = Model {
     name: "balloon",
     summary: "virtio memory balloon: the guest gives memory back to the host",
     keys: &[
-        Key { name: "size", value: "MIB", help: "memory that the guest is to give (default: 0)" },
+        Key {
+            name: "size",
+            value: "MIB",
+            help: "memory that the guest is to give at first (default: 0)",
+        },
         Key {
             name: "stats",
             value: "SECONDS",
@@ -77,6 +83,7 @@ const FIRST_OPTIONAL: u16 = 2;
 
 const TOKEN_AGAIN: u32 = 0;
 const TOKEN_STATS: u32 = 1;
+const TOKEN_TARGET: u32 = 2;
 
 mod f {
     pub(super) const STATS_VQ: u64 = 1 << 1;
@@ -92,6 +99,8 @@ struct Balloon {
     /// Readable when a pass has left something.
     again: EventFd,
     timer: TimerFd,
+    /// Who sets the target; nobody does where there is none.
+    control: Option<BalloonControl>,
     has_warned: bool,
     /// Page numbers that were no RAM.
     ignored: u64,
@@ -109,7 +118,7 @@ struct Balloon {
 
 fn build(options: &Options, wiring: Wiring) -> Built {
     let refused = |source| BuildError::Option { model: MODEL.name, source };
-    let mib = options
+    let pages = options
         .parsed::<u32>("size", "a number of MiB")
         .and_then(|mib| match mib.unwrap_or(0).checked_mul((1 << 20) / 4096) {
             Some(pages) => Ok(pages),
@@ -130,9 +139,8 @@ fn build(options: &Options, wiring: Wiring) -> Built {
     let features = bits.iter().filter(|(on, _)| *on).fold(0, |all, (_, bit)| all | bit);
     let optional = usize::from(stats_every.is_some()) + usize::from(reporting);
     let failed = |what| move |source| BuildError::Host { model: MODEL.name, what, source };
-    let mut config = [0; 8];
-    config.iter_mut().zip(mib.to_le_bytes()).for_each(|(to, from)| *to = from);
-    let balloon = Balloon {
+    let target = wiring.balloon.as_ref().map_or(pages, |control| control.begin(pages));
+    let mut balloon = Balloon {
         features,
         queue_sizes: vec![128; usize::from(FIRST_OPTIONAL) + optional],
         memory: Arc::clone(&wiring.memory),
@@ -142,16 +150,26 @@ fn build(options: &Options, wiring: Wiring) -> Built {
         has_warned: false,
         ignored: 0,
         active: 0,
-        config,
+        config: [0; 8],
+        control: wiring.balloon.clone(),
         unfinished: None,
         reports: Reports::default(),
         stats: None,
         is_asked: false,
     };
+    balloon.ask_for(target);
     VirtioMmio::create(Box::new(balloon), wiring)
 }
 
 impl Balloon {
+    /// Writes the target, in pages, where the driver reads it. True where it was another.
+    fn ask_for(&mut self, pages: u32) -> bool {
+        let field = self.config.first_chunk_mut::<4>();
+        field.is_some_and(|field| {
+            std::mem::replace(field, pages.to_le_bytes()) != pages.to_le_bytes()
+        })
+    }
+
     fn stats_queue(&self) -> Option<u16> {
         (self.active & f::STATS_VQ != 0).then_some(FIRST_OPTIONAL)
     }
@@ -309,6 +327,9 @@ impl VirtioDevice for Balloon {
         // Only `actual`, the second half, is the driver's.
         let bytes = self.config.iter_mut().enumerate().skip(offset).zip(data);
         bytes.filter(|((at, _), _)| *at >= 4).for_each(|((_, to), from)| *to = *from);
+        if let (Some(control), Some(actual)) = (&self.control, self.config.last_chunk()) {
+            control.gave(u32::from_le_bytes(*actual));
+        }
     }
 
     fn activate(&mut self, features: u64) {
@@ -339,12 +360,19 @@ impl VirtioDevice for Balloon {
         self.stats = None;
         self.is_asked = false;
         self.config.iter_mut().skip(4).for_each(|byte| *byte = 0);
+        let _ = self.control.as_ref().map(|control| control.gave(0));
         self.set_timer();
     }
 
     fn sources(&self) -> Vec<Source> {
         let read = |fd, token| Source { fd, token, interest: Interest::Read };
-        vec![read(self.again.as_raw_fd(), TOKEN_AGAIN), read(self.timer.as_raw_fd(), TOKEN_STATS)]
+        let mut sources = vec![
+            read(self.again.as_raw_fd(), TOKEN_AGAIN),
+            read(self.timer.as_raw_fd(), TOKEN_STATS),
+        ];
+        let control = self.control.as_ref();
+        sources.extend(control.map(|control| read(control.as_raw_fd(), TOKEN_TARGET)));
+        sources
     }
 
     fn ready(&mut self, token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {
@@ -355,6 +383,15 @@ impl VirtioDevice for Balloon {
                 // Setting the timer takes back its expiry, so it need not be read.
                 self.set_timer();
                 self.ask_for_stats(work);
+            }
+            TOKEN_TARGET => {
+                let asked = self.control.as_ref().and_then(|control| {
+                    control.heard();
+                    control.asked()
+                });
+                if asked.is_some_and(|pages| self.ask_for(pages)) {
+                    work.config_changed();
+                }
             }
             _ => {}
         }
