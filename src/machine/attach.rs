@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use rvmm_boot::fdt::{DeviceNode, Node, Property, Value};
 use rvmm_devices::virtio::DmaMemory;
+use rvmm_devices::virtio::balloon::BalloonControl;
 use rvmm_devices::{
     BuildError, Bus, CATALOG, ConsoleBackend, FdtDesc, FdtProperty, FdtValue, Host, MmioDevice,
     Model, Options, Placement, PowerSwitch, Wiring,
@@ -32,6 +33,8 @@ pub(super) struct Hookup<'a> {
     pub(super) console: Box<dyn ConsoleBackend>,
     /// The other end of the first input device.
     pub(super) button: Option<&'a Button>,
+    /// Who sets the target of the first balloon.
+    pub(super) balloon: &'a BalloonControl,
     /// Who opens further ends.
     pub(super) host: Arc<dyn Host>,
     /// Guest RAM, for devices that reach into it.
@@ -52,6 +55,7 @@ struct Plan {
 /// Makes the board's devices and those of `extra` (`NAME,key=value,...`) and puts them on a bus.
 pub(super) fn attach(extra: &[String], hookup: Hookup<'_>) -> Result<Attached, Error> {
     let (mut console, mut button) = (Some(hookup.console), hookup.button);
+    let mut balloon = Some(hookup.balloon);
     let mut devices: Vec<(u64, Box<dyn MmioDevice>)> = Vec::new();
     let mut nodes = Vec::new();
     for plan in plan(extra)? {
@@ -64,6 +68,9 @@ pub(super) fn attach(extra: &[String], hookup: Hookup<'_>) -> Result<Attached, E
         }
         if plan.model.name == "serial" {
             wiring.console = console.take();
+        }
+        if plan.model.name == "balloon" {
+            wiring.balloon = balloon.take().cloned();
         }
         if plan.model.name == "input" {
             wiring.power_button =

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use rvmm_devices::virtio::DmaMemory;
+use rvmm_devices::virtio::balloon::BalloonControl;
 use rvmm_devices::{Bus, Host, PowerRequest, PowerSwitch};
 
 use super::attach::{Attached, Hookup, attach};
@@ -40,6 +41,8 @@ pub(super) struct Ends {
     pub(super) console: SharedConsole,
     /// Of the first input device.
     pub(super) button: Option<Arc<Button>>,
+    /// Of the first balloon.
+    pub(super) balloon: BalloonControl,
     /// Who opens those of the others.
     pub(super) host: Arc<dyn Host>,
 }
@@ -70,6 +73,7 @@ impl Board {
             power,
             console: Box::new(ends.console.waking(&control)),
             button: ends.button.as_deref(),
+            balloon: &ends.balloon,
             host: Arc::clone(&ends.host),
             memory: Arc::clone(&ram) as Arc<dyn DmaMemory>,
             vm: vm.as_ref(),

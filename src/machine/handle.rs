@@ -1,13 +1,19 @@
 //! Control of a machine from outside, over all its lives.
 
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rvmm_devices::virtio::balloon::BalloonControl;
 
 use crate::vcpu::Control;
 use crate::vcpu::stop::StopReason;
 
 /// Stops, pauses and resumes a machine from any thread. Clones mean the same machine.
-#[derive(Clone, Default)]
-pub struct Handle(Arc<Mutex<State>>);
+#[derive(Clone)]
+pub struct Handle {
+    state: Arc<Mutex<State>>,
+    balloon: BalloonControl,
+}
 
 #[derive(Default)]
 struct State {
@@ -18,8 +24,17 @@ struct State {
 }
 
 impl Handle {
-    pub(super) fn new() -> Self {
-        Self::default()
+    /// # Errors
+    /// The host has no descriptors left.
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Self { state: Arc::default(), balloon: BalloonControl::new()? })
+    }
+
+    /// What sets the target of the machine's first balloon while the guest runs, and tells what it has given. In a machine
+    /// without a balloon it does nothing.
+    #[must_use]
+    pub fn balloon(&self) -> &BalloonControl {
+        &self.balloon
     }
 
     /// Asks the machine to stop with [`StopReason::Requested`]; returns at once. A machine that is not running yet ends
@@ -62,6 +77,6 @@ impl Handle {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -97,7 +97,7 @@ impl Machine {
         let config = config.validate()?.into_inner();
         // The user's files come first: a wrong one is found before the host is asked for anything and the terminal changes.
         let files = Files::open(&config)?;
-        let handle = Handle::new();
+        let handle = Handle::new().map_err(|e| host_error("make the machine's control", e))?;
         let host = match parts.hypervisor {
             Some(host) => host,
             None => Box::new(kvm::open()?),
@@ -117,7 +117,7 @@ impl Machine {
         let button = button.map_err(|e| host_error("make the power button", e))?.map(Arc::new);
         let stopper = handle.clone();
         let linux = Arc::new(Linux::new(Arc::new(move || stopper.stop())));
-        let ends = Ends { console, button, host: linux };
+        let ends = Ends { console, button, balloon: handle.balloon().clone(), host: linux };
         let board = Board::build(&config, &files, host.as_ref(), &ends)?;
         Ok(Self { config, host, ends, pty, signals, handle, board })
     }
