@@ -19,11 +19,12 @@ use std::time::{Duration, Instant};
 use harness::{host, kernel};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rvmm::config::{InitrdConfig, IrqchipChoice, VmConfig};
+use rvmm::machine::BalloonControl;
 use rvmm::machine::{Machine, Parts};
 use rvmm::terminal::Console;
 
 /// The guest's memory, and half of it.
-const MEMORY: u64 = 128 << 20;
+const MEMORY: u64 = 256 << 20;
 const HALF: u64 = MEMORY / 2;
 
 /// A guest's console.
@@ -67,10 +68,11 @@ fn resident() -> u64 {
     pages * 4096
 }
 
-fn until(what: &str, is_so: impl Fn() -> bool) {
+/// Waits until the guest has given so many bytes.
+fn until_given(balloon: &BalloonControl, bytes: u64) {
     let limit = Instant::now() + harness::LIMIT;
-    while !is_so() {
-        assert!(Instant::now() < limit, "{what}");
+    while balloon.actual() != bytes {
+        assert!(Instant::now() < limit, "the guest has given {} of {bytes}", balloon.actual());
         std::thread::sleep(Duration::from_millis(100));
     }
 }
@@ -96,21 +98,21 @@ fn balloon_to_half_and_back(irqchip: &str) {
     shell.ask("seq 1 20000 >/known; sha256sum </known >/expected; echo 0 >/rounds; : >/wrong");
     shell.ask(
         "(while :; do sha256sum </known | cmp -s - /expected || echo wrong >>/wrong; \
-         echo $(($(cat /rounds) + 1)) >/new && mv /new /rounds; done) &",
+         echo $(($(cat /rounds) + 1)) >/new && mv /new /rounds; done) & true",
     );
-    shell.ask("dd if=/dev/zero of=/used bs=1M count=40 2>/dev/null; rm /used");
+    shell.ask("dd if=/dev/zero of=/used bs=1M count=80 2>/dev/null; rm /used");
     let before = resident();
 
     handle.balloon().set_target(HALF).expect("a target");
-    until("the guest gives half of its memory", || handle.balloon().actual() == HALF);
+    until_given(handle.balloon(), HALF);
     let halved = resident();
-    assert!(halved + (24 << 20) < before, "{before} bytes were resident, {halved} are now");
+    assert!(halved + (40 << 20) < before, "{before} bytes were resident, {halved} are now");
     let rounds: u64 = shell.ask("cat /rounds").trim().parse().expect("a number");
 
     handle.balloon().set_target(0).expect("a target");
-    until("the guest takes its memory back", || handle.balloon().actual() == 0);
-    shell.ask("dd if=/dev/zero of=/used bs=1M count=40 2>/dev/null");
-    assert_eq!(shell.ask("wc -c </used"), "41943040\n");
+    until_given(handle.balloon(), 0);
+    shell.ask("dd if=/dev/zero of=/used bs=1M count=80 2>/dev/null");
+    assert_eq!(shell.ask("wc -c </used"), "83886080\n");
     assert_eq!(
         shell.ask(&format!("until [ $(cat /rounds) -gt {rounds} ]; do sleep 1; done; cat /wrong")),
         ""

@@ -42,6 +42,7 @@ pub mod vm;
 use build::{Board, Ends};
 pub use handle::Handle;
 use load::Files;
+pub use rvmm_devices::virtio::balloon::BalloonControl;
 use shared_console::SharedConsole;
 use vm::Hypervisor;
 
