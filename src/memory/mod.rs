@@ -1,4 +1,5 @@
-//! Guest RAM: one private mapping between guard pages, with the user's files laid into it copy-on-write.
+//! Guest RAM: one private mapping between guard pages, with the user's files laid into it copy-on-write. Where another
+//! program has to reach it, it is a file in memory instead (memfd_create(2)), and the user's files are copied into it.
 //!
 //! A file may change or shrink while the guest runs: pages that the guest has not written then change under it, and
 //! pages behind the new end are lost. A lost page reads as zero for rvmm and stops the machine
@@ -67,7 +68,20 @@ impl GuestRam {
     /// # Errors
     /// The host cannot give that much address space, or with `hugepages` has not enough free huge pages.
     pub fn new(span: Span, hugepages: bool) -> Result<Self, Error> {
-        let reservation = Reservation::new(span.size, hugepages)?;
+        Self::reserve(span, hugepages, false)
+    }
+
+    /// The same in a file in memory, which the regions of [`DmaMemory::view`] name: other programs may be given it. Its size is
+    /// sealed.
+    ///
+    /// # Errors
+    /// As for [`GuestRam::new`].
+    pub fn shared(span: Span, hugepages: bool) -> Result<Self, Error> {
+        Self::reserve(span, hugepages, true)
+    }
+
+    fn reserve(span: Span, hugepages: bool, shared: bool) -> Result<Self, Error> {
+        let reservation = Reservation::new(span.size, hugepages, shared)?;
         let region = reservation.region()?;
         let watch = Watch::new(reservation.address(), reservation.size())?;
         Self::assemble(span, reservation, region, watch)
@@ -146,7 +160,9 @@ impl GuestRam {
         }
         let lead = addr.next_multiple_of(PAGE).saturating_sub(addr).min(len);
         let pages = (len - lead) / PAGE * PAGE;
-        let mappable = !self.reservation.is_huge() && (offset + lead).is_multiple_of(PAGE);
+        // Others that map shared memory would not see what lies over it here.
+        let is_plain = !self.reservation.is_huge() && !self.reservation.is_shared();
+        let mappable = is_plain && (offset + lead).is_multiple_of(PAGE);
         let mapped = if mappable { pages } else { 0 };
         self.copy_file(addr, file, offset, lead)?;
         if mapped > 0 {

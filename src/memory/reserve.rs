@@ -4,9 +4,14 @@
 use std::ffi::c_void;
 use std::fs::File;
 use std::ptr;
+use std::sync::Arc;
 
+use rustix::fs::{
+    FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create,
+};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
-use vm_memory::MmapRegion;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{FileOffset, MmapRegion};
 
 use crate::error::Error;
 
@@ -23,6 +28,8 @@ pub(super) struct Reservation {
     ram: *mut c_void,
     size: usize,
     huge: bool,
+    /// What RAM is, where other programs may map it, too.
+    file: Option<Arc<File>>,
 }
 
 // SAFETY: the pointers are plain addresses of a mapping that lives as long as the value; this type never dereferences
@@ -32,7 +39,7 @@ unsafe impl Send for Reservation {}
 unsafe impl Sync for Reservation {}
 
 impl Reservation {
-    pub(super) fn new(size: u64, huge: bool) -> Result<Self, Error> {
+    pub(super) fn new(size: u64, huge: bool, shared: bool) -> Result<Self, Error> {
         let refuse = |source: Option<rustix::io::Errno>| Error::Memory {
             what: too_much(size, huge),
             source: source.map(Into::into),
@@ -47,30 +54,39 @@ impl Reservation {
         // At least 2 MiB of guard remain below and above.
         let lead = HUGE + (whole.addr().next_multiple_of(HUGE) - whole.addr());
         let ram = whole.wrapping_byte_add(lead);
-        let this = Self { whole, whole_size, ram, size, huge };
-        let mut flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+        let mut this = Self { whole, whole_size, ram, size, huge, file: None };
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        // Without NORESERVE the kernel refuses now what huge pages it could not deliver later by SIGBUS.
+        let reserve = if huge { MapFlags::empty() } else { MapFlags::NORESERVE };
+        if shared {
+            let file = memory_file(size, huge).map_err(|e| refuse(Some(e)))?;
+            let flags = MapFlags::SHARED | MapFlags::FIXED | reserve;
+            // SAFETY: the range lies inside `whole`, which is ours and holds nothing yet.
+            unsafe { mmap(ram, size, prot, flags, &file, 0) }.map_err(|e| refuse(Some(e)))?;
+            this.file = Some(Arc::new(file));
+            return Ok(this);
+        }
+        let mut flags = MapFlags::PRIVATE | MapFlags::FIXED | reserve;
         if huge {
-            // Without NORESERVE the kernel refuses now what it could not deliver later by SIGBUS.
-            flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::HUGETLB | MapFlags::HUGE_2MB;
+            flags |= MapFlags::HUGETLB | MapFlags::HUGE_2MB;
         }
         // SAFETY: the range lies inside `whole`, which is ours and holds nothing yet.
-        unsafe { mmap_anonymous(ram, size, ProtFlags::READ | ProtFlags::WRITE, flags) }
-            .map_err(|e| refuse(Some(e)))?;
+        unsafe { mmap_anonymous(ram, size, prot, flags) }.map_err(|e| refuse(Some(e)))?;
         Ok(this)
     }
 
     pub(super) fn region(&self) -> Result<MmapRegion, Error> {
         let prot = (ProtFlags::READ | ProtFlags::WRITE).bits().cast_signed();
+        let sharing = if self.file.is_some() { MapFlags::SHARED } else { MapFlags::PRIVATE };
+        let mut builder = MmapRegionBuilder::new(self.size)
+            .with_mmap_prot(prot)
+            .with_mmap_flags(sharing.bits().cast_signed());
+        if let Some(file) = &self.file {
+            builder = builder.with_file_offset(FileOffset::from_arc(Arc::clone(file), 0));
+        }
         // SAFETY: `ram..ram + size` is mapped readable and writable, and stays so until `self` is dropped; GuestRam
         // drops every region before.
-        let region = unsafe {
-            MmapRegion::build_raw(
-                self.ram.cast(),
-                self.size,
-                prot,
-                MapFlags::PRIVATE.bits().cast_signed(),
-            )
-        };
+        let region = unsafe { builder.with_raw_mmap_pointer(self.ram.cast()) }.build();
         region
             .map_err(|e| Error::Memory { what: format!("Cannot use guest RAM: {e}"), source: None })
     }
@@ -85,6 +101,10 @@ impl Reservation {
 
     pub(super) fn is_huge(&self) -> bool {
         self.huge
+    }
+
+    pub(super) fn is_shared(&self) -> bool {
+        self.file.is_some()
     }
 
     /// Maps `len` bytes of `file` from `offset` over RAM at `at`, all multiples of the page size.
@@ -118,6 +138,12 @@ impl Reservation {
         let (Ok(at), Ok(len), true) = (usize::try_from(at), usize::try_from(len), fits) else {
             return;
         };
+        if let Some(file) = &self.file {
+            // The pages of the file are the memory, whoever maps them. A refusal leaves them as they are.
+            let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            let _ = fallocate(file, how, at as u64, len as u64);
+            return;
+        }
         // SAFETY: the range lies inside our RAM mapping (checked above), which nobody holds references into: all accesses
         // are volatile copies, and the kernel takes the pages from the guest, too. A refusal leaves them as they are.
         let _ = unsafe { madvise(self.ram.wrapping_byte_add(at), len, Advice::LinuxDontNeed) };
@@ -130,6 +156,18 @@ impl Drop for Reservation {
         // mapping in place, which harms nobody.
         let _ = unsafe { munmap(self.whole, self.whole_size) };
     }
+}
+
+/// Memory with a descriptor. Its size is sealed: a program that has it cannot take pages away under the guest.
+fn memory_file(size: usize, huge: bool) -> Result<File, rustix::io::Errno> {
+    let mut flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    if huge {
+        flags |= MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    }
+    let file = memfd_create("guest-ram", flags)?;
+    ftruncate(&file, size as u64)?;
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(file.into())
 }
 
 fn too_much(size: u64, huge: bool) -> String {

@@ -159,3 +159,36 @@ fn pages_of_a_file_stay_when_they_are_given_back() {
     assert_eq!(first_bytes(&ram, 12), [0, 0, 1, 3, 1, 0, 0, 0, 1, 1, 0, 0]);
     assert!(!ram.is_lost());
 }
+
+#[test]
+fn shared_memory_is_a_file_that_has_everything_the_guest_has() {
+    use std::os::unix::fs::FileExt;
+    let bytes: Vec<u8> = (0..=250).cycle().take(20_000).collect();
+    let ram = GuestRam::shared(SPAN, false).unwrap();
+    ram.place_file(SPAN.base + 0x2000, &file_of(&bytes), 0, 20_000).unwrap();
+    ram.write(SPAN.end() - 4, b"rvmm").unwrap();
+    let regions: Vec<_> = vm_memory::GuestMemoryBackend::iter(ram.view()).collect();
+    let file = vm_memory::GuestMemoryRegion::file_offset(regions[0]).unwrap();
+    let mut got = vec![0; 20_000];
+    file.file().read_exact_at(&mut got, 0x2000).unwrap();
+    assert_eq!(got, bytes);
+    file.file().read_exact_at(&mut got[..4], SPAN.size - 4).unwrap();
+    assert_eq!(&got[..4], b"rvmm");
+    file.file().write_all_at(b"peer", 0x9000).unwrap();
+    ram.read(SPAN.base + 0x9000, &mut got[..4]).unwrap();
+    assert_eq!(&got[..4], b"peer");
+}
+
+#[test]
+fn pages_of_shared_memory_go_back_to_the_host_and_nobody_can_cut_it_short() {
+    let ram = GuestRam::shared(SPAN, false).unwrap();
+    ram.write(SPAN.base, &[1; 8 * 4096]).unwrap();
+    let regions: Vec<_> = vm_memory::GuestMemoryBackend::iter(ram.view()).collect();
+    let file = vm_memory::GuestMemoryRegion::file_offset(regions[0]).unwrap().file();
+    assert_eq!(file.metadata().unwrap().blocks(), 8 * 8);
+    ram.release(SPAN.base + 1, 3 * PAGE);
+    // Looking at a page takes it from the host again.
+    assert_eq!(file.metadata().unwrap().blocks(), 6 * 8);
+    assert_eq!(first_bytes(&ram, 5), [1, 0, 0, 1, 1]);
+    assert!(file.set_len(4096).is_err() && file.set_len(SPAN.size * 2).is_err());
+}
