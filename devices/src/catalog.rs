@@ -28,6 +28,11 @@ pub const CATALOG: &[Model] = &[
     crate::virtio::input::MODEL,
     crate::virtio::balloon::MODEL,
     crate::virtio::console::MODEL,
+    crate::virtio::vhost_user::fs::MODEL,
+    crate::virtio::vhost_user::net::USER,
+    crate::virtio::vhost_user::net::MODEL,
+    crate::virtio::vhost_user::blk::MODEL,
+    crate::virtio::vhost_user::vsock::MODEL,
 ];
 
 /// A device that was built, or why it was not.
@@ -46,6 +51,8 @@ pub struct Model {
     pub placement: Placement,
     /// How many interrupt lines it drives: 0 or 1.
     pub irqs: u32,
+    /// Another program does its work, and needs guest RAM as memory that can be shared.
+    pub shares_ram: bool,
     /// Builds one from options whose keys are known to be in `keys`; callers use
     /// [`Model::create`], which sees to that.
     pub build: fn(&Options, Wiring) -> Built,

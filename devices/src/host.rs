@@ -13,6 +13,7 @@ use crate::console::ConsoleBackend;
 use crate::virtio::DmaMemory;
 use crate::virtio::blk::{DiskBackend, DiskPlan};
 use crate::virtio::net::{NetBackend, NetworkEnd};
+use crate::virtio::vhost_user::{Daemon, Service};
 
 /// Opens the host's ends of devices. A host that has none of a kind refuses by itself.
 pub trait Host: Send + Sync {
@@ -81,6 +82,18 @@ pub trait Host: Send + Sync {
     fn connect(&self, path: &Path) -> io::Result<UnixStream> {
         let _ = path;
         Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Starts a program that serves a device as vhost-user's back end, and connects to it.
+    ///
+    /// # Errors
+    /// The program is not there, or cannot be started.
+    fn serve(&self, service: &Service) -> Result<(UnixStream, Box<dyn Daemon>), HostError> {
+        let what = match service {
+            Service::Folder { path, .. } => format!("share {}", path.display()),
+            Service::Network { .. } => "connect a network".to_owned(),
+        };
+        Err(HostError::mistake(format!("Cannot {what}: no programs are started here")))
     }
 }
 

@@ -21,6 +21,7 @@ pub(crate) const MODEL: Model = Model {
     keys: &[],
     placement: Placement::Fixed,
     irqs: 0,
+    shares_ram: false,
     build,
 };
 

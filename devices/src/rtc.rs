@@ -31,6 +31,7 @@ pub(crate) const MODEL: Model = Model {
     }],
     placement: Placement::Fixed,
     irqs: 1,
+    shares_ram: false,
     build,
 };
 

@@ -25,6 +25,8 @@ use crate::virtio::blk::testing::MemoryDisk;
 use crate::virtio::blk::{DiskBackend, DiskPlan};
 use crate::virtio::net::testing::MemoryNet;
 use crate::virtio::net::{NetBackend, NetworkEnd};
+use crate::virtio::vhost_user::testing::{Quiet, Traits, serve};
+use crate::virtio::vhost_user::{Daemon, Service};
 
 /// An interrupt line that remembers its level and how often it changed.
 #[derive(Debug, Clone, Default)]
@@ -305,6 +307,13 @@ impl Host for MemoryHost {
         let network = MemoryNet::new().map_err(refused)?;
         lock(&self.networks).push((end.clone(), network.clone()));
         Ok(Box::new(network))
+    }
+
+    fn serve(&self, _: &Service) -> Result<(UnixStream, Box<dyn Daemon>), HostError> {
+        let refused = |error| HostError::refused("Cannot make a pair of sockets", error);
+        let (near, far) = UnixStream::pair().map_err(refused)?;
+        drop(serve(far, Traits::default()));
+        Ok((near, Box::new(Quiet)))
     }
 
     fn disk(

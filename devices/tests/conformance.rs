@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use proptest::prelude::*;
 use rvmm_devices::testing::{MemoryConsole, TestIrq, turn, wiring};
+use rvmm_devices::virtio::vhost_user::testing::{Traits, serve_at, shared_memory};
 use rvmm_devices::{
     BuildError, Bus, CATALOG, Claim, FdtProperty, FdtValue, Interest, MmioDevice, Model, Options,
     Placement, Plic, Wiring,
@@ -28,15 +29,29 @@ fn least(model: &Model) -> String {
         "blk" => "blk,path=disk".into(),
         "vsock" => format!("vsock,path={}", socket_path()),
         "console" => "console,to=null".into(),
+        "fs" => "fs,tag=share,path=folder".into(),
+        "vhost-user-blk" | "vhost-user-net" | "vhost-user-vsock" => {
+            let path = socket_path();
+            serve_at(path.as_ref(), Traits::default()).unwrap();
+            let mac = if model.name == "vhost-user-net" { ",mac=02:00:00:00:00:01" } else { "" };
+            format!("{},socket={path}{mac}", model.name)
+        }
         name => name.into(),
     }
 }
 
 fn build(model: &Model) -> Built {
     let (irq, console) = (TestIrq::default(), MemoryConsole::new().unwrap());
-    let wiring =
+    let mut wiring =
         Wiring { irq: Arc::new(irq.clone()), console: Some(Box::new(console.clone())), ..wiring() };
-    let device = model.create(&Options::parse(&least(model)).unwrap(), wiring).unwrap();
+    if model.shares_ram {
+        wiring.memory = Arc::new(shared_memory(0x8000_0000, 1 << 20).unwrap());
+    }
+    let options = Options::parse(&least(model)).unwrap();
+    let device = model.create(&options, wiring).unwrap();
+    if let (Some(path), true) = (options.get("socket"), model.shares_ram) {
+        std::fs::remove_file(path).unwrap();
+    }
     Built { device, irq, console }
 }
 

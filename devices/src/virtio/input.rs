@@ -22,6 +22,7 @@ pub(crate) const MODEL: Model = Model {
     keys: &[],
     placement: Placement::Slot,
     irqs: 1,
+    shares_ram: false,
     build,
 };
 

@@ -87,7 +87,7 @@ impl Core {
     }
 
     pub(super) fn offered(&self) -> u64 {
-        self.device.features() | feature::TRANSPORT
+        self.device.features() | self.device.transport_features() & feature::TRANSPORT
     }
 
     pub(super) fn selected(&self) -> Option<&Queue> {
@@ -156,6 +156,7 @@ impl Core {
                 if !queue.start(memory.view(), indirect, event_idx) {
                     self.break_down("a queue is not all in RAM");
                 }
+                self.hand_over(self.state.queue_sel as usize);
             }
             _ => return Err(AccessError::ReadOnly),
         }
@@ -257,11 +258,22 @@ impl Core {
             self.break_down("a queue is not all in RAM");
             return;
         }
+        (0..self.queues.len()).for_each(|queue| self.hand_over(queue));
         self.device.activate(self.state.driver_features);
         // What was made available before is not announced again.
         (0..).zip(&self.queues).filter(|(_, queue)| queue.is_active()).for_each(|(index, _)| {
             self.ring(index);
         });
+    }
+
+    /// Tells the device that a queue has started, where another program works on it.
+    fn hand_over(&mut self, queue: usize) {
+        let rings = self.queues.get(queue).and_then(Queue::rings);
+        if let (Some(rings), Some(kick)) = (rings, self.kicks.get(queue))
+            && self.device.is_remote(rings.queue)
+        {
+            self.device.start_remote(rings, kick);
+        }
     }
 
     /// Stops all work and forgets everything the driver has set up.
@@ -345,6 +357,9 @@ impl Core {
     }
 
     fn note(&mut self, outcome: Outcome) {
+        if outcome.notify && self.state.is_running() {
+            self.state.interrupts |= isr::USED_BUFFER;
+        }
         if outcome.config_changed {
             self.state.generation = self.state.generation.wrapping_add(1);
             if self.state.is_running() {

@@ -220,7 +220,12 @@ impl MmioDevice for VirtioMmio {
             token: KICK | index,
             interest: Interest::Read,
         };
-        let mut sources: Vec<Source> = (0..).zip(self.core.kicks.iter()).map(kick).collect();
+        // Those of another program's queues are read by it.
+        let is_own = |(index, _): &(u32, &EventFd)| {
+            !u16::try_from(*index).is_ok_and(|queue| self.core.device.is_remote(queue))
+        };
+        let kicks = (0..).zip(self.core.kicks.iter()).filter(is_own);
+        let mut sources: Vec<Source> = kicks.map(kick).collect();
         sources.extend(self.core.device.sources());
         sources
     }

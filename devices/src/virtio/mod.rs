@@ -11,8 +11,13 @@
 //! | one file or folder per device | what only that device does |
 //!
 //! Everything that a device does happens on the I/O thread: kicks come as events, results go back under the device's lock.
-//! A hart only reaches the transport's registers; a reset, which a hart causes, is the one thing that waits for the host, and not for long:
-//! where a host's call does not end, the driver sees a reset that is not over.
+//! A hart only reaches the transport's registers; a reset, which a hart causes, is the one thing that waits for the host, and
+//! not for long: where a host's call does not end, the driver sees a reset that is not over.
+//!
+//! A queue may also be another program's ([`VirtioDevice::is_remote`]): then it gets the driver's set-up and the kicks, and what
+//! is in the rings is between it and the driver.
+
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::device::Source;
 
@@ -28,6 +33,7 @@ pub mod net;
 pub mod queue;
 pub(crate) mod rng;
 pub mod testing;
+pub mod vhost_user;
 pub(crate) mod vsock;
 pub mod work;
 
@@ -91,6 +97,21 @@ pub enum VirtioError {
     Gone,
 }
 
+/// A queue as the driver has set it up: checked to be RAM, and frozen until it is reset. Addresses are guest-physical.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rings {
+    /// Its number.
+    pub queue: u16,
+    /// Entries; a power of two.
+    pub size: u16,
+    /// The descriptor area.
+    pub descriptors: u64,
+    /// The driver area: the available ring.
+    pub driver: u64,
+    /// The device area: the used ring.
+    pub device: u64,
+}
+
 /// What only one kind of device does. The transport owns the rest.
 pub trait VirtioDevice: Send {
     /// The model's name, as in the catalog.
@@ -111,6 +132,23 @@ pub trait VirtioDevice: Send {
     /// The driver writes `data` at `offset` of the configuration space, inside it. Fields that are not the driver's stay
     /// as they are.
     fn write_config(&mut self, offset: usize, data: &[u8]);
+
+    /// Of [`feature::TRANSPORT`], what is offered: all of it, where no other program works on the queues.
+    fn transport_features(&self) -> u64 {
+        feature::TRANSPORT
+    }
+
+    /// Whether another program works on `queue`: nothing is taken from it here, and no kick of it comes; constant.
+    fn is_remote(&self, queue: u16) -> bool {
+        let _ = queue;
+        false
+    }
+
+    /// A queue of another program starts, set up like this: before the device is activated, or later where it was reset alone.
+    /// Every notification of the driver is written to `kick`.
+    fn start_remote(&mut self, rings: Rings, kick: &EventFd) {
+        let _ = (rings, kick);
+    }
 
     /// The driver is ready (DRIVER_OK) and has taken `features` of those offered.
     fn activate(&mut self, features: u64);

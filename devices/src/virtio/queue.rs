@@ -9,6 +9,7 @@ use std::sync::atomic::{Ordering, fence};
 use virtio_queue::{Queue as Ring, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
+use super::Rings;
 use super::chain::{Chain, Segment, Tables};
 
 /// The most entries that a queue of rvmm has.
@@ -118,6 +119,13 @@ impl Queue {
     /// Whether the driver has reset this queue alone since the device was last reset, and not started it again.
     pub(super) fn was_reset(&self) -> bool {
         self.was_reset
+    }
+
+    /// The set-up of a queue at work.
+    pub(super) fn rings(&self) -> Option<Rings> {
+        let SetUp { descriptors, driver, device, .. } = self.set_up;
+        let size = self.active.as_ref()?.ring.size();
+        Some(Rings { queue: self.index, size, descriptors, driver, device })
     }
 
     /// Starts the queue as it is set up, if it can be.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use super::vhost_user::testing::shared_memory;
 use super::{VirtioDevice, VirtioMmio, feature};
 use crate::catalog::Wiring;
 use crate::device::MmioDevice;
@@ -88,8 +89,7 @@ impl Rig {
 
     /// A machine with the device that `build` makes of the wiring.
     pub fn build(build: impl FnOnce(Wiring) -> Box<dyn MmioDevice>) -> Self {
-        let range = (GuestAddress(RAM), usize::try_from(RAM_SIZE).unwrap());
-        let memory = GuestMemoryMmap::from_ranges(&[range]).unwrap();
+        let memory = shared_memory(RAM, RAM_SIZE).unwrap();
         let irq = TestIrq::default();
         let device = build(Wiring {
             irq: Arc::new(irq.clone()),

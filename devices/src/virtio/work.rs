@@ -23,6 +23,8 @@ pub(super) struct Outcome {
     pub(super) cut_short: u64,
     /// The device's configuration is another.
     pub(super) config_changed: bool,
+    /// The driver is to look at its queues.
+    pub(super) notify: bool,
     /// Chains that were refused, and why the last one was.
     pub(super) refused: u32,
     pub(super) why_refused: Option<ChainError>,
@@ -116,6 +118,11 @@ impl<'a> Work<'a> {
     /// The device's configuration has changed: the driver is told.
     pub fn config_changed(&mut self) {
         self.outcome.config_changed = true;
+    }
+
+    /// Another program that works on the queues wants the driver to look at them.
+    pub fn notify_driver(&mut self) {
+        self.outcome.notify = true;
     }
 
     pub(super) fn end(self) -> Outcome {

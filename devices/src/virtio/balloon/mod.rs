@@ -64,6 +64,7 @@ pub(crate) const MODEL: Model = Model {
     ],
     placement: Placement::Slot,
     irqs: 1,
+    shares_ram: false,
     build,
 };
 

@@ -38,6 +38,7 @@ pub(crate) const MODEL: Model = Model {
     keys: wish::KEYS,
     placement: Placement::Slot,
     irqs: 1,
+    shares_ram: false,
     build,
 };
 

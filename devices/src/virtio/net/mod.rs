@@ -37,6 +37,7 @@ pub use backend::{NetBackend, NetworkEnd};
 pub use counters::{Counter, Counters};
 pub use header::{HEADER, MAX_FRAME, MIN_FRAME, Offloads, bit};
 pub use settings::{Rates, Settings};
+pub(super) use settings::{mac_of, parse_mac};
 
 use control::Order;
 use pairs::Pairs;
@@ -48,6 +49,7 @@ pub(crate) const MODEL: Model = Model {
     keys: settings::KEYS,
     placement: Placement::Slot,
     irqs: 1,
+    shares_ram: false,
     build,
 };
 
@@ -125,7 +127,7 @@ impl Net {
         settings: &Settings,
     ) -> io::Result<Self> {
         let identity = backends.first().map_or("", |backend| backend.identity());
-        let mac = settings.mac.unwrap_or_else(|| settings::mac_of(identity));
+        let mac = settings.mac.unwrap_or_else(|| mac_of(identity));
         let mtu = settings.mtu.unwrap_or(0).to_le_bytes();
         let pairs = Pairs::new(backends, settings, mac)?;
         let mut config = [0; CONFIG];

@@ -160,7 +160,7 @@ pub(super) fn end(options: &Options) -> Result<NetworkEnd, BuildError> {
 }
 
 /// Six bytes in hexadecimal; no group address, and not all zero.
-fn parse_mac(text: &str) -> Option<[u8; 6]> {
+pub(in crate::virtio) fn parse_mac(text: &str) -> Option<[u8; 6]> {
     let mut mac = [0; 6];
     let mut parts = text.split(':');
     for byte in &mut mac {
@@ -174,7 +174,7 @@ fn parse_mac(text: &str) -> Option<[u8; 6]> {
 }
 
 /// A locally administered address that is always the same for the same identity: `02:` and 40 bits of its FNV-1a hash.
-pub(super) fn mac_of(identity: &str) -> [u8; 6] {
+pub(in crate::virtio) fn mac_of(identity: &str) -> [u8; 6] {
     let mix = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
     let hash = identity.bytes().fold(0xcbf2_9ce4_8422_2325, mix);
     let [a, b, c, d, e, f, g, h] = hash.to_be_bytes();

@@ -1,0 +1,79 @@
+//! A disk that another program serves (virtio 1.3, section 5.2): `qemu-storage-daemon`, SPDK, and others.
+
+use super::front::{Front, Kind, Peer};
+use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
+use crate::options::Options;
+use crate::virtio::VirtioMmio;
+
+/// The catalog's entry.
+pub(crate) const MODEL: Model = Model {
+    name: "vhost-user-blk",
+    summary: "virtio disk that another program serves",
+    keys: &[
+        Key { name: "socket", value: "PATH", help: "where the program listens (needed)" },
+        Key { name: "queues", value: "N", help: "queues, 1 to 16 (default: 1)" },
+    ],
+    placement: Placement::Slot,
+    irqs: 1,
+    shares_ram: true,
+    build,
+};
+
+/// Entries of a queue.
+const QUEUE_SIZE: u16 = 256;
+/// The most queues.
+const MOST_QUEUES: u16 = 16;
+
+/// SIZE_MAX, SEG_MAX, GEOMETRY, RO, BLK_SIZE, FLUSH, TOPOLOGY, MQ, DISCARD, WRITE_ZEROES. Without CONFIG_WCE the
+/// configuration space is only read.
+const FEATURES: u64 = 0b111 << 1 // sizes and geometry
+    | 0b11 << 5
+    | 0b11 << 9
+    | MQ
+    | 0b11 << 13;
+const MQ: u64 = 1 << 12;
+
+/// Bytes of `struct virtio_blk_config`, up to the fields for secure erase.
+const CONFIG: usize = 60;
+/// Where the number of queues stands in it.
+const NUM_QUEUES: usize = 34;
+
+fn build(options: &Options, wiring: Wiring) -> Built {
+    let bad = |source| BuildError::Option { model: MODEL.name, source };
+    let socket = options.get("socket").filter(|path| !path.is_empty());
+    let socket = socket.ok_or_else(|| bad(options.bad("socket", "a path (write socket=PATH)")))?;
+    let expected = "a number from 1 to 16";
+    let wanted = options.parsed::<u16>("queues", expected).map_err(bad)?;
+    if wanted.is_some_and(|queues| !(1..=MOST_QUEUES).contains(&queues)) {
+        return Err(bad(options.bad("queues", expected)));
+    }
+    let end = |source| BuildError::End { model: MODEL.name, source };
+    let peer = Peer::connect(wiring.host.as_ref(), socket.into(), CONFIG).map_err(end)?;
+    let has_many = peer.session.features() & MQ != 0;
+    let has = if has_many { queues_of(peer.session.config()) } else { 1 };
+    let has = has.min(peer.session.queue_count().max(1));
+    let queues = wanted.unwrap_or(1).min(has);
+    let kind = Kind {
+        model: MODEL.name,
+        id: 2,
+        features: FEATURES,
+        own: 0,
+        sizes: vec![QUEUE_SIZE; usize::from(queues)],
+        remote: queues,
+        config: Vec::new(),
+        asked: CONFIG,
+        adapt,
+    };
+    VirtioMmio::create(Box::new(Front::create(kind, peer, &wiring)?), wiring)
+}
+
+fn queues_of(config: &[u8]) -> u16 {
+    let count = config.get(NUM_QUEUES..).and_then(|rest| rest.first_chunk());
+    count.map_or(1, |count| u16::from_le_bytes(*count)).max(1)
+}
+
+fn adapt(config: &mut [u8], queues: u16) {
+    if let Some(field) = config.get_mut(NUM_QUEUES..).and_then(|rest| rest.first_chunk_mut()) {
+        *field = queues.to_le_bytes();
+    }
+}

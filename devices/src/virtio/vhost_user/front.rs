@@ -1,0 +1,495 @@
+//! The virtio device in front of a peer: what the driver does becomes requests, what the peer signals becomes interrupts.
+//!
+//! A peer that listens on a socket may go and come again: the queues stand still meanwhile, and each goes on from what its used
+//! ring says is done. Requests that the peer had begun are begun again, each once where the peer keeps notes (INFLIGHT_SHMFD);
+//! without them one that was finished out of turn may be done twice or be lost. A program that was started for the device does
+//! not come again: the device needs a reset and does not survive it.
+
+use std::mem;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use log::{info, warn};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::session::{Inflight, Region, Remote, Session};
+use super::{Daemon, PeerError, Service};
+use crate::catalog::{BuildError, Wiring};
+use crate::device::{Interest, Source};
+use crate::host::{Host, HostError};
+use crate::virtio::{DmaMemory, Rings, VirtioDevice, VirtioError, Work, feature};
+
+/// How long a peer may take to answer when a machine is built or it has come again.
+const GREETING: Duration = Duration::from_secs(30);
+/// How long a peer may take to stop its queues. A hart waits for it.
+const STOPPING: Duration = Duration::from_secs(10);
+/// How soon a lost peer is looked for, and how long it takes at most between two looks.
+const FIRST_LOOK: Duration = Duration::from_millis(100);
+const LAST_LOOK: Duration = Duration::from_secs(3);
+
+const TOKEN_TIMER: u32 = 0;
+const TOKEN_DAEMON: u32 = 1;
+/// The queues' interrupts.
+const TOKEN_CALL: u32 = 0x1_0000;
+/// The connection: another token for each, since a descriptor's number may come again.
+const TOKEN_PEER: u32 = 0x100_0000;
+
+/// What a kind of device is, for the driver and for the peer.
+pub(super) struct Kind {
+    pub(super) model: &'static str,
+    /// Virtio device type.
+    pub(super) id: u32,
+    /// Features of the device that are offered where the peer has them.
+    pub(super) features: u64,
+    /// Features that are the front end's own.
+    pub(super) own: u64,
+    /// Sizes of the queues.
+    pub(super) sizes: Vec<u16>,
+    /// How many of them, the first ones, are the peer's.
+    pub(super) remote: u16,
+    /// The configuration space; with [`Kind::asked`], what the peer says of it.
+    pub(super) config: Vec<u8>,
+    /// Bytes of the peer's configuration space that are needed.
+    pub(super) asked: usize,
+    /// Makes the driver's configuration space out of the peer's.
+    pub(super) adapt: fn(&mut [u8], u16),
+}
+
+/// Where a peer comes from.
+pub(super) enum Origin {
+    Socket(PathBuf),
+    Started(Box<dyn Daemon>),
+}
+
+/// A peer that has answered, and has no device yet.
+pub(super) struct Peer {
+    /// Closed before the program behind it is ended: most end by themselves then.
+    pub(super) session: Session,
+    origin: Origin,
+}
+
+impl Peer {
+    /// Connects to who listens on the socket at `path`, and asks for what it is.
+    pub(super) fn connect(host: &dyn Host, path: PathBuf, asked: usize) -> Result<Self, HostError> {
+        let shown = path.display().to_string();
+        let stream = host.connect(&path).map_err(|error| {
+            HostError::refused(
+                format!(
+                    "Cannot connect to {shown} (start the program that serves the device first)"
+                ),
+                error,
+            )
+        })?;
+        let session = greet(stream, asked).map_err(|error| unfit(&shown, &error))?;
+        Ok(Self { origin: Origin::Socket(path), session })
+    }
+
+    /// Starts a program that serves the device, and asks for what it is.
+    pub(super) fn start(host: &dyn Host, service: &Service) -> Result<Self, HostError> {
+        let (stream, mut daemon) = host.serve(service)?;
+        match greet(stream, 0) {
+            Ok(session) => Ok(Self { origin: Origin::Started(daemon), session }),
+            Err(error) => {
+                let said = daemon.last_words();
+                let said = if said.is_empty() { error.to_string() } else { said };
+                Err(HostError::mistake(format!(
+                    "{} cannot serve the device: {said}",
+                    daemon.name()
+                )))
+            }
+        }
+    }
+
+    fn shown(&self) -> String {
+        match &self.origin {
+            Origin::Socket(path) => path.display().to_string(),
+            Origin::Started(daemon) => daemon.name().to_owned(),
+        }
+    }
+}
+
+fn greet(stream: std::os::unix::net::UnixStream, asked: usize) -> Result<Session, PeerError> {
+    let mut session = Session::begin(stream, asked)?;
+    session.complete(deadline(GREETING))?;
+    if session.features() & feature::VERSION_1 == 0 {
+        return Err(PeerError::Unfit("it does not know virtio 1"));
+    }
+    if session.config().len() < asked {
+        return Err(PeerError::Unfit("it does not tell the device's configuration"));
+    }
+    Ok(session)
+}
+
+fn unfit(shown: &str, error: &PeerError) -> HostError {
+    HostError::mistake(format!(
+        "Cannot use {shown}: {error} (is it the vhost-user socket of this kind of device?)"
+    ))
+}
+
+fn deadline(limit: Duration) -> Instant {
+    let now = Instant::now();
+    now.checked_add(limit).unwrap_or(now)
+}
+
+/// The device.
+pub(super) struct Front {
+    kind: Kind,
+    features: u64,
+    transport: u64,
+    memory: Arc<dyn DmaMemory>,
+    regions: Vec<Region>,
+    calls: Vec<Arc<EventFd>>,
+
+    host: Arc<dyn Host>,
+    /// Closed before the program behind it is ended: most end by themselves then.
+    session: Option<Session>,
+    origin: Origin,
+    /// Connections so far.
+    connections: u32,
+    /// The peer has answered, and has the queues if there are any.
+    is_ready: bool,
+    /// A program that was started has ended.
+    is_gone: bool,
+    inflight: Option<Inflight>,
+    timer: TimerFd,
+    next_look: Duration,
+    has_warned: bool,
+
+    /// Features that the driver has taken, while the device runs.
+    running: Option<u64>,
+    queues: Vec<Remote>,
+}
+
+impl Front {
+    /// A device of this `kind` in front of `peer`.
+    pub(super) fn create(kind: Kind, peer: Peer, wiring: &Wiring) -> Result<Self, BuildError> {
+        let model = kind.model;
+        let end = |source| BuildError::End { model, source };
+        let host = |what| move |source| BuildError::Host { model, what, source };
+        let shown = peer.shown();
+        let Peer { origin, mut session } = peer;
+        let regions = regions(wiring.memory.as_ref());
+        if regions.is_empty() {
+            let what = "Guest RAM is not shared memory, which another program needs";
+            return Err(end(HostError::mistake(what)));
+        }
+        if session.notes_inflight() {
+            let size = kind.sizes.iter().copied().max().unwrap_or(0);
+            session
+                .ask_for_inflight(kind.remote, size)
+                .and_then(|()| session.complete(deadline(GREETING)))
+                .map_err(|error| end(unfit(&shown, &error)))?;
+        }
+        let call = |_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Arc::new);
+        let calls = (0..kind.remote).map(call).collect::<Result<_, _>>();
+        let timer = TimerFd::new().map_err(|error| host("timer")(error.into()))?;
+        let mut new = Self {
+            features: session.features() & kind.features | kind.own,
+            transport: transport(session.features()),
+            memory: Arc::clone(&wiring.memory),
+            regions,
+            calls: calls.map_err(host("event descriptors"))?,
+            host: Arc::clone(&wiring.host),
+            origin,
+            inflight: session.take_inflight(),
+            session: Some(session),
+            connections: 0,
+            is_ready: true,
+            is_gone: false,
+            timer,
+            next_look: FIRST_LOOK,
+            has_warned: false,
+            running: None,
+            queues: Vec::new(),
+            kind,
+        };
+        new.take_config();
+        Ok(new)
+    }
+
+    /// Takes the peer's configuration space; true where that is another than before.
+    fn take_config(&mut self) -> bool {
+        let Some(session) = self.session.as_ref().filter(|_| self.kind.asked > 0) else {
+            return false;
+        };
+        let mut config = session.config().to_vec();
+        (self.kind.adapt)(&mut config, self.kind.remote);
+        mem::replace(&mut self.kind.config, config) != self.kind.config
+    }
+
+    /// Wakes the I/O thread, which then looks at what there is to watch.
+    fn wake(&mut self, after: Duration) {
+        // A valid timer and a valid time: the kernel has no reason to refuse.
+        let _ = self.timer.reset(after, None);
+    }
+
+    /// The peer is lost: it is looked for again where it may come, else the device is broken.
+    fn lose(&mut self, why: &PeerError) {
+        if self.session.take().is_none() {
+            return;
+        }
+        self.is_ready = false;
+        let model = self.kind.model;
+        match (&mut self.origin, mem::replace(&mut self.has_warned, true)) {
+            (Origin::Socket(path), has_warned) => {
+                let shown = path.display();
+                let what = format!(
+                    "{model}: {shown}: {why}: the device stands still until it is there again"
+                );
+                if has_warned { info!("{what}") } else { warn!("{what}") }
+            }
+            (Origin::Started(daemon), _) => {
+                self.is_gone = true;
+                daemon.attend();
+                daemon.kill();
+                let shown = daemon.name();
+                warn!("{model}: {shown}: {why}: the device is lost until the machine restarts");
+            }
+        }
+        let after = if self.is_gone { Duration::from_millis(1) } else { self.next_look };
+        self.next_look = (self.next_look * 2).min(LAST_LOOK);
+        self.wake(after);
+    }
+
+    /// Does something with the peer, and loses it where that fails.
+    fn with_peer(&mut self, task: impl FnOnce(&mut Session) -> Result<(), PeerError>) {
+        let Some(session) = self.session.as_mut().filter(|_| self.is_ready) else { return };
+        match task(session) {
+            Ok(()) if session.wants_write() => self.wake(Duration::from_millis(1)),
+            Ok(()) => {}
+            Err(error) => self.lose(&error),
+        }
+    }
+
+    /// Hands all that the driver has set up to the peer. Rings are worked on from the start, or from where they are done.
+    fn start_all(&mut self, is_new: bool) {
+        let Some(features) = self.running else { return };
+        let features = features & !self.kind.own;
+        let inflight = self.inflight.clone();
+        if let (Some(inflight), true) = (&inflight, is_new) {
+            inflight.clear();
+        }
+        let (regions, queues) = (self.regions.clone(), mem::take(&mut self.queues));
+        let memory = Arc::clone(&self.memory);
+        self.with_peer(|session| {
+            session.start(features, &regions, inflight.as_ref())?;
+            for queue in &queues {
+                let base = if is_new { 0 } else { used_index(memory.as_ref(), &queue.rings) };
+                session.start_queue(queue, base)?;
+            }
+            Ok(())
+        });
+        self.queues = queues;
+    }
+
+    /// Stops queues and waits until the peer has; a peer that does not is given up.
+    fn stop(&mut self, queues: &[Remote]) {
+        if queues.is_empty() {
+            return;
+        }
+        self.with_peer(|session| {
+            for queue in queues {
+                session.stop_queue(queue.rings.queue)?;
+            }
+            session.complete(deadline(STOPPING))
+        });
+    }
+
+    /// Looks for a peer that is gone, and gives up one that says nothing.
+    fn look(&mut self) {
+        match (&self.origin, self.session.is_some(), self.is_ready) {
+            (_, true, true) => self.with_peer(Session::process),
+            (_, true, false) => self.lose(&PeerError::Late),
+            (Origin::Socket(path), false, _) => {
+                let stream = self.host.connect(path).map_err(PeerError::Socket);
+                match stream.and_then(|stream| Session::begin(stream, self.kind.asked)) {
+                    Ok(session) => {
+                        self.session = Some(session);
+                        self.connections = self.connections.wrapping_add(1);
+                        self.wake(GREETING);
+                    }
+                    Err(_) => {
+                        self.next_look = (self.next_look * 2).min(LAST_LOOK);
+                        self.wake(self.next_look);
+                    }
+                }
+            }
+            (Origin::Started(_), false, _) => {}
+        }
+    }
+
+    /// The peer has said something, or takes requests again.
+    fn hear(&mut self, work: &mut Work<'_>) {
+        let Some(session) = &mut self.session else { return };
+        if let Err(error) = session.process() {
+            return self.lose(&error);
+        }
+        if self.is_ready || !session.is_settled() {
+            return;
+        }
+        let offered = session.features();
+        let needed = self.features & !self.kind.own | self.transport & !feature::RING_RESET;
+        let is_fit = needed & !offered == 0
+            && session.config().len() >= self.kind.asked
+            && session.queue_count() >= self.kind.remote.min(self.known_queues());
+        if !is_fit {
+            return self.lose(&PeerError::Unfit("it is another device than before"));
+        }
+        let _ = self.timer.clear();
+        self.is_ready = true;
+        self.next_look = FIRST_LOOK;
+        info!("{}: its peer is there again", self.kind.model);
+        if self.take_config() {
+            work.config_changed();
+        }
+        self.start_all(false);
+    }
+
+    /// Queues that a peer has to have said it has.
+    fn known_queues(&self) -> u16 {
+        if self.kind.asked > 0 { self.kind.remote } else { 1 }
+    }
+}
+
+/// Guest RAM as a peer maps it; nothing where it cannot be mapped.
+fn regions(memory: &dyn DmaMemory) -> Vec<Region> {
+    let region = |region: &vm_memory::GuestRegionMmap| {
+        let place = region.file_offset()?;
+        Some(Region {
+            base: region.start_addr().0,
+            size: region.len(),
+            file: Arc::clone(place.arc()),
+            offset: place.start(),
+        })
+    };
+    let regions: Option<Vec<Region>> = memory.view().iter().map(region).collect();
+    // More do not go with one message.
+    regions.filter(|regions| regions.len() <= 8).unwrap_or_default()
+}
+
+/// What of the transport's features the driver is offered in front of a peer with `features`.
+fn transport(features: u64) -> u64 {
+    // A queue is reset by stopping it, whether the peer has a name for that or not.
+    feature::TRANSPORT & features | feature::RING_RESET
+}
+
+/// The used ring's index, in the driver's memory.
+fn used_index(memory: &dyn DmaMemory, rings: &Rings) -> u16 {
+    let addr = rings.device.checked_add(2).map(GuestAddress);
+    let index = addr.and_then(|addr| memory.view().read_obj::<u16>(addr).ok());
+    index.map_or(0, u16::from_le)
+}
+
+impl VirtioDevice for Front {
+    fn name(&self) -> &'static str {
+        self.kind.model
+    }
+
+    fn id(&self) -> u32 {
+        self.kind.id
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.kind.sizes
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn transport_features(&self) -> u64 {
+        self.transport
+    }
+
+    fn is_remote(&self, queue: u16) -> bool {
+        queue < self.kind.remote
+    }
+
+    fn config(&self) -> &[u8] {
+        &self.kind.config
+    }
+
+    fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
+
+    fn start_remote(&mut self, rings: Rings, kick: &EventFd) {
+        let call = self.calls.get(usize::from(rings.queue)).cloned();
+        // Without descriptors the queue stands still; the machine is about to end of that anyway.
+        let (Some(call), Ok(kick)) = (call, kick.try_clone()) else { return };
+        let queue = Remote { rings, kick: Arc::new(kick), call };
+        if self.running.is_some() {
+            self.with_peer(|session| session.start_queue(&queue, 0));
+        }
+        self.queues.push(queue);
+    }
+
+    fn activate(&mut self, features: u64) {
+        self.running = Some(features);
+        self.start_all(true);
+        if self.is_gone {
+            self.wake(Duration::from_millis(1));
+        }
+    }
+
+    fn kicked(&mut self, _queue: u16, _work: &mut Work<'_>) -> Result<(), VirtioError> {
+        // Of a queue that the device does not use.
+        Ok(())
+    }
+
+    fn reset_queue(&mut self, queue: u16) {
+        let (stopped, kept) =
+            mem::take(&mut self.queues).into_iter().partition(|q| q.rings.queue == queue);
+        self.queues = kept;
+        self.stop(&stopped);
+    }
+
+    fn reset(&mut self) {
+        let queues = mem::take(&mut self.queues);
+        self.running = None;
+        self.stop(&queues);
+    }
+
+    fn sources(&self) -> Vec<Source> {
+        let read = |fd, token| Source { fd, token, interest: Interest::Read };
+        let mut sources = vec![read(self.timer.as_raw_fd(), TOKEN_TIMER)];
+        let calls = (TOKEN_CALL..).zip(&self.calls);
+        sources.extend(calls.map(|(token, call)| read(call.as_raw_fd(), token)));
+        if let Origin::Started(daemon) = &self.origin {
+            sources.extend(daemon.messages().map(|fd| read(fd, TOKEN_DAEMON)));
+        }
+        if let Some(session) = &self.session {
+            let token = TOKEN_PEER | self.connections & (TOKEN_PEER - 1);
+            let interest = if session.wants_write() { Interest::ReadWrite } else { Interest::Read };
+            sources.push(Source { fd: session.raw_fd(), token, interest });
+        }
+        sources
+    }
+
+    fn ready(&mut self, token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {
+        match token {
+            TOKEN_TIMER => {
+                // Setting the timer takes back its expiry, so a stale event cannot block.
+                let _ = self.timer.clear();
+                self.look();
+            }
+            TOKEN_DAEMON => {
+                if let Origin::Started(daemon) = &mut self.origin {
+                    daemon.attend();
+                }
+            }
+            TOKEN_PEER.. => self.hear(work),
+            call => {
+                let queue = call.checked_sub(TOKEN_CALL).and_then(|queue| queue.try_into().ok());
+                let call = queue.and_then(|queue: usize| self.calls.get(queue));
+                // Empty if the event was stale.
+                if call.is_some_and(|call| call.read().is_ok()) {
+                    work.notify_driver();
+                }
+            }
+        }
+        if self.is_gone && self.running.is_some() { Err(VirtioError::Gone) } else { Ok(()) }
+    }
+}
