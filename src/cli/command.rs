@@ -35,6 +35,9 @@ Examples:
   Run in the background, the console on a Unix socket:
     rvmm --kernel Image --mem 512M --serial unix:/tmp/guest.sock --name web &
 
+  A network without privileges, a shared folder (packages passt and virtiofsd):
+    rvmm --kernel Image --mem 512M --net user,forward=2222:22 --share work=/srv/work
+
   A network: a tap of one's own, made once by root:
     sudo ip tuntap add tap0 mode tap user $USER && sudo ip link set tap0 up
     rvmm --kernel Image --mem 512M --net tap=tap0
@@ -191,15 +194,16 @@ pub(super) struct RunArgs {
     /// A disk: a file or block device; may be given several times
     ///
     /// The guest calls the first one vda. KEY=VALUE are those of --device blk: ro=on, cache=none, serial=TEXT, ... The
-    /// same as --device blk,path=PATH,KEY=VALUE. With a disk there is no built-in prompt: say what the root file system is
-    /// with --cmdline 'console=ttyS0 root=/dev/vda'.
+    /// same as --device blk,path=PATH,KEY=VALUE; vhost-user=SOCKET is a disk that another program serves. With a disk there
+    /// is no built-in prompt: say what the root file system is with --cmdline 'console=ttyS0 root=/dev/vda'.
     #[arg(long, value_name = "PATH,KEY=VALUE", help_heading = "Devices", value_parser = value::disk)]
     pub(super) disk: Vec<String>,
 
-    /// Connect the guest to a network: tap=NAME, with the options of the device net; may be given several times
+    /// Connect the guest to a network: user, tap=NAME or vhost-user=SOCKET, with options; may be given several times
     ///
-    /// A short form of --device net,... How a tap is made: docs/networks.md.
-    #[arg(long, value_name = "tap=NAME", help_heading = "Devices", value_parser = value::net)]
+    /// user needs no privileges and Debian's passt: user,forward=2222:22 leads port 2222 of the host to port 22 of the guest.
+    /// How a tap is made: docs/networks.md. A short form of --device net-user, net or vhost-user-net.
+    #[arg(long, value_name = "user|tap=NAME", help_heading = "Devices", value_parser = value::net)]
     pub(super) net: Vec<String>,
 
     /// A virtio console, hvc0: to=WHERE; with port=NAME,path=PATH a named port beside it; may be given several times
@@ -208,6 +212,12 @@ pub(super) struct RunArgs {
     /// socket PATH (or port=NAME,to=WHERE). All of them are one --device console,to=WHERE,port1=NAME=unix:PATH,...
     #[arg(long, value_name = "to=WHERE|port=NAME,path=PATH", help_heading = "Devices", value_parser = value::console)]
     pub(super) console: Vec<value::ConsoleEnd>,
+
+    /// Share a folder of the host, through virtiofsd: mount -t virtiofs TAG /mnt in the guest; may be given several times
+    ///
+    /// With :ro nothing can be changed in it. Short for --device fs,tag=TAG,path=PATH.
+    #[arg(long, value_name = "TAG=PATH[:ro]", help_heading = "Devices", value_parser = value::share)]
+    pub(super) share: Vec<String>,
 
     /// Add a device, or set options of the board's own; may be given several times
     ///

@@ -41,7 +41,7 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
     let cmdline = args.cmdline.unwrap_or(default.boot.cmdline);
     // Disks come first, so that the first one given is the guest's first.
     let mut devices: Vec<String> =
-        args.disk.into_iter().chain(args.net).chain(args.device).collect();
+        args.disk.into_iter().chain(args.net).chain(args.share).chain(args.device).collect();
     let no_prompt = args.no_initrd || args.kernel.is_none() || devices.iter().any(|d| is_disk(d));
     let boot = BootConfig {
         initrd: initrd(args.initrd, no_prompt, &cmdline)?,
@@ -85,7 +85,7 @@ fn list<T>(given: Option<List<T>>) -> Vec<T> {
 
 /// Whether a `--device` is a disk, from which a guest may boot.
 fn is_disk(device: &str) -> bool {
-    device.split(',').next() == Some("blk")
+    matches!(device.split(',').next(), Some("blk" | "vhost-user-blk"))
 }
 
 /// The file given; else the built-in prompt, where nothing speaks against it.

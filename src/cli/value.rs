@@ -38,6 +38,10 @@ pub(super) fn disk(text: &str) -> Result<String, String> {
     if path.is_empty() {
         return Err("the path is missing (write disk.img or disk.img,ro=on)".into());
     }
+    if let Some(socket) = text.strip_prefix("vhost-user=") {
+        let text = format!("vhost-user-blk,socket={socket}");
+        return device(&text).map(|_| text);
+    }
     if path.starts_with("path=") {
         return Err("the path stands alone, before the first comma (write disk.img,ro=on)".into());
     }
@@ -59,15 +63,18 @@ fn device(text: &str) -> Result<Options, String> {
     Ok(options)
 }
 
-/// `--net tap=NAME,KEY=VALUE,...`: the text of the device that it stands for.
+/// `--net tap=NAME,KEY=VALUE,...`, `--net user,...`, `--net vhost-user=PATH,...`: the text of the device that it stands for.
 pub(super) fn net(text: &str) -> Result<String, String> {
     if text == "user" || text.starts_with("user,") {
-        return Err("a network without a tap is not supported yet (make a tap: sudo ip tuntap add tap0 mode tap user $USER; \
-                    then --net tap=tap0; see docs/networks.md)"
-            .into());
+        let text = format!("net-{text}");
+        return device(&text).map(|_| text);
+    }
+    if let Some(socket) = text.strip_prefix("vhost-user=") {
+        let text = format!("vhost-user-net,socket={socket}");
+        return device(&text).map(|_| text);
     }
     if text.is_empty() {
-        return Err("its value is missing (write tap=NAME)".into());
+        return Err("its value is missing (write user, or tap=NAME)".into());
     }
     let text = format!("net,{text}");
     let options = device(&text)?;
@@ -126,6 +133,30 @@ pub(super) fn consoles(ends: &[ConsoleEnd]) -> Result<Option<String>, String> {
     }
     device(&text)?;
     Ok(Some(text))
+}
+
+/// `--share TAG=PATH[:ro]`: the text of the device that it stands for.
+pub(super) fn share(text: &str) -> Result<String, String> {
+    let Some((tag, path)) = text.split_once('=').filter(|(tag, _)| !tag.is_empty()) else {
+        return Err(
+            "it is not of the form TAG=PATH (write home=/srv/home, or home=/srv/home:ro)".into()
+        );
+    };
+    let (path, access) = match path.strip_suffix(":ro") {
+        Some(path) => (path, ",ro=on"),
+        None => (path, ""),
+    };
+    if path.is_empty() {
+        return Err("the folder is missing behind the '=' (write TAG=PATH)".into());
+    }
+    if tag.contains(',') || path.contains(',') {
+        return Err(
+            "a tag or a path with a comma cannot be shared (rename it, or make a link without one)"
+                .into(),
+        );
+    }
+    let text = format!("fs,tag={tag},path={path}{access}");
+    device(&text).map(|_| text)
 }
 
 /// `--isa host,-v,+zbb`: the host's extensions, which are the start anyway, then the changes.
@@ -272,9 +303,12 @@ mod tests {
     fn a_network_is_a_device_of_that_name() {
         assert_eq!(net("tap=tap0"), Ok("net,tap=tap0".into()));
         assert_eq!(net("fd=3,mtu=9000"), Ok("net,fd=3,mtu=9000".into()));
+        assert_eq!(net("user"), Ok("net-user".into()));
+        assert_eq!(net("user,forward=1:2"), Ok("net-user,forward=1:2".into()));
+        assert_eq!(net("vhost-user=/s"), Ok("vhost-user-net,socket=/s".into()));
         for (text, part) in [
-            ("user", "sudo ip tuntap add"),
-            ("user,hostfwd=1", "not supported yet"),
+            ("user,hostfwd=1", "hostfwd"),
+            ("users", "key=value"),
             ("", "missing"),
             ("tap0", "key=value"),
             ("mtu=1500", "tap=NAME or fd=N"),
@@ -283,6 +317,29 @@ mod tests {
         ] {
             assert!(net(text).expect_err(text).contains(part), "{text}");
         }
+    }
+
+    #[test]
+    fn a_folder_is_shared_by_its_tag() {
+        assert_eq!(share("home=/srv"), Ok("fs,tag=home,path=/srv".into()));
+        assert_eq!(share("home=/a=b:ro"), Ok("fs,tag=home,path=/a=b,ro=on".into()));
+        for (text, part) in [
+            ("", "TAG=PATH"),
+            ("/srv", "TAG=PATH"),
+            ("=/srv", "TAG=PATH"),
+            ("home=", "missing"),
+            ("home=:ro", "missing"),
+            ("home=/a,b", "comma"),
+        ] {
+            assert!(share(text).expect_err(text).contains(part), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_disk_may_be_another_programs() {
+        assert_eq!(disk("vhost-user=/s"), Ok("vhost-user-blk,socket=/s".into()));
+        assert_eq!(disk("vhost-user=/s,queues=2"), Ok("vhost-user-blk,socket=/s,queues=2".into()));
+        assert!(disk("vhost-user=/s,ro=on").expect_err("not its own").contains("ro"));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! | `disk/` | disks: files and block devices |
 //! | `tap.rs` | networks: tap interfaces |
 //! | `listening.rs` | Unix sockets |
+//! | `daemon.rs` | programs that serve devices: virtiofsd, passt |
 
 use std::collections::HashMap;
 use std::io;
@@ -16,12 +17,14 @@ use log::warn;
 use rvmm_devices::virtio::DmaMemory;
 use rvmm_devices::virtio::blk::{DiskBackend, DiskPlan};
 use rvmm_devices::virtio::net::{NetBackend, NetworkEnd};
+use rvmm_devices::virtio::vhost_user::{Daemon, Service};
 use rvmm_devices::{ConsoleBackend, Host, HostError, Listener};
 
 use crate::config::{SerialConfig, quoted};
 use crate::error::Error;
 use crate::terminal::{self, Shared, StopRequest};
 
+mod daemon;
 mod disk;
 mod listening;
 mod tap;
@@ -116,6 +119,10 @@ impl Host for Linux {
 
     fn connect(&self, path: &Path) -> io::Result<UnixStream> {
         listening::connect_to(path)
+    }
+
+    fn serve(&self, service: &Service) -> Result<(UnixStream, Box<dyn Daemon>), HostError> {
+        daemon::start(service)
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use rvmm_devices::virtio::DmaMemory;
 use rvmm_devices::virtio::balloon::BalloonControl;
-use rvmm_devices::{Bus, Host, PowerRequest, PowerSwitch};
+use rvmm_devices::{Bus, Host, Model, PowerRequest, PowerSwitch};
 
 use super::attach::{Attached, Hookup, attach};
 use super::irqchip::Lines;
@@ -55,8 +55,11 @@ impl Board {
         host: &dyn Hypervisor,
         ends: &Ends,
     ) -> Result<Self, Error> {
-        let ram = GuestRam::new(Span { base: RAM_BASE, size: config.mem }, config.hugepages)?;
-        let ram = Arc::new(ram);
+        let span = Span { base: RAM_BASE, size: config.mem };
+        // Shared memory costs copies of the user's files: it is there only where another program serves a device.
+        let is_shared = config.devices.iter().any(|text| is_served_elsewhere(text));
+        let ram = if is_shared { GuestRam::shared } else { GuestRam::new };
+        let ram = Arc::new(ram(span, config.hugepages)?);
         let vm = host.create_vm()?;
         vm.map_memory(0, RAM_BASE, ram.host_address(), config.mem)
             .map_err(|e| no_memory(config.mem, e))?;
@@ -92,6 +95,11 @@ impl Board {
         let world = World::new(Arc::clone(&bus), Arc::clone(&ram), config.unassigned, Some(uart));
         Ok(Self { harts, world: Arc::new(world), bus, control, _vm: vm, _ram: ram })
     }
+}
+
+fn is_served_elsewhere(device: &str) -> bool {
+    let name = device.split(',').next().unwrap_or_default();
+    Model::find(name).is_ok_and(|model| model.shares_ram)
 }
 
 fn make_harts(config: &VmConfig, vm: &dyn Vm) -> Result<Vec<Box<dyn Hart>>, Error> {

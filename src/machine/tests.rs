@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use rvmm_devices::Doorbell;
 use rvmm_devices::irq::{IrqLine, NoIrq};
+use rvmm_devices::virtio::vhost_user::testing::{Traits, serve_at};
 use tempfile::NamedTempFile;
 
 use super::vm::{AiaPlan, CpuFacts, CpuKnobs, Hypervisor, Irqchip, Vm, VmError};
@@ -125,4 +126,18 @@ fn a_network_that_is_not_there_is_told_from_one_that_was_not_named() {
             assert!(text.starts_with("Device net: ") && text.contains(part), "{text}");
         }
     });
+}
+
+#[test]
+fn a_machine_shares_its_memory_where_a_device_needs_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("peer.sock");
+    let _heard = serve_at(&socket, Traits::default()).unwrap();
+    let reset = || vec![Step::System(SystemEvent::Reset(0))];
+    let lives = [reset(), vec![Step::System(SystemEvent::Shutdown(0))]];
+    // A device of another program is not built in front of memory that is not shared.
+    let device = format!("vhost-user-blk,socket={}", socket.display());
+    let (machine, lived, _program) = machine(&device, lives);
+    assert_eq!(machine.unwrap().run().unwrap(), StopReason::PowerOff);
+    assert_eq!(lived.load(SeqCst), 2);
 }
