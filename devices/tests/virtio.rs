@@ -239,10 +239,14 @@ fn feature_words_past_the_second_are_empty_and_stay_so() {
 #[test]
 fn the_status_only_goes_forward_step_by_step() {
     let mut rig = rig();
-    for wrong in [2, 4, 8, 15 - 1, 16, 64, 1 << 31] {
+    for wrong in [4, 8, 4 + 8, 16, 64, 1 << 31] {
         rig.write(0x70, wrong);
         assert_eq!(rig.status(), 0, "{wrong:#x}");
     }
+    assert!(rig.write(0x70, 2), "U-Boot leaves ACKNOWLEDGE out");
+    assert!(!rig.write(0x70, 2 | 4), "DRIVER_OK without FEATURES_OK");
+    assert_eq!(rig.status(), 2);
+    rig.write(0x70, 0);
     rig.write(0x70, 1);
     rig.write(0x70, 5);
     assert_eq!(rig.status(), 1, "DRIVER_OK without DRIVER");

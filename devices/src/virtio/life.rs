@@ -391,7 +391,9 @@ impl State {
 const KNOWN: u32 =
     status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK | status::FAILED;
 
-/// What has to be set before `step`.
+/// What has to be set before `step`. ACKNOWLEDGE tells the device nothing, and drivers leave it out: U-Boot sets it once, resets the
+/// device, and goes on with DRIVER.
 fn step_mask(step: u32) -> u32 {
-    STEPS.into_iter().take_while(|s| *s != step).fold(0, |mask, step| mask | step)
+    let before = STEPS.into_iter().take_while(|s| *s != step);
+    before.filter(|s| *s != status::ACKNOWLEDGE).fold(0, |mask, step| mask | step)
 }
