@@ -49,6 +49,11 @@ guest_modules() {
     printf '%s' "$kernel/lib/modules/$(<"$kernel/version")"
 }
 
+# The folder of the Debian disk that scripts/debian of this version makes: root.img, Image, initrd.img, uboot.elf.
+debian_folder() {
+    printf '%s' "$cache/debian/$(cat "$repo"/scripts/debian "$repo"/scripts/rig/debian-* | sha256sum | cut -c1-12)"
+}
+
 # Prints "address<TAB>keyring" of the Debian archive that this machine installs from: never a third party's source.
 debian_source() {
     local codename file

@@ -82,6 +82,29 @@ pub(crate) fn modules() -> PathBuf {
     file("RVMM_GUEST_MODULES", "/lib/modules")
 }
 
+/// The Debian disk for guests, in a folder that `scripts/debian` makes.
+pub(crate) struct Debian {
+    /// The file system. Many guests share it: it is given to them with `ro=on`, and what they change stays in their memory.
+    pub(crate) disk: PathBuf,
+    /// Its kernel.
+    pub(crate) kernel: PathBuf,
+    /// The initramfs that finds it.
+    pub(crate) initrd: PathBuf,
+    /// Debian's U-Boot, as it comes in its package.
+    pub(crate) firmware: PathBuf,
+}
+
+/// Debian's system on a disk, with its kernel and firmware.
+pub(crate) fn debian() -> Debian {
+    let folder = file("RVMM_GUEST_DEBIAN", "/usr/local/share/rvmm-debian");
+    Debian {
+        disk: folder.join("root.img"),
+        kernel: folder.join("Image"),
+        initrd: folder.join("initrd.img"),
+        firmware: folder.join("uboot.elf"),
+    }
+}
+
 fn file(variable: &str, usual: &str) -> PathBuf {
     let path = std::env::var_os(variable).map_or_else(|| usual.into(), PathBuf::from);
     assert!(

@@ -10,7 +10,7 @@ mod launch;
 mod screen;
 mod session;
 
-pub(crate) use host::{Host, busybox, guest, host, kernel, modules, skip};
+pub(crate) use host::{Debian, Host, busybox, debian, guest, host, kernel, modules, skip};
 pub(crate) use launch::Launch;
 pub(crate) use session::Session;
 
