@@ -29,11 +29,13 @@ use crate::options::Options;
 mod control;
 mod pages;
 mod reports;
+mod settings;
 mod stats;
 
 pub use control::{BalloonControl, BalloonTooLarge};
 use pages::{List, PAGE};
 use reports::Reports;
+use settings::{Settings, f};
 use stats::{MAX_BYTES, numbers};
 
 /// The catalog's entry.
@@ -86,12 +88,6 @@ const TOKEN_AGAIN: u32 = 0;
 const TOKEN_STATS: u32 = 1;
 const TOKEN_TARGET: u32 = 2;
 
-mod f {
-    pub(super) const STATS_VQ: u64 = 1 << 1;
-    pub(super) const DEFLATE_ON_OOM: u64 = 1 << 2;
-    pub(super) const PAGE_REPORTING: u64 = 1 << 5;
-}
-
 struct Balloon {
     features: u64,
     queue_sizes: Vec<u16>,
@@ -118,34 +114,17 @@ struct Balloon {
 }
 
 fn build(options: &Options, wiring: Wiring) -> Built {
-    let refused = |source| BuildError::Option { model: MODEL.name, source };
-    let pages = options
-        .parsed::<u32>("size", "a number of MiB")
-        .and_then(|mib| match mib.unwrap_or(0).checked_mul((1 << 20) / 4096) {
-            Some(pages) => Ok(pages),
-            None => Err(options.bad("size", "a number of MiB up to 16777215")),
-        })
-        .map_err(refused)?;
-    let stats_every = options
-        .parsed::<u32>("stats", "a number of seconds")
-        .map_err(refused)?
-        .filter(|seconds| *seconds > 0);
-    let reporting = options.switch("reporting", false).map_err(refused)?;
-    let deflate_on_oom = options.switch("deflate_on_oom", true).map_err(refused)?;
-    let bits = [
-        (stats_every.is_some(), f::STATS_VQ),
-        (reporting, f::PAGE_REPORTING),
-        (deflate_on_oom, f::DEFLATE_ON_OOM),
-    ];
-    let features = bits.iter().filter(|(on, _)| *on).fold(0, |all, (_, bit)| all | bit);
-    let optional = usize::from(stats_every.is_some()) + usize::from(reporting);
+    let settings = Settings::parse(options)
+        .map_err(|source| BuildError::Option { model: MODEL.name, source })?;
+    let Settings { pages, features, stats_every } = settings;
+    let optional = [f::STATS_VQ, f::PAGE_REPORTING].iter().filter(|bit| features & **bit != 0);
     let failed = |what| move |source| BuildError::Host { model: MODEL.name, what, source };
     let target = wiring.balloon.as_ref().map_or(pages, |control| control.begin(pages));
     let mut balloon = Balloon {
         features,
-        queue_sizes: vec![128; usize::from(FIRST_OPTIONAL) + optional],
+        queue_sizes: vec![128; usize::from(FIRST_OPTIONAL) + optional.count()],
         memory: Arc::clone(&wiring.memory),
-        stats_every: stats_every.map(|seconds| Duration::from_secs(seconds.into())),
+        stats_every,
         again: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(failed("event descriptor"))?,
         timer: TimerFd::new().map_err(|error| failed("timer")(error.into()))?,
         has_warned: false,
