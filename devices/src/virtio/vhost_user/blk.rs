@@ -1,6 +1,8 @@
 //! A disk that another program serves (virtio 1.3, section 5.2): `qemu-storage-daemon`, SPDK, and others.
 
-use super::front::{Front, Kind, Peer};
+use super::Kind;
+use super::front::Front;
+use super::peer::Peer;
 use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
 use crate::options::Options;
 use crate::virtio::VirtioMmio;

@@ -7,26 +7,25 @@
 
 use std::mem;
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use log::{info, warn};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
+use super::peer::{GREETING, Origin, Peer, deadline, unfit};
 use super::session::{Inflight, Region, Remote, Session};
-use super::{Daemon, PeerError, Service};
+use super::{Kind, PeerError};
 use crate::catalog::{BuildError, Wiring};
 use crate::device::{Interest, Source};
 use crate::host::{Host, HostError};
 use crate::virtio::{DmaMemory, Rings, VirtioDevice, VirtioError, Work, feature};
 
-/// How long a peer may take to answer when a machine is built or it has come again.
-const GREETING: Duration = Duration::from_secs(30);
-/// How long a peer may take to stop its queues. A hart waits for it.
-const STOPPING: Duration = Duration::from_secs(10);
+/// How long a hart waits for a peer that stops its queues; from then on the driver waits.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// How long a peer may take for that.
+const STOPPING: Duration = Duration::from_secs(30);
 /// How soon a lost peer is looked for, and how long it takes at most between two looks.
 const FIRST_LOOK: Duration = Duration::from_millis(100);
 const LAST_LOOK: Duration = Duration::from_secs(3);
@@ -37,103 +36,6 @@ const TOKEN_DAEMON: u32 = 1;
 const TOKEN_CALL: u32 = 0x1_0000;
 /// The connection: another token for each, since a descriptor's number may come again.
 const TOKEN_PEER: u32 = 0x100_0000;
-
-/// What a kind of device is, for the driver and for the peer.
-pub(super) struct Kind {
-    pub(super) model: &'static str,
-    /// Virtio device type.
-    pub(super) id: u32,
-    /// Features of the device that are offered where the peer has them.
-    pub(super) features: u64,
-    /// Features that are the front end's own.
-    pub(super) own: u64,
-    /// Sizes of the queues.
-    pub(super) sizes: Vec<u16>,
-    /// How many of them, the first ones, are the peer's.
-    pub(super) remote: u16,
-    /// The configuration space; with [`Kind::asked`], what the peer says of it.
-    pub(super) config: Vec<u8>,
-    /// Bytes of the peer's configuration space that are needed.
-    pub(super) asked: usize,
-    /// Makes the driver's configuration space out of the peer's.
-    pub(super) adapt: fn(&mut [u8], u16),
-}
-
-/// Where a peer comes from.
-pub(super) enum Origin {
-    Socket(PathBuf),
-    Started(Box<dyn Daemon>),
-}
-
-/// A peer that has answered, and has no device yet.
-pub(super) struct Peer {
-    /// Closed before the program behind it is ended: most end by themselves then.
-    pub(super) session: Session,
-    origin: Origin,
-}
-
-impl Peer {
-    /// Connects to who listens on the socket at `path`, and asks for what it is.
-    pub(super) fn connect(host: &dyn Host, path: PathBuf, asked: usize) -> Result<Self, HostError> {
-        let shown = path.display().to_string();
-        let stream = host.connect(&path).map_err(|error| {
-            HostError::refused(
-                format!(
-                    "Cannot connect to {shown} (start the program that serves the device first)"
-                ),
-                error,
-            )
-        })?;
-        let session = greet(stream, asked).map_err(|error| unfit(&shown, &error))?;
-        Ok(Self { origin: Origin::Socket(path), session })
-    }
-
-    /// Starts a program that serves the device, and asks for what it is.
-    pub(super) fn start(host: &dyn Host, service: &Service) -> Result<Self, HostError> {
-        let (stream, mut daemon) = host.serve(service)?;
-        match greet(stream, 0) {
-            Ok(session) => Ok(Self { origin: Origin::Started(daemon), session }),
-            Err(error) => {
-                let said = daemon.last_words();
-                let said = if said.is_empty() { error.to_string() } else { said };
-                Err(HostError::mistake(format!(
-                    "{} cannot serve the device: {said}",
-                    daemon.name()
-                )))
-            }
-        }
-    }
-
-    fn shown(&self) -> String {
-        match &self.origin {
-            Origin::Socket(path) => path.display().to_string(),
-            Origin::Started(daemon) => daemon.name().to_owned(),
-        }
-    }
-}
-
-fn greet(stream: std::os::unix::net::UnixStream, asked: usize) -> Result<Session, PeerError> {
-    let mut session = Session::begin(stream, asked)?;
-    session.complete(deadline(GREETING))?;
-    if session.features() & feature::VERSION_1 == 0 {
-        return Err(PeerError::Unfit("it does not know virtio 1"));
-    }
-    if session.config().len() < asked {
-        return Err(PeerError::Unfit("it does not tell the device's configuration"));
-    }
-    Ok(session)
-}
-
-fn unfit(shown: &str, error: &PeerError) -> HostError {
-    HostError::mistake(format!(
-        "Cannot use {shown}: {error} (is it the vhost-user socket of this kind of device?)"
-    ))
-}
-
-fn deadline(limit: Duration) -> Instant {
-    let now = Instant::now();
-    now.checked_add(limit).unwrap_or(now)
-}
 
 /// The device.
 pub(super) struct Front {
@@ -162,6 +64,8 @@ pub(super) struct Front {
     /// Features that the driver has taken, while the device runs.
     running: Option<u64>,
     queues: Vec<Remote>,
+    /// The peer has been asked to stop queues, and may take until then.
+    stopping: Option<Instant>,
 }
 
 impl Front {
@@ -172,7 +76,7 @@ impl Front {
         let host = |what| move |source| BuildError::Host { model, what, source };
         let shown = peer.shown();
         let Peer { origin, mut session } = peer;
-        let regions = regions(wiring.memory.as_ref());
+        let regions = Region::all(wiring.memory.as_ref());
         if regions.is_empty() {
             let what = "Guest RAM is not shared memory, which another program needs";
             return Err(end(HostError::mistake(what)));
@@ -189,7 +93,7 @@ impl Front {
         let timer = TimerFd::new().map_err(|error| host("timer")(error.into()))?;
         let mut new = Self {
             features: session.features() & kind.features | kind.own,
-            transport: transport(session.features()),
+            transport: session.transport(),
             memory: Arc::clone(&wiring.memory),
             regions,
             calls: calls.map_err(host("event descriptors"))?,
@@ -205,6 +109,7 @@ impl Front {
             has_warned: false,
             running: None,
             queues: Vec::new(),
+            stopping: None,
             kind,
         };
         new.take_config();
@@ -233,6 +138,8 @@ impl Front {
             return;
         }
         self.is_ready = false;
+        // Whatever it did to memory is over, or is its own doing.
+        self.stopping = None;
         let model = self.kind.model;
         match (&mut self.origin, mem::replace(&mut self.has_warned, true)) {
             (Origin::Socket(path), has_warned) => {
@@ -278,7 +185,7 @@ impl Front {
         self.with_peer(|session| {
             session.start(features, &regions, inflight.as_ref())?;
             for queue in &queues {
-                let base = if is_new { 0 } else { used_index(memory.as_ref(), &queue.rings) };
+                let base = if is_new { 0 } else { queue.used_index(memory.as_ref()) };
                 session.start_queue(queue, base)?;
             }
             Ok(())
@@ -286,23 +193,48 @@ impl Front {
         self.queues = queues;
     }
 
-    /// Stops queues and waits until the peer has; a peer that does not is given up.
+    /// Has the peer stop queues and waits for that, not for long.
     fn stop(&mut self, queues: &[Remote]) {
         if queues.is_empty() {
             return;
         }
+        let mut is_late = false;
         self.with_peer(|session| {
             for queue in queues {
                 session.stop_queue(queue.rings.queue)?;
             }
-            session.complete(deadline(STOPPING))
+            match session.complete(deadline(PATIENCE)) {
+                Err(PeerError::Late) => is_late = true,
+                other => other?,
+            }
+            Ok(())
         });
+        if is_late && self.is_ready {
+            self.stopping = Some(deadline(STOPPING));
+            self.wake(STOPPING);
+        }
+    }
+
+    /// Asks a peer whether it has stopped its queues; one that takes too long is given up.
+    fn await_stop(&mut self) {
+        let (Some(until), Some(session)) = (self.stopping, &self.session) else { return };
+        let left = until.saturating_duration_since(Instant::now());
+        if session.is_settled() {
+            self.stopping = None;
+        } else if left.is_zero() {
+            self.lose(&PeerError::Late);
+        } else {
+            self.wake(left);
+        }
     }
 
     /// Looks for a peer that is gone, and gives up one that says nothing.
     fn look(&mut self) {
         match (&self.origin, self.session.is_some(), self.is_ready) {
-            (_, true, true) => self.with_peer(Session::process),
+            (_, true, true) => {
+                self.with_peer(Session::process);
+                self.await_stop();
+            }
             (_, true, false) => self.lose(&PeerError::Late),
             (Origin::Socket(path), false, _) => {
                 let stream = self.host.connect(path).map_err(PeerError::Socket);
@@ -328,14 +260,17 @@ impl Front {
         if let Err(error) = session.process() {
             return self.lose(&error);
         }
-        if self.is_ready || !session.is_settled() {
+        if self.is_ready {
+            return self.await_stop();
+        }
+        if !session.is_settled() {
             return;
         }
-        let offered = session.features();
-        let needed = self.features & !self.kind.own | self.transport & !feature::RING_RESET;
-        let is_fit = needed & !offered == 0
+        let features = self.features & !self.kind.own | self.transport & !feature::RING_RESET;
+        let queues = if self.kind.asked > 0 { self.kind.remote } else { 1 };
+        let is_fit = session.features() & features == features
             && session.config().len() >= self.kind.asked
-            && session.queue_count() >= self.kind.remote.min(self.known_queues());
+            && session.queue_count() >= queues;
         if !is_fit {
             return self.lose(&PeerError::Unfit("it is another device than before"));
         }
@@ -348,40 +283,6 @@ impl Front {
         }
         self.start_all(false);
     }
-
-    /// Queues that a peer has to have said it has.
-    fn known_queues(&self) -> u16 {
-        if self.kind.asked > 0 { self.kind.remote } else { 1 }
-    }
-}
-
-/// Guest RAM as a peer maps it; nothing where it cannot be mapped.
-fn regions(memory: &dyn DmaMemory) -> Vec<Region> {
-    let region = |region: &vm_memory::GuestRegionMmap| {
-        let place = region.file_offset()?;
-        Some(Region {
-            base: region.start_addr().0,
-            size: region.len(),
-            file: Arc::clone(place.arc()),
-            offset: place.start(),
-        })
-    };
-    let regions: Option<Vec<Region>> = memory.view().iter().map(region).collect();
-    // More do not go with one message.
-    regions.filter(|regions| regions.len() <= 8).unwrap_or_default()
-}
-
-/// What of the transport's features the driver is offered in front of a peer with `features`.
-fn transport(features: u64) -> u64 {
-    // A queue is reset by stopping it, whether the peer has a name for that or not.
-    feature::TRANSPORT & features | feature::RING_RESET
-}
-
-/// The used ring's index, in the driver's memory.
-fn used_index(memory: &dyn DmaMemory, rings: &Rings) -> u16 {
-    let addr = rings.device.checked_add(2).map(GuestAddress);
-    let index = addr.and_then(|addr| memory.view().read_obj::<u16>(addr).ok());
-    index.map_or(0, u16::from_le)
 }
 
 impl VirtioDevice for Front {
@@ -450,6 +351,10 @@ impl VirtioDevice for Front {
         let queues = mem::take(&mut self.queues);
         self.running = None;
         self.stop(&queues);
+    }
+
+    fn is_settled(&self) -> bool {
+        self.stopping.is_none()
     }
 
     fn sources(&self) -> Vec<Source> {

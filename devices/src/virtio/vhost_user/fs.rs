@@ -2,8 +2,9 @@
 //!
 //! There is one queue for requests, since virtiofsd has no more, and no DAX window.
 
-use super::front::{Front, Kind, Peer};
-use super::{Sandbox, Service};
+use super::front::Front;
+use super::peer::Peer;
+use super::{Kind, Sandbox, Service};
 use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
 use crate::options::{OptionError, Options};
 use crate::virtio::VirtioMmio;

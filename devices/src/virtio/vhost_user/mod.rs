@@ -5,6 +5,7 @@
 //! | `message.rs` | messages and their layout |
 //! | `link.rs` | the socket: messages out, answers in |
 //! | `session.rs` | one connection: who asks what when |
+//! | `peer.rs` | a peer before there is a device |
 //! | `front.rs` | the virtio device: the driver on one side, the peer on the other |
 //! | `testing.rs` | a peer for tests |
 //! | `blk.rs`, `fs.rs`, `net.rs`, `vsock.rs` | what is different about each kind |
@@ -12,7 +13,7 @@
 //! The peer maps guest RAM, reads the driver's kicks and works on the rings itself. It writes to an eventfd for an interrupt; the
 //! I/O loop reads that and raises the line, which is a level (an irqfd would be a pulse). A peer is trusted with guest RAM, since
 //! that is what vhost-user is, and with nothing else: what it says is bounded and judged, nobody waits for it while the guest runs
-//! but a reset, and that not for ever. When it is gone the device stops, not the machine.
+//! but a reset, and that for a second: then the driver sees a reset that is not over. When it is gone the device stops, not the machine.
 //!
 //! The protocol's own client is here because the crate for it waits in every call, and calls come on the I/O thread. Left out:
 //! migration (dirty logging), post-copy, IOMMU, the peer's own requests, and configuration spaces that the driver writes.
@@ -29,9 +30,31 @@ pub(crate) mod fs;
 mod link;
 mod message;
 pub(crate) mod net;
+mod peer;
 mod session;
 pub mod testing;
 pub(crate) mod vsock;
+
+/// What a kind of device is, for the driver and for the peer.
+struct Kind {
+    model: &'static str,
+    /// Virtio device type.
+    id: u32,
+    /// Features of the device that are offered where the peer has them.
+    features: u64,
+    /// Features that are the front end's own.
+    own: u64,
+    /// Sizes of the queues.
+    sizes: Vec<u16>,
+    /// How many of them, the first ones, are the peer's.
+    remote: u16,
+    /// The configuration space; with [`Kind::asked`], what the peer says of it.
+    config: Vec<u8>,
+    /// Bytes of the peer's configuration space that are needed.
+    asked: usize,
+    /// Makes the driver's configuration space out of the peer's.
+    adapt: fn(&mut [u8], u16),
+}
 
 /// A program that rvmm starts to serve one device, and ends with it.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,8 +1,9 @@
 //! Networks that another program serves (virtio 1.3, section 5.1): passt, which rvmm starts (`net-user`), or any that listens on
 //! a socket (`vhost-user-net`). One pair of queues, no control queue: the peer has no say in filters.
 
-use super::Service;
-use super::front::{Front, Kind, Peer};
+use super::front::Front;
+use super::peer::Peer;
+use super::{Kind, Service};
 use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
 use crate::host::HostError;
 use crate::options::{OptionError, Options};

@@ -12,12 +12,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use rustix::fs::fcntl_get_seals;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::PeerError;
 use super::link::Link;
 use super::message::{Answer, MAX_CONFIG, Message, PROTOCOL_FEATURES, protocol, request};
-use crate::virtio::Rings;
+use crate::virtio::{DmaMemory, Rings, feature};
 
 /// The largest region in which a peer notes what it works on.
 const MAX_INFLIGHT: u64 = 16 << 20;
@@ -32,11 +33,38 @@ pub(super) struct Region {
     pub(super) offset: u64,
 }
 
+impl Region {
+    /// All of guest RAM; nothing where it cannot be mapped.
+    pub(super) fn all(memory: &dyn DmaMemory) -> Vec<Self> {
+        let region = |region: &GuestRegionMmap| {
+            let place = region.file_offset()?;
+            Some(Self {
+                base: region.start_addr().0,
+                size: region.len(),
+                file: Arc::clone(place.arc()),
+                offset: place.start(),
+            })
+        };
+        let regions: Option<Vec<Self>> = memory.view().iter().map(region).collect();
+        // More do not go with one message.
+        regions.filter(|regions| regions.len() <= 8).unwrap_or_default()
+    }
+}
+
 /// A queue that the peer works on.
 pub(super) struct Remote {
     pub(super) rings: Rings,
     pub(super) kick: Arc<EventFd>,
     pub(super) call: Arc<EventFd>,
+}
+
+impl Remote {
+    /// The used ring's index, in the driver's memory.
+    pub(super) fn used_index(&self, memory: &dyn DmaMemory) -> u16 {
+        let addr = self.rings.device.checked_add(2).map(GuestAddress);
+        let index = addr.and_then(|addr| memory.view().read_obj::<u16>(addr).ok());
+        index.map_or(0, u16::from_le)
+    }
 }
 
 /// Memory in which a peer notes what it works on, so that its successor finds it.
@@ -140,6 +168,12 @@ impl Session {
     /// Virtio features that the peer has.
     pub(super) fn features(&self) -> u64 {
         self.features
+    }
+
+    /// What of the transport's features the driver is offered in front of this peer.
+    pub(super) fn transport(&self) -> u64 {
+        // A queue is reset by stopping it, whether the peer has a name for that or not.
+        feature::TRANSPORT & self.features | feature::RING_RESET
     }
 
     /// Queues that the peer has; 1 where it does not say.

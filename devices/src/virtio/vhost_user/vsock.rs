@@ -1,7 +1,9 @@
 //! Sockets that another program serves (virtio 1.3, section 5.10): `vhost-device-vsock` and others. The event queue, on which
 //! nothing ever happens here, stays with the front end.
 
-use super::front::{Front, Kind, Peer};
+use super::Kind;
+use super::front::Front;
+use super::peer::Peer;
 use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
 use crate::options::Options;
 use crate::virtio::VirtioMmio;
