@@ -207,7 +207,8 @@ fn a_disk_file_that_shrinks_under_the_guest_is_a_documented_stop_at_worst() {
         .open(&path)
         .and_then(|file| file.set_len(4096))
         .expect("a shorter file");
-    session.send("c");
+    // The guest may have met the missing page by itself.
+    let _ = session.try_send(b"c");
     let code = session.exit_code();
     assert!(code == 2 || code == 3, "exit code {code}: {}", session.errors());
 }

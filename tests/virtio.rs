@@ -21,7 +21,7 @@ use std::path::Path;
 use std::process::Command;
 use std::thread;
 
-use harness::{Session, busybox, host, kernel, rvmm};
+use harness::{Session, blank_image, busybox, host, kernel, rvmm};
 use rustix::process::Signal;
 
 /// Modules for a disk with a file system.
@@ -124,32 +124,6 @@ fn what_a_guest_has_synced_outlives_a_killed_machine() {
     fs::write(&copy, &bytes).expect("a file");
     let here = Command::new(busybox()).arg("md5sum").arg(&copy).output().expect("busybox starts");
     assert_eq!(sum.get(..32), String::from_utf8_lossy(&here.stdout).get(..32));
-}
-
-/// A qcow2 image of so many bytes, less than 512 MiB, that holds nothing yet: header, counts, and an L1 table in four clusters.
-fn blank_image(folder: &Path, bytes: u64) -> std::path::PathBuf {
-    const CLUSTER: u64 = 65536;
-    let path = folder.join("disk.qcow2");
-    let file = File::create(&path).expect("a file");
-    let header: [(u64, &[u8]); 8] = [
-        (0, &[0x51, 0x46, 0x49, 0xfb, 0, 0, 0, 3]),
-        (20, &[0, 0, 0, 16]),
-        (24, &bytes.to_be_bytes()),
-        (36, &[0, 0, 0, 1]),
-        (40, &(3 * CLUSTER).to_be_bytes()),
-        (48, &CLUSTER.to_be_bytes()),
-        (56, &[0, 0, 0, 1]),
-        (96, &[0, 0, 0, 4, 0, 0, 0, 104]),
-    ];
-    let tables: [(u64, &[u8]); 3] = [
-        (CLUSTER, &(2 * CLUSTER).to_be_bytes()),
-        (2 * CLUSTER, &[0, 1, 0, 1, 0, 1, 0, 1]),
-        (4 * CLUSTER - 1, &[0]),
-    ];
-    for (at, bytes) in header.into_iter().chain(tables) {
-        file.write_all_at(bytes, at).expect("the image");
-    }
-    path
 }
 
 #[test]

@@ -5,11 +5,13 @@
 
 #![allow(dead_code, unused_imports, reason = "each test crate uses its part of this module")]
 
+mod disk;
 mod host;
 mod launch;
 mod screen;
 mod session;
 
+pub(crate) use disk::blank_image;
 pub(crate) use host::{Debian, Host, busybox, debian, guest, host, kernel, modules, skip};
 pub(crate) use launch::Launch;
 pub(crate) use session::Session;

@@ -1,7 +1,7 @@
 //! A running program.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::process::{Child, ChildStdout, ExitStatus};
 use std::thread;
@@ -80,12 +80,17 @@ impl Session {
 
     /// Types bytes; waits for a program that does not read.
     pub(crate) fn send_bytes(&mut self, bytes: &[u8]) {
-        let sent = match (&self.terminal, &mut self.child.stdin) {
+        let sent = self.try_send(bytes);
+        sent.unwrap_or_else(|error| panic!("Cannot type {} bytes: {error}", bytes.len()));
+    }
+
+    /// Types bytes into a program that may be gone.
+    pub(crate) fn try_send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match (&self.terminal, &mut self.child.stdin) {
             (Some(terminal), _) => terminal.reader().write_all(bytes),
             (None, Some(pipe)) => pipe.write_all(bytes).and_then(|()| pipe.flush()),
             (None, None) => panic!("this program has no input"),
-        };
-        sent.unwrap_or_else(|error| panic!("Cannot type {} bytes: {error}", bytes.len()));
+        }
     }
 
     /// Types a command into a guest's shell and gives what it printed. The prompt that ends the answer stays to be looked for.

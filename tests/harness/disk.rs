@@ -1,0 +1,31 @@
+//! Disks that tests make themselves.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+/// A qcow2 image of so many bytes, less than 512 MiB, that holds nothing yet: header, counts, and an L1 table in four clusters.
+pub(crate) fn blank_image(folder: &Path, bytes: u64) -> PathBuf {
+    const CLUSTER: u64 = 65536;
+    let path = folder.join("disk.qcow2");
+    let file = File::create(&path).expect("a file");
+    let header: [(u64, &[u8]); 8] = [
+        (0, &[0x51, 0x46, 0x49, 0xfb, 0, 0, 0, 3]),
+        (20, &[0, 0, 0, 16]),
+        (24, &bytes.to_be_bytes()),
+        (36, &[0, 0, 0, 1]),
+        (40, &(3 * CLUSTER).to_be_bytes()),
+        (48, &CLUSTER.to_be_bytes()),
+        (56, &[0, 0, 0, 1]),
+        (96, &[0, 0, 0, 4, 0, 0, 0, 104]),
+    ];
+    let tables: [(u64, &[u8]); 3] = [
+        (CLUSTER, &(2 * CLUSTER).to_be_bytes()),
+        (2 * CLUSTER, &[0, 1, 0, 1, 0, 1, 0, 1]),
+        (4 * CLUSTER - 1, &[0]),
+    ];
+    for (at, bytes) in header.into_iter().chain(tables) {
+        file.write_all_at(bytes, at).expect("the image");
+    }
+    path
+}
