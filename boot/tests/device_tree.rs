@@ -77,6 +77,16 @@ fn assert_golden(name: &str, irqchip: Irqchip) {
 }
 
 #[test]
+fn a_firmware_that_adds_to_the_tree_where_it_lies_has_room_for_it() {
+    let blob = fdt::build(&board(AIA)).unwrap();
+    let word = |at: usize| u32::from_be_bytes(blob[at..at + 4].try_into().unwrap()) as usize;
+    let (total, strings, strings_len) = (word(4), word(12), word(32));
+    assert_eq!(total, blob.len(), "a reader is told of the room");
+    assert_eq!(total, strings + strings_len + 8192);
+    assert!(blob[strings + strings_len..].iter().all(|byte| *byte == 0));
+}
+
+#[test]
 fn the_tree_with_an_aia_is_the_one_kept_as_text() {
     assert_golden("aia.dts", AIA);
 }

@@ -6,6 +6,10 @@ use vm_fdt::FdtWriter;
 
 use crate::error::BootError;
 
+/// Bytes that a firmware may add where the tree lies. U-Boot adds the kernel's command line and more, without a look at what is
+/// behind the tree: its own data, when there is no room.
+const ROOM: usize = 8192;
+
 /// Writes nodes and properties, depth first.
 pub(super) struct Writer {
     inner: FdtWriter,
@@ -26,9 +30,16 @@ impl Writer {
         Ok(Self { inner, open: Vec::new() })
     }
 
-    /// Ends the tree and gives the blob.
+    /// Ends the tree and gives the blob, with room behind it (Devicetree Specification 5.2, totalsize).
     pub(super) fn finish(self) -> Result<Vec<u8>, BootError> {
-        self.inner.finish().map_err(|source| BootError::Tree { at: "/".into(), source })
+        let blob = self.inner.finish();
+        let mut blob = blob.map_err(|source| BootError::Tree { at: "/".into(), source })?;
+        blob.resize(blob.len() + ROOM, 0);
+        let size = u32::try_from(blob.len());
+        if let (Some(field), Ok(size)) = (blob.get_mut(4..8), size) {
+            field.copy_from_slice(&size.to_be_bytes());
+        }
+        Ok(blob)
     }
 
     /// Writes a node with what `body` writes into it.
