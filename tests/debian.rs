@@ -23,7 +23,7 @@ fn machine(irqchip: &str) -> harness::Launch {
 #[test]
 fn debians_u_boot_reaches_its_prompt_and_starts_debian_by_its_menu() {
     let Some(host) = host() else { return };
-    for irqchip in &host.irqchips {
+    for irqchip in host.usual_irqchip() {
         let mut session = machine(irqchip).kernel(&debian().firmware).start();
         session.expect("Hit any key to stop autoboot");
         session.send("\n");

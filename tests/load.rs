@@ -29,7 +29,7 @@ fn by_length(long: u32, short: u32) -> u32 {
 fn boot(irqchip: &str, modules: &str, arguments: &[String]) -> Session {
     let debian = debian();
     let session = rvmm(&["--mem", "512M", "--irqchip", irqchip])
-        .args(&["--cmdline", "console=ttyS0 quiet root=/dev/vda init=/bin/sh"])
+        .args(&["--cmdline", "console=ttyS0 quiet root=/dev/vda1 init=/bin/sh"])
         .path("--initrd=", &debian.initrd, "")
         .path("--disk=", &debian.disk, ",ro=on")
         .args(&arguments.iter().map(String::as_str).collect::<Vec<_>>())
@@ -69,8 +69,8 @@ impl Lab {
             fs::create_dir(folder).expect("a folder");
         }
         on_the_host(&format!(
-            "mount -t ext4 -o loop,ro,noload {} {root}; mount -o bind /dev {root}/dev; mount -t tmpfs tmp {root}/tmp; \
-             mount -t proc proc {root}/proc; mount -t sysfs sys {root}/sys; mount -t tmpfs -o size=8m small {small}; \
+            "mount -t tmpfs -o size=8m small {small}; losetup -f >{small}/root; losetup -r -o 1048576 $(cat {small}/root) {}; mount -t ext4 -o ro,noload $(cat {small}/root) {root}; mount -o bind /dev {root}/dev; mount -t tmpfs tmp {root}/tmp; \
+             mount -t proc proc {root}/proc; mount -t sysfs sys {root}/sys; \
              modprobe dm_flakey; truncate -s 16M {small}/backing; \
              losetup -f >{small}/name; losetup $(cat {small}/name) {small}/backing",
             debian.display(),
@@ -103,7 +103,7 @@ impl Lab {
             _ => format!("0 32768 flakey {device} 0 0 3600"),
         };
         on_the_host(&format!(
-            "chroot {} dmsetup --noudevsync {command} --table '{table}'",
+            "DM_DISABLE_UDEV=1 chroot {} dmsetup {command} --table '{table}'",
             self.root().display()
         ));
     }
@@ -111,9 +111,9 @@ impl Lab {
     fn turn(&self, target: &str) {
         let root = self.root();
         let root = root.display();
-        on_the_host(&format!("chroot {root} dmsetup --noudevsync suspend rvmm-flaky"));
+        on_the_host(&format!("DM_DISABLE_UDEV=1 chroot {root} dmsetup suspend rvmm-flaky"));
         self.dm("load rvmm-flaky", target);
-        on_the_host(&format!("chroot {root} dmsetup --noudevsync resume rvmm-flaky"));
+        on_the_host(&format!("DM_DISABLE_UDEV=1 chroot {root} dmsetup resume rvmm-flaky"));
     }
 
     /// Starts Debian's iperf3 on the host.
@@ -131,8 +131,8 @@ impl Drop for Lab {
             let _ = server.wait();
         }
         let script = format!(
-            "chroot {root} dmsetup --noudevsync remove rvmm-flaky; losetup -d $(cat {small}/name); \
-             umount {small} {root}/sys {root}/proc {root}/tmp {root}/dev {root}",
+            "DM_DISABLE_UDEV=1 chroot {root} dmsetup remove rvmm-flaky; losetup -d $(cat {small}/name); \
+             umount {root}/sys {root}/proc {root}/tmp {root}/dev {root}; losetup -d $(cat {small}/root); umount {small}",
             root = self.root().display(),
             small = self.small().display()
         );
@@ -216,13 +216,18 @@ fn meet_a_full_disk(session: &mut Session, lab: &Lab) {
 }
 
 fn meet_a_failing_disk(session: &mut Session, lab: &Lab) {
-    let try_both = "for way in 'if=/dev/vdc of=/dev/null iflag=direct' 'if=/dev/zero of=/dev/vdc oflag=direct'; do \
-                    dd $way bs=64k count=4 2>/dev/null && echo done''1 || echo failed; done";
-    assert_eq!(session.ask(try_both), "done1\ndone1\n");
+    // Each time elsewhere, and to the medium: the host keeps what it has read and takes what is written.
+    let try_both = |at: u32| {
+        format!(
+            "for way in 'if=/dev/vdc of=/dev/null iflag=direct skip={at}' 'if=/dev/zero of=/dev/vdc conv=fsync seek={at}'; do \
+             dd $way bs=64k count=4 2>/dev/null && echo done''1 || echo failed; done"
+        )
+    };
+    assert_eq!(session.ask(&try_both(0)), "done1\ndone1\n");
     lab.turn("flakey");
-    assert_eq!(session.ask(try_both), "failed\nfailed\n");
+    assert_eq!(session.ask(&try_both(64)), "failed\nfailed\n");
     lab.turn("linear");
-    assert_eq!(session.ask(try_both), "done1\ndone1\n");
+    assert_eq!(session.ask(&try_both(128)), "done1\ndone1\n");
 }
 
 fn send_both_ways(session: &mut Session, address: &str) {

@@ -226,7 +226,7 @@ fn check_disk(session: &mut Session, storage: &mut Storage) {
 #[test]
 fn a_guest_has_folders_a_network_and_a_disk_through_debians_daemons() {
     let Some(host) = host_with_daemons() else { return };
-    for irqchip in &host.irqchips {
+    for irqchip in host.usual_irqchip() {
         let folder = tempfile::tempdir().expect("a folder");
         let (work, read) = folders(folder.path());
         let mut storage = Storage::new(folder.path());

@@ -77,7 +77,7 @@ fn blank(folder: &Path, bytes: u64) -> std::path::PathBuf {
 fn a_disk_holds_a_file_system_tells_its_name_and_grows_while_the_guest_runs() {
     let Some(host) = host() else { return };
     let folder = tempfile::tempdir().expect("a folder");
-    for irqchip in &host.irqchips {
+    for irqchip in host.usual_irqchip() {
         let path = blank(folder.path(), 64 << 20);
         let disk = format!("{},serial=rvmm-test", path.display());
         let (mut session, _folder) = boot(irqchip, DISK, &["--disk", &disk]);
@@ -208,7 +208,7 @@ fn a_guest_and_its_host_talk_over_a_tap_both_ways() {
     if !rustix::process::geteuid().is_root() {
         return harness::skip("a tap takes root");
     }
-    for (number, irqchip) in host.irqchips.iter().enumerate() {
+    for (number, irqchip) in host.usual_irqchip().iter().enumerate() {
         let tap = format!("rvmmtest{number}");
         let address = format!("192.0.2.{}", 4 * number + 1);
         let net = format!("tap={tap},mac=02:00:00:00:00:07,queues=2");
@@ -256,7 +256,7 @@ fn a_guest_and_its_host_talk_over_a_tap_both_ways() {
 #[test]
 fn the_power_button_is_pressed_by_a_signal_and_a_second_one_stops() {
     let Some(host) = host() else { return };
-    for irqchip in &host.irqchips {
+    for irqchip in host.usual_irqchip() {
         let modules = &["virtio_mmio", "virtio_input", "evdev"];
         let (mut session, _folder) = boot(irqchip, modules, &["--power-button", "--grace", "60"]);
         assert_eq!(session.ask("cat /sys/class/input/input0/name"), "rvmm power button\n");
@@ -281,7 +281,7 @@ fn the_power_button_is_pressed_by_a_signal_and_a_second_one_stops() {
 fn a_balloon_takes_what_it_is_told_to_and_the_guest_goes_on() {
     let Some(host) = host() else { return };
     let modules = &["virtio_mmio", "virtio_balloon"];
-    for irqchip in &host.irqchips {
+    for irqchip in host.usual_irqchip() {
         let (mut session, _folder) = boot(irqchip, modules, &["--device", "balloon,size=64"]);
         // 64 MiB are 16,384 pages; the driver takes them by itself, in its own time.
         let inflated = "until [ $(sed -n 's/balloon_inflate //p' /proc/vmstat) -ge 16384 ]; do sleep 1; done; echo inflated";
@@ -312,7 +312,7 @@ fn terminal_of(session: &Session) -> File {
 fn a_second_console_and_named_ports_go_their_own_ways() {
     let Some(host) = host() else { return };
     let folder = tempfile::tempdir().expect("a folder");
-    for irqchip in &host.irqchips {
+    for irqchip in host.usual_irqchip() {
         let log = folder.path().join(format!("log-{irqchip}"));
         let socket = folder.path().join(format!("agent-{irqchip}"));
         let agent = format!("port=agent,path={}", socket.display());

@@ -36,6 +36,11 @@ pub(crate) fn skip(why: &str) {
 }
 
 impl Host {
+    /// The one that a guest gets unless it asks, for tests that take long: the run on a host without AIA has the other.
+    pub(crate) fn usual_irqchip(&self) -> &[&'static str] {
+        &self.irqchips[..1]
+    }
+
     fn examine() -> Self {
         let output = Command::new(env!("CARGO_BIN_EXE_rvmm"))
             .args(["doctor", "--json"])
