@@ -19,7 +19,7 @@ pub(crate) use session::Session;
 use std::time::Duration;
 
 /// How long anything may take before it counts as hanging.
-pub(crate) const LIMIT: Duration = Duration::from_secs(300);
+pub(crate) const LIMIT: Duration = Duration::from_secs(900);
 /// How long a machine that was told to stop may take: two seconds, on a machine that may be emulated and busy.
 pub(crate) const STOP_LIMIT: Duration = Duration::from_secs(60);
 
