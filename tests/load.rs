@@ -39,6 +39,8 @@ fn boot(irqchip: &str, modules: &str, arguments: &[String]) -> Session {
 }
 
 fn set_up(mut session: Session, modules: &str) -> Session {
+    // What a new shell says, and an old one did not.
+    session.expect("job control turned off");
     session.expect("# ");
     session.ask(&format!(
         "export PATH=/usr/sbin:/usr/bin:/sbin:/bin; mount -t tmpfs tmp /tmp; modprobe -a {modules}; dmesg -n 1"
