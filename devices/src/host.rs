@@ -13,6 +13,7 @@ use crate::console::ConsoleBackend;
 use crate::virtio::DmaMemory;
 use crate::virtio::blk::{DiskBackend, DiskPlan};
 use crate::virtio::net::{NetBackend, NetworkEnd};
+use crate::virtio::vhost_kernel::KernelQueues;
 use crate::virtio::vhost_user::{Daemon, Service};
 
 /// Opens the host's ends of devices. A host that has none of a kind refuses by itself.
@@ -72,6 +73,20 @@ pub trait Host: Send + Sync {
     /// No socket can be made there, or a program listens there already.
     fn listen(&self, path: &Path) -> Result<Box<dyn Listener>, HostError> {
         let what = format!("Cannot listen on {}: there are no sockets here", path.display());
+        Err(HostError::mistake(what))
+    }
+
+    /// The queues of a socket device that the kernel works on, in `memory`: it is the guest of this CID from now on.
+    ///
+    /// # Errors
+    /// The kernel has no such thing, or not for this user; or the CID is somebody's.
+    fn kernel_sockets(
+        &self,
+        guest_cid: u32,
+        memory: Arc<dyn DmaMemory>,
+    ) -> Result<Box<dyn KernelQueues>, HostError> {
+        let _ = memory;
+        let what = format!("Cannot use CID {guest_cid}: there is no vhost here");
         Err(HostError::mistake(what))
     }
 

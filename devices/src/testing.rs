@@ -20,13 +20,15 @@ use crate::host::{Host, HostError, Listener};
 use crate::irq::IrqLine;
 use crate::power::{PowerRequest, PowerSwitch};
 use crate::rtc::Clock;
-use crate::virtio::DmaMemory;
 use crate::virtio::blk::testing::MemoryDisk;
 use crate::virtio::blk::{DiskBackend, DiskPlan};
 use crate::virtio::net::testing::MemoryNet;
 use crate::virtio::net::{NetBackend, NetworkEnd};
+use crate::virtio::vhost_kernel::KernelQueues;
+use crate::virtio::vhost_kernel::testing::FakeKernel;
 use crate::virtio::vhost_user::testing::{Quiet, Traits, serve};
 use crate::virtio::vhost_user::{Daemon, Service};
+use crate::virtio::{DmaMemory, feature};
 
 /// An interrupt line that remembers its level and how often it changed.
 #[derive(Debug, Clone, Default)]
@@ -266,6 +268,7 @@ impl ConsoleBackend for MemoryConsole {
 pub struct MemoryHost {
     disk: Option<MemoryDisk>,
     networks: Arc<Mutex<Vec<(NetworkEnd, MemoryNet)>>>,
+    sockets: Arc<Mutex<Vec<(u32, FakeKernel)>>>,
 }
 
 impl MemoryHost {
@@ -279,6 +282,12 @@ impl MemoryHost {
     #[must_use]
     pub fn networks(&self) -> Vec<(NetworkEnd, MemoryNet)> {
         lock(&self.networks).clone()
+    }
+
+    /// The queues of sockets that a kernel works on, by the guest's CID.
+    #[must_use]
+    pub fn sockets(&self) -> Vec<(u32, FakeKernel)> {
+        lock(&self.sockets).clone()
     }
 }
 
@@ -307,6 +316,16 @@ impl Host for MemoryHost {
         let network = MemoryNet::new().map_err(refused)?;
         lock(&self.networks).push((end.clone(), network.clone()));
         Ok(Box::new(network))
+    }
+
+    fn kernel_sockets(
+        &self,
+        guest_cid: u32,
+        _: Arc<dyn DmaMemory>,
+    ) -> Result<Box<dyn KernelQueues>, HostError> {
+        let kernel = FakeKernel::with_features(feature::TRANSPORT & !feature::RING_RESET | 2);
+        lock(&self.sockets).push((guest_cid, kernel.clone()));
+        Ok(Box::new(kernel))
     }
 
     fn serve(&self, _: &Service) -> Result<(UnixStream, Box<dyn Daemon>), HostError> {

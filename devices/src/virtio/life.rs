@@ -58,7 +58,7 @@ pub(super) struct State {
     pub(super) interrupts: u32,
     pub(super) device_features_sel: u32,
     pub(super) driver_features_sel: u32,
-    driver_features: u64,
+    pub(super) driver_features: u64,
     pub(super) queue_sel: u32,
     pub(super) generation: u32,
     /// Chains that went back unserved because they made no sense.
@@ -266,11 +266,11 @@ impl Core {
         });
     }
 
-    /// Tells the device that a queue has started, where another program works on it.
+    /// Tells the device that a queue has started, where somebody else works on it.
     fn hand_over(&mut self, queue: usize) {
         let rings = self.queues.get(queue).and_then(Queue::rings);
         if let (Some(rings), Some(kick)) = (rings, self.kicks.get(queue))
-            && self.device.is_remote(rings.queue)
+            && self.device.is_remote(rings.queue, self.state.driver_features)
         {
             self.device.start_remote(rings, kick);
         }

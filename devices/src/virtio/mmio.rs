@@ -220,9 +220,11 @@ impl MmioDevice for VirtioMmio {
             token: KICK | index,
             interest: Interest::Read,
         };
-        // Those of another program's queues are read by it.
+        // The others are read by who works on the queue.
+        let core = &self.core;
         let is_own = |(index, _): &(u32, &EventFd)| {
-            !u16::try_from(*index).is_ok_and(|queue| self.core.device.is_remote(queue))
+            !u16::try_from(*index)
+                .is_ok_and(|queue| core.device.is_remote(queue, core.state.driver_features))
         };
         let kicks = (0..).zip(self.core.kicks.iter()).filter(is_own);
         let mut sources: Vec<Source> = kicks.map(kick).collect();

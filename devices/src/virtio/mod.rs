@@ -7,6 +7,7 @@
 //! | `queue.rs` | a virtqueue that a driver cannot break; the only one that knows `virtio-queue` |
 //! | `chain.rs` | a descriptor chain, taken apart and judged |
 //! | `work.rs` | what a device works with: chains in, chains out |
+//! | `remote.rs` | queues that somebody else works on |
 //! | `bucket.rs` | token buckets |
 //! | one file or folder per device | what only that device does |
 //!
@@ -14,8 +15,8 @@
 //! A hart only reaches the transport's registers; a reset, which a hart causes, is the one thing that waits for the host, and
 //! not for long: where a host's call does not end, the driver sees a reset that is not over.
 //!
-//! A queue may also be another program's ([`VirtioDevice::is_remote`]): then it gets the driver's set-up and the kicks, and what
-//! is in the rings is between it and the driver.
+//! A queue may also be another program's or the host's kernel's ([`VirtioDevice::is_remote`]): then it gets the driver's set-up and
+//! the kicks, and what is in the rings is between it and the driver.
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -31,8 +32,10 @@ mod life;
 pub mod mmio;
 pub mod net;
 pub mod queue;
+mod remote;
 pub(crate) mod rng;
 pub mod testing;
+pub mod vhost_kernel;
 pub mod vhost_user;
 pub(crate) mod vsock;
 pub mod work;
@@ -95,6 +98,9 @@ pub enum VirtioError {
     /// The host's end is gone for good.
     #[error("the host's end is gone")]
     Gone,
+    /// The host's kernel, which works on the rings, makes no sense of them.
+    #[error("the host's kernel cannot go on with its queues")]
+    Stuck,
 }
 
 /// A queue as the driver has set it up: checked to be RAM, and frozen until it is reset. Addresses are guest-physical.
@@ -133,18 +139,19 @@ pub trait VirtioDevice: Send {
     /// as they are.
     fn write_config(&mut self, offset: usize, data: &[u8]);
 
-    /// Of [`feature::TRANSPORT`], what is offered: all of it, where no other program works on the queues.
+    /// Of [`feature::TRANSPORT`], what is offered: all of it, where nobody else works on the queues.
     fn transport_features(&self) -> u64 {
         feature::TRANSPORT
     }
 
-    /// Whether another program works on `queue`: nothing is taken from it here, and no kick of it comes; constant.
-    fn is_remote(&self, queue: u16) -> bool {
-        let _ = queue;
+    /// Whether somebody else works on `queue` where the driver has taken these features: nothing is taken from it here, and
+    /// no kick of it counts; always the same for the same features.
+    fn is_remote(&self, queue: u16, features: u64) -> bool {
+        let _ = (queue, features);
         false
     }
 
-    /// A queue of another program starts, set up like this: before the device is activated, or later where it was reset alone.
+    /// A queue that somebody else works on starts, set up like this: before the device is activated, or later where it was reset alone.
     /// Every notification of the driver is written to `kick`.
     fn start_remote(&mut self, rings: Rings, kick: &EventFd) {
         let _ = (rings, kick);

@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::vhost_user::testing::shared_memory;
 use super::{VirtioDevice, VirtioMmio, feature};
-use crate::catalog::Wiring;
+use crate::catalog::{BuildError, Built, Wiring};
 use crate::device::MmioDevice;
 use crate::testing::{TestIrq, turn, wiring};
 
@@ -89,14 +89,22 @@ impl Rig {
 
     /// A machine with the device that `build` makes of the wiring.
     pub fn build(build: impl FnOnce(Wiring) -> Box<dyn MmioDevice>) -> Self {
+        Self::try_build(|wiring| Ok(build(wiring))).unwrap()
+    }
+
+    /// The same, where there may be no such device.
+    ///
+    /// # Errors
+    /// That of `build`.
+    pub fn try_build(build: impl FnOnce(Wiring) -> Built) -> Result<Self, BuildError> {
         let memory = shared_memory(RAM, RAM_SIZE).unwrap();
         let irq = TestIrq::default();
         let device = build(Wiring {
             irq: Arc::new(irq.clone()),
             memory: Arc::new(memory.clone()),
             ..wiring()
-        });
-        Self { device, irq, memory, queues: HashMap::new(), free: BUFFERS }
+        })?;
+        Ok(Self { device, irq, memory, queues: HashMap::new(), free: BUFFERS })
     }
 
     /// Reads a register; 0 where the device refuses.

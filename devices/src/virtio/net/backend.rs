@@ -2,9 +2,12 @@
 
 use std::io;
 use std::os::fd::RawFd;
+use std::sync::Arc;
 
 use super::header::{HEADER, Offloads};
-use crate::virtio::{GuestMemoryMmap, Segment};
+use crate::host::HostError;
+use crate::virtio::vhost_kernel::KernelQueues;
+use crate::virtio::{DmaMemory, GuestMemoryMmap, Segment};
 
 /// Which network a device is to be connected to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,6 +54,19 @@ pub trait NetBackend: Send {
     /// Whether that side is up. What [`link_fd`](Self::link_fd) has told of is done with then.
     fn is_link_up(&mut self) -> bool {
         true
+    }
+
+    /// The kernel's vhost in front of this end: it moves frames between the driver's queues in `memory` and the network, so that
+    /// nothing is sent or received here any more. Everything else goes on as before.
+    ///
+    /// # Errors
+    /// The host's kernel has no such thing, or not for this end or this user.
+    fn kernel_queues(
+        &self,
+        memory: Arc<dyn DmaMemory>,
+    ) -> Result<Box<dyn KernelQueues>, HostError> {
+        let _ = memory;
+        Err(HostError::mistake("Cannot use vhost=on: this network's end is not in the kernel"))
     }
 
     /// Sends a frame: the header and the frame's first bytes are in `head`, the rest of it in `rest`.

@@ -11,13 +11,17 @@
 //!
 //! Checksums and segmentation are negotiated end to end: the host's end gives the guest what the guest's driver takes, and
 //! takes what it was offered. Several pairs of queues spare the guest's harts waiting for each other; on this side one thread
-//! works for all of them. Left out: UFO and USO, hashing (the host's end spreads frames as it likes), VLAN filters, a MAC
+//! works for all of them, or with `vhost=on` the host's kernel, a thread for each pair (`vhost_kernel`): then the control queue
+//! and the configuration stay here, and what passes is the kernel's to judge. Left out: UFO and USO, hashing (the host's end spreads frames as it likes), VLAN filters, a MAC
 //! address that the driver sets.
 
 use std::io;
 use std::sync::Arc;
 
-use super::{VirtioDevice, VirtioError, VirtioMmio, Work};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::vhost_kernel::{FIRST_TOKEN, Kernel, KernelQueues};
+use super::{Rings, VirtioDevice, VirtioError, VirtioMmio, Work, feature};
 use crate::catalog::{BuildError, Built, Model, Placement, Wiring};
 use crate::device::Source;
 use crate::options::Options;
@@ -91,21 +95,30 @@ pub struct Net {
     config: [u8; CONFIG],
     /// What the driver has taken; nothing while there is none.
     taken: u64,
+    /// Who works on the data queues in place of `pairs`.
+    kernel: Option<Kernel>,
 }
 
 fn build(options: &Options, wiring: Wiring) -> Built {
     let settings = Settings::parse(options)
         .map_err(|source| BuildError::Option { model: MODEL.name, source })?;
     let end = settings::end(options)?;
+    let in_kernel = settings::in_kernel(options)
+        .map_err(|source| BuildError::Option { model: MODEL.name, source })?;
     let backends = wiring
         .host
         .network_queues(&end, settings.pairs)
         .map_err(|source| BuildError::End { model: MODEL.name, source })?;
-    let net = Net::with_queues(backends, &settings).map_err(|source| BuildError::Host {
-        model: MODEL.name,
-        what: "timers",
-        source,
-    })?;
+    let queues = backends.iter().map(|backend| backend.kernel_queues(wiring.memory.clone()));
+    let queues = in_kernel
+        .then(|| queues.collect::<Result<Vec<_>, _>>())
+        .transpose()
+        .map_err(|source| BuildError::End { model: MODEL.name, source })?;
+    let failed = |what| move |source| BuildError::Host { model: MODEL.name, what, source };
+    let mut net = Net::with_queues(backends, &settings).map_err(failed("timers"))?;
+    if let Some(queues) = queues {
+        net.hand_over(queues).map_err(failed("queues"))?;
+    }
     VirtioMmio::create(Box::new(net), wiring)
 }
 
@@ -140,10 +153,19 @@ impl Net {
         let mtu = if settings.mtu.is_some() { bit::MTU } else { 0 };
         let queues = if pairs.count() > 1 { bit::MQ } else { 0 };
         let queue_sizes = queue_sizes.into();
-        Ok(Self { extra: mtu | queues, queue_sizes, pairs, config, taken: 0 })
+        Ok(Self { extra: mtu | queues, queue_sizes, pairs, config, taken: 0, kernel: None })
     }
 
-    /// What it has let through and dropped; counts on while the device runs.
+    /// Has the host's kernel work on the data queues, an end for each pair.
+    ///
+    /// # Errors
+    /// The host has no event descriptors left, or its kernel does not know virtio 1.
+    fn hand_over(&mut self, ends: Vec<Box<dyn KernelQueues>>) -> io::Result<()> {
+        self.kernel = Some(Kernel::new(MODEL.name, ends, bit::MRG_RXBUF)?);
+        Ok(())
+    }
+
+    /// What it has let through and dropped; counts on while the device runs. Nothing that the kernel does counts.
     #[must_use]
     pub fn counters(&self) -> Arc<Counters> {
         self.pairs.counters()
@@ -170,6 +192,9 @@ impl Net {
             let answer = if is_done { control::OK } else { control::ERR };
             chain.write_at(work.memory(), 0, &[answer]);
             work.complete(chain, 1);
+        }
+        if self.kernel.is_some() {
+            return Ok(());
         }
         // What waited in queues that were not in use.
         self.pairs.transmit_all(work)
@@ -205,7 +230,24 @@ impl VirtioDevice for Net {
     }
 
     fn features(&self) -> u64 {
-        FEATURES | self.extra
+        let all = FEATURES | self.extra;
+        match &self.kernel {
+            Some(kernel) => all & (kernel.features() | !bit::MRG_RXBUF),
+            None => all,
+        }
+    }
+
+    fn transport_features(&self) -> u64 {
+        self.kernel.as_ref().map_or(feature::TRANSPORT, Kernel::features)
+    }
+
+    fn is_remote(&self, queue: u16, features: u64) -> bool {
+        let pairs = if features & bit::MQ == 0 { 1 } else { self.pairs.count() };
+        self.kernel.is_some() && queue < 2 * pairs
+    }
+
+    fn start_remote(&mut self, rings: Rings, kick: &EventFd) {
+        let _ = self.kernel.as_mut().map(|kernel| kernel.add(rings, kick));
     }
 
     fn config(&self) -> &[u8] {
@@ -221,13 +263,23 @@ impl VirtioDevice for Net {
         if !self.set_offloads(features) {
             // Frames come as they did; those that this driver does not take are dropped.
             self.pairs.take_only(Offloads::of_driver(features));
+            if let Some(kernel) = &mut self.kernel {
+                kernel.fail(&io::Error::other("its offloads cannot be set"));
+            }
+        }
+        if let Some(kernel) = &mut self.kernel {
+            kernel.activate(features);
+            if features & bit::MQ == 0 {
+                // The commands may be in another queue than with the last driver.
+                kernel.wake();
+            }
         }
     }
 
     fn kicked(&mut self, queue: u16, work: &mut Work<'_>) -> Result<(), VirtioError> {
         if queue == self.control() {
             self.command(work)?;
-        } else {
+        } else if self.kernel.is_none() {
             self.pairs.kicked(queue, work)?;
         }
         self.watch_link(work);
@@ -235,22 +287,32 @@ impl VirtioDevice for Net {
     }
 
     fn reset_queue(&mut self, queue: u16) {
-        if queue != self.control() {
-            self.pairs.reset_queue(queue);
+        if queue == self.control() {
+            return;
+        }
+        match &mut self.kernel {
+            Some(kernel) => kernel.reset_queue(queue),
+            None => self.pairs.reset_queue(queue),
         }
     }
 
     fn reset(&mut self) {
         self.taken = 0;
+        let _ = self.kernel.as_mut().map(Kernel::reset);
         self.pairs.reset();
     }
 
     fn sources(&self) -> Vec<Source> {
-        self.pairs.sources()
+        let mut sources = self.pairs.sources();
+        sources.extend(self.kernel.iter().flat_map(Kernel::sources));
+        sources
     }
 
     fn ready(&mut self, token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {
-        self.pairs.ready(token, work)?;
+        match &self.kernel {
+            Some(kernel) if token >= FIRST_TOKEN => kernel.ready(token, work)?,
+            _ => self.pairs.ready(token, work)?,
+        }
         self.watch_link(work);
         Ok(())
     }

@@ -41,6 +41,11 @@ pub(super) const KEYS: &[Key] = &[
         help: "pairs of queues, 1 to 8, for guests of several harts (default: 1)",
     },
     Key {
+        name: "vhost",
+        value: "on|off",
+        help: "have the host's kernel move the frames, through /dev/vhost-net (default: off)",
+    },
+    Key {
         name: "rx_bps",
         value: "BYTES",
         help: "bytes a second to the guest at most (default: no limit)",
@@ -127,11 +132,7 @@ impl Settings {
         if pairs > 1 && options.get("fd").is_some() {
             return Err(options.bad("queues", "1, which is what one descriptor is (use tap=NAME)"));
         }
-        let pin = match options.get("pin") {
-            None | Some("off") => false,
-            Some("on") => true,
-            Some(_) => return Err(options.bad("pin", "on or off")),
-        };
+        let pin = options.switch("pin", false)?;
         Ok(Self {
             mac: options.get("mac").map(mac).transpose()?,
             mtu,
@@ -141,6 +142,21 @@ impl Settings {
             tx: Rates::parse(options, "tx_bps", "tx_pps")?,
         })
     }
+}
+
+/// Whether the host's kernel is to work on the data queues, and nothing is asked for that takes a look at each frame.
+pub(super) fn in_kernel(options: &Options) -> Result<bool, OptionError> {
+    let in_kernel = options.switch("vhost", false)?;
+    let is_pinned = options.switch("pin", false)?;
+    for key in ["pin", "rx_bps", "tx_bps", "rx_pps", "tx_pps"] {
+        let is_asked_for = if key == "pin" { is_pinned } else { options.get(key).is_some() };
+        if in_kernel && is_asked_for {
+            let expected =
+                "of use with vhost=on, where the kernel moves the frames (leave one of them out)";
+            return Err(options.bad(key, expected));
+        }
+    }
+    Ok(in_kernel)
 }
 
 /// The other end that the options name: exactly one.

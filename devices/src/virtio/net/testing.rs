@@ -9,8 +9,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_memory::Bytes;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::{HEADER, NetBackend, Offloads};
-use crate::virtio::{GuestMemoryMmap, Segment};
+use super::{HEADER, NetBackend, Offloads, bit};
+use crate::host::HostError;
+use crate::virtio::vhost_kernel::KernelQueues;
+use crate::virtio::vhost_kernel::testing::FakeKernel;
+use crate::virtio::{DmaMemory, GuestMemoryMmap, Segment, feature};
 
 /// A network in memory. A clone is the same network: a test keeps one and hands the other over. Its descriptor is true to
 /// epoll.
@@ -30,6 +33,8 @@ struct Wire {
     link: EventFd,
     failure: Option<ErrorKind>,
     reads: usize,
+    /// Works on the queues, where it was asked to.
+    kernel: FakeKernel,
     /// What the device watches, and the other end, from which it is made readable and writable.
     near: UnixStream,
     far: UnixStream,
@@ -41,6 +46,14 @@ impl MemoryNet {
     /// # Errors
     /// The system's, if there are no descriptors left.
     pub fn new() -> io::Result<Self> {
+        Self::with_kernel(FakeKernel::with_features(feature::TRANSPORT | bit::MRG_RXBUF))
+    }
+
+    /// The same, with this kernel to work on a card's queues, where it is asked to.
+    ///
+    /// # Errors
+    /// As for [`new`](Self::new).
+    pub fn with_kernel(kernel: FakeKernel) -> io::Result<Self> {
         let (near, far) = UnixStream::pair()?;
         near.set_nonblocking(true)?;
         far.set_nonblocking(true)?;
@@ -55,6 +68,7 @@ impl MemoryNet {
             link: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             failure: None,
             reads: 0,
+            kernel,
             near,
             far,
         }))))
@@ -119,6 +133,12 @@ impl MemoryNet {
         self.change(|wire| wire.failure = kind);
     }
 
+    /// The kernel that works on the queues, where it was asked to.
+    #[must_use]
+    pub fn kernel(&self) -> FakeKernel {
+        self.lock().kernel.clone()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Wire> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -179,6 +199,10 @@ impl NetBackend for MemoryNet {
         // Empty where nothing has changed.
         let _ = wire.link.read();
         wire.is_link_up
+    }
+
+    fn kernel_queues(&self, _: Arc<dyn DmaMemory>) -> Result<Box<dyn KernelQueues>, HostError> {
+        Ok(Box::new(self.kernel()))
     }
 
     fn send(&mut self, memory: &GuestMemoryMmap, head: &[u8], rest: &[Segment]) -> io::Result<()> {

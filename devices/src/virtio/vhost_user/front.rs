@@ -11,15 +11,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use log::{info, warn};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::peer::{GREETING, Origin, Peer, deadline, unfit};
-use super::session::{Inflight, Region, Remote, Session};
+use super::session::{Inflight, Region, Session};
 use super::{Kind, PeerError};
 use crate::catalog::{BuildError, Wiring};
 use crate::device::{Interest, Source};
 use crate::host::{Host, HostError};
+use crate::virtio::remote::{Calls, Remote};
 use crate::virtio::{DmaMemory, Rings, VirtioDevice, VirtioError, Work, feature};
 
 /// How long a hart waits for a peer that stops its queues; from then on the driver waits.
@@ -44,7 +45,7 @@ pub(super) struct Front {
     transport: u64,
     memory: Arc<dyn DmaMemory>,
     regions: Vec<Region>,
-    calls: Vec<Arc<EventFd>>,
+    calls: Calls,
 
     host: Arc<dyn Host>,
     /// Closed before the program behind it is ended: most end by themselves then.
@@ -88,8 +89,7 @@ impl Front {
                 .and_then(|()| session.complete(deadline(GREETING)))
                 .map_err(|error| end(unfit(&shown, &error)))?;
         }
-        let call = |_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Arc::new);
-        let calls = (0..kind.remote).map(call).collect::<Result<_, _>>();
+        let calls = Calls::new(kind.remote, TOKEN_CALL);
         let timer = TimerFd::new().map_err(|error| host("timer")(error.into()))?;
         let mut new = Self {
             features: session.features() & kind.features | kind.own,
@@ -306,7 +306,7 @@ impl VirtioDevice for Front {
         self.transport
     }
 
-    fn is_remote(&self, queue: u16) -> bool {
+    fn is_remote(&self, queue: u16, _features: u64) -> bool {
         queue < self.kind.remote
     }
 
@@ -317,10 +317,7 @@ impl VirtioDevice for Front {
     fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
 
     fn start_remote(&mut self, rings: Rings, kick: &EventFd) {
-        let call = self.calls.get(usize::from(rings.queue)).cloned();
-        // Without descriptors the queue stands still; the machine is about to end of that anyway.
-        let (Some(call), Ok(kick)) = (call, kick.try_clone()) else { return };
-        let queue = Remote { rings, kick: Arc::new(kick), call };
+        let Some(queue) = self.calls.queue(rings, kick) else { return };
         if self.running.is_some() {
             self.with_peer(|session| session.start_queue(&queue, 0));
         }
@@ -360,8 +357,7 @@ impl VirtioDevice for Front {
     fn sources(&self) -> Vec<Source> {
         let read = |fd, token| Source { fd, token, interest: Interest::Read };
         let mut sources = vec![read(self.timer.as_raw_fd(), TOKEN_TIMER)];
-        let calls = (TOKEN_CALL..).zip(&self.calls);
-        sources.extend(calls.map(|(token, call)| read(call.as_raw_fd(), token)));
+        sources.extend(self.calls.sources());
         if let Origin::Started(daemon) = &self.origin {
             sources.extend(daemon.messages().map(|fd| read(fd, TOKEN_DAEMON)));
         }
@@ -386,14 +382,7 @@ impl VirtioDevice for Front {
                 }
             }
             TOKEN_PEER.. => self.hear(work),
-            call => {
-                let queue = call.checked_sub(TOKEN_CALL).and_then(|queue| queue.try_into().ok());
-                let call = queue.and_then(|queue: usize| self.calls.get(queue));
-                // Empty if the event was stale.
-                if call.is_some_and(|call| call.read().is_ok()) {
-                    work.notify_driver();
-                }
-            }
+            call => self.calls.ready(call, work),
         }
         if self.is_gone && self.running.is_some() { Err(VirtioError::Gone) } else { Ok(()) }
     }

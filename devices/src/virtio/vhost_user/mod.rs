@@ -10,8 +10,7 @@
 //! | `testing.rs` | a peer for tests |
 //! | `blk.rs`, `fs.rs`, `net.rs`, `vsock.rs` | what is different about each kind |
 //!
-//! The peer maps guest RAM, reads the driver's kicks and works on the rings itself. It writes to an eventfd for an interrupt; the
-//! I/O loop reads that and raises the line, which is a level (an irqfd would be a pulse). A peer is trusted with guest RAM, since
+//! The peer maps guest RAM, reads the driver's kicks and works on the rings itself; its interrupts are in `remote.rs`. A peer is trusted with guest RAM, since
 //! that is what vhost-user is, and with nothing else: what it says is bounded and judged, nobody waits for it while the guest runs
 //! but a reset, and that for a second: then the driver sees a reset that is not over. When it is gone the device stops, not the machine.
 //!

@@ -12,12 +12,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use rustix::fs::fcntl_get_seals;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
-use vmm_sys_util::eventfd::EventFd;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
 use super::PeerError;
 use super::link::Link;
 use super::message::{Answer, MAX_CONFIG, Message, PROTOCOL_FEATURES, protocol, request};
+use crate::virtio::remote::Remote;
 use crate::virtio::{DmaMemory, Rings, feature};
 
 /// The largest region in which a peer notes what it works on.
@@ -48,22 +48,6 @@ impl Region {
         let regions: Option<Vec<Self>> = memory.view().iter().map(region).collect();
         // More do not go with one message.
         regions.filter(|regions| regions.len() <= 8).unwrap_or_default()
-    }
-}
-
-/// A queue that the peer works on.
-pub(super) struct Remote {
-    pub(super) rings: Rings,
-    pub(super) kick: Arc<EventFd>,
-    pub(super) call: Arc<EventFd>,
-}
-
-impl Remote {
-    /// The used ring's index, in the driver's memory.
-    pub(super) fn used_index(&self, memory: &dyn DmaMemory) -> u16 {
-        let addr = self.rings.device.checked_add(2).map(GuestAddress);
-        let index = addr.and_then(|addr| memory.view().read_obj::<u16>(addr).ok());
-        index.map_or(0, u16::from_le)
     }
 }
 

@@ -11,7 +11,8 @@
 //!
 //! The host's side are Unix sockets, in the way of Firecracker: rvmm listens on one, and a program that connects and writes
 //! `CONNECT <port>\n` is connected with that port of the guest and reads `OK <port>\n`; a guest that connects to a port of
-//! the host is connected with the program that listens on `<path>_<port>`.
+//! the host is connected with the program that listens on `<path>_<port>`. With `backend=kernel` the host's side is AF_VSOCK, and the
+//! device is that of `vhost_kernel/vsock.rs`.
 //!
 //! Left out: SEQPACKET, whose messages have no counterpart in a stream socket, and events: the event queue tells of a
 //! move to another host.
@@ -39,14 +40,19 @@ mod streams;
 /// The catalog's entry.
 pub(crate) const MODEL: Model = Model {
     name: "vsock",
-    summary: "virtio sockets: streams between guest and host, at Unix sockets",
+    summary: "virtio sockets: streams between guest and host, at Unix sockets or AF_VSOCK",
     keys: &[
         Key {
             name: "path",
             value: "PATH",
-            help: "Unix socket to make; the guest reaches PATH_<port> (needed)",
+            help: "Unix socket to make; the guest reaches PATH_<port> (needed with backend=unix)",
         },
         Key { name: "cid", value: "N", help: "the guest's address, from 3 (default: 3)" },
+        Key {
+            name: "backend",
+            value: "unix|kernel",
+            help: "Unix sockets, or AF_VSOCK on the host through /dev/vhost-vsock (default: unix)",
+        },
     ],
     placement: Placement::Slot,
     irqs: 1,
@@ -89,11 +95,26 @@ impl std::str::FromStr for Cid {
 
 fn build(options: &Options, wiring: Wiring) -> Built {
     let refused = |source| BuildError::Option { model: MODEL.name, source };
-    let path = options.get("path").filter(|path| !path.is_empty()).map(PathBuf::from);
+    let cid = options.parsed::<Cid>("cid", "a number from 3 to 4294967294").map_err(refused)?;
+    let guest_cid = cid.unwrap_or(Cid(3)).0;
+    let in_kernel = match options.get("backend") {
+        None | Some("unix") => false,
+        Some("kernel") => true,
+        Some(_) => return Err(refused(options.bad("backend", "unix or kernel"))),
+    };
+    let path = options.get("path");
+    if in_kernel && path.is_some() {
+        let expected =
+            "of use with backend=kernel, which has no Unix socket (leave one of them out)";
+        return Err(refused(options.bad("path", expected)));
+    }
+    if in_kernel {
+        return super::vhost_kernel::vsock::build(guest_cid, wiring);
+    }
+    let path = path.filter(|path| !path.is_empty()).map(PathBuf::from);
     let path =
         path.ok_or_else(|| refused(options.bad("path", "a path (write vsock,path=PATH)")))?;
-    let cid = options.parsed::<Cid>("cid", "a number from 3 to 4294967294").map_err(refused)?;
-    let guest_cid = u64::from(cid.unwrap_or(Cid(3)).0);
+    let guest_cid = u64::from(guest_cid);
     let listener = wiring
         .host
         .listen(&path)

@@ -1,0 +1,301 @@
+//! Devices whose queues the host's kernel works on, against a driver and a kernel in memory.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
+
+use std::error::Error;
+use std::io::ErrorKind;
+use std::sync::{Arc, Mutex};
+
+use rvmm_devices::testing::{MemoryHost, turn};
+use rvmm_devices::virtio::feature;
+use rvmm_devices::virtio::net::testing::MemoryNet;
+use rvmm_devices::virtio::net::{HEADER, NetBackend, NetworkEnd, Offloads, bit};
+use rvmm_devices::virtio::testing::{Buffer, Rig, status};
+use rvmm_devices::virtio::vhost_kernel::testing::FakeKernel;
+use rvmm_devices::{Host, HostError, Model, Options};
+
+/// A host whose networks have as many queues as are asked for.
+#[derive(Default, Clone)]
+struct Networks(Arc<Mutex<Vec<MemoryNet>>>);
+
+impl Host for Networks {
+    fn network_queues(
+        &self,
+        _: &NetworkEnd,
+        pairs: u16,
+    ) -> Result<Vec<Box<dyn NetBackend>>, HostError> {
+        let new: Vec<MemoryNet> = (0..pairs).map(|_| MemoryNet::new().unwrap()).collect();
+        self.0.lock().unwrap().extend(new.iter().cloned());
+        Ok(new.into_iter().map(|net| Box::new(net) as Box<dyn NetBackend>).collect())
+    }
+}
+
+fn try_build(text: &str, host: Arc<dyn Host>) -> Result<Rig, String> {
+    let options = Options::parse(text).unwrap();
+    let model = Model::find(options.name()).unwrap();
+    let built = Rig::try_build(|mut wiring| {
+        wiring.host = host;
+        model.create(&options, wiring)
+    });
+    built.map_err(|error| error.source().map_or(error.to_string(), ToString::to_string))
+}
+
+/// A network card with `text` as its further options, its ends, and the kernel at each of them.
+fn card(text: &str) -> (Rig, Vec<MemoryNet>, Vec<FakeKernel>) {
+    let host = Networks::default();
+    let rig = try_build(&format!("net,tap=t0,vhost=on{text}"), Arc::new(host.clone())).unwrap();
+    let nets = host.0.lock().unwrap().clone();
+    let kernels = nets.iter().map(MemoryNet::kernel).collect();
+    (rig, nets, kernels)
+}
+
+fn sockets() -> (Rig, FakeKernel) {
+    let host = MemoryHost::default();
+    let rig = try_build("vsock,backend=kernel,cid=7", Arc::new(host.clone())).unwrap();
+    let sockets = host.sockets();
+    assert_eq!(sockets[0].0, 7);
+    (rig, sockets[0].1.clone())
+}
+
+fn numbers(kernel: &FakeKernel) -> Vec<u16> {
+    kernel.rings().iter().map(|rings| rings.queue).collect()
+}
+
+#[test]
+fn the_kernel_gets_queues_and_kicks_and_its_interrupts_are_levels() {
+    let (mut rig, _, kernels) = card("");
+    let kernel = &kernels[0];
+    rig.start(bit::MRG_RXBUF | bit::CSUM | bit::MAC | bit::CTRL_VQ | feature::EVENT_IDX);
+    // Of the device's features the kernel hears of one, and of the transport's.
+    let taken = bit::MRG_RXBUF | feature::EVENT_IDX | feature::VERSION_1;
+    assert_eq!(kernel.taken(), Some(taken));
+    let rings = kernel.rings();
+    assert_eq!(numbers(kernel), [0, 1]);
+    for rings in &rings {
+        let [descriptors, driver, device] = rig.rings(rings.queue.into());
+        assert_eq!((rings.descriptors, rings.driver, rings.device), (descriptors, driver, device));
+        assert_eq!(rings.size, 16);
+        let kicks = kernel.with_queue(rings.queue, |queue| queue.kick.read().is_ok());
+        assert_eq!(kicks, Some(true), "what was there before the start is announced");
+    }
+    rig.acknowledge();
+    for queue in [0, 1] {
+        rig.write(0x50, queue.into());
+        rig.run();
+        let is_kicked = kernel.with_queue(queue, |queue| queue.kick.read().is_ok());
+        assert_eq!(is_kicked, Some(true), "nobody else reads a kick");
+        kernel.with_queue(queue, |queue| queue.call.write(3).unwrap()).unwrap();
+        rig.run();
+        assert!(rig.irq.is_high());
+        assert_eq!(rig.acknowledge(), 1);
+        assert!(!rig.irq.is_high(), "a level");
+    }
+}
+
+#[test]
+fn what_the_kernel_does_not_have_is_not_offered() {
+    let (mut rig, _, _) = card("");
+    let offered = rig.offered();
+    assert_eq!(
+        offered & (bit::MRG_RXBUF | feature::TRANSPORT),
+        bit::MRG_RXBUF | feature::TRANSPORT
+    );
+    assert_ne!(offered & (bit::GUEST_TSO4 | bit::HOST_TSO4 | bit::CTRL_VQ), 0, "the tap's");
+    for (has, expected) in [
+        (feature::VERSION_1, feature::VERSION_1),
+        (
+            feature::VERSION_1 | feature::EVENT_IDX | 1 << 26,
+            feature::VERSION_1 | feature::EVENT_IDX,
+        ),
+    ] {
+        let kernel = FakeKernel::with_features(has);
+        let mut rig = try_build("net,tap=t0,vhost=on", Arc::new(Old(kernel))).unwrap();
+        assert_eq!(rig.offered() & (feature::TRANSPORT | bit::MRG_RXBUF | 1 << 26), expected);
+    }
+    let old = FakeKernel::with_features(feature::EVENT_IDX);
+    let refused = try_build("net,tap=t0,vhost=on", Arc::new(Old(old))).err().unwrap();
+    assert!(refused.contains("virtio 1"), "{refused}");
+}
+
+/// A host with this kernel behind its network.
+struct Old(FakeKernel);
+
+impl Host for Old {
+    fn network(&self, _: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError> {
+        Ok(Box::new(MemoryNet::with_kernel(self.0.clone()).unwrap()))
+    }
+}
+
+#[test]
+fn commands_link_and_configuration_stay_the_devices() {
+    let (mut rig, nets, _) = card(",mac=02:00:00:00:00:07,mtu=1400");
+    let mut config = [0; 12];
+    rig.device.read(0x100, &mut config[..8]).unwrap();
+    rig.device.read(0x108, &mut config[8..]).unwrap();
+    assert_eq!(config, [2, 0, 0, 0, 0, 7, 1, 0, 1, 0, 0x78, 5]);
+    let all = bit::GUEST_CSUM | bit::GUEST_TSO4 | bit::CTRL_GUEST_OFFLOADS;
+    rig.start(all | bit::CTRL_VQ | bit::CTRL_RX | bit::STATUS);
+    assert_eq!(nets[0].offloads(), Offloads { csum: true, tso4: true, ..Offloads::default() });
+    let order = [&[5, 0][..], &bit::GUEST_CSUM.to_le_bytes()].concat();
+    let answer = rig.ask(2, &[Buffer::Read(&order), Buffer::Write(1)]);
+    assert_eq!(answer, Some(vec![0]));
+    assert_eq!(nets[0].offloads(), Offloads { csum: true, ..Offloads::default() });
+    assert_eq!(rig.ask(2, &[Buffer::Read(&[0, 0, 1]), Buffer::Write(1)]), Some(vec![0]));
+    rig.acknowledge();
+    nets[0].set_link(false);
+    rig.run();
+    assert_eq!((rig.acknowledge(), rig.read(0x104) >> 16 & 1), (2, 0));
+    // Frames are the kernel's: nothing is read or sent here, whatever comes.
+    nets[0].arrive([0; HEADER], &[0; 60]);
+    rig.add(0, &[Buffer::Write(2000)]);
+    rig.add(1, &[Buffer::Read(&[0; 72])]);
+    rig.kick(0);
+    rig.kick(1);
+    assert_eq!(rig.ask(2, &[Buffer::Read(&[0, 0, 1]), Buffer::Write(1)]), Some(vec![0]));
+    assert_eq!((nets[0].reads(), nets[0].sent().len()), (0, 0));
+}
+
+#[test]
+fn a_reset_stops_the_queues_before_it_returns() {
+    let (mut rig, nets, kernels) = card("");
+    for _ in 0..3 {
+        rig.start(bit::GUEST_CSUM);
+        assert_eq!(numbers(&kernels[0]), [0, 1]);
+        rig.write(0x70, 0);
+        assert_eq!(rig.status(), 0);
+        assert_eq!(kernels[0].stops(), [vec![0, 1]]);
+        assert_eq!((numbers(&kernels[0]).len(), nets[0].offloads()), (0, Offloads::default()));
+    }
+    rig.write(0x70, 0);
+    assert!(kernels[0].stops().is_empty(), "there is nothing to stop");
+}
+
+#[test]
+fn a_queue_is_reset_alone_and_the_other_goes_on() {
+    let (mut rig, _, kernels) = card("");
+    rig.start(feature::RING_RESET);
+    for queue in [0, 1] {
+        rig.write(0x30, queue);
+        assert!(rig.write(0xc0, 1));
+        assert_eq!(rig.read(0xc0), 0, "it is over");
+        assert_eq!(numbers(&kernels[0]), [u16::from(queue == 0)]);
+        assert_eq!(kernels[0].stops(), [vec![u16::try_from(queue).unwrap()]]);
+        assert!(rig.set_up(queue));
+        assert_eq!(numbers(&kernels[0]).len(), 2);
+        rig.write(0x50, queue);
+        let queue = u16::try_from(queue).unwrap();
+        let is_kicked = kernels[0].with_queue(queue, |queue| queue.kick.read().is_ok());
+        assert_eq!(is_kicked, Some(true));
+    }
+}
+
+#[test]
+fn each_pair_has_its_own_end_and_only_those_of_the_driver_work() {
+    let (mut rig, nets, kernels) = card(",queues=3");
+    rig.start(bit::MQ | bit::CTRL_VQ);
+    for (pair, kernel) in (0..).zip(&kernels) {
+        assert_eq!(numbers(kernel), [0, 1]);
+        assert_eq!(kernel.rings()[1].descriptors, rig.rings(2 * pair + 1)[0]);
+    }
+    let used = || nets.iter().map(MemoryNet::is_in_use).collect::<Vec<_>>();
+    assert_eq!(used(), [true, false, false]);
+    assert_eq!(rig.ask(6, &[Buffer::Read(&[4, 0, 2, 0]), Buffer::Write(1)]), Some(vec![0]));
+    assert_eq!(used(), [true, true, false]);
+    kernels[2].with_queue(1, |queue| queue.call.write(1).unwrap()).unwrap();
+    rig.acknowledge();
+    rig.run();
+    assert_eq!(rig.acknowledge(), 1);
+    rig.write(0x70, 0);
+    assert!(kernels.iter().all(|kernel| kernel.stops() == [vec![0, 1]]));
+
+    // A driver that knows of one pair has its commands in the third queue, before and after one that knows of all.
+    for features in [bit::CTRL_VQ | bit::CTRL_RX, bit::MQ | bit::CTRL_VQ | bit::CTRL_RX] {
+        rig.start(features);
+        let control = if features & bit::MQ == 0 { 2 } else { 6 };
+        let answer = rig.ask(control, &[Buffer::Read(&[0, 0, 1]), Buffer::Write(1)]);
+        assert_eq!(answer, Some(vec![0]));
+        assert_eq!(numbers(&kernels[1]).is_empty(), control == 2);
+        rig.write(0x70, 0);
+    }
+}
+
+#[test]
+fn a_kernel_that_cannot_go_on_costs_the_device_until_a_reset() {
+    let (mut rig, nets, kernels) = card("");
+    rig.start(0);
+    kernels[0].with_queue(1, |queue| queue.error.write(1).unwrap()).unwrap();
+    rig.run();
+    assert_ne!(rig.status() & status::NEEDS_RESET, 0);
+    assert_eq!(kernels[0].stops(), [vec![0, 1]]);
+    assert_eq!(rig.acknowledge() & 2, 2, "the driver is told");
+    rig.start(0);
+
+    // What was said before a reset does not count after it.
+    kernels[0].with_queue(1, |queue| queue.error.write(1).unwrap()).unwrap();
+    rig.start(0);
+    assert_eq!(rig.status(), status::RUNNING);
+
+    for broken in [true, false] {
+        kernels[0].fail(broken.then_some(ErrorKind::InvalidInput));
+        assert!(rig.negotiate(0));
+        (0..3).for_each(|queue| assert!(rig.set_up(queue)));
+        rig.write(0x70, status::RUNNING);
+        while turn(rig.device.as_mut(), 0).unwrap() > 0 {}
+        assert_eq!(rig.status() & status::NEEDS_RESET != 0, broken);
+    }
+    // Without its offloads the kernel would hand over frames that this driver cannot take.
+    nets[0].fail(Some(ErrorKind::Other));
+    assert!(rig.negotiate(bit::GUEST_CSUM));
+    assert!(rig.set_up(0) && rig.set_up(1));
+    rig.write(0x70, status::RUNNING);
+    while turn(rig.device.as_mut(), 0).unwrap() > 0 {}
+    assert_ne!(rig.status() & status::NEEDS_RESET, 0);
+}
+
+#[test]
+fn what_would_look_at_each_frame_does_not_go_with_the_kernel() {
+    let build = |text: &str| try_build(text, Arc::new(MemoryHost::default()));
+    for (text, part) in [
+        ("net,tap=a,vhost=yes", "on or off"),
+        ("net,tap=a,vhost=on,pin=on", "pin=\"on\" is not of use with vhost=on"),
+        ("net,tap=a,vhost=on,rx_bps=1000", "rx_bps"),
+        ("net,tap=a,vhost=on,tx_bps=1000", "tx_bps"),
+        ("net,tap=a,vhost=on,rx_pps=1000", "rx_pps"),
+        ("net,tap=a,vhost=on,tx_pps=1000", "tx_pps"),
+        ("vsock,backend=kernel,path=v", "path=\"v\" is not of use with backend=kernel"),
+        ("vsock,backend=user,path=v", "unix or kernel"),
+        ("vsock,backend=kernel,cid=2", "from 3"),
+        ("vsock,backend=unix", "a path"),
+    ] {
+        let refused = build(text).err().unwrap();
+        assert!(refused.contains(part), "{text}: {refused}");
+    }
+    assert!(build("net,tap=a,vhost=on,pin=off,mtu=1400").is_ok());
+    assert!(build("net,tap=a,vhost=off,pin=on,rx_bps=1000").is_ok());
+    struct Bare;
+    impl Host for Bare {}
+    let refused = try_build("vsock,backend=kernel", Arc::new(Bare)).err().unwrap();
+    assert!(refused.contains("no vhost here"), "{refused}");
+}
+
+#[test]
+fn sockets_in_the_kernel_have_their_cid_and_start_and_stop_together() {
+    let (mut rig, kernel) = sockets();
+    assert_eq!((rig.read(8), rig.read(0x100), rig.read(0x104)), (19, 7, 0));
+    // Streams, and messages where the kernel has them; no queue is reset alone.
+    assert_eq!(rig.offered(), 3 | feature::TRANSPORT & !feature::RING_RESET);
+    for _ in 0..3 {
+        rig.start(3 | feature::EVENT_IDX);
+        assert_eq!(kernel.taken(), Some(2 | feature::EVENT_IDX | feature::VERSION_1));
+        assert_eq!(numbers(&kernel), [0, 1]);
+        // Buffers for events stay with the device.
+        rig.add(2, &[Buffer::Write(8)]);
+        rig.kick(2);
+        assert_eq!(rig.take_used(2), None);
+        rig.acknowledge();
+        kernel.with_queue(0, |queue| queue.call.write(1).unwrap()).unwrap();
+        rig.run();
+        assert!(rig.irq.is_high());
+        rig.write(0x70, 0);
+        assert_eq!((numbers(&kernel).len(), kernel.stops()), (0, vec![vec![0, 1]]));
+    }
+}
