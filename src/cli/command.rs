@@ -227,9 +227,9 @@ pub(super) struct RunArgs {
 
     /// Connect programs in the guest and on the host by sockets: the guest's port N, and N of the host at PATH_N
     ///
-    /// rvmm listens on the Unix socket PATH: who connects and writes CONNECT N gets the guest's port N. Short for
-    /// --device vsock,path=PATH.
-    #[arg(long, value_name = "PATH[,cid=N]", help_heading = "Devices")]
+    /// rvmm listens on the Unix socket PATH: who connects and writes CONNECT N gets the guest's port N. With backend=kernel both
+    /// sides use AF_VSOCK, the guest as CID N. Short for --device vsock,path=PATH and --device vsock,backend=kernel.
+    #[arg(long, value_name = "PATH[,cid=N]|backend=kernel[,cid=N]", help_heading = "Devices", value_parser = value::vsock)]
     pub(super) vsock: Option<String>,
 
     /// Give the guest a power button, which SIGTERM presses; short for --device input

@@ -55,7 +55,7 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
     let consoles = value::consoles(&args.console)
         .map_err(|reason| Error::Config(format!("Cannot use --console: {reason}")))?;
     devices.extend(consoles);
-    devices.extend(args.vsock.map(|vsock| format!("vsock,path={vsock}")));
+    devices.extend(args.vsock);
     if args.power_button && !devices.iter().any(|device| device == "input") {
         devices.push("input".into());
     }

@@ -84,6 +84,19 @@ pub(super) fn net(text: &str) -> Result<String, String> {
     Ok(text)
 }
 
+/// `--vsock PATH[,cid=N]`, `--vsock backend=kernel,cid=N`: the text of the device that it stands for.
+pub(super) fn vsock(text: &str) -> Result<String, String> {
+    let first = text.split(',').next().unwrap_or_default();
+    // A file of such a name is written ./cid=7.
+    let is_option = ["backend=", "cid="].iter().any(|key| first.starts_with(key));
+    let text = if is_option { format!("vsock,{text}") } else { format!("vsock,path={text}") };
+    let options = device(&text)?;
+    if is_option && options.get("backend") != Some("kernel") {
+        return Err("its socket is missing (write PATH,cid=N, or backend=kernel,cid=N)".into());
+    }
+    Ok(text)
+}
+
 /// One `--console`: the console itself where it has no port's name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct ConsoleEnd {
@@ -316,6 +329,22 @@ mod tests {
             ("tap=a,tap=b", "twice"),
         ] {
             assert!(net(text).expect_err(text).contains(part), "{text}");
+        }
+    }
+
+    #[test]
+    fn sockets_are_at_a_path_or_in_the_kernel() {
+        assert_eq!(vsock("/run/v"), Ok("vsock,path=/run/v".into()));
+        assert_eq!(vsock("./cid=7,cid=8"), Ok("vsock,path=./cid=7,cid=8".into()));
+        assert_eq!(vsock("cid=7,backend=kernel"), Ok("vsock,cid=7,backend=kernel".into()));
+        assert_eq!(vsock("backend=kernel"), Ok("vsock,backend=kernel".into()));
+        for (text, part) in [
+            ("cid=7", "missing"),
+            ("backend=unix", "missing"),
+            ("/run/v,sid=7", "sid"),
+            ("cid=7,backend=kernel,cid=8", "twice"),
+        ] {
+            assert!(vsock(text).expect_err(text).contains(part), "{text}");
         }
     }
 

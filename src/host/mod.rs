@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `disk/` | disks: files and block devices |
 //! | `tap.rs` | networks: tap interfaces |
+//! | `vhost/` | networks and sockets whose queues the kernel works on |
 //! | `listening.rs` | Unix sockets |
 //! | `daemon.rs` | programs that serve devices: virtiofsd, passt |
 
@@ -17,6 +18,7 @@ use log::warn;
 use rvmm_devices::virtio::DmaMemory;
 use rvmm_devices::virtio::blk::{DiskBackend, DiskPlan};
 use rvmm_devices::virtio::net::{NetBackend, NetworkEnd};
+use rvmm_devices::virtio::vhost_kernel::KernelQueues;
 use rvmm_devices::virtio::vhost_user::{Daemon, Service};
 use rvmm_devices::{ConsoleBackend, Host, HostError, Listener};
 
@@ -28,6 +30,7 @@ mod daemon;
 mod disk;
 mod listening;
 mod tap;
+mod vhost;
 
 pub(crate) use listening::Listening;
 #[cfg(test)]
@@ -115,6 +118,14 @@ impl Host for Linux {
         Listening::open(path, BACKLOG)
             .map(|listening| Box::new(listening) as Box<dyn Listener>)
             .map_err(refusal)
+    }
+
+    fn kernel_sockets(
+        &self,
+        guest_cid: u32,
+        memory: Arc<dyn DmaMemory>,
+    ) -> Result<Box<dyn KernelQueues>, HostError> {
+        vhost::sockets(guest_cid, memory)
     }
 
     fn connect(&self, path: &Path) -> io::Result<UnixStream> {

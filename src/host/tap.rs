@@ -10,6 +10,7 @@
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
 
 use libc::{c_int, c_uint, c_ulong, c_void};
 use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, fstat, major, minor, open};
@@ -19,8 +20,11 @@ use rustix::net::{
 };
 use rvmm_devices::HostError;
 use rvmm_devices::virtio::net::{HEADER, NetBackend, Offloads};
-use rvmm_devices::virtio::{GuestMemoryMmap, Segment};
+use rvmm_devices::virtio::vhost_kernel::KernelQueues;
+use rvmm_devices::virtio::{DmaMemory, GuestMemoryMmap, Segment};
 use vm_memory::GuestMemoryBackend;
+
+use super::vhost;
 
 /// Where taps come from.
 const TUN: &str = "/dev/net/tun";
@@ -209,6 +213,15 @@ impl NetBackend for Tap {
             Ok(()) => flags & libc::IFF_UP != 0,
             Err(error) => error.raw_os_error() != Some(libc::ENODEV),
         }
+    }
+
+    fn kernel_queues(
+        &self,
+        memory: Arc<dyn DmaMemory>,
+    ) -> Result<Box<dyn KernelQueues>, HostError> {
+        let what = || format!("Cannot use tap {} with vhost", self.name);
+        let tap = self.fd.try_clone().map_err(|error| HostError::refused(what(), error))?;
+        vhost::network(tap, memory)
     }
 
     fn send(&mut self, memory: &GuestMemoryMmap, head: &[u8], rest: &[Segment]) -> io::Result<()> {

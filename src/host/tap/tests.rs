@@ -15,7 +15,7 @@ use super::*;
 const RAM: u64 = 0x8000_0000;
 
 /// An EtherType for experiments (IEEE 802.3): nobody else in the namespace sends it.
-const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
+pub(crate) const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
 
 /// Runs `test` where there is nothing but a loopback interface, or says why it cannot.
 pub(crate) fn in_a_namespace(test: impl FnOnce() + Send + 'static) {
@@ -41,11 +41,11 @@ pub(crate) fn in_a_namespace(test: impl FnOnce() + Send + 'static) {
 }
 
 /// The host's side of a tap: a socket that sees and sends all of its frames.
-struct Cable(OwnedFd);
+pub(crate) struct Cable(OwnedFd);
 
 impl Cable {
     /// Brings the interface up and listens to it.
-    fn to(name: &str) -> Self {
+    pub(crate) fn to(name: &str) -> Self {
         let domain = c_int::from(ETHERTYPE_ALL);
         // SAFETY: makes a descriptor.
         let fd =
@@ -72,12 +72,12 @@ impl Cable {
         Self(fd)
     }
 
-    fn send(&self, frame: &[u8]) {
+    pub(crate) fn send(&self, frame: &[u8]) {
         assert_eq!(rustix::io::write(&self.0, frame).unwrap(), frame.len());
     }
 
     /// The next frame of the test's own kind; the kernel sends some of its own.
-    fn receive(&self) -> Option<Vec<u8>> {
+    pub(crate) fn receive(&self) -> Option<Vec<u8>> {
         let mut bytes = vec![0; 70_000];
         loop {
             let len = rustix::io::read(&self.0, &mut bytes).ok()?;
@@ -91,7 +91,7 @@ impl Cable {
 /// `ETH_P_ALL`, in network order.
 const ETHERTYPE_ALL: u16 = 3_u16.to_be();
 
-fn frame(len: usize) -> Vec<u8> {
+pub(crate) fn frame(len: usize) -> Vec<u8> {
     let mut frame: Vec<u8> = (0..len).map(|at| u8::try_from(at % 251).unwrap()).collect();
     frame[..6].fill(0xff);
     frame[6..12].copy_from_slice(&[2, 0, 0, 0, 0, 9]);

@@ -1,0 +1,294 @@
+//! The kernel's vhost (Linux, include/uapi/linux/vhost.h; drivers/vhost/{vhost,net,vsock}.c): queues of a guest that the kernel works
+//! on, in a thread of its own that belongs to this process.
+//!
+//! The kernel reaches guest RAM as it is mapped here, so nothing of it need be shared. Requests are done when they return; the one
+//! that stops a queue waits for what is being worked on. (With the kernel's option `experimental_zcopytx`, which nobody should set,
+//! also for frames that the host still holds.) Left out: what `devices/src/virtio/vhost_kernel` leaves out.
+#![expect(unsafe_code, reason = "the ioctls of vhost have no safe interface")]
+
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+
+use libc::{Ioctl, c_int};
+use rustix::fs::{Mode, OFlags, open};
+use rvmm_devices::HostError;
+use rvmm_devices::virtio::DmaMemory;
+use rvmm_devices::virtio::vhost_kernel::{KernelQueue, KernelQueues};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+/// A node of the kernel's, and the module that has it.
+#[derive(Debug)]
+struct Node {
+    path: &'static str,
+    module: &'static str,
+}
+
+const NET: Node = Node { path: "/dev/vhost-net", module: "vhost_net" };
+const VSOCK: Node = Node { path: "/dev/vhost-vsock", module: "vhost_vsock" };
+
+/// `VHOST_VIRTIO`: the requests' letter.
+const VHOST: u32 = 0xaf;
+const GET_FEATURES: Ioctl = libc::_IOR::<u64>(VHOST, 0x00);
+const SET_OWNER: Ioctl = libc::_IO(VHOST, 0x01);
+/// The header alone; the regions follow it.
+const SET_MEM_TABLE: Ioctl = libc::_IOW::<[u32; 2]>(VHOST, 0x03);
+const SET_FEATURES: Order<u64> = Order::new(0x00);
+const SET_VRING_NUM: Order<VringState> = Order::new(0x10);
+const SET_VRING_ADDR: Order<VringAddr> = Order::new(0x11);
+const SET_VRING_BASE: Order<VringState> = Order::new(0x12);
+const SET_VRING_KICK: Order<VringFile> = Order::new(0x20);
+const SET_VRING_CALL: Order<VringFile> = Order::new(0x21);
+const SET_VRING_ERR: Order<VringFile> = Order::new(0x22);
+const NET_SET_BACKEND: Order<VringFile> = Order::new(0x30);
+const VSOCK_SET_GUEST_CID: Order<u64> = Order::new(0x60);
+const VSOCK_SET_RUNNING: Order<c_int> = Order::new(0x61);
+
+/// Stretches of RAM at most; rvmm's guests have one.
+const MOST_REGIONS: usize = 8;
+
+/// `VHOST_FILE_UNBIND`
+const NO_FILE: RawFd = -1;
+
+/// A request that gives the kernel a `T` to read, whose size is a part of the request's number.
+struct Order<T>(Ioctl, PhantomData<T>);
+
+impl<T> Order<T> {
+    const fn new(number: u32) -> Self {
+        Self(libc::_IOW::<T>(VHOST, number), PhantomData)
+    }
+}
+
+/// `struct vhost_vring_state`
+#[repr(C)]
+struct VringState {
+    index: u32,
+    num: u32,
+}
+
+/// `struct vhost_vring_file`
+#[repr(C)]
+struct VringFile {
+    index: u32,
+    fd: c_int,
+}
+
+/// `struct vhost_vring_addr`: addresses in this process.
+#[repr(C)]
+struct VringAddr {
+    index: u32,
+    flags: u32,
+    descriptors: u64,
+    used: u64,
+    available: u64,
+    log: u64,
+}
+
+/// `struct vhost_memory_region`
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Region {
+    guest: u64,
+    size: u64,
+    here: u64,
+    flags: u64,
+}
+
+/// `struct vhost_memory`
+#[repr(C)]
+struct Table {
+    count: u32,
+    padding: u32,
+    regions: [Region; MOST_REGIONS],
+}
+
+/// One device of vhost, which knows guest RAM. Closing it stops its queues.
+struct Vhost {
+    fd: OwnedFd,
+    /// Mapped as long as the kernel may reach it.
+    memory: Arc<dyn DmaMemory>,
+}
+
+impl Vhost {
+    fn open(node: &Node, memory: Arc<dyn DmaMemory>) -> Result<Self, HostError> {
+        let flags = OFlags::RDWR | OFlags::CLOEXEC;
+        let fd = open(node.path, flags, Mode::empty())
+            .map_err(|error| not_opened(node, error.into()))?;
+        let new = Self { fd, memory };
+        new.make_own()
+            .map_err(|error| HostError::refused(format!("Cannot set up {}", node.path), error))?;
+        Ok(new)
+    }
+
+    /// Has the kernel work for this process, on this RAM.
+    fn make_own(&self) -> io::Result<()> {
+        let mut table = Table { count: 0, padding: 0, regions: [Region::default(); MOST_REGIONS] };
+        let view = self.memory.view();
+        let mut places = table.regions.iter_mut();
+        for region in view.iter() {
+            let guest = region.start_addr();
+            let here = view.get_host_address(guest).map_err(io::Error::other)?;
+            let place = places.next().ok_or(io::ErrorKind::InvalidInput)?;
+            *place = Region { guest: guest.0, size: region.len(), here: here as u64, flags: 0 };
+            table.count += 1;
+        }
+        // SAFETY: SET_OWNER takes no argument.
+        check(unsafe { libc::ioctl(self.fd.as_raw_fd(), SET_OWNER) })?;
+        // SAFETY: SET_MEM_TABLE reads the header and as many regions as that says, which are all in `table`. The kernel writes to
+        // that memory when a queue runs: it is guest RAM, which nobody in rvmm has a reference into and which `memory` keeps mapped.
+        check(unsafe { libc::ioctl(self.fd.as_raw_fd(), SET_MEM_TABLE, &raw const table) })
+    }
+
+    fn features(&self) -> io::Result<u64> {
+        let mut features = 0_u64;
+        // SAFETY: GET_FEATURES writes one u64, which outlives the call.
+        check(unsafe { libc::ioctl(self.fd.as_raw_fd(), GET_FEATURES, &raw mut features) })?;
+        Ok(features)
+    }
+
+    fn tell<T>(&self, order: &Order<T>, value: &T) -> io::Result<()> {
+        // SAFETY: the request reads one `T`, which outlives the call. Addresses of rings in it are such as `address` gives.
+        check(unsafe { libc::ioctl(self.fd.as_raw_fd(), order.0, std::ptr::from_ref(value)) })
+    }
+
+    /// Where in this process `len` bytes of RAM are, all in one piece.
+    fn address(&self, guest: u64, len: usize) -> io::Result<u64> {
+        let slice = self.memory.view().get_slice(GuestAddress(guest), len);
+        Ok(slice.map_err(io::Error::other)?.ptr_guard_mut().as_ptr() as u64)
+    }
+
+    /// Says where a queue lies, that it starts with its first entry, and by what its sides wake each other.
+    fn set_up(&self, queue: &KernelQueue<'_>) -> io::Result<()> {
+        let rings = &queue.rings;
+        let (index, entries) = (u32::from(rings.queue), usize::from(rings.size));
+        let addr = VringAddr {
+            index,
+            flags: 0,
+            descriptors: self.address(rings.descriptors, 16 * entries)?,
+            used: self.address(rings.device, 6 + 8 * entries)?,
+            available: self.address(rings.driver, 6 + 2 * entries)?,
+            log: 0,
+        };
+        self.tell(&SET_VRING_NUM, &VringState { index, num: rings.size.into() })?;
+        self.tell(&SET_VRING_BASE, &VringState { index, num: 0 })?;
+        self.tell(&SET_VRING_ADDR, &addr)?;
+        let file = |fd: &dyn AsRawFd| VringFile { index, fd: fd.as_raw_fd() };
+        self.tell(&SET_VRING_ERR, &file(queue.error))?;
+        self.tell(&SET_VRING_CALL, &file(queue.call))?;
+        self.tell(&SET_VRING_KICK, &file(queue.kick))
+    }
+}
+
+/// What is behind the two queues of a device.
+enum Behind {
+    /// A queue of a tap.
+    Tap(OwnedFd),
+    /// The host's sockets.
+    Sockets,
+}
+
+/// A device of vhost and what is behind it.
+struct Queues {
+    /// None where it could not be stopped but by closing it.
+    vhost: Option<Vhost>,
+    behind: Behind,
+    features: u64,
+}
+
+/// The kernel between a guest's network card and this queue of a tap.
+pub(super) fn network(
+    tap: OwnedFd,
+    memory: Arc<dyn DmaMemory>,
+) -> Result<Box<dyn KernelQueues>, HostError> {
+    queues(&NET, Vhost::open(&NET, memory)?, Behind::Tap(tap))
+}
+
+/// The kernel's sockets for the guest of this CID.
+pub(super) fn sockets(
+    guest_cid: u32,
+    memory: Arc<dyn DmaMemory>,
+) -> Result<Box<dyn KernelQueues>, HostError> {
+    let vhost = Vhost::open(&VSOCK, memory)?;
+    vhost
+        .tell(&VSOCK_SET_GUEST_CID, &guest_cid.into())
+        .map_err(|error| no_cid(guest_cid, error))?;
+    queues(&VSOCK, vhost, Behind::Sockets)
+}
+
+fn queues(node: &Node, vhost: Vhost, behind: Behind) -> Result<Box<dyn KernelQueues>, HostError> {
+    let features = vhost.features().map_err(|error| {
+        HostError::refused(format!("Cannot ask {} for its features", node.path), error)
+    })?;
+    Ok(Box::new(Queues { vhost: Some(vhost), behind, features }))
+}
+
+impl Queues {
+    /// Connects a queue with what is behind it, or disconnects it. The sockets' queues go together.
+    fn connect(&self, queue: u16, is_on: bool) -> io::Result<()> {
+        let vhost = self.vhost.as_ref().ok_or(io::ErrorKind::NotConnected)?;
+        match &self.behind {
+            Behind::Tap(tap) => {
+                let fd = if is_on { tap.as_raw_fd() } else { NO_FILE };
+                vhost.tell(&NET_SET_BACKEND, &VringFile { index: queue.into(), fd })
+            }
+            Behind::Sockets => vhost.tell(&VSOCK_SET_RUNNING, &c_int::from(is_on)),
+        }
+    }
+}
+
+impl KernelQueues for Queues {
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn start(&mut self, features: u64, queues: &[KernelQueue<'_>]) -> io::Result<()> {
+        let vhost = self.vhost.as_ref().ok_or(io::ErrorKind::NotConnected)?;
+        if matches!(self.behind, Behind::Sockets) && queues.len() != 2 {
+            return Err(io::Error::other("sockets take both queues"));
+        }
+        vhost.tell(&SET_FEATURES, &features)?;
+        queues.iter().try_for_each(|queue| vhost.set_up(queue))?;
+        let numbers: Vec<u16> = queues.iter().map(|queue| queue.rings.queue).collect();
+        let result = numbers.iter().try_for_each(|queue| self.connect(*queue, true));
+        if result.is_err() {
+            self.stop(&numbers);
+        }
+        result
+    }
+
+    fn stop(&mut self, queues: &[u16]) {
+        if queues.iter().any(|queue| self.connect(*queue, false).is_err()) {
+            self.vhost = None;
+        }
+    }
+}
+
+fn check(result: c_int) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn not_opened(node: &Node, error: io::Error) -> HostError {
+    let Node { path, module } = node;
+    let todo = match error.raw_os_error() {
+        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
+            format!(" (load the kernel's module: sudo modprobe {module})")
+        }
+        Some(libc::EACCES | libc::EPERM) => format!(" (sudo setfacl -m u:$USER:rw {path})"),
+        _ => String::new(),
+    };
+    HostError::refused(format!("Cannot open {path}{todo}"), error)
+}
+
+fn no_cid(guest_cid: u32, error: io::Error) -> HostError {
+    let todo = match error.raw_os_error() {
+        Some(libc::EADDRINUSE) => {
+            " (another guest of this host has it: give this one its own, cid=N)"
+        }
+        _ => "",
+    };
+    HostError::refused(format!("Cannot use CID {guest_cid}{todo}"), error)
+}
+
+#[cfg(test)]
+mod tests;

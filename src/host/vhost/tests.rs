@@ -1,0 +1,188 @@
+//! The kernel's vhost, where this machine has it: a driver of the tests' own on one side, a tap or nothing on the other.
+
+use std::error::Error;
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
+
+use rvmm_devices::testing::turn;
+use rvmm_devices::virtio::feature;
+use rvmm_devices::virtio::net::{HEADER, bit};
+use rvmm_devices::virtio::testing::{Buffer, Rig, status};
+use rvmm_devices::{Host, Model, Options};
+
+use super::*;
+use crate::host::Linux;
+use crate::host::tap::tests::{Cable, ETHERTYPE, frame, in_a_namespace};
+
+/// A device on this machine's kernel, or why there is none.
+fn build(text: &str) -> Result<Rig, String> {
+    let options = Options::parse(text).unwrap();
+    let model = Model::find(options.name()).unwrap();
+    let host: Arc<dyn Host> = Arc::new(Linux::new(Arc::new(|| {})));
+    Rig::try_build(|mut wiring| {
+        wiring.host = host;
+        model.create(&options, wiring)
+    })
+    .map_err(|error| error.source().map_or_else(String::new, ToString::to_string))
+}
+
+/// Says that the test is skipped where the kernel has no such device.
+fn has(node: &Node) -> bool {
+    let is_there = Path::new(node.path).exists();
+    if !is_there {
+        let name = thread::current().name().unwrap_or("?").to_owned();
+        let line = format!("skipped: {name}: there is no {}\n", node.path);
+        rustix::io::write(rustix::stdio::stderr(), line.as_bytes()).unwrap();
+    }
+    is_there
+}
+
+/// Waits for the next chain that comes back, as the I/O loop does.
+fn wait(rig: &mut Rig, queue: u32) -> (u16, u32) {
+    for _ in 0..3000 {
+        if let Some(used) = rig.take_used(queue) {
+            return used;
+        }
+        turn(rig.device.as_mut(), 100).unwrap();
+    }
+    panic!("nothing comes back");
+}
+
+/// Gives the kernel buffers for frames.
+fn feed(rig: &mut Rig, count: usize) {
+    (0..count).for_each(|_| _ = rig.add(0, &[Buffer::Write(2000)]));
+    rig.write(0x50, 0);
+}
+
+/// Frames in both directions; the kernel sends some of its own.
+fn exchange(rig: &mut Rig, cable: &Cable, len: usize) {
+    let bytes = [&[0; HEADER][..], &frame(len)].concat();
+    let head = rig.add(1, &[Buffer::Read(&bytes[..5]), Buffer::Read(&bytes[5..])]);
+    rig.write(0x50, 1);
+    assert_eq!(wait(rig, 1).0, head);
+    let got = (0..3000).find_map(|_| {
+        cable.receive().or_else(|| {
+            thread::sleep(Duration::from_millis(10));
+            None
+        })
+    });
+    assert_eq!(got, Some(frame(len)));
+
+    cable.send(&frame(len));
+    loop {
+        let (head, used) = wait(rig, 0);
+        let mut got = rig.written(0, head);
+        got.truncate(used as usize);
+        feed(rig, 1);
+        if got.get(HEADER + 12..HEADER + 14) == Some(&ETHERTYPE) {
+            assert_eq!(got.get(HEADER..), Some(frame(len).as_slice()));
+            break;
+        }
+    }
+    rig.run();
+    assert!(rig.irq.is_high(), "a level");
+    rig.acknowledge();
+    assert!(!rig.irq.is_high());
+}
+
+#[test]
+fn the_kernel_moves_frames_until_a_reset_and_again_after_it() {
+    if !has(&NET) {
+        return;
+    }
+    in_a_namespace(|| {
+        let mut rig = build("net,tap=t0,vhost=on").unwrap();
+        let cable = Cable::to("t0");
+        for round in 0..3 {
+            rig.start(bit::MRG_RXBUF | feature::RING_RESET);
+            feed(&mut rig, 8);
+            (0..3).for_each(|more| exchange(&mut rig, &cable, 300 + 10 * round + more));
+        }
+        // One queue alone stops at once and starts anew, and the other one goes on.
+        rig.write(0x30, 1);
+        assert!(rig.write(0xc0, 1));
+        assert_eq!(rig.read(0xc0), 0);
+        assert!(rig.set_up(1));
+        exchange(&mut rig, &cable, 500);
+
+        assert!(rig.write(0x70, 0));
+        while rig.take_used(0).is_some() {}
+        cable.send(&frame(100));
+        thread::sleep(Duration::from_millis(100));
+        assert_eq!(rig.take_used(0), None, "nothing comes after a reset");
+    });
+}
+
+#[test]
+fn a_ring_that_makes_no_sense_to_the_kernel_costs_the_device_until_a_reset() {
+    if !has(&NET) {
+        return;
+    }
+    in_a_namespace(|| {
+        let mut rig = build("net,tap=t0,vhost=on").unwrap();
+        let cable = Cable::to("t0");
+        rig.start(bit::MRG_RXBUF);
+        let [table, ..] = rig.rings(1);
+        rig.set_descriptor(table, 0, (0x1000, 100, 0, 0));
+        rig.make_available(1, 0);
+        rig.write(0x50, 1);
+        for _ in 0..3000 {
+            turn(rig.device.as_mut(), 100).unwrap();
+            if rig.status() & status::NEEDS_RESET != 0 {
+                break;
+            }
+        }
+        assert_ne!(rig.status() & status::NEEDS_RESET, 0, "a buffer that is no RAM");
+        rig.start(bit::MRG_RXBUF);
+        feed(&mut rig, 8);
+        exchange(&mut rig, &cable, 200);
+    });
+}
+
+#[test]
+fn a_cid_belongs_to_one_guest_at_a_time() {
+    // Nobody gives a guest this one.
+    const CID: u32 = 0x7fff_fff0;
+    if !has(&VSOCK) {
+        return;
+    }
+    let text = format!("vsock,backend=kernel,cid={CID}");
+    for _ in 0..2 {
+        let mut rig = build(&text).unwrap();
+        assert_eq!((rig.read(0x100), rig.read(0x104)), (CID, 0));
+        let taken = build(&text).err().unwrap();
+        assert!(taken.contains("Cannot use CID") && taken.contains("cid=N"), "{taken}");
+        for _ in 0..3 {
+            rig.start(0);
+        }
+    }
+}
+
+#[test]
+fn requests_are_those_of_the_kernels_header() {
+    // From include/uapi/linux/vhost.h, worked out by hand for the sizes of its structures.
+    assert_eq!(GET_FEATURES, 0x8008_af00);
+    assert_eq!(SET_OWNER, 0xaf01);
+    assert_eq!(SET_MEM_TABLE, 0x4008_af03);
+    assert_eq!((SET_FEATURES.0, SET_VRING_NUM.0), (0x4008_af00, 0x4008_af10));
+    assert_eq!((SET_VRING_ADDR.0, SET_VRING_KICK.0), (0x4028_af11, 0x4008_af20));
+    assert_eq!((VSOCK_SET_GUEST_CID.0, VSOCK_SET_RUNNING.0), (0x4008_af60, 0x4004_af61));
+    assert_eq!((size_of::<Region>(), size_of::<Table>()), (32, 8 + 32 * MOST_REGIONS));
+}
+
+#[test]
+fn what_cannot_be_had_of_the_kernel_is_refused_with_what_to_do() {
+    let error = io::Error::from_raw_os_error;
+    let sentence = |errno| not_opened(&NET, error(errno)).to_string();
+    assert!(sentence(libc::ENOENT).contains("sudo modprobe vhost_net"));
+    assert!(sentence(libc::EACCES).contains("sudo setfacl -m u:$USER:rw /dev/vhost-net"));
+    let (what, source) = not_opened(&VSOCK, error(libc::EMFILE)).into_parts();
+    assert_eq!(what, "Cannot open /dev/vhost-vsock");
+    assert_eq!(source.and_then(|error| error.raw_os_error()), Some(libc::EMFILE));
+    assert!(no_cid(7, error(libc::EADDRINUSE)).to_string().contains("CID 7 (another guest"));
+    if !Path::new(VSOCK.path).exists() {
+        let refused = build("vsock,backend=kernel").err().unwrap();
+        assert!(refused.contains("sudo modprobe vhost_vsock"), "{refused}");
+    }
+}
