@@ -11,10 +11,11 @@
 mod harness;
 #[path = "linux/initramfs.rs"]
 mod initramfs;
+#[path = "linux/network.rs"]
+mod network;
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -196,12 +197,6 @@ fn a_file_that_shrinks_gives_io_errors_and_the_guest_lives() {
     power_off(session);
 }
 
-/// Runs a command of busybox on the host, which is root's as the tests are.
-fn on_the_host(arguments: &[&str]) {
-    let status = Command::new(busybox()).args(arguments).status().expect("busybox starts");
-    assert!(status.success(), "{arguments:?}: {status}");
-}
-
 #[test]
 fn a_guest_and_its_host_talk_over_a_tap_both_ways() {
     let Some(host) = host() else { return };
@@ -210,45 +205,13 @@ fn a_guest_and_its_host_talk_over_a_tap_both_ways() {
     }
     for (number, irqchip) in host.usual_irqchip().iter().enumerate() {
         let tap = format!("rvmmtest{number}");
-        let address = format!("192.0.2.{}", 4 * number + 1);
+        let here = format!("192.0.2.{}", 4 * number + 1);
+        let there = format!("192.0.2.{}", 4 * number + 2);
         let net = format!("tap={tap},mac=02:00:00:00:00:07,queues=2");
         let (mut session, _folder) = boot(irqchip, NET, &["--cpus", "2", "--net", &net]);
-        on_the_host(&["ip", "addr", "add", &format!("{address}/30"), "dev", &tap]);
-        on_the_host(&["ip", "link", "set", &tap, "up"]);
-        let guest = format!("192.0.2.{}/30", 4 * number + 2);
-        session.ask(&format!("ip addr add {guest} dev eth0; ip link set eth0 up"));
-        assert_eq!(session.ask("cat /sys/class/net/eth0/address"), "02:00:00:00:00:07\n");
-        // Linux takes as many pairs of queues as it has harts, by itself.
-        let queues = session.ask("ls /sys/class/net/eth0/queues | tr '\\n' ' '; echo");
-        assert_eq!(queues, "rx-0 rx-1 tx-0 tx-1 \n");
-        let pings =
-            session.ask(&format!("ping -c 3 -W 60 {address} | grep -o '3 packets received'"));
-        assert_eq!(pings, "3 packets received\n");
-
-        // What the guest sends comes back: every byte goes through TCP, with whatever offloads both sides agree on.
-        let listener = TcpListener::bind((address.as_str(), 0)).expect("a port");
-        let port = listener.local_addr().expect("an address").port();
-        let echo = thread::spawn(move || {
-            let (mut stream, _) = listener.accept().expect("the guest");
-            let mut all = Vec::new();
-            stream.read_to_end(&mut all).expect("the guest's bytes");
-            stream.write_all(&all).expect("the guest reads");
-            stream.shutdown(Shutdown::Write).expect("the end");
-            all
-        });
-        let sums = session.ask(&format!(
-            "dd if=/dev/urandom of=/data bs=64k count=32 2>/dev/null; nc {address} {port} </data >/back; md5sum </data; md5sum </back"
-        ));
-        let mut sums = sums.lines();
-        assert_eq!(sums.next(), sums.next(), "what came back is not what was sent");
-        assert_eq!(echo.join().expect("the echo").len(), 2 << 20);
-        for (state, carrier) in [("down", "0"), ("up", "1")] {
-            on_the_host(&["ip", "link", "set", &tap, state]);
-            let wait = format!(
-                "until [ $(cat /sys/class/net/eth0/carrier) = {carrier} ]; do sleep 1; done; echo {state}"
-            );
-            assert_eq!(session.ask(&wait), format!("{state}\n"));
-        }
+        network::plug_in(&mut session, &tap, &here, &there);
+        network::echo_over_tcp(&mut session, &here);
+        network::pull_the_cable(&mut session, &tap);
         power_off(session);
     }
 }

@@ -11,6 +11,8 @@
 mod harness;
 #[path = "linux/initramfs.rs"]
 mod initramfs;
+#[path = "linux/streams.rs"]
+mod streams;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -20,55 +22,11 @@ use std::path::Path;
 use std::thread;
 
 use harness::{checksum, flood, host, kernel, rvmm};
-use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener, VsockStream};
-
-/// Ports on either side.
-const GUEST_PORT: u32 = 52;
-const HOST_PORT: u32 = 1234;
-/// Streams in each direction.
-const STREAMS: usize = 200;
-
-/// Bytes that go through a stream and back: of some more than either side takes in one go.
-fn bytes(stream: usize) -> usize {
-    if stream.is_multiple_of(20) { 300_000 } else { 20_000 }
-}
-
-/// Sends everything back that comes, until the other side has said all.
-fn echo(mut stream: impl Read + Write) {
-    let mut all = Vec::new();
-    stream.read_to_end(&mut all).expect("the other side's bytes");
-    stream.write_all(&all).expect("the other side reads");
-}
+use streams::{GUEST_PORT, HOST_PORT, STREAMS, bytes, echo};
 
 #[test]
 fn what_runs_inside_the_guest() {
-    if std::env::var_os("RVMM_INSIDE_THE_GUEST").is_none() {
-        return harness::skip("it is the guest's side of the other test");
-    }
-    let listener = VsockListener::bind_with_cid_port(VMADDR_CID_ANY, GUEST_PORT).expect("bind");
-    println!("the guest listens");
-    for _ in 0..STREAMS {
-        let (stream, from) = listener.accept().expect("accept");
-        assert_eq!(from.cid(), VMADDR_CID_HOST);
-        echo(stream);
-    }
-    for number in 0..STREAMS {
-        let sent = flood(bytes(number));
-        let mut stream =
-            VsockStream::connect_with_cid_port(VMADDR_CID_HOST, HOST_PORT).expect("connect");
-        let mut reader = stream.try_clone().expect("a copy");
-        let back = thread::spawn(move || {
-            let mut all = Vec::new();
-            reader.read_to_end(&mut all).map(|_| all)
-        });
-        stream.write_all(&sent).expect("the host reads");
-        stream.shutdown(Shutdown::Write).expect("the end");
-        let back = back.join().expect("a thread").expect("the host's answer");
-        assert_eq!(checksum(&back), checksum(&sent));
-    }
-    let refused = VsockStream::connect_with_cid_port(VMADDR_CID_HOST, 4321);
-    assert!(refused.is_err(), "nobody listens there");
-    println!("the guest has all of it");
+    streams::run_inside_the_guest();
 }
 
 /// Connects to a port of the guest as any program of the host does.
