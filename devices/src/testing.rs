@@ -382,6 +382,12 @@ pub fn wiring() -> Wiring {
     }
 }
 
+/// Hands an event of a device's source over as the I/O thread does: the interrupt is driven afterwards.
+pub fn hand_over(device: &mut dyn MmioDevice, token: u32) {
+    device.ready(token);
+    let _ = device.undriven().map(|pin| pin.drive());
+}
+
 /// One turn of an I/O loop that has only this device: waits up to `timeout_ms` milliseconds for its
 /// sources, and calls it for each that is ready. Returns how many were: 0 means that the loop sleeps.
 ///
@@ -407,8 +413,7 @@ pub fn turn(device: &mut dyn MmioDevice, timeout_ms: i32) -> io::Result<usize> {
         }
     };
     for event in events.iter().take(count) {
-        device.ready(u32::try_from(event.data()).unwrap_or(u32::MAX));
-        let _ = device.undriven().map(|pin| pin.drive());
+        hand_over(device, u32::try_from(event.data()).unwrap_or(u32::MAX));
     }
     Ok(count)
 }

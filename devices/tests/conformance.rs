@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use proptest::prelude::*;
-use rvmm_devices::testing::{MemoryConsole, TestIrq, turn, wiring};
+use rvmm_devices::testing::{MemoryConsole, TestIrq, hand_over, turn, wiring};
 use rvmm_devices::virtio::vhost_user::testing::{Traits, serve_at, shared_memory};
 use rvmm_devices::{
     BuildError, Bus, CATALOG, Claim, FdtProperty, FdtValue, Interest, MmioDevice, Model, Options,
@@ -230,8 +230,7 @@ fn sources_are_what_epoll_takes_and_a_new_device_lets_the_loop_sleep() {
 fn an_event_without_cause_does_no_harm() {
     for mut built in devices() {
         for token in (0..10).chain([u32::MAX]) {
-            built.device.ready(token);
-            let _ = built.device.undriven().map(|pin| pin.drive());
+            hand_over(built.device.as_mut(), token);
         }
         assert!(!built.irq.is_high(), "{}", built.device.name());
     }
@@ -289,10 +288,7 @@ proptest! {
                     0..3 => drop(built.device.read(*offset, &mut data[..*width]).err()),
                     3..6 => drop(built.device.write(*offset, &data[..*width]).err()),
                     6 => built.console.type_in(&data),
-                    _ => {
-                        built.device.ready(u32::from(data[0]));
-                        let _ = built.device.undriven().map(|pin| pin.drive());
-                    }
+                    _ => hand_over(built.device.as_mut(), data[0].into()),
                 }
             }
             let awake = (0..100).all(|_| turn(built.device.as_mut(), 0).unwrap() != 0);

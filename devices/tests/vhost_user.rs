@@ -394,6 +394,8 @@ fn refusal(request: u32, protocol: u64, spite: Spite) -> String {
         while let Ok(heard) = hear(&stream) {
             if heard.request == request {
                 spite(&stream, &heard);
+                // Its end is not to be noticed before its answer is.
+                while hear(&stream).is_ok() {}
                 return;
             }
             if let Some(payload) = payload(&heard, &traits) {
@@ -410,6 +412,10 @@ fn refusal(request: u32, protocol: u64, spite: Spite) -> String {
     std::error::Error::source(&error).unwrap().to_string()
 }
 
+fn close(stream: &UnixStream) {
+    stream.shutdown(std::net::Shutdown::Both).unwrap();
+}
+
 fn say(stream: &UnixStream, bytes: &[u8]) {
     let mut stream = stream;
     let _ = stream.write_all(bytes);
@@ -418,12 +424,17 @@ fn say(stream: &UnixStream, bytes: &[u8]) {
 #[test]
 fn a_peer_that_makes_no_sense_is_no_peer() {
     let spites: &[(u32, &str, Spite)] = &[
-        (GET_FEATURES, "closed", |_, _| {}),
-        (GET_FEATURES, "closed", |s, h| say(s, &answer(h.request, &[0; 8])[..5])),
-        (GET_FEATURES, "closed", |s, h| say(s, &answer(h.request, &[0; 8])[..19])),
+        (GET_FEATURES, "closed", |s, _| close(s)),
+        (GET_FEATURES, "closed", |s, h| {
+            say(s, &answer(h.request, &[0; 8])[..5]);
+            close(s);
+        }),
+        (GET_FEATURES, "closed", |s, h| {
+            say(s, &answer(h.request, &[0; 8])[..19]);
+            close(s);
+        }),
         (GET_FEATURES, "virtio 1", |s, h| {
             say(s, &answer(h.request, &[0; 8]));
-            let _ = hear(s);
         }),
         (GET_FEATURES, "no answer", |s, _| say(s, &[0; 12])),
         (GET_FEATURES, "no answer", |s, _| say(s, &[0xff; 64])),
@@ -434,8 +445,6 @@ fn a_peer_that_makes_no_sense_is_no_peer() {
         (GET_FEATURES, "out of turn", |s, _| say(s, &answer(SET_MEM_TABLE, &[0; 8]))),
         (GET_PROTOCOL_FEATURES, "tell the device's configuration", |s, h| {
             say(s, &answer(h.request, &[0; 8]));
-            // Its end is not to be heard before its answer.
-            while hear(s).is_ok() {}
         }),
         (GET_QUEUE_NUM, "no sense", |s, h| say(s, &answer(h.request, &[]))),
         (GET_CONFIG, "no sense", |s, h| say(s, &answer(h.request, &[]))),

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-use rvmm_devices::testing::{TestIrq, turn, wiring};
+use rvmm_devices::testing::{TestIrq, hand_over, turn, wiring};
 use rvmm_devices::{MmioDevice, Model, Options, Wiring};
 
 use super::ends::Ends;
@@ -369,7 +369,7 @@ impl Stage {
     /// Calls the device once without any cause, and judges what it does.
     pub(crate) fn disturb(&mut self, token: u32) {
         self.before();
-        self.device.ready(token);
+        hand_over(self.device.as_mut(), token);
         self.after();
     }
 
