@@ -1,5 +1,7 @@
 //! Interrupt controllers and lines, on hosts with AIA and without.
 
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
 use super::asm::*;
 use super::*;
 use crate::config::{IrqchipChoice, KnobChange};
@@ -128,12 +130,9 @@ fn an_external_interrupt_reaches_a_hart_that_waits_and_goes_when_the_line_does()
     assert_eq!(args[0] & seie as u64, 0, "sip {:#x}", args[0]);
 }
 
-#[test]
-fn a_wired_source_reaches_its_hart_through_aplic_and_imsic() {
-    if !host_has_aia() {
-        eprintln!("skipped: this host has no AIA");
-        return;
-    }
+/// A guest that wires source 7 of this mode (AIA 4.5.2) to identity 5 of its hart, calls, and waits. The interrupt calls with stopei, then
+/// with in_clrip, the levels of sources 0 to 31.
+fn wired(mode: u32) -> Vec<u32> {
     let (siselect, sireg, stopei) = (0x150, 0x151, 0x15c);
     let select = |reg: u32, value: u32| {
         [&li(T0, reg)[..], &[csrw(siselect, T0)], &li(T0, value), &[csrw(sireg, T0)]].concat()
@@ -141,12 +140,12 @@ fn a_wired_source_reaches_its_hart_through_aplic_and_imsic() {
     let write = |offset: u32, value: u32| {
         [&li(T0, APLIC + offset)[..], &li(T1, value), &[store(2, T1, T0, 0)]].concat()
     };
-    // The IMSIC: delivery on, no threshold, identity 5 enabled. The APLIC: source 7, level high, to hart 0 as identity 5.
+    // The IMSIC: delivery on, no threshold, identity 5 enabled. The APLIC: source 7 to hart 0 as identity 5.
     let setup = [
         select(0x70, 1),
         select(0x72, 0),
         select(0xc0, 1 << 5),
-        write(0x0004 + 4 * 6, 6),
+        write(0x0004 + 4 * 6, mode),
         write(0x3004 + 4 * 6, 5),
         write(0x1edc, 7),
         write(0, 0x100),
@@ -160,8 +159,22 @@ fn a_wired_source_reaches_its_hart_through_aplic_and_imsic() {
         &[csrw(SIE, T0), addi(T0, ZERO, 2), csrs(SSTATUS, T0), WFI, SPIN],
         &li(A7, 0x0900_0000),
         &[csrr(A0, stopei), ECALL],
+        &li(T0, APLIC + 0x1d00),
+        &[load(2, A0, T0, 0), ECALL],
     ];
-    let guest = Guest::new(&code.concat());
+    code.concat()
+}
+
+const EDGE_RISING: u32 = 4;
+const LEVEL_HIGH: u32 = 6;
+
+#[test]
+fn a_wired_source_reaches_its_hart_through_aplic_and_imsic() {
+    if !host_has_aia() {
+        eprintln!("skipped: this host has no AIA");
+        return;
+    }
+    let guest = Guest::new(&wired(LEVEL_HIGH));
     let mut hart = guest.hart(0);
     guest.vm.create_irqchip(IrqchipChoice::Aia, &plan(1)).unwrap();
     let line = guest.vm.irq_line(7).unwrap();
@@ -171,6 +184,45 @@ fn a_wired_source_reaches_its_hart_through_aplic_and_imsic() {
     let (_, args) = called(hart.as_mut(), [0; 2]);
     raise.join().unwrap();
     assert_eq!(args[0] >> 16, 5);
+    let levels = in_clrip(hart.as_mut());
+    assert_eq!(levels, 1 << 7, "the line is high until its device lowers it");
+}
+
+/// What the APLIC says of its lines, which the guest asks by a load.
+fn in_clrip(hart: &mut dyn Hart) -> u64 {
+    called(hart, [0; 2]).1[0] & 0xffff_ffff
+}
+
+/// What `KVM_IRQFD` is good for decides how devices interrupt: their state is a level, so this is why they do not use it.
+#[test]
+fn an_event_descriptor_rings_an_edge_and_leaves_no_level() {
+    let event = EventFd::new(EFD_NONBLOCK).unwrap();
+    for mode in [EDGE_RISING, LEVEL_HIGH] {
+        let guest = Guest::new(&wired(mode));
+        let host = guest.memory.get_host_address(GuestAddress(BASE)).unwrap() as u64;
+        let vm = open().unwrap().new_vm().unwrap();
+        vm.map_memory(0, BASE, host, 0x1_0000).unwrap();
+        let mut hart = vm.create_hart(0, &CpuKnobs::default()).unwrap();
+        hart.set(Reg::Pc, BASE).unwrap();
+        let irqchip = vm.create_irqchip(IrqchipChoice::Auto, &plan(1)).unwrap();
+        if irqchip == Irqchip::None {
+            // The kernel takes the descriptor and every event of it, and nothing comes of that.
+            vm.fd().register_irqfd(&event, 7).unwrap();
+            event.write(1).unwrap();
+            assert!(event.read().is_err(), "the event is gone");
+            return;
+        }
+        called(hart.as_mut(), [0; 2]);
+        vm.fd().register_irqfd(&event, 7).unwrap();
+        event.write(1).unwrap();
+        let (_, args) = called(hart.as_mut(), [0; 2]);
+        assert_eq!(args[0] >> 16, 5, "it interrupts");
+        assert_eq!(
+            in_clrip(hart.as_mut()),
+            0,
+            "and nothing shows that a device still wants attention"
+        );
+    }
 }
 
 /// Whether `susp` is on in the only hart of a machine with `sbi` as knobs, once `choice` is met; `None` without SUSP.

@@ -10,7 +10,7 @@
 //! Left out: free page hinting, which serves migration, and page poisoning. Queues are numbered without gaps, as Linux and
 //! every device it knows do: the reporting queue has the number 3 with statistics and 2 without, where the specification has 4.
 //!
-//! A pass handles [`PAGES_PER_PASS`] pages; a request that has more is gone on with after everybody else had a turn.
+//! A pass handles `PAGES_PER_PASS` pages; a request that has more is gone on with after everybody else had a turn.
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
