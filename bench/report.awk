@@ -20,7 +20,7 @@ BEGIN {
     row("sbi_kernel", "SBI call answered in the kernel", way, "", 1, 0)
     row("rss_kb", "RSS outside guest RAM, 1 vCPU", "KiB", 1000, 1, 0)
     row("threads", "threads, 1 vCPU", "", 3, 1, 0)
-    row("rss_devices_kb", "  with disk, rng, net, after work", "KiB", 2048, 1, 0)
+    row("rss_devices_kb", "  with devices, after work", "KiB", 2048, 1, 0)
     row("disk_read_4k", "4,000 x 4 KiB O_DIRECT read", "s", 280000000, 1000000000, 3)
     row("disk_write_4k", "4,000 x 4 KiB O_DIRECT write", "s", 280000000, 1000000000, 3)
     row("disk_read_1m", "64 x 1 MiB O_DIRECT read", "s", 50000000, 1000000000, 3)
