@@ -256,8 +256,9 @@ fn reset_everything(session: &mut Session) {
         "ping -c 20 -i 0.01 -s 1400 192.0.2.101",
         "iperf3 -c 192.0.2.101 -t 1",
     ] {
+        // A connection whose network card goes away waits for a quarter of an hour.
         session.ask(&format!(
-            "(while [ -e /tmp/go ]; do {work} >/dev/null 2>&1; sleep 0.05; done) & true"
+            "(while [ -e /tmp/go ]; do timeout -s KILL 10 {work} >/dev/null 2>&1; sleep 0.05; done) & true"
         ));
     }
     let seen = session.ask(&format!(
