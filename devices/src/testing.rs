@@ -4,9 +4,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -14,21 +12,15 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::catalog::Wiring;
-use crate::console::{ConsoleBackend, NullConsole, Port, Ports};
+use crate::console::{ConsoleBackend, Port, Ports};
 use crate::device::{Interest, MmioDevice};
-use crate::host::{Host, HostError, Listener};
 use crate::irq::IrqLine;
 use crate::power::{PowerRequest, PowerSwitch};
 use crate::rtc::Clock;
-use crate::virtio::blk::testing::MemoryDisk;
-use crate::virtio::blk::{DiskBackend, DiskPlan};
-use crate::virtio::net::testing::MemoryNet;
-use crate::virtio::net::{NetBackend, NetworkEnd};
-use crate::virtio::vhost_kernel::KernelQueues;
-use crate::virtio::vhost_kernel::testing::FakeKernel;
-use crate::virtio::vhost_user::testing::{Quiet, Traits, serve};
-use crate::virtio::vhost_user::{Daemon, Service};
-use crate::virtio::{DmaMemory, feature};
+
+mod host;
+
+pub use host::MemoryHost;
 
 /// An interrupt line that remembers its level and how often it changed.
 #[derive(Debug, Clone, Default)]
@@ -260,114 +252,6 @@ impl ConsoleBackend for MemoryConsole {
 
     fn attend(&mut self) {
         drop(lock(&self.0).attention.read());
-    }
-}
-
-/// A host that has everything, in memory but for its sockets, only the console `null`, and remembers what was opened.
-#[derive(Debug, Clone, Default)]
-pub struct MemoryHost {
-    disk: Option<MemoryDisk>,
-    networks: Arc<Mutex<Vec<(NetworkEnd, MemoryNet)>>>,
-    sockets: Arc<Mutex<Vec<(u32, FakeKernel)>>>,
-}
-
-impl MemoryHost {
-    /// A host on which every disk is this one.
-    #[must_use]
-    pub fn with_disk(disk: MemoryDisk) -> Self {
-        Self { disk: Some(disk), ..Self::default() }
-    }
-
-    /// The networks opened so far, by what was asked for.
-    #[must_use]
-    pub fn networks(&self) -> Vec<(NetworkEnd, MemoryNet)> {
-        lock(&self.networks).clone()
-    }
-
-    /// The queues of sockets that a kernel works on, by the guest's CID.
-    #[must_use]
-    pub fn sockets(&self) -> Vec<(u32, FakeKernel)> {
-        lock(&self.sockets).clone()
-    }
-}
-
-impl Host for MemoryHost {
-    fn console(&self, to: &str) -> Result<Box<dyn ConsoleBackend>, HostError> {
-        match to {
-            "null" => Ok(Box::new(NullConsole)),
-            other => Err(HostError::mistake(format!("{other} is no console here"))),
-        }
-    }
-
-    fn listen(&self, path: &Path) -> Result<Box<dyn Listener>, HostError> {
-        let failed =
-            |error| HostError::refused(format!("Cannot listen on {}", path.display()), error);
-        let listener = UnixListener::bind(path).map_err(failed)?;
-        listener.set_nonblocking(true).map_err(failed)?;
-        Ok(Box::new(TestListener(listener, path.into())))
-    }
-
-    fn connect(&self, path: &Path) -> io::Result<UnixStream> {
-        UnixStream::connect(path)
-    }
-
-    fn network(&self, end: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError> {
-        let refused = |error| HostError::refused("Cannot make a network in memory", error);
-        let network = MemoryNet::new().map_err(refused)?;
-        lock(&self.networks).push((end.clone(), network.clone()));
-        Ok(Box::new(network))
-    }
-
-    fn kernel_sockets(
-        &self,
-        guest_cid: u32,
-        _: Arc<dyn DmaMemory>,
-    ) -> Result<Box<dyn KernelQueues>, HostError> {
-        let kernel = FakeKernel::with_features(feature::TRANSPORT & !feature::RING_RESET | 2);
-        lock(&self.sockets).push((guest_cid, kernel.clone()));
-        Ok(Box::new(kernel))
-    }
-
-    fn serve(&self, _: &Service) -> Result<(UnixStream, Box<dyn Daemon>), HostError> {
-        let refused = |error| HostError::refused("Cannot make a pair of sockets", error);
-        let (near, far) = UnixStream::pair().map_err(refused)?;
-        drop(serve(far, Traits::default()));
-        Ok((near, Box::new(Quiet)))
-    }
-
-    fn disk(
-        &self,
-        plan: &DiskPlan,
-        memory: Arc<dyn DmaMemory>,
-    ) -> Result<Box<dyn DiskBackend>, HostError> {
-        let refused = |error| HostError::refused("Cannot make a disk in memory", error);
-        let disk = match &self.disk {
-            Some(disk) => disk.clone(),
-            None => MemoryDisk::new(8).map_err(refused)?,
-        };
-        Ok(disk.open(plan, memory))
-    }
-}
-
-/// A socket of the standard library's, and its file.
-#[derive(Debug)]
-struct TestListener(UnixListener, PathBuf);
-
-impl AsRawFd for TestListener {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
-    }
-}
-
-impl Listener for TestListener {
-    fn accept(&self) -> io::Result<UnixStream> {
-        self.0.accept().map(|(stream, _)| stream)
-    }
-}
-
-impl Drop for TestListener {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.1);
     }
 }
 
