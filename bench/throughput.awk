@@ -10,16 +10,17 @@ function median(list,    n, part, i, j, swap) {
     return n == 0 ? "" : n % 2 ? part[(n + 1) / 2] : (part[n / 2] + part[n / 2 + 1]) / 2
 }
 
-function against(row, peer, least,    mine, theirs) {
-    mine = median(all["rvmm", row]); theirs = median(all[peer, row])
+function against(row, own, peer, least,    mine, theirs) {
+    mine = median(all[own, row]); theirs = median(all[peer, row])
     if (mine == "" || theirs == "" || theirs == 0) return "-"
     return sprintf("%.2f (>= %.2f: %s)", mine / theirs, least, mine / theirs >= least ? "met" : "missed")
 }
 
-function line(title, row, by, unit, least_vhost) {
-    printf "%-30s %-9s %9.1f %9.1f %9.1f   %s", title, unit, median(all["rvmm", row]) / by, median(all["qemu", row]) / by, \
-        median(all["qemu-vhost", row]) / by, against(row, "qemu", 1.15)
-    if (least_vhost) printf ", %s", against(row, "qemu-vhost", least_vhost)
+function line(title, row, unit, is_net) {
+    printf "%-30s %-9s %9.1f %9s %9.1f %9s   %s", title, unit, median(all["rvmm", row]) / 1000, \
+        is_net ? sprintf("%.1f", median(all["rvmm-vhost", row]) / 1000) : "", median(all["qemu", row]) / 1000, \
+        is_net ? sprintf("%.1f", median(all["qemu-vhost", row]) / 1000) : "", against(row, "rvmm", "qemu", 1.15)
+    if (is_net) printf ", %s", against(row, "rvmm-vhost", "qemu-vhost", 1)
     printf "\n"
 }
 
@@ -27,8 +28,9 @@ function line(title, row, by, unit, least_vhost) {
 $1 == "result" && NF == 4 { all[$2, $3] = all[$2, $3] " " $4 }
 
 END {
-    printf "%-30s %-9s %9s %9s %9s   %s\n", "against the clock, 2 CPUs", "", "rvmm", "qemu", "vhost", "rvmm of qemu, of qemu with vhost"
-    line("fio 4 KiB random read, qd 32", "randread_iops", 1000, "k/s", 0)
-    line("iperf3 guest to host", "net_out_kbps", 1000, "Mbit/s", 1)
-    line("iperf3 host to guest", "net_in_kbps", 1000, "Mbit/s", 1)
+    printf "%-30s %-9s %9s %9s %9s %9s   %s\n", "against the clock, 2 CPUs", "", "rvmm", "vhost", "qemu", "vhost", \
+        "rvmm of qemu, both with vhost"
+    line("fio 4 KiB random read, qd 32", "randread_iops", "k/s", 0)
+    line("iperf3 guest to host", "net_out_kbps", "Mbit/s", 1)
+    line("iperf3 host to guest", "net_in_kbps", "Mbit/s", 1)
 }
