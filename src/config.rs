@@ -9,8 +9,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::layout::RAM_BASE;
 
+mod csr;
+mod gdb;
+mod trace;
 mod valid;
 
+pub use csr::CsrValue;
+pub use gdb::{GdbAddress, GdbConfig};
+pub use trace::{TraceConfig, TraceFormat};
 pub use valid::ValidConfig;
 pub(crate) use valid::quoted;
 
@@ -38,9 +44,17 @@ pub struct VmConfig {
     pub on_reset: OnReset,
     /// What an access to an address without memory and device does.
     pub unassigned: Unassigned,
+    /// How the guest's calls of SBI 0.1 are answered.
+    pub sbi_v01: SbiV01,
+    /// Who keeps the guest's timer.
+    pub timer: TimerChoice,
     /// Seconds that a guest with a power button (the device `input`) has to power off after SIGTERM; 0 is none: it is
     /// stopped at once.
     pub grace_s: u32,
+    /// Where every exit is recorded, if anywhere.
+    pub trace: Option<TraceConfig>,
+    /// Where a debugger may connect; none where nothing is said.
+    pub gdb: Option<GdbConfig>,
 }
 
 /// The harts of a machine.
@@ -57,6 +71,10 @@ pub struct CpuConfig {
     pub id: CpuId,
     /// Host CPUs that harts are pinned to: (hart, host CPU).
     pub affinity: Vec<(u32, u32)>,
+    /// The privilege mode in which the boot hart starts.
+    pub mode: StartMode,
+    /// CSRs of machine mode that a guest without a trap vector finds.
+    pub csrs: Vec<CsrValue>,
 }
 
 /// One `-name` or `+name`.
@@ -95,6 +113,8 @@ pub struct BootConfig {
     pub dtb: Option<PathBuf>,
     /// Where to write the device tree that the guest gets.
     pub dump_dtb: Option<PathBuf>,
+    /// Where the device tree is put, a multiple of 8, instead of high in RAM.
+    pub dtb_addr: Option<u64>,
     /// Flat binaries at fixed guest-physical addresses.
     pub load: Vec<LoadConfig>,
     /// Where the boot hart starts, if not at the kernel's own entry.
@@ -137,6 +157,43 @@ pub enum IrqchipChoice {
     Plic,
 }
 
+/// The privilege mode in which the boot hart starts (Privileged specification, chapter "Hypervisor extension": both are virtual).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StartMode {
+    /// VS: a kernel's.
+    #[default]
+    Supervisor,
+    /// VU: every privileged instruction of the guest is a trap that rvmm sees.
+    User,
+}
+
+/// How the calls of SBI 0.1 (legacy console, timer, shutdown; numbers 0 to 8) are answered.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SbiV01 {
+    /// By the host's kernel where it can; else by breakpoints in the guest's code, unless that is a Linux kernel.
+    #[default]
+    Auto,
+    /// By the host's kernel, or an error.
+    Kernel,
+    /// By breakpoints in the guest's code.
+    Patch,
+    /// The guest's code stays as it is.
+    Off,
+}
+
+/// Who keeps the guest's timer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TimerChoice {
+    /// KVM, or the hardware.
+    #[default]
+    Kernel,
+    /// rvmm: every call that sets it comes out, and every interrupt is raised from here.
+    User,
+}
+
 /// The other end of the first UART.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
@@ -152,10 +209,12 @@ pub enum SerialConfig {
     Pty,
     /// A Unix socket that rvmm listens on, one client at a time.
     Unix(PathBuf),
+    /// A Unix socket that somebody else listens on: another machine's serial line.
+    Connect(PathBuf),
 }
 
 impl SerialConfig {
-    /// Takes `stdio`, `null`, `pty`, `file:PATH` or `unix:PATH`.
+    /// Takes `stdio`, `null`, `pty`, `file:PATH`, `unix:PATH` or `connect:PATH`.
     ///
     /// # Errors
     /// What is wrong with the text.
@@ -167,7 +226,7 @@ impl SerialConfig {
             b"stdio" => return Ok(Self::Stdio),
             b"null" => return Ok(Self::Null),
             b"pty" => return Ok(Self::Pty),
-            b"file:" | b"unix:" => return Err("the path behind the ':' is missing"),
+            b"file:" | b"unix:" | b"connect:" => return Err("the path behind the ':' is missing"),
             _ => {}
         }
         if let Some(path) = path(b"file:") {
@@ -175,7 +234,8 @@ impl SerialConfig {
         }
         path(b"unix:")
             .map(Self::Unix)
-            .ok_or("it is none of stdio, null, pty, file:PATH and unix:PATH")
+            .or_else(|| path(b"connect:").map(Self::Connect))
+            .ok_or("it is none of stdio, null, pty, file:PATH, unix:PATH and connect:PATH")
     }
 }
 
@@ -259,7 +319,11 @@ impl Default for VmConfig {
             devices: Vec::new(),
             on_reset: OnReset::default(),
             unassigned: Unassigned::default(),
+            sbi_v01: SbiV01::default(),
+            timer: TimerChoice::default(),
             grace_s: DEFAULT_GRACE_S,
+            trace: None,
+            gdb: None,
         }
     }
 }
@@ -272,6 +336,7 @@ impl Default for BootConfig {
             cmdline: DEFAULT_CMDLINE.into(),
             dtb: None,
             dump_dtb: None,
+            dtb_addr: None,
             load: Vec::new(),
             entry: None,
         }

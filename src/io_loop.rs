@@ -13,9 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use event_manager::{
-    EventManager, EventOps, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
-};
+use event_manager::{EventManager, Events, SubscriberId, SubscriberOps};
 use log::{error, info, warn};
 use rvmm_devices::{Bus, Interest, Source};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -25,41 +23,13 @@ use crate::button::Button;
 use crate::signals::{self, Signals};
 use crate::terminal::{self, StopRequest};
 
+mod watch;
+
+pub use watch::Visited;
+use watch::{Came, Meaning, Visits, Watch};
+
 /// Events taken from the kernel at once.
 const BATCH: usize = 32;
-
-/// What one watched descriptor means.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Meaning {
-    /// Somebody outside wants the loop to look at its flags.
-    Wake,
-    /// A signal has come.
-    Signal,
-    /// A guest that was asked to power off has had its time.
-    Grace,
-    /// A device's source.
-    Device { index: usize, source: Source },
-}
-
-/// An event that has come, and whether it was nothing but a hang-up or an error.
-type Came = (Meaning, bool);
-
-/// One descriptor in the epoll set. The event manager calls it; the loop does the work afterwards, when sources may be
-/// added and removed freely.
-#[derive(Debug)]
-struct Watch {
-    meaning: Meaning,
-    came: Arc<Mutex<Vec<Came>>>,
-}
-
-impl MutEventSubscriber for Watch {
-    fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
-        let only_hang_up = !events.event_set().intersects(EventSet::IN | EventSet::OUT);
-        self.came.lock().unwrap_or_else(PoisonError::into_inner).push((self.meaning, only_hang_up));
-    }
-
-    fn init(&mut self, _ops: &mut EventOps<'_>) {}
-}
 
 /// A source that a device lists, and its place in the epoll set; none where the set does not hold it.
 #[derive(Debug)]
@@ -87,6 +57,7 @@ pub struct IoLoop {
     listed: Vec<Vec<Listed>>,
     signals: Option<(Signals, StopRequest)>,
     button: Option<Arc<Button>>,
+    visits: Option<Visits>,
     shared: Arc<Shared>,
 }
 
@@ -98,8 +69,10 @@ pub struct IoThread {
 }
 
 impl IoLoop {
-    /// How long a machine that ends lets its devices hand over what the guest has written.
+    /// How long a machine that is told to end lets its devices hand over what the guest has written.
     pub const DRAIN: Duration = Duration::from_secs(1);
+    /// The same where it ends by itself: nobody waits for that, and who reads slowly is to have all of it.
+    pub const LONG_DRAIN: Duration = Duration::from_secs(5);
 
     /// A loop over the devices of `bus`.
     ///
@@ -121,6 +94,7 @@ impl IoLoop {
             listed,
             signals: None,
             button: None,
+            visits: None,
             shared: Arc::new(shared),
         };
         let wake = new.shared.wake.as_raw_fd();
@@ -166,6 +140,17 @@ impl IoLoop {
     pub fn watch_button(&mut self, button: Arc<Button>) -> io::Result<()> {
         self.watch(Meaning::Grace, button.as_raw_fd(), Interest::Read)?;
         self.button = Some(button);
+        Ok(())
+    }
+
+    /// Calls `visited` when somebody comes.
+    ///
+    /// # Errors
+    /// What epoll says.
+    pub fn watch_visits(&mut self, visited: Arc<dyn Visited>) -> io::Result<()> {
+        let fd = visited.attention();
+        let id = self.watch(Meaning::Visit, fd, Interest::Read)?;
+        self.visits = Some(Visits { visited, fd, id });
         Ok(())
     }
 
@@ -223,6 +208,7 @@ impl IoLoop {
             }
             Meaning::Signal => self.serve_signals(),
             Meaning::Grace => self.end_grace(),
+            Meaning::Visit => self.serve_visits(),
             Meaning::Device { index, source } => {
                 let is_listed = |listed: &Listed| listed.source == source && listed.id.is_some();
                 // An earlier event of the same batch may have changed the device's mind.
@@ -261,6 +247,19 @@ impl IoLoop {
         if self.button.as_ref().is_some_and(|button| button.is_over()) {
             warn!("The guest has not powered off in time: it is stopped");
             let _ = self.signals.as_ref().map(|(_, stop)| stop());
+        }
+    }
+
+    fn serve_visits(&mut self) {
+        let Some(Visits { visited, fd, .. }) = &self.visits else { return };
+        visited.attend();
+        if visited.attention() == *fd {
+            return;
+        }
+        let Some(Visits { visited, id, .. }) = self.visits.take() else { return };
+        self.unwatch(Some(id));
+        if let Err(error) = self.watch_visits(visited) {
+            warn!("Nobody can look at this machine any more: {error}");
         }
     }
 

@@ -81,6 +81,13 @@ pub fn slot_irqs() -> impl Iterator<Item = u32> {
         .filter(|irq| !(32..=35).contains(irq) && MAP.iter().all(|row| row.irq != *irq))
 }
 
+/// The last interrupt source that anything holds in a machine with devices in the first `slots` slots.
+#[must_use]
+pub fn last_source(slots: usize) -> u32 {
+    let fixed = MAP.iter().map(|row| row.irq);
+    fixed.chain(slot_irqs().take(slots)).max().unwrap_or(IRQ_SOURCES)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -115,6 +122,14 @@ mod tests {
                 "{irq}"
             );
         }
+    }
+
+    #[test]
+    fn the_last_source_is_that_of_the_devices_that_there_are() {
+        assert_eq!([0, 1, 9, 10].map(last_source), [11, 11, 11, 12]);
+        let all = slot_irqs().take(32).max().unwrap();
+        assert_eq!(last_source(32), all);
+        assert!(last_source(usize::MAX) <= IRQ_SOURCES);
     }
 
     #[test]

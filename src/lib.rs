@@ -4,14 +4,19 @@ pub mod button;
 pub mod cli;
 pub mod config;
 pub mod error;
+mod gdb;
 mod host;
 pub mod init;
 pub mod io_loop;
 #[cfg_attr(not(target_arch = "riscv64"), path = "kvm/absent.rs")]
 pub mod kvm;
+pub mod labs;
 pub mod layout;
 pub mod machine;
 pub mod memory;
+#[cfg(any(test, fuzzing))]
+pub mod played;
 pub mod signals;
 pub mod terminal;
+pub mod trace;
 pub mod vcpu;

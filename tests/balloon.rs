@@ -16,7 +16,7 @@ use std::fs;
 use std::io::{PipeReader, PipeWriter, Read, Write, pipe};
 use std::time::{Duration, Instant};
 
-use harness::{host, kernel};
+use harness::{kernel, one_host};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rvmm::config::{InitrdConfig, IrqchipChoice, VmConfig};
 use rvmm::machine::BalloonControl;
@@ -125,6 +125,6 @@ fn balloon_to_half_and_back(irqchip: &str) {
 
 #[test]
 fn memory_goes_to_the_host_and_comes_back_while_the_guest_computes() {
-    let Some(host) = host() else { return };
+    let Some(host) = one_host("plic") else { return };
     balloon_to_half_and_back(host.irqchips[0]);
 }

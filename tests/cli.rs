@@ -111,6 +111,11 @@ fn mistakes_end_with_code_2_and_one_line_that_names_flag_and_value() {
         (&["--device", "floppy", "--kernel", "x"], &["floppy", "serial"]),
         (&["--name", "two words", "--kernel", "x"], &["--name", "two words"]),
         (&["--sbi", "pmu", "--kernel", "x"], &["--sbi", "pmu"]),
+        (&["--trace", "a,colour=red", "--kernel", "x"], &["--trace", "'colour=red'", "pc=on"]),
+        (&["--trace", "a,ring=7", "--kernel", "x"], &["--trace", "ring=7", "64 to"]),
+        (&["trace", "report", "/nowhere/a", "-o", "b"], &["/nowhere/a", "No such file"]),
+        (&["trace", "report", "a"], &["--output"]),
+        (&["walk", "here"], &["ADDRESS", "'here'"]),
         (&["Image"], &["Image", "--kernel"]),
         (&[], &["--kernel", "--help"]),
     ] {
@@ -119,6 +124,27 @@ fn mistakes_end_with_code_2_and_one_line_that_names_flag_and_value() {
             assert!(message.contains(part), "{args:?} should say {part:?}: {message}");
         }
     }
+}
+
+#[test]
+fn a_machine_that_does_not_run_is_not_found_and_dead_sockets_are_cleared_away() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let sockets = folder.path().join("rvmm");
+    std::fs::create_dir(&sockets).expect("a folder");
+    let dead = sockets.join("web-1.sock");
+    drop(std::os::unix::net::UnixListener::bind(&dead).expect("a socket"));
+    for args in [&["stat"][..], &["regs", "web"], &["walk", "0", "1", "--hart", "1"]] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_rvmm"));
+        let output = command.args(args).env("XDG_RUNTIME_DIR", folder.path()).output();
+        let output = output.expect("it starts");
+        assert_eq!(output.status.code(), Some(1), "{args:?}");
+        let message = stderr(&output);
+        assert!(
+            message.starts_with("rvmm: No machine ") && message.lines().count() == 1,
+            "{message}"
+        );
+    }
+    assert!(!dead.exists());
 }
 
 #[test]

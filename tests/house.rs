@@ -11,10 +11,13 @@
 
 #[path = "house/file.rs"]
 mod file;
+#[path = "house/page.rs"]
+mod page;
 #[path = "house/rules.rs"]
 mod rules;
 
 use std::path::Path;
+use std::sync::OnceLock;
 
 use file::{File, all_files};
 use rules::Rule;
@@ -23,9 +26,15 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
+/// Every file of the repository, read once for all tests.
+fn files() -> &'static [File] {
+    static FILES: OnceLock<Vec<File>> = OnceLock::new();
+    FILES.get_or_init(|| all_files(root()))
+}
+
 /// Applies a rule to every file of the repository.
 fn holds(rule: Rule) {
-    let complaints: Vec<String> = all_files(root()).iter().flat_map(rule).collect();
+    let complaints: Vec<String> = files().iter().flat_map(rule).collect();
     assert!(complaints.is_empty(), "\n{}\n", complaints.join("\n"));
 }
 
@@ -46,7 +55,7 @@ fn accepts(rule: Rule, path: &str, text: &str) {
 
 #[test]
 fn the_repository_is_read_at_all() {
-    let files = all_files(root());
+    let files = files();
     for path in
         ["src/lib.rs", "boot/src/lib.rs", "devices/src/lib.rs", "Cargo.toml", "tests/house.rs"]
     {
@@ -220,6 +229,63 @@ fn the_map_points_at_what_is_there() {
         "[a](src/lib.rs) [b](https://example.org/x) [c](#part) `scripts/guests`\n",
     );
     accepts(rules::links, "docs/a.md", "[a](../src/lib.rs#L3)\n");
+}
+
+/// What the two languages of a lab's page do not have in common: everything that is typed or printed is the same.
+fn differences(english: &str, chinese: &str) -> Vec<String> {
+    let (theirs, ours) = (page::blocks(chinese), page::blocks(english));
+    let pairs = ours.iter().zip(&theirs).filter(|((_, ours), (_, theirs))| ours != theirs);
+    let mut all: Vec<_> =
+        pairs.map(|((at, _), (to, _))| format!("line {} is not line {}", at + 1, to + 1)).collect();
+    if ours.len() != theirs.len() {
+        all.push(format!("{} blocks are not {}", ours.len(), theirs.len()));
+    }
+    let numbers = |page: &str| {
+        let commands = page::exercises(page).len();
+        let titles = page.lines().skip_while(|line| !matches!(*line, "## Exercises" | "## 练习"));
+        let titles = titles.filter(|line| line.starts_with(|c: char| c.is_ascii_digit())).count();
+        (commands, titles)
+    };
+    for (page, (commands, titles)) in [("English", numbers(english)), ("Chinese", numbers(chinese))]
+    {
+        if commands == 0 || commands != titles {
+            all.push(format!("{page}: {titles} exercises, {commands} commands"));
+        }
+    }
+    all
+}
+
+#[test]
+fn the_pages_of_a_lab_have_the_same_commands_in_both_languages() {
+    let find = |path: &str| files().iter().find(|file| file.path == path);
+    let mut count = 0;
+    for english in files() {
+        let Some(name) = english.path.strip_prefix("docs/labs/") else { continue };
+        if name.contains('/') || name == "README.md" {
+            continue;
+        }
+        let path = format!("docs/labs/zh/{name}");
+        let chinese = find(&path).unwrap_or_else(|| panic!("{path} is missing"));
+        let differences = differences(&english.text, &chinese.text);
+        assert!(differences.is_empty(), "{name}, {path}: {}", differences.join("; "));
+        count += 1;
+    }
+    assert!(count > 10, "{count} pages");
+}
+
+#[test]
+fn a_page_whose_translation_has_another_command_is_found() {
+    let of = |heading: &str, command: &str, more: &str| {
+        format!(
+            "# x\n\n```\n$ run\n```\n\n## {heading}\n\n1. x\n\n   ```\n   {command}\n       more\n   ```\n{more}"
+        )
+    };
+    let english = of("Exercises", "grade", "");
+    assert_eq!(differences(&english, &of("练习", "grade", "")), Vec::<String>::new());
+    assert_eq!(differences(&english, &of("练习", "upgrade", "")), ["line 12 is not line 12"]);
+    assert_eq!(differences(&english, &of("练习", "grade", "2. y\n")).len(), 1);
+    assert_eq!(differences(&english, &of("练习", "grade", "```\nx\n```\n")).len(), 2);
+    assert_eq!(page::exercises(&english)[0].1, "grade\n    more\n");
 }
 
 #[test]

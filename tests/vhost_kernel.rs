@@ -1,5 +1,5 @@
 //! Ring 3: Debian's own drivers, and the host's kernel behind rvmm's network card and sockets. The guest's program is this very
-//! test, started there.
+//! test, started there. Then a guest whose rings make no sense to that kernel.
 
 #![allow(
     clippy::expect_used,
@@ -19,14 +19,16 @@ mod streams;
 
 use std::fs;
 use std::io::Write;
-use std::net::TcpStream;
+use std::net::{TcpStream, UdpSocket};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use harness::{LIMIT, Session, flood, host, kernel, rvmm};
-use streams::{GUEST_PORT, HOST_PORT, STREAMS, bytes, echo, send_and_take_back};
-use vsock::{VMADDR_CID_ANY, VsockListener, VsockStream};
+use harness::{Host, LIMIT, Session, flood, guest, host, kernel, rvmm};
+use streams::{GUEST_PORT, HOST_PORT, STREAMS, bytes, connect, send_and_take_back, serve};
+use vsock::{VMADDR_CID_ANY, VsockListener};
 
 /// The guest's address, which nobody else takes.
 const CID: u32 = 52_052;
@@ -70,33 +72,38 @@ fn send_over_tcp(session: &mut Session, there: &str, all: Vec<u8>) {
 fn talk_over_sockets(session: &mut Session) {
     let listener = VsockListener::bind_with_cid_port(VMADDR_CID_ANY, HOST_PORT).expect("a port");
     let server = thread::spawn(move || {
-        for _ in 0..STREAMS {
+        serve(|| {
             let (stream, from) = listener.accept().expect("the guest connects");
             assert_eq!(from.cid(), CID);
-            echo(stream);
-        }
+            stream
+        });
     });
     session.send("chmod +x /inside; RVMM_INSIDE_THE_GUEST=1 /inside --exact what_runs_inside_the_guest --nocapture\n");
     session.expect("the guest listens\r\n");
     for number in 0..STREAMS {
-        let stream = VsockStream::connect_with_cid_port(CID, GUEST_PORT).expect("the guest");
-        send_and_take_back(stream, &flood(bytes(number)));
+        send_and_take_back(connect(CID, GUEST_PORT), &flood(bytes(number)));
     }
     session.expect("the guest has all of it\r\n");
     server.join().expect("every stream came");
 }
 
-#[test]
-fn a_guest_and_its_host_talk_through_the_kernels_vhost_both_ways() {
-    let Some(host) = host() else { return };
+/// The host, where its kernel has the nodes and this process may make taps.
+fn host_with_vhost() -> Option<&'static Host> {
+    let host = host()?;
     if let Some(missing) = NODES.iter().find(|path| !Path::new(path).exists()) {
-        return harness::skip(&format!(
-            "there is no {missing} (sudo modprobe vhost_net vhost_vsock)"
-        ));
+        harness::skip(&format!("there is no {missing} (sudo modprobe vhost_net vhost_vsock)"));
+        return None;
     }
     if !rustix::process::geteuid().is_root() {
-        return harness::skip("a tap takes root");
+        harness::skip("a tap takes root");
+        return None;
     }
+    Some(host)
+}
+
+#[test]
+fn a_guest_and_its_host_talk_through_the_kernels_vhost_both_ways() {
+    let Some(host) = host_with_vhost() else { return };
     let own = std::env::current_exe().and_then(fs::read).expect("this program");
     for (number, irqchip) in host.usual_irqchip().iter().enumerate() {
         let folder = tempfile::tempdir().expect("a folder");
@@ -133,6 +140,44 @@ fn a_guest_and_its_host_talk_through_the_kernels_vhost_both_ways() {
         let refused = second.all_errors();
         assert!(refused.contains(&format!("Cannot use CID {CID} (another guest")), "{refused}");
         session.send("poweroff -f\n");
+        assert_eq!(session.exit_code(), 0);
+    }
+}
+
+/// Sends frames to everybody behind a tap, ten a second, until `is_over`.
+fn chatter(here: &str, everybody: &str, is_over: Arc<AtomicBool>) -> thread::JoinHandle<()> {
+    let socket = UdpSocket::bind((here, 0)).expect("a socket");
+    socket.set_broadcast(true).expect("a right of every socket");
+    let everybody = format!("{everybody}:5000");
+    thread::spawn(move || {
+        while !is_over.load(Ordering::Relaxed) {
+            // While nobody takes them the tap's queue is full.
+            let _ = socket.send_to(b"anybody there?", &everybody);
+            thread::sleep(Duration::from_millis(100));
+        }
+    })
+}
+
+#[test]
+fn rings_that_make_no_sense_to_the_kernel_cost_the_guest_that_device_and_nothing_else() {
+    let Some(host) = host_with_vhost() else { return };
+    let tap = "rvmmnonsense";
+    let sockets = format!("backend=kernel,cid={}", CID + 1);
+    for irqchip in host.usual_irqchip() {
+        let mut session = rvmm(&["--mem", "64M", "--no-initrd", "--irqchip", irqchip])
+            .args(&["--device", "rng", "--vsock", &sockets])
+            .args(&["--net", &format!("tap={tap},vhost=on")])
+            .kernel(&guest("vhost"))
+            .no_input()
+            .start();
+        session.expect("vhost: waiting for frames\n");
+        network::on_the_host(&["ip", "addr", "add", "203.0.113.1/30", "dev", tap]);
+        network::on_the_host(&["ip", "link", "set", tap, "up"]);
+        let is_over = Arc::new(AtomicBool::new(false));
+        let chatter = chatter("203.0.113.1", "203.0.113.3", Arc::clone(&is_over));
+        session.expect("PASS vhost\n");
+        is_over.store(true, Ordering::Relaxed);
+        chatter.join().expect("it ends");
         assert_eq!(session.exit_code(), 0);
     }
 }

@@ -21,7 +21,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use harness::{Host, LIMIT, Session, host, kernel, rvmm};
+use harness::{Host, LIMIT, Session, host, kernel, one_host, rvmm};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// Modules for a network and a disk; virtiofs is in Debian's kernel.
@@ -31,14 +31,14 @@ const MODULES: &[&str] = &["virtio_mmio", "virtio_net", "virtio_blk", "crc32c_ge
 const DAEMONS: [&str; 3] =
     ["/usr/libexec/virtiofsd", "/usr/bin/passt", "/usr/bin/qemu-storage-daemon"];
 
-/// Files in the shared folder, as many as the issue asks for where the run may take long.
+/// Files in the shared folder.
 fn files() -> usize {
-    if std::env::var_os("RVMM_FLOOD_BYTES").is_some() { 10_000 } else { 200 }
+    harness::by_length(10_000, 200)
 }
 
 /// The host, where it has the daemons.
-fn host_with_daemons() -> Option<&'static Host> {
-    let host = host()?;
+fn with_daemons(host: Option<&'static Host>) -> Option<&'static Host> {
+    let host = host?;
     if let Some(missing) = DAEMONS.iter().find(|path| !Path::new(path).exists()) {
         harness::skip(&format!("{missing} is not there (scripts/setup brings it)"));
         return None;
@@ -73,7 +73,7 @@ impl Storage {
             .stdin(Stdio::null())
             .spawn()
             .expect("qemu-storage-daemon starts");
-        wait_until("qemu-storage-daemon listens", || socket.exists());
+        wait_until("qemu-storage-daemon listens", || harness::is_listening(socket));
         daemon
     }
 
@@ -225,7 +225,7 @@ fn check_disk(session: &mut Session, storage: &mut Storage) {
 
 #[test]
 fn a_guest_has_folders_a_network_and_a_disk_through_debians_daemons() {
-    let Some(host) = host_with_daemons() else { return };
+    let Some(host) = with_daemons(host()) else { return };
     for irqchip in host.usual_irqchip() {
         let folder = tempfile::tempdir().expect("a folder");
         let (work, read) = folders(folder.path());
@@ -260,7 +260,7 @@ fn a_guest_has_folders_a_network_and_a_disk_through_debians_daemons() {
 
 #[test]
 fn a_guest_that_restarts_has_its_folder_again_and_nothing_outlives_rvmm() {
-    let Some(host) = host_with_daemons() else { return };
+    let Some(host) = with_daemons(one_host("plic")) else { return };
     let folder = tempfile::tempdir().expect("a folder");
     let share = format!("--share=work={}", folder.path().display());
     let (mut session, _initrd) = boot(host.irqchips[0], &[&share, "--net=user"]);
@@ -284,7 +284,7 @@ fn a_guest_that_restarts_has_its_folder_again_and_nothing_outlives_rvmm() {
 
 #[test]
 fn what_cannot_be_served_is_refused_in_one_line() {
-    let Some(_) = host_with_daemons() else { return };
+    let Some(_) = with_daemons(host()) else { return };
     let folder = tempfile::tempdir().expect("a folder");
     let dead = folder.path().join("dead.sock");
     drop(std::os::unix::net::UnixListener::bind(&dead).expect("a socket"));

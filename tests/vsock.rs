@@ -22,21 +22,26 @@ use std::path::Path;
 use std::thread;
 
 use harness::{checksum, flood, host, kernel, rvmm};
-use streams::{GUEST_PORT, HOST_PORT, STREAMS, bytes, echo};
+use streams::{GUEST_PORT, HOST_PORT, STREAMS, bytes, serve};
 
 #[test]
 fn what_runs_inside_the_guest() {
     streams::run_inside_the_guest();
 }
 
-/// Connects to a port of the guest as any program of the host does.
+/// Connects to a port of the guest as any program of the host does. A guest that does not answer within two seconds has the
+/// stream closed without a word.
 fn connect(path: &Path) -> UnixStream {
-    let mut stream = UnixStream::connect(path).expect("rvmm listens");
-    writeln!(stream, "CONNECT {GUEST_PORT}").expect("rvmm reads");
-    let mut answer = String::new();
-    BufReader::with_capacity(1, &stream).read_line(&mut answer).expect("an answer");
-    assert!(answer.starts_with("OK "), "{answer:?}");
-    stream
+    loop {
+        let mut stream = UnixStream::connect(path).expect("rvmm listens");
+        writeln!(stream, "CONNECT {GUEST_PORT}").expect("rvmm reads");
+        let mut answer = String::new();
+        BufReader::with_capacity(1, &stream).read_line(&mut answer).expect("an answer");
+        if !answer.is_empty() {
+            assert!(answer.starts_with("OK "), "{answer:?}");
+            return stream;
+        }
+    }
 }
 
 #[test]
@@ -50,12 +55,7 @@ fn streams_carry_every_byte_both_ways_whoever_begins() {
         let initrd = initramfs::build(folder.path(), &[("inside", &own)], &modules);
         let listener = UnixListener::bind(folder.path().join(format!("vsock_{HOST_PORT}")))
             .expect("a socket of the host");
-        let server = thread::spawn(move || {
-            for _ in 0..STREAMS {
-                let (stream, _) = listener.accept().expect("rvmm connects");
-                echo(stream);
-            }
-        });
+        let server = thread::spawn(move || serve(|| listener.accept().expect("rvmm connects").0));
         let mut session = rvmm(&["--mem", "256M", "--irqchip", irqchip])
             .args(&["--cmdline", "console=ttyS0 quiet"])
             .path("--vsock=", &path, "")

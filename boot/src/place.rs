@@ -66,6 +66,8 @@ pub struct Request<'a> {
     pub initrd: Option<&'a Initrd>,
     /// The length of the device tree in bytes, or more; at most [`fdt::MAX_LEN`].
     pub fdt_len: u64,
+    /// The address of the device tree, a multiple of 8, where the user wants it somewhere.
+    pub fdt_at: Option<u64>,
 }
 
 /// One piece that the caller maps or copies into guest RAM.
@@ -98,7 +100,7 @@ pub struct Placement<'a> {
     pub kernel: Option<Region>,
     /// The initrd's bytes, from a page boundary on: `linux,initrd-start` and `-end`.
     pub initrd: Option<Region>,
-    /// The device tree, from a page boundary on: its address (for a1) and [`Request::fdt_len`].
+    /// The device tree, from a page boundary on where the user has not placed it: its address (for a1) and [`Request::fdt_len`].
     pub fdt: Region,
     /// Everything except the device tree, ready to be mapped or copied; sorted by address.
     pub blobs: Vec<Blob<'a>>,
@@ -116,6 +118,7 @@ pub fn place<'a>(request: &Request<'a>) -> Result<Placement<'a>, BootError> {
     let mut blobs = fixed_blobs(request, start);
     blobs.sort_by_key(|blob| blob.address);
     check_fixed(request, start, &blobs)?;
+    check_tree(request, &blobs)?;
     let entry = entry(request, start, &blobs)?;
     let kernel = request.kernel.map(|kernel| extent(kernel, start));
     let floating = float(request, start, &blobs);
@@ -222,6 +225,31 @@ fn check_fixed(request: &Request<'_>, start: u64, blobs: &[Blob<'_>]) -> Result<
     Ok(())
 }
 
+/// Checks a device tree whose address is given.
+fn check_tree(request: &Request<'_>, blobs: &[Blob<'_>]) -> Result<(), BootError> {
+    let Some(base) = request.fdt_at else { return Ok(()) };
+    let at = Region::new(base, request.fdt_len);
+    let what = "device tree".to_string();
+    if base % 8 != 0 {
+        return Err(BootError::Layout(format!(
+            "a device tree at {base:#x} is not at a multiple of 8 bytes"
+        )));
+    }
+    if !request.ram.iter().any(|ram| ram.encloses(at)) {
+        let ram: Vec<String> = request.ram.iter().map(ToString::to_string).collect();
+        return Err(BootError::OutsideRam { what, at, ram: ram.join(", ") });
+    }
+    match blobs.iter().find(|blob| blob.region().overlaps(at)) {
+        None => Ok(()),
+        Some(blob) => Err(BootError::Overlap {
+            first: blob.name.clone(),
+            first_at: blob.region(),
+            second: what,
+            second_at: at,
+        }),
+    }
+}
+
 fn outside_ram(request: &Request<'_>, blob: &Blob<'_>) -> BootError {
     let ram: Vec<String> = request.ram.iter().map(ToString::to_string).collect();
     BootError::OutsideRam { what: blob.name.clone(), at: blob.region(), ram: ram.join(", ") }
@@ -256,11 +284,16 @@ fn float(
     tries.into_iter().find_map(|(ceiling, align)| {
         let mut free = Free::new(request.ram, ceiling);
         reserved(request, start, blobs).for_each(|region| free.take(region));
+        let fixed = request.fdt_at.map(|base| Region::new(base, request.fdt_len));
+        fixed.into_iter().for_each(|region| free.take(region));
         let initrd_len = request.initrd.map_or(0, Initrd::len);
         // The larger one first: then two pieces find room whenever there is any.
         let initrd_first = align == PAGE && initrd_len > request.fdt_len;
         let before = if initrd_first { Some(free.take_highest(initrd_len, align)?) } else { None };
-        let fdt = free.take_highest(request.fdt_len, align)?;
+        let fdt = match fixed {
+            Some(region) => region,
+            None => free.take_highest(request.fdt_len, align)?,
+        };
         let initrd = match (request.initrd, before) {
             (None, _) => None,
             (Some(_), Some(region)) => Some(region),

@@ -26,6 +26,7 @@ struct Parts {
     entry: Option<u64>,
     initrd: Option<Initrd>,
     fdt_len: u64,
+    fdt_at: Option<u64>,
 }
 
 impl Parts {
@@ -33,7 +34,16 @@ impl Parts {
     fn new(mem: u64) -> Self {
         let ram = vec![Region::new(RAM, mem)];
         let folder = Folder::new();
-        Self { folder, ram, kernel: None, loads: vec![], entry: None, initrd: None, fdt_len: 8000 }
+        Self {
+            folder,
+            ram,
+            kernel: None,
+            loads: vec![],
+            entry: None,
+            initrd: None,
+            fdt_len: 8000,
+            fdt_at: None,
+        }
     }
 
     fn kernel(mut self, bytes: &[u8]) -> Self {
@@ -74,6 +84,7 @@ impl Parts {
             entry: self.entry,
             initrd: self.initrd.as_ref(),
             fdt_len: self.fdt_len,
+            fdt_at: self.fdt_at,
         })
     }
 
@@ -333,5 +344,24 @@ proptest! {
             Ok(placement) => assert_sound(&parts, &placement)?,
             Err(error) => prop_assert!(!error.to_string().contains('\n')),
         }
+    }
+}
+
+#[test]
+fn a_device_tree_goes_where_the_user_wants_it_and_the_rest_stays_out_of_its_way() {
+    let mut parts = Parts::new(128 * MIB).image(6 * MIB, 6 * MIB).initrd(MIB2);
+    parts.fdt_at = Some(RAM + 126 * MIB + 8);
+    let placement = parts.place().unwrap();
+    assert_eq!(placement.fdt, Region::new(RAM + 126 * MIB + 8, 8000));
+    let initrd = placement.initrd.unwrap();
+    assert!(!initrd.overlaps(placement.fdt), "{initrd}");
+    for (at, words) in [
+        (RAM + 4 * MIB, "device tree"),
+        (RAM + 128 * MIB - 8, "device tree"),
+        (8, "device tree"),
+        (RAM + 100 * MIB + 4, "multiple of 8"),
+    ] {
+        parts.fdt_at = Some(at);
+        assert!(parts.refusal().contains(words), "{at:#x}: {}", parts.refusal());
     }
 }

@@ -8,6 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::console::ConsoleBackend;
 use crate::device::MmioDevice;
+use crate::flash::{NoWindow, Window};
 use crate::host::{Host, HostError, NoHost};
 use crate::irq::{IrqLine, NoIrq};
 use crate::options::{OptionError, Options};
@@ -19,8 +20,11 @@ use crate::virtio::{DmaMemory, GuestMemoryMmap};
 /// Every device that rvmm can build. A new one adds its file and a line here.
 pub const CATALOG: &[Model] = &[
     crate::serial::MODEL,
+    crate::serial::UART,
     crate::rtc::MODEL,
     crate::power::MODEL,
+    crate::constant::MODEL,
+    crate::flash::MODEL,
     crate::virtio::rng::MODEL,
     crate::virtio::blk::MODEL,
     crate::virtio::net::MODEL,
@@ -76,6 +80,8 @@ pub enum Placement {
     Fixed,
     /// In the next free slot of the board's map; as many as there are slots.
     Slot,
+    /// Where its option `addr` says; as many as there is room for.
+    Asked,
 }
 
 /// What a device is connected to. Handed over by value: host ends have one owner.
@@ -92,6 +98,8 @@ pub struct Wiring {
     pub memory: Arc<dyn DmaMemory>,
     /// Who opens the host's ends of devices.
     pub host: Arc<dyn Host>,
+    /// Who can put the host's memory into the device's address range.
+    pub window: Arc<dyn Window>,
     /// Readable when somebody presses the guest's power button; without one nobody does.
     pub power_button: Option<EventFd>,
     /// Who sets the balloon's target while the guest runs; without one it stays as it was built.
@@ -109,6 +117,7 @@ impl Wiring {
             clock: Arc::new(WallClock),
             memory: Arc::new(GuestMemoryMmap::new()),
             host: Arc::new(NoHost),
+            window: Arc::new(NoWindow),
             power_button: None,
             balloon: None,
         }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::irq::LatePin;
+use crate::irq::StatusPin;
 
 /// How an access ended: done, or refused without any effect on the device.
 pub type Access = Result<(), AccessError>;
@@ -38,6 +38,10 @@ pub enum AccessError {
     #[error("Access reaches past the end of the device")]
     PastEnd,
 }
+
+/// The name of the register at an offset (bytes from the device's base), as its specification spells it, for a read or a
+/// write; `None` where there is none. For people only, so it needs no device and no lock.
+pub type RegisterName = fn(offset: u64, is_write: bool) -> Option<&'static str>;
 
 /// A device with registers in guest-physical memory.
 ///
@@ -84,6 +88,11 @@ pub trait MmioDevice: Send {
     /// low.
     fn reset(&mut self);
 
+    /// What the device's registers are called.
+    fn register_names(&self) -> RegisterName {
+        |_, _| None
+    }
+
     /// How the device appears in the device tree, without `reg` and `interrupts` (the board adds
     /// those), or `None`.
     fn fdt(&self) -> Option<FdtDesc>;
@@ -98,9 +107,14 @@ pub trait MmioDevice: Send {
         let _ = token;
     }
 
-    /// The interrupt whose level [`ready`](Self::ready) has decided and not driven: whoever called it drives it, once the device's lock
+    /// The interrupt whose level [`ready`](Self::ready) has changed and not driven: whoever called it drives it, once the device's lock
     /// is given back.
-    fn undriven(&mut self) -> Option<Arc<LatePin>> {
+    fn undriven(&mut self) -> Option<Arc<StatusPin>> {
+        None
+    }
+
+    /// Registers that are answered without the device's lock. Asked once.
+    fn unlocked(&self) -> Option<Arc<dyn Unlocked>> {
         None
     }
 
@@ -109,6 +123,16 @@ pub trait MmioDevice: Send {
     fn doorbells(&self) -> Vec<Doorbell<'_>> {
         Vec::new()
     }
+}
+
+/// Registers of a device that a hart reaches while somebody else works on the device, for whom it would have to wait otherwise. The
+/// device answers them itself, too ([`MmioDevice::read`], [`MmioDevice::write`]), in the same way.
+pub trait Unlocked: Send + Sync {
+    /// Fills `data` with what is at `offset`; false, and nothing has happened, where the device has to be asked.
+    fn read(&self, offset: u64, data: &mut [u8]) -> bool;
+
+    /// Writes `data` at `offset`; false, and nothing has happened, where the device has to be asked.
+    fn write(&self, offset: u64, data: &[u8]) -> bool;
 }
 
 /// A file descriptor that the I/O loop watches for a device.

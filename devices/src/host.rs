@@ -10,6 +10,7 @@ use std::sync::Arc;
 use thiserror::Error;
 
 use crate::console::ConsoleBackend;
+use crate::flash::{FlashMemory, FlashPlan};
 use crate::virtio::DmaMemory;
 use crate::virtio::blk::{DiskBackend, DiskPlan};
 use crate::virtio::net::{NetBackend, NetworkEnd};
@@ -88,6 +89,15 @@ pub trait Host: Send + Sync {
         let _ = memory;
         let what = format!("Cannot use CID {guest_cid}: there is no vhost here");
         Err(HostError::mistake(what))
+    }
+
+    /// Maps the bytes of a flash memory, to be read.
+    ///
+    /// # Errors
+    /// The file or the host's memory cannot be opened, or is not a flash's size.
+    fn flash(&self, plan: &FlashPlan) -> Result<Box<dyn FlashMemory>, HostError> {
+        let _ = plan;
+        Err(HostError::mistake("Cannot map flash memory: this host has none"))
     }
 
     /// Connects to the Unix socket at `path`, which is no symbolic link, without waiting for who listens there.

@@ -1,7 +1,9 @@
 //! Interrupt lines: a wire with a level, and a device's end of it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+
+use vmm_sys_util::eventfd::EventFd;
 
 /// A wire into an interrupt controller.
 ///
@@ -11,6 +13,13 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 pub trait IrqLine: Send + Sync {
     /// Drives the line high (interrupt requested) or low.
     fn set_level(&self, high: bool);
+
+    /// Has the host's kernel raise the line whenever somebody writes to `event`, which nobody else may read from now on. Who answers
+    /// for the line lowers it as ever, without knowing whether it is high. False, and nothing has changed, where that cannot be had.
+    fn raise_by(&self, event: &EventFd) -> bool {
+        let _ = event;
+        false
+    }
 }
 
 /// A line that leads nowhere, for a device without an interrupt.
@@ -59,36 +68,66 @@ impl IrqPin {
     }
 }
 
-/// A device's end of its line where the level is decided under the device's lock and may be driven after it: the hart that
-/// an interrupt wakes looks at the device at once, and would wait for the lock of whoever raised it.
+/// A register of interrupt bits and the line that follows it: high while a bit is set. Both sides reach it without the device's
+/// lock: whoever works on the device may hold that for as long as it takes to copy a request's data, and the hart that an
+/// interrupt wakes asks at once why.
 ///
 /// Whoever changes the level drives it afterwards. Several may do so at the same time: each looks again when it is done, so
 /// the last one leaves the line as it has to be. In between it may be high for a moment too long, which a driver takes for
 /// an interrupt without a cause.
-pub struct LatePin {
+///
+/// Somebody else may raise the line, too ([`IrqLine::raise_by`]), without a word to the register. Their bits are said to be set as
+/// long as they may: a driver that looks for a cause finds one, and what it acknowledges lowers the line. What they do between a
+/// driver's acknowledgement and its look at the device is seen by that look; later, it interrupts again.
+pub struct StatusPin {
     line: Arc<dyn IrqLine>,
-    high: AtomicBool,
+    status: AtomicU32,
+    /// Bits of those who raise the line by themselves.
+    others: AtomicU32,
 }
 
-impl LatePin {
-    /// A pin on `line`, which is taken to be low, as every line is after power-on.
+impl StatusPin {
+    /// A register without a bit set, and its pin on `line`, which is taken to be low, as every line is after power-on.
     #[must_use]
     pub fn new(line: Arc<dyn IrqLine>) -> Self {
-        Self { line, high: AtomicBool::new(false) }
+        Self { line, status: AtomicU32::new(0), others: AtomicU32::new(0) }
     }
 
-    /// Decides the level. True where it was another: somebody has to [`drive`](Self::drive) it now. Under the device's lock.
+    /// The bits that are set, or may be.
     #[must_use]
-    pub fn decide(&self, high: bool) -> bool {
-        self.high.swap(high, SeqCst) != high
+    pub fn status(&self) -> u32 {
+        self.status.load(SeqCst) | self.others.load(SeqCst)
     }
 
-    /// Drives the level that was decided.
+    /// From now on others raise the line by themselves for these bits, or nobody does where there are none. Who ends that has to
+    /// [`drive`](Self::drive) the line afterwards.
+    pub fn share(&self, bits: u32) {
+        self.others.store(bits, SeqCst);
+    }
+
+    /// Sets bits. True where none was: somebody has to [`drive`](Self::drive) the line now.
+    #[must_use]
+    pub fn raise(&self, bits: u32) -> bool {
+        bits != 0 && self.status.fetch_or(bits, SeqCst) == 0
+    }
+
+    /// Clears bits. True where none is left and the line may be high: somebody has to [`drive`](Self::drive) it now.
+    #[must_use]
+    pub fn clear(&self, bits: u32) -> bool {
+        let before = self.status.fetch_and(!bits, SeqCst);
+        before & !bits == 0 && (before != 0 || bits & self.others.load(SeqCst) != 0)
+    }
+
+    fn is_high(&self) -> bool {
+        self.status.load(SeqCst) != 0
+    }
+
+    /// Drives the level that follows from the bits.
     pub fn drive(&self) {
         loop {
-            let high = self.high.load(SeqCst);
+            let high = self.is_high();
             self.line.set_level(high);
-            if self.high.load(SeqCst) == high {
+            if self.is_high() == high {
                 return;
             }
         }
@@ -122,30 +161,48 @@ mod tests {
     #[test]
     fn a_line_is_driven_only_where_the_level_was_another() {
         let line = Arc::new(Slow::default());
-        let pin = LatePin::new(Arc::clone(&line) as Arc<dyn IrqLine>);
-        assert!(!pin.decide(false));
-        assert!(pin.decide(true) && !pin.decide(true));
+        let pin = StatusPin::new(Arc::clone(&line) as Arc<dyn IrqLine>);
+        assert!(!pin.clear(u32::MAX) && !pin.raise(0));
+        assert!(pin.raise(1) && !pin.raise(1) && !pin.raise(2));
         assert!(!*line.level.lock().unwrap(), "nobody has driven it yet");
         pin.drive();
         assert!(*line.level.lock().unwrap());
         assert_eq!(line.calls.load(Relaxed), 1);
+        assert!(!pin.clear(1), "a bit is left");
+        assert_eq!(pin.status(), 2);
+        assert!(pin.clear(3) && !pin.clear(3));
+        pin.drive();
+        assert!(!*line.level.lock().unwrap());
     }
 
     #[test]
-    fn however_two_threads_race_the_line_ends_as_it_was_decided_last() {
+    fn what_others_may_have_raised_reads_as_set_and_is_lowered_when_acknowledged() {
+        let line = Arc::new(Slow::default());
+        let pin = StatusPin::new(Arc::clone(&line) as Arc<dyn IrqLine>);
+        pin.share(1);
+        assert_eq!(pin.status(), 1);
+        assert!(pin.clear(1) && pin.clear(3), "whether it is high or not");
+        assert!(!pin.clear(2) && !pin.clear(0), "that is not theirs");
+        assert!(pin.raise(2) && !pin.clear(1), "a bit is left");
+        assert_eq!(pin.status(), 3);
+        assert!(pin.clear(3));
+        *line.level.lock().unwrap() = true;
+        pin.drive();
+        assert!(!*line.level.lock().unwrap());
+        pin.share(0);
+        assert_eq!(pin.status(), 0);
+        assert!(!pin.clear(1));
+    }
+
+    #[test]
+    fn however_two_threads_race_the_line_ends_as_the_register_says() {
         for _ in 0..2_000 {
             let line = Arc::new(Slow::default());
-            let pin = Arc::new(LatePin::new(Arc::clone(&line) as Arc<dyn IrqLine>));
-            // The device's lock.
-            let last = Arc::new(Mutex::new(false));
-            let turn = |high: bool| {
-                let (pin, last) = (Arc::clone(&pin), Arc::clone(&last));
+            let pin = Arc::new(StatusPin::new(Arc::clone(&line) as Arc<dyn IrqLine>));
+            let turn = |raises: bool| {
+                let pin = Arc::clone(&pin);
                 thread::spawn(move || {
-                    let changed = {
-                        let mut last = last.lock().unwrap();
-                        *last = high;
-                        pin.decide(high)
-                    };
+                    let changed = if raises { pin.raise(1) } else { pin.clear(1) };
                     if changed {
                         pin.drive();
                     }
@@ -153,7 +210,7 @@ mod tests {
             };
             let threads = [turn(true), turn(false)];
             threads.into_iter().for_each(|thread| thread.join().unwrap());
-            assert_eq!(*line.level.lock().unwrap(), *last.lock().unwrap());
+            assert_eq!(*line.level.lock().unwrap(), pin.status() != 0);
         }
     }
 }

@@ -17,6 +17,7 @@
 //! | `rtc.rs` | Goldfish real-time clock |
 //! | `power.rs` | SiFive test finisher: poweroff and reset |
 //! | `plic.rs` | SiFive PLIC, for hosts without an in-kernel interrupt controller |
+//! | `constant.rs`, `flash.rs` | a number and a file where a guest reads them |
 //! | `reserved.rs` | what the kernel's interrupt controller leaves of its addresses |
 //! | `virtio/` | virtio: transport, queues, and a file per device |
 //! | `testing.rs` | recorders for tests, of this crate and of others |
@@ -31,7 +32,9 @@
 pub mod bus;
 pub mod catalog;
 pub mod console;
+mod constant;
 pub mod device;
+pub mod flash;
 pub mod host;
 pub mod irq;
 mod link;
@@ -50,10 +53,10 @@ pub use catalog::{BuildError, Built, CATALOG, Key, Model, Placement, Wiring};
 pub use console::{ConsoleBackend, NullConsole, Port, Ports};
 pub use device::{
     Access, AccessError, Doorbell, FdtCompanion, FdtDesc, FdtProperty, FdtValue, Interest,
-    MmioDevice, Source,
+    MmioDevice, RegisterName, Source, Unlocked,
 };
 pub use host::{Host, HostError, Listener, NoHost};
-pub use irq::{IrqLine, IrqPin, LatePin, NoIrq};
+pub use irq::{IrqLine, IrqPin, NoIrq, StatusPin};
 pub use options::{OptionError, Options};
 pub use plic::{Plic, PlicError};
 pub use power::{PowerRequest, PowerSwitch};

@@ -33,6 +33,24 @@ mod reg {
     pub(super) const SCR: u8 = 7;
 }
 
+/// The data sheet's name of the register at `offset`. With DLAB the first two are the divisor's bytes, DLL and DLM: who
+/// only sees an access does not know.
+pub(crate) fn register_name(offset: u64, is_write: bool) -> Option<&'static str> {
+    Some(match u8::try_from(offset).ok()? {
+        reg::DATA if is_write => "THR",
+        reg::DATA => "RBR",
+        reg::IER => "IER",
+        reg::IIR_FCR if is_write => "FCR",
+        reg::IIR_FCR => "IIR",
+        reg::LCR => "LCR",
+        reg::MCR => "MCR",
+        LSR => "LSR",
+        reg::MSR => "MSR",
+        reg::SCR => "SCR",
+        _ => return None,
+    })
+}
+
 mod bit {
     pub(super) const IER_RDI: u8 = 1 << 0;
     pub(super) const IER_THRI: u8 = 1 << 1;

@@ -124,6 +124,21 @@ impl Options {
         value.parse().map(Some).map_err(|_| self.bad(key, expected))
     }
 
+    /// The value of a key as a number of up to 64 bits: decimal, or hexadecimal behind `0x`; underscores may stand in it.
+    ///
+    /// # Errors
+    /// [`OptionError::BadValue`] if it is there and is none.
+    pub fn number(&self, key: &'static str) -> Result<Option<u64>, OptionError> {
+        let Some(text) = self.get(key) else { return Ok(None) };
+        let plain = text.replace('_', "");
+        let number = match plain.strip_prefix("0x") {
+            Some(digits) if digits.starts_with('+') => None,
+            Some(digits) => u64::from_str_radix(digits, 16).ok(),
+            None => plain.parse().ok().filter(|_| !plain.starts_with('+')),
+        };
+        number.map(Some).ok_or_else(|| self.bad(key, "a number (decimal, or 0x and hexadecimal)"))
+    }
+
     /// Whether a key is `on` or `off`; `default` where it is not given.
     ///
     /// # Errors

@@ -10,7 +10,7 @@ use log::debug;
 
 use crate::catalog::{Built, Model, Placement, Wiring};
 use crate::device::{
-    Access, AccessError, FdtCompanion, FdtDesc, FdtProperty, FdtValue, MmioDevice,
+    Access, AccessError, FdtCompanion, FdtDesc, FdtProperty, FdtValue, MmioDevice, RegisterName,
 };
 use crate::options::Options;
 
@@ -79,6 +79,10 @@ impl MmioDevice for Power {
 
     fn size(&self) -> u64 {
         0x1000
+    }
+
+    fn register_names(&self) -> RegisterName {
+        |offset, _| (offset == reg::FINISHER).then_some("FINISHER")
     }
 
     fn read(&mut self, offset: u64, data: &mut [u8]) -> Access {

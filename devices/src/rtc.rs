@@ -16,7 +16,9 @@ use log::warn;
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
-use crate::device::{Access, AccessError, FdtDesc, Interest, MmioDevice, Source, register32};
+use crate::device::{
+    Access, AccessError, FdtDesc, Interest, MmioDevice, RegisterName, Source, register32,
+};
 use crate::irq::IrqPin;
 use crate::options::Options;
 
@@ -44,6 +46,20 @@ mod reg {
     pub(super) const CLEAR_ALARM: u64 = 0x14;
     pub(super) const ALARM_STATUS: u64 = 0x18;
     pub(super) const CLEAR_INTERRUPT: u64 = 0x1c;
+}
+
+fn register_name(offset: u64, _: bool) -> Option<&'static str> {
+    Some(match offset {
+        reg::TIME_LOW => "TIME_LOW",
+        reg::TIME_HIGH => "TIME_HIGH",
+        reg::ALARM_LOW => "ALARM_LOW",
+        reg::ALARM_HIGH => "ALARM_HIGH",
+        reg::IRQ_ENABLED => "IRQ_ENABLED",
+        reg::CLEAR_ALARM => "CLEAR_ALARM",
+        reg::ALARM_STATUS => "ALARM_STATUS",
+        reg::CLEAR_INTERRUPT => "CLEAR_INTERRUPT",
+        _ => return None,
+    })
 }
 
 const TOKEN_ALARM: u32 = 0;
@@ -125,6 +141,10 @@ impl MmioDevice for Rtc {
 
     fn size(&self) -> u64 {
         0x1000
+    }
+
+    fn register_names(&self) -> RegisterName {
+        register_name
     }
 
     fn read(&mut self, offset: u64, data: &mut [u8]) -> Access {

@@ -16,12 +16,14 @@
 //! raised RTS, or polls for data. Before that a driver would throw it away when it starts, and a
 //! script piped into a booting guest would lose its first lines.
 
-use crate::catalog::{BuildError, Built, Model, Placement, Wiring};
-use crate::console::NullConsole;
-use crate::device::{Access, AccessError, FdtDesc, FdtProperty, MmioDevice, Source};
-use crate::irq::IrqPin;
+use std::sync::Arc;
+
+use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
+use crate::console::{ConsoleBackend, NullConsole};
+use crate::device::{Access, AccessError, FdtDesc, FdtProperty, MmioDevice, RegisterName, Source};
+use crate::irq::{IrqLine, IrqPin};
 use crate::link::Link;
-use crate::ns16550::{FIFO, LSR, State, register, shows_output};
+use crate::ns16550::{FIFO, LSR, State, register, register_name, shows_output};
 use crate::options::Options;
 
 /// The catalog's entry.
@@ -35,6 +37,21 @@ pub(crate) const MODEL: Model = Model {
     build,
 };
 
+/// The catalog's entry for further ones.
+pub(crate) const UART: Model = Model {
+    name: "uart",
+    summary: "NS16550A serial port beside the board's own, for a line to another machine or program",
+    keys: &[Key {
+        name: "to",
+        value: "WHERE",
+        help: "null, pty, file:PATH, unix:PATH, connect:PATH or stdio (needed)",
+    }],
+    placement: Placement::Slot,
+    irqs: 1,
+    shares_ram: false,
+    build: build_uart,
+};
+
 /// Bytes that a guest may send after it has seen THRE. Many times that fit once the line is busy.
 const TX_FIFO: u32 = 64;
 
@@ -43,6 +60,7 @@ const CLOCK_FREQUENCY_HZ: u32 = 3_686_400;
 
 /// The device.
 pub struct Serial {
+    name: &'static str,
     link: Link,
     irq: IrqPin,
 
@@ -51,17 +69,31 @@ pub struct Serial {
 
 fn build(_: &Options, wiring: Wiring) -> Built {
     let backend = wiring.console.unwrap_or_else(|| Box::new(NullConsole));
-    let link = Link::new(MODEL.name, backend).map_err(|source| BuildError::Host {
-        model: MODEL.name,
+    port(MODEL.name, backend, wiring.irq)
+}
+
+fn build_uart(options: &Options, wiring: Wiring) -> Built {
+    let to = options.get("to").ok_or_else(|| BuildError::Option {
+        model: UART.name,
+        source: options.bad("to", "a console's other end (write to=unix:PATH)"),
+    })?;
+    let backend = wiring.host.console(to);
+    let backend = backend.map_err(|source| BuildError::End { model: UART.name, source })?;
+    port(UART.name, backend, wiring.irq)
+}
+
+fn port(name: &'static str, backend: Box<dyn ConsoleBackend>, irq: Arc<dyn IrqLine>) -> Built {
+    let link = Link::new(name, backend).map_err(|source| BuildError::Host {
+        model: name,
         what: "event descriptors",
         source,
     })?;
-    Ok(Box::new(Serial { link, irq: IrqPin::new(wiring.irq), state: State::at_power_on() }))
+    Ok(Box::new(Serial { name, link, irq: IrqPin::new(irq), state: State::at_power_on() }))
 }
 
 impl MmioDevice for Serial {
     fn name(&self) -> &'static str {
-        MODEL.name
+        self.name
     }
 
     fn size(&self) -> u64 {
@@ -100,6 +132,10 @@ impl MmioDevice for Serial {
         self.sync_line();
         self.sync();
         self.irq.reset();
+    }
+
+    fn register_names(&self) -> RegisterName {
+        register_name
     }
 
     fn fdt(&self) -> Option<FdtDesc> {

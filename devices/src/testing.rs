@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::catalog::Wiring;
 use crate::console::{ConsoleBackend, Port, Ports};
 use crate::device::{Interest, MmioDevice};
+use crate::flash::Window;
 use crate::irq::IrqLine;
 use crate::power::{PowerRequest, PowerSwitch};
 use crate::rtc::Clock;
@@ -255,6 +256,16 @@ impl ConsoleBackend for MemoryConsole {
     }
 }
 
+/// A window behind which nobody looks: everything can be shown.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct OpenWindow;
+
+impl Window for OpenWindow {
+    fn show(&self, _offset: u64, _host_address: u64, _len: u64) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// Wiring with a line, a power switch, a clock and a host that are of no interest, and no console.
 #[must_use]
 pub fn wiring() -> Wiring {
@@ -262,6 +273,7 @@ pub fn wiring() -> Wiring {
         irq: Arc::new(TestIrq::default()),
         clock: Arc::new(ManualClock::default()),
         host: Arc::new(MemoryHost::default()),
+        window: Arc::new(OpenWindow),
         ..Wiring::new(Arc::new(FakePower::default()))
     }
 }

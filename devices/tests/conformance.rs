@@ -29,6 +29,9 @@ fn least(model: &Model) -> String {
         "blk" => "blk,path=disk".into(),
         "vsock" => format!("vsock,path={}", socket_path()),
         "console" => "console,to=null".into(),
+        "uart" => "uart,to=null".into(),
+        "const" => "const,addr=0x40,value=0x6688".into(),
+        "flash" => "flash,addr=0x22000000,file=image".into(),
         "fs" => "fs,tag=share,path=folder".into(),
         "vhost-user-blk" | "vhost-user-net" | "vhost-user-vsock" => {
             let path = socket_path();
@@ -74,9 +77,9 @@ fn devices() -> Vec<Built> {
 /// Offsets worth a look: all of a small device; of a large one its edges and the seams of its map.
 fn offsets(device: &dyn MmioDevice) -> Vec<u64> {
     let size = device.size();
-    let seams = [0, 0x1000, 0x2000, 0x20_0000, 0x20_1000, 0x20_3000, size - 0x100];
+    let seams = [0, 0x1000, 0x2000, 0x20_0000, 0x20_1000, 0x20_3000, size.saturating_sub(0x100)];
     let around = seams.iter().flat_map(|seam| *seam..seam + 0x200);
-    around.chain(size - 16..size + 16).chain([u64::MAX - 8, u64::MAX]).collect()
+    around.chain(size.saturating_sub(16)..size + 16).chain([u64::MAX - 8, u64::MAX]).collect()
 }
 
 /// Every register of a device, by the offsets that can be read with some width.
@@ -101,14 +104,15 @@ fn names_are_unique_and_fit_on_a_command_line() {
         assert!(!model.name.is_empty() && model.name.chars().all(plain), "{:?}", model.name);
         assert!(!model.summary.is_empty() && !model.summary.ends_with('.'), "{}", model.name);
         assert!(model.irqs <= 1, "{}", model.name);
-        assert!(matches!(model.placement, Placement::Fixed | Placement::Slot));
+        let is_asked = model.placement == Placement::Asked;
+        assert_eq!(is_asked, model.keys.iter().any(|key| key.name == "addr"), "{}", model.name);
         assert_eq!(Model::find(model.name).unwrap().name, model.name);
     }
 }
 
 #[test]
 fn an_unknown_model_is_refused_with_the_known_ones() {
-    for name in ["", "Serial", "uart", "serial "] {
+    for name in ["", "Serial", "Uart", "serial "] {
         let error = Model::find(name).unwrap_err().to_string();
         assert!(error.contains(&format!("{name:?}")), "{error}");
         assert!(CATALOG.iter().all(|model| error.contains(model.name)), "{error}");
@@ -121,6 +125,19 @@ fn every_model_builds_with_the_least_options_and_answers_to_its_name() {
         let device = build(model).device;
         assert_eq!(device.name(), model.name);
         assert!(device.size() > 0 && device.size() <= 0x1000_0000, "{}", model.name);
+    }
+}
+
+#[test]
+fn every_register_that_can_be_read_has_a_name() {
+    for Built { mut device, .. } in devices() {
+        let name = device.register_names();
+        for (offset, width, data) in registers(device.as_mut()) {
+            let named = name(offset, false);
+            assert!(data.is_none() || named.is_some(), "{} {offset:#x}/{width}", device.name());
+            assert!(named.is_none_or(|name| !name.is_empty()), "{} {offset:#x}", device.name());
+        }
+        assert_eq!(name(u64::MAX - 2, true), None, "{}", device.name());
     }
 }
 
@@ -244,7 +261,8 @@ fn the_tree_names_each_device_and_its_companions() {
         assert!(!fdt.compatible.is_empty(), "{}", built.device.name());
         assert!(!fdt.name.contains('@') && !fdt.name.is_empty(), "{}", fdt.name);
         // What goes into slots is told apart by its address.
-        assert!(names.insert(fdt.name) || fdt.name == "virtio_mmio", "{} twice", fdt.name);
+        let is_told_apart = matches!(fdt.name, "virtio_mmio" | "serial");
+        assert!(names.insert(fdt.name) || is_told_apart, "{} twice", fdt.name);
         let board_s =
             ["reg", "interrupts", "interrupt-parent", "interrupts-extended", "compatible"];
         let own = |property: &FdtProperty| !board_s.contains(&property.name);

@@ -11,7 +11,8 @@ use rvmm_devices::virtio::net::testing::MemoryNet;
 use rvmm_devices::virtio::net::{HEADER, NetBackend, NetworkEnd, Offloads, bit};
 use rvmm_devices::virtio::testing::{Buffer, Rig, status};
 use rvmm_devices::virtio::vhost_kernel::testing::FakeKernel;
-use rvmm_devices::{Host, HostError, Model, Options};
+use rvmm_devices::{Host, HostError, IrqLine, Model, Options};
+use vmm_sys_util::eventfd::EventFd;
 
 /// A host whose networks have as many queues as are asked for.
 #[derive(Default, Clone)]
@@ -30,10 +31,46 @@ impl Host for Networks {
 }
 
 fn try_build(text: &str, host: Arc<dyn Host>) -> Result<Rig, String> {
+    try_build_on(text, host, &Arc::default())
+}
+
+/// A line that the kernel raises for the first events that it is given, as many as it takes.
+#[derive(Default)]
+struct Shared {
+    line: Mutex<Option<Arc<dyn IrqLine>>>,
+    takes: usize,
+    events: Mutex<Vec<EventFd>>,
+}
+
+impl Shared {
+    /// The kernel does what it does for the events that have come.
+    fn run(&self) {
+        for _ in self.events.lock().unwrap().iter().filter(|event| event.read().is_ok()) {
+            self.set_level(true);
+        }
+    }
+}
+
+impl IrqLine for Shared {
+    fn set_level(&self, high: bool) {
+        self.line.lock().unwrap().as_ref().unwrap().set_level(high);
+    }
+
+    fn raise_by(&self, event: &EventFd) -> bool {
+        let mut events = self.events.lock().unwrap();
+        let takes = events.len() < self.takes;
+        events.extend(takes.then(|| event.try_clone().unwrap()));
+        takes
+    }
+}
+
+fn try_build_on(text: &str, host: Arc<dyn Host>, line: &Arc<Shared>) -> Result<Rig, String> {
     let options = Options::parse(text).unwrap();
     let model = Model::find(options.name()).unwrap();
     let built = Rig::try_build(|mut wiring| {
         wiring.host = host;
+        *line.line.lock().unwrap() = Some(wiring.irq);
+        wiring.irq = Arc::clone(line) as Arc<dyn IrqLine>;
         model.create(&options, wiring)
     });
     built.map_err(|error| error.source().map_or(error.to_string(), ToString::to_string))
@@ -88,6 +125,59 @@ fn the_kernel_gets_queues_and_kicks_and_its_interrupts_are_levels() {
         assert!(rig.irq.is_high());
         assert_eq!(rig.acknowledge(), 1);
         assert!(!rig.irq.is_high(), "a level");
+    }
+}
+
+#[test]
+fn where_the_kernel_raises_the_line_itself_the_driver_finds_a_cause_and_lowers_it() {
+    // All of the events, or those of the first queue only: the I/O loop sees to the others.
+    for takes in [2, 1] {
+        let line = Arc::new(Shared { takes, ..Shared::default() });
+        let host = Networks::default();
+        let mut rig = try_build_on("net,tap=t0,vhost=on", Arc::new(host.clone()), &line).unwrap();
+        let net = host.0.lock().unwrap()[0].clone();
+        let kernel = net.kernel();
+        let call = |queue| kernel.with_queue(queue, |queue| queue.call.write(1).unwrap()).unwrap();
+        assert_eq!(rig.read(0x60), 0, "nobody works yet");
+        for _ in 0..2 {
+            rig.start(bit::STATUS);
+            rig.acknowledge();
+            for queue in [0, 1, 1, 0] {
+                assert!(!rig.irq.is_high());
+                call(queue);
+                line.run();
+                rig.run();
+                assert!(rig.irq.is_high());
+                assert_eq!(rig.acknowledge(), 1);
+            }
+            // What the device has to say itself comes beside it, and an acknowledgement of one is none of the other.
+            net.set_link(rig.read(0x104) >> 16 & 1 == 0);
+            call(0);
+            line.run();
+            rig.run();
+            rig.write(0x64, 1);
+            assert!(rig.irq.is_high());
+            assert_eq!(rig.acknowledge(), 3);
+            assert!(!rig.irq.is_high());
+            call(0);
+            line.run();
+            assert!(rig.irq.is_high());
+            rig.write(0x70, 0);
+            assert_eq!((rig.irq.is_high(), rig.read(0x60)), (false, 0), "a reset ends it");
+        }
+        // A device that is broken says only why.
+        rig.start(0);
+        call(0);
+        line.run();
+        kernel.with_queue(1, |queue| queue.error.write(1).unwrap()).unwrap();
+        rig.run();
+        assert_eq!((rig.irq.is_high(), rig.acknowledge()), (true, 2));
+        assert!(!rig.irq.is_high());
+        rig.start(0);
+        call(0);
+        line.run();
+        rig.device.reset();
+        assert_eq!((rig.irq.is_high(), rig.read(0x60)), (false, 0));
     }
 }
 

@@ -243,6 +243,13 @@ fn serve_start(rig: &mut Rig, stream: &UnixStream, traits: &Traits) -> Vec<Heard
     }
 }
 
+/// A peer that took longer than a hart waits is heard by the I/O loop.
+fn await_reset(rig: &mut Rig) {
+    while rig.status() != 0 {
+        turn(rig.device.as_mut(), 10_000).unwrap();
+    }
+}
+
 #[test]
 fn a_peer_that_comes_again_goes_on_where_the_used_ring_says() {
     let place = place();
@@ -277,6 +284,7 @@ fn a_peer_that_comes_again_goes_on_where_the_used_ring_says() {
     });
     rig.write(0x70, 0);
     let peer = answering.join().unwrap();
+    await_reset(&mut rig);
     rig.start(FLUSH);
     let heard = serve_start(&mut rig, &peer, &traits);
     let base = heard.iter().find(|heard| heard.request == SET_VRING_BASE).unwrap();
@@ -337,6 +345,7 @@ fn what_a_peer_notes_outlives_it_and_not_the_drivers_reset() {
     let answering = thread::spawn(move || greet(&answering, &given, GET_VRING_BASE));
     rig.write(0x70, 0);
     answering.join().unwrap();
+    await_reset(&mut rig);
     rig.start(FLUSH);
     serve_start(&mut rig, &peer, &traits);
     again.read_exact_at(&mut bytes, 100).unwrap();

@@ -322,6 +322,27 @@ fn a_large_frame_fills_several_buffers_which_the_driver_sees_at_once() {
 }
 
 #[test]
+fn buffers_that_a_frame_of_another_size_leaves_over_take_the_next_one() {
+    let mut test = test(LINUX);
+    let add = |test: &mut Test, count: usize| {
+        for _ in 0..count {
+            test.rig.add(RX, &[Buffer::Write(4500)]);
+        }
+        test.rig.kick(RX);
+    };
+    add(&mut test, 16);
+    for size in [60_000, 70, 60_000, 4488, 4489, 30_000, 60_000, 1500] {
+        test.net.arrive(segment(), &frame(size));
+        test.rig.run();
+        let (got, bytes) = test.received().unwrap();
+        let buffers = (size + HEADER).div_ceil(4500);
+        assert_eq!((usize::from(got[10]), bytes == frame(size)), (buffers, true), "{size}");
+        add(&mut test, buffers);
+    }
+    assert_eq!(test.counters.rx_too_large.get(), 0);
+}
+
+#[test]
 fn a_driver_that_looks_all_the_time_never_sees_a_part_of_a_frame() {
     let mut test = test(LINUX);
     let [.., used] = test.rig.rings(RX);

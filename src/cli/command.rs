@@ -2,57 +2,20 @@
 
 use std::path::PathBuf;
 
-use clap::builder::{OsStringValueParser, PossibleValue, PossibleValuesParser, TypedValueParser};
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 use log::LevelFilter;
 
+use super::choice;
 use super::size;
+use super::texts::{ABOUT, EXAMPLES, LONG_ABOUT, SHORT_END};
 use super::value::{self, List};
-use crate::config::{CpuId, IrqchipChoice, KnobChange, LoadConfig, SerialConfig, Unassigned};
-
-const ABOUT: &str = "Runs virtual machines on RISC-V Linux hosts with KVM";
-
-const LONG_ABOUT: &str = "\
-Runs virtual machines on RISC-V Linux hosts with KVM.
-
-A kernel and an amount of memory are enough: without an initrd, a disk and a root file system the guest gets a small \
-built-in prompt. Ctrl-A x ends the machine, Ctrl-A h shows the keys.";
-
-const SHORT_END: &str = "Examples and longer explanations: rvmm --help";
-
-const EXAMPLES: &str = "\
-Examples:
-  Boot a kernel to the built-in prompt:
-    rvmm --kernel Image --mem 512M
-
-  Four harts, an initramfs of one's own, a command line of one's own:
-    rvmm --kernel Image --mem 2G --cpus 4 --initrd root.cpio --cmdline 'console=ttyS0 quiet'
-
-  A root file system on a disk, a second disk that is only read:
-    rvmm --kernel Image --mem 1G --disk root.img --disk data.img,ro=on --cmdline 'console=ttyS0 root=/dev/vda rw'
-
-  Run in the background, the console on a Unix socket:
-    rvmm --kernel Image --mem 512M --serial unix:/tmp/guest.sock --name web &
-
-  A network without privileges, a shared folder (packages passt and virtiofsd):
-    rvmm --kernel Image --mem 512M --net user,forward=2222:22 --share work=/srv/work
-
-  A network: a tap of one's own, made once by root:
-    sudo ip tuntap add tap0 mode tap user $USER && sudo ip link set tap0 up
-    rvmm --kernel Image --mem 512M --net tap=tap0
-
-  Start a flat binary where RAM begins, and stop at the first wrong address:
-    rvmm --mem 64M --load hello.bin@0x8000_0000 --entry 0x8000_0000 --unassigned stop
-
-  Hide the vector extension, switch SBI PMU off, pin hart 0 to host CPU 2:
-    rvmm --kernel Image --mem 512M --isa host,-v --sbi -pmu --affinity 0=2
-
-  See what this host can do:
-    rvmm doctor
-
-Exit codes: 0 the guest powered off or was stopped, 1 the host lacks something (see rvmm doctor), 2 a mistake on the
-command line or in a file, 3 the guest came to a stop of its own making.";
+use super::verb::{LabArgs, MachineArgs, TraceVerb};
+use crate::config::{
+    CpuId, CsrValue, GdbConfig, IrqchipChoice, KnobChange, LoadConfig, SbiV01, SerialConfig,
+    StartMode, TimerChoice, TraceConfig, Unassigned,
+};
 
 /// The whole command: `rvmm FLAGS` is `rvmm run FLAGS`.
 #[derive(Debug, Parser)]
@@ -87,6 +50,48 @@ pub(super) enum Verb {
         #[arg(long)]
         json: bool,
     },
+    /// Run an exercise of a course on virtualization, and see what it makes the hardware, KVM and rvmm do
+    #[command(after_help = "Example: rvmm lab simple_hv --explain")]
+    Lab(Box<LabArgs>),
+    /// Make the image of a flash that holds one program, for the labs h_2_0 and h_4_0
+    #[command(after_help = "Example: rvmm mkpflash program.bin --output pflash.img")]
+    Mkpflash {
+        /// The program: a flat file
+        #[arg(value_name = "FILE")]
+        program: PathBuf,
+        /// The image, 32 MiB with holes
+        #[arg(long, short, value_name = "FILE")]
+        output: PathBuf,
+    },
+    /// Work on traces of exits, which rvmm --trace FILE writes
+    Trace {
+        #[command(subcommand)]
+        verb: TraceVerb,
+    },
+    /// Show what a running machine does: exits by kind, harts and devices, each second
+    #[command(after_help = "Example: rvmm stat web")]
+    Stat {
+        #[command(flatten)]
+        machine: MachineArgs,
+    },
+    /// Print the registers of all harts of a running machine, which is paused for a moment
+    #[command(after_help = "Example: rvmm regs web")]
+    Regs {
+        #[command(flatten)]
+        machine: MachineArgs,
+    },
+    /// Print where a virtual address of a running machine leads, through both stages of translation
+    #[command(after_help = "Example: rvmm walk 0xffff_ffff_8000_0000 web --hart 1")]
+    Walk {
+        /// The virtual address
+        #[arg(value_name = "ADDRESS", value_parser = size::address)]
+        address: u64,
+        /// The hart whose page tables are meant
+        #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+        hart: u32,
+        #[command(flatten)]
+        machine: MachineArgs,
+    },
     /// Print a completion script for a shell
     #[command(
         after_help = "Example: rvmm completions bash > ~/.local/share/bash-completion/completions/rvmm"
@@ -106,6 +111,12 @@ pub(super) struct RunArgs {
     /// The kernel: a RISC-V Image (plain, gzip or zstd) or an ELF file
     #[arg(long, value_name = "FILE", help_heading = "What runs")]
     pub(super) kernel: Option<PathBuf>,
+
+    /// The whole machine from a JSON file, without any other flag
+    ///
+    /// Its keys are those of the library's VmConfig; rvmm logs as RVMM_LOG says.
+    #[arg(long, value_name = "FILE", help_heading = "What runs", exclusive = true)]
+    pub(super) config: Option<PathBuf>,
 
     /// Initial RAM disk, handed to the kernel as it is
     #[arg(long, value_name = "FILE", help_heading = "What runs", conflicts_with = "no_initrd")]
@@ -129,6 +140,10 @@ pub(super) struct RunArgs {
     /// Its command line counts: --cmdline cannot be given with it.
     #[arg(long, value_name = "FILE", help_heading = "What runs")]
     pub(super) dtb: Option<PathBuf>,
+
+    /// Where the device tree is put [default: high in RAM]
+    #[arg(long, value_name = "ADDR", help_heading = "What runs", allow_negative_numbers = true, value_parser = size::address)]
+    pub(super) dtb_addr: Option<u64>,
 
     /// Write the device tree that the guest gets to a file, and go on
     #[arg(long, value_name = "FILE", help_heading = "What runs")]
@@ -157,7 +172,7 @@ pub(super) struct RunArgs {
     pub(super) cpus: Option<u32>,
 
     /// The interrupt controller [default: auto]
-    #[arg(long, value_name = "WHICH", help_heading = "Machine", value_parser = irqchip())]
+    #[arg(long, value_name = "WHICH", help_heading = "Machine", value_parser = choice::irqchip())]
     pub(super) irqchip: Option<IrqchipChoice>,
 
     /// Name of the machine, for people and logs: letters, digits, '_' and '-' [default: rvmm]
@@ -185,9 +200,9 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "LIST", help_heading = "Harts", value_parser = value::affinity)]
     pub(super) affinity: Option<List<(u32, u32)>>,
 
-    /// The other end of the serial line ttyS0: stdio, null, pty, file:PATH or unix:PATH [default: stdio]
+    /// The other end of the serial line ttyS0: stdio, null, pty, file:PATH, unix:PATH or connect:PATH [default: stdio]
     ///
-    /// pty makes a pseudo terminal and prints its path; unix listens on a socket for one client at a time.
+    /// pty makes a pseudo terminal and prints its path; unix listens on a socket for one client at a time, connect is the other end of one.
     #[arg(long, value_name = "WHERE", help_heading = "Devices", value_parser = OsStringValueParser::new().try_map(value::serial))]
     pub(super) serial: Option<SerialConfig>,
 
@@ -245,8 +260,27 @@ pub(super) struct RunArgs {
     pub(super) no_reboot: bool,
 
     /// What an access to an address without memory or device does [default: zero]
-    #[arg(long, value_name = "WHAT", help_heading = "Behaviour", value_parser = unassigned())]
+    #[arg(long, value_name = "WHAT", help_heading = "Behaviour", value_parser = choice::unassigned())]
     pub(super) unassigned: Option<Unassigned>,
+
+    /// The mode in which hart 0 starts: vs (a kernel's) or vu (every privileged instruction is a trap that rvmm sees) [default: vs]
+    #[arg(long, value_name = "MODE", help_heading = "Study", value_parser = choice::mode())]
+    pub(super) mode: Option<StartMode>,
+
+    /// Give a guest without a trap vector a CSR of machine mode; may be given several times
+    ///
+    /// NAME is mhartid, mvendorid and so on, or a number such as 0xf14. Until the guest sets stvec itself, rvmm emulates its
+    /// accesses; what it does not know stops the machine with a register dump.
+    #[arg(long, value_name = "NAME=VALUE", help_heading = "Study", value_parser = value::csr)]
+    pub(super) csr: Vec<CsrValue>,
+
+    /// Who answers the guest's calls of SBI 0.1: console, timer, shutdown [default: auto]
+    #[arg(long, value_name = "WHO", help_heading = "Study", value_parser = choice::sbi_v01())]
+    pub(super) sbi_v01: Option<SbiV01>,
+
+    /// Who keeps the guest's timer [default: kernel]
+    #[arg(long, value_name = "WHO", help_heading = "Study", value_parser = choice::timer())]
+    pub(super) timer: Option<TimerChoice>,
 
     /// Seconds that a guest with a power button has to power off after SIGTERM [default: 10]
     ///
@@ -254,36 +288,24 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "SECONDS", help_heading = "Behaviour")]
     pub(super) grace: Option<u32>,
 
+    /// Record every exit of every hart in a file; options: format=chrome, format=lines, pc=on, ring=N
+    ///
+    /// Chrome's trace events, which Perfetto opens, or JSON lines where FILE ends in .jsonl; rvmm trace report FILE makes a page of
+    /// either. pc=on adds the program counter of every exit, for a system call each; ring=N is how many exits of a hart wait
+    /// for the writer. See docs/tracing.md.
+    #[arg(long, value_name = "FILE,KEY=VALUE", help_heading = "Behaviour", value_parser = value::trace)]
+    pub(super) trace: Option<TraceConfig>,
+
+    /// Let a debugger connect: tcp:PORT, tcp:HOST:PORT or unix:PATH, with ,wait=off behind it or not
+    ///
+    /// The guest waits for it before its first instruction, or with wait=off runs until one connects. In gdb: target remote
+    /// :PORT. Whoever can connect owns the guest; without a HOST that is who has an account on this machine. See docs/debugging.md.
+    #[arg(long, value_name = "WHERE[,wait=off]", help_heading = "Behaviour", value_parser = OsStringValueParser::new().try_map(value::gdb))]
+    pub(super) gdb: Option<GdbConfig>,
+
     /// What is logged to standard error: off, error, warn, info, debug or trace [default: warn]
     ///
     /// The environment variable RVMM_LOG says the same; this flag wins.
     #[arg(long, value_name = "LEVEL", help_heading = "Behaviour", value_parser = value::level)]
     pub(super) log: Option<LevelFilter>,
-}
-
-fn irqchip() -> impl TypedValueParser<Value = IrqchipChoice> {
-    let values = [
-        PossibleValue::new("auto").help("AIA where the host's KVM has it, else a PLIC"),
-        PossibleValue::new("aia").help("The AIA of the host's KVM, or an error"),
-        PossibleValue::new("plic").help("A PLIC in rvmm"),
-    ];
-    PossibleValuesParser::new(values).map(|name| match name.as_str() {
-        "aia" => IrqchipChoice::Aia,
-        "plic" => IrqchipChoice::Plic,
-        _ => IrqchipChoice::Auto,
-    })
-}
-
-fn unassigned() -> impl TypedValueParser<Value = Unassigned> {
-    let values = [
-        PossibleValue::new("zero").help("Reads give zero, writes vanish"),
-        PossibleValue::new("fault")
-            .help("The guest takes the access fault that hardware would raise"),
-        PossibleValue::new("stop").help("The machine stops with a register dump"),
-    ];
-    PossibleValuesParser::new(values).map(|name| match name.as_str() {
-        "fault" => Unassigned::Fault,
-        "stop" => Unassigned::Stop,
-        _ => Unassigned::Zero,
-    })
 }

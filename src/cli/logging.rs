@@ -33,7 +33,10 @@ pub(super) fn start(level: LevelFilter) {
 
 impl Log for Lines {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        metadata.level() <= log::max_level()
+        // What that crate reports comes from a debugger, line by line as it sends packets.
+        let is_asked_for =
+            metadata.level() == Level::Trace || !metadata.target().starts_with("gdbstub");
+        is_asked_for && metadata.level() <= log::max_level()
     }
 
     fn log(&self, record: &Record<'_>) {

@@ -3,36 +3,47 @@
 //!
 //! | file | what is in it |
 //! |---|---|
-//! | `command.rs` | every verb and flag, as clap structs |
-//! | `value.rs`, `size.rs` | what flags take |
+//! | `command.rs`, `verb.rs`, `texts.rs` | every verb and flag, as clap structs |
+//! | `value.rs`, `size.rs`, `choice.rs` | what flags take |
 //! | `usage.rs` | a mistake on the command line, in one line |
 //! | `run.rs` | the verb `run`, which is also the command without a verb |
 //! | `doctor/` | the verb `doctor` |
+//! | `lab.rs` | the verbs `lab` and `mkpflash` |
+//! | `live/` | the verbs `stat`, `regs` and `walk` |
 //! | `catalog.rs` | `--list-devices` |
 //! | `manual.rs` | the manual page and the completion scripts |
 //! | `logging.rs`, `output.rs` | lines on standard error and standard output |
 
 use std::env;
 use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 
 use clap::Parser;
 use log::LevelFilter;
 
 use crate::config::ValidConfig;
 use crate::error::{EXIT_OK, EXIT_USAGE};
+use crate::trace;
+use crate::trace::live::Question;
 
 mod catalog;
+mod choice;
 mod command;
 mod doctor;
+mod lab;
+mod live;
 mod logging;
 mod manual;
 mod output;
 mod run;
 mod size;
+mod texts;
 mod usage;
 mod value;
+mod verb;
 
 use command::{Cli, RunArgs, Verb};
+use verb::{LabArgs, MachineArgs, TraceVerb};
 
 /// What a command line asks for, free of everything that took it apart.
 #[derive(Debug)]
@@ -41,6 +52,16 @@ enum Task {
     Run(Box<ValidConfig>, LevelFilter),
     /// Examine the host.
     Doctor { json: bool },
+    /// Run labs. Boxed, as above.
+    Lab(Box<LabArgs>, LevelFilter),
+    /// Make the image of a flash.
+    MakeFlash { program: PathBuf, output: PathBuf },
+    /// Make the report `output` of the trace `file`.
+    Report { file: PathBuf, output: PathBuf },
+    /// Ask a running machine once.
+    Ask(live::Request),
+    /// Show a running machine.
+    Watch(live::Request),
     /// Print a text: help, version, the catalog, the manual page, a completion script.
     Show(String),
 }
@@ -53,6 +74,17 @@ pub fn main(args: impl Iterator<Item = OsString>) -> u8 {
     match task(args, env::var_os("RVMM_LOG")) {
         Ok(Task::Run(config, level)) => run::run(*config, level),
         Ok(Task::Doctor { json }) => doctor::examine(json),
+        Ok(Task::Lab(args, level)) => lab::run(*args, level),
+        Ok(Task::MakeFlash { program, output }) => match lab::make_flash(&program, &output) {
+            Ok(()) => EXIT_OK,
+            Err(error) => {
+                output::complain(&output::chain(&error));
+                error.exit_code()
+            }
+        },
+        Ok(Task::Report { file, output }) => report(&file, &output),
+        Ok(Task::Ask(request)) => live::ask(&request),
+        Ok(Task::Watch(request)) => live::watch(&request),
         Ok(Task::Show(text)) => output::show(&text),
         Err(mistake) => {
             output::complain(&mistake);
@@ -74,8 +106,36 @@ fn task(args: impl Iterator<Item = OsString>, env_level: Option<OsString>) -> Re
         None => run_task(cli.run, env_level),
         Some(Verb::Run(args)) => run_task(*args, env_level),
         Some(Verb::Doctor { json }) => Ok(Task::Doctor { json }),
+        Some(Verb::Lab(args)) if args.list => Ok(Task::Show(lab::list())),
+        Some(Verb::Lab(args)) => {
+            let level = run::level(args.log, env_level)?;
+            Ok(Task::Lab(args, level))
+        }
+        Some(Verb::Mkpflash { program, output }) => Ok(Task::MakeFlash { program, output }),
+        Some(Verb::Trace { verb: TraceVerb::Report { file, output } }) => {
+            Ok(Task::Report { file, output })
+        }
+        Some(Verb::Stat { machine }) => Ok(Task::Watch(request(Question::Stat, machine))),
+        Some(Verb::Regs { machine }) => Ok(Task::Ask(request(Question::Registers, machine))),
+        Some(Verb::Walk { address, hart, machine }) => {
+            Ok(Task::Ask(request(Question::Walk { address, hart }, machine)))
+        }
         Some(Verb::Completions { shell }) => Ok(Task::Show(manual::completions(shell))),
         Some(Verb::Man) => Ok(Task::Show(manual::page())),
+    }
+}
+
+fn request(question: Question, machine: MachineArgs) -> live::Request {
+    live::Request { question, target: machine.machine, json: machine.json }
+}
+
+fn report(file: &Path, page: &Path) -> u8 {
+    match trace::report(file, page) {
+        Ok(()) => EXIT_OK,
+        Err(error) => {
+            output::complain(&output::chain(&error));
+            error.exit_code()
+        }
     }
 }
 

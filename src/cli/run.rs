@@ -1,7 +1,9 @@
 //! The verb `run`: flags become a configuration, the configuration a machine, the machine's end an exit code.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 
 use log::LevelFilter;
 use rvmm_boot::Cmdline;
@@ -12,6 +14,7 @@ use super::{logging, output};
 use crate::config::{BootConfig, CpuConfig, InitrdConfig, OnReset, ValidConfig, VmConfig, quoted};
 use crate::error::Error;
 use crate::machine::{Machine, Parts};
+use crate::trace::live::socket_for;
 use crate::vcpu::stop::StopReason;
 
 /// This program's file, whatever became of its name since it was started (proc(5)).
@@ -26,6 +29,9 @@ const DEFAULT_LEVEL: LevelFilter = LevelFilter::Warn;
 
 /// The configuration that the flags stand for. What no flag names has the library's default.
 pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
+    if let Some(path) = &args.config {
+        return from_file(path);
+    }
     let default = VmConfig::default();
     let cpus = CpuConfig {
         count: args.cpus.unwrap_or(default.cpus.count),
@@ -33,6 +39,8 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
         sbi: list(args.sbi),
         id: args.cpu_id.unwrap_or_default(),
         affinity: list(args.affinity),
+        mode: args.mode.unwrap_or_default(),
+        csrs: args.csr,
     };
     if args.dtb.is_some() && args.cmdline.is_some() {
         let what = "Cannot use --cmdline together with --dtb: the tree brings its own command line (write it there)";
@@ -49,6 +57,7 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
         cmdline,
         dtb: args.dtb,
         dump_dtb: args.dump_dtb,
+        dtb_addr: args.dtb_addr,
         load: args.load,
         entry: args.entry,
     };
@@ -70,12 +79,29 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
         devices,
         on_reset: if args.no_reboot { OnReset::Exit } else { OnReset::Restart },
         unassigned: args.unassigned.unwrap_or_default(),
+        sbi_v01: args.sbi_v01.unwrap_or_default(),
+        timer: args.timer.unwrap_or_default(),
         grace_s: args.grace.unwrap_or(default.grace_s),
+        trace: args.trace,
+        gdb: args.gdb,
     };
     if args.grace.is_some() && !config.has_device("input") {
         let what = "Cannot use --grace: SIGTERM stops a guest without a power button at once (add --power-button)";
         return Err(Error::Config(what.into()));
     }
+    config.validate()
+}
+
+/// The machine that a JSON file describes.
+fn from_file(path: &Path) -> Result<ValidConfig, Error> {
+    /// No machine needs a longer one.
+    const MOST: u64 = 1 << 20;
+    let failed = |source| Error::File { verb: "read", path: path.into(), source };
+    let mut text = String::new();
+    File::open(path).and_then(|file| file.take(MOST).read_to_string(&mut text)).map_err(failed)?;
+    let config: VmConfig = serde_json::from_str(&text).map_err(|error| {
+        Error::Config(format!("Cannot use --config {}: {error}", quoted(&path.to_string_lossy())))
+    })?;
     config.validate()
 }
 
@@ -135,10 +161,16 @@ pub(super) fn run(config: ValidConfig, level: LevelFilter) -> u8 {
 
 /// From the first system call for the machine to its end. The process is nothing but this machine, so its signals are too.
 fn live(config: ValidConfig) -> Result<StopReason, Error> {
-    let parts = Parts { signals: true, ..Parts::default() };
+    let socket = socket_for(&config.name);
+    let parts = Parts { signals: true, socket, ..Parts::default() };
     let machine = Machine::build_with(config.into_inner(), parts)?;
     if let Some(path) = machine.pty() {
         output::complain(&format!("The console is {}", path.display()));
+    }
+    if let Some((address, waits)) = machine.debugger() {
+        let says =
+            if waits { "The guest waits for a debugger at" } else { "A debugger may connect at" };
+        output::complain(&format!("{says} {address}"));
     }
     machine.run()
 }

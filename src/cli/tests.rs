@@ -8,8 +8,8 @@ use log::LevelFilter;
 use super::command::Cli;
 use super::{Task, task};
 use crate::config::{
-    CpuId, InitrdConfig, IrqchipChoice, KnobChange, LoadConfig, OnReset, SerialConfig, Unassigned,
-    ValidConfig,
+    CpuId, GdbAddress, GdbConfig, InitrdConfig, IrqchipChoice, KnobChange, LoadConfig, OnReset,
+    SerialConfig, Unassigned, ValidConfig,
 };
 
 fn parse(args: &[&str]) -> Result<Task, String> {
@@ -76,6 +76,17 @@ fn consoles_and_ports_are_short_for_one_device() {
     let ports: Vec<&str> = ports.iter().map(String::as_str).collect();
     assert!(with(&ports).unwrap_err().contains("port8"));
     assert!(with(&["to=null", "to=pty"]).unwrap_err().contains("one console without port=NAME"));
+}
+
+#[test]
+fn a_debugger_is_waited_for_unless_something_else_is_said() {
+    let with = |flag: &str| config(&["--kernel", "Image", "--gdb", flag]).gdb.clone().unwrap();
+    let at = |text: &str| GdbAddress::Tcp(text.parse().unwrap());
+    assert_eq!(with("tcp:1234"), GdbConfig { at: at("127.0.0.1:1234"), wait: true });
+    assert_eq!(with("tcp:[::]:7,wait=off"), GdbConfig { at: at("[::]:7"), wait: false });
+    let unix = GdbAddress::Unix("/run/guest.gdb".into());
+    assert_eq!(with("unix:/run/guest.gdb"), GdbConfig { at: unix, wait: true });
+    assert_eq!(config(&["--kernel", "Image"]).gdb, None);
 }
 
 #[test]
@@ -181,6 +192,9 @@ fn a_mistake_names_the_flag_the_value_and_what_to_do() {
         (&["--irqchip", "pic"], &["--irqchip", "'pic'", "auto, aia, plic"]),
         (&["--unassigned", "faul"], &["--unassigned", "'faul'", "fault"]),
         (&["--serial", "tcp:1"], &["--serial", "'tcp:1'", "file:PATH"]),
+        (&["--gdb", "1234"], &["--gdb", "'1234'", "tcp:PORT"]),
+        (&["--gdb", "tcp:1,nowait"], &["--gdb", "'tcp:1,nowait'", "wait=off"]),
+        (&["--gdb", "tcp:host:1"], &["--gdb", "'tcp:host:1'", "localhost"]),
         (&["--load", "a.bin"], &["--load", "'a.bin'", "FILE@ADDR"]),
         (&["--net", "user,hostfwd=1"], &["--net", "'user,hostfwd=1'", "hostfwd", "forward"]),
         (&["--share", "/srv"], &["--share", "'/srv'", "TAG=PATH"]),

@@ -7,7 +7,10 @@ use log::LevelFilter;
 use rvmm_devices::{Model, Options};
 
 use super::size::address;
-use crate::config::{CpuId, KnobChange, LoadConfig, MAX_CPUS, SerialConfig};
+use crate::config::{
+    CpuId, CsrValue, GdbConfig, KnobChange, LoadConfig, MAX_CPUS, SerialConfig, TraceConfig,
+    TraceFormat, quoted,
+};
 
 /// A list as one flag gives it. (A bare `Vec` in clap's structs would mean a flag that is given several times.)
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,6 +35,15 @@ pub(super) fn load(text: OsString) -> Result<LoadConfig, String> {
     Ok(LoadConfig { file: OsStr::from_bytes(file).into(), addr })
 }
 
+/// `--csr NAME=VALUE`.
+pub(super) fn csr(text: &str) -> Result<CsrValue, String> {
+    let (name, value) =
+        text.split_once('=').ok_or("it is not of the form NAME=VALUE (write mhartid=0x1234)")?;
+    let number = CsrValue::number(name)?;
+    let value = address(value).map_err(|reason| format!("behind the '=', {reason}"))?;
+    Ok(CsrValue { number, value })
+}
+
 /// `--disk PATH[,key=value...]`, as `--device` takes it.
 pub(super) fn disk(text: &str) -> Result<String, String> {
     let path = text.split(',').next().unwrap_or_default();
@@ -53,6 +65,40 @@ pub(super) fn disk(text: &str) -> Result<String, String> {
 /// `--serial stdio|null|pty|file:PATH|unix:PATH`.
 pub(super) fn serial(text: OsString) -> Result<SerialConfig, String> {
     SerialConfig::parse(&text).map_err(Into::into)
+}
+
+/// `--trace FILE[,format=chrome|lines][,pc=on|off][,ring=N]`.
+pub(super) fn trace(text: &str) -> Result<TraceConfig, String> {
+    let mut parts = text.split(',');
+    let file = parts.next().unwrap_or_default();
+    if file.is_empty() {
+        return Err("the file is missing (write exits.json or exits.jsonl,pc=on)".into());
+    }
+    let mut trace = TraceConfig { file: file.into(), ..TraceConfig::default() };
+    for part in parts {
+        match part.split_once('=') {
+            Some(("format", "chrome")) => trace.format = Some(TraceFormat::Chrome),
+            Some(("format", "lines")) => trace.format = Some(TraceFormat::Lines),
+            Some(("pc", "on")) => trace.pc = true,
+            Some(("pc", "off")) => trace.pc = false,
+            Some(("ring", number)) => {
+                let number = number.parse().map_err(|_| "its ring is not a number of records")?;
+                trace.ring = Some(number);
+            }
+            _ => {
+                let part = quoted(part);
+                return Err(format!(
+                    "it does not know {part} (format=chrome, format=lines, pc=on, pc=off, ring=N)"
+                ));
+            }
+        }
+    }
+    Ok(trace)
+}
+
+/// `--gdb tcp:PORT|tcp:HOST:PORT|unix:PATH[,wait=on|off]`.
+pub(super) fn gdb(text: OsString) -> Result<GdbConfig, String> {
+    GdbConfig::parse(&text).map_err(Into::into)
 }
 
 /// A device's text, of which names and keys are right.
@@ -283,6 +329,21 @@ mod tests {
         }
         let text = OsStr::from_bytes(b"a@\xff");
         assert!(load(text.to_owned()).expect_err("not UTF-8").contains("not a number"));
+    }
+
+    #[test]
+    fn a_trace_is_a_file_and_what_is_wanted_of_it() {
+        let traced = trace("a.jsonl,pc=on,ring=4096").expect("a trace");
+        assert_eq!(
+            (traced.format(), traced.pc, traced.ring),
+            (TraceFormat::Lines, true, Some(4096))
+        );
+        let traced = trace("a.jsonl,format=chrome").expect("a trace");
+        assert_eq!((traced.format(), traced.pc), (TraceFormat::Chrome, false));
+        assert_eq!(trace("a").expect("a trace").format(), TraceFormat::Chrome);
+        for text in ["", ",pc=on", "a,pc", "a,format=xml", "a,ring=many", "a,"] {
+            assert!(!trace(text).expect_err(text).is_empty());
+        }
     }
 
     #[test]

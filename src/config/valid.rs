@@ -7,8 +7,8 @@ use rvmm_boot::error::Size;
 use rvmm_devices::{Model, Options, Placement};
 
 use super::{
-    BootConfig, CpuConfig, KnobChange, MAX_CPUS, MAX_MEM, MAX_NAME, MAX_SOCKET_PATH, MEM_STEP,
-    MIN_MEM, SerialConfig, VmConfig,
+    BootConfig, CpuConfig, CsrValue, GdbAddress, KnobChange, MAX_CPUS, MAX_MEM, MAX_NAME,
+    MAX_SOCKET_PATH, MEM_STEP, MIN_MEM, SerialConfig, TraceConfig, VmConfig,
 };
 use crate::error::Error;
 
@@ -47,7 +47,11 @@ impl VmConfig {
         config.cpus.check()?;
         config.boot.check()?;
         config.serial.check()?;
+        if let Some(gdb) = &config.gdb {
+            gdb.at.check()?;
+        }
         check_devices(&config.devices)?;
+        config.trace.as_ref().map_or(Ok(()), TraceConfig::check)?;
         Ok(ValidConfig(config))
     }
 }
@@ -102,6 +106,16 @@ impl CpuConfig {
         }
         check_knobs("--isa", &self.isa)?;
         check_knobs("--sbi", &self.sbi)?;
+        for (index, csr) in self.csrs.iter().enumerate() {
+            let number = csr.number;
+            CsrValue::number(&format!("{number:#x}"))
+                .or_else(|reason| refuse(format!("Cannot use --csr {number:#x}: {reason}")))?;
+            if self.csrs.iter().take(index).any(|other| other.number == number) {
+                return refuse(format!(
+                    "Cannot use --csr {number:#x}: it is given twice (leave one out)"
+                ));
+            }
+        }
         let mut seen = Vec::with_capacity(self.affinity.len());
         for &(hart, cpu) in &self.affinity {
             let last = self.count - 1;
@@ -159,19 +173,47 @@ impl BootConfig {
 impl SerialConfig {
     fn check(&self) -> Result<(), Error> {
         let path = match self {
-            Self::Unix(path) | Self::File(path) => path,
+            Self::Unix(path) | Self::Connect(path) | Self::File(path) => path,
             Self::Stdio | Self::Null | Self::Pty => return Ok(()),
         };
         let len = path.as_os_str().len();
         if len == 0 {
             return refuse("Cannot use --serial: its path is empty (write file:PATH or unix:PATH)");
         }
-        if matches!(self, Self::Unix(_)) && len > MAX_SOCKET_PATH {
+        if !matches!(self, Self::File(_)) && len > MAX_SOCKET_PATH {
             return refuse(format!(
                 "Cannot use --serial unix:PATH: the path has {len} bytes, a socket's at most {MAX_SOCKET_PATH} (use a shorter one)"
             ));
         }
         Ok(())
+    }
+}
+
+impl TraceConfig {
+    fn check(&self) -> Result<(), Error> {
+        if self.file.as_os_str().is_empty() {
+            return refuse("Cannot use --trace: its file is missing (write --trace exits.json)");
+        }
+        let (least, most) = (Self::LEAST_RING, Self::MOST_RING);
+        match self.ring.filter(|ring| !(least..=most).contains(ring)) {
+            None => Ok(()),
+            Some(ring) => refuse(format!(
+                "Cannot use --trace with ring={ring}: a ring holds {least} to {most} records"
+            )),
+        }
+    }
+}
+
+impl GdbAddress {
+    fn check(&self) -> Result<(), Error> {
+        let Self::Unix(path) = self else { return Ok(()) };
+        match path.as_os_str().len() {
+            0 => refuse("Cannot use --gdb: its path is empty (write unix:PATH)"),
+            len if len > MAX_SOCKET_PATH => refuse(format!(
+                "Cannot use --gdb unix:PATH: the path has {len} bytes, a socket's at most {MAX_SOCKET_PATH} (use a shorter one)"
+            )),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -215,7 +257,7 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
-    use crate::config::LoadConfig;
+    use crate::config::{GdbConfig, LoadConfig};
 
     fn bootable() -> VmConfig {
         let mut config = VmConfig::default();
@@ -339,6 +381,13 @@ mod tests {
     fn a_socket_path_that_no_socket_can_have_is_refused() {
         let path = PathBuf::from("s".repeat(MAX_SOCKET_PATH + 1));
         assert!(refusal(|config| config.serial = SerialConfig::Unix(path)).contains("108 bytes"));
+        for (path, part) in
+            [("s".repeat(MAX_SOCKET_PATH + 1), "108 bytes"), (String::new(), "empty")]
+        {
+            let at = GdbAddress::Unix(path.into());
+            let text = refusal(|config| config.gdb = Some(GdbConfig { at, wait: true }));
+            assert!(text.contains("--gdb") && text.contains(part), "{text}");
+        }
         assert!(
             refusal(|config| config.serial = SerialConfig::File(PathBuf::new()))
                 .contains("--serial")

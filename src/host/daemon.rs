@@ -74,7 +74,7 @@ fn share(
     let refused = |error| HostError::refused("Cannot make a socket for virtiofsd", error);
     // It wants to let its client in by itself. Only this user may connect, and nobody else is served once we are.
     let socket = socket_path().map_err(refused)?;
-    let listening = Listening::open(&socket, 1).map_err(super::refusal)?;
+    let listening = Listening::open_unknown(&socket, 1).map_err(super::refusal)?;
     let stream = connect_to(&socket).map_err(refused)?;
     fcntl_setfl(&listening, OFlags::empty()).map_err(|error| refused(error.into()))?;
     let sandbox = match sandbox {

@@ -22,7 +22,7 @@ use crate::config::MAX_SOCKET_PATH;
 use crate::error::Error;
 
 /// How often the folder's lock is tried, 10 ms apart.
-const LOCK_TRIES: u32 = 100;
+const LOCK_TRIES: u32 = 1000;
 
 /// A socket that is listened on, without ever waiting.
 #[derive(Debug)]
@@ -40,6 +40,18 @@ impl Listening {
     /// [`Error::Config`] for a path that is too long; [`Error::File`] where no file can be made there or something else has
     /// that name; [`Error::Host`] where a program listens there already, or the kernel refuses.
     pub(crate) fn open(path: &Path, backlog: i32) -> Result<Self, Error> {
+        Self::make(path, backlog, true)
+    }
+
+    /// As [`Listening::open`], under a name that nobody else knows yet: no lock of its folder is waited for.
+    ///
+    /// # Errors
+    /// As [`Listening::open`].
+    pub(crate) fn open_unknown(path: &Path, backlog: i32) -> Result<Self, Error> {
+        Self::make(path, backlog, false)
+    }
+
+    fn make(path: &Path, backlog: i32, is_known: bool) -> Result<Self, Error> {
         let length = path.as_os_str().len();
         if length > MAX_SOCKET_PATH {
             return Err(Error::Config(format!(
@@ -61,7 +73,7 @@ impl Listening {
             Error::Host { what: format!("Cannot listen on {}{hint}", path.display()), source }
         };
         // Held until the socket listens: between bind and listen it looks dead to others.
-        let _lock = lock_folder(path).map_err(failed)?;
+        let _lock = is_known.then(|| lock_folder(path)).transpose().map_err(failed)?;
         let socket = bound(path).map_err(failed)?;
         listen(&socket, backlog).map_err(|error| failed(error.into()))?;
         let file = fs::symlink_metadata(path).map_err(failed)?;
@@ -118,13 +130,28 @@ impl Drop for Listening {
 ///
 /// # Errors
 /// Nobody listens there, too many wait already (`WouldBlock`), or it is no socket.
-pub(super) fn connect_to(path: &Path) -> io::Result<UnixStream> {
+pub(crate) fn connect_to(path: &Path) -> io::Result<UnixStream> {
     if !fs::symlink_metadata(path)?.file_type().is_socket() {
         return Err(io::Error::other("it is no socket"));
     }
     let socket = new_socket()?;
     connect(&socket, &SocketAddrUnix::new(path)?)?;
     Ok(socket.into())
+}
+
+/// As [`connect_to`], for a socket whose rvmm may be starting in this moment: its file is there before it listens, and until
+/// then the one that made it keeps the folder locked ([`Listening::open`]).
+///
+/// # Errors
+/// As [`connect_to`].
+pub(crate) fn connect_to_starting(path: &Path) -> io::Result<UnixStream> {
+    connect_to(path).or_else(|error| {
+        if error.kind() != io::ErrorKind::ConnectionRefused {
+            return Err(error);
+        }
+        let _lock = lock_folder(path)?;
+        connect_to(path)
+    })
 }
 
 fn new_socket() -> Result<OwnedFd, Errno> {
@@ -194,6 +221,36 @@ mod tests {
         let waiting: Vec<_> = (0..16).map(|_| connect_to(&path)).collect();
         let refused = waiting.iter().find_map(|result| result.as_ref().err()).unwrap();
         assert_eq!(refused.kind(), io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn a_socket_that_is_about_to_listen_is_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let lock = lock_folder(&path).unwrap();
+        let socket = bound(&path).unwrap();
+        assert_eq!(connect_to(&path).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        std::thread::scope(|scope| {
+            let stream = scope.spawn(|| connect_to_starting(&path));
+            listen(&socket, 1).unwrap();
+            drop(lock);
+            stream.join().unwrap().unwrap();
+        });
+        // One whose program has died is not waited for.
+        drop(socket);
+        let refused = connect_to_starting(&path).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+    }
+
+    #[test]
+    fn a_name_that_nobody_knows_takes_no_lock() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let _lock = lock_folder(&path).unwrap();
+        let listening = Listening::open_unknown(&path, 1).unwrap();
+        connect_to(&path).unwrap();
+        drop(listening);
+        assert!(!path.exists());
     }
 
     #[test]

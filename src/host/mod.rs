@@ -3,9 +3,11 @@
 //! | file | what |
 //! |---|---|
 //! | `disk/` | disks: files and block devices |
+//! | `flash.rs` | flash memory: files, and the host's own |
 //! | `tap.rs` | networks: tap interfaces |
 //! | `vhost/` | networks and sockets whose queues the kernel works on |
 //! | `listening.rs` | Unix sockets |
+//! | `gate.rs` | one through which people come in, who wait where the host cannot let them |
 //! | `daemon.rs` | programs that serve devices: virtiofsd, passt |
 
 use std::collections::HashMap;
@@ -15,6 +17,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use log::warn;
+use rvmm_devices::flash::{FlashMemory, FlashPlan};
 use rvmm_devices::virtio::DmaMemory;
 use rvmm_devices::virtio::blk::{DiskBackend, DiskPlan};
 use rvmm_devices::virtio::net::{NetBackend, NetworkEnd};
@@ -28,11 +31,14 @@ use crate::terminal::{self, Shared, StopRequest};
 
 mod daemon;
 mod disk;
+mod flash;
+mod gate;
 mod listening;
 mod tap;
 mod vhost;
 
-pub(crate) use listening::Listening;
+pub(crate) use gate::Gate;
+pub(crate) use listening::{Listening, connect_to, connect_to_starting};
 #[cfg(test)]
 pub(crate) use tap::tests::in_a_namespace;
 
@@ -128,8 +134,12 @@ impl Host for Linux {
         vhost::sockets(guest_cid, memory)
     }
 
+    fn flash(&self, plan: &FlashPlan) -> Result<Box<dyn FlashMemory>, HostError> {
+        flash::open(plan)
+    }
+
     fn connect(&self, path: &Path) -> io::Result<UnixStream> {
-        listening::connect_to(path)
+        connect_to(path)
     }
 
     fn serve(&self, service: &Service) -> Result<(UnixStream, Box<dyn Daemon>), HostError> {

@@ -10,6 +10,9 @@ mod refusal;
 #[allow(dead_code, reason = "only its tests are wanted here")]
 mod regs;
 pub mod report;
+#[cfg(test)]
+#[allow(dead_code, reason = "only its tests are wanted here")]
+mod stats;
 
 use std::sync::Arc;
 

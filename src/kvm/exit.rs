@@ -19,9 +19,12 @@ pub(super) type Body = kvm_run__bindgen_ty_1;
 #[inline]
 pub(super) fn decode(reason: u32, body: &mut Body) -> Exit<'_> {
     // A comparison costs less than a jump table, and this is what most exits are.
-    if reason == KVM_EXIT_MMIO {
-        return mmio(body);
-    }
+    if reason == KVM_EXIT_MMIO { mmio(body) } else { decode_rare(reason, body) }
+}
+
+/// Every other exit; out of line, or the compiler makes one jump table of all.
+#[inline(never)]
+fn decode_rare(reason: u32, body: &mut Body) -> Exit<'_> {
     match reason {
         KVM_EXIT_RISCV_SBI => {
             // SAFETY: the exit reason says that this member is the one filled in; any bits are valid integers.

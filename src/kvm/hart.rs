@@ -10,26 +10,31 @@ use super::kick;
 use super::regs;
 use super::vcpu::Vcpu;
 use crate::vcpu::exit::Exit;
-use crate::vcpu::hart::{Hart, Kick, Reg};
+use crate::vcpu::hart::{Csr, Hart, Kick, Reg};
 
 /// What [`KvmHart::settle`] writes into `immediate_exit`; a kick that comes meanwhile overwrites it.
 const SETTLING: u8 = 1;
+
+/// The reason in the page after [`KvmHart::failed`], and no exit's (`KVM_EXIT_UNKNOWN`).
+const NO_EXIT: u32 = 0;
 
 /// A vCPU of KVM.
 pub(super) struct KvmHart {
     id: u32,
     /// Nobody but this hart runs it or touches its page.
     vcpu: Arc<Vcpu>,
+    /// Of the last KVM_RUN that failed.
+    errno: i32,
 }
 
 impl KvmHart {
     pub(super) fn new(id: u32, vcpu: Arc<Vcpu>) -> Self {
-        Self { id, vcpu }
+        Self { id, vcpu, errno: libc::EINTR }
     }
 
     /// What the page says after a KVM_RUN that succeeded.
     #[inline]
-    fn exit(&mut self) -> Exit<'_> {
+    fn page(&mut self) -> Exit<'_> {
         // SAFETY: this is the hart that runs the vCPU, it is not running, and the borrow of `self` in the result keeps it
         // from running before the reference is gone.
         let (reason, body) = unsafe { (self.vcpu.exit_reason(), self.vcpu.body()) };
@@ -45,16 +50,20 @@ impl KvmHart {
             unsafe { self.vcpu.clear_exit_reason() };
             match errno {
                 libc::EAGAIN => match self.vcpu.run() {
-                    Ok(()) => return self.exit(),
+                    Ok(()) => return self.page(),
                     Err(again) => errno = again,
                 },
                 libc::EINTR => {
+                    self.errno = libc::EINTR;
                     // A kick between here and the store needs no second look: what it announces is visible already, and
                     // the loop looks after this return.
                     self.vcpu.immediate_exit().store(0, Relaxed);
                     return Exit::Interrupted;
                 }
-                other => return fault(other),
+                other => {
+                    self.errno = other;
+                    return fault(other);
+                }
             }
         }
     }
@@ -72,9 +81,22 @@ impl Hart for KvmHart {
     #[inline]
     fn enter(&mut self) -> io::Result<Exit<'_>> {
         match self.vcpu.run() {
-            Ok(()) => Ok(self.exit()),
+            Ok(()) => Ok(self.page()),
             Err(errno) => Ok(self.failed(errno)),
         }
+    }
+
+    fn exit(&mut self) -> Exit<'_> {
+        // SAFETY: this is the hart that runs the vCPU, and it is outside of KVM_RUN.
+        match (unsafe { self.vcpu.exit_reason() }, self.errno) {
+            (NO_EXIT, libc::EINTR) => Exit::Interrupted,
+            (NO_EXIT, errno) => fault(errno),
+            _ => self.page(),
+        }
+    }
+
+    fn set_pending(&mut self, bits: u64, on: bool) -> io::Result<()> {
+        self.vcpu.set_pending(bits, on)
     }
 
     fn settle(&mut self) -> io::Result<()> {
@@ -101,8 +123,12 @@ impl Hart for KvmHart {
         unsafe { self.vcpu.clear_exit_reason() };
     }
 
+    fn trap_ebreaks(&mut self, on: bool) -> io::Result<()> {
+        self.vcpu.trap_ebreaks(on)
+    }
+
     fn get(&self, reg: Reg) -> io::Result<u64> {
-        match regs::core_or_csr(reg) {
+        match self.place(reg)? {
             Some(id) => self.vcpu.reg(id),
             None if reg == Reg::X(0) => Ok(0),
             None => Err(io::ErrorKind::InvalidInput.into()),
@@ -110,11 +136,23 @@ impl Hart for KvmHart {
     }
 
     fn set(&mut self, reg: Reg, value: u64) -> io::Result<()> {
-        match regs::core_or_csr(reg) {
+        match self.place(reg)? {
             Some(id) => self.vcpu.set_reg(id, value),
             None if reg == Reg::X(0) => Ok(()),
             None => Err(io::ErrorKind::InvalidInput.into()),
         }
+    }
+}
+
+impl KvmHart {
+    /// The id of a register. Without an AIA the kernel takes any value for the AIA's CSRs, says that all is well, and keeps nothing
+    /// (6.12): so the vCPU is asked whether it has the extension.
+    fn place(&self, reg: Reg) -> io::Result<Option<u64>> {
+        let is_aia = matches!(reg, Reg::Csr(Csr::Siselect | Csr::Hviprio1 | Csr::Hviprio2));
+        if is_aia && self.vcpu.reg(regs::SSAIA)? == 0 {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        Ok(regs::guest(reg))
     }
 }
 

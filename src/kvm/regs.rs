@@ -6,15 +6,20 @@
 use crate::vcpu::hart::{Csr, Reg};
 
 const RISCV: u64 = 0x8000_0000_0000_0000;
+const U32: u64 = 0x0020_0000_0000_0000;
 const U64: u64 = 0x0030_0000_0000_0000;
 
 const CONFIG: u64 = 0x01 << 24;
 const CORE: u64 = 0x02 << 24;
 const CSR: u64 = 0x03 << 24;
 const TIMER: u64 = 0x04 << 24;
+/// The registers of the D extension, of which the lower halves are those of F.
+const FP_D: u64 = 0x06 << 24;
 const ISA: u64 = 0x07 << 24;
 const SBI: u64 = 0x08 << 24;
 
+/// Subtype of a CSR of Ssaia. Those behind the third are for harts of 32 bits.
+const CSR_AIA: u64 = 1 << 16;
 /// Subtype of a CSR of Smstateen.
 const CSR_SMSTATEEN: u64 = 2 << 16;
 /// Subtype of a word of 64 extensions, one bit each.
@@ -22,6 +27,12 @@ const MULTI_ENABLED: u64 = 1 << 16;
 
 /// Place of the privilege mode among the core registers.
 const CORE_MODE: u64 = 32;
+
+/// Place of the guest's `time` among the timer's registers.
+const TIMER_TIME: u64 = 1;
+
+/// Place of `fcsr` behind `f0` to `f31`; the only register here of 32 bits.
+const FP_FCSR: u64 = 32;
 
 const fn id(class: u64, index: u64) -> u64 {
     RISCV | U64 | class | index
@@ -43,6 +54,8 @@ pub(super) const ZICBOZ_BLOCK: u64 = id(CONFIG, 5);
 pub(super) const SATP_MODE: u64 = id(CONFIG, 6);
 /// Block size of the prefetches, in bytes (Linux 6.18).
 pub(super) const ZICBOP_BLOCK: u64 = id(CONFIG, 7);
+/// `sip` of the guest.
+pub(super) const SIP: u64 = id(CSR, 7);
 /// Ticks of `time` per second.
 pub(super) const TIMEBASE: u64 = id(TIMER, 0);
 
@@ -50,6 +63,9 @@ pub(super) const TIMEBASE: u64 = id(TIMER, 0);
 pub(super) const fn isa_extension(number: u64) -> u64 {
     id(ISA, number)
 }
+
+/// Whether the vCPU has Ssaia: 0 or 1 (`KVM_RISCV_ISA_EXT_SSAIA`).
+pub(super) const SSAIA: u64 = isa_extension(14);
 
 /// The extensions from number `64 * word` on that are on, one bit each.
 pub(super) const fn isa_word(word: u64) -> u64 {
@@ -61,14 +77,18 @@ pub(super) const fn sbi_extension(number: u64) -> u64 {
     id(SBI, number)
 }
 
-/// The id of `reg`; `None` for `x0`, which has none, and for a number above 31.
-pub(super) const fn core_or_csr(reg: Reg) -> Option<u64> {
+/// The id of a guest's register; `None` for `x0`, which has none, and for a number above 31.
+pub(super) const fn guest(reg: Reg) -> Option<u64> {
     match reg {
         Reg::Pc => Some(PC),
         Reg::X(number @ 1..=31) => Some(id(CORE, number as u64)),
         Reg::X(_) => None,
         Reg::Mode => Some(id(CORE, CORE_MODE)),
+        Reg::Time => Some(id(TIMER, TIMER_TIME)),
         Reg::Csr(csr) => Some(id(CSR, csr_index(csr))),
+        Reg::F(number @ 0..=31) => Some(id(FP_D, number as u64)),
+        Reg::F(_) => None,
+        Reg::Fcsr => Some(RISCV | U32 | FP_D | FP_FCSR),
     }
 }
 
@@ -86,11 +106,15 @@ const fn csr_index(csr: Csr) -> u64 {
         Csr::Scounteren => 9,
         Csr::Senvcfg => 10,
         Csr::Sstateen0 => CSR_SMSTATEEN,
+        Csr::Siselect => CSR_AIA,
+        Csr::Hviprio1 => CSR_AIA | 1,
+        Csr::Hviprio2 => CSR_AIA | 2,
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::isa::isa_number;
     use super::*;
 
     #[test]
@@ -102,6 +126,8 @@ mod tests {
             (ZICBOP_BLOCK, 0x8030_0000_0100_0007),
             (TIMEBASE, 0x8030_0000_0400_0000),
             (isa_extension(79), 0x8030_0000_0700_004f),
+            (SSAIA, 0x8030_0000_0700_000e),
+            (SSAIA, isa_extension(isa_number("ssaia").unwrap())),
             (isa_word(1), 0x8030_0000_0701_0001),
             (sbi_extension(9), 0x8030_0000_0800_0009),
         ] {
@@ -111,19 +137,25 @@ mod tests {
 
     #[test]
     fn registers_lie_where_the_kernel_keeps_them() {
-        assert_eq!(core_or_csr(Reg::Pc), Some(0x8030_0000_0200_0000));
-        assert_eq!(core_or_csr(Reg::X(10)), Some(0x8030_0000_0200_000a));
-        assert_eq!(core_or_csr(Reg::X(31)), Some(0x8030_0000_0200_001f));
-        assert_eq!(core_or_csr(Reg::Mode), Some(0x8030_0000_0200_0020));
-        assert_eq!(core_or_csr(Reg::Csr(Csr::Sstatus)), Some(0x8030_0000_0300_0000));
-        assert_eq!(core_or_csr(Reg::Csr(Csr::Senvcfg)), Some(0x8030_0000_0300_000a));
-        assert_eq!(core_or_csr(Reg::Csr(Csr::Sstateen0)), Some(0x8030_0000_0302_0000));
+        assert_eq!(guest(Reg::Pc), Some(0x8030_0000_0200_0000));
+        assert_eq!(guest(Reg::X(10)), Some(0x8030_0000_0200_000a));
+        assert_eq!(guest(Reg::X(31)), Some(0x8030_0000_0200_001f));
+        assert_eq!(guest(Reg::Mode), Some(0x8030_0000_0200_0020));
+        assert_eq!(guest(Reg::Csr(Csr::Sstatus)), Some(0x8030_0000_0300_0000));
+        assert_eq!(guest(Reg::Csr(Csr::Senvcfg)), Some(0x8030_0000_0300_000a));
+        assert_eq!(guest(Reg::Csr(Csr::Sstateen0)), Some(0x8030_0000_0302_0000));
+        assert_eq!(guest(Reg::Csr(Csr::Siselect)), Some(0x8030_0000_0301_0000));
+        assert_eq!(guest(Reg::Csr(Csr::Hviprio2)), Some(0x8030_0000_0301_0002));
+        assert_eq!(guest(Reg::F(0)), Some(0x8030_0000_0600_0000));
+        assert_eq!(guest(Reg::F(31)), Some(0x8030_0000_0600_001f));
+        assert_eq!(guest(Reg::Fcsr), Some(0x8020_0000_0600_0020));
     }
 
     #[test]
     fn x0_and_numbers_that_no_register_has_have_no_id() {
         for number in [0, 32, 255] {
-            assert_eq!(core_or_csr(Reg::X(number)), None);
+            assert_eq!(guest(Reg::X(number)), None);
         }
+        assert_eq!(guest(Reg::F(32)), None);
     }
 }

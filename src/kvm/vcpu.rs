@@ -5,20 +5,28 @@
 )]
 
 use std::arch::asm;
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::ptr::NonNull;
-use std::sync::atomic::AtomicU8;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::SeqCst};
 
-use kvm_bindings::{KVMIO, kvm_interrupt, kvm_run};
+use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVMIO, kvm_guest_debug, kvm_interrupt, kvm_run};
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_WRITE, ioctl_expr};
 
 use super::exit::Body;
+use super::regs;
 
 const KVM_RUN: u64 = ioctl_expr(_IOC_NONE, KVMIO, 0x80, 0);
 /// Its argument is a `kvm_interrupt`, which is one `u32`.
 const KVM_INTERRUPT: u64 = ioctl_expr(_IOC_WRITE, KVMIO, 0x86, u32::BITS / 8);
+
+/// Its argument is a `kvm_guest_debug`: two words of 32 bits, nothing of the architecture's.
+const KVM_SET_GUEST_DEBUG: u64 = ioctl_expr(_IOC_WRITE, KVMIO, 0x9b, u64::BITS / 8);
+
+/// Gives a descriptor of the counters.
+const KVM_GET_STATS_FD: u64 = ioctl_expr(_IOC_NONE, KVMIO, 0xce, 0);
 
 /// Level of the external interrupt: high. The kernel's header has -1.
 const INTERRUPT_SET: u32 = u32::MAX;
@@ -32,6 +40,8 @@ pub(super) struct Vcpu {
     page: NonNull<kvm_run>,
     raw: RawFd,
     fd: VcpuFd,
+    /// The level of the external interrupt that was asked for last.
+    external: AtomicBool,
 }
 
 // SAFETY: `page` points into a mapping that lives as long as `fd` and belongs to the process, not to a thread. The methods
@@ -42,7 +52,12 @@ unsafe impl Sync for Vcpu {}
 
 impl Vcpu {
     pub(super) fn new(mut fd: VcpuFd) -> Self {
-        Self { page: NonNull::from(fd.get_kvm_run()), raw: fd.as_raw_fd(), fd }
+        Self {
+            page: NonNull::from(fd.get_kvm_run()),
+            raw: fd.as_raw_fd(),
+            fd,
+            external: AtomicBool::new(false),
+        }
     }
 
     /// Runs the vCPU until there is an exit in the page, or fails with an errno.
@@ -108,21 +123,53 @@ impl Vcpu {
         unsafe { &mut (*self.page.as_ptr()).__bindgen_anon_1 }
     }
 
-    /// Reads a register of 64 bits. Waits while the vCPU is inside KVM_RUN.
+    /// Reads a register of 64 bits, or of 32 with zeros above. Waits while the vCPU is inside KVM_RUN.
     pub(super) fn reg(&self, id: u64) -> io::Result<u64> {
         let mut value = [0; 8];
         self.fd.get_one_reg(id, &mut value).map_err(io::Error::from)?;
-        Ok(u64::from_ne_bytes(value))
+        Ok(u64::from_le_bytes(value))
     }
 
-    /// Writes a register of 64 bits. Waits while the vCPU is inside KVM_RUN.
+    /// Writes a register of 64 bits, or the lower half of the value to one of 32. Waits while the vCPU is inside KVM_RUN.
     pub(super) fn set_reg(&self, id: u64, value: u64) -> io::Result<()> {
-        self.fd.set_one_reg(id, &value.to_ne_bytes()).map_err(io::Error::from)?;
+        self.fd.set_one_reg(id, &value.to_le_bytes()).map_err(io::Error::from)?;
         Ok(())
+    }
+
+    /// Sends every `ebreak` of the guest to user space, or to the guest again. Waits while the vCPU is inside KVM_RUN.
+    pub(super) fn trap_ebreaks(&self, on: bool) -> io::Result<()> {
+        // On RISC-V breakpoints of software are the only kind that there is: no further bit asks for them.
+        let control = if on { KVM_GUESTDBG_ENABLE } else { 0 };
+        let debug = kvm_guest_debug { control, ..kvm_guest_debug::default() };
+        // SAFETY: the kernel reads a structure of the size that the request's number has, and keeps no pointer to it.
+        match unsafe { libc::ioctl(self.raw, KVM_SET_GUEST_DEBUG, &raw const debug) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Sets or clears bits of the guest's `sip`. The kernel takes the register as a whole, with an external interrupt that came
+    /// meanwhile; that is driven once more.
+    pub(super) fn set_pending(&self, bits: u64, on: bool) -> io::Result<()> {
+        let id = regs::SIP;
+        let old = self.reg(id)?;
+        self.set_reg(id, if on { old | bits } else { old & !bits })?;
+        if self.external.load(SeqCst) { self.interrupt(true) } else { Ok(()) }
+    }
+
+    /// The file of what KVM counts of this vCPU. Waits while the vCPU is inside KVM_RUN; the file can be read at any time.
+    pub(super) fn stats(&self) -> io::Result<File> {
+        // SAFETY: KVM_GET_STATS_FD takes no argument and makes a new descriptor.
+        match unsafe { libc::ioctl(self.raw, KVM_GET_STATS_FD, 0) } {
+            // SAFETY: the kernel has just made it, and nobody else knows it.
+            fd @ 0.. => Ok(unsafe { File::from_raw_fd(fd) }),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     /// Drives the external interrupt of the vCPU; from any thread, also while it runs.
     pub(super) fn interrupt(&self, high: bool) -> io::Result<()> {
+        self.external.store(high, SeqCst);
         let level = kvm_interrupt { irq: if high { INTERRUPT_SET } else { INTERRUPT_UNSET } };
         // SAFETY: a KVM_INTERRUPT on a vCPU descriptor that this owns; the kernel reads one structure that outlives it.
         match unsafe { libc::ioctl(self.raw, KVM_INTERRUPT, &raw const level) } {

@@ -5,25 +5,32 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use kvm_bindings::{
-    KVM_CAP_IRQCHIP, KVM_CAP_MAX_VCPUS, KVM_CAP_NR_VCPUS, kvm_userspace_memory_region,
+    KVM_CAP_IRQCHIP, KVM_CAP_MAX_VCPUS, KVM_CAP_NR_VCPUS, KVM_CAP_VM_GPA_BITS, KVM_MEM_READONLY,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, VmFd};
 use rvmm_devices::Doorbell;
 use rvmm_devices::irq::IrqLine;
 
 use super::aia::{self, Aia};
+use super::clock;
 use super::hart::KvmHart;
 use super::irq::KernelLine;
 use super::isa::names_in;
 use super::knobs::{self, Applied};
 use super::regs;
+use super::stats::HartCounters;
 use super::vcpu::Vcpu;
 use crate::config::IrqchipChoice;
-use crate::machine::vm::{AiaPlan, CpuFacts, CpuKnobs, Irqchip, Vm, VmError};
-use crate::vcpu::hart::Hart;
+use crate::machine::vm::{AiaPlan, Counters, CpuFacts, CpuKnobs, Irqchip, Vm, VmError};
+use crate::vcpu::hart::{Hart, Reg};
+use crate::vcpu::record::Ticks;
 
 /// Words of 64 ISA extensions that are asked for at most. Kernels have two; the first that one does not have ends it.
 const ISA_WORDS: usize = 4;
+
+/// riscv_flush_icache(2) (kernel, `arch/riscv/include/uapi/asm/unistd.h`: `__NR_arch_specific_syscall + 15`).
+const SYS_RISCV_FLUSH_ICACHE: libc::c_long = 244 + 15;
 
 /// A VM of KVM.
 pub(super) struct KvmVm {
@@ -72,6 +79,19 @@ impl KvmVm {
         fd.map(Vcpu::new).map_err(|e| VmError::io(format!("Cannot make hart {id}"), e.into()))
     }
 
+    fn map(&self, slot: u32, flags: u32, guest_addr: u64, host: (u64, u64)) -> io::Result<()> {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags,
+            guest_phys_addr: guest_addr,
+            memory_size: host.1,
+            userspace_addr: host.0,
+        };
+        // SAFETY: the caller keeps the memory mapped as long as the VM lives (contract of the trait); the kernel checks
+        // that the range lies in this process's address space and overlaps no other slot.
+        unsafe { self.fd.set_user_memory_region(region) }.map_err(io::Error::from)
+    }
+
     fn has_cap(&self, cap: u32) -> bool {
         self.fd.check_extension_raw(cap.into()) > 0
     }
@@ -98,16 +118,19 @@ impl Vm for KvmVm {
     }
 
     fn map_memory(&self, slot: u32, guest_addr: u64, host_addr: u64, size: u64) -> io::Result<()> {
-        let region = kvm_userspace_memory_region {
-            slot,
-            flags: 0,
-            guest_phys_addr: guest_addr,
-            memory_size: size,
-            userspace_addr: host_addr,
-        };
-        // SAFETY: the caller keeps the memory mapped as long as the VM lives (contract of the trait); the kernel checks
-        // that the range lies in this process's address space and overlaps no other slot.
-        unsafe { self.fd.set_user_memory_region(region) }.map_err(io::Error::from)
+        self.map(slot, 0, guest_addr, (host_addr, size))
+    }
+
+    fn map_rom(&self, slot: u32, guest_addr: u64, host_addr: u64, size: u64) -> io::Result<()> {
+        self.map(slot, KVM_MEM_READONLY, guest_addr, (host_addr, size))
+    }
+
+    fn code_changed(&self) -> io::Result<()> {
+        // SAFETY: riscv_flush_icache(2) with all addresses and flags 0 (every thread of the process) touches no memory.
+        match unsafe { libc::syscall(SYS_RISCV_FLUSH_ICACHE, 0_usize, usize::MAX, 0_usize) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     fn create_hart(&self, id: u32, knobs: &CpuKnobs) -> Result<Box<dyn Hart>, VmError> {
@@ -153,6 +176,37 @@ impl Vm for KvmVm {
         })
     }
 
+    fn ticks(&self) -> Result<Ticks, VmError> {
+        // The host's counter, and so the rate of the guest's, too.
+        let hz = self.first_vcpu()?.reg(regs::TIMEBASE);
+        let hz = hz.map_err(|e| VmError::io("Cannot ask KVM for the timebase", e))?;
+        Ok(Ticks { now: clock::ticks, hz })
+    }
+
+    fn counters(&self) -> Vec<Box<dyn Counters>> {
+        let harts = self.harts();
+        let open = |member: &Member| match member.vcpu.stats() {
+            Ok(file) => Some(Box::new(HartCounters::new(member.id, file)) as _),
+            Err(error) => {
+                log::debug!("KVM counts nothing of hart {}: {error}", member.id);
+                None
+            }
+        };
+        harts.iter().filter_map(open).collect()
+    }
+
+    fn reg(&self, hart: u32, reg: Reg) -> io::Result<u64> {
+        let vcpu =
+            self.harts().iter().find(|member| member.id == hart).map(|m| Arc::clone(&m.vcpu));
+        let id = regs::guest(reg).ok_or(io::ErrorKind::InvalidInput)?;
+        vcpu.ok_or(io::ErrorKind::NotFound)?.reg(id)
+    }
+
+    fn address_bits(&self) -> Option<u32> {
+        let bits = self.fd.check_extension_raw(KVM_CAP_VM_GPA_BITS.into());
+        u32::try_from(bits).ok().filter(|bits| *bits > 0)
+    }
+
     fn create_irqchip(&self, choice: IrqchipChoice, plan: &AiaPlan) -> Result<Irqchip, VmError> {
         if choice == IrqchipChoice::Plic {
             return Ok(Irqchip::None);
@@ -194,7 +248,9 @@ impl Vm for KvmVm {
     fn irq_line(&self, source: u32) -> Result<Arc<dyn IrqLine>, VmError> {
         let sources = self.aia.get().map_or(0, |aia| aia.facts.sources);
         if (1..=sources).contains(&source) {
-            return Ok(Arc::new(KernelLine::source(&self.fd, source)));
+            // Of what the kernel raises by itself a guest that is suspended would not hear.
+            let may_suspend = self.harts().iter().any(|member| member.susp_chosen);
+            return Ok(Arc::new(KernelLine::source(&self.fd, source, !may_suspend)));
         }
         Err(VmError::new(format!(
             "The APLIC has no interrupt source {source} (it has 1 to {sources})"

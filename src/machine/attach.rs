@@ -1,8 +1,11 @@
 //! Devices onto the bus: the board's own and the user's, each with its address, its interrupt and its tree node.
 
+use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use rvmm_boot::fdt::{DeviceNode, Node, Property, Value};
+use rvmm_devices::flash::Window;
 use rvmm_devices::virtio::DmaMemory;
 use rvmm_devices::virtio::balloon::BalloonControl;
 use rvmm_devices::{
@@ -11,10 +14,10 @@ use rvmm_devices::{
 };
 
 use super::irqchip::{Lines, WakingLine};
-use super::vm::Vm;
+use super::vm::{FIRST_WINDOW_SLOT, Vm};
 use crate::button::Button;
 use crate::error::Error;
-use crate::layout::{self, SLOT_SIZE, SLOTS};
+use crate::layout::{self, SLOT_SIZE, SLOTS, Span};
 use crate::vcpu::Control;
 
 /// The bus with everything on it, and what the device tree says of it.
@@ -37,10 +40,12 @@ pub(super) struct Hookup<'a> {
     pub(super) balloon: &'a BalloonControl,
     /// Who opens further ends.
     pub(super) host: Arc<dyn Host>,
+    /// Where guest RAM is.
+    pub(super) ram: Span,
     /// Guest RAM, for devices that reach into it.
     pub(super) memory: Arc<dyn DmaMemory>,
-    /// Who may ring doorbells without rvmm.
-    pub(super) vm: &'a dyn Vm,
+    /// Who may ring doorbells without rvmm, and who gives the guest memory.
+    pub(super) vm: &'a Arc<dyn Vm>,
 }
 
 /// One device to be made: its model, its options and its place.
@@ -58,10 +63,16 @@ pub(super) fn attach(extra: &[String], hookup: Hookup<'_>) -> Result<Attached, E
     let mut balloon = Some(hookup.balloon);
     let mut devices: Vec<(u64, Box<dyn MmioDevice>)> = Vec::new();
     let mut nodes = Vec::new();
+    let slots = Arc::new(AtomicU32::new(FIRST_WINDOW_SLOT));
     for plan in plan(extra)? {
         let mut wiring = Wiring::new(Arc::clone(&hookup.power));
         wiring.memory = Arc::clone(&hookup.memory);
         wiring.host = Arc::clone(&hookup.host);
+        wiring.window = Arc::new(Pane {
+            vm: Arc::clone(hookup.vm),
+            base: plan.base,
+            slots: Arc::clone(&slots),
+        });
         if plan.irq != 0 {
             let line = hookup.lines.source(plan.irq)?;
             wiring.irq = Arc::new(WakingLine { line, control: Arc::clone(hookup.control) });
@@ -82,6 +93,7 @@ pub(super) fn attach(extra: &[String], hookup: Hookup<'_>) -> Result<Attached, E
         for doorbell in device.doorbells() {
             hookup.vm.ring_in_kernel(plan.base, doorbell)?;
         }
+        check_place(&plan, device.size(), &hookup.ram)?;
         nodes.extend(device.fdt().map(|desc| node(&plan, device.size(), desc)));
         devices.push((plan.base, device));
     }
@@ -123,6 +135,10 @@ fn plan(extra: &[String]) -> Result<Vec<Plan>, Error> {
         if model.placement == Placement::Fixed {
             continue;
         }
+        if model.placement == Placement::Asked {
+            plans.push(asked(model, options)?);
+            continue;
+        }
         let (slot, irq) = slots.next().ok_or_else(|| {
             Error::Device(format!(
                 "Device {} does not fit: all {} slots are taken",
@@ -135,6 +151,45 @@ fn plan(extra: &[String]) -> Result<Vec<Plan>, Error> {
         plans.push(Plan { model, options, label, base: SLOTS.base + slot * SLOT_SIZE, irq });
     }
     Ok(plans)
+}
+
+/// A device that stands where its user wants it.
+fn asked(model: &'static Model, options: Options) -> Result<Plan, Error> {
+    let addr = options
+        .number("addr")
+        .map_err(|error| Error::Device(format!("Device {}: {error}", model.name)))?;
+    let base = addr.ok_or_else(|| {
+        Error::Device(format!("Device {} has no place (add addr=ADDR)", model.name))
+    })?;
+    Ok(Plan { model, options, label: format!("{}{base:x}", model.name), base, irq: 0 })
+}
+
+/// Nothing may stand where RAM is: the guest would reach RAM there, whatever the bus says.
+fn check_place(plan: &Plan, size: u64, ram: &Span) -> Result<(), Error> {
+    let end = plan.base.checked_add(size);
+    if end.is_some_and(|end| end <= ram.base) || plan.base >= ram.end() {
+        return Ok(());
+    }
+    Err(Error::Device(format!(
+        "Device {} at {:#x} ({size:#x} bytes) reaches into guest RAM, which begins at {:#x} (use another addr)",
+        plan.model.name, plan.base, ram.base
+    )))
+}
+
+/// A device's address range on the board.
+struct Pane {
+    vm: Arc<dyn Vm>,
+    base: u64,
+    /// The next memory slot of the VM that is free.
+    slots: Arc<AtomicU32>,
+}
+
+impl Window for Pane {
+    fn show(&self, offset: u64, host_address: u64, len: u64) -> io::Result<()> {
+        let slot = self.slots.fetch_add(1, Relaxed);
+        let addr = self.base.checked_add(offset).ok_or(io::ErrorKind::InvalidInput)?;
+        self.vm.map_rom(slot, addr, host_address, len)
+    }
 }
 
 fn not_built(error: BuildError) -> Error {

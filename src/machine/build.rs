@@ -8,19 +8,22 @@ use rvmm_devices::virtio::balloon::BalloonControl;
 use rvmm_devices::{Bus, Host, Model, PowerRequest, PowerSwitch};
 
 use super::attach::{Attached, Hookup, attach};
+use super::firmware::{self, Stage};
 use super::irqchip::Lines;
 use super::load::{Files, Start};
 use super::shared_console::SharedConsole;
 use super::tree::{Facts, board};
-use super::vm::{AiaPlan, CpuKnobs, Hypervisor, Vm};
+use super::vm::{AiaPlan, CpuKnobs, Hypervisor, RAM_SLOT, Vm};
 use crate::button::Button;
 use crate::config::VmConfig;
 use crate::error::Error;
-use crate::layout::{self, IRQ_SOURCES, RAM_BASE, Span};
-use crate::memory::GuestRam;
+use crate::gdb;
+use crate::layout::{self, RAM_BASE, Span};
+use crate::memory::{GuestRam, Rom};
 use crate::vcpu::hart::{Csr, Hart, Reg};
 use crate::vcpu::stop::StopReason;
-use crate::vcpu::{Control, World};
+use crate::vcpu::witness::{Witness, Witnessed};
+use crate::vcpu::{Control, Debugger, World};
 
 /// One life of the guest, from reset to stop. A restart drops it and builds the next.
 ///
@@ -30,7 +33,10 @@ pub(super) struct Board {
     pub(super) world: Arc<World>,
     pub(super) bus: Arc<Bus>,
     pub(super) control: Arc<Control>,
-    _vm: Arc<dyn Vm>,
+    /// What a debugger shares with the harts, where the machine may have one.
+    pub(super) post: Option<Arc<gdb::Post>>,
+    pub(super) vm: Arc<dyn Vm>,
+    _shim: Option<Rom>,
     _ram: Arc<GuestRam>,
 }
 
@@ -45,6 +51,8 @@ pub(super) struct Ends {
     pub(super) balloon: BalloonControl,
     /// Who opens those of the others.
     pub(super) host: Arc<dyn Host>,
+    /// Who is told of every exit.
+    pub(super) witness: Option<Arc<dyn Witness>>,
 }
 
 impl Board {
@@ -61,11 +69,11 @@ impl Board {
         let ram = if is_shared { GuestRam::shared } else { GuestRam::new };
         let ram = Arc::new(ram(span, config.hugepages)?);
         let vm = host.create_vm()?;
-        vm.map_memory(0, RAM_BASE, ram.host_address(), config.mem)
+        vm.map_memory(RAM_SLOT, RAM_BASE, ram.host_address(), config.mem)
             .map_err(|e| no_memory(config.mem, e))?;
         // The first hart made is the boot hart; the in-kernel irqchip wants all harts to exist.
         let mut harts = make_harts(config, vm.as_ref())?;
-        let irqchip = vm.create_irqchip(config.irqchip, &aia_plan(config.cpus.count)?)?;
+        let irqchip = vm.create_irqchip(config.irqchip, &aia_plan(config)?)?;
         let cpu = vm.cpu_facts()?;
         let lines = Lines::new(&vm, irqchip, config.cpus.count)?;
         let control = Arc::new(Control::new());
@@ -78,8 +86,9 @@ impl Board {
             button: ends.button.as_deref(),
             balloon: &ends.balloon,
             host: Arc::clone(&ends.host),
+            ram: span,
             memory: Arc::clone(&ram) as Arc<dyn DmaMemory>,
-            vm: vm.as_ref(),
+            vm: &vm,
         };
         let Attached { bus, nodes } = attach(&config.devices, hookup)?;
         let facts = Facts {
@@ -90,11 +99,48 @@ impl Board {
             cmdline: &config.boot.cmdline,
         };
         let start = files.load(&config.boot, board(&facts, nodes)?, &ram)?;
-        point_boot_hart(&mut harts, start)?;
+        point_boot_hart(&mut harts, &start)?;
+        let stage = Stage {
+            config,
+            host,
+            vm: vm.as_ref(),
+            ram: &ram,
+            control: &control,
+            timebase_hz: cpu.timebase_hz,
+            witness: ends.witness.clone(),
+        };
+        let (firmware, shim) = firmware::wire(&stage, &mut harts, &start.code)?.unzip();
         let uart = layout::span("serial")?.base;
-        let world = World::new(Arc::clone(&bus), Arc::clone(&ram), config.unassigned, Some(uart));
-        Ok(Self { harts, world: Arc::new(world), bus, control, _vm: vm, _ram: ram })
+        let mut world =
+            World::new(Arc::clone(&bus), Arc::clone(&ram), config.unassigned, Some(uart));
+        world.firmware = firmware;
+        let ebreaks = world.firmware.is_some();
+        let post =
+            config.gdb.as_ref().map(|_| make_post(&control, &ram, &vm, ebreaks)).transpose()?;
+        world.debugger = post.clone().map(|post| post as Arc<dyn Debugger>);
+        if let Some(witness) = &ends.witness {
+            let told = |hart| Box::new(Witnessed::new(hart, Arc::clone(witness))) as Box<dyn Hart>;
+            harts = harts.into_iter().map(told).collect();
+        }
+        let world = Arc::new(world);
+        Ok(Self { harts, world, bus, control, post, vm, _shim: shim, _ram: ram })
     }
+}
+
+/// What a debugger shares with the harts, whose `ebreak`s come out anyway where there are `ebreaks` of others.
+fn make_post(
+    control: &Arc<Control>,
+    ram: &Arc<GuestRam>,
+    vm: &Arc<dyn Vm>,
+    ebreaks: bool,
+) -> Result<Arc<gdb::Post>, Error> {
+    let vm = Arc::clone(vm);
+    let sync_code = Box::new(move || vm.code_changed());
+    let post = gdb::Post::new(Arc::clone(control), Arc::clone(ram), sync_code, ebreaks);
+    post.map(Arc::new).map_err(|source| Error::Host {
+        what: "Cannot make what a debugger shares with the harts".into(),
+        source,
+    })
 }
 
 fn is_served_elsewhere(device: &str) -> bool {
@@ -115,9 +161,11 @@ fn make_harts(config: &VmConfig, vm: &dyn Vm) -> Result<Vec<Box<dyn Hart>>, Erro
     (0..config.cpus.count).map(|id| Ok(vm.create_hart(id, &knobs)?)).collect()
 }
 
-fn aia_plan(harts: u32) -> Result<AiaPlan, Error> {
+fn aia_plan(config: &VmConfig) -> Result<AiaPlan, Error> {
     let (aplic, imsics) = (layout::span("aplic")?, layout::span("imsics")?);
-    Ok(AiaPlan { harts, sources: IRQ_SOURCES, aplic, imsics })
+    // The kernel looks at all sources at every write to the APLIC, such as the end of each interrupt.
+    let sources = layout::last_source(config.devices.len());
+    Ok(AiaPlan { harts: config.cpus.count, sources, aplic, imsics })
 }
 
 /// `scounteren`: user mode may read cycle, time and instret.
@@ -127,7 +175,7 @@ const COUNTERS: u64 = 0b111;
 ///
 /// A Linux guest whose host lacks Sscofpmf gets no PMU, so nothing in it opens the counters; its C library reads `time`
 /// though. KVM opened them up to Linux 6.15. The kernel resets harts that the guest starts later by itself.
-fn point_boot_hart(harts: &mut [Box<dyn Hart>], start: Start) -> Result<(), Error> {
+fn point_boot_hart(harts: &mut [Box<dyn Hart>], start: &Start) -> Result<(), Error> {
     let Some(boot) = harts.first_mut() else {
         return Err(Error::Config("A machine needs at least one hart".into()));
     };

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use rvmm_devices::irq::IrqLine;
 use rvmm_devices::{MmioDevice, Plic, Reserved};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::vm::{Irqchip, Vm};
 use crate::error::Error;
@@ -67,5 +68,10 @@ impl IrqLine for WakingLine {
         if high {
             self.control.wake();
         }
+    }
+
+    fn raise_by(&self, event: &EventFd) -> bool {
+        // It wakes nobody: the line itself refuses where the guest may suspend itself.
+        self.line.raise_by(event)
     }
 }

@@ -4,7 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use rvmm_boot::fdt::{self, Board};
-use rvmm_boot::{Blob, Cmdline, Initrd, Kernel, Load, Placement, Request, Source, place};
+use rvmm_boot::{Blob, Cmdline, Initrd, Kernel, Load, Placement, Region, Request, Source, place};
+
+use rvmm_boot::kernel::Format;
 
 use super::tree::region;
 use crate::config::{BootConfig, InitrdConfig, VmConfig};
@@ -22,12 +24,14 @@ pub(super) struct Files {
 }
 
 /// What the boot hart needs to start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Start {
     /// Where it starts.
     pub(super) entry: u64,
     /// Where the device tree is.
     pub(super) fdt: u64,
+    /// Where programs of the user's lie that are no Linux kernel.
+    pub(super) code: Vec<Region>,
 }
 
 impl Files {
@@ -68,6 +72,7 @@ impl Files {
             entry: boot.entry,
             initrd: self.initrd.as_ref(),
             fdt_len: draft as u64,
+            fdt_at: boot.dtb_addr,
         })?;
         let tree = match &self.dtb {
             Some(own) => own.clone(),
@@ -80,7 +85,18 @@ impl Files {
             dump(path, &tree)?;
         }
         fill(ram, &placement, &tree)?;
-        Ok(Start { entry: placement.entry, fdt: placement.fdt.base })
+        let code = self.code(placement.kernel);
+        Ok(Start { entry: placement.entry, fdt: placement.fdt.base, code })
+    }
+}
+
+impl Files {
+    /// Flat files, and an ELF file, which lies at `kernel`; who has an `Image` is taken for Linux.
+    fn code(&self, kernel: Option<Region>) -> Vec<Region> {
+        let is_elf = |kernel: &&Kernel| matches!(kernel.format(), Format::Elf { .. });
+        let kernel = self.kernel.as_ref().filter(is_elf).and(kernel);
+        let loads = self.loads.iter().map(|load| Region::new(load.address, load.source.len()));
+        kernel.into_iter().chain(loads).collect()
     }
 }
 

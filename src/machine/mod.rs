@@ -11,29 +11,38 @@
 //! # Ok::<(), rvmm::error::Error>(())
 //! ```
 
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use crate::button::Button;
-use crate::config::{OnReset, VmConfig};
+use crate::config::{GdbAddress, OnReset, VmConfig};
 use crate::error::Error;
+use crate::gdb;
 use crate::host::Linux;
 use crate::io_loop::IoLoop;
 use crate::kvm;
 use crate::memory;
 use crate::signals::Signals;
 use crate::terminal::{self, Console};
+use crate::trace::live::Reception;
+use crate::trace::{Places, Plan, Trace};
+use crate::vcpu::hart::Hart;
+use crate::vcpu::record::Unrecorded;
 use crate::vcpu::spawn_hart;
 use crate::vcpu::stop::StopReason;
+use crate::vcpu::witness::Witness;
 
 mod attach;
 mod build;
+mod firmware;
 mod handle;
 mod irqchip;
 mod load;
 mod shared_console;
+mod sight;
 #[cfg(test)]
 mod tests;
 mod tree;
@@ -44,6 +53,7 @@ pub use handle::Handle;
 use load::Files;
 pub use rvmm_devices::virtio::balloon::BalloonControl;
 use shared_console::SharedConsole;
+use sight::Sight;
 use vm::Hypervisor;
 
 /// How long a guest may take to start until rvmm gives back what memory only that needed. Nothing depends on it but memory.
@@ -56,12 +66,17 @@ pub struct Parts {
     pub console: Option<Console>,
     /// Who makes the VM; KVM where nothing is given.
     pub hypervisor: Option<Box<dyn Hypervisor>>,
+    /// Who is told of every exit of every hart.
+    pub witness: Option<Arc<dyn Witness>>,
     /// SIGTERM, SIGINT, SIGHUP and SIGQUIT stop the machine; in one with a power button the first SIGTERM presses that
     /// instead, and the guest has `config.grace_s` to power off. They belong to the process: only a program that is nothing
     /// but this machine wants that.
     ///
     /// The memory that only the start of the program needed is given back then, too.
     pub signals: bool,
+    /// Where a Unix socket is made through which the machine's owner can look at it ([`crate::trace::live`]). Where that fails, the log
+    /// says so and the machine runs without.
+    pub socket: Option<PathBuf>,
 }
 
 /// A virtual machine that is built and not yet running.
@@ -69,10 +84,19 @@ pub struct Machine {
     config: VmConfig,
     host: Box<dyn Hypervisor>,
     ends: Ends,
-    pty: Option<std::path::PathBuf>,
+    pty: Option<PathBuf>,
     signals: Option<Signals>,
     handle: Handle,
+    debugger: Option<gdb::Server>,
     board: Board,
+    lookers: Lookers,
+}
+
+/// Those who look on: they change nothing in the machine.
+#[derive(Default)]
+struct Lookers {
+    trace: Option<Trace>,
+    visits: Option<(Arc<Sight>, Arc<Reception>)>,
 }
 
 /// A virtual machine that runs on threads of its own.
@@ -118,9 +142,19 @@ impl Machine {
         let button = button.map_err(|e| host_error("make the power button", e))?.map(Arc::new);
         let stopper = handle.clone();
         let linux = Arc::new(Linux::new(Arc::new(move || stopper.stop())));
-        let ends = Ends { console, button, balloon: handle.balloon().clone(), host: linux };
+        let ends = Ends {
+            console,
+            button,
+            balloon: handle.balloon().clone(),
+            host: linux,
+            witness: parts.witness,
+        };
+        let debugger = config.gdb.as_ref().map(gdb::Server::open).transpose()?;
         let board = Board::build(&config, &files, host.as_ref(), &ends)?;
-        Ok(Self { config, host, ends, pty, signals, handle, board })
+        let trace = trace(&config, &board)?;
+        let visits = parts.socket.and_then(|path| visits(&config.name, &path));
+        let lookers = Lookers { trace, visits };
+        Ok(Self { config, host, ends, pty, signals, handle, debugger, board, lookers })
     }
 
     /// What stops, pauses and resumes the machine from any thread.
@@ -135,16 +169,32 @@ impl Machine {
         self.pty.as_deref()
     }
 
+    /// Where a debugger may connect, if anywhere, and whether the guest waits for it. The port is the one that was taken where
+    /// the configuration leaves it open.
+    #[must_use]
+    pub fn debugger(&self) -> Option<(&GdbAddress, bool)> {
+        self.debugger.as_ref().map(|server| (server.address(), server.waits()))
+    }
+
     /// Runs the guest until it stops for good; a reset restarts it in place where the configuration says so.
     ///
     /// # Errors
     /// The host fails to start a thread or the event loop, or a restart finds a file or the host changed.
     pub fn run(self) -> Result<StopReason, Error> {
-        let Self { config, host, ends, signals, handle, mut board, .. } = self;
+        let Self { config, host, ends, signals, handle, debugger, mut board, lookers, .. } = self;
         loop {
             let callers = signals.map(|signals| (signals, ends.button.clone()));
-            let reason = live(board, &config, &handle, callers)?;
+            let outside = Outside {
+                handle: &handle,
+                debugger: debugger.as_ref(),
+                lookers: &lookers,
+                callers,
+            };
+            let reason = live(board, &config, outside)?;
             if reason != StopReason::Reset || config.on_reset == OnReset::Exit {
+                if let Some(debugger) = debugger {
+                    debugger.end(reason.exit_code());
+                }
                 return Ok(reason);
             }
             log::info!("The guest restarts");
@@ -184,13 +234,18 @@ impl Running {
     }
 }
 
-/// One life of the guest: from letting the harts go until all threads have ended.
-fn live(
-    mut board: Board,
-    config: &VmConfig,
-    handle: &Handle,
+/// Who may want something of a running machine.
+struct Outside<'a> {
+    handle: &'a Handle,
+    debugger: Option<&'a gdb::Server>,
+    /// Signals, and the button that the first one presses.
     callers: Option<(Signals, Option<Arc<Button>>)>,
-) -> Result<StopReason, Error> {
+    lookers: &'a Lookers,
+}
+
+/// One life of the guest: from letting the harts go until all threads have ended.
+fn live(mut board: Board, config: &VmConfig, outside: Outside<'_>) -> Result<StopReason, Error> {
+    let Outside { handle, debugger, callers, lookers } = outside;
     let alone = callers.is_some();
     let mut io =
         IoLoop::new(Arc::clone(&board.bus)).map_err(|e| host_error("make the event loop", e))?;
@@ -200,14 +255,17 @@ fn live(
             .and_then(|()| button.map_or(Ok(()), |button| io.watch_button(button)))
             .map_err(|e| host_error("watch signals", e))?;
     }
+    if let Some((sight, reception)) = &lookers.visits {
+        io.watch_visits(Arc::clone(reception) as _)
+            .map_err(|e| host_error("watch for visitors", e))?;
+        sight.enter(&board, config.cpus.count);
+    }
     let io = io.spawn().map_err(|e| host_error("start the event loop", e))?;
     let mut threads = Vec::new();
     let mut failed = None;
-    for hart in board.harts.drain(..) {
-        let pinned =
-            config.cpus.affinity.iter().find(|(id, _)| *id == hart.id()).map(|(_, cpu)| *cpu);
+    for hart in std::mem::take(&mut board.harts) {
         let what = format!("start hart {}", hart.id());
-        match spawn_hart(hart, Arc::clone(&board.world), Arc::clone(&board.control), pinned) {
+        match start_hart(hart, &board, config, lookers.trace.as_ref()) {
             Ok(thread) => threads.push(thread),
             Err(error) => {
                 failed = Some(host_error(&what, error));
@@ -217,6 +275,11 @@ fn live(
         }
     }
     handle.enter(&board.control);
+    let debugged = debugger.zip(board.post.take());
+    let debugger = debugged.map(|(server, post)| {
+        server.begin(post);
+        server
+    });
     board.control.start();
     if alone {
         // What only the start needed is not the guest's cost; it comes back where it is needed after all. Once for rvmm's own
@@ -232,10 +295,53 @@ fn live(
         let _ = thread.join();
     }
     handle.leave();
-    io.stop(IoLoop::DRAIN).map_err(|e| host_error("end the event loop", e))?;
+    if let Some((sight, _)) = &lookers.visits {
+        sight.leave();
+    }
+    if let Some(debugger) = debugger {
+        debugger.over();
+    }
+    let is_told = failed.is_some() || matches!(reason, StopReason::Requested);
+    let drain = if is_told { IoLoop::DRAIN } else { IoLoop::LONG_DRAIN };
+    io.stop(drain).map_err(|e| host_error("end the event loop", e))?;
     failed.map_or(Ok(reason), Err)
 }
 
-fn host_error(what: &str, source: std::io::Error) -> Error {
+/// Gives a hart its thread, with somebody who looks on where there is a trace.
+fn start_hart(
+    hart: Box<dyn Hart>,
+    board: &Board,
+    config: &VmConfig,
+    trace: Option<&Trace>,
+) -> io::Result<JoinHandle<()>> {
+    let (id, world, control) = (hart.id(), Arc::clone(&board.world), Arc::clone(&board.control));
+    let pinned = config.cpus.affinity.iter().find(|(hart, _)| *hart == id).map(|(_, cpu)| *cpu);
+    match trace.and_then(|trace| trace.recorder(id)) {
+        None => spawn_hart(hart, world, control, pinned, Unrecorded),
+        Some(recorder) => spawn_hart(hart, world, control, pinned, recorder),
+    }
+}
+
+/// The socket through which the machine can be looked at. A machine runs as well without.
+fn visits(name: &str, path: &Path) -> Option<(Arc<Sight>, Arc<Reception>)> {
+    let sight = Arc::new(Sight::new(name));
+    match Reception::open(path, Arc::clone(&sight) as _) {
+        Ok(reception) => Some((sight, Arc::new(reception))),
+        Err(error) => {
+            log::warn!("Nobody can look at this machine: {error}");
+            None
+        }
+    }
+}
+
+/// The trace that the configuration asks for.
+fn trace(config: &VmConfig, board: &Board) -> Result<Option<Trace>, Error> {
+    let Some(wanted) = &config.trace else { return Ok(None) };
+    let (name, harts) = (config.name.clone(), config.cpus.count);
+    let plan = Plan { name, harts, ticks: board.vm.ticks()?, places: Places::of(&board.bus) };
+    Trace::start(wanted, plan).map(Some)
+}
+
+fn host_error(what: &str, source: io::Error) -> Error {
     Error::Host { what: format!("Cannot {what}"), source }
 }

@@ -1,6 +1,8 @@
 //! Whole machines on a hypervisor that only plays scripts.
 
-use std::io;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
@@ -11,12 +13,13 @@ use tempfile::NamedTempFile;
 
 use super::vm::{AiaPlan, CpuFacts, CpuKnobs, Hypervisor, Irqchip, Vm, VmError};
 use super::{Machine, Parts};
-use crate::config::{IrqchipChoice, LoadConfig, VmConfig};
+use crate::config::{GdbAddress, GdbConfig, IrqchipChoice, LoadConfig, TraceConfig, VmConfig};
 use crate::error::{EXIT_HOST, EXIT_USAGE, Error};
 use crate::host::in_a_namespace;
 use crate::terminal::Console;
+use crate::trace::live::{Answer, Connection, Landing, Question};
 use crate::vcpu::exit::SystemEvent;
-use crate::vcpu::hart::Hart;
+use crate::vcpu::hart::{Csr, Hart, Reg};
 use crate::vcpu::stop::StopReason;
 use crate::vcpu::testing::{ScriptHart, Step};
 
@@ -47,6 +50,14 @@ impl Vm for ScriptVm {
         Ok(())
     }
 
+    fn map_rom(&self, _: u32, _: u64, _: u64, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn code_changed(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     fn create_hart(&self, id: u32, _: &CpuKnobs) -> Result<Box<dyn Hart>, VmError> {
         let script = self.script.lock().unwrap().take().unwrap();
         Ok(Box::new(ScriptHart::new(id, script)))
@@ -61,6 +72,11 @@ impl Vm for ScriptVm {
             cbop_block: None,
             timebase_hz: 10_000_000,
         })
+    }
+
+    fn reg(&self, hart: u32, reg: Reg) -> io::Result<u64> {
+        assert_eq!(hart, 0);
+        Ok(if reg == Reg::Csr(Csr::Satp) { 0 } else { 7 })
     }
 
     fn create_irqchip(&self, _: IrqchipChoice, _: &AiaPlan) -> Result<Irqchip, VmError> {
@@ -86,18 +102,95 @@ fn machine(
     device: &str,
     lives: impl IntoIterator<Item = Vec<Step>>,
 ) -> (Result<Machine, Error>, Arc<AtomicUsize>, NamedTempFile) {
+    let config = VmConfig { devices: vec![device.into()], ..VmConfig::default() };
+    machine_of(config, None, lives)
+}
+
+/// The same of this configuration, with a socket for those who look at it.
+fn machine_of(
+    mut config: VmConfig,
+    socket: Option<PathBuf>,
+    lives: impl IntoIterator<Item = Vec<Step>>,
+) -> (Result<Machine, Error>, Arc<AtomicUsize>, NamedTempFile) {
     let program = NamedTempFile::new().unwrap();
     std::fs::write(program.path(), [0; 64]).unwrap();
-    let mut config = VmConfig { mem: 16 << 20, ..VmConfig::default() };
+    config.mem = 16 << 20;
     config.boot.load = vec![LoadConfig { file: program.path().into(), addr: 0x8000_0000 }];
     config.boot.entry = Some(0x8000_0000);
-    config.devices = vec![device.into()];
     let lived = Arc::new(AtomicUsize::new(0));
     let scripts = Mutex::new(lives.into_iter().collect());
     let host = Lives { scripts, lived: Arc::clone(&lived) };
-    let parts =
-        Parts { console: Some(Console::null()), hypervisor: Some(Box::new(host)), signals: false };
+    let (console, hypervisor) = (Some(Console::null()), Some(Box::new(host) as _));
+    let parts = Parts { console, hypervisor, socket, ..Parts::default() };
     (Machine::build_with(config, parts), lived, program)
+}
+
+#[test]
+fn a_trace_goes_on_over_all_lives_of_the_guest() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("exits.jsonl");
+    let trace = Some(TraceConfig { file: file.clone(), ..TraceConfig::default() });
+    let config = VmConfig { trace, ..VmConfig::default() };
+    let look = || Step::Load { addr: 0x1000_0005, len: 1 };
+    let lives = [
+        vec![look(), look(), Step::System(SystemEvent::Reset(0))],
+        vec![look(), Step::System(SystemEvent::Shutdown(0))],
+    ];
+    let (machine, _, _program) = machine_of(config, None, lives);
+    assert_eq!(machine.unwrap().run().unwrap(), StopReason::PowerOff);
+    let text = std::fs::read_to_string(&file).unwrap();
+    let field = |line: &str| {
+        let fields: serde_json::Value = serde_json::from_str(line).unwrap();
+        fields["what"].as_str().map(String::from)
+    };
+    let what: Vec<String> = text.lines().filter_map(field).collect();
+    assert_eq!(what, ["serial LSR", "serial LSR", "reset", "serial LSR", "shutdown"]);
+    let page = folder.path().join("exits.html");
+    crate::trace::report(&file, &page).unwrap();
+    assert!(std::fs::read_to_string(&page).unwrap().contains("serial LSR"));
+}
+
+#[test]
+fn a_running_machine_answers_those_who_look_at_it_and_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("rvmm-1.sock");
+    let mut life = vec![Step::Load { addr: 0x1000_0005, len: 1 }];
+    life.extend(vec![Step::Idle; 8]);
+    let (machine, _, _program) = machine_of(VmConfig::default(), Some(path.clone()), [life]);
+    let running = machine.unwrap().start().unwrap();
+    let mut connection = Connection::to(&path).unwrap();
+    // Until the machine runs, it says that it does not.
+    let mut ask = |question| loop {
+        match connection.ask(question).unwrap() {
+            Answer::Error(text) if text.contains("starting") => std::thread::yield_now(),
+            answer => return answer,
+        }
+    };
+    let Answer::Registers(harts) = ask(Question::Registers) else { panic!("no registers") };
+    assert_eq!((harts.len(), harts[0].registers[0].clone()), (1, ("pc".into(), Some(7))));
+    let Answer::Walk(walk) = ask(Question::Walk { address: 0x8000_1000, hart: 0 }) else {
+        panic!("no walk")
+    };
+    let landing = Landing::Memory { slot: 0, base: 0x8000_0000, offset: 0x1000 };
+    assert_eq!((walk.mode.as_str(), walk.landing), ("bare", Some(landing)));
+    let Answer::Error(text) = ask(Question::Walk { address: 0, hart: 1 }) else { panic!("a hart") };
+    assert!(text.contains("no hart 1 (the last one is 0)"), "{text}");
+    // A machine answers before its hart has come to its first load.
+    let (stat, reads) = loop {
+        let Answer::Stat(stat) = ask(Question::Stat) else { panic!("no counters") };
+        let serial = stat.devices.iter().find(|device| device.name == "serial").unwrap();
+        match serial.reads {
+            0 => std::thread::yield_now(),
+            reads => break (stat, reads),
+        }
+    };
+    assert_eq!((stat.name.as_str(), stat.harts.len(), reads), ("rvmm", 1, 1));
+    // A machine that somebody has paused stays paused.
+    assert!(running.handle().pause());
+    assert!(matches!(ask(Question::Registers), Answer::Registers(_)));
+    running.handle().stop();
+    assert_eq!(running.wait().unwrap(), StopReason::Requested);
+    assert!(!path.exists());
 }
 
 #[test]
@@ -140,4 +233,36 @@ fn a_machine_shares_its_memory_where_a_device_needs_it() {
     let (machine, lived, _program) = machine(&device, lives);
     assert_eq!(machine.unwrap().run().unwrap(), StopReason::PowerOff);
     assert_eq!(lived.load(SeqCst), 2);
+}
+
+#[test]
+fn a_machine_waits_for_its_debugger_and_is_ended_by_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("gdb");
+    let program = NamedTempFile::new().unwrap();
+    std::fs::write(program.path(), [0; 64]).unwrap();
+    let mut config = VmConfig { mem: 16 << 20, ..VmConfig::default() };
+    config.boot.load = vec![LoadConfig { file: program.path().into(), addr: 0x8000_0000 }];
+    config.boot.entry = Some(0x8000_0000);
+    config.gdb = Some(GdbConfig { at: GdbAddress::Unix(socket.clone()), wait: true });
+    let scripts = Mutex::new(vec![vec![Step::System(SystemEvent::Shutdown(0))]]);
+    let host = Lives { scripts, lived: Arc::default() };
+    let parts = Parts {
+        console: Some(Console::null()),
+        hypervisor: Some(Box::new(host)),
+        signals: false,
+        ..Parts::default()
+    };
+    let machine = Machine::build_with(config, parts).unwrap();
+    assert_eq!(machine.debugger(), Some((&GdbAddress::Unix(socket.clone()), true)));
+    let running = machine.start().unwrap();
+    let mut debugger = UnixStream::connect(&socket).unwrap();
+    let mut answer = [0; 8];
+    debugger.write_all(b"$p20#d2").unwrap();
+    debugger.read_exact(&mut answer).unwrap();
+    // The program counter where the boot hart would begin: 000000 80 0..., with run lengths.
+    assert_eq!(&answer, b"+$0*\"80*");
+    debugger.write_all(b"$k#6b").unwrap();
+    assert_eq!(running.wait().unwrap(), StopReason::Requested);
+    assert!(!socket.exists(), "the socket is gone with the machine");
 }

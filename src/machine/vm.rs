@@ -8,7 +8,15 @@ use rvmm_devices::irq::IrqLine;
 
 use crate::config::{CpuId, IrqchipChoice, KnobChange};
 use crate::layout::Span;
-use crate::vcpu::hart::Hart;
+use crate::vcpu::hart::{Hart, Reg};
+use crate::vcpu::record::Ticks;
+
+/// The memory slot of guest RAM.
+pub(crate) const RAM_SLOT: u32 = 0;
+/// The memory slot of the page that stands in for a trap vector.
+pub(crate) const SHIM_SLOT: u32 = 1;
+/// The first memory slot of what devices show to the guest.
+pub(crate) const FIRST_WINDOW_SLOT: u32 = 2;
 
 /// What a vCPU is, as the kernel tells it: the input of the tree's /cpus.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -91,12 +99,41 @@ pub trait Vm: Send + Sync {
     /// The memory stays mapped as long as the VM lives: the caller keeps it.
     fn map_memory(&self, slot: u32, guest_addr: u64, host_addr: u64, size: u64) -> io::Result<()>;
 
+    /// As [`Vm::map_memory`], for memory that the guest may read and run; its stores there come out as any other.
+    fn map_rom(&self, slot: u32, guest_addr: u64, host_addr: u64, size: u64) -> io::Result<()>;
+
+    /// Code in guest memory was changed by this process: harts that run from now on see it.
+    ///
+    /// # Errors
+    /// The kernel cannot have all CPUs drop what they have fetched.
+    fn code_changed(&self) -> io::Result<()>;
+
     /// Makes the next hart; the first one made is the boot hart.
     fn create_hart(&self, id: u32, knobs: &CpuKnobs) -> Result<Box<dyn Hart>, VmError>;
 
     /// What the harts are, once one exists, with the knobs applied. After [`Vm::create_irqchip`], since a guest without
     /// AIA is not shown `ssaia`.
     fn cpu_facts(&self) -> Result<CpuFacts, VmError>;
+
+    /// How harts tell the time, once one exists.
+    fn ticks(&self) -> Result<Ticks, VmError> {
+        Ok(Ticks::monotonic())
+    }
+
+    /// What the hypervisor counts of each hart by itself; asked for before the first of them runs.
+    fn counters(&self) -> Vec<Box<dyn Counters>> {
+        Vec::new()
+    }
+
+    /// A register of a hart that is out of the guest and settled; from any thread.
+    fn reg(&self, _hart: u32, _reg: Reg) -> io::Result<u64> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// How many bits a guest-physical address can have: 41, 50 or 59 where the second stage of translation has 3, 4 or 5 levels.
+    fn address_bits(&self) -> Option<u32> {
+        None
+    }
 
     /// Makes the in-kernel interrupt controller that `choice` allows, as `plan` says, after the harts and before the
     /// first of them runs.
@@ -114,6 +151,18 @@ pub trait Vm: Send + Sync {
 
     /// The external interrupt line of hart `hart` (VSEIP), for a PLIC in user space.
     fn external_line(&self, hart: u32) -> Result<Arc<dyn IrqLine>, VmError>;
+}
+
+/// What the hypervisor counts of one hart. Reading it does not disturb the hart.
+pub trait Counters: Send + Sync {
+    /// Which hart.
+    fn hart(&self) -> u32;
+
+    /// The counters by the hypervisor's names.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    fn read(&self) -> io::Result<Vec<(String, u64)>>;
 }
 
 /// What the hypervisor refused: the whole sentence for the user, with the kernel's error as source.

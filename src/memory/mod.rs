@@ -18,10 +18,12 @@ use crate::layout::Span;
 mod lost;
 mod program;
 mod reserve;
+mod rom;
 
 use lost::Watch;
 pub use program::drop_start_up;
 use reserve::Reservation;
+pub(crate) use rom::Rom;
 
 /// Size of a page of guest and host (RISC-V's base page; rvmm asks the host for nothing smaller).
 pub const PAGE: u64 = 4096;

@@ -23,6 +23,7 @@ use rvmm_devices::{ConsoleBackend, NullConsole};
 
 use crate::config::SerialConfig;
 use crate::error::Error;
+use crate::host::connect_to_starting;
 
 mod descriptor;
 mod keys;
@@ -67,6 +68,7 @@ pub fn open(serial: &SerialConfig, stop: StopRequest) -> Result<Console, Error> 
         SerialConfig::File(path) => Console::file(path),
         SerialConfig::Pty => Console::pty(),
         SerialConfig::Unix(path) => Console::unix(path),
+        SerialConfig::Connect(path) => Console::connect(path),
     }
 }
 
@@ -146,6 +148,19 @@ impl Console {
             source,
         })?;
         Ok(Self { backend: Box::new(pty), pty: Some(path) })
+    }
+
+    fn connect(path: &Path) -> Result<Self, Error> {
+        let failed = |source| Error::Host {
+            what: format!(
+                "Cannot connect to {} (start the machine that listens there first: unix:PATH)",
+                path.display()
+            ),
+            source,
+        };
+        let stream = connect_to_starting(path).map_err(failed)?;
+        let input = stream.try_clone().map_err(failed)?;
+        Self::from_fds(Some(input.into()), Some(stream.into()))
     }
 
     fn unix(path: &Path) -> Result<Self, Error> {

@@ -1,4 +1,4 @@
-//! Start, stop, pause and resume of all harts of a machine, from any thread.
+//! Start, stop, pause and resume of all harts of a machine, from any thread; for a debugger, of single ones, and visits to them.
 //!
 //! One lock and one condition variable. Whoever wants something of the harts writes it down and kicks them; a hart that was
 //! kicked looks here. A hart looks under the lock before it waits, so that nothing said in between is missed; what is said
@@ -7,10 +7,12 @@
 //! Lock order: this lock is taken last. With it held only kicks are called, which call nobody; so a device may stop or wake
 //! the machine with its own lock held.
 
+use std::collections::BTreeSet;
+use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::hart::Kick;
+use super::hart::{Hart, Kick};
 use super::stop::StopReason;
 
 /// The will of a machine: what its harts are to do. One per run; a reboot makes a new one.
@@ -24,6 +26,8 @@ pub struct Control {
 struct State {
     started: bool,
     paused: bool,
+    /// What a debugger holds, beside a pause: it lets go of harts without ending somebody else's pause.
+    held: Held,
     stop: Option<StopReason>,
     /// Every hart whose thread lives.
     harts: Vec<Enlisted>,
@@ -33,6 +37,29 @@ struct State {
     asleep: usize,
     /// Counts host events, for those that sleep until one.
     wakes: u64,
+    /// What harts are to do where they wait, in the order of asking.
+    errands: Vec<(u32, Errand)>,
+}
+
+/// Something that a hart does on its own thread while it waits.
+pub(super) type Errand = Box<dyn FnOnce(&mut dyn Hart) + Send>;
+
+#[derive(Default)]
+enum Held {
+    #[default]
+    Nobody,
+    These(BTreeSet<u32>),
+    Everybody,
+}
+
+impl Held {
+    fn has(&self, id: u32) -> bool {
+        match self {
+            Self::Nobody => false,
+            Self::These(harts) => harts.contains(&id),
+            Self::Everybody => true,
+        }
+    }
 }
 
 struct Enlisted {
@@ -41,8 +68,21 @@ struct Enlisted {
 }
 
 impl State {
-    fn may_run(&self) -> bool {
-        self.started && !self.paused
+    fn may_run(&self, id: u32) -> bool {
+        self.started && !self.paused && !self.held.has(id)
+    }
+
+    fn all_are_out(&self) -> bool {
+        self.parked >= self.harts.len()
+    }
+
+    fn has_errand(&self, id: u32) -> bool {
+        self.errands.iter().any(|(hart, _)| *hart == id)
+    }
+
+    fn take_errand(&mut self, id: u32) -> Option<Errand> {
+        let at = self.errands.iter().position(|(hart, _)| *hart == id)?;
+        Some(self.errands.remove(at).1)
     }
 
     fn kick_all(&self) {
@@ -58,6 +98,14 @@ pub(super) enum Order {
     Run,
     Park,
     End,
+}
+
+/// Why a hart no longer waits.
+pub(super) enum Rested {
+    Run,
+    End,
+    /// To do this, and to wait again.
+    Visited(Errand),
 }
 
 impl Control {
@@ -84,6 +132,10 @@ impl Control {
             state.kick_all();
             self.changed.notify_all();
         }
+        // Who waits for an errand learns by its loss that nobody will run it; not under the lock, since it is their code.
+        let lost = std::mem::take(&mut state.errands);
+        drop(state);
+        drop(lost);
         first
     }
 
@@ -99,7 +151,7 @@ impl Control {
             state.kick_all();
         }
         let state = self.wait_while(state, |state| {
-            state.stop.is_none() && state.paused && state.parked < state.harts.len()
+            state.stop.is_none() && state.paused && !state.all_are_out()
         });
         state.stop.is_none() && state.paused
     }
@@ -110,6 +162,79 @@ impl Control {
         self.changed.notify_all();
     }
 
+    /// Keeps all harts from the guest until [`Control::release`], whether they have started or not. Returns at once: callable
+    /// from a hart's own thread. [`Control::await_held`] waits.
+    pub fn hold(&self) {
+        let mut state = self.lock();
+        state.held = Held::Everybody;
+        state.kick_all();
+    }
+
+    /// Keeps one more hart from the guest. Returns at once, as [`Control::hold`] does.
+    pub fn hold_one(&self, id: u32) {
+        let mut state = self.lock();
+        match &mut state.held {
+            Held::Everybody => {}
+            Held::These(harts) => _ = harts.insert(id),
+            held => *held = Held::These(BTreeSet::from([id])),
+        }
+        for hart in state.harts.iter().filter(|hart| hart.id == id) {
+            hart.kick.kick();
+        }
+    }
+
+    /// Waits until all harts are out of the guest after [`Control::hold`], with true registers. False where the machine ends.
+    /// Not to be called by a hart's thread or with a device's lock held.
+    pub fn await_held(&self) -> bool {
+        let state = self.lock();
+        let state = self.wait_while(state, |state| state.stop.is_none() && !state.all_are_out());
+        state.stop.is_none()
+    }
+
+    /// Lets go of all harts, or of those in `only` and no others.
+    pub fn release(&self, only: Option<&[u32]>) {
+        let mut state = self.lock();
+        state.held = match only {
+            None => Held::Nobody,
+            Some(harts) => {
+                let others = state.harts.iter().map(|hart| hart.id);
+                Held::These(others.filter(|id| !harts.contains(id)).collect())
+            }
+        };
+        self.changed.notify_all();
+    }
+
+    /// The harts whose threads live, in ascending order.
+    #[must_use]
+    pub fn harts(&self) -> Vec<u32> {
+        let mut harts: Vec<u32> = self.lock().harts.iter().map(|hart| hart.id).collect();
+        harts.sort_unstable();
+        harts
+    }
+
+    /// Has a hart that is out of the guest do `errand` on its own thread, where alone its registers are to be reached, and waits for
+    /// the result. `None` where there is no such hart, or the machine ends first. A hart that is not held or paused does
+    /// it when it next is.
+    pub fn visit<R: Send + 'static>(
+        &self,
+        id: u32,
+        errand: impl FnOnce(&mut dyn Hart) -> R + Send + 'static,
+    ) -> Option<R> {
+        let (give, take) = sync_channel(1);
+        let errand: Errand = Box::new(move |hart| {
+            // Nobody waits any more where the visitor's thread died.
+            let _ = give.send(errand(hart));
+        });
+        let mut state = self.lock();
+        if state.stop.is_some() || !state.harts.iter().any(|hart| hart.id == id) {
+            return None;
+        }
+        state.errands.push((id, errand));
+        self.changed.notify_all();
+        drop(state);
+        take.recv().ok()
+    }
+
     /// Says that something has happened which wakes a system that sleeps in SBI SUSP: console input, a rising interrupt
     /// line. Cheap where none sleeps, and callable with a device's lock held.
     pub fn wake(&self) {
@@ -117,6 +242,13 @@ impl Control {
         state.wakes = state.wakes.wrapping_add(1);
         if state.asleep > 0 {
             self.changed.notify_all();
+        }
+    }
+
+    /// Gets hart `id` out of the guest for a moment, to do what has become due.
+    pub(super) fn kick(&self, id: u32) {
+        if let Some(hart) = self.lock().harts.iter().find(|hart| hart.id == id) {
+            hart.kick.kick();
         }
     }
 
@@ -159,11 +291,11 @@ impl Control {
     }
 
     /// What a hart is to do now.
-    pub(super) fn order(&self) -> Order {
+    pub(super) fn order(&self, id: u32) -> Order {
         let state = self.lock();
         match state.stop {
             Some(_) => Order::End,
-            None if state.may_run() => Order::Run,
+            None if state.may_run(id) => Order::Run,
             None => Order::Park,
         }
     }
@@ -173,38 +305,49 @@ impl Control {
         self.lock().wakes
     }
 
-    /// Waits until the hart may run; false where the run ends.
-    pub(super) fn park(&self) -> bool {
-        self.rest(None)
+    /// Waits until the hart may run, is visited, or the run ends.
+    pub(super) fn park(&self, id: u32) -> Rested {
+        self.rest(id, None)
     }
 
     /// As [`Control::park`], and until there were other than `events` host events.
-    pub(super) fn sleep(&self, events: u64) -> bool {
-        self.rest(Some(events))
+    pub(super) fn sleep(&self, id: u32, events: u64) -> Rested {
+        self.rest(id, Some(events))
     }
 
-    fn rest(&self, events: Option<u64>) -> bool {
+    fn rest(&self, id: u32, events: Option<u64>) -> Rested {
         let mut state = self.lock();
         state.parked += 1;
         self.changed.notify_all();
         if let Some(events) = events {
             state.asleep += 1;
-            state = self.wait_while(state, |state| state.stop.is_none() && state.wakes == events);
+            state = self.wait_while(state, |state| {
+                state.stop.is_none() && state.wakes == events && !state.has_errand(id)
+            });
             state.asleep -= 1;
         }
-        state = self.wait_while(state, |state| state.stop.is_none() && !state.may_run());
+        state = self.wait_while(state, |state| {
+            state.stop.is_none() && !state.may_run(id) && !state.has_errand(id)
+        });
         state.parked -= 1;
-        state.stop.is_none()
+        match state.take_errand(id) {
+            _ if state.stop.is_some() => Rested::End,
+            Some(errand) => Rested::Visited(errand),
+            None => Rested::Run,
+        }
     }
 
     fn leave(&self, id: u32) {
         let mut state = self.lock();
         state.harts.retain(|hart| hart.id != id);
+        let lost = std::mem::take(&mut state.errands);
         if state.stop.is_none() {
             state.stop = Some(StopReason::HostFailure(format!("The thread of hart {id} died")));
             state.kick_all();
         }
         self.changed.notify_all();
+        drop(state);
+        drop(lost);
     }
 
     /// A thread that panicked has left the state whole: nothing in here can panic half way.

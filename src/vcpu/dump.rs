@@ -35,6 +35,27 @@ pub fn dump(hart: &dyn Hart) -> String {
     text
 }
 
+/// Every register that there is to be read, and its name.
+pub fn registers() -> impl Iterator<Item = (&'static str, Reg)> {
+    let first = [("pc", Reg::Pc), ("mode", Reg::Mode)];
+    let integers = (1..).zip(NAMES.iter().skip(1)).map(|(number, name)| (*name, Reg::X(number)));
+    let csrs = [
+        ("sstatus", Csr::Sstatus),
+        ("sie", Csr::Sie),
+        ("sip", Csr::Sip),
+        ("stvec", Csr::Stvec),
+        ("sscratch", Csr::Sscratch),
+        ("sepc", Csr::Sepc),
+        ("scause", Csr::Scause),
+        ("stval", Csr::Stval),
+        ("satp", Csr::Satp),
+        ("scounteren", Csr::Scounteren),
+        ("senvcfg", Csr::Senvcfg),
+        ("sstateen0", Csr::Sstateen0),
+    ];
+    first.into_iter().chain(integers).chain(csrs.map(|(name, csr)| (name, Reg::Csr(csr))))
+}
+
 fn block(text: &mut String, hart: &dyn Hart, regs: impl Iterator<Item = (&'static str, Reg)>) {
     let mut column = 0;
     for (name, reg) in regs {

@@ -14,8 +14,14 @@ pub enum Reg {
     X(u8),
     /// Privilege mode: 1 supervisor, 0 user.
     Mode,
+    /// `time` as the guest reads it, in ticks of its timebase; to be read only.
+    Time,
     /// A supervisor CSR of the guest.
     Csr(Csr),
+    /// Floating-point register `f0` to `f31`, its 64 bits. Refused with ENOENT where the vCPU has no D extension.
+    F(u8),
+    /// `fcsr`, 32 bits in the lower half. Refused as [`Reg::F`] is.
+    Fcsr,
 }
 
 /// The supervisor CSRs that KVM keeps for a guest (Privileged specification, chapter 12).
@@ -35,6 +41,13 @@ pub enum Csr {
     Senvcfg,
     /// Needs Smstateen; refused with ENOENT where the vCPU lacks it.
     Sstateen0,
+    /// Needs Ssaia, as the next two do; refused with ENOENT where the vCPU lacks it.
+    Siselect,
+    /// The priorities of the guest's major interrupts, one byte each, which it reaches as `iprio` registers through `sireg` (AIA
+    /// specification, "Interrupts for Virtual Machines").
+    Hviprio1,
+    /// The rest of them.
+    Hviprio2,
 }
 
 /// One vCPU. All methods are called on the vCPU's own thread, except before that thread starts.
@@ -52,6 +65,9 @@ pub trait Hart: Send {
     /// Only what leaves the vCPU unusable; all that a guest can provoke is an [`Exit`].
     fn enter(&mut self) -> io::Result<Exit<'_>>;
 
+    /// What the last [`Hart::enter`] returned, once more; asked before anything else is done with the hart.
+    fn exit(&mut self) -> Exit<'_>;
+
     /// Completes the last exit (destination register, program counter) without running the guest, so that registers
     /// are true and may be written.
     fn settle(&mut self) -> io::Result<()>;
@@ -59,7 +75,17 @@ pub trait Hart: Send {
     /// Forgets the last exit: the instruction is not completed and the program counter stays at it.
     fn abandon(&mut self);
 
-    /// Reads a register. The last exit must be settled or abandoned first.
+    /// Has every `ebreak` of the guest come out as [`Exit::Debug`], with the program counter at it, whatever the privilege mode;
+    /// otherwise the guest's own trap vector gets them.
+    ///
+    /// # Errors
+    /// The kernel has no guest debugging.
+    fn trap_ebreaks(&mut self, on: bool) -> io::Result<()>;
+
+    /// Sets or clears bits of the guest's `sip` that no device drives (SSIP, STIP), and leaves the others as they are.
+    fn set_pending(&mut self, bits: u64, on: bool) -> io::Result<()>;
+
+    /// Reads a register. While the last exit is neither settled nor abandoned, they are those of the instruction that made it.
     fn get(&self, reg: Reg) -> io::Result<u64>;
 
     /// Writes a register. The last exit must be settled or abandoned first.

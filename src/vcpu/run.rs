@@ -2,15 +2,16 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::sync_channel;
 use std::thread::{self, JoinHandle};
 
 use log::debug;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-use super::control::{Control, Order, Service};
+use super::control::{Control, Order, Rested, Service};
 use super::dispatch::{Flow, dispatch};
 use super::hart::{Csr, Hart, Reg};
+use super::record::Recorder;
 use super::sbi;
 use super::stop::StopReason;
 use super::trap;
@@ -24,7 +25,7 @@ const SEIP: u64 = 1 << 9;
 
 /// Gives a hart its thread, `vcpuN`, on host CPU `affinity` if one is named. When this returns the hart is bound and known
 /// to `control`; it waits for [`Control::start`], and runs until `control` has a reason to stop. The thread drops the hart
-/// before [`Control::wait`] returns.
+/// before [`Control::wait`] returns. `recorder` sees its exits and is dropped with it.
 ///
 /// # Errors
 /// The host gives no thread, has no such CPU, or cannot bind the hart; the message says which.
@@ -33,10 +34,23 @@ pub fn spawn_hart(
     world: Arc<World>,
     control: Arc<Control>,
     affinity: Option<u32>,
+    recorder: impl Recorder,
 ) -> io::Result<JoinHandle<()>> {
     let id = hart.id();
     let (report, bound) = sync_channel(1);
-    let body = move || serve(hart, &world, &control, affinity, &report);
+    let body = move || {
+        // The spawner waits for the report, so that it can always be sent.
+        let mut hart = hart;
+        match begin(hart.as_mut(), &control, affinity) {
+            Ok(service) => {
+                let _ = report.send(Ok(()));
+                serve(hart, service, &world, &control, recorder);
+            }
+            Err(error) => {
+                let _ = report.send(Err(error));
+            }
+        }
+    };
     let thread = thread::Builder::new().name(format!("vcpu{id}")).stack_size(STACK).spawn(body)?;
     match bound.recv() {
         Ok(Ok(())) => Ok(thread),
@@ -47,21 +61,12 @@ pub fn spawn_hart(
 
 fn serve(
     mut hart: Box<dyn Hart>,
+    service: Service,
     world: &World,
     control: &Arc<Control>,
-    affinity: Option<u32>,
-    report: &SyncSender<io::Result<()>>,
+    mut recorder: impl Recorder,
 ) {
-    // The spawner waits for the report, so that it can always be sent.
-    let service = match begin(hart.as_mut(), control, affinity) {
-        Ok(service) => service,
-        Err(error) => {
-            let _ = report.send(Err(error));
-            return;
-        }
-    };
-    let _ = report.send(Ok(()));
-    let reason = live(hart.as_mut(), world, control).unwrap_or_else(|error| {
+    let reason = live(hart.as_mut(), world, control, &mut recorder).unwrap_or_else(|error| {
         let id = hart.id();
         Some(StopReason::HostFailure(format!("Hart {id} cannot go on: {error}")))
     });
@@ -69,6 +74,7 @@ fn serve(
         control.stop(reason);
     }
     debug!("Hart {} ends", hart.id());
+    drop(recorder);
     drop(hart);
     drop(service);
 }
@@ -105,19 +111,35 @@ fn pin(hart: u32, cpu: u32) -> io::Result<()> {
 }
 
 /// The loop. `None` where the control ended it.
-fn live(hart: &mut dyn Hart, world: &World, control: &Control) -> io::Result<Option<StopReason>> {
+fn live(
+    hart: &mut dyn Hart,
+    world: &World,
+    control: &Control,
+    recorder: &mut impl Recorder,
+) -> io::Result<Option<StopReason>> {
     if !obey(hart, control)? {
         return Ok(None);
     }
     loop {
+        recorder.entering();
         // The exit stays where it is: to move it would cost as much as the rest of this loop.
         let flow = match hart.enter() {
-            Ok(ref mut exit) => match dispatch(exit, world) {
-                Flow::Resume => continue,
-                other => other,
-            },
+            Ok(ref mut exit) => {
+                recorder.left();
+                let flow = dispatch(exit, world);
+                recorder.answered(exit, &flow);
+                match flow {
+                    Flow::Resume if !recorder.wants_pc(&Flow::Resume) => continue,
+                    other => other,
+                }
+            }
             Err(error) => return Err(error),
         };
+        if recorder.wants_pc(&flow)
+            && let Ok(pc) = hart.get(Reg::Pc)
+        {
+            recorder.at(pc);
+        }
         match flow {
             Flow::Resume => {}
             Flow::Retry => {
@@ -127,6 +149,9 @@ fn live(hart: &mut dyn Hart, world: &World, control: &Control) -> io::Result<Opt
             Flow::Yield => {
                 if !obey(hart, control)? {
                     return Ok(None);
+                }
+                if let Some(firmware) = &world.firmware {
+                    firmware.attend(hart)?;
                 }
             }
             Flow::Suspend => {
@@ -147,12 +172,23 @@ fn live(hart: &mut dyn Hart, world: &World, control: &Control) -> io::Result<Opt
 /// Does what the control says; false where the run ends.
 #[cold]
 fn obey(hart: &mut dyn Hart, control: &Control) -> io::Result<bool> {
-    match control.order() {
+    match control.order(hart.id()) {
         Order::Run => Ok(true),
         Order::End => Ok(false),
         Order::Park => {
             hart.settle()?;
-            Ok(control.park())
+            Ok(rest(hart, |id| control.park(id)))
+        }
+    }
+}
+
+/// Waits, and does what the hart is visited for meanwhile; false where the run ends.
+fn rest(hart: &mut dyn Hart, wait: impl Fn(u32) -> Rested) -> bool {
+    loop {
+        match wait(hart.id()) {
+            Rested::Run => return true,
+            Rested::End => return false,
+            Rested::Visited(errand) => errand(hart),
         }
     }
 }
@@ -164,5 +200,5 @@ fn sleep(hart: &mut dyn Hart, world: &World, control: &Control) -> io::Result<bo
     hart.settle()?;
     let events = control.events();
     let pending = hart.get(Reg::Csr(Csr::Sip))? & SEIP != 0 || sbi::has_input(world);
-    if pending { obey(hart, control) } else { Ok(control.sleep(events)) }
+    if pending { obey(hart, control) } else { Ok(rest(hart, |id| control.sleep(id, events))) }
 }

@@ -1,4 +1,11 @@
 //! For tests, here and in the machine: a hart that plays a script, a UART that does as it is told, and a world around them.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
+#![cfg_attr(fuzzing, allow(dead_code, reason = "fuzzers play with a part of it"))]
 
 use std::collections::VecDeque;
 use std::io;
@@ -8,7 +15,7 @@ use rvmm_devices::{Access, Bus, FdtDesc, MmioDevice};
 
 use super::World;
 use super::exit::{CsrAccess, Exit, Fault, SbiCall, SystemEvent};
-use super::hart::{Hart, Kick, Reg};
+use super::hart::{Csr, Hart, Kick, Reg};
 use crate::config::Unassigned;
 use crate::layout::Span;
 use crate::memory::GuestRam;
@@ -62,6 +69,7 @@ pub(crate) enum Event {
     Settled,
     Abandoned,
     Interrupted,
+    Ebreaks(bool),
 }
 
 /// A hart that plays a script, then idles in the guest.
@@ -178,15 +186,23 @@ impl Hart for ScriptHart {
             }
             return Ok(self.interrupted());
         }
-        let step = self.step.insert(self.script.pop_front().unwrap_or(Step::Idle));
-        Ok(match step {
-            Step::Load { addr, len } => {
-                self.data = vec![0xa5; *len];
-                Exit::MmioRead { addr: *addr, data: &mut self.data }
-            }
+        let step = self.script.pop_front().unwrap_or(Step::Idle);
+        match &step {
+            Step::Load { len, .. } => self.data = vec![0xa5; *len],
+            Step::Sbi { .. } => self.sbi = [u64::MAX - 1, 0],
+            Step::Broken => return Err(io::Error::other("broken")),
+            _ => {}
+        }
+        self.step = Some(step);
+        Ok(self.exit())
+    }
+
+    fn exit(&mut self) -> Exit<'_> {
+        let Some(step) = &self.step else { return Exit::Interrupted };
+        match step {
+            Step::Load { addr, .. } => Exit::MmioRead { addr: *addr, data: &mut self.data },
             Step::Store { addr, bytes } => Exit::MmioWrite { addr: *addr, data: bytes },
             Step::Sbi { extension, function, args } => {
-                self.sbi = [u64::MAX - 1, 0];
                 let (extension, function) = (*extension, *function);
                 Exit::Sbi(SbiCall { extension, function, args, ret: &mut self.sbi })
             }
@@ -197,10 +213,15 @@ impl Hart for ScriptHart {
             Step::Debug => Exit::Debug,
             Step::Fault(fault) => Exit::Fault(*fault),
             Step::Unknown(reason) => Exit::Unknown(*reason),
-            Step::Idle => Exit::Interrupted,
-            Step::Broken => return Err(io::Error::other("broken")),
+            Step::Idle | Step::Broken => Exit::Interrupted,
             Step::Panic => panic!("a hart's thread panics on purpose"),
-        })
+        }
+    }
+
+    fn set_pending(&mut self, bits: u64, on: bool) -> io::Result<()> {
+        let sip = Reg::Csr(Csr::Sip);
+        let old = self.get(sip)?;
+        self.set(sip, if on { old | bits } else { old & !bits })
     }
 
     fn settle(&mut self) -> io::Result<()> {
@@ -212,6 +233,11 @@ impl Hart for ScriptHart {
     fn abandon(&mut self) {
         self.step = None;
         self.diary.note(Event::Abandoned);
+    }
+
+    fn trap_ebreaks(&mut self, on: bool) -> io::Result<()> {
+        self.diary.note(Event::Ebreaks(on));
+        Ok(())
     }
 
     fn get(&self, reg: Reg) -> io::Result<u64> {

@@ -17,6 +17,7 @@ use log::warn;
 use super::dispatch::Trouble;
 use super::dump::dump;
 use super::exit::Fault;
+use super::firmware::Answer;
 use super::hart::{Csr, Hart, Reg};
 use super::insn::{self, Kind, Operand};
 use super::stop::StopReason;
@@ -30,6 +31,7 @@ mod cause {
     pub(super) const BREAKPOINT: u64 = 3;
     pub(super) const LOAD_ACCESS: u64 = 5;
     pub(super) const STORE_ACCESS: u64 = 7;
+    pub(super) const CALL_FROM_USER: u64 = 8;
     pub(super) const FETCH_PAGE: u64 = 12;
 }
 
@@ -39,17 +41,18 @@ mod sstatus {
     pub(super) const SPP: u64 = 1 << 8;
 }
 
-const SUPERVISOR: u64 = 1;
+pub(super) const SUPERVISOR: u64 = 1;
+const USER: u64 = 0;
 
 /// An exception: `scause` and `stval`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Trap {
+pub(super) struct Trap {
     cause: u64,
     tval: u64,
 }
 
 /// The instruction at the program counter, or why the hart cannot have it.
-enum Fetched {
+pub(super) enum Fetched {
     Word(u32),
     Trap(Trap),
     Lost,
@@ -68,7 +71,7 @@ pub(super) fn resolve(
     hart.abandon();
     let pc = hart.get(Reg::Pc)?;
     match trouble {
-        Trouble::Breakpoint => raise(hart, Trap { cause: cause::BREAKPOINT, tval: pc })?,
+        Trouble::Breakpoint => return breakpoint(hart, world, pc),
         Trouble::Unassigned { addr, write } if world.unassigned == Unassigned::Stop => {
             let dump = dump(hart);
             return Ok(Some(StopReason::UnassignedAccess { hart: hart.id(), addr, write, dump }));
@@ -87,6 +90,26 @@ pub(super) fn resolve(
         }
     }
     Ok(None)
+}
+
+/// The firmware's breakpoints first, then a debugger's; the others are the guest's own.
+fn breakpoint(hart: &mut dyn Hart, world: &World, pc: u64) -> io::Result<Option<StopReason>> {
+    let answer = match &world.firmware {
+        Some(firmware) => firmware.breakpoint(hart, world, pc)?,
+        None => Answer::Strange,
+    };
+    match answer {
+        Answer::Done => {}
+        Answer::Stop(reason) => return Ok(Some(reason)),
+        Answer::Strange if is_planted(hart, world, pc)? => {}
+        Answer::Strange => raise(hart, Trap { cause: cause::BREAKPOINT, tval: pc })?,
+    }
+    Ok(None)
+}
+
+/// Whether a debugger has planted the `ebreak` at `pc`.
+fn is_planted(hart: &dyn Hart, world: &World, pc: u64) -> io::Result<bool> {
+    world.debugger.as_ref().map_or(Ok(false), |debugger| debugger.claims(hart, pc))
 }
 
 /// The access fault of a plain load or store that KVM made an MMIO exit of.
@@ -207,8 +230,25 @@ fn raise(hart: &mut dyn Hart, trap: Trap) -> io::Result<()> {
     hart.set(Reg::Pc, vector)
 }
 
+/// The trap of an `ecall` in user mode.
+pub(super) fn raise_call_from_user(hart: &mut dyn Hart) -> io::Result<()> {
+    raise(hart, Trap { cause: cause::CALL_FROM_USER, tval: 0 })
+}
+
+/// Mode and `sstatus` of a hart after it has returned from the trap that left it with this `sstatus`.
+pub(super) fn before(sstatus: u64) -> (u64, u64) {
+    let mode = if sstatus & sstatus::SPP == 0 { USER } else { SUPERVISOR };
+    let enabled = if sstatus & sstatus::SPIE == 0 { 0 } else { sstatus::SIE };
+    (mode, sstatus & !(sstatus::SIE | sstatus::SPP) | enabled | sstatus::SPIE)
+}
+
+/// `sstatus` with the interrupts of supervisor mode off.
+pub(super) fn without_interrupts(sstatus: u64) -> u64 {
+    sstatus & !sstatus::SIE
+}
+
 /// The instruction at `pc`, in the two halves in which it may lie on two pages.
-fn fetch(ram: &GuestRam, satp: u64, pc: u64) -> Fetched {
+pub(super) fn fetch(ram: &GuestRam, satp: u64, pc: u64) -> Fetched {
     let half = |va| fetch_half(ram, satp, va);
     match half(pc) {
         Ok(low) if insn::length(low) == 2 => Fetched::Word(u32::from(low)),

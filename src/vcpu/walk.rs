@@ -7,7 +7,7 @@ use crate::memory::{GuestRam, PAGE, RamError};
 
 /// Why a virtual address leads nowhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum WalkError {
+pub enum WalkError {
     /// A page fault: no valid leaf, or not a canonical address.
     Page,
     /// An access fault: a table that is not in RAM.
@@ -26,8 +26,32 @@ const PPN: u64 = (1 << 44) - 1;
 /// Of the low four bits of a NAPOT entry's page number, the pattern that says 64 KiB.
 const NAPOT_64K: u64 = 0b1000;
 
+/// An entry on the way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Step {
+    /// Its level: 0 is that of pages of 4 KiB.
+    pub level: u32,
+    /// Its guest-physical address.
+    pub addr: u64,
+    /// Its value.
+    pub entry: u64,
+}
+
 /// Where virtual address `va` leads under `satp`: a guest-physical address, which need not be in RAM.
-pub(super) fn translate(ram: &GuestRam, satp: u64, va: u64) -> Result<u64, WalkError> {
+pub(crate) fn translate(ram: &GuestRam, satp: u64, va: u64) -> Result<u64, WalkError> {
+    walk(ram, satp, va, |_| {})
+}
+
+/// The same, and tells of every entry that is read.
+///
+/// # Errors
+/// The address leads nowhere: the last step is the one that says so.
+pub fn walk(
+    ram: &GuestRam,
+    satp: u64,
+    va: u64,
+    mut seen: impl FnMut(Step),
+) -> Result<u64, WalkError> {
     let levels = match satp >> 60 {
         0 => return Ok(va),
         8 => 3,
@@ -42,7 +66,9 @@ pub(super) fn translate(ram: &GuestRam, satp: u64, va: u64) -> Result<u64, WalkE
     let mut table = satp & PPN;
     for level in (0..levels).rev() {
         let index = va >> (12 + 9 * level) & 0x1ff;
-        let entry = read_entry(ram, table * PAGE + index * 8)?;
+        let addr = table * PAGE + index * 8;
+        let entry = read_entry(ram, addr)?;
+        seen(Step { level, addr, entry });
         if entry & VALID == 0 || entry & (READ | WRITE) == WRITE {
             return Err(WalkError::Page);
         }

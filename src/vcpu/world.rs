@@ -1,10 +1,13 @@
 //! All that the answer to an exit needs besides the hart.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use rvmm_devices::Bus;
 
+use super::firmware::Firmware;
+use super::hart::Hart;
 use crate::config::Unassigned;
 use crate::memory::GuestRam;
 
@@ -19,7 +22,22 @@ pub struct World {
     /// Guest-physical base of the ns16550a that SBI console calls go through. Without one, what is written vanishes
     /// and there is never anything to read.
     pub console: Option<u64>,
+    /// What stands in for firmware, where the guest needs it.
+    pub firmware: Option<Firmware>,
+    /// Who may have planted an `ebreak` that comes out; nobody where the machine has no debugger.
+    pub debugger: Option<Arc<dyn Debugger>>,
     noticed: AtomicU32,
+}
+
+/// Who plants `ebreak`s in guest memory in order to stop harts there.
+pub trait Debugger: Send + Sync {
+    /// Asked on the hart's own thread about an `ebreak` that came out, with the program counter at it. True where it was planted:
+    /// the hart stays at it, and has been kicked, so that it looks at its [`super::Control`] next. Otherwise the guest has put it
+    /// there and takes it as its own breakpoint exception.
+    ///
+    /// # Errors
+    /// A register cannot be read, which no guest causes.
+    fn claims(&self, hart: &dyn Hart, pc: u64) -> io::Result<bool>;
 }
 
 /// What a guest does that is worth one line in the log, once.
@@ -40,7 +58,15 @@ impl World {
         unassigned: Unassigned,
         console: Option<u64>,
     ) -> Self {
-        Self { bus, ram, unassigned, console, noticed: AtomicU32::new(0) }
+        Self {
+            bus,
+            ram,
+            unassigned,
+            console,
+            firmware: None,
+            debugger: None,
+            noticed: AtomicU32::new(0),
+        }
     }
 
     /// True the first time that this is noticed.

@@ -29,3 +29,30 @@ pub(crate) fn blank_image(folder: &Path, bytes: u64) -> PathBuf {
     }
     path
 }
+
+/// A FAT16 file system of 4 MiB with nothing in it: a boot sector, two tables of 32 sectors, and a root folder of 512 entries
+/// (Microsoft's "FAT: General Overview of On-Disk Format").
+pub(crate) fn blank_fat(folder: &Path) -> PathBuf {
+    const SECTOR: u64 = 512;
+    const TABLE_SECTORS: u16 = 32;
+    let path = folder.join("disk.fat");
+    let file = File::create(&path).expect("a file");
+    let parts: [(u64, &[u8]); 12] = [
+        (0, &[0xeb, 0x3c, 0x90]),
+        (11, &[0, 2, 1, 1, 0, 2]),
+        (17, &512_u16.to_le_bytes()),
+        (19, &8192_u16.to_le_bytes()),
+        (21, &[0xf8]),
+        (22, &TABLE_SECTORS.to_le_bytes()),
+        (38, &[0x29]),
+        (43, b"NO NAME    FAT16   "),
+        (510, &[0x55, 0xaa]),
+        (SECTOR, &[0xf8, 0xff, 0xff, 0xff]),
+        (SECTOR * (1 + u64::from(TABLE_SECTORS)), &[0xf8, 0xff, 0xff, 0xff]),
+        (SECTOR * 8192 - 1, &[0]),
+    ];
+    for (at, bytes) in parts {
+        file.write_all_at(bytes, at).expect("the file system");
+    }
+    path
+}

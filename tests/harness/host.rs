@@ -27,6 +27,40 @@ pub(crate) fn host() -> Option<&'static Host> {
     host.as_ref()
 }
 
+/// The host, for a test to which the interrupt controller is all the same: a short run has such a test on one of its two hosts,
+/// the one whose usual controller is `irqchip`. Any other run has it on every host.
+pub(crate) fn one_host(irqchip: &str) -> Option<&'static Host> {
+    let host = host()?;
+    if length() == Some(Length::Short) && host.irqchips[0] != irqchip {
+        skip(&format!("in a short run the host with {irqchip} has this test (scripts/test long)"));
+        return None;
+    }
+    Some(host)
+}
+
+/// How much a run of `scripts/test` takes on.
+#[derive(PartialEq, Eq)]
+enum Length {
+    /// On two hosts, which share the tests of [`one_host`].
+    Short,
+    /// Everything everywhere, and more often.
+    Long,
+}
+
+/// What `scripts/test` asks for; it leaves that open where it has one host only, and so does everybody else.
+fn length() -> Option<Length> {
+    match std::env::var("RVMM_TEST_RUN").ok()?.as_str() {
+        "short" => Some(Length::Short),
+        "long" => Some(Length::Long),
+        other => panic!("RVMM_TEST_RUN={other} is neither short nor long"),
+    }
+}
+
+/// How often, or how much: one number for a long run, one for any other.
+pub(crate) fn by_length(long: usize, otherwise: usize) -> usize {
+    if length() == Some(Length::Long) { long } else { otherwise }
+}
+
 /// Says aloud that the test that calls this is skipped, whatever the test runner does with output.
 pub(crate) fn skip(why: &str) {
     let thread = std::thread::current();
@@ -70,6 +104,19 @@ pub(crate) fn guest(name: &str) -> PathBuf {
         panic!("{}: {error} (scripts/guests builds it)", path.display());
     }
     path
+}
+
+/// A guest of `guests/foreign/`, a flat binary for 0x8020_0000, as `scripts/foreign` left it; or `None` where it could not be had: then the
+/// test has nothing to do and says so.
+pub(crate) fn foreign(name: &str) -> Option<PathBuf> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/guests/foreign");
+    if let Ok(why) = std::fs::read_to_string(folder.join("skipped")) {
+        skip(why.trim());
+        return None;
+    }
+    let path = folder.join(name);
+    assert!(path.exists(), "{} is missing (scripts/foreign builds it)", path.display());
+    Some(path)
 }
 
 /// Debian's kernel for guests.

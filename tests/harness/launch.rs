@@ -48,6 +48,18 @@ impl Launch {
         self
     }
 
+    /// With this in its environment.
+    pub(crate) fn env(mut self, name: &str, value: &Path) -> Self {
+        self.command.env(name, value);
+        self
+    }
+
+    /// In this folder.
+    pub(crate) fn folder(mut self, path: &Path) -> Self {
+        self.command.current_dir(path);
+        self
+    }
+
     /// With a kernel.
     pub(crate) fn kernel(self, kernel: &Path) -> Self {
         self.args(&["--kernel"]).path("", kernel, "")

@@ -11,11 +11,15 @@ mod launch;
 mod screen;
 mod session;
 
-pub(crate) use disk::blank_image;
-pub(crate) use host::{Debian, Host, busybox, debian, guest, host, kernel, modules, skip};
+pub(crate) use disk::{blank_fat, blank_image};
+pub(crate) use host::{
+    Debian, Host, busybox, by_length, debian, foreign, guest, host, kernel, modules, one_host, skip,
+};
 pub(crate) use launch::Launch;
 pub(crate) use session::Session;
 
+use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 /// How long anything may take before it counts as hanging.
@@ -26,6 +30,18 @@ pub(crate) const STOP_LIMIT: Duration = Duration::from_secs(60);
 /// An rvmm with these arguments, not yet started.
 pub(crate) fn rvmm(arguments: &[&str]) -> Launch {
     Launch::new(env!("CARGO_BIN_EXE_rvmm")).args(arguments)
+}
+
+/// True when a program listens on the Unix socket of this path. Its file alone does not tell: that is there a moment before.
+pub(crate) fn is_listening(path: &Path) -> bool {
+    // Address, references, protocol, flags, type, state, inode, path; the flag is __SO_ACCEPTCON.
+    const LISTENS: &str = "00010000";
+    let path = path.to_str().expect("a path in UTF-8");
+    let sockets = fs::read_to_string("/proc/net/unix").expect("the kernel's list of sockets");
+    sockets.lines().any(|line| {
+        let mut words = line.split_ascii_whitespace();
+        words.nth(3) == Some(LISTENS) && words.nth(3) == Some(path)
+    })
 }
 
 /// The checksum that the guests use: FNV-1a, 64 bits.

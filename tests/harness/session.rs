@@ -1,8 +1,11 @@
 //! A running program.
 
 use std::fs::File;
+use std::io::ErrorKind::{ConnectionRefused, NotFound};
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Child, ChildStdout, ExitStatus};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -58,6 +61,11 @@ impl Session {
     /// Waits until the program says `text` on its output, and gives what it said before that, since the last such text.
     pub(crate) fn expect(&self, text: &str) -> String {
         self.found(text, self.output.find(text, LIMIT))
+    }
+
+    /// The same, where it may not come: none then, or where the program ends.
+    pub(crate) fn says_within(&self, text: &str, limit: Duration) -> Option<String> {
+        self.output.find(text, limit).ok()
     }
 
     /// Waits until the program says `text` on its standard error, and gives what it said before that.
@@ -142,6 +150,25 @@ impl Session {
     /// True while it runs.
     pub(crate) fn is_running(&mut self) -> bool {
         self.wait(Duration::ZERO).is_none()
+    }
+
+    /// Connects to the socket of the running program as soon as it listens; its file is there a moment before.
+    pub(crate) fn connect(&mut self, path: &Path) -> UnixStream {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            match UnixStream::connect(path) {
+                Ok(stream) => {
+                    stream.set_read_timeout(Some(LIMIT)).expect("a time-out");
+                    return stream;
+                }
+                Err(error) if matches!(error.kind(), NotFound | ConnectionRefused) => {
+                    assert!(self.is_running(), "it ended before it listened");
+                    assert!(Instant::now() < deadline, "{}: {error}", path.display());
+                }
+                Err(error) => panic!("{}: {error}", path.display()),
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Waits for the end of the program and gives its exit code.

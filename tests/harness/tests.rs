@@ -1,10 +1,12 @@
 //! The harness against programs that every machine has.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::thread;
 
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, bind, listen, socket};
 use rustix::process::Signal;
 
-use super::harness::{Launch, checksum};
+use super::harness::{LIMIT, Launch, checksum, is_listening};
 
 fn shell(script: &str) -> Launch {
     Launch::new("/bin/sh").args(&["-c", script])
@@ -22,6 +24,8 @@ fn what_a_program_says_is_found_once_and_in_order() {
 #[test]
 fn a_program_that_ends_without_the_words_fails_the_test_at_once() {
     let session = shell("echo something else").start();
+    assert_eq!(session.says_within("some", LIMIT).as_deref(), Some(""));
+    assert_eq!(session.says_within("the words", LIMIT), None);
     assert!(catch_unwind(AssertUnwindSafe(|| session.expect("the words"))).is_err());
 }
 
@@ -74,4 +78,22 @@ fn a_signal_reaches_the_program() {
 fn the_checksum_is_fnv_1a() {
     assert_eq!(checksum(b""), 0xcbf2_9ce4_8422_2325);
     assert_eq!(checksum(b"foobar"), 0x8594_4171_f739_67e8);
+}
+
+#[test]
+fn a_socket_listens_when_the_kernel_says_so_and_is_connected_to_then() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("socket");
+    assert!(!is_listening(&path));
+    // Bound, and there to see, but deaf.
+    let socket = socket(AddressFamily::UNIX, SocketType::STREAM, None).expect("a socket");
+    bind(&socket, &SocketAddrUnix::new(&path).expect("a short path")).expect("a file for it");
+    assert!(path.exists() && !is_listening(&path));
+    let mut session = shell("read line").start();
+    thread::scope(|scope| {
+        let connected = scope.spawn(|| session.connect(&path));
+        listen(&socket, 1).expect("it can");
+        assert!(is_listening(&path));
+        connected.join().expect("a stream");
+    });
 }

@@ -16,10 +16,11 @@ const EMPTY_WORDS: [&str; 10] = [
 ];
 
 /// Names that somebody else's trait gives its methods.
-const THEIR_NAMES: [&str; 1] = ["get_storage_helper"];
+const THEIR_NAMES: [&str; 3] =
+    ["get_storage_helper", "support_thread_extra_info", "thread_extra_info"];
 
 /// Outside crates, and where each may be named: a folder (with `/`) or a file.
-const ROOMS: [(&str, &[&str]); 13] = [
+const ROOMS: [(&str, &[&str]); 14] = [
     ("kvm_ioctls", &["src/kvm/"]),
     ("kvm_bindings", &["src/kvm/"]),
     ("clap", &["src/cli/"]),
@@ -33,10 +34,11 @@ const ROOMS: [(&str, &[&str]); 13] = [
     ("virtio_queue", &["devices/src/virtio/queue.rs"]),
     ("io_uring", &["src/host/disk/uring.rs"]),
     ("imago", &["src/host/disk/qcow2/"]),
+    ("gdbstub", &["src/gdb/"]),
 ];
 
 /// Arrows that must not be: files below the first do not name any of the second.
-const NO_ARROW: [(&str, &[&str]); 10] = [
+const NO_ARROW: [(&str, &[&str]); 12] = [
     ("boot/src/", &["rvmm_devices", "rvmm"]),
     ("devices/src/", &["rvmm_boot", "rvmm"]),
     (
@@ -47,9 +49,14 @@ const NO_ARROW: [(&str, &[&str]); 10] = [
     ("src/memory/", &["crate::machine", "crate::vcpu", "crate::kvm", "crate::cli"]),
     ("src/vcpu/", &["crate::machine", "crate::kvm", "crate::cli", "crate::terminal", "rvmm_boot"]),
     ("src/terminal/", &["crate::machine", "crate::vcpu", "crate::kvm", "crate::cli"]),
+    ("src/trace/", &["crate::machine", "crate::kvm", "crate::cli", "crate::terminal"]),
     ("src/host/", &["crate::machine", "crate::vcpu", "crate::kvm", "crate::cli"]),
     ("src/io_loop", &["crate::machine", "crate::vcpu", "crate::kvm", "crate::cli"]),
     ("src/kvm/", &["crate::cli", "crate::terminal", "crate::io_loop", "rvmm_boot"]),
+    (
+        "src/gdb/",
+        &["crate::machine", "crate::kvm", "crate::cli", "crate::terminal", "crate::io_loop"],
+    ),
 ];
 
 /// Where `unsafe` may be.

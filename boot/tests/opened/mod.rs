@@ -57,6 +57,7 @@ pub fn kernel(bytes: &[u8]) {
         entry: None,
         initrd: None,
         fdt_len: 5000,
+        fdt_at: None,
     };
     if let Err(error) = place(&request) {
         check(&error);

@@ -1,9 +1,12 @@
 //! Kernels, archives and boards made from numbers, for the tests.
 #![allow(dead_code, reason = "each test file uses some of them")]
 
+use std::fmt::{self, Debug, Formatter};
 use std::io::Write;
 use std::path::PathBuf;
+use std::time::Duration;
 
+use rustix::time::{ClockId, Timespec, clock_gettime};
 use rvmm_boot::Region;
 use rvmm_boot::fdt::{
     Board, Chosen, Cpu, DeviceNode, Irqchip, Isa, MmuType, Node, PlicContexts, Property, Value,
@@ -14,6 +17,30 @@ pub(crate) const MIB2: u64 = 2 << 20;
 
 /// The start of RAM.
 pub(crate) const RAM: u64 = 0x8000_0000;
+
+/// What a thread has computed since the beginning, whatever else the machine does.
+pub(crate) struct Work(Timespec);
+
+impl Work {
+    pub(crate) fn begin() -> Self {
+        Self(clock_gettime(ClockId::ThreadCPUTime))
+    }
+
+    fn done(&self) -> Duration {
+        (clock_gettime(ClockId::ThreadCPUTime) - self.0).try_into().unwrap()
+    }
+
+    /// Less than what anybody would wait for; a file that is made to be slow takes minutes.
+    pub(crate) fn is_little(&self) -> bool {
+        self.done() < Duration::from_secs(5)
+    }
+}
+
+impl Debug for Work {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        write!(f, "it took {:?}", self.done())
+    }
+}
 
 /// A folder that vanishes with the test.
 pub(crate) struct Folder(tempfile::TempDir);

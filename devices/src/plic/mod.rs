@@ -28,7 +28,9 @@ use thiserror::Error;
 
 use self::core::Core;
 use self::sources::{SOURCES_MAX, Sources};
-use crate::device::{Access, AccessError, FdtDesc, FdtProperty, FdtValue, MmioDevice, register32};
+use crate::device::{
+    Access, AccessError, FdtDesc, FdtProperty, FdtValue, MmioDevice, RegisterName, register32,
+};
 use crate::irq::IrqLine;
 
 mod reg {
@@ -46,6 +48,20 @@ mod reg {
     /// In a context's page.
     pub(super) const THRESHOLD: u64 = 0;
     pub(super) const CLAIM: u64 = 4;
+}
+
+fn register_name(offset: u64, _: bool) -> Option<&'static str> {
+    Some(match offset {
+        reg::PRIORITY..reg::PENDING => "PRIORITY",
+        reg::PENDING..reg::PENDING_END => "PENDING",
+        reg::ENABLE..reg::CONTEXT => "ENABLE",
+        reg::CONTEXT.. => match (offset - reg::CONTEXT) % reg::CONTEXT_STRIDE {
+            reg::THRESHOLD => "THRESHOLD",
+            reg::CLAIM => "CLAIM",
+            _ => return None,
+        },
+        _ => return None,
+    })
 }
 
 /// Harts that the register map has room for.
@@ -145,6 +161,10 @@ impl MmioDevice for Plic {
 
     fn size(&self) -> u64 {
         Self::SIZE
+    }
+
+    fn register_names(&self) -> RegisterName {
+        register_name
     }
 
     fn read(&mut self, offset: u64, data: &mut [u8]) -> Access {

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use super::lock;
 use crate::console::{ConsoleBackend, NullConsole};
+use crate::flash::{FlashMemory, FlashPlan};
 use crate::host::{Host, HostError, Listener};
 use crate::virtio::blk::testing::MemoryDisk;
 use crate::virtio::blk::{DiskBackend, DiskPlan};
@@ -25,6 +26,7 @@ pub struct MemoryHost {
     disk: Option<MemoryDisk>,
     networks: Arc<Mutex<Vec<(NetworkEnd, MemoryNet)>>>,
     sockets: Arc<Mutex<Vec<(u32, FakeKernel)>>>,
+    flash: Vec<u8>,
 }
 
 impl MemoryHost {
@@ -32,6 +34,12 @@ impl MemoryHost {
     #[must_use]
     pub fn with_disk(disk: MemoryDisk) -> Self {
         Self { disk: Some(disk), ..Self::default() }
+    }
+
+    /// A host on which every flash holds these bytes, and zeroes up to a whole page.
+    #[must_use]
+    pub fn with_flash(bytes: &[u8]) -> Self {
+        Self { flash: bytes.to_vec(), ..Self::default() }
     }
 
     /// The networks opened so far, by what was asked for.
@@ -61,6 +69,12 @@ impl Host for MemoryHost {
         let listener = UnixListener::bind(path).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
         Ok(Box::new(TestListener(listener, path.into())))
+    }
+
+    fn flash(&self, _: &FlashPlan) -> Result<Box<dyn FlashMemory>, HostError> {
+        let mut bytes = self.flash.clone();
+        bytes.resize(bytes.len().max(1).next_multiple_of(4096), 0);
+        Ok(Box::new(TestFlash(bytes)))
     }
 
     fn connect(&self, path: &Path) -> io::Result<UnixStream> {
@@ -102,6 +116,27 @@ impl Host for MemoryHost {
             None => MemoryDisk::new(8).map_err(refused)?,
         };
         Ok(disk.open(plan, memory))
+    }
+}
+
+/// Bytes that no guest can be shown: they have no place that is whole pages.
+#[derive(Debug)]
+struct TestFlash(Vec<u8>);
+
+impl FlashMemory for TestFlash {
+    fn size(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn read(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        let start = usize::try_from(offset).map_err(io::Error::other)?;
+        let part = self.0.get(start..).and_then(|rest| rest.get(..data.len()));
+        data.copy_from_slice(part.ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+
+    fn host_address(&self) -> u64 {
+        0
     }
 }
 

@@ -9,10 +9,11 @@ use std::sync::Arc;
 use log::warn;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::interrupt::{Interrupt, isr};
 use super::queue::{Queue, SetUp};
-use super::work::{Outcome, Work};
-use super::{DmaMemory, VirtioDevice, VirtioError, feature};
+use super::{DmaMemory, VirtioDevice, feature};
 use crate::device::{Access, AccessError};
+use crate::irq::IrqLine;
 
 /// Bits of the status register (virtio 1.3, section 2.1).
 pub(super) mod status {
@@ -24,12 +25,6 @@ pub(super) mod status {
     pub(crate) const FAILED: u32 = 128;
 }
 
-/// Bits of the interrupt status register.
-pub(super) mod isr {
-    pub(crate) const USED_BUFFER: u32 = 1;
-    pub(crate) const CONFIG_CHANGE: u32 = 2;
-}
-
 /// The steps of a start, in order (virtio 1.3, section 3.1.1).
 const STEPS: [u32; 4] =
     [status::ACKNOWLEDGE, status::DRIVER, status::FEATURES_OK, status::DRIVER_OK];
@@ -37,17 +32,18 @@ const STEPS: [u32; 4] =
 /// A device, its queues, and what the driver has made of them.
 pub(super) struct Core {
     pub(super) device: Box<dyn VirtioDevice>,
-    memory: Arc<dyn DmaMemory>,
+    pub(super) memory: Arc<dyn DmaMemory>,
     /// One per queue; the kernel rings them where it can, else a write to QueueNotify does.
     pub(super) kicks: Box<[EventFd]>,
-    has_warned: bool,
+    pub(super) has_warned: bool,
     /// The driver has reset the device, which is not through with what it had taken before. Until it is, the status says
     /// NEEDS_RESET, so that nothing starts.
     is_resetting: bool,
     /// The same for queues that were reset alone, a bit each.
     resetting_queues: u64,
 
-    queues: Box<[Queue]>,
+    pub(super) queues: Box<[Queue]>,
+    pub(super) interrupt: Interrupt,
     pub(super) state: State,
 }
 
@@ -55,25 +51,26 @@ pub(super) struct Core {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct State {
     pub(super) status: u32,
-    pub(super) interrupts: u32,
     pub(super) device_features_sel: u32,
     pub(super) driver_features_sel: u32,
     pub(super) driver_features: u64,
     pub(super) queue_sel: u32,
     pub(super) generation: u32,
     /// Chains that went back unserved because they made no sense.
-    refused: u64,
+    pub(super) refused: u64,
 }
 
 impl Core {
     pub(super) fn new(
         device: Box<dyn VirtioDevice>,
         memory: Arc<dyn DmaMemory>,
+        irq: Arc<dyn IrqLine>,
     ) -> std::io::Result<Self> {
         let queues: Box<[Queue]> =
             (0..).zip(device.queue_sizes()).map(|(index, size)| Queue::new(index, *size)).collect();
         let kick = |_: &Queue| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         let kicks = queues.iter().map(kick).collect::<Result<_, _>>()?;
+        let interrupt = Interrupt::new(irq, device.may_hold())?;
         Ok(Self {
             device,
             memory,
@@ -82,6 +79,7 @@ impl Core {
             is_resetting: false,
             resetting_queues: 0,
             queues,
+            interrupt,
             state: State::default(),
         })
     }
@@ -189,7 +187,7 @@ impl Core {
     }
 
     /// Ends resets that waited for the host's end.
-    fn settle(&mut self) {
+    pub(super) fn settle(&mut self) {
         if (self.is_resetting || self.resetting_queues != 0) && self.device.is_settled() {
             self.resetting_queues = 0;
             if std::mem::take(&mut self.is_resetting) {
@@ -235,7 +233,8 @@ impl Core {
             status::FEATURES_OK => {
                 let taken = self.state.driver_features;
                 // The driver finds out by reading the status back.
-                if taken & !self.offered() == 0 && taken & feature::VERSION_1 != 0 {
+                let is_known = taken & feature::VERSION_1 != 0 || self.device.may_lack_version_1();
+                if taken & !self.offered() == 0 && is_known {
                     self.state.status |= step;
                 }
             }
@@ -257,6 +256,9 @@ impl Core {
         if !self.queues.iter_mut().all(start) {
             self.break_down("a queue is not all in RAM");
             return;
+        }
+        if self.device.raises_line() {
+            self.interrupt.share(true);
         }
         (0..self.queues.len()).for_each(|queue| self.hand_over(queue));
         self.device.activate(self.state.driver_features);
@@ -282,6 +284,9 @@ impl Core {
         self.queues.iter_mut().for_each(|queue| queue.reset(false));
         let State { generation, refused, .. } = self.state;
         self.state = State { generation, refused, ..State::default() };
+        self.interrupt.clear(u32::MAX);
+        self.share_nothing();
+        self.interrupt.forget();
         self.resetting_queues = 0;
         self.is_resetting = !self.device.is_settled();
         if self.is_resetting {
@@ -289,93 +294,34 @@ impl Core {
         }
     }
 
+    /// Nobody works on the queues any more who raises the line.
+    fn share_nothing(&mut self) {
+        if self.device.raises_line() {
+            self.interrupt.share(false);
+        }
+    }
+
     /// Stops all work; the driver's registers stay.
     fn silence(&mut self) {
         self.device.reset();
+        self.share_nothing();
+        self.interrupt.forget();
         self.queues.iter_mut().for_each(Queue::stop);
     }
 
     /// The driver has done what cannot be gone on from.
-    fn break_down(&mut self, why: &str) {
+    pub(super) fn break_down(&mut self, why: &str) {
         if !std::mem::replace(&mut self.has_warned, true) {
             warn!("{}: {why}: the device waits for its reset", self.device.name());
         }
         self.silence();
         self.state.status |= status::NEEDS_RESET;
-        self.state.interrupts |= isr::CONFIG_CHANGE;
-    }
-
-    /// Lets the device work for a bounded time, and draws the consequences.
-    pub(super) fn work(
-        &mut self,
-        task: impl Fn(&mut dyn VirtioDevice, &mut Work<'_>) -> Result<(), VirtioError>,
-        kicked: Option<u16>,
-    ) {
-        let memory = Arc::clone(&self.memory);
-        let mut budget = self.queues.iter().map(Queue::max_size).max().unwrap_or(0);
-        loop {
-            let mut work = Work::new(&mut self.queues, memory.view(), budget);
-            let result = task(self.device.as_mut(), &mut work);
-            let outcome = work.end();
-            budget = outcome.budget;
-            let cut_short = outcome.cut_short;
-            self.note(outcome);
-            self.settle();
-            if let Err(error) = result {
-                self.break_down(&error.to_string());
-                return;
-            }
-            let has_more = self.end_pass(&memory);
-            let own = kicked.map_or(0, |queue| 1 << (queue % 64));
-            if cut_short != 0 || has_more & own == 0 || budget == 0 {
-                // The rest comes after everybody else had a turn.
-                return self.ring_all(has_more | cut_short);
-            }
-            // A device may have looked at other queues too.
-            self.ring_all(has_more & !own);
-        }
-    }
-
-    /// Turns notifications on where a queue was drained, and the interrupt where the driver wants it. Gives the queues
-    /// to which something has come meanwhile, a bit each.
-    fn end_pass(&mut self, memory: &Arc<dyn DmaMemory>) -> u64 {
-        let memory = memory.view();
-        let mut has_more = 0;
-        for (index, queue) in self.queues.iter_mut().enumerate() {
-            if queue.wants_interrupt(memory) {
-                self.state.interrupts |= isr::USED_BUFFER;
-            }
-            if queue.has_more(memory) {
-                has_more |= 1 << (index % 64);
-            }
-        }
-        has_more
-    }
-
-    fn ring_all(&self, queues: u64) {
-        (0..64).filter(|queue| queues >> queue & 1 == 1).for_each(|queue| self.ring(queue));
-    }
-
-    fn note(&mut self, outcome: Outcome) {
-        if outcome.notify && self.state.is_running() {
-            self.state.interrupts |= isr::USED_BUFFER;
-        }
-        if outcome.config_changed {
-            self.state.generation = self.state.generation.wrapping_add(1);
-            if self.state.is_running() {
-                self.state.interrupts |= isr::CONFIG_CHANGE;
-            }
-        }
-        self.state.refused = self.state.refused.saturating_add(outcome.refused.into());
-        if let (Some(why), false) = (outcome.why_refused, self.has_warned) {
-            self.has_warned = true;
-            warn!("{}: a request was refused: {why}", self.device.name());
-        }
+        self.interrupt.raise(isr::CONFIG_CHANGE);
     }
 }
 
 impl State {
-    fn is_running(&self) -> bool {
+    pub(super) fn is_running(&self) -> bool {
         self.status & (status::DRIVER_OK | status::FAILED | status::NEEDS_RESET)
             == status::DRIVER_OK
     }

@@ -8,17 +8,21 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::VirtioDevice;
+use super::hold::Hold;
 use super::life::Core;
 use super::queue::Queue;
 use crate::catalog::{BuildError, Built, Wiring};
 use crate::device::{
-    Access, AccessError, Doorbell, FdtDesc, FdtProperty, FdtValue, Interest, MmioDevice, Source,
-    register32,
+    Access, AccessError, Doorbell, FdtDesc, FdtProperty, FdtValue, Interest, MmioDevice,
+    RegisterName, Source, Unlocked, register32,
 };
-use crate::irq::LatePin;
+use crate::irq::StatusPin;
 
 /// Tokens from here on are the queues' kicks; those below are the device's own.
 pub const KICK: u32 = 1 << 31;
+
+/// The timer of results that wait for others.
+const HOLD: u32 = u32::MAX;
 
 /// Bytes of address space: the registers and all of the configuration space.
 const SIZE: u64 = 0x1000;
@@ -58,6 +62,43 @@ mod reg {
     pub(super) const CONFIG_GENERATION: u64 = 0x0fc;
 }
 
+/// The registers under the names of the specification; what a device has in its configuration space is its own.
+fn register_name(offset: u64, _: bool) -> Option<&'static str> {
+    Some(match offset {
+        reg::MAGIC_VALUE => "MagicValue",
+        reg::VERSION => "Version",
+        reg::DEVICE_ID => "DeviceID",
+        reg::VENDOR_ID => "VendorID",
+        reg::DEVICE_FEATURES => "DeviceFeatures",
+        reg::DEVICE_FEATURES_SEL => "DeviceFeaturesSel",
+        reg::DRIVER_FEATURES => "DriverFeatures",
+        reg::DRIVER_FEATURES_SEL => "DriverFeaturesSel",
+        reg::QUEUE_SEL => "QueueSel",
+        reg::QUEUE_SIZE_MAX => "QueueSizeMax",
+        reg::QUEUE_SIZE => "QueueSize",
+        reg::QUEUE_READY => "QueueReady",
+        reg::QUEUE_NOTIFY => "QueueNotify",
+        reg::INTERRUPT_STATUS => "InterruptStatus",
+        reg::INTERRUPT_ACK => "InterruptACK",
+        reg::STATUS => "Status",
+        reg::QUEUE_DESC_LOW => "QueueDescLow",
+        reg::QUEUE_DESC_HIGH => "QueueDescHigh",
+        reg::QUEUE_DRIVER_LOW => "QueueDriverLow",
+        reg::QUEUE_DRIVER_HIGH => "QueueDriverHigh",
+        reg::QUEUE_DEVICE_LOW => "QueueDeviceLow",
+        reg::QUEUE_DEVICE_HIGH => "QueueDeviceHigh",
+        reg::SHM_SEL => "SHMSel",
+        reg::SHM_LEN_LOW => "SHMLenLow",
+        reg::SHM_LEN_HIGH => "SHMLenHigh",
+        reg::SHM_BASE_LOW => "SHMBaseLow",
+        reg::SHM_BASE_HIGH => "SHMBaseHigh",
+        reg::QUEUE_RESET => "QueueReset",
+        reg::CONFIG_GENERATION => "ConfigGeneration",
+        CONFIG..SIZE => "Config",
+        _ => return None,
+    })
+}
+
 /// "virt", little-endian.
 const MAGIC: u32 = 0x7472_6976;
 /// "RVMM", little-endian: the subsystem vendor, which drivers do not interpret.
@@ -66,9 +107,27 @@ const VENDOR: u32 = 0x4d4d_5652;
 /// A virtio device in a slot of the bus.
 pub struct VirtioMmio {
     core: Core,
-    irq: Arc<LatePin>,
-    /// The level was decided and not driven.
-    is_undriven: bool,
+}
+
+/// The registers that a driver reaches in every interrupt.
+struct InterruptRegisters(Arc<StatusPin>);
+
+impl Unlocked for InterruptRegisters {
+    fn read(&self, offset: u64, data: &mut [u8]) -> bool {
+        let is_ours = offset == reg::INTERRUPT_STATUS && data.len() == 4;
+        if is_ours {
+            data.copy_from_slice(&self.0.status().to_le_bytes());
+        }
+        is_ours
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> bool {
+        let (reg::INTERRUPT_ACK, Ok(bits)) = (offset, data.try_into()) else { return false };
+        if self.0.clear(u32::from_le_bytes(bits)) {
+            self.0.drive();
+        }
+        true
+    }
 }
 
 impl VirtioMmio {
@@ -78,13 +137,9 @@ impl VirtioMmio {
     /// The host has no event descriptors left.
     pub fn create(device: Box<dyn VirtioDevice>, wiring: Wiring) -> Built {
         let model = device.name();
-        let core = Core::new(device, wiring.memory).map_err(|source| BuildError::Host {
-            model,
-            what: "event descriptors",
-            source,
-        })?;
-        let irq = Arc::new(LatePin::new(wiring.irq));
-        Ok(Box::new(Self { core, irq, is_undriven: false }))
+        let core = Core::new(device, wiring.memory, wiring.irq)
+            .map_err(|source| BuildError::Host { model, what: "event descriptors", source })?;
+        Ok(Box::new(Self { core }))
     }
 
     /// Requests that went back to the driver unserved since the device was made, because they made no sense.
@@ -104,7 +159,7 @@ impl VirtioMmio {
             reg::DEVICE_FEATURES => half(core.offered(), state.device_features_sel),
             reg::QUEUE_SIZE_MAX => core.selected().map_or(0, |queue| queue.max_size().into()),
             reg::QUEUE_READY => core.selected().is_some_and(Queue::is_ready).into(),
-            reg::INTERRUPT_STATUS => state.interrupts,
+            reg::INTERRUPT_STATUS => core.interrupt.pin().status(),
             reg::STATUS => state.status,
             reg::SHM_LEN_LOW | reg::SHM_LEN_HIGH | reg::SHM_BASE_LOW | reg::SHM_BASE_HIGH => {
                 u32::MAX
@@ -125,7 +180,7 @@ impl VirtioMmio {
             reg::DRIVER_FEATURES => return core.take_features(value),
             reg::QUEUE_SEL => core.state.queue_sel = value,
             reg::QUEUE_NOTIFY => core.ring(value),
-            reg::INTERRUPT_ACK => core.state.interrupts &= !value,
+            reg::INTERRUPT_ACK => core.interrupt.clear(value),
             reg::STATUS => return core.write_status(value),
             reg::SHM_SEL => {}
             reg::QUEUE_RESET => return core.reset_queue(value),
@@ -146,18 +201,6 @@ impl VirtioMmio {
         }
         Ok(())
     }
-
-    /// The line follows the interrupt status.
-    fn decide_irq(&mut self) {
-        self.is_undriven |= self.irq.decide(self.core.state.interrupts != 0);
-    }
-
-    fn sync_irq(&mut self) {
-        self.decide_irq();
-        if std::mem::take(&mut self.is_undriven) {
-            self.irq.drive();
-        }
-    }
 }
 
 impl MmioDevice for VirtioMmio {
@@ -167,6 +210,10 @@ impl MmioDevice for VirtioMmio {
 
     fn size(&self) -> u64 {
         SIZE
+    }
+
+    fn register_names(&self) -> RegisterName {
+        register_name
     }
 
     fn read(&mut self, offset: u64, data: &mut [u8]) -> Access {
@@ -194,15 +241,14 @@ impl MmioDevice for VirtioMmio {
         let register = register32(offset, data.len())?;
         let value = data.try_into().map(u32::from_le_bytes).map_err(|_| AccessError::Width)?;
         let result = self.write_register(register, value);
-        self.sync_irq();
+        self.core.interrupt.sync();
         result
     }
 
     fn reset(&mut self) {
         self.core.reset_device();
-        // Whatever it was: after a reset nobody's memory of it counts.
-        self.is_undriven = true;
-        self.sync_irq();
+        self.core.interrupt.reset();
+        self.core.interrupt.sync();
     }
 
     fn fdt(&self) -> Option<FdtDesc> {
@@ -228,12 +274,16 @@ impl MmioDevice for VirtioMmio {
         };
         let kicks = (0..).zip(self.core.kicks.iter()).filter(is_own);
         let mut sources: Vec<Source> = kicks.map(kick).collect();
+        let hold = |hold: &Hold| Source { fd: hold.fd(), token: HOLD, interest: Interest::Read };
+        sources.extend(self.core.interrupt.hold.as_ref().map(hold));
         sources.extend(self.core.device.sources());
         sources
     }
 
     fn ready(&mut self, token: u32) {
-        if token & KICK == 0 {
+        if token == HOLD {
+            self.core.look();
+        } else if token & KICK == 0 {
             self.core.work(|device, work| device.ready(token, work), None);
         } else if let Ok(queue) = u16::try_from(token & !KICK) {
             if let Some(kick) = self.core.kicks.get(usize::from(queue)) {
@@ -244,11 +294,14 @@ impl MmioDevice for VirtioMmio {
                 self.core.work(|device, work| device.kicked(queue, work), Some(queue));
             }
         }
-        self.decide_irq();
     }
 
-    fn undriven(&mut self) -> Option<Arc<LatePin>> {
-        std::mem::take(&mut self.is_undriven).then(|| Arc::clone(&self.irq))
+    fn undriven(&mut self) -> Option<Arc<StatusPin>> {
+        self.core.interrupt.undriven()
+    }
+
+    fn unlocked(&self) -> Option<Arc<dyn Unlocked>> {
+        Some(Arc::new(InterruptRegisters(Arc::clone(self.core.interrupt.pin()))))
     }
 
     fn doorbells(&self) -> Vec<Doorbell<'_>> {

@@ -2,12 +2,13 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `life.rs` | the life of a device: status, features, queues, work |
+//! | `life.rs`, `pass.rs` | the life of a device: status, features, queues; and its work |
 //! | `mmio.rs` | the transport: registers and interrupt |
 //! | `queue.rs` | a virtqueue that a driver cannot break; the only one that knows `virtio-queue` |
 //! | `chain.rs` | a descriptor chain, taken apart and judged |
 //! | `work.rs` | what a device works with: chains in, chains out |
 //! | `remote.rs` | queues that somebody else works on |
+//! | `interrupt.rs`, `hold.rs` | the interrupt, and results that wait for others |
 //! | `bucket.rs` | token buckets |
 //! | one file or folder per device | what only that device does |
 //!
@@ -27,10 +28,13 @@ pub mod blk;
 pub mod bucket;
 pub mod chain;
 pub(crate) mod console;
+mod hold;
 pub(crate) mod input;
+mod interrupt;
 mod life;
 pub mod mmio;
 pub mod net;
+mod pass;
 pub mod queue;
 mod remote;
 pub(crate) mod rng;
@@ -81,7 +85,7 @@ pub mod feature {
     pub const INDIRECT_DESC: u64 = 1 << 28;
     /// `VIRTIO_F_EVENT_IDX`: both sides say when they want to hear of the other.
     pub const EVENT_IDX: u64 = 1 << 29;
-    /// `VIRTIO_F_VERSION_1`: not a legacy driver; without it nothing starts.
+    /// `VIRTIO_F_VERSION_1`: not a legacy driver; without it most devices do not start.
     pub const VERSION_1: u64 = 1 << 32;
     /// `VIRTIO_F_RING_RESET`: one queue can be reset alone.
     pub const RING_RESET: u64 = 1 << 40;
@@ -155,6 +159,23 @@ pub trait VirtioDevice: Send {
     /// Every notification of the driver is written to `kick`.
     fn start_remote(&mut self, rings: Rings, kick: &EventFd) {
         let _ = (rings, kick);
+    }
+
+    /// Whether those who work on its queues raise the interrupt line by themselves ([`crate::IrqLine::raise_by`]) while it is active, without a
+    /// word to the transport; constant.
+    fn raises_line(&self) -> bool {
+        false
+    }
+
+    /// Whether a driver may do without [`feature::VERSION_1`] (virtio 1.3, 6.2: a device may refuse to go on then): only where nothing that
+    /// passes between the two looks different without it; constant.
+    fn may_lack_version_1(&self) -> bool {
+        false
+    }
+
+    /// Whether results may wait for others for a moment, so that one interrupt is for several (`hold.rs`); constant.
+    fn may_hold(&self) -> bool {
+        false
     }
 
     /// The driver is ready (DRIVER_OK) and has taken `features` of those offered.

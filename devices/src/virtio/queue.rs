@@ -259,6 +259,13 @@ impl Queue {
         active.ring.enable_notification(memory).unwrap_or(false)
     }
 
+    /// Chains that went back since the last call of [`wants_interrupt`](Self::wants_interrupt).
+    pub(super) fn untold(&self) -> u16 {
+        self.active
+            .as_ref()
+            .map_or(0, |active| active.ring.next_used().wrapping_sub(active.considered))
+    }
+
     /// Whether the driver wants an interrupt for what went back since the last call (virtio 1.3, sections 2.7.7 and 2.7.10).
     pub(super) fn wants_interrupt(&mut self, memory: &GuestMemoryMmap) -> bool {
         let Some(active) = &mut self.active else { return false };

@@ -1,8 +1,9 @@
 //! Queues that somebody else works on, another program or the kernel: what is the same for both (QEMU's documentation,
 //! "Vhost-user Protocol", and include/uapi/linux/vhost.h, from which that comes).
 //!
-//! Whoever works on a queue writes to an eventfd for an interrupt. The I/O loop reads it and raises the line, which is a level; an
-//! irqfd would be a pulse, and without an AIA the kernel swallows it.
+//! Whoever works on a queue writes to an eventfd for an interrupt. The I/O loop reads it and raises the line, which is a level. Where
+//! there is an AIA, the kernel may raise the line itself (an irqfd), which spares the way through the I/O thread; it never lowers it, so
+//! the driver's acknowledgement does ([`crate::StatusPin`]). Without an AIA it would swallow the events.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -13,6 +14,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{DmaMemory, Rings, Work};
 use crate::device::{Interest, Source};
+use crate::irq::IrqLine;
 
 /// A queue as it was handed over.
 pub(super) struct Remote {
@@ -33,6 +35,8 @@ impl Remote {
 /// The interrupts of a device's first queues, one eventfd each.
 pub(super) struct Calls {
     all: Vec<Arc<EventFd>>,
+    /// How many of them, the first ones, raise the line without the I/O loop.
+    by_kernel: usize,
     /// The first queue's token; the others follow.
     first: u32,
 }
@@ -41,7 +45,17 @@ impl Calls {
     /// Of `count` queues, whose tokens begin with `first`.
     pub(super) fn new(count: u16, first: u32) -> io::Result<Self> {
         let call = |_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Arc::new);
-        Ok(Self { all: (0..count).map(call).collect::<Result<_, _>>()?, first })
+        Ok(Self { all: (0..count).map(call).collect::<Result<_, _>>()?, by_kernel: 0, first })
+    }
+
+    /// Has them raise `line` without the I/O loop, where that can be had; before a queue is handed over.
+    pub(super) fn raise(&mut self, line: &dyn IrqLine) {
+        self.by_kernel = self.all.iter().take_while(|call| line.raise_by(call)).count();
+    }
+
+    /// Whether some of them raise the line without the I/O loop.
+    pub(super) fn raise_line(&self) -> bool {
+        self.by_kernel > 0
     }
 
     /// The queue that is handed over with these rings and this kick; none where there are no descriptors left: then it stands
@@ -58,7 +72,7 @@ impl Calls {
             token,
             interest: Interest::Read,
         };
-        (self.first..).zip(&self.all).map(source)
+        (self.first..).zip(&self.all).skip(self.by_kernel).map(source)
     }
 
     /// A source of these may be ready.

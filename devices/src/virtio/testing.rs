@@ -136,10 +136,14 @@ impl Rig {
 
     /// Takes these features and VERSION_1, and says whether the device agrees.
     pub fn negotiate(&mut self, features: u64) -> bool {
+        self.negotiate_only(features | feature::VERSION_1)
+    }
+
+    /// Takes these features and no other, and says whether the device agrees.
+    pub fn negotiate_only(&mut self, features: u64) -> bool {
         self.write(0x70, 0);
         self.write(0x70, 1);
         self.write(0x70, status::FOUND);
-        let features = features | feature::VERSION_1;
         for (word, value) in [(0, features & u64::from(u32::MAX)), (1, features >> 32)] {
             self.write(0x24, word);
             self.write(0x20, u32::try_from(value).unwrap());

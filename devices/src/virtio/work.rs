@@ -4,13 +4,14 @@ use vm_memory::GuestMemoryMmap;
 
 use super::VirtioError;
 use super::chain::{Chain, ChainError};
+use super::interrupt::{Interrupt, isr};
 use super::queue::{Popped, Queue};
 
 /// One bounded pass of a device over its queues. What is left at its end is looked at again after everybody else had a turn.
-#[derive(Debug)]
 pub struct Work<'a> {
     queues: &'a mut [Queue],
     memory: &'a GuestMemoryMmap,
+    interrupt: &'a mut Interrupt,
     outcome: Outcome,
 }
 
@@ -31,8 +32,13 @@ pub(super) struct Outcome {
 }
 
 impl<'a> Work<'a> {
-    pub(super) fn new(queues: &'a mut [Queue], memory: &'a GuestMemoryMmap, budget: u16) -> Self {
-        Self { queues, memory, outcome: Outcome { budget, ..Outcome::default() } }
+    pub(super) fn new(
+        queues: &'a mut [Queue],
+        memory: &'a GuestMemoryMmap,
+        interrupt: &'a mut Interrupt,
+        budget: u16,
+    ) -> Self {
+        Self { queues, memory, interrupt, outcome: Outcome { budget, ..Outcome::default() } }
     }
 
     /// Guest RAM.
@@ -93,6 +99,16 @@ impl<'a> Work<'a> {
     #[must_use]
     pub fn budget(&self) -> u16 {
         self.outcome.budget
+    }
+
+    /// Tells the driver of what went back in `queue` so far, where it wants to know, so that it need not wait for the end of the pass.
+    pub fn tell(&mut self, queue: u16) {
+        let queue = self.queues.get_mut(usize::from(queue));
+        if queue.is_some_and(|queue| queue.wants_interrupt(self.memory)) {
+            self.interrupt.raise(isr::USED_BUFFER);
+            // The hart asks for the cause without the device's lock.
+            self.interrupt.sync();
+        }
     }
 
     /// The device has done enough of `queue` for this pass: it is kicked again after everybody else had a turn.

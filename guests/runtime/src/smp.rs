@@ -33,6 +33,15 @@ pub fn suspend_system(job: fn()) -> sbi::Ret {
     sbi::call(sbi::SUSP, 0, [0, (&raw const _start_hart) as usize, slot, 0, 0, 0])
 }
 
+/// Suspends the calling hart, which keeps nothing of its state (SBI 9.4). After the wake-up it runs `job` on a fresh stack, and
+/// then stops; comes back only with an error.
+pub fn suspend(job: fn()) -> sbi::Ret {
+    const NON_RETENTIVE: usize = 0x8000_0000;
+    let slot = slot(trap::hart().id).expect("a hart outside the tree");
+    JOBS[slot].store(job as usize, Ordering::SeqCst);
+    sbi::call(sbi::HSM, 3, [NON_RETENTIVE, (&raw const _start_hart) as usize, slot, 0, 0, 0])
+}
+
 pub(crate) extern "C" fn started(slot: usize) -> ! {
     let job = JOBS[slot].load(Ordering::SeqCst);
     // SAFETY: `start` stored a `fn()` here before it started this hart.

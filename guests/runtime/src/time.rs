@@ -3,6 +3,7 @@
 use core::arch::asm;
 
 use crate::board::Board;
+use crate::{csr_read, sbi};
 
 /// The `time` CSR.
 #[must_use]
@@ -36,5 +37,17 @@ pub fn pause(ms: u64) {
     let start = now();
     while now() - start < ticks(ms) {
         core::hint::spin_loop();
+    }
+}
+
+/// Sets the SBI timer for sure. KVM on a host with Sstc forgets a call when the hart's thread is preempted right behind it:
+/// the comparator, which is the guest's `stimecmp`, then still holds what it held before.
+pub fn set_timer(due: u64) -> sbi::Ret {
+    loop {
+        let ret = sbi::set_timer(due);
+        if ret.error != 0 || !Board::get().has_extension("sstc") || csr_read!("0x14d") as u64 == due
+        {
+            return ret;
+        }
     }
 }

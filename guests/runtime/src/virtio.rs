@@ -49,6 +49,8 @@ pub mod reg {
 
 /// DEVICE_NEEDS_RESET
 pub const NEEDS_RESET: u32 = 64;
+/// VIRTIO_F_INDIRECT_DESC
+pub const INDIRECT_DESC: u64 = 1 << 28;
 /// VIRTIO_F_EVENT_IDX
 pub const EVENT_IDX: u64 = 1 << 29;
 /// VIRTIO_F_VERSION_1
@@ -58,12 +60,18 @@ pub const VERSION_1: u64 = 1 << 32;
 pub const NEXT: u16 = 1;
 /// Descriptor flag: the device writes.
 pub const WRITE: u16 = 2;
+/// Descriptor flag: a table of descriptors.
+pub const INDIRECT: u16 = 4;
+
+/// A descriptor: address, bytes, flags, next.
+pub type Descriptor = (usize, u32, u16, u16);
 
 /// Entries of every queue.
 pub const SIZE: u16 = 8;
 
-/// Bytes of RAM per queue, and where in RAM the first one lies: past image, stacks and tree of a guest of 64 MiB.
+/// Bytes of RAM per queue and per device, and where in RAM the first one lies: past image, stacks and tree of a guest of 64 MiB.
 const ROOM: usize = 0x1_0000;
+const ROOMS: usize = 0x10_0000;
 const CORNER: usize = 0x8300_0000;
 /// Where in a queue's room the rings and the buffers begin.
 const DRIVER: usize = 0x1000;
@@ -147,7 +155,9 @@ impl Device {
     }
 
     fn set_up(&self, index: u32) -> Queue {
-        let room = CORNER + index as usize * ROOM;
+        // One of eight devices.
+        let rooms = CORNER + (self.base >> 12) % 8 * ROOMS;
+        let room = rooms + index as usize * ROOM;
         for at in (room..room + BUFFERS).step_by(8) {
             mmio::write64(at, 0);
         }
@@ -173,8 +183,8 @@ impl Queue {
         self.room + BUFFERS + (number % 8) * 0x1000
     }
 
-    /// Writes a descriptor: address, bytes, flags, next.
-    pub fn describe(&self, index: u16, (addr, len, flags, next): (usize, u32, u16, u16)) {
+    /// Writes a descriptor.
+    pub fn describe(&self, index: u16, (addr, len, flags, next): Descriptor) {
         let at = self.room + 16 * usize::from(index);
         mmio::write64(at, addr as u64);
         mmio::write64(at + 8, u64::from(len) | u64::from(flags) << 32 | u64::from(next) << 48);

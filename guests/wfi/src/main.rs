@@ -55,17 +55,6 @@ fn ticks() -> usize {
     TICKS.load(SeqCst)
 }
 
-/// Sets the SBI timer for sure. KVM on a host with Sstc forgets a call when the hart's thread is preempted right behind it:
-/// the comparator, which is the guest's `stimecmp`, then still holds what it held before.
-fn set_timer(board: &Board, due: u64) -> sbi::Ret {
-    loop {
-        let ret = sbi::set_timer(due);
-        if ret.error != 0 || !board.has_extension("sstc") || csr_read!("0x14d") as u64 == due {
-            return ret;
-        }
-    }
-}
-
 /// Sleeps until `ticks` has changed; the hart takes the interrupt in here.
 fn sleep_until_tick() {
     let before = ticks();
@@ -76,10 +65,10 @@ fn sleep_until_tick() {
     }
 }
 
-fn sbi_timer(board: &'static Board) -> Result<(), Failure> {
+fn sbi_timer(_: &'static Board) -> Result<(), Failure> {
     for wait_ms in [1, 5, 20] {
         let due = time::now() + time::ticks(wait_ms);
-        ensure_eq!(set_timer(board, due).error, 0, "set_timer");
+        ensure_eq!(time::set_timer(due).error, 0, "set_timer");
         sleep_until_tick();
         let now = time::now();
         ensure!(now >= due, "the timer came {} ticks early", due - now);
@@ -87,26 +76,26 @@ fn sbi_timer(board: &'static Board) -> Result<(), Failure> {
     Ok(())
 }
 
-fn edge_timers(board: &'static Board) -> Result<(), Failure> {
+fn edge_timers(_: &'static Board) -> Result<(), Failure> {
     for past in [0, 1, time::now()] {
-        set_timer(board, past);
+        time::set_timer(past);
         sleep_until_tick();
     }
     // Pending and then moved away: no longer pending.
     csr::interrupts_off();
-    set_timer(board, 0);
+    time::set_timer(0);
     let pending = time::wait_until(|| csr_read!("sip") & csr::SIE_TIMER != 0);
     ensure!(pending, "a timer in the past is not pending");
-    set_timer(board, u64::MAX);
+    time::set_timer(u64::MAX);
     ensure_eq!(csr_read!("sip") & csr::SIE_TIMER, 0, "sip.STIP after the timer was moved away");
     Ok(())
 }
 
-fn masked_wfi(board: &'static Board) -> Result<(), Failure> {
+fn masked_wfi(_: &'static Board) -> Result<(), Failure> {
     csr::interrupts_off();
     let before = ticks();
     let due = time::now() + time::ticks(5);
-    set_timer(board, due);
+    time::set_timer(due);
     while csr_read!("sip") & csr::SIE_TIMER == 0 {
         csr::wait_for_interrupt();
     }
@@ -136,7 +125,7 @@ fn sstc(board: &'static Board) -> Result<(), Failure> {
 fn every_hart(board: &'static Board) -> Result<(), Failure> {
     fn job() {
         csr_set!("sie", csr::SIE_TIMER);
-        set_timer(Board::get(), time::now() + time::ticks(5));
+        time::set_timer(time::now() + time::ticks(5));
         sleep_until_tick();
         csr_clear!("sie", csr::SIE_TIMER);
     }

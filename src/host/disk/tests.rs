@@ -712,7 +712,8 @@ fn a_driver_reaches_the_file_through_the_device_and_its_event_loop() {
             assert!(read[..8192] == data && read[8192] == 0);
         }
         assert!(fs::read(path).unwrap()[..8192] == data);
-        assert_eq!(turn(rig.device.as_mut(), 0).unwrap(), 0, "the loop sleeps");
+        // The last results may wait for others; then the loop sleeps.
+        rig.run();
     }
 }
 

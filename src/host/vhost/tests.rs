@@ -13,7 +13,7 @@ use rvmm_devices::{Host, Model, Options};
 
 use super::*;
 use crate::host::Linux;
-use crate::host::tap::tests::{Cable, ETHERTYPE, frame, in_a_namespace};
+use crate::host::tap::tests::{Cable, ETHERTYPE, attached, frame, in_a_namespace};
 
 /// A device on this machine's kernel, or why there is none.
 fn build(text: &str) -> Result<Rig, String> {
@@ -111,6 +111,23 @@ fn the_kernel_moves_frames_until_a_reset_and_again_after_it() {
         cable.send(&frame(100));
         thread::sleep(Duration::from_millis(100));
         assert_eq!(rig.take_used(0), None, "nothing comes after a reset");
+    });
+}
+
+#[test]
+fn a_tap_that_was_handed_over_is_the_kernels_as_often_as_it_is_wanted() {
+    if !has(&NET) {
+        return;
+    }
+    in_a_namespace(|| {
+        let tap = attached("t0");
+        let cable = Cable::to("t0");
+        for round in 0..3 {
+            let mut rig = build(&format!("net,fd={},vhost=on", tap.as_raw_fd())).unwrap();
+            rig.start(bit::MRG_RXBUF);
+            feed(&mut rig, 8);
+            exchange(&mut rig, &cable, 300 + round);
+        }
     });
 }
 

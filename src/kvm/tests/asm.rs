@@ -9,6 +9,7 @@ pub(super) const A6: u32 = 16;
 pub(super) const A7: u32 = 17;
 
 pub(super) const ECALL: u32 = 0x0000_0073;
+pub(super) const EBREAK: u32 = 0x0010_0073;
 pub(super) const WFI: u32 = 0x1050_0073;
 /// `j .`
 pub(super) const SPIN: u32 = 0x0000_006f;
@@ -16,6 +17,7 @@ pub(super) const SPIN: u32 = 0x0000_006f;
 pub(super) const SSTATUS: u32 = 0x100;
 pub(super) const SIE: u32 = 0x104;
 pub(super) const STVEC: u32 = 0x105;
+pub(super) const SCAUSE: u32 = 0x142;
 
 fn i_type(opcode: u32, funct3: u32, rd: u32, rs1: u32, imm: u32) -> u32 {
     opcode | rd << 7 | funct3 << 12 | rs1 << 15 | (imm & 0xfff) << 20
@@ -56,6 +58,17 @@ pub(super) fn csrw(csr: u32, rs1: u32) -> u32 {
     i_type(0x73, 1, 0, rs1, csr)
 }
 
+/// `csrrw rd, csr, rs1`
+pub(super) fn csrrw(rd: u32, csr: u32, rs1: u32) -> u32 {
+    i_type(0x73, 1, rd, rs1, csr)
+}
+
+/// `j` to `words` instructions before this one, 255 at most.
+pub(super) fn jump_back(words: u32) -> u32 {
+    // All of the upper bits of the offset are those of its sign.
+    0x801f_f06f | ((4 * words).wrapping_neg() & 0x7fe) << 20
+}
+
 /// `csrs csr, rs1`
 pub(super) fn csrs(csr: u32, rs1: u32) -> u32 {
     i_type(0x73, 2, 0, rs1, csr)
@@ -83,6 +96,8 @@ fn the_encodings_are_those_of_the_gnu_assembler() {
     assert_eq!(store(3, A0, T0, 0x28), 0x02a2_b423);
     assert_eq!(amoadd_w(A0, A1, T0), 0x00b2_a52f);
     assert_eq!(csrw(STVEC, T0), 0x1052_9073);
+    assert_eq!(csrrw(A0, 0x15c, ZERO), 0x15c0_1573);
+    assert_eq!((jump_back(1), jump_back(5)), (0xffdf_f06f, 0xfedf_f06f));
     assert_eq!(csrs(SIE, T0), 0x1042_a073);
     assert_eq!(csrr(A0, SSTATUS), 0x1000_2573);
 }

@@ -108,6 +108,23 @@ fn a_jump_to_where_nothing_is_is_a_fault_or_the_guests_own_trap() {
 }
 
 #[test]
+fn an_ebreak_comes_out_only_where_that_was_asked_for() {
+    let trap = 4 * 4;
+    let code = [here(T1), addi(T1, T1, trap), csrw(STVEC, T1), EBREAK];
+    let code = [&code[..], &[csrr(A0, SCAUSE)], &call()].concat();
+    let guest = Guest::new(&code);
+    let mut hart = guest.hart(0);
+    hart.trap_ebreaks(true).unwrap();
+    for _ in 0..2 {
+        let exit = hart.enter().unwrap();
+        assert!(matches!(exit, Exit::Debug), "{exit:?}");
+        assert_eq!(hart.get(Reg::Pc).unwrap(), BASE + 12);
+    }
+    hart.trap_ebreaks(false).unwrap();
+    assert_eq!(called(hart.as_mut(), [0; 2]).1[0], 3);
+}
+
+#[test]
 fn settling_completes_a_load_without_running_on() {
     let code = [&li(T0, 0x1000_0000)[..], &[load(3, A0, T0, 0), addi(A0, A0, 1)], &call()].concat();
     let guest = Guest::new(&code);
@@ -326,4 +343,32 @@ fn a_doorbell_rings_without_an_exit_and_only_with_its_own_value() {
         other => panic!("not the store of another value: {other:?}"),
     }
     assert_eq!(event.read().unwrap(), 1);
+}
+
+#[test]
+fn floating_point_registers_are_what_the_guest_has_and_gets() {
+    // Floating point on; fmv.x.d a0,fa0; frcsr a1; fmv.d.x fa1,a0
+    let code = [&[csrs(SSTATUS, T0), 0xe205_0553, 0x0030_25f3, 0xf205_05d3][..], &call()].concat();
+    let code = [&li(T0, 0x2000)[..], &code].concat();
+    let guest = Guest::new(&code);
+    let mut hart = guest.hart(0);
+    hart.set(Reg::F(10), 0x3ff8_0000_0000_0000).unwrap();
+    hart.set(Reg::Fcsr, 0x61).unwrap();
+    let args = called(hart.as_mut(), [0; 2]).1;
+    assert_eq!(args[..2], [0x3ff8_0000_0000_0000, 0x61]);
+    assert_eq!(hart.get(Reg::F(11)).unwrap(), 0x3ff8_0000_0000_0000);
+    assert_eq!(hart.get(Reg::Fcsr).unwrap(), 0x61);
+}
+
+#[test]
+fn code_that_is_written_between_two_entries_is_what_runs() {
+    let guest = Guest::new(&[&[addi(A0, ZERO, 1)][..], &call()].concat());
+    let mut hart = guest.hart(0);
+    for number in 1..50 {
+        guest.memory.write_obj(addi(A0, ZERO, number), GuestAddress(BASE)).unwrap();
+        guest.vm.code_changed().unwrap();
+        hart.set(Reg::Pc, BASE).unwrap();
+        assert_eq!(called(hart.as_mut(), [0; 2]).1[0], u64::from(number));
+        hart.settle().unwrap();
+    }
 }

@@ -163,7 +163,7 @@ fn knobs_come_too_late_once_a_hart_has_run() {
     let guest = Guest::new(&[&li(A7, 0x0900_0000)[..], &[ECALL]].concat());
     let vcpu = guest.raw_vcpu();
     assert!(super::super::knobs::apply(&vcpu, &CpuKnobs::default()).is_ok());
-    vcpu.set_reg(super::super::regs::core_or_csr(Reg::Pc).unwrap(), BASE).unwrap();
+    vcpu.set_reg(super::super::regs::guest(Reg::Pc).unwrap(), BASE).unwrap();
     assert_eq!(vcpu.run(), Ok(()));
     let late = super::super::knobs::apply(&vcpu, &knobs("-zicboz", "")).unwrap_err();
     assert!(late.to_string().starts_with("Cannot switch off"), "{late}");

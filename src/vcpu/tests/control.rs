@@ -6,6 +6,8 @@ use std::sync::mpsc::channel;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use super::super::hart::{Hart, Reg};
+use super::super::record::Unrecorded;
 use super::super::stop::StopReason;
 use super::super::testing::{Diary, Event, ScriptHart, Step, world};
 use super::super::{Control, spawn_hart};
@@ -29,7 +31,8 @@ fn machine(scripts: &[&[Step]]) -> Run {
     for (id, script) in (0..).zip(scripts) {
         let hart = ScriptHart::new(id, script.iter().cloned());
         diaries.push(hart.diary());
-        let thread = spawn_hart(Box::new(hart), Arc::clone(&world), Arc::clone(&control), None);
+        let thread =
+            spawn_hart(Box::new(hart), Arc::clone(&world), Arc::clone(&control), None, Unrecorded);
         threads.push(thread.unwrap());
     }
     Run { control, diaries, threads }
@@ -243,4 +246,87 @@ fn who_waits_for_an_end_for_a_while_learns_whether_it_came() {
     let thread = thread::spawn(move || stopper.stop(StopReason::Requested));
     assert!(control.ends_within(Duration::from_secs(3600)), "the end ends the wait");
     thread.join().unwrap();
+}
+
+#[test]
+fn a_held_hart_is_visited_on_its_own_thread_and_none_enters_the_guest() {
+    let run = machine(&[&[], &[]]);
+    run.control.hold();
+    run.control.start();
+    assert!(run.control.await_held());
+    assert_eq!(run.control.harts(), [0, 1]);
+    for id in [1, 0, 1] {
+        let errand = |hart: &mut dyn Hart| {
+            hart.set(Reg::X(5), 7 + u64::from(hart.id())).unwrap();
+            thread::current().name().map(str::to_owned)
+        };
+        assert_eq!(run.control.visit(id, errand).flatten().unwrap(), format!("vcpu{id}"));
+        let value = run.control.visit(id, |hart| hart.get(Reg::X(5)).unwrap());
+        assert_eq!(value, Some(7 + u64::from(id)));
+    }
+    assert_eq!(run.control.visit(2, |_| ()), None, "there is no hart 2");
+    assert_eq!(run.count(0, &Event::Entered) + run.count(1, &Event::Entered), 0);
+    // One of them, then both.
+    run.control.release(Some(&[1]));
+    run.diaries[1].await_event(&Event::Entered, 1);
+    assert_eq!(run.count(0, &Event::Entered), 0);
+    run.control.release(None);
+    run.diaries[0].await_event(&Event::Entered, 1);
+    run.control.hold_one(0);
+    run.diaries[0].await_event(&Event::Settled, 2);
+    assert_eq!(run.control.visit(0, |hart| hart.id()), Some(0));
+    run.control.stop(StopReason::Requested);
+    assert_eq!(run.control.visit(0, |_| ()), None, "nobody visits when all is over");
+    assert!(!run.control.await_held());
+    assert_eq!(run.end(), StopReason::Requested);
+}
+
+#[test]
+fn a_hold_and_a_pause_do_not_end_each_other() {
+    let run = machine(&[&[]]);
+    run.control.start();
+    run.await_inside(1);
+    assert!(run.control.pause());
+    run.control.hold();
+    run.control.resume();
+    assert!(run.control.await_held());
+    assert_eq!(run.count(0, &Event::Entered), 1);
+    assert!(run.control.pause());
+    run.control.release(None);
+    assert!(run.control.is_paused());
+    assert_eq!(run.control.visit(0, |hart| hart.id()), Some(0), "a paused one is visited as well");
+    assert_eq!(run.count(0, &Event::Entered), 1);
+    run.control.resume();
+    run.diaries[0].await_event(&Event::Entered, 2);
+    run.control.stop(StopReason::Requested);
+    assert_eq!(run.end(), StopReason::Requested);
+}
+
+#[test]
+fn a_visitor_whose_machine_ends_does_not_wait() {
+    for _ in 0..50 {
+        let run = machine(&[&[]]);
+        run.control.hold();
+        let control = Arc::clone(&run.control);
+        let visitor = thread::spawn(move || while control.visit(0, |_| ()).is_some() {});
+        run.control.stop(StopReason::Requested);
+        visitor.join().unwrap();
+        assert_eq!(run.end(), StopReason::Requested);
+    }
+}
+
+#[test]
+fn a_hart_that_sleeps_is_visited_and_sleeps_on() {
+    let run = machine(&[&[SUSPEND]]);
+    run.control.start();
+    run.diaries[0].await_event(&ASLEEP, 1);
+    run.control.hold();
+    assert!(run.control.await_held());
+    assert_eq!(run.control.visit(0, |hart| hart.id()), Some(0));
+    run.control.release(None);
+    assert_eq!(run.count(0, &Event::Entered), 1, "it sleeps on");
+    run.control.wake();
+    run.diaries[0].await_event(&Event::Entered, 2);
+    run.control.stop(StopReason::Requested);
+    assert_eq!(run.end(), StopReason::Requested);
 }

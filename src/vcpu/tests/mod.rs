@@ -2,6 +2,7 @@
 
 mod control;
 mod dispatch;
+mod firmware;
 mod run;
 mod sbi;
 mod trap;

@@ -6,6 +6,7 @@ use std::thread;
 
 use super::super::exit::{Fault, SystemEvent};
 use super::super::hart::{Csr, Reg};
+use super::super::record::Unrecorded;
 use super::super::stop::StopReason;
 use super::super::testing::{Event, NOWHERE, RAM, ScriptHart, Step, UART, world};
 use super::super::{Control, World, spawn_hart};
@@ -16,7 +17,9 @@ fn run(world: World, hart: ScriptHart) -> (StopReason, Vec<Event>) {
     let control = Arc::new(Control::new());
     let diary = hart.diary();
     control.start();
-    let thread = spawn_hart(Box::new(hart), Arc::new(world), Arc::clone(&control), None).unwrap();
+    let thread =
+        spawn_hart(Box::new(hart), Arc::new(world), Arc::clone(&control), None, Unrecorded)
+            .unwrap();
     let reason = control.wait();
     let _ = thread.join();
     (reason, diary.events())
@@ -106,7 +109,7 @@ fn a_thread_that_panics_ends_the_machine_and_the_other_harts() {
     let world = Arc::new(zero());
     let spawn = |id, script: Vec<Step>| {
         let hart = Box::new(ScriptHart::new(id, script));
-        spawn_hart(hart, Arc::clone(&world), Arc::clone(&control), None).unwrap()
+        spawn_hart(hart, Arc::clone(&world), Arc::clone(&control), None, Unrecorded).unwrap()
     };
     let threads = [spawn(0, vec![]), spawn(1, vec![Step::Panic]), spawn(2, vec![])];
     control.start();
@@ -122,7 +125,7 @@ fn the_thread_is_named_after_its_hart_and_pinned() {
     let cpu = (0..1024).find(|cpu| allowed.is_set(*cpu)).unwrap();
     let hart = Box::new(ScriptHart::new(7, []));
     let cpu = Some(u32::try_from(cpu).unwrap());
-    let thread = spawn_hart(hart, world, Arc::clone(&control), cpu).unwrap();
+    let thread = spawn_hart(hart, world, Arc::clone(&control), cpu, Unrecorded).unwrap();
     assert_eq!(thread.thread().name(), Some("vcpu7"));
     control.stop(StopReason::Requested);
     assert_eq!(control.wait(), StopReason::Requested);
@@ -134,7 +137,8 @@ fn a_cpu_that_the_host_lacks_is_refused_by_name() {
     let (control, world) = (Arc::new(Control::new()), Arc::new(zero()));
     for cpu in [1023, 1024, u32::MAX] {
         let hart = Box::new(ScriptHart::new(1, []));
-        let refused = spawn_hart(hart, Arc::clone(&world), Arc::clone(&control), Some(cpu));
+        let refused =
+            spawn_hart(hart, Arc::clone(&world), Arc::clone(&control), Some(cpu), Unrecorded);
         let error = refused.err().unwrap();
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
         let start = format!("Cannot pin hart 1 to host CPU {cpu}: ");

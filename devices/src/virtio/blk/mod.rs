@@ -312,6 +312,11 @@ impl VirtioDevice for Blk {
         &self.queue_sizes
     }
 
+    /// Requests are the same without it, and there are drivers that never take it (the crate virtio-drivers).
+    fn may_lack_version_1(&self) -> bool {
+        true
+    }
+
     fn features(&self) -> u64 {
         self.features
     }
@@ -324,6 +329,10 @@ impl VirtioDevice for Blk {
         if self.features & feature::CONFIG_WCE != 0 {
             self.state.config.write(offset, data);
         }
+    }
+
+    fn may_hold(&self) -> bool {
+        true
     }
 
     fn activate(&mut self, features: u64) {

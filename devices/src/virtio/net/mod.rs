@@ -24,6 +24,7 @@ use super::vhost_kernel::{FIRST_TOKEN, Kernel, KernelQueues};
 use super::{Rings, VirtioDevice, VirtioError, VirtioMmio, Work, feature};
 use crate::catalog::{BuildError, Built, Model, Placement, Wiring};
 use crate::device::Source;
+use crate::irq::IrqLine;
 use crate::options::Options;
 
 mod backend;
@@ -117,7 +118,7 @@ fn build(options: &Options, wiring: Wiring) -> Built {
     let failed = |what| move |source| BuildError::Host { model: MODEL.name, what, source };
     let mut net = Net::with_queues(backends, &settings).map_err(failed("timers"))?;
     if let Some(queues) = queues {
-        net.hand_over(queues).map_err(failed("queues"))?;
+        net.hand_over(queues, &*wiring.irq).map_err(failed("queues"))?;
     }
     VirtioMmio::create(Box::new(net), wiring)
 }
@@ -156,12 +157,18 @@ impl Net {
         Ok(Self { extra: mtu | queues, queue_sizes, pairs, config, taken: 0, kernel: None })
     }
 
-    /// Has the host's kernel work on the data queues, an end for each pair.
+    /// Has the host's kernel work on the data queues, an end for each pair, and raise the device's line.
     ///
     /// # Errors
     /// The host has no event descriptors left, or its kernel does not know virtio 1.
-    fn hand_over(&mut self, ends: Vec<Box<dyn KernelQueues>>) -> io::Result<()> {
-        self.kernel = Some(Kernel::new(MODEL.name, ends, bit::MRG_RXBUF)?);
+    fn hand_over(
+        &mut self,
+        ends: Vec<Box<dyn KernelQueues>>,
+        line: &dyn IrqLine,
+    ) -> io::Result<()> {
+        let mut kernel = Kernel::new(MODEL.name, ends, bit::MRG_RXBUF)?;
+        kernel.raise(line);
+        self.kernel = Some(kernel);
         Ok(())
     }
 
@@ -244,6 +251,10 @@ impl VirtioDevice for Net {
     fn is_remote(&self, queue: u16, features: u64) -> bool {
         let pairs = if features & bit::MQ == 0 { 1 } else { self.pairs.count() };
         self.kernel.is_some() && queue < 2 * pairs
+    }
+
+    fn raises_line(&self) -> bool {
+        self.kernel.as_ref().is_some_and(Kernel::raises_line)
     }
 
     fn start_remote(&mut self, rings: Rings, kick: &EventFd) {

@@ -1,7 +1,7 @@
 //! From the host to the guest (virtio 1.3, section 5.1.6.3).
 //!
-//! A frame is read straight into the first buffer of the guest, and what does not fit there into memory of rvmm, from where
-//! it fills further buffers. The header is kept aside until it is judged: the guest cannot change it under the judge.
+//! A frame is read straight into as many buffers of the guest as the last one filled, and what does not fit there into memory of
+//! rvmm, from where it fills further buffers. The header is kept aside until it is judged: the guest cannot change it under the judge.
 //! Without a buffer nothing is read, and the host's end is not watched until there is one.
 
 use super::header::{HEADER, HEADER_LEN, Header, Offloads, bit};
@@ -18,6 +18,10 @@ const ROOM: usize = 65_664;
 /// largest one.
 const MANY: u16 = 64;
 
+/// Buffers, and pieces of them, that are gathered for a frame: fewer than a pass has to have left, and than the host takes at once.
+const GATHERED: usize = 48;
+const PIECES: usize = 512;
+
 /// Bytes of an Ethernet header with a VLAN tag.
 const LINK_HEADER: usize = 18;
 
@@ -28,8 +32,10 @@ pub(super) struct Receiver {
     most: Option<usize>,
     /// Bytes of the last frame, which the limit has not seen. Frames are paid for afterwards: their size is not known before.
     owed: Option<u64>,
-    /// What did not fit into the first buffer.
+    /// What did not fit into the buffers that were gathered for it.
     rest: Vec<u8>,
+    /// Bytes of the last frame: the next one is likely to be as large.
+    expected: usize,
     segments: Vec<Segment>,
     parts: Vec<(Chain, u32)>,
     /// The driver takes these, or this device runs without a driver.
@@ -47,6 +53,7 @@ impl Receiver {
             most: mtu.map(|mtu| usize::from(mtu) + LINK_HEADER),
             owed: None,
             rest: vec![0; ROOM],
+            expected: 0,
             segments: Vec::new(),
             parts: Vec::new(),
             offloads: Offloads::default(),
@@ -123,6 +130,30 @@ impl Receiver {
         Ok(None)
     }
 
+    /// Takes buffers until there is room for the frame that is expected, and gives the room. Behind them comes the rest.
+    fn gather(&mut self, first: Chain, work: &mut Work<'_>) -> Result<usize, VirtioError> {
+        self.segments.clear();
+        self.segments.extend(pieces(first.writable(), HEADER_LEN, ROOM));
+        let mut room = chain_room(&first, HEADER_LEN);
+        self.parts.clear();
+        self.parts.push((first, 0));
+        while self.is_mergeable
+            && room < self.expected
+            && self.parts.len() < GATHERED
+            && self.segments.len() < PIECES
+        {
+            let Some(next) = work.pop(self.queue)? else { break };
+            if next.writable_bytes() == 0 {
+                work.refuse(next);
+                continue;
+            }
+            self.segments.extend(pieces(next.writable(), 0, ROOM));
+            room += chain_room(&next, 0);
+            self.parts.push((next, 0));
+        }
+        Ok(room)
+    }
+
     /// Reads a frame and delivers it; false where there was none.
     fn receive(
         &mut self,
@@ -130,31 +161,31 @@ impl Receiver {
         port: &mut Port,
         work: &mut Work<'_>,
     ) -> Result<bool, VirtioError> {
-        self.segments.clear();
-        self.segments.extend(pieces(first.writable(), HEADER_LEN, ROOM));
+        let room = self.gather(first, work)?;
         let mut header = [0; HEADER];
         let rest = self.rest.as_mut_slice();
         match port.receive(work.memory(), &mut header, &self.segments, rest) {
             Received::Frame(len) => {
                 self.owed = Some(len as u64);
-                self.parts.clear();
-                self.deliver(first, Header::parse(header), len, port, work)?;
+                self.expected = len.min(ROOM);
+                self.deliver(room, Header::parse(header), len, port, work)?;
                 Ok(true)
             }
             Received::Nothing => {
-                work.put_back(first);
+                self.put_back_from(0, work);
                 Ok(false)
             }
             Received::Lost => {
-                work.put_back(first);
+                self.put_back_from(0, work);
                 Ok(true)
             }
         }
     }
 
+    /// A frame of `len` bytes is in the buffers that were gathered, which have `room` for so many, and in the rest.
     fn deliver(
         &mut self,
-        first: Chain,
+        room: usize,
         header: Header,
         len: usize,
         port: &Port,
@@ -164,21 +195,15 @@ impl Receiver {
             u32::try_from(len).ok().and_then(|len| header.sent_by_host(len, self.offloads));
         let Some(mut header) = judged else {
             port.counters.rx_unfit.add();
-            work.put_back(first);
+            self.put_back_from(0, work);
             return Ok(());
         };
         let most = if header.is_segmented() { None } else { self.most };
-        if len > most.unwrap_or(ROOM).min(ROOM) {
+        let fits = len <= most.unwrap_or(ROOM).min(ROOM);
+        self.fill(len, work);
+        if !fits || !self.spread(len.saturating_sub(room), work)? {
             port.counters.rx_too_large.add();
-            work.put_back(first);
-            return Ok(());
-        }
-        let room: usize = self.segments.iter().map(|segment| segment.len as usize).sum();
-        let beyond = len.saturating_sub(room);
-        self.parts.push((first, written(HEADER + len - beyond)));
-        if !self.spread(beyond, work)? {
-            port.counters.rx_too_large.add();
-            self.parts.drain(..).rev().for_each(|(chain, _)| work.put_back(chain));
+            self.put_back_from(0, work);
             return Ok(());
         }
         header.num_buffers = u16::try_from(self.parts.len()).unwrap_or(u16::MAX);
@@ -186,8 +211,29 @@ impl Receiver {
             first.write_at(work.memory(), 0, &header.bytes());
         }
         work.complete_together(self.queue, self.parts.drain(..));
+        // The next frames are copied while the driver's hart sees to this one.
+        work.tell(self.queue);
         port.counters.rx_frames.add();
         Ok(())
+    }
+
+    /// Notes how much of each buffer a frame of `len` bytes has filled; those that it has not reached go back.
+    fn fill(&mut self, len: usize, work: &mut Work<'_>) {
+        let (mut left, mut used, mut header) = (len, 0, HEADER_LEN);
+        for (chain, filled) in &mut self.parts {
+            if used > 0 && left == 0 {
+                break;
+            }
+            let part = left.min(chain_room(chain, header));
+            *filled = written(part).saturating_add(header);
+            (left, used, header) = (left - part, used + 1, 0);
+        }
+        self.put_back_from(used, work);
+    }
+
+    /// Gives the buffers from the `from`th on back as if they had not been taken.
+    fn put_back_from(&mut self, from: usize, work: &mut Work<'_>) {
+        self.parts.drain(from..).rev().for_each(|(chain, _)| work.put_back(chain));
     }
 
     /// Puts the first `count` bytes of the rest into further buffers; false where there are not enough.
@@ -206,6 +252,11 @@ impl Receiver {
         }
         Ok(true)
     }
+}
+
+/// Bytes that a chain has for a frame, behind `header` bytes for its header.
+fn chain_room(chain: &Chain, header: u32) -> usize {
+    (chain.writable_bytes().saturating_sub(header) as usize).min(ROOM)
 }
 
 fn written(bytes: usize) -> u32 {

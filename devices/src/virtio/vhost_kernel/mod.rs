@@ -7,7 +7,7 @@
 //!
 //! The network card is `net` itself: only its data queues go to the kernel. The kernel reads the driver's kicks and works on the
 //! rings in guest RAM as it is mapped in this process. Its interrupts come as those of another program (`remote.rs`), so this works
-//! with an AIA and with a PLIC alike. It judges what the driver puts into the rings; where it cannot go on it says so, and the
+//! with an AIA and with a PLIC alike; with an AIA they go from the kernel to the kernel. It judges what the driver puts into the rings; where it cannot go on it says so, and the
 //! device needs a reset. Unlike another program it stops at once when it is told to, and cannot die.
 //!
 //! Left out: logging (migration), the IOTLB (no IOMMU), busy polling, and reading back where the kernel stopped
@@ -22,6 +22,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::remote::{Calls, Remote};
 use super::{Rings, VirtioError, Work, feature};
 use crate::device::{Interest, Source};
+use crate::irq::IrqLine;
 
 pub mod testing;
 pub(crate) mod vsock;
@@ -32,7 +33,8 @@ const QUEUES: u16 = 2;
 /// The tokens of the device's sources from here on are those of [`Kernel`].
 pub(super) const FIRST_TOKEN: u32 = 0x1_0000;
 const TOKEN_ERROR: u32 = FIRST_TOKEN;
-const TOKEN_CALL: u32 = FIRST_TOKEN + 1;
+const TOKEN_LOOK: u32 = FIRST_TOKEN + 1;
+const TOKEN_CALL: u32 = FIRST_TOKEN + 2;
 
 /// A queue as the kernel is to work on it, from the first entry on.
 #[derive(Debug, Clone, Copy)]
@@ -71,6 +73,8 @@ pub(super) struct Kernel {
     features: u64,
     calls: Calls,
     error: EventFd,
+    /// Written to where what there is to watch has changed.
+    look: EventFd,
     /// Features that the driver has taken, while the device runs.
     running: Option<u64>,
     queues: Vec<Remote>,
@@ -101,10 +105,21 @@ impl Kernel {
             features: known & (features | feature::TRANSPORT),
             calls: Calls::new(count, TOKEN_CALL)?,
             error: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            look: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             running: None,
             queues: Vec::new(),
             has_warned: false,
         })
+    }
+
+    /// Has the kernel raise the device's `line` itself where it can; once, before a queue is handed over.
+    pub(super) fn raise(&mut self, line: &dyn IrqLine) {
+        self.calls.raise(line);
+    }
+
+    /// Whether it raises the line itself.
+    pub(super) fn raises_line(&self) -> bool {
+        self.calls.raise_line()
     }
 
     /// What the kernel has of the device's features and of the transport's.
@@ -127,9 +142,10 @@ impl Kernel {
         self.start(0);
     }
 
-    /// Has the I/O loop look at what there is to watch, as an interrupt does.
+    /// Has the I/O loop look at what there is to watch.
     pub(super) fn wake(&self) {
-        let _ = self.queues.first().map(|first| first.call.write(1));
+        // Refused means that it is about to look.
+        let _ = self.look.write(1);
     }
 
     /// Starts the queues from the one at this place on.
@@ -189,9 +205,13 @@ impl Kernel {
 
     /// What the I/O loop has to watch.
     pub(super) fn sources(&self) -> impl Iterator<Item = Source> {
-        let fd = self.error.as_raw_fd();
-        let error = Source { fd, token: TOKEN_ERROR, interest: Interest::Read };
-        self.calls.sources().chain([error])
+        let source = |(event, token): (&EventFd, u32)| Source {
+            fd: event.as_raw_fd(),
+            token,
+            interest: Interest::Read,
+        };
+        let own = [(&self.error, TOKEN_ERROR), (&self.look, TOKEN_LOOK)];
+        self.calls.sources().chain(own.map(source))
     }
 
     /// A source of these may be ready.
@@ -199,10 +219,11 @@ impl Kernel {
     /// # Errors
     /// [`VirtioError::Stuck`] where the kernel cannot go on.
     pub(super) fn ready(&self, token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {
-        if token != TOKEN_ERROR {
-            self.calls.ready(token, work);
-        } else if self.error.read().is_ok() {
-            return Err(VirtioError::Stuck);
+        match token {
+            TOKEN_ERROR if self.error.read().is_ok() => return Err(VirtioError::Stuck),
+            TOKEN_ERROR => {}
+            TOKEN_LOOK => drop(self.look.read()),
+            _ => self.calls.ready(token, work),
         }
         Ok(())
     }

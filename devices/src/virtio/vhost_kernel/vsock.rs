@@ -30,11 +30,9 @@ pub(in crate::virtio) fn build(guest_cid: u32, wiring: Wiring) -> Built {
         .host
         .kernel_sockets(guest_cid, wiring.memory.clone())
         .map_err(|source| BuildError::End { model: MODEL, source })?;
-    let kernel = Kernel::new(MODEL, vec![end], F_SEQPACKET).map_err(|source| BuildError::Host {
-        model: MODEL,
-        what: "queues",
-        source,
-    })?;
+    let mut kernel = Kernel::new(MODEL, vec![end], F_SEQPACKET)
+        .map_err(|source| BuildError::Host { model: MODEL, what: "queues", source })?;
+    kernel.raise(&*wiring.irq);
     let config = u64::from(guest_cid).to_le_bytes();
     VirtioMmio::create(Box::new(KernelVsock { kernel, config }), wiring)
 }
@@ -62,6 +60,10 @@ impl VirtioDevice for KernelVsock {
 
     fn is_remote(&self, queue: u16, _features: u64) -> bool {
         queue < QUEUES
+    }
+
+    fn raises_line(&self) -> bool {
+        self.kernel.raises_line()
     }
 
     fn config(&self) -> &[u8] {

@@ -1,0 +1,104 @@
+//! A constant: addresses that read as a value and take no writes.
+//!
+//! What an exercise puts where a guest expects something, and the smallest device there is: every load from it is a trap that
+//! the hypervisor answers. It has no specification and no node in the device tree.
+
+use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
+use crate::device::{Access, AccessError, FdtDesc, MmioDevice, RegisterName};
+use crate::options::{OptionError, Options};
+
+/// The catalog's entry.
+pub(crate) const MODEL: Model = Model {
+    name: "const",
+    summary: "addresses that read as a number and take no writes",
+    keys: &[
+        Key { name: "addr", value: "ADDR", help: "guest-physical address (needed)" },
+        Key { name: "value", value: "NUMBER", help: "what is read, up to 64 bits (needed)" },
+    ],
+    placement: Placement::Asked,
+    irqs: 0,
+    shares_ram: false,
+    build,
+};
+
+/// Bytes that it takes up, which is what one load reads at most.
+const SIZE: usize = 8;
+
+#[derive(Debug)]
+struct Constant {
+    value: [u8; SIZE],
+}
+
+fn build(options: &Options, _: Wiring) -> Built {
+    let refused = |source: OptionError| BuildError::Option { model: MODEL.name, source };
+    let value = options.number("value").map_err(refused)?;
+    let value = value.ok_or_else(|| refused(options.bad("value", "a number of up to 64 bits")))?;
+    Ok(Box::new(Constant { value: value.to_le_bytes() }))
+}
+
+impl MmioDevice for Constant {
+    fn name(&self) -> &'static str {
+        MODEL.name
+    }
+
+    fn size(&self) -> u64 {
+        SIZE as u64
+    }
+
+    fn register_names(&self) -> RegisterName {
+        |offset, _| (offset < SIZE as u64).then_some("VALUE")
+    }
+
+    /// Any part of the value, little-endian as memory is.
+    fn read(&mut self, offset: u64, data: &mut [u8]) -> Access {
+        let start = usize::try_from(offset).map_err(|_| AccessError::NoRegister)?;
+        let end = start.checked_add(data.len()).ok_or(AccessError::NoRegister)?;
+        let part = self.value.get(start..end).ok_or(AccessError::NoRegister)?;
+        data.copy_from_slice(part);
+        Ok(())
+    }
+
+    fn write(&mut self, _offset: u64, _data: &[u8]) -> Access {
+        Err(AccessError::ReadOnly)
+    }
+
+    fn reset(&mut self) {}
+
+    fn fdt(&self) -> Option<FdtDesc> {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::wiring;
+
+    fn made(text: &str) -> Built {
+        MODEL.create(&Options::parse(text).unwrap(), wiring())
+    }
+
+    #[test]
+    fn every_part_of_it_reads_as_that_part_of_the_value() {
+        let mut device = made("const,addr=0x40,value=0x1122_3344_5566_7788").unwrap();
+        let mut read = |offset, width| {
+            let mut data = [0; 8];
+            device.read(offset, &mut data[..width]).map(|()| u64::from_le_bytes(data))
+        };
+        assert_eq!(read(0, 8), Ok(0x1122_3344_5566_7788));
+        assert_eq!(read(4, 4), Ok(0x1122_3344));
+        assert_eq!(read(1, 1), Ok(0x77));
+        assert_eq!(read(6, 4), Err(AccessError::NoRegister));
+        assert_eq!(read(u64::MAX, 8), Err(AccessError::NoRegister));
+        assert_eq!(device.write(0, &[1]), Err(AccessError::ReadOnly));
+    }
+
+    #[test]
+    fn without_a_value_there_is_no_constant() {
+        for text in
+            ["const,addr=0", "const,addr=0,value=", "const,addr=0,value=0x1_0000_0000_0000_0000"]
+        {
+            assert!(made(text).is_err(), "{text}");
+        }
+    }
+}

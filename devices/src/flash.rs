@@ -1,0 +1,315 @@
+//! Flash memory: a file of the host, or the host's own flash, that the guest reads as memory.
+//!
+//! Three ways to the same bytes, which is what there is to learn of it. `map`: they are guest memory from the start, no load comes
+//! here. `lazy`: the first load of each page comes here and is answered; from then on the page is guest memory. `passthrough`: as
+//! `map`, but the bytes are the host's physical memory (/dev/mem).
+//!
+//! It can only be read: a store comes here in every mode and is refused. The commands of CFI (JEDEC 68.01), with which a driver
+//! would program the chip, are left out, so the device tree calls it a ROM (`mtd-rom`).
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use log::warn;
+
+use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
+use crate::device::{Access, AccessError, FdtDesc, FdtProperty, MmioDevice, RegisterName};
+use crate::options::{OptionError, Options};
+
+/// The catalog's entry.
+pub(crate) const MODEL: Model = Model {
+    name: "flash",
+    summary: "flash memory that the guest can read: a file, or the host's own flash",
+    keys: &[
+        Key {
+            name: "addr",
+            value: "ADDR",
+            help: "guest-physical address, a multiple of 4096 (needed)",
+        },
+        Key {
+            name: "file",
+            value: "PATH",
+            help: "what is in it (needed but for mode=passthrough)",
+        },
+        Key {
+            name: "mode",
+            value: "map|lazy|passthrough",
+            help: "how the guest gets at it (default map)",
+        },
+        Key {
+            name: "host",
+            value: "ADDR",
+            help: "passthrough: the host's physical address (default addr)",
+        },
+        Key { name: "size", value: "BYTES", help: "passthrough: how much of it (default 32 MiB)" },
+    ],
+    placement: Placement::Asked,
+    irqs: 0,
+    shares_ram: false,
+    build,
+};
+
+/// Memory is shown to a guest in pages of this many bytes.
+const PAGE: u64 = 4096;
+
+/// The most that a flash holds: two banks of QEMU's `virt`.
+pub const MAX_SIZE: u64 = 64 << 20;
+
+/// What is taken of the host's flash where nothing is said: one bank of QEMU's `virt`.
+const HOST_SIZE: u64 = 32 << 20;
+
+/// Where the bytes of a flash are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FlashPlan {
+    /// In a file; at most [`MAX_SIZE`] bytes, read as zero behind its end up to a whole page.
+    File(PathBuf),
+    /// In the host's physical memory.
+    Physical {
+        /// Where, a multiple of 4096.
+        addr: u64,
+        /// How much, a multiple of 4096, at most [`MAX_SIZE`].
+        size: u64,
+    },
+}
+
+/// The bytes of a flash, on the host. They stay mapped as long as the value lives.
+pub trait FlashMemory: Send {
+    /// How many there are: a multiple of 4096, at least one page.
+    fn size(&self) -> u64;
+
+    /// Copies those from `offset` on.
+    ///
+    /// # Errors
+    /// The file cannot be read, or is not that long any more.
+    fn read(&self, offset: u64, data: &mut [u8]) -> io::Result<()>;
+
+    /// Where the first one is in this process.
+    fn host_address(&self) -> u64;
+}
+
+/// A device's own address range, seen by the one who can put memory there.
+pub trait Window: Send + Sync {
+    /// Lets the guest read `len` bytes of this process's memory from `host_address` at `offset` of the device's range, without a
+    /// call to the device; stores still come to it. All three are multiples of 4096.
+    ///
+    /// # Errors
+    /// The hypervisor refuses: too many pieces, or something is there already.
+    fn show(&self, offset: u64, host_address: u64, len: u64) -> io::Result<()>;
+}
+
+/// A window through which nothing can be shown: every access comes to the device.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NoWindow;
+
+impl Window for NoWindow {
+    fn show(&self, _offset: u64, _host_address: u64, _len: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+struct Flash {
+    memory: Box<dyn FlashMemory>,
+    window: Arc<dyn Window>,
+    /// Which pages are to be shown at their first load; none where all are shown already.
+    hidden: Vec<bool>,
+}
+
+fn build(options: &Options, wiring: Wiring) -> Built {
+    let refused = |source: OptionError| BuildError::Option { model: MODEL.name, source };
+    let plan = plan(options).map_err(refused)?;
+    let memory =
+        wiring.host.flash(&plan).map_err(|source| BuildError::End { model: MODEL.name, source })?;
+    let mut flash = Flash { memory, window: wiring.window, hidden: Vec::new() };
+    if options.get("mode") == Some("lazy") {
+        flash.hidden = vec![true; usize::try_from(flash.memory.size() / PAGE).unwrap_or(0)];
+    } else {
+        let shown = flash.window.show(0, flash.memory.host_address(), flash.memory.size());
+        shown.map_err(|source| BuildError::Host { model: MODEL.name, what: "memory", source })?;
+    }
+    Ok(Box::new(flash))
+}
+
+fn plan(options: &Options) -> Result<FlashPlan, OptionError> {
+    let page = "a multiple of 4096";
+    let pages = |key: &'static str| match options.number(key)? {
+        Some(number) if !number.is_multiple_of(PAGE) => Err(options.bad(key, page)),
+        number => Ok(number),
+    };
+    let addr = pages("addr")?;
+    let (host, size) = (pages("host")?, pages("size")?);
+    let file = options.get("file").filter(|file| !file.is_empty());
+    match (options.get("mode").unwrap_or("map"), file) {
+        ("map" | "lazy", None) => {
+            Err(options.bad("file", "a path (without one only mode=passthrough)"))
+        }
+        ("map" | "lazy", Some(_)) if host.is_some() => {
+            Err(options.bad("host", "for mode=passthrough alone"))
+        }
+        ("map" | "lazy", Some(_)) if size.is_some() => {
+            Err(options.bad("size", "for mode=passthrough alone"))
+        }
+        ("map" | "lazy", Some(file)) => Ok(FlashPlan::File(file.into())),
+        ("passthrough", Some(_)) => Err(options.bad("file", "for mode=map and mode=lazy alone")),
+        ("passthrough", None) => {
+            let addr = host.or(addr).ok_or_else(|| options.bad("addr", page))?;
+            match size.unwrap_or(HOST_SIZE) {
+                size @ PAGE..=MAX_SIZE => Ok(FlashPlan::Physical { addr, size }),
+                _ => Err(options.bad("size", "4096 to 67108864")),
+            }
+        }
+        _ => Err(options.bad("mode", "map, lazy or passthrough")),
+    }
+}
+
+impl Flash {
+    /// Shows the page of `offset` from now on, once. Where that cannot be, its loads go on coming here.
+    fn show(&mut self, offset: u64) {
+        let index = usize::try_from(offset / PAGE).unwrap_or(usize::MAX);
+        let Some(hidden) = self.hidden.get_mut(index).filter(|hidden| **hidden) else { return };
+        *hidden = false;
+        let at = offset / PAGE * PAGE;
+        if let Err(error) =
+            self.window.show(at, self.memory.host_address().saturating_add(at), PAGE)
+        {
+            warn!(
+                "Device flash cannot show page {at:#x} to the guest, and answers each load itself: {error}"
+            );
+            self.hidden.clear();
+        }
+    }
+}
+
+impl MmioDevice for Flash {
+    fn name(&self) -> &'static str {
+        MODEL.name
+    }
+
+    fn size(&self) -> u64 {
+        self.memory.size()
+    }
+
+    fn register_names(&self) -> RegisterName {
+        |offset, _| (offset < MAX_SIZE).then_some("DATA")
+    }
+
+    fn read(&mut self, offset: u64, data: &mut [u8]) -> Access {
+        let end = offset.checked_add(data.len() as u64);
+        if end.is_none_or(|end| end > self.memory.size()) {
+            return Err(AccessError::NoRegister);
+        }
+        // What the host has lost reads as zero, as an erased cell might.
+        if self.memory.read(offset, data).is_err() {
+            data.fill(0);
+        }
+        self.show(offset);
+        Ok(())
+    }
+
+    fn write(&mut self, _offset: u64, _data: &[u8]) -> Access {
+        Err(AccessError::ReadOnly)
+    }
+
+    fn reset(&mut self) {}
+
+    fn fdt(&self) -> Option<FdtDesc> {
+        Some(FdtDesc {
+            name: "flash",
+            compatible: vec!["mtd-rom"],
+            properties: vec![FdtProperty::cells("bank-width", &[4])],
+            companions: Vec::new(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::testing::{MemoryHost, wiring};
+
+    /// Remembers what was shown; refuses from the `room`-th piece on.
+    struct Pane {
+        shown: Mutex<Vec<(u64, u64)>>,
+        room: usize,
+    }
+
+    impl Window for Pane {
+        fn show(&self, offset: u64, _: u64, len: u64) -> io::Result<()> {
+            let mut shown = self.shown.lock().unwrap();
+            if shown.len() == self.room {
+                return Err(io::ErrorKind::OutOfMemory.into());
+            }
+            shown.push((offset, len));
+            Ok(())
+        }
+    }
+
+    fn made(text: &str, room: usize) -> (Built, Arc<Pane>) {
+        let pane = Arc::new(Pane { shown: Mutex::default(), room });
+        let host = MemoryHost::with_flash(&[b"pfld".as_slice(), &[0; 8192]].concat());
+        let wiring = Wiring { window: Arc::<Pane>::clone(&pane), host: Arc::new(host), ..wiring() };
+        (MODEL.create(&Options::parse(text).unwrap(), wiring), pane)
+    }
+
+    fn word(device: &mut dyn MmioDevice, offset: u64) -> Result<[u8; 4], AccessError> {
+        let mut data = [0xee; 4];
+        device.read(offset, &mut data).map(|()| data)
+    }
+
+    #[test]
+    fn a_mapped_flash_is_guest_memory_from_the_start_and_takes_no_stores() {
+        let (device, pane) = made("flash,addr=0x22000000,file=x", 9);
+        let mut device = device.unwrap();
+        assert_eq!(*pane.shown.lock().unwrap(), [(0, 3 * PAGE)]);
+        assert_eq!(word(device.as_mut(), 0), Ok(*b"pfld"));
+        assert_eq!(device.write(0, &[1]), Err(AccessError::ReadOnly));
+        assert_eq!(word(device.as_mut(), 3 * PAGE - 2), Err(AccessError::NoRegister));
+        assert_eq!(pane.shown.lock().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_lazy_flash_answers_the_first_load_of_a_page_and_shows_the_page_then() {
+        let (device, pane) = made("flash,addr=0x22000000,file=x,mode=lazy", 9);
+        let mut device = device.unwrap();
+        assert!(pane.shown.lock().unwrap().is_empty());
+        for offset in [0, 4, 2 * PAGE + 8, 0] {
+            word(device.as_mut(), offset).unwrap();
+        }
+        assert_eq!(*pane.shown.lock().unwrap(), [(0, PAGE), (2 * PAGE, PAGE)]);
+    }
+
+    #[test]
+    fn a_lazy_flash_that_cannot_be_shown_goes_on_answering() {
+        let (device, pane) = made("flash,addr=0x22000000,file=x,mode=lazy", 1);
+        let mut device = device.unwrap();
+        for _ in 0..2 {
+            assert_eq!(word(device.as_mut(), 0), Ok(*b"pfld"));
+            assert_eq!(word(device.as_mut(), PAGE), Ok([0; 4]));
+        }
+        assert_eq!(pane.shown.lock().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_mapped_flash_that_cannot_be_shown_is_not_built() {
+        assert!(made("flash,addr=0x22000000,file=x", 0).0.is_err());
+    }
+
+    #[test]
+    fn options_that_contradict_each_other_are_refused() {
+        for text in [
+            "flash,addr=0",
+            "flash,addr=8,file=x",
+            "flash,addr=0,file=x,mode=copy",
+            "flash,addr=0,file=x,host=0",
+            "flash,addr=0,file=x,size=4096",
+            "flash,addr=0,file=x,mode=passthrough",
+            "flash,mode=passthrough",
+            "flash,addr=0,mode=passthrough,size=0",
+            "flash,addr=0,mode=passthrough,size=0x800_0000",
+        ] {
+            assert!(made(text, 9).0.is_err(), "{text}");
+        }
+    }
+}

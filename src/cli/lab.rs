@@ -1,0 +1,253 @@
+//! The verbs `lab` and `mkpflash`.
+
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::verb::LabArgs;
+use super::{logging, output};
+use crate::error::{EXIT_GUEST, EXIT_OK, EXIT_USAGE, Error};
+use crate::labs::steps::Step;
+use crate::labs::{self, LABS, Lab, Outcome, Variant, Wishes};
+
+/// Every lab, for `--list`.
+pub(super) fn list() -> String {
+    let mut text = String::from("Labs (rvmm lab NAME):\n");
+    for lab in LABS {
+        // Writing into a String cannot fail.
+        let _ = writeln!(text, "\n  {:<10} {}", lab.name, lab.question);
+        for variant in lab.variants.iter().filter(|variant| !variant.summary.is_empty()) {
+            let _ = writeln!(text, "      --variant {:<12} {}", variant.name, variant.summary);
+        }
+    }
+    text
+}
+
+/// Runs what was asked for, and gives the exit code.
+pub(super) fn run(args: LabArgs, level: log::LevelFilter) -> u8 {
+    logging::start(level);
+    let plan = match plan(&args) {
+        Ok(plan) => plan,
+        Err(mistake) => {
+            output::complain(&mistake);
+            return EXIT_USAGE;
+        }
+    };
+    if let Some(path) = &args.save {
+        return match save(&plan, path) {
+            Ok(()) => EXIT_OK,
+            Err(error) => {
+                output::complain(&output::chain(&error));
+                error.exit_code()
+            }
+        };
+    }
+    if args.picture {
+        return picture(&plan);
+    }
+    let wishes = Wishes {
+        payload: args.payload,
+        kernel: args.kernel,
+        explain: args.explain,
+        limit_s: args.limit.into(),
+    };
+    let mut worst = EXIT_OK;
+    for (lab, variant) in plan {
+        if args.explain || args.check {
+            println!("== {}{}: {}", lab.name, shown(lab, variant), lab.question);
+        }
+        if args.explain {
+            println!("{}\n\n{}", lab.story, numbered(labs::steps::steps(lab, variant)));
+        }
+        worst = worst.max(one(lab, variant, &wishes, args.check));
+    }
+    worst
+}
+
+/// Prints the picture of the lab, where it is one.
+fn picture(plan: &[(&Lab, &Variant)]) -> u8 {
+    let [(lab, variant)] = plan else {
+        output::complain("Cannot print the pictures of all labs at once (name one)");
+        return EXIT_USAGE;
+    };
+    match labs::picture::picture(lab, variant) {
+        Some(svg) => {
+            print!("{svg}");
+            EXIT_OK
+        }
+        None => {
+            output::complain(&format!("There is no picture of lab {}", lab.name));
+            EXIT_USAGE
+        }
+    }
+}
+
+/// The steps of a lab, a line each.
+fn numbered(steps: &[Step]) -> String {
+    let mut text = String::new();
+    for (number, step) in (1..).zip(steps) {
+        let (from, to) = (step.from.name(), step.to.name());
+        let way = if from == to { from.into() } else { format!("{from} -> {to}") };
+        // Writing into a String cannot fail.
+        let _ = writeln!(text, "{number:>3}. {way:<9} {}", step.text);
+    }
+    text
+}
+
+fn one(lab: &Lab, variant: &Variant, wishes: &Wishes, is_check: bool) -> u8 {
+    let name = format!("{}{}", lab.name, shown(lab, variant));
+    match labs::run(lab, variant, wishes, Box::new(io::stdout())) {
+        Ok(Outcome::Passed) => {
+            if is_check {
+                println!("lab {name}: passed");
+            }
+            EXIT_OK
+        }
+        Ok(Outcome::Skipped(why)) => {
+            println!("lab {name}: skipped: {why}");
+            EXIT_OK
+        }
+        Ok(Outcome::Failed(why)) => {
+            output::complain(&format!("Lab {name} failed: {why}"));
+            EXIT_GUEST
+        }
+        Err(error) => {
+            output::complain(&output::chain(&error));
+            error.exit_code()
+        }
+    }
+}
+
+fn shown(lab: &Lab, variant: &Variant) -> String {
+    if lab.variants.len() == 1 { String::new() } else { format!(" ({})", variant.name) }
+}
+
+/// The labs and variants that the command line names.
+fn plan(args: &LabArgs) -> Result<Vec<(&'static Lab, &'static Variant)>, String> {
+    let names = || LABS.iter().map(|lab| lab.name).collect::<Vec<_>>().join(", ");
+    let Some(name) = args.name.as_deref() else {
+        return Err(format!(
+            "Which lab? (rvmm lab NAME, with NAME one of {}; rvmm lab --list says more)",
+            names()
+        ));
+    };
+    if name == "all" {
+        if args.payload.is_some() || args.variant.is_some() {
+            return Err("Cannot use --payload and --variant with all labs (name one)".into());
+        }
+        return Ok(LABS
+            .iter()
+            .flat_map(|lab| lab.variants.iter().map(move |variant| (lab, variant)))
+            .collect());
+    }
+    let lab = Lab::find(name).ok_or_else(|| {
+        format!("There is no lab {} (there are {}, and all)", crate::config::quoted(name), names())
+    })?;
+    if let (Some(_), Some(_)) = (&args.kernel, lab.payload()) {
+        return Err(format!("Lab {name} boots no kernel (--payload FILE is another guest for it)"));
+    }
+    let variant = lab.variant(args.variant.as_deref()).ok_or_else(|| {
+        let known = lab.variants.iter().map(|variant| variant.name).collect::<Vec<_>>().join(", ");
+        format!("Lab {name} has no such variant (it has {known})")
+    })?;
+    Ok(vec![(lab, variant)])
+}
+
+/// Writes the guest of the one lab that is named.
+fn save(plan: &[(&Lab, &Variant)], path: &Path) -> Result<(), Error> {
+    let payload = match plan {
+        [(lab, _)] => lab.payload(),
+        _ => None,
+    };
+    let payload = payload.ok_or_else(|| {
+        Error::Config("Cannot save that: it is no single guest of rvmm's own".into())
+    })?;
+    std::fs::write(path, payload).map_err(|source| Error::File {
+        verb: "write",
+        path: path.into(),
+        source,
+    })
+}
+
+/// Makes the image of a flash with the program in `program` at `to`, as long as a whole bank.
+pub(super) fn make_flash(program: &Path, to: &Path) -> Result<(), Error> {
+    let failed = |verb, path: &Path| {
+        let path = PathBuf::from(path);
+        move |source| Error::File { verb, path, source }
+    };
+    let bytes = labs::read(program)?;
+    let image = labs::pflash::image(&bytes).map_err(|reason| {
+        Error::Config(format!("Cannot make a flash of {}: {reason}", program.display()))
+    })?;
+    let write = || -> io::Result<()> {
+        let mut file = File::create(to)?;
+        io::Write::write_all(&mut file, &image)?;
+        file.set_len(labs::pflash::SIZE as u64)
+    };
+    write().map_err(failed("write", to))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(name: Option<&str>, variant: Option<&str>) -> LabArgs {
+        LabArgs {
+            name: name.map(Into::into),
+            variant: variant.map(Into::into),
+            ..LabArgs::default()
+        }
+    }
+
+    #[test]
+    fn all_means_every_variant_of_every_lab() {
+        let all = plan(&args(Some("all"), None)).unwrap();
+        assert_eq!(all.len(), LABS.iter().map(|lab| lab.variants.len()).sum::<usize>());
+    }
+
+    #[test]
+    fn a_picture_is_of_one_lab_and_every_lab_has_one() {
+        let of = |name| picture(&plan(&args(Some(name), None)).unwrap());
+        assert_eq!(of("all"), EXIT_USAGE);
+        assert!(LABS.iter().all(|lab| of(lab.name) == EXIT_OK));
+    }
+
+    #[test]
+    fn steps_are_numbered_and_say_who_hands_over_to_whom() {
+        let lab = Lab::find("h_1_0").unwrap();
+        let text = numbered(labs::steps::steps(lab, &lab.variants[0]));
+        assert!(text.starts_with("  1. U -> HS   KVM_RUN"), "{text}");
+        assert!(text.contains("\n  3. VU        li a7, 8\n"), "{text}");
+    }
+
+    #[test]
+    fn a_name_that_is_none_is_refused_with_those_that_there_are() {
+        for (name, variant) in [(None, None), (Some("h_9_0"), None), (Some("h_2_0"), Some("fast"))]
+        {
+            let mistake = plan(&args(name, variant)).err().unwrap();
+            assert!(mistake.contains("h_1_0") || mistake.contains("lazy"), "{mistake}");
+        }
+    }
+
+    #[test]
+    fn a_kernel_is_for_a_lab_that_boots_one() {
+        let with = |name| LabArgs { kernel: Some("Image".into()), ..args(Some(name), None) };
+        assert!(plan(&with("h_1_0")).err().unwrap().contains("--payload"));
+        assert!(plan(&with("linux-smp")).is_ok() && plan(&with("all")).is_ok());
+    }
+
+    #[test]
+    fn a_flash_is_a_whole_bank_with_the_program_behind_its_header() {
+        let folder = tempfile::tempdir().unwrap();
+        let (program, image) = (folder.path().join("app"), folder.path().join("flash"));
+        std::fs::write(&program, b"program").unwrap();
+        make_flash(&program, &image).unwrap();
+        let bytes = std::fs::read(&image).unwrap();
+        assert_eq!(
+            (bytes.len(), &bytes[..4], &bytes[16..23]),
+            (32 << 20, &b"pfld"[..], &b"program"[..])
+        );
+        assert!(make_flash(&folder.path().join("none"), &image).is_err());
+    }
+}

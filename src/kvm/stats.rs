@@ -1,0 +1,120 @@
+//! What KVM counts of a vCPU by itself (kernel, `Documentation/virt/kvm/api.rst` 4.135, KVM_GET_STATS_FD): it costs the guest
+//! nothing that rvmm reads it. Histograms are left out: a table of numbers has no room for them.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use crate::machine::vm::Counters;
+
+/// The most bytes of such a file that are read. Kernels have some 4 KiB.
+const MOST: usize = 256 << 10;
+
+/// Bytes of the head of the file, and of a description without its name.
+const HEAD: usize = 24;
+const DESCRIPTION: usize = 16;
+
+/// The counters of one vCPU.
+pub(super) struct HartCounters {
+    hart: u32,
+    file: File,
+}
+
+impl HartCounters {
+    pub(super) fn new(hart: u32, file: File) -> Self {
+        Self { hart, file }
+    }
+}
+
+impl Counters for HartCounters {
+    fn hart(&self) -> u32 {
+        self.hart
+    }
+
+    fn read(&self) -> io::Result<Vec<(String, u64)>> {
+        let mut bytes = vec![0; MOST];
+        let mut have = 0;
+        while let Some(rest) = bytes.get_mut(have..).filter(|rest| !rest.is_empty()) {
+            match self.file.read_at(rest, have as u64)? {
+                0 => break,
+                count => have += count,
+            }
+        }
+        bytes.truncate(have);
+        parse(&bytes).ok_or_else(|| io::Error::other("KVM's counters make no sense"))
+    }
+}
+
+/// The single counters in the file, by name and in its order.
+fn parse(bytes: &[u8]) -> Option<Vec<(String, u64)>> {
+    let word = |at: usize| {
+        let bytes = bytes.get(at..at.checked_add(4)?)?;
+        usize::try_from(u32::from_le_bytes(bytes.try_into().ok()?)).ok()
+    };
+    let (name_size, count, descriptions, data) = (word(4)?, word(8)?, word(16)?, word(20)?);
+    let stride = DESCRIPTION.checked_add(name_size)?;
+    if bytes.len() < HEAD || count > MOST / DESCRIPTION {
+        return None;
+    }
+    let mut counters = Vec::new();
+    for index in 0..count {
+        let at = descriptions.checked_add(index.checked_mul(stride)?)?;
+        let flags = word(at)?;
+        let size = word(at.checked_add(4)?)? >> 16;
+        let offset = word(at.checked_add(8)?)?;
+        let name = bytes.get(at.checked_add(DESCRIPTION)?..at.checked_add(stride)?)?;
+        let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
+        let value = data.checked_add(offset)?;
+        let value = bytes.get(value..value.checked_add(8)?)?;
+        // Types above 2 are histograms.
+        if flags & 0xf <= 2 && size == 1 {
+            let value = u64::from_le_bytes(value.try_into().ok()?);
+            counters.push((String::from_utf8_lossy(name).into_owned(), value));
+        }
+    }
+    Some(counters)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A file with names of 16 bytes, from (flags, size, offset, name), with the numbers 100, 101, ... as data.
+    fn file(counters: &[(u32, u16, u32, &str)]) -> Vec<u8> {
+        let (names, count) = (16, u32::try_from(counters.len()).unwrap());
+        let data = 24 + 16 + count * 32;
+        let mut bytes: Vec<u8> = [0, names, count, 24, 40, data].map(u32::to_le_bytes).concat();
+        bytes.extend(b"kvm-1/vcpu-0\0\0\0\0");
+        for (flags, size, offset, name) in counters {
+            bytes.extend(flags.to_le_bytes());
+            bytes.extend([0, 0]);
+            bytes.extend(size.to_le_bytes());
+            bytes.extend(offset.to_le_bytes());
+            bytes.extend([0; 4]);
+            let mut padded = name.as_bytes().to_vec();
+            padded.resize(16, 0);
+            bytes.extend(padded);
+        }
+        bytes.extend((100_u64..110).flat_map(u64::to_le_bytes));
+        bytes
+    }
+
+    #[test]
+    fn single_counters_are_read_by_name_and_histograms_are_not() {
+        let bytes = file(&[(0, 1, 0, "exits"), (4, 8, 8, "halt_hist"), (1, 1, 72, "blocking")]);
+        assert_eq!(parse(&bytes), Some(vec![("exits".into(), 100), ("blocking".into(), 109)]));
+    }
+
+    #[test]
+    fn a_file_that_makes_no_sense_is_none() {
+        let bytes = file(&[(0, 1, 0, "exits")]);
+        for length in 0..bytes.len() - 80 {
+            assert_eq!(parse(&bytes[..length]), None, "{length}");
+        }
+        for at in [4, 8, 16, 20, 48] {
+            let mut broken = bytes.clone();
+            broken[at..at + 4].fill(0xff);
+            assert_eq!(parse(&broken), None, "{at}");
+        }
+    }
+}

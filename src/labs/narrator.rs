@@ -1,0 +1,235 @@
+//! Tells what happens to a guest in the words of its lab, and with `--explain` in words of our own.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
+
+use super::stories;
+use super::transcript::Transcript;
+use crate::vcpu::firmware::shim;
+use crate::vcpu::hart::{Csr, Hart, Reg};
+use crate::vcpu::witness::{Note, Seen, Witness};
+
+/// Which words a lab has for what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Voice {
+    /// None: the guest speaks for itself.
+    Silent,
+    /// h_1_0: the exit by which the guest asks for shutdown.
+    Exit,
+    /// simple_hv: every exit, and the two registers at the end.
+    Exits,
+    /// h_2_0: the first load of each page.
+    Faults,
+    /// h_3_0: the timer.
+    Timer,
+}
+
+/// The guest's own code, for hosts that do not say which instruction was illegal.
+#[derive(Debug, Clone)]
+pub(super) struct Code {
+    pub(super) bytes: Vec<u8>,
+    pub(super) addr: u64,
+}
+
+impl Code {
+    fn word(&self, pc: u64) -> Option<u32> {
+        let at = usize::try_from(pc.checked_sub(self.addr)?).ok()?;
+        let bytes = self.bytes.get(at..at.checked_add(4)?)?;
+        Some(u32::from_le_bytes(bytes.try_into().ok()?))
+    }
+}
+
+/// The witness of a lab.
+pub(super) struct Narrator {
+    pub(super) transcript: Transcript,
+    pub(super) voice: Voice,
+    pub(super) explains: bool,
+    pub(super) code: Code,
+    /// Exits so far.
+    pub(super) count: AtomicU64,
+    /// Where the guest was at the exits that have been explained, and whether it had come to the shim.
+    pub(super) explained: Mutex<BTreeSet<(u64, bool)>>,
+}
+
+/// Places whose exits are explained; after so many nobody reads on.
+const MOST_PLACES: usize = 256;
+
+const ILLEGAL_INSTRUCTION: u64 = 2;
+const CALL_FROM_USER: u64 = 8;
+const SBI_SHUTDOWN: u64 = 8;
+const A0: u8 = 10;
+const A1: u8 = 11;
+const A7: u8 = 17;
+
+/// A register that cannot be read is told as 0: it is read only to be told.
+fn register(hart: &dyn Hart, reg: Reg) -> u64 {
+    hart.get(reg).unwrap_or(0)
+}
+
+impl Narrator {
+    /// What happened at an exit, the first time that the guest makes one there: a byte that is printed is as the one before.
+    fn explain(&self, hart: &dyn Hart, seen: &Seen, pc: u64, is_shim: bool) {
+        let story = if is_shim { stories::of_trap(hart) } else { stories::of_exit(hart, seen, pc) };
+        let Some(story) = story else { return };
+        let number = self.count.fetch_add(1, Relaxed) + 1;
+        let place = (if is_shim { register(hart, Reg::Csr(Csr::Sepc)) } else { pc }, is_shim);
+        let mut explained = self.explained.lock().unwrap_or_else(PoisonError::into_inner);
+        if explained.len() < MOST_PLACES && explained.insert(place) {
+            drop(explained);
+            self.transcript.aside(&format!("[exit {number}, hart {}] {story}", hart.id()));
+        }
+    }
+
+    /// A trap of the guest that has come to the shim.
+    fn trap(&self, hart: &dyn Hart) {
+        let csr = |csr| register(hart, Reg::Csr(csr));
+        let (cause, pc) = (csr(Csr::Scause), csr(Csr::Sepc));
+        match cause {
+            ILLEGAL_INSTRUCTION if self.voice == Voice::Exits => {
+                let word = match csr(Csr::Stval) {
+                    0 => self.code.word(pc).unwrap_or(0).into(),
+                    word => word,
+                };
+                self.transcript.line(&format!("Bad instruction: {word:#x} sepc: {pc:#x}"));
+            }
+            CALL_FROM_USER if register(hart, Reg::X(A7)) == SBI_SHUTDOWN => {
+                let name = match self.voice {
+                    Voice::Exit => "VmExit",
+                    Voice::Exits => "VmxExit",
+                    _ => return,
+                };
+                self.transcript.line(&format!(
+                    "{name} Reason: VSuperEcall: Some(Reset(Reset {{ reset_type: Shutdown, reason: NoReason }}))"
+                ));
+                if self.voice == Voice::Exits {
+                    let (a0, a1) = (register(hart, Reg::X(A0)), register(hart, Reg::X(A1)));
+                    self.transcript.line(&format!("a0 = {a0:#x}, a1 = {a1:#x}"));
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+impl Witness for Narrator {
+    fn exit(&self, hart: &dyn Hart, seen: &Seen) {
+        let pc = register(hart, Reg::Pc);
+        let is_shim = *seen == Seen::Breakpoint && pc == shim::VECTOR;
+        if self.explains {
+            self.explain(hart, seen, pc, is_shim);
+        }
+        match *seen {
+            Seen::Breakpoint if is_shim => self.trap(hart),
+            Seen::MmioRead { addr, .. } if self.voice == Voice::Exits => {
+                self.transcript.line(&format!("LoadGuestPageFault: stval{addr:#x} sepc: {pc:#x}"));
+            }
+            Seen::MmioRead { addr, .. } if self.voice == Voice::Faults => {
+                self.transcript.line(&format!("NestedPageFault addr {addr:#x}"));
+            }
+            _ => {}
+        }
+    }
+
+    fn note(&self, _hart: u32, note: Note) {
+        if self.voice == Voice::Timer {
+            self.transcript.line(match note {
+                Note::TimerSet => "Set timer...",
+                Note::TimerFired => "timer irq emulation",
+            });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::vcpu::testing::ScriptHart;
+
+    fn narrator(voice: Voice, explains: bool) -> Narrator {
+        let code = Code { bytes: 0xf140_25f3_u32.to_le_bytes().to_vec(), addr: 0x8020_0000 };
+        Narrator {
+            transcript: Transcript::new(Box::new(io::sink())),
+            voice,
+            explains,
+            code,
+            count: AtomicU64::new(0),
+            explained: Mutex::default(),
+        }
+    }
+
+    fn trapped(cause: u64, tval: u64) -> ScriptHart {
+        ScriptHart::new(0, []).with([
+            (Reg::Pc, shim::VECTOR),
+            (Reg::Csr(Csr::Scause), cause),
+            (Reg::Csr(Csr::Sepc), 0x8020_0000),
+            (Reg::Csr(Csr::Stval), tval),
+            (Reg::X(A0), 0x6688),
+            (Reg::X(A1), 0x1234),
+            (Reg::X(A7), 8),
+        ])
+    }
+
+    #[test]
+    fn an_illegal_instruction_is_told_also_where_the_host_does_not_say_which() {
+        for tval in [0xf140_25f3, 0] {
+            let narrator = narrator(Voice::Exits, false);
+            narrator.exit(&trapped(2, tval), &Seen::Breakpoint);
+            assert_eq!(
+                narrator.transcript.text(),
+                "Bad instruction: 0xf14025f3 sepc: 0x80200000\n"
+            );
+        }
+    }
+
+    #[test]
+    fn the_call_for_shutdown_is_told_in_the_words_of_the_lab() {
+        let reason =
+            "Reason: VSuperEcall: Some(Reset(Reset { reset_type: Shutdown, reason: NoReason }))\n";
+        for (voice, text) in [
+            (Voice::Exit, format!("VmExit {reason}")),
+            (Voice::Exits, format!("VmxExit {reason}a0 = 0x6688, a1 = 0x1234\n")),
+            (Voice::Silent, String::new()),
+        ] {
+            let narrator = narrator(voice, false);
+            narrator.exit(&trapped(8, 0), &Seen::Breakpoint);
+            assert_eq!(narrator.transcript.text(), text);
+        }
+    }
+
+    /// What somebody reads.
+    #[derive(Clone, Default)]
+    struct Paper(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Paper {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn every_exit_is_explained_once_with_its_number_and_beside_the_text() {
+        let (paper, mut narrator) = (Paper::default(), narrator(Voice::Silent, true));
+        narrator.transcript = Transcript::new(Box::new(paper.clone()));
+        let hart = trapped(2, 0xf140_25f3);
+        narrator.exit(&hart, &Seen::Breakpoint);
+        narrator.exit(&hart, &Seen::Breakpoint);
+        narrator.exit(&hart, &Seen::MmioRead { addr: 0x40, len: 8 });
+        let shown = String::from_utf8(paper.0.lock().unwrap().clone()).unwrap();
+        assert!(
+            shown.starts_with("[exit 1, hart 0] ")
+                && shown.contains("\n[exit 3, hart 0] ")
+                && !shown.contains("[exit 2"),
+            "{shown}"
+        );
+        assert_eq!(narrator.transcript.text(), "");
+    }
+}

@@ -1,0 +1,351 @@
+//! From a lab and what its user wishes to the machine that runs it.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
+use rustix::fs::{MemfdFlags, memfd_create};
+
+use super::catalog::{Guest, Lab, ORIGIN, USUAL, Variant};
+use super::narrator::{Code, Voice};
+use super::pflash;
+use crate::config::{
+    BootConfig, CsrValue, InitrdConfig, LoadConfig, StartMode, TimerChoice, Unassigned, VmConfig,
+};
+use crate::error::Error;
+use crate::machine::{Machine, Parts};
+use crate::memory::{PAGE, Rom};
+use crate::terminal::Console;
+
+/// What the user of a lab can choose.
+#[derive(Debug, Clone, Default)]
+pub struct Wishes {
+    /// Another guest than the lab's own: a flat file.
+    pub payload: Option<PathBuf>,
+    /// The kernel of a lab with Linux; the host's own where nothing is given.
+    pub kernel: Option<PathBuf>,
+    /// Tell of every exit.
+    pub explain: bool,
+    /// Seconds that a lab may take.
+    pub limit_s: u64,
+}
+
+/// Where the hypervisor's constant is, and what it is: the numbers of simple_hv.
+const CONSTANT: &str = "const,addr=0x40,value=0x6688";
+const MHARTID: CsrValue = CsrValue { number: 0xf14, value: 0x1234 };
+
+/// Where the courses' machines have their flash.
+const FLASH: u64 = 0x2200_0000;
+
+/// Where the variant `moved` of dtb puts them.
+const MOVED_KERNEL: u64 = 0x9000_0000;
+const MOVED_TREE: u64 = 0x9800_0000;
+
+/// The socket of two-vms, as its configurations call it.
+const SOCKET: &str = "link.sock";
+
+/// RAM of a lab: reaches beyond 0x9000_0000, where the RVM tutorial's guests are. The host gives what is touched.
+const MEM: u64 = 512 << 20;
+
+/// A lab, ready to be built.
+pub(super) struct Bench {
+    /// Its machines, in the order in which they are built.
+    pub(super) configs: Vec<VmConfig>,
+    pub(super) voice: Voice,
+    pub(super) code: Code,
+    /// What the host prints behind a guest that has powered off.
+    pub(super) farewell: &'static [&'static str],
+    /// Files that exist only as descriptors: open as long as the machine may start anew.
+    pub(super) _files: Vec<File>,
+    /// A folder that goes with the lab.
+    pub(super) _folder: Option<Folder>,
+}
+
+/// Why a lab cannot be run here: nothing is wrong, something is not there.
+#[derive(Debug)]
+pub(super) enum Obstacle {
+    /// The host lacks something.
+    Host(String),
+    /// The lab cannot be set up.
+    Failed(Error),
+}
+
+impl From<Error> for Obstacle {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+pub(super) fn bench(lab: &Lab, variant: &Variant, wishes: &Wishes) -> Result<Bench, Obstacle> {
+    let mut config = VmConfig { name: "lab".into(), mem: MEM, ..VmConfig::default() };
+    let mut files = Vec::new();
+    let mut code = Code { bytes: Vec::new(), addr: USUAL };
+    match lab.guest {
+        Guest::Bare { payload, addr } => {
+            code = Code { bytes: payload.to_vec(), addr };
+            if let Some(path) = &wishes.payload {
+                code.bytes = read(path)?;
+            }
+            let file = in_memory(&code.bytes, &mut files)?;
+            config.boot.load = vec![LoadConfig { file, addr }];
+            config.boot.entry = Some(addr);
+        }
+        Guest::Pair { payload, configs } => return pair(payload, configs, wishes),
+        Guest::Linux if wishes.payload.is_some() => {
+            let what =
+                format!("Lab {} takes a kernel and no other payload (use --kernel)", lab.name);
+            return Err(Error::Config(what).into());
+        }
+        Guest::Linux => {
+            config.boot.kernel = Some(kernel(wishes)?);
+            config.boot.initrd = InitrdConfig::Builtin("/proc/self/exe".into());
+            config.boot.cmdline = "console=ttyS0 quiet".into();
+            config.cpus.count = 4;
+        }
+    }
+    let mut kept = None;
+    let (mut voice, mut farewell): (_, &[&str]) = (Voice::Silent, &[]);
+    match lab.name {
+        "h_1_0" => {
+            (voice, farewell) = (Voice::Exit, &["Shutdown vm normally!", "Hypervisor ok!"]);
+            config.cpus.mode = StartMode::User;
+        }
+        "simple_hv" => {
+            (voice, farewell) = (Voice::Exits, &["Shutdown vm normally!", "Hypervisor ok!"]);
+            config.cpus.mode = StartMode::User;
+            config.cpus.csrs = vec![MHARTID];
+            config.devices = vec![CONSTANT.into()];
+        }
+        "h_2_0" => {
+            config.devices = vec![flash(variant.name, ORIGIN, &mut files)?];
+            if variant.name == "lazy" {
+                voice = Voice::Faults;
+            }
+        }
+        "h_3_0" if variant.name == "user" => {
+            voice = Voice::Timer;
+            config.timer = TimerChoice::User;
+        }
+        "h_4_0" => config.devices = vec![flash("map", ORIGIN, &mut files)?],
+        "rvm-1" | "rvm-2" => {
+            farewell = &["hello world in kernel"];
+            config.unassigned = Unassigned::Fault;
+        }
+        "smp" => config.cpus.count = 4,
+        "dtb" if variant.name == "moved" => {
+            for load in &mut config.boot.load {
+                load.addr = MOVED_KERNEL;
+            }
+            config.boot.entry = Some(MOVED_KERNEL);
+            config.boot.dtb_addr = Some(MOVED_TREE);
+        }
+        "dtb" if variant.name == "own" => {
+            // A machine that is built and not run has written its tree.
+            let folder = Folder::new()?;
+            let tree = folder.path.join("tree.dtb");
+            let dumped = VmConfig {
+                boot: BootConfig { dump_dtb: Some(tree.clone()), ..config.boot.clone() },
+                ..config.clone()
+            };
+            let parts = Parts { console: Some(Console::null()), ..Parts::default() };
+            drop(Machine::build_with(dumped, parts)?);
+            config.boot.dtb = Some(tree);
+            kept = Some(folder);
+        }
+        _ => {}
+    }
+    Ok(Bench { configs: vec![config], voice, code, farewell, _files: files, _folder: kept })
+}
+
+/// Two machines whose configurations name a file and a socket that are elsewhere here.
+fn pair(payload: &[u8], configs: [&str; 2], wishes: &Wishes) -> Result<Bench, Obstacle> {
+    let mut files = Vec::new();
+    let code = match &wishes.payload {
+        Some(path) => read(path)?,
+        None => payload.to_vec(),
+    };
+    let file = in_memory(&code, &mut files)?;
+    let folder = Folder::new()?;
+    let socket = folder.path.join(SOCKET).display().to_string();
+    let of = |text: &str| {
+        let mut config: VmConfig = serde_json::from_str(text).map_err(|error| {
+            Error::Config(format!("Cannot read the lab's own configuration: {error}"))
+        })?;
+        for load in &mut config.boot.load {
+            load.file.clone_from(&file);
+        }
+        for device in &mut config.devices {
+            *device = device.replace(SOCKET, &socket);
+        }
+        Ok(config)
+    };
+    let configs = configs.into_iter().map(of).collect::<Result<Vec<_>, Error>>()?;
+    let code = Code { bytes: code, addr: USUAL };
+    Ok(Bench {
+        configs,
+        voice: Voice::Silent,
+        code,
+        farewell: &[],
+        _files: files,
+        _folder: Some(folder),
+    })
+}
+
+/// A folder of this process's own, removed with what is in it.
+pub(super) struct Folder {
+    path: PathBuf,
+}
+
+impl Folder {
+    fn new() -> Result<Self, Error> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("rvmm-lab-{}-{}", std::process::id(), COUNT.fetch_add(1, Relaxed));
+        let path = std::env::temp_dir().join(name);
+        let made = fs::DirBuilder::new().mode(0o700).create(&path);
+        made.map_err(|source| Error::File { verb: "make", path: path.clone(), source })?;
+        Ok(Self { path })
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        // What is left is in the folder for such things.
+        let _ = fs::remove_dir_all(&self.path);
+    }
+}
+
+/// The flash of a lab; with the host's own where that holds an image.
+fn flash(mode: &str, program: &[u8], files: &mut Vec<File>) -> Result<String, Obstacle> {
+    if mode == "passthrough" {
+        host_flash()?;
+        return Ok(format!("flash,addr={FLASH:#x},mode=passthrough,size=4096"));
+    }
+    let image = pflash::image(program).map_err(Error::Config)?;
+    let path = in_memory(&image, files)?;
+    Ok(format!("flash,addr={FLASH:#x},mode={mode},file={}", path.display()))
+}
+
+/// Looks whether the host has a flash there that rvmm may read, and an image in it. Its device tree is asked first: a read of an
+/// address without a device can hang a machine.
+fn host_flash() -> Result<(), Obstacle> {
+    let missing = |why: &str| Err(Obstacle::Host(why.into()));
+    let nodes = fs::read_dir("/sys/firmware/devicetree/base").into_iter().flatten().flatten();
+    let flashes = nodes.filter(|node| node.file_name().to_string_lossy().starts_with("flash@"));
+    let is_there = |reg: Vec<u8>| reg.chunks(8).step_by(2).any(|addr| addr == FLASH.to_be_bytes());
+    if !flashes.filter_map(|node| fs::read(node.path().join("reg")).ok()).any(is_there) {
+        return missing("this host has no flash at 0x22000000");
+    }
+    let mut magic = [0; 4];
+    let mapped = File::open("/dev/mem").and_then(|memory| Rom::of(memory, FLASH, PAGE));
+    match mapped.and_then(|flash| flash.read(0, &mut magic)) {
+        Ok(()) if magic == pflash::MAGIC => Ok(()),
+        Ok(()) => missing("this host's flash holds no image of rvmm mkpflash"),
+        Err(error) => {
+            missing(&format!("this host's flash cannot be read ({error}; only root can)"))
+        }
+    }
+}
+
+/// A kernel: the one given, or the one that this host has booted.
+fn kernel(wishes: &Wishes) -> Result<PathBuf, Obstacle> {
+    if let Some(path) = &wishes.kernel {
+        return Ok(path.clone());
+    }
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let candidates = [
+        format!("/boot/vmlinux-{release}"),
+        format!("/boot/vmlinuz-{release}"),
+        "/boot/Image".into(),
+    ];
+    let found = candidates.iter().map(Path::new).find(|path| path.is_file());
+    found.map(Into::into).ok_or_else(|| {
+        Obstacle::Host(format!(
+            "there is no kernel in /boot for {release} (give one: --kernel FILE)"
+        ))
+    })
+}
+
+/// A program of the user's: a guest, or what goes into a flash. No longer than a flash is; a device that never ends is none.
+pub fn read(path: &Path) -> Result<Vec<u8>, Error> {
+    let failed = |source| Error::File { verb: "read", path: path.into(), source };
+    let mut bytes = Vec::new();
+    let most = pflash::SIZE as u64;
+    File::open(path)
+        .and_then(|file| file.take(most + 1).read_to_end(&mut bytes))
+        .map_err(failed)?;
+    if bytes.len() > pflash::SIZE {
+        let what = format!("Cannot use {}: it has more than {most} bytes", path.display());
+        return Err(Error::Config(what));
+    }
+    Ok(bytes)
+}
+
+/// A file of these bytes that only this process has, by a path that it can open.
+fn in_memory(bytes: &[u8], files: &mut Vec<File>) -> Result<PathBuf, Error> {
+    let made = || -> io::Result<File> {
+        let mut file = File::from(memfd_create("lab", MemfdFlags::CLOEXEC)?);
+        file.write_all(bytes)?;
+        Ok(file)
+    };
+    let file = made()
+        .map_err(|source| Error::Host { what: "Cannot make a file in memory".into(), source })?;
+    let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    files.push(file);
+    Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::labs::LABS;
+
+    #[test]
+    fn every_lab_becomes_a_configuration_that_holds() {
+        let wishes = Wishes { kernel: Some("Image".into()), ..Wishes::default() };
+        for lab in LABS {
+            // One variant asks KVM for a tree.
+            for variant in lab.variants.iter().filter(|variant| variant.name != "own") {
+                match bench(lab, variant, &wishes) {
+                    Ok(bench) => {
+                        for config in bench.configs {
+                            config.validate().unwrap();
+                        }
+                    }
+                    Err(Obstacle::Host(why)) => {
+                        assert!(variant.name == "passthrough", "{}: {why}", lab.name)
+                    }
+                    Err(Obstacle::Failed(error)) => panic!("{}: {error}", lab.name),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_payload_of_the_users_takes_the_place_of_the_labs_own() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), b"mine").unwrap();
+        let wishes = Wishes { payload: Some(file.path().into()), ..Wishes::default() };
+        let lab = Lab::find("simple_hv").unwrap();
+        let bench = bench(lab, &lab.variants[0], &wishes).ok().unwrap();
+        let loaded = &bench.configs[0].boot.load[0];
+        assert_eq!((fs::read(&loaded.file).unwrap(), loaded.addr), (b"mine".to_vec(), USUAL));
+    }
+
+    #[test]
+    fn a_file_without_an_end_is_no_program() {
+        assert!(matches!(read(Path::new("/dev/zero")), Err(Error::Config(_))));
+    }
+
+    #[test]
+    fn a_payload_that_cannot_be_read_is_a_mistake_of_the_users() {
+        let wishes = Wishes { payload: Some("/nowhere".into()), ..Wishes::default() };
+        let lab = Lab::find("h_1_0").unwrap();
+        assert!(matches!(
+            bench(lab, &lab.variants[0], &wishes),
+            Err(Obstacle::Failed(Error::File { .. }))
+        ));
+    }
+}

@@ -1,0 +1,69 @@
+//! What fuzzers play against this crate, by name (`fuzz/fuzz_targets`); the tests here play what fuzzers have found and what proptest
+//! makes up. What they play against `devices` and `boot` is in those crates' tests.
+
+pub use crate::gdb::testing::play as gdb_packets;
+pub use crate::trace::play_report as trace_report;
+
+/// Plays from these bytes.
+pub type Play = fn(&[u8]);
+
+/// The fuzz targets that play these, by name.
+pub const TARGETS: [(&str, Play); 2] =
+    [("gdb_packets", gdb_packets), ("trace_report", trace_report)];
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// `fuzz/seeds/TARGET.txt`: an input a line, in hexadecimal.
+    fn seeds(target: &str) -> Vec<Vec<u8>> {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("fuzz/seeds/{target}.txt"));
+        let text = fs::read_to_string(&file).unwrap();
+        let byte =
+            |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap();
+        text.lines().map(|line| line.as_bytes().chunks(2).map(byte).collect()).collect()
+    }
+
+    #[test]
+    fn every_seed_of_the_fuzzers_is_played() {
+        for (name, target) in TARGETS {
+            let seeds = seeds(name);
+            assert!(!seeds.is_empty(), "no seeds of {name}");
+            seeds.iter().for_each(|seed| target(seed));
+        }
+    }
+
+    /// An input of a fuzzer with some of its bytes changed, or bytes that nobody wrote.
+    fn input(target: &str) -> impl Strategy<Value = Vec<u8>> {
+        let changes = prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..8);
+        let changed =
+            (prop::sample::select(seeds(target)), changes).prop_map(|(mut seed, changes)| {
+                for (at, byte) in changes {
+                    if !seed.is_empty() {
+                        *at.get_mut(&mut seed) = byte;
+                    }
+                }
+                seed
+            });
+        prop_oneof![changed, prop::collection::vec(any::<u8>(), 0..300)]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 200, max_shrink_iters: 200, ..ProptestConfig::default() })]
+
+        #[test]
+        fn no_bytes_of_a_debugger_do_harm(bytes in input("gdb_packets")) {
+            gdb_packets(&bytes);
+        }
+
+        #[test]
+        fn no_bytes_of_a_trace_do_harm(bytes in input("trace_report")) {
+            trace_report(&bytes);
+        }
+    }
+}

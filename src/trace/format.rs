@@ -1,0 +1,169 @@
+//! The two formats of a trace, one event a line in both.
+//!
+//! Chrome's trace event format (the "JSON Array Format" and "Complete Events" of its document), which Perfetto opens, and
+//! JSON lines. The fields of an exit are the same: in a Chrome event they are its `args`, so that times keep their last digit.
+
+use std::fmt::Write;
+
+use super::names::{Places, Subject};
+use super::record::{Kind, Record};
+use crate::config::TraceFormat;
+use crate::vcpu::record::Ticks;
+
+/// The version of the fields; a reader refuses others.
+pub(super) const VERSION: u32 = 1;
+
+/// From ticks to CLOCK_MONOTONIC: exact at the start, and from there on by the counter's own rate.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Timescale {
+    ticks: u64,
+    ns: u64,
+    hz: u64,
+}
+
+impl Timescale {
+    pub(super) fn new(ticks: Ticks, ns: u64) -> Self {
+        Self { ticks: (ticks.now)(), ns, hz: ticks.hz.max(1) }
+    }
+
+    /// Nanoseconds of CLOCK_MONOTONIC; what lies before the start is the start.
+    pub(super) fn ns(&self, ticks: u64) -> u64 {
+        let passed = u128::from(ticks.saturating_sub(self.ticks)) * 1_000_000_000;
+        let passed = passed / u128::from(self.hz);
+        self.ns.saturating_add(u64::try_from(passed).unwrap_or(u64::MAX))
+    }
+}
+
+/// What stands at the head of a trace.
+#[derive(Debug, Clone)]
+pub(super) struct Head {
+    /// The machine's name: letters, digits, `_` and `-`.
+    pub(super) name: String,
+    pub(super) harts: u32,
+    pub(super) start_ns: u64,
+    pub(super) hz: u64,
+}
+
+/// Writes events into a text. Writing into a String cannot fail: results are dropped.
+#[derive(Debug)]
+pub(super) struct Format {
+    format: TraceFormat,
+    process: u32,
+    scale: Timescale,
+    places: Places,
+}
+
+impl Format {
+    pub(super) fn new(format: TraceFormat, scale: Timescale, places: Places) -> Self {
+        Self { format, process: std::process::id(), scale, places }
+    }
+
+    /// The first lines.
+    pub(super) fn head(&self, out: &mut String, head: &Head) {
+        let Head { name, harts, start_ns, hz } = head;
+        let fields = format!(
+            r#"{{"rvmm_trace":{VERSION},"machine":"{name}","harts":{harts},"start_ns":{start_ns},"ticks_per_second":{hz}}}"#
+        );
+        if self.format == TraceFormat::Lines {
+            let _ = writeln!(out, "{fields}");
+            return;
+        }
+        let id = self.process;
+        let _ = writeln!(out, r#"[{{"name":"rvmm_trace","ph":"M","pid":{id},"args":{fields}}},"#);
+        let _ = writeln!(
+            out,
+            r#"{{"name":"process_name","ph":"M","pid":{id},"args":{{"name":"rvmm {name}"}}}},"#
+        );
+        for hart in 0..*harts {
+            let _ = writeln!(
+                out,
+                r#"{{"name":"thread_name","ph":"M","pid":{id},"tid":{hart},"args":{{"name":"hart {hart}"}}}},"#
+            );
+        }
+    }
+
+    /// An exit.
+    pub(super) fn exit(&self, out: &mut String, hart: u32, record: &Record) {
+        let (left, entered) = (self.scale.ns(record.left), self.scale.ns(record.entered));
+        let subject = Subject::new(record, &self.places);
+        if self.format == TraceFormat::Chrome {
+            let (kind, cost) = (record.kind.name(), entered.saturating_sub(left));
+            let id = self.process;
+            let _ = write!(
+                out,
+                r#"{{"name":"{subject}","cat":"{kind}","ph":"X","ts":{}.{:03},"dur":{}.{:03},"pid":{id},"tid":{hart},"args":"#,
+                left / 1000,
+                left % 1000,
+                cost / 1000,
+                cost % 1000
+            );
+        }
+        let _ = write!(out, r#"{{"hart":{hart},"exit_ns":{left},"entry_ns":{entered}"#);
+        fields(out, record, &subject);
+        out.push_str(if self.format == TraceFormat::Chrome { "}},\n" } else { "}\n" });
+    }
+
+    /// Exits that did not fit in the ring.
+    pub(super) fn lost(&self, out: &mut String, hart: u32, count: u64, now: u64) {
+        let ns = self.scale.ns(now);
+        let fields = format!(r#"{{"hart":{hart},"exit_ns":{ns},"lost":{count}}}"#);
+        if self.format == TraceFormat::Lines {
+            let _ = writeln!(out, "{fields}");
+            return;
+        }
+        let _ = writeln!(
+            out,
+            r#"{{"name":"lost","ph":"i","s":"t","ts":{}.{:03},"pid":{},"tid":{hart},"args":{fields}}},"#,
+            ns / 1000,
+            ns % 1000,
+            self.process
+        );
+    }
+
+    /// The last line: how many exits there are and how many are missing.
+    pub(super) fn end(&self, out: &mut String, recorded: u64, lost: u64) {
+        let fields = format!(r#"{{"rvmm_end":{VERSION},"recorded":{recorded},"all_lost":{lost}}}"#);
+        if self.format == TraceFormat::Lines {
+            let _ = writeln!(out, "{fields}");
+            return;
+        }
+        let id = self.process;
+        let _ = writeln!(out, r#"{{"name":"rvmm_end","ph":"M","pid":{id},"args":{fields}}}]"#);
+    }
+}
+
+/// The fields of an exit behind its times. Nothing in them is a text of the guest's.
+fn fields(out: &mut String, record: &Record, subject: &Subject<'_>) {
+    let Record { kind, width, outcome, a, b, c, d, pc, .. } = *record;
+    let _ = write!(out, r#","kind":"{}","what":"{subject}""#, kind.name());
+    let _ = match kind {
+        Kind::MmioRead | Kind::MmioWrite => {
+            if let Some(device) = subject.device() {
+                let _ = write!(out, r#","device":"{device}""#);
+            }
+            if let Some(register) = subject.register() {
+                let _ = write!(out, r#","register":"{register}""#);
+            }
+            write!(out, r#","addr":"{a:#x}","width":{width},"value":"{b:#x}""#)
+        }
+        Kind::Sbi => {
+            write!(
+                out,
+                r#","extension":"{a:#x}","function":"{b:#x}","a0":"{c:#x}","error":{}"#,
+                d.cast_signed()
+            )
+        }
+        Kind::Csr => {
+            write!(
+                out,
+                r#","csr":"{a:#x}","new_value":"{b:#x}","write_mask":"{c:#x}","value":"{d:#x}""#
+            )
+        }
+        Kind::System | Kind::Fault => write!(out, r#","value":"{b:#x}""#),
+        Kind::Debug | Kind::Interrupted | Kind::Unknown => Ok(()),
+    };
+    let _ = write!(out, r#","flow":"{outcome}""#);
+    if let Some(pc) = pc {
+        let _ = write!(out, r#","pc":"{pc:#x}""#);
+    }
+}

@@ -1,0 +1,128 @@
+//! Questions and answers: one line of text each way. The answer is JSON; the question is short enough to be typed
+//! (`echo regs | nc -U SOCKET`).
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::steps::Walk;
+
+/// What can be asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Question {
+    /// The counters.
+    Stat,
+    /// The registers of all harts. The machine is paused for that.
+    Registers,
+    /// Where a virtual address leads. The machine is paused for that.
+    Walk {
+        /// The address.
+        address: u64,
+        /// The hart under whose `satp` it is looked up.
+        hart: u32,
+    },
+}
+
+impl Question {
+    /// The question as a line, without its end.
+    #[must_use]
+    pub fn line(self) -> String {
+        match self {
+            Self::Stat => "stat".into(),
+            Self::Registers => "regs".into(),
+            Self::Walk { address, hart } => format!("walk {address:#x} {hart}"),
+        }
+    }
+
+    /// The question that a line is.
+    pub(super) fn read(line: &str) -> Option<Self> {
+        let mut words = line.split_ascii_whitespace();
+        let question = match words.next()? {
+            "stat" => Self::Stat,
+            "regs" => Self::Registers,
+            "walk" => {
+                let address = words.next()?;
+                let address = match address.strip_prefix("0x") {
+                    Some(digits) => u64::from_str_radix(digits, 16).ok()?,
+                    None => address.parse().ok()?,
+                };
+                let hart = words.next().map_or(Ok(0), str::parse).ok()?;
+                Self::Walk { address, hart }
+            }
+            _ => return None,
+        };
+        words.next().is_none().then_some(question)
+    }
+}
+
+/// What comes back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Answer {
+    /// To [`Question::Stat`].
+    Stat(Stat),
+    /// To [`Question::Registers`].
+    Registers(Vec<HartRegisters>),
+    /// To [`Question::Walk`].
+    Walk(Walk),
+    /// The question makes no sense, or the machine is just restarting or ending. A sentence.
+    Error(String),
+}
+
+/// Counters of a machine, since its present life began.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stat {
+    /// The machine's name.
+    pub name: String,
+    /// Its process.
+    pub pid: u32,
+    /// How long it has been running, in nanoseconds.
+    pub age_ns: u64,
+    /// Its harts.
+    pub harts: Vec<HartCount>,
+    /// Its devices, in order of address.
+    pub devices: Vec<DeviceCount>,
+    /// Reads of addresses where no device is.
+    pub unassigned_reads: u64,
+    /// Writes to such addresses.
+    pub unassigned_writes: u64,
+}
+
+/// Counters of a hart.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HartCount {
+    /// Its number.
+    pub hart: u32,
+    /// What KVM counts, by KVM's names.
+    pub counters: BTreeMap<String, u64>,
+}
+
+/// Counters of a device.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceCount {
+    /// Its model.
+    pub name: String,
+    /// Its guest-physical address.
+    pub base: u64,
+    /// Reads of its registers.
+    pub reads: u64,
+    /// Writes to its registers.
+    pub writes: u64,
+    /// Accesses that it refused.
+    pub refused: u64,
+}
+
+/// The registers of a hart.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HartRegisters {
+    /// Its number.
+    pub hart: u32,
+    /// Names and values in their usual order; no value where the hart has no such register.
+    pub registers: Vec<(String, Option<u64>)>,
+}
+
+/// A machine as those who answer see it.
+pub trait Subject: Send + Sync {
+    /// The answer to a question. May pause the machine for a moment; waits for nothing else.
+    fn answer(&self, question: Question) -> Answer;
+}

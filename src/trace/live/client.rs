@@ -1,0 +1,141 @@
+//! The asker's end: which machines of this user run, and the connection to one of them.
+
+use std::ffi::OsString;
+use std::fs::{self, DirBuilder};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::answer::{Answer, Question};
+
+/// The longest answer, in bytes: 512 harts with all their registers have less than one.
+const LONGEST: u64 = 8 << 20;
+
+/// How long a machine may take for an answer.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// The folder of sockets: `rvmm` in the user's runtime folder (XDG Base Directory Specification), `/run/rvmm` for who has none.
+fn folder() -> Option<PathBuf> {
+    match std::env::var_os("XDG_RUNTIME_DIR").filter(|folder| !folder.is_empty()) {
+        Some(own) => Some(Path::new(&own).join("rvmm")),
+        None => Some(PathBuf::from("/run/rvmm")).filter(|folder| folder.is_dir()),
+    }
+}
+
+/// Where this process's machine `name` may be looked at; `None` where there is no folder for that.
+#[must_use]
+pub fn socket_for(name: &str) -> Option<PathBuf> {
+    let folder = folder()?;
+    match DirBuilder::new().mode(0o700).create(&folder) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            log::debug!("Nobody can look at this machine: {}: {error}", folder.display());
+            return None;
+        }
+        _ => {}
+    }
+    Some(folder.join(format!("{name}-{}.sock", std::process::id())))
+}
+
+/// A machine that has a socket.
+struct Found {
+    name: String,
+    pid: String,
+    path: PathBuf,
+}
+
+impl Found {
+    fn read(file: OsString, folder: &Path) -> Option<Self> {
+        let path = folder.join(&file);
+        let file = file.into_string().ok()?;
+        let (name, pid) = file.strip_suffix(".sock")?.rsplit_once('-')?;
+        let is_number = pid.parse::<u32>().is_ok();
+        is_number.then(|| Self { name: name.into(), pid: pid.into(), path })
+    }
+}
+
+/// A connection to a running machine.
+#[derive(Debug)]
+pub struct Connection {
+    reader: BufReader<UnixStream>,
+}
+
+impl Connection {
+    /// Connects to the machine with this name or process, or to the only one that there is.
+    ///
+    /// # Errors
+    /// A sentence: there is none, or there are several, with their names.
+    pub fn open(target: Option<&str>) -> Result<Self, String> {
+        let folder = folder().ok_or(
+            "Cannot look for machines: there is no runtime folder (set XDG_RUNTIME_DIR for rvmm and for this command)",
+        )?;
+        let files = fs::read_dir(&folder).into_iter().flatten().flatten();
+        let found = files.filter_map(|file| Found::read(file.file_name(), &folder));
+        let wanted = found.filter(|f| target.is_none_or(|t| f.name == t || f.pid == t));
+        let mut alive: Vec<_> =
+            wanted.filter_map(|found| connect(&found.path).map(|c| (found, c))).collect();
+        alive.sort_by(|(a, _), (b, _)| (&a.name, &a.pid).cmp(&(&b.name, &b.pid)));
+        if alive.len() > 1 {
+            let all: Vec<_> = alive.iter().map(|(f, _)| format!("{} {}", f.name, f.pid)).collect();
+            return Err(format!(
+                "Several machines run, and one has to be named, by its name or process: {}",
+                all.join(", ")
+            ));
+        }
+        match (alive.pop(), target) {
+            (Some((_, stream)), _) => {
+                Self::over(stream).map_err(|error| format!("Cannot talk to the machine: {error}"))
+            }
+            (None, Some(target)) => Err(format!(
+                "No machine {} of this user runs (looked in {})",
+                crate::config::quoted(target),
+                folder.display()
+            )),
+            (None, None) => {
+                Err(format!("No machine of this user runs (looked in {})", folder.display()))
+            }
+        }
+    }
+
+    /// Connects to the socket at `path`.
+    ///
+    /// # Errors
+    /// Nobody is there.
+    pub fn to(path: &Path) -> io::Result<Self> {
+        Self::over(UnixStream::connect(path)?)
+    }
+
+    fn over(stream: UnixStream) -> io::Result<Self> {
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        Ok(Self { reader: BufReader::new(stream) })
+    }
+
+    /// Asks, and waits for the answer.
+    ///
+    /// # Errors
+    /// The machine is gone (`UnexpectedEof`, `BrokenPipe`, `ConnectionReset`), or says what makes no sense.
+    pub fn ask(&mut self, question: Question) -> io::Result<Answer> {
+        self.reader.get_mut().write_all(format!("{}\n", question.line()).as_bytes())?;
+        let mut line = Vec::new();
+        self.reader.by_ref().take(LONGEST).read_until(b'\n', &mut line)?;
+        if line.is_empty() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        serde_json::from_slice(&line).map_err(io::Error::other)
+    }
+}
+
+/// The connection; a file that nobody listens at any more is removed.
+fn connect(path: &Path) -> Option<UnixStream> {
+    match UnixStream::connect(path) {
+        Ok(stream) => Some(stream),
+        Err(error) => {
+            if error.kind() == io::ErrorKind::ConnectionRefused {
+                let _ = fs::remove_file(path);
+            }
+            None
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! Questions over a socket, and walks through page tables.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use rvmm_devices::Bus;
+
+use super::{Answer, Connection, Landing, Question, Reception, Stages, Stat, Subject, Walk};
+use crate::config::Unassigned;
+use crate::io_loop::{IoLoop, IoThread};
+use crate::trace::Places;
+use crate::vcpu::testing::{RAM, UART, world};
+
+struct Echo;
+
+impl Subject for Echo {
+    fn answer(&self, question: Question) -> Answer {
+        match question {
+            Question::Stat => Answer::Stat(Stat { name: "web".into(), ..Stat::default() }),
+            question => Answer::Error(question.line()),
+        }
+    }
+}
+
+/// The I/O loop of a machine without devices, which lets in everybody who comes to `path`.
+fn reception(path: &Path) -> IoThread {
+    let reception = Reception::open(path, Arc::new(Echo)).unwrap();
+    let mut io = IoLoop::new(Arc::new(Bus::new(Vec::new()).unwrap())).unwrap();
+    io.watch_visits(Arc::new(reception)).unwrap();
+    io.spawn().unwrap()
+}
+
+#[test]
+fn questions_are_answered_one_after_the_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("web-1.sock");
+    let served = reception(&path);
+    let mut connection = Connection::to(&path).unwrap();
+    for question in [Question::Registers, Question::Walk { address: u64::MAX, hart: 3 }] {
+        assert_eq!(connection.ask(question).unwrap(), Answer::Error(question.line()));
+    }
+    let Answer::Stat(stat) = connection.ask(Question::Stat).unwrap() else { panic!("no counters") };
+    assert_eq!(stat.name, "web");
+    served.stop(Duration::ZERO).unwrap();
+    assert!(!path.exists(), "the socket's file goes with it");
+}
+
+#[test]
+fn what_is_no_question_gets_a_sentence_and_the_door() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("web-1.sock");
+    let questions = ["no\n", "walk\n", "walk 0xzz\n", "stat now\n", "\n", &"x".repeat(400)];
+    let served = reception(&path);
+    for question in questions {
+        let mut stream = UnixStream::connect(&path).unwrap();
+        stream.write_all(question.as_bytes()).unwrap();
+        let mut answer = String::new();
+        // What was not read by then is lost with a reset, after the answer.
+        let _ = stream.read_to_string(&mut answer);
+        assert!(answer.starts_with("{\"error\":\"Questions are stat"), "{question:?}: {answer}");
+        assert_eq!(answer.lines().count(), 1);
+    }
+    served.stop(Duration::ZERO).unwrap();
+}
+
+#[test]
+fn visitors_are_bounded_and_a_place_that_is_left_is_free() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("web-1.sock");
+    let served = reception(&path);
+    let mut guests: Vec<_> = (0..8).map(|_| Connection::to(&path).unwrap()).collect();
+    for guest in &mut guests {
+        guest.ask(Question::Stat).unwrap();
+    }
+    let mut late = Connection::to(&path).unwrap();
+    assert!(late.ask(Question::Stat).is_err());
+    drop(guests);
+    // A place is free when its thread has seen that nobody is there any more.
+    while Connection::to(&path).unwrap().ask(Question::Stat).is_err() {
+        thread::yield_now();
+    }
+    served.stop(Duration::ZERO).unwrap();
+}
+
+/// Entries of page tables at the start of RAM: root, second and last table, a page each.
+fn tables(entries: &[(u64, u64)]) -> (crate::vcpu::World, Places) {
+    let (world, _) = world(Unassigned::Zero);
+    for (at, entry) in entries {
+        world.ram.write(RAM.base + at, &entry.to_le_bytes()).unwrap();
+    }
+    let places = Places::of(&world.bus);
+    (world, places)
+}
+
+const SATP: u64 = 8 << 60 | RAM.base >> 12;
+
+/// An entry that points to `addr` with these flags.
+fn entry(addr: u64, flags: u64) -> u64 {
+    addr >> 12 << 10 | flags
+}
+
+#[test]
+fn a_walk_shows_every_entry_and_where_it_ends() {
+    let base = RAM.base;
+    let (world, places) = tables(&[
+        (0, entry(base + 0x1000, 1)),
+        (0x1000, entry(base + 0x2000, 1)),
+        (0x2000, entry(base + 0x5000, 0xcf)),
+        (0x2008, entry(UART, 0x17)),
+        (0x2010, entry(0x2800_0000, 0x17)),
+        (0x2018, entry(0x7000_0000_0000, 0x17)),
+        (0x2020, 0),
+        (0x2028, entry(0x1000, 0x0b)),
+        (8, entry(base, 0xcf) | 1 << 61),
+    ]);
+    let walk = |address| {
+        let stages = Stages {
+            ram: &world.ram,
+            shim: Some((1, 0x1000)),
+            places: &places,
+            address_bits: Some(59),
+        };
+        Walk::of(stages, 0, SATP, address)
+    };
+    let page = walk(0x678);
+    let levels: Vec<_> = page.steps.iter().map(|step| (step.level, step.addr)).collect();
+    assert_eq!(levels, [(2, base), (1, base + 0x1000), (0, base + 0x2000)]);
+    assert_eq!((page.steps[0].flags.as_str(), page.steps[2].flags.as_str()), ("V", "V R W X A D"));
+    assert_eq!((page.mode.as_str(), page.physical), ("Sv39", Some(base + 0x5678)));
+    assert_eq!(page.landing, Some(Landing::Memory { slot: 0, base, offset: 0x5678 }));
+    assert_eq!((page.second_levels, page.accesses), (Some(5), Some(23)));
+    let device = Landing::Device { name: "fake-uart".into(), offset: 5, register: None };
+    assert_eq!(walk(0x1005).landing, Some(device));
+    assert_eq!(walk(0x5010).landing, Some(Landing::Memory { slot: 1, base: 0x1000, offset: 0x10 }));
+    assert_eq!(walk(0x2000).landing, Some(Landing::Range("imsics".into())));
+    assert_eq!(walk(0x3000).landing, Some(Landing::Nothing));
+    let fault = walk(0x4000);
+    assert_eq!((fault.physical, fault.landing, fault.steps.len()), (None, None, 3));
+    assert!(fault.fault.contains("not valid"), "{}", fault.fault);
+    assert_eq!(fault.accesses, Some(18), "three entries, and no result to be translated");
+    let huge = walk(1 << 30 | 0x1234);
+    assert_eq!((huge.steps.len(), huge.accesses), (1, Some(11)));
+    assert_eq!(huge.steps[0].flags, "V R W X A D NC");
+    assert!(walk(1 << 40).fault.contains("not canonical"));
+}
+
+#[test]
+fn without_translation_only_the_second_stage_is_left() {
+    let (world, places) = tables(&[]);
+    let stages = Stages {
+        ram: &world.ram,
+        shim: Some((1, 0x1000)),
+        places: &places,
+        address_bits: Some(41),
+    };
+    let bare = Walk::of(stages, 0, 0, RAM.base);
+    assert_eq!(
+        (bare.mode.as_str(), bare.physical, bare.accesses),
+        ("bare", Some(RAM.base), Some(3))
+    );
+    let stages = Stages { address_bits: None, ..stages };
+    assert_eq!(Walk::of(stages, 0, 0, RAM.base).accesses, None);
+}

@@ -1,0 +1,115 @@
+//! Seeing what a machine does: every exit of every hart in a file, and a report that explains it.
+//!
+//! | file | what is in it |
+//! |---|---|
+//! | `record.rs` | [`HartRecorder`]: an exit as the hart writes it down |
+//! | `ring.rs` | the ring between a hart and the writer |
+//! | `writer.rs` | the thread that empties the rings into the file |
+//! | `format.rs` | Chrome's trace events, and JSON lines |
+//! | `report/` | [`report()`]: a page that shows and explains a trace |
+//! | `live/` | [`live`]: counters, registers and walks of a machine that runs |
+//! | `names.rs` | [`Places`] of devices and their registers; SBI calls and CSRs by name |
+//!
+//! A hart stamps the time at which it leaves the guest and the time at which it goes back, and stores eight words: no system
+//! call, no lock, no allocation. Everything else is the writer's. Without a trace the loop is compiled without all of it
+//! ([`Unrecorded`](crate::vcpu::record::Unrecorded)).
+
+mod format;
+pub mod live;
+mod names;
+mod record;
+mod report;
+mod ring;
+#[cfg(test)]
+mod tests;
+mod writer;
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Arc;
+
+use format::{Format, Head, Timescale};
+pub use names::Places;
+pub use record::HartRecorder;
+pub use report::report;
+#[cfg(any(test, fuzzing))]
+pub use report::testing::play as play_report;
+use ring::Ring;
+use writer::{Job, Writer};
+
+use crate::config::TraceConfig;
+use crate::error::Error;
+use crate::vcpu::record::{Ticks, monotonic_ns};
+
+/// Records of a ring where nothing is said, and of all rings together: 64 bytes each.
+const RING: u32 = 32_768;
+const ALL_RINGS: u32 = 262_144;
+/// The fewest records of a ring where nothing is said.
+const LEAST_RING: u32 = 1024;
+
+/// What is traced.
+#[derive(Debug)]
+pub struct Plan {
+    /// The machine's name: letters, digits, `_` and `-`.
+    pub name: String,
+    /// How many harts it has, numbered from 0.
+    pub harts: u32,
+    /// How harts tell the time.
+    pub ticks: Ticks,
+    /// Where its devices are.
+    pub places: Places,
+}
+
+/// A trace that is being written, over all lives of a guest. Dropping it completes the file.
+#[derive(Debug)]
+pub struct Trace {
+    rings: Vec<Arc<Ring>>,
+    ticks: Ticks,
+    every_pc: bool,
+    _writer: Writer,
+}
+
+impl Trace {
+    /// Creates the file and starts its writer.
+    ///
+    /// # Errors
+    /// [`Error::File`] where there can be no such file, [`Error::Host`] where the host has no thread left.
+    pub fn start(config: &TraceConfig, plan: Plan) -> Result<Self, Error> {
+        let failed = |source| Error::File { verb: "write", path: config.file.clone(), source };
+        // Not blocking: a named pipe that nobody reads is an error, and not the end of all.
+        let open = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(&config.file);
+        let file = open.map_err(failed)?;
+        if !file.metadata().map_err(failed)?.is_file() {
+            return Err(failed(io::Error::other("it is no file")));
+        }
+        let fair = (ALL_RINGS / plan.harts.max(1)).clamp(LEAST_RING, RING);
+        let records = config.ring.unwrap_or(fair);
+        let rings: Vec<_> = (0..plan.harts).map(|_| Arc::new(Ring::new(records))).collect();
+        let start_ns = monotonic_ns();
+        let scale = Timescale::new(plan.ticks, start_ns);
+        let format = Format::new(config.format(), scale, plan.places);
+        let mut text = String::new();
+        let head = Head { name: plan.name, harts: plan.harts, start_ns, hz: plan.ticks.hz };
+        format.head(&mut text, &head);
+        let (ticks, path) = (plan.ticks, config.file.display().to_string());
+        let job = Job { file, format, rings: rings.clone(), ticks, text, path };
+        let writer = Writer::start(job).map_err(|source| Error::Host {
+            what: "Cannot start the writer of the trace".into(),
+            source,
+        })?;
+        Ok(Self { rings, ticks, every_pc: config.pc, _writer: writer })
+    }
+
+    /// Who sees the exits of hart `hart`; `None` for a hart that the machine does not have. One at a time for each hart.
+    #[must_use]
+    pub fn recorder(&self, hart: u32) -> Option<HartRecorder> {
+        let ring = usize::try_from(hart).ok().and_then(|hart| self.rings.get(hart))?;
+        Some(HartRecorder::new(Arc::clone(ring), self.ticks, self.every_pc))
+    }
+}

@@ -1,0 +1,147 @@
+//! The pictures of a report, as SVG: a lane of time for each hart, and a histogram for each kind of exit.
+
+use std::fmt::Write;
+
+use super::tally::{COLUMNS, HartTally, Stat, Tally, beginning};
+use super::text::{count, part_of, percent, time};
+use crate::trace::record::Kind;
+
+/// Lanes that are drawn; a machine has more harts than a page has room.
+pub(super) const MOST_LANES: usize = 32;
+
+/// Lanes whose columns tell their numbers under the pointer.
+const TOLD_LANES: usize = 8;
+
+/// Width of the drawing, and height of a lane.
+const WIDTH: u64 = 960;
+const LANE: u64 = 44;
+
+/// Width and height of a histogram.
+const SMALL_WIDTH: u64 = 300;
+const SMALL_HEIGHT: u64 = 96;
+
+/// The lanes of the busiest harts, in order of their numbers, and below them the time. All have one scale.
+pub(super) fn lanes(out: &mut String, tally: &Tally) {
+    let mut harts: Vec<_> = tally.harts.iter().collect();
+    harts.sort_by_key(|(_, hart)| std::cmp::Reverse(hart.stat.count));
+    harts.truncate(MOST_LANES);
+    harts.sort_by_key(|(number, _)| **number);
+    let sums = harts.iter().flat_map(|(_, hart)| &hart.columns).map(sum);
+    let highest = sums.max().unwrap_or(0).max(1);
+    let used = (tally.span_ns() / tally.width_ns.max(1)).saturating_add(1).min(COLUMNS as u64);
+    let _ = write!(
+        out,
+        r#"<p class="note">Exits in columns of {}; the highest column is {} exits.</p>"#,
+        time(tally.width_ns),
+        count(highest)
+    );
+    for (index, (number, hart)) in harts.iter().enumerate() {
+        let busy = percent(hart.stat.total_ns, tally.span_ns());
+        let lost =
+            if hart.lost > 0 { format!(", {} missing", count(hart.lost)) } else { String::new() };
+        let _ = write!(
+            out,
+            r#"<div class="lane"><p><b>hart {number}</b> <span>{} exits, {busy} of its time outside of the guest{lost}</span></p><svg viewBox="0 0 {WIDTH} {LANE}" preserveAspectRatio="none" role="img" aria-label="Exits of hart {number} over time"><rect class="ground" width="{WIDTH}" height="{LANE}"/>"#,
+            count(hart.stat.count)
+        );
+        lane(out, hart, used, highest);
+        if index < TOLD_LANES {
+            told(out, hart, used, tally.width_ns);
+        }
+        out.push_str("</svg></div>");
+    }
+    axis(out, used.saturating_mul(tally.width_ns));
+}
+
+fn sum(column: &[u32; Kind::ALL.len()]) -> u64 {
+    column.iter().map(|count| u64::from(*count)).sum()
+}
+
+/// One path for each kind, each column a box on top of those of the kinds before.
+fn lane(out: &mut String, hart: &HartTally, used: u64, highest: u64) {
+    let mut paths = vec![String::new(); Kind::ALL.len()];
+    for (index, column) in (0..used).zip(&hart.columns) {
+        let (x, next) = (part_of(WIDTH, index, used), part_of(WIDTH, index + 1, used));
+        let width = next.saturating_sub(x).max(1);
+        let mut below = 0_u64;
+        for (path, exits) in paths.iter_mut().zip(column) {
+            if *exits == 0 {
+                continue;
+            }
+            let above = below.saturating_add(u64::from(*exits));
+            let (low, high) = (part_of(LANE, below, highest), part_of(LANE, above, highest));
+            // What is there is seen, however little it is.
+            let height = high.saturating_sub(low).max(1);
+            let y = LANE.saturating_sub(low).saturating_sub(height);
+            let _ = write!(path, "M{x} {y}h{width}v{height}h-{width}z");
+            below = above;
+        }
+    }
+    for (kind, path) in Kind::ALL.iter().zip(&paths).filter(|(_, path)| !path.is_empty()) {
+        let _ = write!(out, r#"<path class="{}" d="{path}"/>"#, kind.name());
+    }
+}
+
+/// What a column holds, for the pointer that rests on it.
+fn told(out: &mut String, hart: &HartTally, used: u64, width_ns: u64) {
+    for (index, column) in (0..used).zip(&hart.columns).filter(|(_, column)| sum(column) > 0) {
+        let (x, next) = (part_of(WIDTH, index, used), part_of(WIDTH, index + 1, used));
+        let _ = write!(
+            out,
+            r#"<rect class="told" x="{x}" width="{}" height="{LANE}"><title>at {}:"#,
+            next.saturating_sub(x).max(1),
+            time(index.saturating_mul(width_ns))
+        );
+        for (kind, exits) in Kind::ALL.iter().zip(column).filter(|(_, exits)| **exits > 0) {
+            let _ = write!(out, " {} {},", count((*exits).into()), kind.name());
+        }
+        out.pop();
+        out.push_str("</title></rect>");
+    }
+}
+
+fn axis(out: &mut String, span_ns: u64) {
+    out.push_str(r#"<div class="axis">"#);
+    for quarter in 0..=4 {
+        let _ = write!(out, "<span>{}</span>", time(part_of(span_ns, quarter, 4)));
+    }
+    out.push_str("</div>");
+}
+
+/// How long exits of a kind took: a bar for each quarter of an octave.
+pub(super) fn histogram(out: &mut String, kind: Kind, stat: &Stat) {
+    let steps = stat.histogram();
+    let highest = steps.iter().map(|(_, count)| *count).max().unwrap_or(0).max(1);
+    let bars = (steps.len() as u64).max(1);
+    let (first, last) = (steps.first().map_or(0, |s| s.0), steps.last().map_or(0, |s| s.0));
+    let _ = write!(
+        out,
+        r#"<figure><figcaption><i class="{0}"></i>{0} <span>{1}</span></figcaption><svg viewBox="0 0 {SMALL_WIDTH} {SMALL_HEIGHT}" preserveAspectRatio="none" role="img" aria-label="How long exits of the kind {0} took"><rect class="ground" width="{SMALL_WIDTH}" height="{SMALL_HEIGHT}"/>"#,
+        kind.name(),
+        count(stat.count)
+    );
+    for (index, (step, exits)) in (0..bars).zip(&steps).filter(|(_, (_, exits))| *exits > 0) {
+        let x = part_of(SMALL_WIDTH, index, bars);
+        let width =
+            part_of(SMALL_WIDTH, index + 1, bars).saturating_sub(x).saturating_sub(1).max(1);
+        let height = part_of(SMALL_HEIGHT - 4, *exits, highest).max(1);
+        let _ = write!(
+            out,
+            r#"<rect class="{}" x="{x}" y="{}" width="{width}" height="{height}"><title>{} to {}: {} exits</title></rect>"#,
+            kind.name(),
+            SMALL_HEIGHT - height,
+            time(beginning(*step)),
+            time(beginning(step + 1)),
+            count(*exits)
+        );
+    }
+    let _ = write!(
+        out,
+        r#"</svg><div class="axis"><span>{}</span><span>{}</span></div><p class="note">half of them below {}, 99 of 100 below {}, all below {}</p></figure>"#,
+        time(beginning(first)),
+        time(beginning(last + 1)),
+        time(stat.percentile_ns(50)),
+        time(stat.percentile_ns(99)),
+        time(stat.max_ns.saturating_add(1))
+    );
+}

@@ -1,0 +1,58 @@
+//! A page that shows and explains a trace: `rvmm trace report`.
+//!
+//! | file | what is in it |
+//! |---|---|
+//! | `read.rs` | a trace, line by line, judged |
+//! | `tally.rs` | what the page needs of it, in bounded memory |
+//! | `chart.rs` | time lines and histograms |
+//! | `explain.rs` | what each kind of exit is |
+//! | `page.rs`, `page.css` | the page around them |
+//! | `text.rs` | numbers for people; foreign texts made harmless |
+//! | `testing.rs` | what a fuzzer makes of traces |
+
+mod chart;
+mod explain;
+mod page;
+mod read;
+mod tally;
+#[cfg(any(test, fuzzing))]
+pub(super) mod testing;
+#[cfg(test)]
+mod tests;
+mod text;
+
+use std::fs::{self, File};
+use std::io::{self, BufReader};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use tally::Tally;
+
+use crate::error::Error;
+
+/// Bytes of the trace that are read at once.
+const BLOCK: usize = 256 << 10;
+
+/// Reads the trace `input` and writes its report, one page of HTML, to `output`.
+///
+/// # Errors
+/// [`Error::File`] for a file that cannot be read or written, [`Error::Config`] for one that is no trace of rvmm's, with the
+/// number of the line.
+pub fn report(input: &Path, output: &Path) -> Result<(), Error> {
+    let failed = |verb, path: &Path| {
+        let path = path.to_path_buf();
+        move |source| Error::File { verb, path, source }
+    };
+    let file = File::open(input).map_err(failed("open", input))?;
+    // What is there under the name of the page is replaced, and that must not be what it is made of.
+    let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+    let own = file.metadata().map(identity).map_err(failed("read", input))?;
+    if fs::metadata(output).is_ok_and(|there| identity(there) == own) {
+        return Err(failed("write", output)(io::Error::other("it is the trace itself")));
+    }
+    let mut tally = Tally::new();
+    read::events(BufReader::with_capacity(BLOCK, file), |event| tally.take(event)).map_err(
+        |what| Error::Config(format!("Cannot use the trace {}: {what}", input.display())),
+    )?;
+    fs::write(output, page::page(&tally)).map_err(failed("write", output))
+}

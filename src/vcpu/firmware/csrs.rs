@@ -1,0 +1,146 @@
+//! CSRs of machine mode for guests that expect to run there, by emulation of the instruction that the guest may not execute
+//! (Unprivileged specification, Zicsr).
+
+use std::io;
+
+use super::Firmware;
+use crate::config::CsrValue;
+use crate::vcpu::hart::{Hart, Reg};
+
+/// A CSR instruction: what it reads, and what it does to the value.
+#[derive(Debug, PartialEq, Eq)]
+struct CsrAccess {
+    number: u16,
+    rd: u8,
+    write: Option<Write>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Write {
+    how: How,
+    operand: Operand,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum How {
+    Swap,
+    Set,
+    Clear,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Operand {
+    Register(u8),
+    Immediate(u64),
+}
+
+fn decode(word: u32) -> Option<CsrAccess> {
+    if word & 0x7f != 0x73 {
+        return None;
+    }
+    let source = (word >> 15 & 31) as u8;
+    let funct3 = word >> 12 & 7;
+    let how = match funct3 & 3 {
+        1 => How::Swap,
+        2 => How::Set,
+        3 => How::Clear,
+        _ => return None,
+    };
+    let operand =
+        if funct3 & 4 == 0 { Operand::Register(source) } else { Operand::Immediate(source.into()) };
+    // Setting and clearing with x0 or 0 only reads.
+    let write = (how == How::Swap || source != 0).then_some(Write { how, operand });
+    let (number, rd) = ((word >> 20 & 0xfff) as u16, (word >> 7 & 31) as u8);
+    Some(CsrAccess { number, rd, write })
+}
+
+impl Firmware {
+    /// Does what the instruction does, if it is an access to one of the CSRs that there are; false where it is none.
+    pub(super) fn emulate(&self, hart: &mut dyn Hart, word: u32) -> io::Result<bool> {
+        let Some(access) = decode(word) else { return Ok(false) };
+        let Some(initial) = self.csrs.iter().find(|csr| csr.number == access.number) else {
+            return Ok(false);
+        };
+        // The two top bits of a number say that it can only be read.
+        if access.write.is_some() && access.number >> 10 == 3 {
+            return Ok(false);
+        }
+        let id = hart.id();
+        let is_it = |(owner, csr): &(u32, CsrValue)| *owner == id && csr.number == access.number;
+        let old = self
+            .written()
+            .iter()
+            .find(|entry| is_it(entry))
+            .map_or(initial.value, |(_, csr)| csr.value);
+        if let Some(write) = &access.write {
+            let operand = match write.operand {
+                Operand::Register(number) => hart.get(Reg::X(number))?,
+                Operand::Immediate(value) => value,
+            };
+            let value = match write.how {
+                How::Swap => operand,
+                How::Set => old | operand,
+                How::Clear => old & !operand,
+            };
+            let mut written = self.written();
+            written.retain(|entry| !is_it(entry));
+            written.push((id, CsrValue { number: access.number, value }));
+        }
+        hart.set(Reg::X(access.rd), old)?;
+        Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vcpu::testing::ScriptHart;
+
+    const MHARTID: u16 = 0xf14;
+    const MSCRATCH: u16 = 0x340;
+
+    fn firmware() -> Firmware {
+        let csrs = vec![
+            CsrValue { number: MHARTID, value: 0x1234 },
+            CsrValue { number: MSCRATCH, value: 0xf0 },
+        ];
+        Firmware { csrs, ..Firmware::default() }
+    }
+
+    #[test]
+    fn a_read_gives_the_users_value() {
+        let mut hart = ScriptHart::new(0, []);
+        assert!(firmware().emulate(&mut hart, 0xf140_25f3).unwrap()); // csrr a1,mhartid
+        assert_eq!(hart.get(Reg::X(11)).unwrap(), 0x1234);
+    }
+
+    #[test]
+    fn a_write_is_read_back_by_the_same_hart_alone() {
+        let firmware = firmware();
+        let (mut first, mut second) = (ScriptHart::new(0, []), ScriptHart::new(1, []));
+        first.set(Reg::X(10), 0x0f).unwrap();
+        for (word, old) in [
+            (0x3405_25f3, 0xf0), // csrrs a1,mscratch,a0
+            (0x3405_35f3, 0xff), // csrrc a1,mscratch,a0
+            (0x3405_15f3, 0xf0), // csrrw a1,mscratch,a0
+            (0x340f_d5f3, 0x0f), // csrrwi a1,mscratch,31
+            (0x340f_e5f3, 0x1f), // csrrsi a1,mscratch,31
+            (0x340f_f5f3, 0x1f), // csrrci a1,mscratch,31
+            (0x3400_25f3, 0x00), // csrr a1,mscratch
+        ] {
+            assert!(firmware.emulate(&mut first, word).unwrap(), "{word:#x}");
+            assert_eq!(first.get(Reg::X(11)).unwrap(), old, "{word:#x}");
+        }
+        assert!(firmware.emulate(&mut second, 0x3400_25f3).unwrap());
+        assert_eq!(second.get(Reg::X(11)).unwrap(), 0xf0);
+    }
+
+    #[test]
+    fn what_is_no_access_to_a_csr_that_there_is_stays_illegal() {
+        let mut hart = ScriptHart::new(0, []);
+        // unimp, sret, csrr a0,mstatus, csrw mhartid,a0, an addition.
+        for word in [0, 0x1020_0073, 0x3000_2573, 0xf145_1073, 0x00b5_0533] {
+            assert!(!firmware().emulate(&mut hart, word).unwrap(), "{word:#x}");
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! What stands in for firmware and hardware that KVM does not offer a guest, so that guests which were written for others run:
+//! the SBI of version 0.1, CSRs of machine mode, and a timer that user space drives.
+//!
+//! | file | what is in it |
+//! |---|---|
+//! | `shim.rs` | the page that turns a trap of a guest without a trap vector into an exit |
+//! | `sites.rs` | which of a guest's `ecall`s are replaced by breakpoints |
+//! | `calls.rs` | SBI calls that come out that way: answered here, or made to the kernel in the guest's name |
+//! | `csrs.rs` | CSRs of machine mode that read as the user says |
+//! | `timer.rs` | the timer of `--timer user` |
+//!
+//! Everything in here begins with a breakpoint: with guest debugging on, each `ebreak` of the guest comes out
+//! ([`Hart::trap_ebreaks`]). One in the shim is a trap that the guest cannot take itself, one at a known site is an SBI call, and
+//! all others are the guest's own.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::hart::{Csr, Hart, Reg};
+use super::stop::StopReason;
+use super::trap;
+use super::walk::translate;
+use super::world::World;
+use crate::config::CsrValue;
+
+mod calls;
+mod csrs;
+pub mod shim;
+pub mod sites;
+pub mod timer;
+
+use calls::Errand;
+use timer::UserTimer;
+
+/// What of it a machine has.
+#[derive(Default)]
+pub struct Firmware {
+    /// Guest-physical addresses of `ecall`s that are breakpoints now.
+    sites: BTreeSet<u64>,
+    /// The CSRs of machine mode that there are.
+    csrs: Vec<CsrValue>,
+    /// The timer, where user space drives it.
+    timer: Option<Arc<UserTimer>>,
+    written: Mutex<Vec<(u32, CsrValue)>>,
+    errands: Mutex<Vec<(u32, Errand)>>,
+}
+
+/// What became of a breakpoint.
+pub(super) enum Answer {
+    /// It was answered, or is to be met once more: the hart goes on.
+    Done,
+    /// The machine stops.
+    Stop(StopReason),
+    /// It is none of the firmware's.
+    Strange,
+}
+
+impl Firmware {
+    /// Firmware whose breakpoints stand in place of `ecall`s at the guest-physical addresses `sites`, with these CSRs of machine
+    /// mode, and the timer where user space drives it.
+    #[must_use]
+    pub fn new(sites: BTreeSet<u64>, csrs: Vec<CsrValue>, timer: Option<Arc<UserTimer>>) -> Self {
+        Self { sites, csrs, timer, ..Self::default() }
+    }
+
+    /// Answers the breakpoint at `pc`.
+    pub(super) fn breakpoint(
+        &self,
+        hart: &mut dyn Hart,
+        world: &World,
+        pc: u64,
+    ) -> io::Result<Answer> {
+        if pc == shim::VECTOR && hart.get(Reg::Csr(Csr::Stvec))? == shim::VECTOR {
+            return self.vectorless(hart, world);
+        }
+        if pc == shim::RETURN && self.is_on_errand(hart.id()) {
+            return self.finish(hart);
+        }
+        let satp = hart.get(Reg::Csr(Csr::Satp))?;
+        let known = translate(&world.ram, satp, pc).is_ok_and(|addr| self.sites.contains(&addr));
+        if !known {
+            return Ok(Answer::Strange);
+        }
+        if hart.get(Reg::Mode)? != trap::SUPERVISOR {
+            trap::raise_call_from_user(hart)?;
+            return Ok(Answer::Done);
+        }
+        self.call(hart, world, pc.wrapping_add(shim::ECALL_LEN))
+    }
+
+    /// Does what has become due since the hart was kicked.
+    pub(super) fn attend(&self, hart: &mut dyn Hart) -> io::Result<()> {
+        match &self.timer {
+            Some(timer) => timer.fire(hart),
+            None => Ok(()),
+        }
+    }
+
+    fn errands(&self) -> MutexGuard<'_, Vec<(u32, Errand)>> {
+        self.errands.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn written(&self) -> MutexGuard<'_, Vec<(u32, CsrValue)>> {
+        self.written.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

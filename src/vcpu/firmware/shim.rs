@@ -1,0 +1,106 @@
+//! The trap shim: a page that the guest cannot write, where `stvec` points as long as the guest has not set it.
+//!
+//! Bare payloads have no trap vector: on KVM their first trap would lead to address 0, where nothing is. Here it leads to a
+//! breakpoint, and with the trap's CSRs rvmm does what a hypervisor of one's own does after a VM exit: emulate the instruction
+//! and return behind it, take the SBI call, or say what happened and stop. Once the guest has a vector, its traps are its own.
+//!
+//! A guest that switches its page tables on without a vector of its own takes a page fault at the shim again and again, as it
+//! would at address 0 on hardware.
+
+use std::io;
+
+use super::calls::Return;
+use super::{Answer, Firmware};
+use crate::vcpu::hart::{Csr, Hart, Reg};
+use crate::vcpu::stop::StopReason;
+use crate::vcpu::trap::{self, Fetched};
+use crate::vcpu::world::World;
+
+/// Where the page is. Not the first one: what a guest loads from there is to come out.
+pub const PAGE: u64 = 0x1000;
+
+/// What `stvec` points to.
+pub const VECTOR: u64 = PAGE;
+
+/// Where calls to the kernel are made in the guest's name: an `ecall`.
+pub const ERRAND: u64 = PAGE + 0x10;
+
+/// The breakpoint behind it.
+pub const RETURN: u64 = ERRAND + ECALL_LEN;
+
+/// Bytes of an `ecall`.
+pub const ECALL_LEN: u64 = 4;
+
+const EBREAK: u32 = 0x0010_0073;
+const ECALL: u32 = 0x0000_0073;
+
+/// Causes (Privileged specification, 12.1.8).
+const ILLEGAL_INSTRUCTION: u64 = 2;
+const CALL_FROM_USER: u64 = 8;
+
+/// What stands in the page, from its start.
+#[must_use]
+pub fn code() -> Vec<u8> {
+    // Twelve bytes that nobody runs lie between the two.
+    [EBREAK, EBREAK, EBREAK, EBREAK, ECALL, EBREAK]
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .collect()
+}
+
+impl Firmware {
+    /// The guest has taken a trap without a vector of its own.
+    pub(super) fn vectorless(&self, hart: &mut dyn Hart, world: &World) -> io::Result<Answer> {
+        let cause = hart.get(Reg::Csr(Csr::Scause))?;
+        let pc = hart.get(Reg::Csr(Csr::Sepc))?;
+        match cause {
+            ILLEGAL_INSTRUCTION => {
+                let word = match hart.get(Reg::Csr(Csr::Stval))? {
+                    // Hardware need not say which one it was.
+                    0 => trap::fetch(&world.ram, hart.get(Reg::Csr(Csr::Satp))?, pc),
+                    word => Fetched::Word((word & 0xffff_ffff) as u32),
+                };
+                match word {
+                    Fetched::Word(word) if self.emulate(hart, word)? => {
+                        leave(hart, pc.wrapping_add(4))?;
+                        Ok(Answer::Done)
+                    }
+                    Fetched::Word(word) => Ok(stop(
+                        hart,
+                        format!(
+                            "it has no trap vector, and instruction {word:#010x} at {pc:#x} is illegal in its mode (--csr NAME=VALUE gives it CSRs of machine mode, --mode vs those of supervisor mode)"
+                        ),
+                    )),
+                    Fetched::Trap(_) | Fetched::Lost => Ok(stop(
+                        hart,
+                        format!(
+                            "it has no trap vector, and the instruction at {pc:#x} is illegal and cannot be read"
+                        ),
+                    )),
+                }
+            }
+            CALL_FROM_USER => {
+                let back = Return::from_trap(hart, pc.wrapping_add(ECALL_LEN))?;
+                self.call_from(hart, world, back)
+            }
+            other => {
+                let tval = hart.get(Reg::Csr(Csr::Stval))?;
+                Ok(stop(
+                    hart,
+                    format!(
+                        "it has no trap vector and took trap {other} at {pc:#x}, stval {tval:#x}"
+                    ),
+                ))
+            }
+        }
+    }
+}
+
+/// Returns from the trap to `pc`, as `sret` does (Privileged specification, 12.1.1).
+fn leave(hart: &mut dyn Hart, pc: u64) -> io::Result<()> {
+    Return::from_trap(hart, pc)?.take(hart)
+}
+
+fn stop(hart: &dyn Hart, what: String) -> Answer {
+    Answer::Stop(StopReason::HartFault { hart: hart.id(), what, dump: crate::vcpu::dump(hart) })
+}

@@ -1,0 +1,237 @@
+//! Which `ecall`s of a guest are SBI calls that the host's kernel does not answer.
+//!
+//! The call's number is in a7, and it is nearly always a constant that is loaded shortly before: so each `ecall` in a file is
+//! looked at backwards for a constant in a7 from which the instructions lead straight to it, without a jump, a call, or another
+//! value for a7. A conditional branch may stand between: what counts is the way that falls through. Where no such constant is
+//! found, the `ecall` stays as it is; so do system calls, whose numbers are others, and a Linux kernel's, whose number comes as a
+//! function's argument.
+//!
+//! Code that the guest copies elsewhere keeps its breakpoints there and loses their meaning; what it makes up at run time is not
+//! seen. `--sbi-v01 off` leaves a guest's code alone.
+
+use super::calls::{eid, v01};
+use crate::vcpu::insn::length;
+
+/// Bytes in front of an `ecall` that are looked at.
+const REACH: usize = 256;
+
+const ECALL: u32 = 0x0000_0073;
+/// What is put there instead.
+pub const EBREAK: [u8; 4] = 0x0010_0073_u32.to_le_bytes();
+
+const A7: u32 = 17;
+
+/// Offsets of the `ecall`s in `code` whose number is a constant, and the number.
+pub fn find(code: &[u8]) -> Vec<(usize, u64)> {
+    let calls = (0..code.len().saturating_sub(3)).step_by(2);
+    let calls = calls.filter(|at| word(code, *at) == Some(ECALL));
+    calls.filter_map(|at| Some((at, number(code, at)?))).collect()
+}
+
+/// Whether the number is one of SBI 0.1's (chapter 5).
+#[must_use]
+pub fn is_v01(number: u64) -> bool {
+    number <= v01::SHUTDOWN
+}
+
+/// Whether a call of this number sets the timer.
+#[must_use]
+pub fn is_set_timer(number: u64) -> bool {
+    matches!(number, v01::SET_TIMER | eid::TIME)
+}
+
+/// The constant in a7 at the `ecall` at offset `at`: the one that is loaded nearest to it.
+fn number(code: &[u8], at: usize) -> Option<u64> {
+    let first = at.saturating_sub(REACH);
+    (first..at).rev().step_by(2).find_map(|start| {
+        // Two bytes apart, counted from the call, so that every instruction can be one.
+        let start = start & !1 | at & 1;
+        constant(word(code, start)?, None)?;
+        follow(code, start, at)
+    })
+}
+
+/// What a7 holds when the instructions from `start` on have come to `at`.
+fn follow(code: &[u8], start: usize, at: usize) -> Option<u64> {
+    let (mut here, mut a7) = (start, None);
+    while here < at {
+        let word = word(code, here)?;
+        match constant(word, a7) {
+            Some(value) => a7 = Some(value),
+            None if leaves(word) || destination(word) == Some(A7) => return None,
+            None => {}
+        }
+        here += usize::try_from(length((word & 0xffff) as u16)).ok()?;
+    }
+    if here == at { a7 } else { None }
+}
+
+/// The instruction at an offset: two bytes where that is all that there is of a compressed one.
+fn word(code: &[u8], at: usize) -> Option<u32> {
+    let low = code.get(at..at.checked_add(2)?)?;
+    let low = u16::from_le_bytes(low.try_into().ok()?);
+    if length(low) == 2 {
+        return Some(low.into());
+    }
+    let all = code.get(at..at.checked_add(4)?)?;
+    Some(u32::from_le_bytes(all.try_into().ok()?))
+}
+
+fn bits(word: u32, low: u32, count: u32) -> u32 {
+    (word >> low) & ((1 << count) - 1)
+}
+
+fn sign_extended(value: u32, bits: u32) -> u64 {
+    let unused = 32 - bits;
+    i64::from((value << unused).cast_signed() >> unused).cast_unsigned()
+}
+
+/// The low half, sign-extended, as instructions on words leave it.
+fn word_of(value: u64) -> u64 {
+    ((value << 32).cast_signed() >> 32).cast_unsigned()
+}
+
+/// The constant that the instruction puts into a7, which held `before`: `li`, `lui`, and `addi` to what is known.
+fn constant(word: u32, before: Option<u64>) -> Option<u64> {
+    let (rd, rs1) = (bits(word, 7, 5), bits(word, 15, 5));
+    if word & 3 == 3 {
+        let immediate = sign_extended(bits(word, 20, 12), 12);
+        return match (word & 0x7f, bits(word, 12, 3), rd, rs1) {
+            (0x37, _, A7, _) => Some(sign_extended(word & 0xffff_f000, 32)),
+            (0x13, 0, A7, 0) => Some(immediate),
+            (0x13, 0, A7, A7) => before.map(|old| old.wrapping_add(immediate)),
+            (0x1b, 0, A7, A7) => before.map(|old| word_of(old.wrapping_add(immediate))),
+            _ => None,
+        };
+    }
+    // Compressed: quadrant 1, six bits of immediate.
+    let six = sign_extended(bits(word, 12, 1) << 5 | bits(word, 2, 5), 6);
+    match (word & 3, bits(word, 13, 3), rd) {
+        (1, 0b010, A7) => Some(six),
+        (1, 0b011, A7) => Some(six << 12),
+        (1, 0b000, A7) => before.map(|old| old.wrapping_add(six)),
+        (1, 0b001, A7) => before.map(|old| word_of(old.wrapping_add(six))),
+        _ => None,
+    }
+}
+
+/// Whether what follows is not reached from the instruction, or not with the same registers: jumps, calls, returns, other calls to
+/// the outside, and what is no instruction.
+fn leaves(word: u32) -> bool {
+    let funct = bits(word, 13, 3);
+    match word & 3 {
+        3 => {
+            matches!(word & 0x7f, 0x6f | 0x67)
+                || matches!(word, ECALL | 0x0010_0073 | 0x1020_0073 | 0xffff_ffff)
+        }
+        // c.unimp
+        0 => word == 0,
+        1 => funct == 0b101,
+        // c.jr, c.jalr and c.ebreak
+        _ => funct == 0b100 && bits(word, 2, 5) == 0,
+    }
+}
+
+/// The integer register that the instruction writes, as far as it could be a7.
+fn destination(word: u32) -> Option<u32> {
+    let rd = bits(word, 7, 5);
+    let funct = bits(word, 13, 3);
+    match word & 3 {
+        // Branches, stores and fences have no destination; what floating-point and vector instructions write is not told apart.
+        3 => (!matches!(word & 0x7f, 0x63 | 0x23 | 0x27 | 0x0f)).then_some(rd),
+        1 => matches!(funct, 0b000..=0b011).then_some(rd),
+        2 => matches!(funct, 0b000 | 0b010 | 0b011 | 0b100).then_some(rd),
+        // Of quadrant 0 the registers are x8 to x15.
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Instructions as words; those that fit in 16 bits are compressed.
+    fn code(words: &[u32]) -> Vec<u8> {
+        words
+            .iter()
+            .flat_map(|word| {
+                let bytes = word.to_le_bytes();
+                let len = usize::try_from(length((*word & 0xffff) as u16)).unwrap();
+                bytes.into_iter().take(len)
+            })
+            .collect()
+    }
+
+    fn of(words: &[u32]) -> Vec<usize> {
+        find(&code(words))
+            .into_iter()
+            .filter(|(_, number)| is_v01(*number))
+            .map(|(at, _)| at)
+            .collect()
+    }
+
+    const LI_A7_1: u32 = 0x0010_0893;
+    const C_LI_A7_8: u32 = 0x48a1;
+    const NOP: u32 = 0x0000_0013;
+    const C_NOP: u32 = 0x0001;
+
+    #[test]
+    fn the_number_may_be_loaded_in_either_length_and_some_way_before() {
+        assert_eq!(of(&[LI_A7_1, ECALL]), [4]);
+        assert_eq!(of(&[C_LI_A7_8, ECALL]), [2]);
+        assert_eq!(of(&[LI_A7_1, NOP, C_NOP, NOP, ECALL, C_LI_A7_8, ECALL]), [14, 20]);
+        // li a7,1; beqz a0,.+8; mv a0,a1; ecall: a loop's number is loaded in front of it.
+        assert_eq!(of(&[LI_A7_1, 0x0005_0463, 0x852e, ECALL]), [10]);
+    }
+
+    #[test]
+    fn calls_with_other_numbers_stay_calls() {
+        // li a7,93
+        assert!(of(&[0x05d0_0893, ECALL]).is_empty());
+        // li a7,1; li a7,93
+        assert!(of(&[LI_A7_1, 0x05d0_0893, ECALL]).is_empty());
+        // lui a7,0x54495; addi a7,a7,-699: TIME
+        let time = [0x5449_58b7, 0xd458_8893, ECALL];
+        assert!(of(&time).is_empty());
+        assert_eq!(find(&code(&time)), [(8, 0x5449_4d45)]);
+    }
+
+    #[test]
+    fn a_number_that_does_not_lead_straight_to_the_call_does_not_count() {
+        for between in [
+            0x8882,      // c.jr a7
+            0x8082,      // ret
+            0x0080_006f, // j
+            0x0080_00ef, // jal
+            0x0005_80e7, // jalr a1
+            0x88aa,      // mv a7,a0
+            0x0005_3883, // ld a7,0(a0)
+            ECALL,
+        ] {
+            let found = of(&[LI_A7_1, between, ECALL]);
+            let last = code(&[LI_A7_1, between]).len();
+            assert!(!found.contains(&last), "{between:#x}");
+        }
+        assert!(of(&[ECALL]).is_empty());
+    }
+
+    #[test]
+    fn a_call_far_behind_its_number_stays_a_call() {
+        let near: Vec<u32> =
+            std::iter::once(LI_A7_1).chain(std::iter::repeat_n(NOP, 60)).chain([ECALL]).collect();
+        let far: Vec<u32> =
+            std::iter::once(LI_A7_1).chain(std::iter::repeat_n(NOP, 70)).chain([ECALL]).collect();
+        assert_eq!((of(&near).len(), of(&far).len()), (1, 0));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_looked_through_and_only_calls_found(bytes in proptest::collection::vec(any::<u8>(), 0..600)) {
+            for (at, _) in find(&bytes) {
+                prop_assert_eq!(&bytes[at..at + 4], &[0x73, 0, 0, 0]);
+            }
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! The timer of `--timer user`: what KVM does inside the kernel, done where it can be seen.
+//!
+//! A guest sets its timer by an SBI call, which comes out as a breakpoint; a thread sleeps until then, kicks the hart, and the hart
+//! raises its own timer interrupt (`hvip.VSTIP`, through `sip` as KVM names it). Privileged specification, 15.2.3.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use super::calls::sip::STIP;
+use crate::vcpu::Control;
+use crate::vcpu::hart::{Hart, Reg};
+use crate::vcpu::witness::{Note, Witness};
+
+/// How often a hart is kicked whose interrupt is raised. KVM does not count such an interrupt as one that ends `wfi`: a guest that
+/// waits in it with its interrupts off, as Linux does when idle, would sleep on.
+const AGAIN: Duration = Duration::from_millis(10);
+
+/// The timers of all harts of a machine.
+pub struct UserTimer {
+    shared: Arc<Shared>,
+    hz: u64,
+    witness: Option<Arc<dyn Witness>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    /// Whose time has come, by hart.
+    due: Vec<AtomicBool>,
+}
+
+#[derive(Default)]
+struct State {
+    deadlines: Vec<Option<Instant>>,
+    /// Whose interrupt is raised and not taken back.
+    raised: Vec<bool>,
+    ended: bool,
+}
+
+impl UserTimer {
+    /// Timers for `harts` harts whose `time` has `hz` ticks a second. What happens is told to `witness`.
+    ///
+    /// # Errors
+    /// The host has no thread left.
+    pub fn start(
+        harts: u32,
+        hz: u64,
+        control: &Arc<Control>,
+        witness: Option<Arc<dyn Witness>>,
+    ) -> io::Result<Self> {
+        let state = State {
+            deadlines: (0..harts).map(|_| None).collect(),
+            raised: (0..harts).map(|_| false).collect(),
+            ended: false,
+        };
+        let due = (0..harts).map(|_| AtomicBool::new(false)).collect();
+        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), due });
+        let (mine, control) = (Arc::clone(&shared), Arc::clone(control));
+        let thread =
+            thread::Builder::new().name("timer".into()).spawn(move || mine.run(&control))?;
+        Ok(Self { shared, hz: hz.max(1), witness, thread: Some(thread) })
+    }
+
+    /// Sets the hart's timer to the tick `at` of its `time`, and takes its interrupt back.
+    pub(super) fn set(&self, hart: &mut dyn Hart, at: u64) -> io::Result<()> {
+        let id = hart.id();
+        self.tell(id, Note::TimerSet);
+        let now = hart.get(Reg::Time)?;
+        hart.set_pending(STIP, false)?;
+        // Too far away for the host's clock is never.
+        let left = at.saturating_sub(now);
+        let wait = Duration::from_secs(left / self.hz)
+            + Duration::from_nanos((left % self.hz).saturating_mul(1_000_000_000) / self.hz);
+        let deadline = if at == u64::MAX { None } else { Instant::now().checked_add(wait) };
+        let index = usize::try_from(id).unwrap_or(usize::MAX);
+        let mut state = self.shared.lock();
+        if let Some(due) = self.shared.due.get(index) {
+            due.store(false, SeqCst);
+        }
+        if let Some(slot) = state.deadlines.get_mut(index) {
+            *slot = deadline;
+        }
+        if let Some(raised) = state.raised.get_mut(index) {
+            *raised = false;
+        }
+        drop(state);
+        self.shared.changed.notify_all();
+        Ok(())
+    }
+
+    /// Raises the hart's timer interrupt if its time has come. The hart has been kicked for it, and is kicked again and again until
+    /// it sets its timer anew.
+    pub(super) fn fire(&self, hart: &mut dyn Hart) -> io::Result<()> {
+        let id = hart.id();
+        let index = usize::try_from(id).unwrap_or(usize::MAX);
+        let due = self.shared.due.get(index);
+        if !due.is_some_and(|due| due.swap(false, SeqCst)) {
+            return Ok(());
+        }
+        let mut state = self.shared.lock();
+        let raised = state.raised.get_mut(index).map(|raised| std::mem::replace(raised, true));
+        drop(state);
+        if raised == Some(false) {
+            self.tell(id, Note::TimerFired);
+            hart.set_pending(STIP, true)?;
+        }
+        Ok(())
+    }
+
+    fn tell(&self, hart: u32, note: Note) {
+        if let Some(witness) = &self.witness {
+            witness.note(hart, note);
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run(&self, control: &Control) {
+        let mut state = self.lock();
+        while !state.ended {
+            let now = Instant::now();
+            let mut next: Option<Instant> = None;
+            for ((id, slot), due) in (0..).zip(state.deadlines.iter_mut()).zip(&self.due) {
+                match slot {
+                    Some(deadline) if *deadline <= now => {
+                        let again = now + AGAIN;
+                        *slot = Some(again);
+                        next = Some(next.map_or(again, |next| next.min(again)));
+                        due.store(true, SeqCst);
+                        control.kick(id);
+                    }
+                    Some(deadline) => {
+                        next = Some(next.map_or(*deadline, |next| next.min(*deadline)))
+                    }
+                    None => {}
+                }
+            }
+            state = match next {
+                Some(next) => {
+                    let wait = next.saturating_duration_since(now);
+                    self.changed
+                        .wait_timeout(state, wait)
+                        .map_or_else(|e| e.into_inner().0, |(state, _)| state)
+                }
+                None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+            };
+        }
+    }
+}
+
+impl Drop for UserTimer {
+    fn drop(&mut self) {
+        self.shared.lock().ended = true;
+        self.shared.changed.notify_all();
+        if let Some(thread) = self.thread.take() {
+            // A thread that panicked has nothing left to be done.
+            let _ = thread.join();
+        }
+    }
+}

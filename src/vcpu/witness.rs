@@ -1,0 +1,119 @@
+//! Somebody who is told of everything that the harts of a machine go through, one exit at a time, with the registers at hand: how
+//! the labs tell what happens in their own words. It costs system calls at every exit; without a witness there is nothing.
+
+use std::io;
+use std::sync::Arc;
+
+use super::exit::{Exit, Fault, SystemEvent};
+use super::hart::{Hart, Kick, Reg};
+
+/// Who is told.
+pub trait Witness: Send + Sync {
+    /// The hart has left the guest and nothing has been answered yet. Its registers are as the guest left them: the program
+    /// counter is at the instruction that made it leave.
+    fn exit(&self, hart: &dyn Hart, seen: &Seen);
+
+    /// Something else happened to hart `hart`.
+    fn note(&self, hart: u32, note: Note);
+}
+
+/// What is no exit by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Note {
+    /// The guest set its timer, which user space drives.
+    TimerSet,
+    /// The timer's interrupt was raised.
+    TimerFired,
+}
+
+/// An exit, copied: see [`Exit`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the fields are those of Exit")]
+pub enum Seen {
+    MmioRead { addr: u64, len: usize },
+    MmioWrite { addr: u64, len: usize, value: u64 },
+    Sbi { extension: u64, function: u64, args: [u64; 6] },
+    Csr { number: u64 },
+    System(SystemEvent),
+    Breakpoint,
+    Interrupted,
+    Fault(Fault),
+    Unknown(u32),
+}
+
+impl Seen {
+    fn of(exit: &Exit<'_>) -> Self {
+        match exit {
+            Exit::MmioRead { addr, data } => Self::MmioRead { addr: *addr, len: data.len() },
+            Exit::MmioWrite { addr, data } => {
+                let value = data.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte));
+                Self::MmioWrite { addr: *addr, len: data.len(), value }
+            }
+            Exit::Sbi(call) => {
+                Self::Sbi { extension: call.extension, function: call.function, args: *call.args }
+            }
+            Exit::Csr(access) => Self::Csr { number: access.csr },
+            Exit::System(event) => Self::System(*event),
+            Exit::Debug => Self::Breakpoint,
+            Exit::Interrupted => Self::Interrupted,
+            Exit::Fault(fault) => Self::Fault(*fault),
+            Exit::Unknown(reason) => Self::Unknown(*reason),
+        }
+    }
+}
+
+/// A hart whose exits are told to a witness before anybody answers them.
+pub(crate) struct Witnessed {
+    hart: Box<dyn Hart>,
+    witness: Arc<dyn Witness>,
+}
+
+impl Witnessed {
+    pub(crate) fn new(hart: Box<dyn Hart>, witness: Arc<dyn Witness>) -> Self {
+        Self { hart, witness }
+    }
+}
+
+impl Hart for Witnessed {
+    fn id(&self) -> u32 {
+        self.hart.id()
+    }
+
+    fn bind(&mut self) -> io::Result<Arc<dyn Kick>> {
+        self.hart.bind()
+    }
+
+    fn enter(&mut self) -> io::Result<Exit<'_>> {
+        let seen = Seen::of(&self.hart.enter()?);
+        self.witness.exit(self.hart.as_ref(), &seen);
+        Ok(self.hart.exit())
+    }
+
+    fn exit(&mut self) -> Exit<'_> {
+        self.hart.exit()
+    }
+
+    fn settle(&mut self) -> io::Result<()> {
+        self.hart.settle()
+    }
+
+    fn abandon(&mut self) {
+        self.hart.abandon();
+    }
+
+    fn trap_ebreaks(&mut self, on: bool) -> io::Result<()> {
+        self.hart.trap_ebreaks(on)
+    }
+
+    fn set_pending(&mut self, bits: u64, on: bool) -> io::Result<()> {
+        self.hart.set_pending(bits, on)
+    }
+
+    fn get(&self, reg: Reg) -> io::Result<u64> {
+        self.hart.get(reg)
+    }
+
+    fn set(&mut self, reg: Reg, value: u64) -> io::Result<()> {
+        self.hart.set(reg, value)
+    }
+}

@@ -1,0 +1,180 @@
+//! Ring 1: sockets on a host that has no descriptors left for a while. In a process of its own, because all of that process has
+//! none left then.
+
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a panic is how a test fails"
+)]
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::{OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use log::{LevelFilter, Log, Metadata, Record};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, connect, socket};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rvmm::config::SerialConfig;
+use rvmm::io_loop::IoLoop;
+use rvmm::terminal;
+use rvmm::trace::live::{Answer, Question, Reception, Stat, Subject};
+use rvmm_devices::{Bus, ConsoleBackend, Port};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+/// Lines of the log that say that nobody can be let in.
+struct Complaints;
+
+static COMPLAINTS: AtomicUsize = AtomicUsize::new(0);
+
+impl Log for Complaints {
+    fn enabled(&self, _: &Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if record.args().to_string().contains("Nobody can be let in") {
+            COMPLAINTS.fetch_add(1, SeqCst);
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// One test at a time: they take all descriptors.
+fn alone() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    // The second test finds it there.
+    let _ = log::set_logger(&Complaints);
+    log::set_max_level(LevelFilter::Warn);
+    COMPLAINTS.store(0, SeqCst);
+    turn
+}
+
+/// All descriptors that this process may have.
+struct Hoard {
+    _files: Vec<File>,
+    before: Rlimit,
+}
+
+impl Hoard {
+    fn new() -> Self {
+        let before = getrlimit(Resource::Nofile);
+        setrlimit(Resource::Nofile, Rlimit { current: Some(64), ..before }).unwrap();
+        let files = std::iter::from_fn(|| File::open("/dev/null").ok()).collect();
+        Self { _files: files, before }
+    }
+}
+
+impl Drop for Hoard {
+    fn drop(&mut self) {
+        setrlimit(Resource::Nofile, self.before).unwrap();
+    }
+}
+
+/// A socket that can be connected when no more can be made.
+struct Caller(OwnedFd);
+
+impl Caller {
+    fn new() -> Self {
+        Self(socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap())
+    }
+
+    fn call(self, path: &Path) -> UnixStream {
+        connect(&self.0, &SocketAddrUnix::new(path).unwrap()).unwrap();
+        self.0.into()
+    }
+}
+
+struct Empty;
+
+impl Subject for Empty {
+    fn answer(&self, _: Question) -> Answer {
+        Answer::Stat(Stat::default())
+    }
+}
+
+#[test]
+fn a_visitor_who_comes_while_the_host_has_no_descriptors_is_let_in_when_it_has() {
+    let _turn = alone();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("web-1.sock");
+    let reception = Reception::open(&path, Arc::new(Empty)).unwrap();
+    let mut io = IoLoop::new(Arc::new(Bus::new(Vec::new()).unwrap())).unwrap();
+    io.watch_visits(Arc::new(reception)).unwrap();
+    let io = io.spawn().unwrap();
+    // Kept: the descriptor of one who leaves is free at a moment that nobody knows.
+    let mut visitors = Vec::new();
+    for round in 1..=2 {
+        let caller = Caller::new();
+        let hoard = Hoard::new();
+        let before = io.turns();
+        let began = Instant::now();
+        let mut visitor = caller.call(&path);
+        while io.turns() < before + 3 {
+            thread::sleep(Duration::from_millis(1));
+        }
+        // The first turn finds the visitor, and each one after that a second that is over: nobody spins.
+        assert!(began.elapsed() >= Duration::from_secs(1), "{:?}", began.elapsed());
+        assert_eq!(COMPLAINTS.load(SeqCst), round, "one line for each trouble");
+        drop(hoard);
+        visitor.write_all(b"stat\n").unwrap();
+        let mut answer = String::new();
+        BufReader::new(&visitor).read_line(&mut answer).unwrap();
+        assert!(answer.starts_with("{\"stat\""), "{answer}");
+        visitors.push(visitor);
+    }
+    io.stop(Duration::ZERO).unwrap();
+}
+
+/// Attends to the console when it asks for it, and gives the descriptor by which it did.
+fn attend(console: &mut dyn ConsoleBackend, epoll: &Epoll) -> RawFd {
+    let fd = console.ports().attention.expect("somebody can come");
+    let event = EpollEvent::new(EventSet::IN, 0);
+    epoll.ctl(ControlOperation::Add, fd, event).unwrap();
+    while !matches!(epoll.wait(-1, &mut [EpollEvent::default()]), Ok(1)) {}
+    epoll.ctl(ControlOperation::Delete, fd, event).unwrap();
+    console.attend();
+    fd
+}
+
+#[test]
+fn a_user_of_the_console_who_comes_while_the_host_has_no_descriptors_is_let_in_when_it_has() {
+    let _turn = alone();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("console");
+    let mut console =
+        terminal::open(&SerialConfig::Unix(path.clone()), Arc::new(|| {})).unwrap().backend;
+    let (first, second, epoll) = (Caller::new(), Caller::new(), Epoll::new().unwrap());
+    let hoard = Hoard::new();
+    let user = first.call(&path);
+    let socket = attend(console.as_mut(), &epoll);
+    for _ in 0..2 {
+        assert_ne!(
+            attend(console.as_mut(), &epoll),
+            socket,
+            "the socket itself would be readable for ever"
+        );
+        assert_eq!(console.ports().output, Port::Closed);
+    }
+    assert_eq!(COMPLAINTS.load(SeqCst), 1);
+    drop(hoard);
+    attend(console.as_mut(), &epoll);
+    assert_ne!(console.ports().output, Port::Closed);
+    assert_eq!(console.ports().attention, Some(socket));
+    // As before: a second user is told that the place is taken.
+    let second = second.call(&path);
+    attend(console.as_mut(), &epoll);
+    let mut told = String::new();
+    BufReader::new(&second).read_line(&mut told).unwrap();
+    assert!(told.contains("somebody else"), "{told}");
+    drop(user);
+}

@@ -1,0 +1,190 @@
+//! The exercises of the labs' pages, as a student meets them: each command, as the English page has it, is content with the solution of
+//! `guests/labs/solutions`, and neither with the lab's own guest, nor with one that does nothing, nor with the solution of the page's
+//! other exercise.
+
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a panic is how a test fails"
+)]
+
+mod harness;
+#[path = "house/page.rs"]
+mod page;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use ::rvmm::labs::{LABS, Lab};
+use harness::{Launch, guest, one_host, rvmm, skip};
+use page::exercises;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The exercises of a lab's page.
+fn of(lab: &str) -> Vec<(usize, String)> {
+    let path = root().join(format!("docs/labs/{lab}.md"));
+    let page = fs::read_to_string(&path);
+    exercises(&page.unwrap_or_else(|error| panic!("{}: {error}", path.display())))
+}
+
+/// What the files of an exercise's solution are called, without an ending.
+fn name(lab: &str, number: usize) -> String {
+    format!("{}_{number}", lab.replace('-', "_"))
+}
+
+/// Whether the command is content with a student's files. It runs in an empty folder but for them, with this rvmm first in PATH.
+fn accepts(command: &str, files: &[(&str, &[u8])]) -> bool {
+    let folder = tempfile::tempdir().expect("a folder");
+    for (name, bytes) in files {
+        fs::write(folder.path().join(name), bytes).expect("a file");
+    }
+    let program = Path::new(env!("CARGO_BIN_EXE_rvmm")).parent().expect("a folder");
+    let mut path = program.as_os_str().to_owned();
+    path.push(":");
+    path.push(std::env::var_os("PATH").unwrap_or_default());
+    let mut session = Launch::new("sh")
+        .args(&["-c", command])
+        .env("PATH", &PathBuf::from(path))
+        .folder(folder.path())
+        .no_input()
+        .start();
+    session.exit_code() == 0
+}
+
+/// Why an exercise cannot be solved on this host, which its command says, too.
+fn obstacle(name: &str) -> Option<&'static str> {
+    let (sign, why) = match name {
+        "h_2_0_2" => ("Sv39", "this host has no Sv48"),
+        "rvm_1_1" => ("calls of SBI 0.1 reach rvmm", "this host's kernel has SBI 0.1"),
+        _ => return None,
+    };
+    let mut doctor = rvmm(&["doctor"]).no_input().start();
+    assert_eq!(doctor.exit_code(), 0, "{}", doctor.all_errors());
+    String::from_utf8_lossy(&doctor.output()).contains(sign).then_some(why)
+}
+
+/// The solution of an exercise, and of its kernel where it has one of its own.
+fn solution(lab: &str, number: usize) -> (Vec<u8>, Vec<u8>) {
+    let name = name(lab, number);
+    let mine = fs::read(guest(&format!("labs/{name}"))).expect("a solution");
+    let kernel = root().join(format!("target/guests/labs/{name}_kernel"));
+    (mine, fs::read(kernel).unwrap_or_default())
+}
+
+/// Tries each exercise of a lab with its solution, and with what is none.
+fn judge(lab: &str, irqchip: &str) {
+    let Some(_) = one_host(irqchip) else { return };
+    let own = Lab::find(lab).and_then(Lab::payload).expect("a lab with a guest");
+    let nothing = Lab::find("h_1_0").and_then(Lab::payload).expect("two instructions");
+    let exercises = of(lab);
+    for (number, command) in &exercises {
+        if let Some(why) = obstacle(&name(lab, *number)) {
+            skip(&format!("exercise {number} of {lab}: {why}"));
+            continue;
+        }
+        let is_content = |mine: &[u8], kernel: &[u8]| {
+            accepts(command, &[("mine.bin", mine), ("kernel.bin", kernel)])
+        };
+        let (mine, kernel) = solution(lab, *number);
+        assert!(is_content(&mine, &kernel), "{lab} {number} refuses its solution:\n{command}");
+        assert!(!is_content(own, own), "{lab} {number} takes the lab's own guest:\n{command}");
+        // Of h_1_0 that is the lab's own.
+        let takes_nothing = own != nothing && is_content(nothing, nothing);
+        assert!(!takes_nothing, "{lab} {number} takes a guest that does nothing:\n{command}");
+        for other in exercises.iter().map(|(other, _)| *other).filter(|other| other != number) {
+            let (other_mine, _) = solution(lab, other);
+            let takes_other = is_content(&other_mine, &kernel);
+            assert!(!takes_other, "{lab} {number} takes the solution of {other}:\n{command}");
+        }
+    }
+}
+
+#[test]
+fn every_exercise_has_a_solution_and_every_solution_an_exercise() {
+    let wanted: BTreeSet<String> = LABS
+        .iter()
+        .flat_map(|lab| of(lab.name).into_iter().map(|(number, _)| name(lab.name, number)))
+        // A kernel that somebody has built is no file of ours.
+        .filter(|name| name != "linux_smp_2")
+        .collect();
+    let files = fs::read_dir(root().join("guests/labs/solutions")).expect("the solutions");
+    let found: BTreeSet<String> = files
+        .map(|file| file.expect("a file").path())
+        .map(|path| path.file_stem().expect("a name").to_string_lossy().into_owned())
+        .filter(|name| !name.ends_with("_kernel"))
+        .collect();
+    assert_eq!(wanted, found);
+    assert!(wanted.len() >= 2 * LABS.len() - 1, "{wanted:?}");
+}
+
+#[test]
+fn the_exercises_of_h_1_0_tell_a_solution_from_none() {
+    judge("h_1_0", "aia");
+}
+
+#[test]
+fn the_exercises_of_simple_hv_tell_a_solution_from_none() {
+    judge("simple_hv", "plic");
+}
+
+#[test]
+fn the_exercises_of_h_2_0_tell_a_solution_from_none() {
+    judge("h_2_0", "aia");
+}
+
+#[test]
+fn the_exercises_of_h_3_0_tell_a_solution_from_none() {
+    judge("h_3_0", "plic");
+}
+
+#[test]
+fn the_exercises_of_h_4_0_tell_a_solution_from_none() {
+    judge("h_4_0", "aia");
+}
+
+#[test]
+fn the_exercises_of_rvm_1_tell_a_solution_from_none() {
+    judge("rvm-1", "plic");
+}
+
+#[test]
+fn the_exercises_of_rvm_2_tell_a_solution_from_none() {
+    judge("rvm-2", "plic");
+}
+
+#[test]
+fn the_exercises_of_smp_tell_a_solution_from_none() {
+    judge("smp", "aia");
+}
+
+#[test]
+fn the_exercises_of_two_vms_tell_a_solution_from_none() {
+    judge("two-vms", "plic");
+}
+
+#[test]
+fn the_exercises_of_dtb_tell_a_solution_from_none() {
+    judge("dtb", "aia");
+}
+
+#[test]
+fn the_first_exercise_of_linux_smp_is_solved_by_its_command_line() {
+    let Some(_) = one_host("plic") else { return };
+    let path = root().join("guests/labs/solutions/linux_smp_1.cmdline");
+    let cmdline = fs::read_to_string(path).expect("a command line");
+    let command = &of("linux-smp")[0].1;
+    for part in ["CMDLINE", "/boot/Image"] {
+        assert_eq!(command.matches(part).count(), 1, "{command}");
+    }
+    let kernel = harness::kernel();
+    let command = command
+        .replace("CMDLINE", cmdline.trim())
+        .replace("/boot/Image", kernel.to_str().expect("a plain path"));
+    assert!(accepts(&command, &[]), "{command}");
+}
