@@ -8,23 +8,25 @@
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, Events, SubscriberId, SubscriberOps};
 use log::{error, info, warn};
 use rvmm_devices::{Bus, Interest, Source};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::button::Button;
 use crate::signals::{self, Signals};
 use crate::terminal::{self, StopRequest};
 
+mod running;
 mod watch;
 
+pub use running::IoThread;
+use running::Shared;
 pub use watch::Visited;
 use watch::{Came, Meaning, Visits, Watch};
 
@@ -36,16 +38,6 @@ const BATCH: usize = 32;
 struct Listed {
     source: Source,
     id: Option<SubscriberId>,
-}
-
-/// What the loop's thread shares with those outside.
-#[derive(Debug)]
-struct Shared {
-    wake: EventFd,
-    /// When the loop has to be over; set once.
-    deadline: Mutex<Option<Instant>>,
-    wants_refresh: AtomicBool,
-    turns: AtomicU64,
 }
 
 /// The loop before it runs. Nothing is watched until [`IoLoop::spawn`].
@@ -61,17 +53,10 @@ pub struct IoLoop {
     shared: Arc<Shared>,
 }
 
-/// The running loop. Dropping it ends it at once; [`IoThread::stop`] lets the last output go first.
-#[derive(Debug)]
-pub struct IoThread {
-    shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
-}
-
 impl IoLoop {
     /// How long a machine that is told to end lets its devices hand over what the guest has written.
     pub const DRAIN: Duration = Duration::from_secs(1);
-    /// The same where it ends by itself: nobody waits for that, and who reads slowly is to have all of it.
+    /// The same where it ends by itself: nobody waits for that, and who reads slowly is to have all of it. A signal cuts it short.
     pub const LONG_DRAIN: Duration = Duration::from_secs(5);
 
     /// A loop over the devices of `bus`.
@@ -80,12 +65,7 @@ impl IoLoop {
     /// What the kernel says when it has no descriptors left.
     pub fn new(bus: Arc<Bus>) -> io::Result<Self> {
         let manager = EventManager::new_with_capacity(BATCH).map_err(io::Error::other)?;
-        let shared = Shared {
-            wake: EventFd::new(EFD_NONBLOCK)?,
-            deadline: Mutex::new(None),
-            wants_refresh: AtomicBool::new(true),
-            turns: AtomicU64::new(0),
-        };
+        let shared = Arc::new(Shared::new()?);
         let listed = bus.devices().map(|_| Vec::new()).collect();
         let mut new = Self {
             bus,
@@ -95,7 +75,7 @@ impl IoLoop {
             signals: None,
             button: None,
             visits: None,
-            shared: Arc::new(shared),
+            shared,
         };
         let wake = new.shared.wake.as_raw_fd();
         new.watch(Meaning::Wake, wake, Interest::Read)?;
@@ -188,8 +168,7 @@ impl IoLoop {
     /// How long the next turn may wait: -1 is for ever. `None` when the loop is over: it was told so, and no device owes
     /// the host any output, or the time for that is up.
     fn timeout_ms(&self) -> Option<i32> {
-        let deadline = *self.shared.deadline.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(deadline) = deadline else { return Some(-1) };
+        let Some(deadline) = self.shared.deadline() else { return Some(-1) };
         let is_owing = |listed: &Listed| listed.id.is_some() && listed.source.interest.writes();
         if !self.listed.iter().flatten().any(is_owing) {
             return None;
@@ -227,15 +206,22 @@ impl IoLoop {
     fn serve_signals(&mut self) {
         let Some((signals, stop)) = self.signals.as_ref() else { return };
         for signal in signals.take() {
-            match signal {
-                libc::SIGTSTP => terminal::suspend(),
-                libc::SIGCONT => terminal::resume(),
-                libc::SIGXFSZ => {}
-                libc::SIGWINCH => terminal::resized(),
-                libc::SIGTERM if self.button.as_ref().is_some_and(|button| button.press()) => {
+            self.obey(signal, stop);
+        }
+    }
+
+    fn obey(&self, signal: i32, stop: &StopRequest) {
+        match signal {
+            libc::SIGTSTP => terminal::suspend(),
+            libc::SIGCONT => terminal::resume(),
+            libc::SIGXFSZ => {}
+            libc::SIGWINCH => terminal::resized(),
+            _ => {
+                // Where the guest is gone already, somebody does not take what it has written.
+                self.shared.hurry(Self::DRAIN);
+                if signal == libc::SIGTERM && self.button.as_ref().is_some_and(|b| b.press()) {
                     info!("SIGTERM presses the power button");
-                }
-                _ => {
+                } else {
                     info!("Signal {signal} asks for an end");
                     stop();
                 }
@@ -336,50 +322,6 @@ impl IoLoop {
 impl std::fmt::Debug for IoLoop {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("IoLoop").field("listed", &self.listed).finish_non_exhaustive()
-    }
-}
-
-impl IoThread {
-    /// Asks every device for its sources again: after a reset of the bus, or when a device changed outside of `ready`.
-    pub fn refresh(&self) {
-        self.shared.wants_refresh.store(true, Ordering::SeqCst);
-        self.wake();
-    }
-
-    /// How often the thread has woken up and done what there was to do.
-    #[must_use]
-    pub fn turns(&self) -> u64 {
-        self.shared.turns.load(Ordering::Acquire)
-    }
-
-    /// Ends the loop: as soon as no device owes the host any output, after `drain` at the latest. Returns when the thread
-    /// is gone.
-    ///
-    /// # Errors
-    /// `Other` where the thread died by a panic.
-    pub fn stop(mut self, drain: Duration) -> io::Result<()> {
-        self.end(drain)
-    }
-
-    fn end(&mut self, drain: Duration) -> io::Result<()> {
-        let Some(thread) = self.thread.take() else { return Ok(()) };
-        let now = Instant::now();
-        let deadline = now.checked_add(drain).unwrap_or(now);
-        *self.shared.deadline.lock().unwrap_or_else(PoisonError::into_inner) = Some(deadline);
-        // Output may wait that no `ready` has told about.
-        self.refresh();
-        thread.join().map_err(|_| io::Error::other("The I/O thread panicked"))
-    }
-
-    fn wake(&self) {
-        // Refused means that it is about to wake up anyway.
-        let _ = self.shared.wake.write(1);
-    }
-}
-
-impl Drop for IoThread {
-    fn drop(&mut self) {
-        let _ = self.end(Duration::ZERO);
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::AtomicU32;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use rvmm_devices::{Access, FdtDesc, MmioDevice};
@@ -288,6 +289,30 @@ fn a_stop_waits_for_output_that_is_owed_but_not_for_ever() {
     let start = Instant::now();
     io.stop(Duration::from_millis(20)).unwrap();
     assert!(start.elapsed() < LONG);
+}
+
+#[test]
+fn a_signal_cuts_the_wait_for_output_short_but_ends_no_loop_that_was_not_told() {
+    let io = IoLoop::new(Arc::new(Bus::new(Vec::new()).unwrap())).unwrap();
+    let stops = Arc::new(AtomicU32::new(0));
+    let seen = Arc::clone(&stops);
+    let stop: StopRequest = Arc::new(move || {
+        seen.fetch_add(1, Ordering::Relaxed);
+    });
+    io.obey(libc::SIGTERM, &stop);
+    assert_eq!((io.shared.deadline(), stops.load(Ordering::Relaxed)), (None, 1));
+
+    let late = Instant::now() + LONG;
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT] {
+        *io.shared.deadline.lock().unwrap() = Some(late);
+        io.obey(signal, &stop);
+        let soon = io.shared.deadline().unwrap();
+        assert!(soon <= Instant::now() + IoLoop::DRAIN, "{signal}");
+        io.obey(signal, &stop);
+        assert_eq!(io.shared.deadline(), Some(soon), "a second one does not give it more time");
+    }
+    // An in-place restart goes the same way: the end that was asked for is not forgotten.
+    assert_eq!(stops.load(Ordering::Relaxed), 9);
 }
 
 #[test]
