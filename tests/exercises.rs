@@ -38,8 +38,9 @@ fn name(lab: &str, number: usize) -> String {
     format!("{}_{number}", lab.replace('-', "_"))
 }
 
-/// Whether the command is content with a student's files. It runs in an empty folder but for them, with this rvmm first in PATH.
-fn accepts(command: &str, files: &[(&str, &[u8])]) -> bool {
+/// Whether the command is content with a student's files; if not, what it said, and the guest. It runs in an empty folder but for
+/// them, with this rvmm first in PATH.
+fn accepts(command: &str, files: &[(&str, &[u8])]) -> Result<(), String> {
     let folder = tempfile::tempdir().expect("a folder");
     for (name, bytes) in files {
         fs::write(folder.path().join(name), bytes).expect("a file");
@@ -54,7 +55,16 @@ fn accepts(command: &str, files: &[(&str, &[u8])]) -> bool {
         .folder(folder.path())
         .no_input()
         .start();
-    session.exit_code() == 0
+    if session.exit_code() == 0 {
+        return Ok(());
+    }
+    let kept = fs::read(folder.path().join("out")).unwrap_or_default();
+    Err(format!(
+        "{}{}{}",
+        session.all_errors(),
+        String::from_utf8_lossy(&session.output()),
+        String::from_utf8_lossy(&kept)
+    ))
 }
 
 /// Why an exercise cannot be solved on this host, which its command says, too.
@@ -92,14 +102,19 @@ fn judge(lab: &str, irqchip: &str) {
             accepts(command, &[("mine.bin", mine), ("kernel.bin", kernel)])
         };
         let (mine, kernel) = solution(lab, *number);
-        assert!(is_content(&mine, &kernel), "{lab} {number} refuses its solution:\n{command}");
-        assert!(!is_content(own, own), "{lab} {number} takes the lab's own guest:\n{command}");
+        if let Err(said) = is_content(&mine, &kernel) {
+            panic!("{lab} {number} refuses its solution:\n{command}\n{said}");
+        }
+        assert!(
+            is_content(own, own).is_err(),
+            "{lab} {number} takes the lab's own guest:\n{command}"
+        );
         // Of h_1_0 that is the lab's own.
-        let takes_nothing = own != nothing && is_content(nothing, nothing);
+        let takes_nothing = own != nothing && is_content(nothing, nothing).is_ok();
         assert!(!takes_nothing, "{lab} {number} takes a guest that does nothing:\n{command}");
         for other in exercises.iter().map(|(other, _)| *other).filter(|other| other != number) {
             let (other_mine, _) = solution(lab, other);
-            let takes_other = is_content(&other_mine, &kernel);
+            let takes_other = is_content(&other_mine, &kernel).is_ok();
             assert!(!takes_other, "{lab} {number} takes the solution of {other}:\n{command}");
         }
     }
@@ -186,5 +201,7 @@ fn the_first_exercise_of_linux_smp_is_solved_by_its_command_line() {
     let command = command
         .replace("CMDLINE", cmdline.trim())
         .replace("/boot/Image", kernel.to_str().expect("a plain path"));
-    assert!(accepts(&command, &[]), "{command}");
+    if let Err(said) = accepts(&command, &[]) {
+        panic!("{command}\n{said}");
+    }
 }

@@ -98,9 +98,9 @@ one_line:
     li t0, WAIT
     add a0, a0, t0
     mv s4, a0
-    li a7, EID_TIME
-    li a6, 0
-    ecall
+    # Twice: KVM may forget a call when it turns to something else right behind it, and this hart would sleep for ever.
+    call set_timer
+    call set_timer
 1:  wfi
     csrr t0, sip
     andi t0, t0, SIE_STIE
@@ -108,9 +108,7 @@ one_line:
     rdtime t0
     bltu t0, s4, early
     li a0, -1                           # never again
-    li a7, EID_TIME
-    li a6, 0
-    ecall
+    call set_timer
     la t0, timers
     li t1, 1
     amoadd.d zero, t1, (t0)
@@ -118,6 +116,15 @@ one_line:
     amoadd.d zero, t1, (t0)
     ld ra, 0(sp)
     addi sp, sp, 16
+    ret
+
+# Sets this hart's timer to a0, which it keeps.
+set_timer:
+    mv t0, a0
+    li a7, EID_TIME
+    li a6, 0
+    ecall
+    mv a0, t0
     ret
 
 wait_for_ipi:
