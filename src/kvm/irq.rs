@@ -96,9 +96,10 @@ impl IrqLine for KernelLine {
             return false;
         }
         // Before the first event, or a level that it raises would be taken to be low.
-        self.is_shared.store(true, Ordering::Relaxed);
+        let was_shared = self.is_shared.swap(true, Ordering::Relaxed);
         let bound = vm.register_irqfd(event, *number);
         if let Err(error) = &bound {
+            self.is_shared.store(was_shared, Ordering::Relaxed);
             log::debug!("KVM takes no event descriptor for source {number}: {error}");
         }
         bound.is_ok()
