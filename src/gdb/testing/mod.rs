@@ -23,8 +23,8 @@ use client::{CODE, Client, Life, Place, framed};
 
 use crate::vcpu::stop::StopReason;
 
-/// What a byte from 0x80 on stands for: the words of the protocol, and numbers that mean something here.
-const WORDS: [&str; 64] = [
+/// How packets begin that mean something, or did once.
+pub(super) const HEADS: [&str; 49] = [
     "g",
     "G",
     "p",
@@ -74,6 +74,10 @@ const WORDS: [&str; 64] = [
     "QStartNoAckMode",
     "vFile:open:",
     "x",
+];
+
+/// How they may go on here.
+const TAILS: [&str; 15] = [
     "80010000",
     "80010004",
     "80010006",
@@ -129,7 +133,8 @@ pub fn play(bytes: &[u8]) {
             NEXT_AS_IT_IS => play.packet.extend(bytes.next()),
             0..0x80 => play.packet.push(byte),
             0x80..SEND => {
-                let word = WORDS[usize::from(byte - 0x80) % WORDS.len()];
+                let at = usize::from(byte - 0x80) % (HEADS.len() + TAILS.len());
+                let word = HEADS.get(at).unwrap_or_else(|| &TAILS[at - HEADS.len()]);
                 play.packet.extend(word.as_bytes());
             }
             _ => {
