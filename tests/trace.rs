@@ -98,6 +98,8 @@ fn a_boot_of_linux_is_traced_over_a_reboot_and_becomes_a_report() {
     let mut session =
         linux(&["--name", "traced"], |rvmm| rvmm.path("--trace=", &file, ",ring=262144"));
     session.send("reboot\n");
+    // The shell may ask for another command before it is ended.
+    session.expect("rvmm: Linux ");
     session.expect("rvmm# ");
     session.send("poweroff\n");
     assert_eq!(session.exit_code(), 0);
