@@ -1,8 +1,6 @@
 //! The verb `run`: flags become a configuration, the configuration a machine, the machine's end an exit code.
 
 use std::ffi::OsString;
-use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use log::LevelFilter;
@@ -13,6 +11,7 @@ use super::value::{self, List};
 use super::{logging, output};
 use crate::config::{BootConfig, CpuConfig, InitrdConfig, OnReset, ValidConfig, VmConfig, quoted};
 use crate::error::Error;
+use crate::host::read_small;
 use crate::machine::{Machine, Parts};
 use crate::trace::live::socket_for;
 use crate::vcpu::stop::StopReason;
@@ -96,10 +95,7 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
 fn from_file(path: &Path) -> Result<ValidConfig, Error> {
     /// No machine needs a longer one.
     const MOST: u64 = 1 << 20;
-    let failed = |source| Error::File { verb: "read", path: path.into(), source };
-    let mut text = String::new();
-    File::open(path).and_then(|file| file.take(MOST).read_to_string(&mut text)).map_err(failed)?;
-    let config: VmConfig = serde_json::from_str(&text).map_err(|error| {
+    let config: VmConfig = serde_json::from_slice(&read_small(path, MOST)?).map_err(|error| {
         Error::Config(format!("Cannot use --config {}: {error}", quoted(&path.to_string_lossy())))
     })?;
     config.validate()

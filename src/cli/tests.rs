@@ -108,6 +108,22 @@ fn a_power_button_gives_the_guest_time() {
 }
 
 #[test]
+fn a_configuration_that_is_too_long_or_no_text_is_refused_in_one_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vm.json");
+    let said = |bytes: &[u8]| {
+        std::fs::write(&path, bytes).unwrap();
+        mistake(&["--config", path.to_str().unwrap()])
+    };
+    // Its first part would be a whole one.
+    let mut long = b"{}".to_vec();
+    long.resize((1 << 20) + 1, b' ');
+    assert!(said(&long).contains("it has more than 1048576 bytes"));
+    assert!(said(b"\xff\xfe").contains("Cannot use --config"));
+    assert!(mistake(&["--config", "/dev/zero"]).contains("more than"));
+}
+
+#[test]
 fn every_flag_reaches_the_configuration() {
     let line = "--kernel Image --mem 2G --cpus 4 --initrd root.cpio --irqchip plic --dump-dtb out.dtb \
                 --load a@0x8100_0000 --load b@2G --entry 0x8020_0000 --serial unix:/tmp/s --no-reboot \

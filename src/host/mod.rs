@@ -6,6 +6,7 @@
 //! | `flash.rs` | flash memory: files, and the host's own |
 //! | `tap.rs` | networks: tap interfaces |
 //! | `vhost/` | networks and sockets whose queues the kernel works on |
+//! | `small.rs` | files that are read at once |
 //! | `listening.rs` | Unix sockets |
 //! | `gate.rs` | one through which people come in, who wait where the host cannot let them |
 //! | `daemon.rs` | programs that serve devices: virtiofsd, passt |
@@ -34,11 +35,13 @@ mod disk;
 mod flash;
 mod gate;
 mod listening;
+mod small;
 mod tap;
 mod vhost;
 
 pub(crate) use gate::Gate;
 pub(crate) use listening::{Listening, connect_to, connect_to_starting};
+pub(crate) use small::read_small;
 #[cfg(test)]
 pub(crate) use tap::tests::in_a_namespace;
 

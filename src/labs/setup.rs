@@ -1,7 +1,7 @@
 //! From a lab and what its user wishes to the machine that runs it.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -16,6 +16,7 @@ use crate::config::{
     BootConfig, CsrValue, InitrdConfig, LoadConfig, StartMode, TimerChoice, Unassigned, VmConfig,
 };
 use crate::error::Error;
+use crate::host::read_small;
 use crate::machine::{Machine, Parts};
 use crate::memory::{PAGE, Rom};
 use crate::terminal::Console;
@@ -270,17 +271,7 @@ fn kernel(wishes: &Wishes) -> Result<PathBuf, Obstacle> {
 
 /// A program of the user's: a guest, or what goes into a flash. No longer than a flash is; a device that never ends is none.
 pub fn read(path: &Path) -> Result<Vec<u8>, Error> {
-    let failed = |source| Error::File { verb: "read", path: path.into(), source };
-    let mut bytes = Vec::new();
-    let most = pflash::SIZE as u64;
-    File::open(path)
-        .and_then(|file| file.take(most + 1).read_to_end(&mut bytes))
-        .map_err(failed)?;
-    if bytes.len() > pflash::SIZE {
-        let what = format!("Cannot use {}: it has more than {most} bytes", path.display());
-        return Err(Error::Config(what));
-    }
-    Ok(bytes)
+    read_small(path, pflash::SIZE as u64)
 }
 
 /// A file of these bytes that only this process has, by a path that it can open.
