@@ -95,9 +95,11 @@ const TAILS: [&str; 15] = [
     "0400010080000000",
 ];
 
-/// The guest of a fuzzer's debugger: code that counts, with a breakpoint of its own in it, and code that waits.
-const PROGRAMS: [&[u32]; 2] =
-    [&[0x0000_0013, 0x0015_0513, 0x0001_0001, 0xff9f_f06f], &[0x0000_0013, 0x1050_0073]];
+/// The guest of a fuzzer's debugger: code that counts, and code that waits, also where a step takes it past its `wfi`.
+const PROGRAMS: [&[u32]; 2] = [
+    &[0x0000_0013, 0x0015_0513, 0x0001_0001, 0xff9f_f06f],
+    &[0x0000_0013, 0x1050_0073, 0xffdf_f06f],
+];
 
 /// Bytes from this on end a packet and send it; those between here and 0x80 are words.
 const SEND: u8 = 0xf0;
