@@ -108,3 +108,14 @@ fn the_judge_lets_a_guest_hurt_itself() {
     stage.run();
     play::works(&mut stage);
 }
+
+#[test]
+fn the_judge_lets_a_guest_have_its_used_ring_written_over_as_a_whole() {
+    let mut stage = stage();
+    let [table, _, used] = stage.rings(0);
+    stage.descriptor(table, 3, (used, 6 + 8 * 16, 2, 0));
+    stage.offer(0, 3);
+    stage.kick(0);
+    stage.run();
+    play::works(&mut stage);
+}

@@ -97,11 +97,15 @@ impl Live {
         self.slots.retain(|position, _| *position >= first);
     }
 
+    /// The writable buffers that have not come back.
+    pub(crate) fn buffers(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        self.with_device.values().flat_map(|given| given.writable.iter().cloned())
+    }
+
     /// Where the device may write.
     pub(crate) fn writable(&self) -> impl Iterator<Item = Range<u64>> + '_ {
         let [.., used] = self.set_up.parts();
-        let given = self.with_device.values().flat_map(|given| given.writable.iter().cloned());
-        given.chain([used])
+        self.buffers().chain([used])
     }
 
     /// Judges what came back; heads are taken off the books. Gives how many came back.

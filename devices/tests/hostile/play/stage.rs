@@ -401,10 +401,9 @@ impl Stage {
         });
         tables.extend(rest);
         let lives = self.queues.iter().filter_map(|queue| queue.live.as_ref());
-        let buffers: HashSet<Range<u64>> = lives.flat_map(Live::writable).collect();
-        let buffers = || buffers.iter().filter(|range| !used.contains(range));
+        let buffers: HashSet<Range<u64>> = lives.flat_map(Live::buffers).collect();
         self.is_tainted |=
-            tables.iter().chain(&used).any(|part| buffers().any(|b| overlap(b, part)));
+            tables.iter().chain(&used).any(|part| buffers.iter().any(|b| overlap(b, part)));
         self.is_tainted |= tables.iter().any(|table| used.iter().any(|used| overlap(used, table)));
     }
 
