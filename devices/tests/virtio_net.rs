@@ -97,13 +97,16 @@ impl Test {
         assert_eq!(self.rig.ask(TX, &[Buffer::Read(&bytes)]), Some(Vec::new()));
     }
 
-    /// The next frame that came back: its header with the number of buffers, and its bytes.
+    /// The next frame that came back: its header with the number of buffers, and its bytes. Buffers that came back as they were are
+    /// not part of any.
     fn received(&mut self) -> Option<(Vec<u8>, Vec<u8>)> {
-        let mut bytes = self.part()?;
+        let mut parts = std::iter::from_fn(|| self.part()).filter(|part| !part.is_empty());
+        let mut bytes = parts.next()?;
         let count = u16::from_le_bytes([bytes[10], bytes[11]]);
         for _ in 1..count {
-            bytes.extend(self.part().unwrap());
+            bytes.extend(parts.next().unwrap());
         }
+        drop(parts);
         let frame = bytes.split_off(HEADER);
         Some((bytes, frame))
     }
