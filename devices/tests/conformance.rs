@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use proptest::prelude::*;
 use rvmm_devices::testing::{MemoryConsole, TestIrq, hand_over, turn, wiring};
-use rvmm_devices::virtio::vhost_user::testing::{Traits, serve_at, shared_memory};
+use rvmm_devices::virtio::vhost_user::testing::{Traits, serve_so_many_at, shared_memory};
 use rvmm_devices::{
     BuildError, Bus, CATALOG, Claim, FdtProperty, FdtValue, Interest, MmioDevice, Model, Options,
     Placement, Plic, Wiring,
@@ -35,7 +35,7 @@ fn least(model: &Model) -> String {
         "fs" => "fs,tag=share,path=folder".into(),
         "vhost-user-blk" | "vhost-user-net" | "vhost-user-vsock" => {
             let path = socket_path();
-            serve_at(path.as_ref(), Traits::default()).unwrap();
+            serve_so_many_at(path.as_ref(), 1, Traits::default()).unwrap();
             let mac = if model.name == "vhost-user-net" { ",mac=02:00:00:00:00:01" } else { "" };
             format!("{},socket={path}{mac}", model.name)
         }

@@ -108,15 +108,23 @@ pub fn serve(stream: UnixStream, traits: Traits) -> Receiver<Heard> {
     receiver
 }
 
-/// Serves one connection after another at `path`.
+/// Serves one connection after another at `path`, as long as the process lives.
 ///
 /// # Errors
 /// No socket can be made there.
 pub fn serve_at(path: &Path, traits: Traits) -> io::Result<Receiver<Heard>> {
+    serve_so_many_at(path, usize::MAX, traits)
+}
+
+/// Serves `count` connections at `path`, one after another, and is gone then.
+///
+/// # Errors
+/// No socket can be made there.
+pub fn serve_so_many_at(path: &Path, count: usize, traits: Traits) -> io::Result<Receiver<Heard>> {
     let (sender, receiver) = mpsc::channel();
     let listener = UnixListener::bind(path)?;
     thread::spawn(move || {
-        for stream in listener.incoming().map_while(Result::ok) {
+        for stream in listener.incoming().take(count).map_while(Result::ok) {
             answer_all(stream, &traits, &sender);
         }
     });
