@@ -22,7 +22,7 @@ use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 12, max_shrink_iters: 100, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 200, max_shrink_iters: 1000, ..ProptestConfig::default() })]
 
     #[test]
     fn a_script_that_nobody_wrote_breaks_nothing_but_its_guest(bytes in prop::collection::vec(any::<u8>(), 0..300)) {

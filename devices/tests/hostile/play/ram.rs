@@ -18,6 +18,7 @@ const BLOCK: usize = 256;
 pub(crate) struct Ram {
     pub(crate) memory: GuestMemoryMmap,
     pieces: [(Range<u64>, Vec<u8>); 2],
+    /// As large as the larger piece.
     scratch: Vec<u8>,
 }
 
@@ -29,7 +30,7 @@ impl Ram {
         Self {
             memory: GuestMemoryMmap::from_ranges(&ranges).unwrap(),
             pieces: [copy(LOW), copy(HIGH)],
-            scratch: Vec::new(),
+            scratch: vec![0; (LOW.end - LOW.start) as usize],
         }
     }
 
@@ -69,12 +70,12 @@ impl Ram {
     pub(crate) fn changes(&mut self) -> Vec<Range<u64>> {
         let mut changes: Vec<Range<u64>> = Vec::new();
         for (piece, copy) in &mut self.pieces {
-            self.scratch.resize(copy.len(), 0);
-            self.memory.read_slice(&mut self.scratch, GuestAddress(piece.start)).unwrap();
-            if self.scratch == *copy {
+            let now = &mut self.scratch[..copy.len()];
+            self.memory.read_slice(now, GuestAddress(piece.start)).unwrap();
+            if now == copy {
                 continue;
             }
-            let blocks = self.scratch.chunks(BLOCK).zip(copy.chunks(BLOCK));
+            let blocks = now.chunks(BLOCK).zip(copy.chunks(BLOCK));
             for (start, (now, before)) in (piece.start..).step_by(BLOCK).zip(blocks) {
                 if now == before {
                     continue;
@@ -87,7 +88,7 @@ impl Ram {
                     }
                 }
             }
-            copy.copy_from_slice(&self.scratch);
+            copy.copy_from_slice(now);
         }
         changes
     }
