@@ -161,6 +161,15 @@ fn interrupts_reach_the_hart_through_both_controllers() {
 }
 
 #[test]
+fn harts_that_wait_are_woken_wherever_their_threads_are_by_then() {
+    let Some(host) = host() else { return };
+    // Threads go from one CPU of the host to another when they will, so more than one round.
+    for _ in 0..5 {
+        passes_everywhere(host, "irq", &["--cpus", "4"]);
+    }
+}
+
+#[test]
 fn harts_start_stop_and_interrupt_each_other() {
     let Some(host) = host() else { return };
     for cpus in ["1", "2", "4", "8"] {

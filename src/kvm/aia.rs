@@ -1,9 +1,9 @@
 //! The in-kernel AIA: an APLIC for wired interrupts and an IMSIC per hart, emulated or given by the kernel.
 //!
 //! Attributes and their rules: kernel, `Documentation/virt/kvm/devices/` and `arch/riscv/kvm/aia_device.c`. Left as the
-//! kernel chooses: the mode (hardware guest files where the host has them, with emulation where they run out), and no
-//! groups and no guest files for the guest. Nothing is to be done about Smstateen: `hstateen0` lets a guest at its AIA
-//! registers wherever the vCPU has Ssaia, and `sstateen0` holds no AIA bit (Smstateen 1.0, section 2).
+//! kernel chooses: no groups and no guest files for the guest, and, where [`keeps_wake_ups`] says so, the mode (hardware guest
+//! files where the host has them, with emulation where they run out). Nothing is to be done about Smstateen: `hstateen0` lets a
+//! guest at its AIA registers wherever the vCPU has Ssaia, and `sstateen0` holds no AIA bit (Smstateen 1.0, section 2).
 #![expect(unsafe_code, reason = "device attributes are passed by address")]
 
 use kvm_bindings::{
@@ -11,12 +11,14 @@ use kvm_bindings::{
     KVM_DEV_RISCV_AIA_CONFIG_HART_BITS, KVM_DEV_RISCV_AIA_CONFIG_IDS,
     KVM_DEV_RISCV_AIA_CONFIG_MODE, KVM_DEV_RISCV_AIA_CONFIG_SRCS, KVM_DEV_RISCV_AIA_CTRL_INIT,
     KVM_DEV_RISCV_AIA_GRP_ADDR, KVM_DEV_RISCV_AIA_GRP_CONFIG, KVM_DEV_RISCV_AIA_GRP_CTRL,
-    KVM_DEV_RISCV_AIA_MODE_AUTO, KVM_DEV_RISCV_AIA_MODE_HWACCEL, KVM_DEV_RISCV_APLIC_SIZE,
-    KVM_DEV_RISCV_IMSIC_SIZE, kvm_create_device, kvm_device_attr,
+    KVM_DEV_RISCV_AIA_MODE_AUTO, KVM_DEV_RISCV_AIA_MODE_EMUL, KVM_DEV_RISCV_AIA_MODE_HWACCEL,
+    KVM_DEV_RISCV_APLIC_SIZE, KVM_DEV_RISCV_IMSIC_SIZE, kvm_create_device, kvm_device_attr,
     kvm_device_type_KVM_DEV_TYPE_RISCV_AIA as KVM_DEV_TYPE_RISCV_AIA,
 };
 use kvm_ioctls::{DeviceFd, VmFd};
+use rustix::system::uname;
 
+use super::report::GuestFiles;
 use crate::machine::vm::{AiaFacts, AiaPlan, VmError};
 
 /// Interrupt identities that are asked for at most: what QEMU's `virt` has. An emulated IMSIC is searched word by word for
@@ -37,6 +39,10 @@ pub(super) struct Aia {
 pub(super) fn create(vm: &VmFd, plan: &AiaPlan) -> Result<Aia, VmError> {
     check(plan)?;
     let device = open(vm)?;
+    if !keeps_wake_ups(&uname().release().to_string_lossy(), configured_cpus()) {
+        let emulated = KVM_DEV_RISCV_AIA_MODE_EMUL;
+        set_config(&device, "mode", KVM_DEV_RISCV_AIA_CONFIG_MODE, emulated)?;
+    }
     let hart_index_bits = index_bits(plan.harts);
     set_config(&device, "hart index bits", KVM_DEV_RISCV_AIA_CONFIG_HART_BITS, hart_index_bits)?;
     set_config(&device, "guest index bits", KVM_DEV_RISCV_AIA_CONFIG_GUEST_BITS, 0)?;
@@ -75,8 +81,42 @@ pub(super) fn open(vm: &VmFd) -> Result<DeviceFd, VmError> {
     })
 }
 
+/// The first kernel that looks for the interrupts of a hart that waits where they are (`RISC-V: KVM: Read HGEIP CSR on the correct
+/// cpu`, and what it stands on).
+const WAKES_EVERY_HART: (u32, u32) = (6, 18);
+
+/// Whether guest files may be used: whether this kernel, on a host of so many CPUs, wakes a hart that waits on one.
+///
+/// Older kernels look for the guest file on the CPU where the hart's thread is by now, and not on the one where it went to sleep.
+/// Once the thread has moved, its hart sleeps on, through interrupts of devices and those of other harts. An emulated IMSIC has no
+/// such place, and a host of one CPU has no other.
+fn keeps_wake_ups(release: &str, cpus: u64) -> bool {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    let mut number = || numbers.next()?.parse().ok();
+    let version: Option<(u32, u32)> = number().zip(number());
+    cpus == 1 || version.is_some_and(|version| version >= WAKES_EVERY_HART)
+}
+
+/// The host's CPUs, those that are offline included: more than enough where nobody knows.
+fn configured_cpus() -> u64 {
+    // SAFETY: this call only reads.
+    let cpus = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_CONF) };
+    u64::try_from(cpus).unwrap_or(u64::MAX)
+}
+
+/// What becomes of the host's IMSIC guest files in a machine of rvmm's.
+pub(super) fn guest_files(device: &DeviceFd) -> GuestFiles {
+    if !takes_hardware_mode(device) {
+        GuestFiles::Absent
+    } else if keeps_wake_ups(&uname().release().to_string_lossy(), configured_cpus()) {
+        GuestFiles::Used
+    } else {
+        GuestFiles::Unsafe
+    }
+}
+
 /// Whether the host has IMSIC guest files to give away: only then does the kernel take this mode.
-pub(super) fn takes_hardware_mode(device: &DeviceFd) -> bool {
+fn takes_hardware_mode(device: &DeviceFd) -> bool {
     let mode = KVM_DEV_RISCV_AIA_MODE_HWACCEL;
     set_config(device, "mode", KVM_DEV_RISCV_AIA_CONFIG_MODE, mode).is_ok()
 }
@@ -169,6 +209,19 @@ mod tests {
             aplic: Span { base: 0xd00_0000, size: 0x4000 },
             imsics: Span { base: 0x2800_0000, size: 0x100_0000 },
         }
+    }
+
+    #[test]
+    fn guest_files_are_used_where_the_kernel_wakes_every_hart_that_waits_on_one() {
+        for release in ["6.12.107+deb13-riscv64", "6.17.13", "5.19", "6", "", "next-20261122"] {
+            assert!(!keeps_wake_ups(release, 2), "{release}");
+            assert!(!keeps_wake_ups(release, u64::MAX), "{release}");
+            assert!(keeps_wake_ups(release, 1), "{release}");
+        }
+        for release in ["6.18.0", "6.18-rc7", "6.19.2-arch1", "7.0.0+", "10.2"] {
+            assert!(keeps_wake_ups(release, 2), "{release}");
+        }
+        assert!(configured_cpus() > 0);
     }
 
     #[test]

@@ -56,7 +56,7 @@ fn aia_offer(fd: &VmFd) -> Option<AiaOffer> {
     cap(fd, KVM_CAP_IRQCHIP)?;
     let device = aia::open(fd).ok()?;
     let ids = aia::offered_ids(&device).ok()?;
-    Some(AiaOffer { guest_files: aia::takes_hardware_mode(&device), ids })
+    Some(AiaOffer { guest_files: aia::guest_files(&device), ids })
 }
 
 fn sbi(vcpu: &Vcpu, v01: Option<bool>) -> Vec<SbiOffer> {

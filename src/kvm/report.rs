@@ -35,10 +35,21 @@ pub struct HostReport {
 /// The in-kernel AIA that a machine could get.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AiaOffer {
-    /// Whether the host has IMSIC guest files to give away, so that interrupts reach a guest without an exit.
-    pub guest_files: bool,
+    /// What becomes of the host's IMSIC guest files.
+    pub guest_files: GuestFiles,
     /// Interrupt identities of an IMSIC: 1 to this number.
     pub ids: u32,
+}
+
+/// IMSIC guest files (AIA 1.0, section 3.2), by which interrupts reach a guest without an exit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GuestFiles {
+    /// The host has none to give away: IMSICs are emulated.
+    Absent,
+    /// The host has some, and its kernel forgets to wake harts that wait on one: IMSICs are emulated.
+    Unsafe,
+    /// A machine gets those that are free.
+    Used,
 }
 
 /// An SBI extension.

@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use super::checks::all;
 use super::host::{Host, Memory, Node};
 use super::report::{Check, Report, Status};
-use crate::kvm::report::{AiaOffer, HostReport, SbiOffer, SbiState};
+use crate::kvm::report::{AiaOffer, GuestFiles, HostReport, SbiOffer, SbiState};
 
 /// A RISC-V host with all that rvmm can use.
 fn good_host() -> Host {
@@ -55,7 +55,7 @@ fn good_kvm() -> HostReport {
         recommended_vcpus: 4,
         address_bits: Some(59),
         memory_slots: Some(32767),
-        aia: Some(AiaOffer { guest_files: true, ids: 255 }),
+        aia: Some(AiaOffer { guest_files: GuestFiles::Used, ids: 255 }),
         isa: names("i m a f d c ssaia sstc smstateen"),
         satp_mode: 10,
         timebase_hz: 10_000_000,
@@ -190,11 +190,14 @@ fn a_host_without_aia_is_told_that_the_plic_serves() {
     let check = line("aia", |_, kvm| kvm.aia = None);
     assert_eq!((check.status, check.required), (Status::Missing, false));
     assert!(check.found.contains("PLIC"));
-    assert!(
-        line("aia", |_, kvm| kvm.aia = Some(AiaOffer { guest_files: false, ids: 255 }))
-            .found
-            .contains("no guest interrupt files")
-    );
+    for (guest_files, words) in [
+        (GuestFiles::Absent, "no guest interrupt files"),
+        (GuestFiles::Unsafe, "forgets to wake harts"),
+    ] {
+        let check = line("aia", |_, kvm| kvm.aia = Some(AiaOffer { guest_files, ids: 255 }));
+        assert_eq!(check.status, Status::Ok);
+        assert!(check.found.contains(words), "{}", check.found);
+    }
 }
 
 #[test]

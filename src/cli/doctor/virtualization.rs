@@ -1,7 +1,7 @@
 //! What KVM says about itself, as lines.
 
 use super::report::Check;
-use crate::kvm::report::{AiaOffer, HostReport, SbiState};
+use crate::kvm::report::{AiaOffer, GuestFiles, HostReport, SbiState};
 
 /// SBI extensions that a guest may miss, and what brings them.
 const SBI_WANTED: [(&str, &str); 6] = [
@@ -54,13 +54,17 @@ pub(super) fn checks(kvm: &HostReport) -> Vec<Check> {
 
 fn aia(kvm: &HostReport) -> Check {
     match kvm.aia {
-        Some(AiaOffer { guest_files: true, .. }) => Check::ok(
+        Some(AiaOffer { guest_files: GuestFiles::Used, .. }) => Check::ok(
             "aia",
             "interrupt controller in the kernel (APLIC, IMSICs), with guest interrupt files",
         ),
-        Some(AiaOffer { guest_files: false, .. }) => Check::ok(
+        Some(AiaOffer { guest_files: GuestFiles::Absent, .. }) => Check::ok(
             "aia",
             "interrupt controller in the kernel (APLIC, IMSICs), emulated: no guest interrupt files",
+        ),
+        Some(AiaOffer { guest_files: GuestFiles::Unsafe, .. }) => Check::ok(
+            "aia",
+            "interrupt controller in the kernel (APLIC, IMSICs), emulated: with guest interrupt files this kernel forgets to wake harts (Linux 6.18 does not)",
         ),
         None => Check::missing(
             "aia",
