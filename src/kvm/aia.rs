@@ -30,8 +30,8 @@ const FIRST_IMSIC: u64 = 1;
 
 /// A device made and initialised.
 pub(super) struct Aia {
-    /// Kept for the registers that are read through it.
-    _device: DeviceFd,
+    #[cfg_attr(not(test), expect(dead_code, reason = "only tests ask the device once it is made"))]
+    device: DeviceFd,
     pub(super) facts: AiaFacts,
 }
 
@@ -39,10 +39,7 @@ pub(super) struct Aia {
 pub(super) fn create(vm: &VmFd, plan: &AiaPlan) -> Result<Aia, VmError> {
     check(plan)?;
     let device = open(vm)?;
-    if !keeps_wake_ups(&uname().release().to_string_lossy(), configured_cpus()) {
-        let emulated = KVM_DEV_RISCV_AIA_MODE_EMUL;
-        set_config(&device, "mode", KVM_DEV_RISCV_AIA_CONFIG_MODE, emulated)?;
-    }
+    choose_mode(&device)?;
     let hart_index_bits = index_bits(plan.harts);
     set_config(&device, "hart index bits", KVM_DEV_RISCV_AIA_CONFIG_HART_BITS, hart_index_bits)?;
     set_config(&device, "guest index bits", KVM_DEV_RISCV_AIA_CONFIG_GUEST_BITS, 0)?;
@@ -66,11 +63,11 @@ pub(super) fn create(vm: &VmFd, plan: &AiaPlan) -> Result<Aia, VmError> {
     let facts = read_back(&device)?;
     log::info!(
         "Interrupt controller: AIA in the kernel ({}), {} sources, {} identities per IMSIC",
-        mode_name(config(&device, "mode", KVM_DEV_RISCV_AIA_CONFIG_MODE)?),
+        mode_name(mode(&device)?),
         facts.sources,
         facts.ids
     );
-    Ok(Aia { _device: device, facts })
+    Ok(Aia { device, facts })
 }
 
 /// The device, not yet initialised.
@@ -104,11 +101,28 @@ fn configured_cpus() -> u64 {
     u64::try_from(cpus).unwrap_or(u64::MAX)
 }
 
+fn may_use_guest_files() -> bool {
+    keeps_wake_ups(&uname().release().to_string_lossy(), configured_cpus())
+}
+
+/// Leaves the mode as the kernel chooses, where that is safe.
+fn choose_mode(device: &DeviceFd) -> Result<(), VmError> {
+    if may_use_guest_files() {
+        return Ok(());
+    }
+    set_config(device, "mode", KVM_DEV_RISCV_AIA_CONFIG_MODE, KVM_DEV_RISCV_AIA_MODE_EMUL)
+}
+
+/// The mode: one of `KVM_DEV_RISCV_AIA_MODE_*`.
+fn mode(device: &DeviceFd) -> Result<u32, VmError> {
+    config(device, "mode", KVM_DEV_RISCV_AIA_CONFIG_MODE)
+}
+
 /// What becomes of the host's IMSIC guest files in a machine of rvmm's.
 pub(super) fn guest_files(device: &DeviceFd) -> GuestFiles {
     if !takes_hardware_mode(device) {
         GuestFiles::Absent
-    } else if keeps_wake_ups(&uname().release().to_string_lossy(), configured_cpus()) {
+    } else if may_use_guest_files() {
         GuestFiles::Used
     } else {
         GuestFiles::Unsafe
@@ -222,6 +236,18 @@ mod tests {
             assert!(keeps_wake_ups(release, 2), "{release}");
         }
         assert!(configured_cpus() > 0);
+    }
+
+    /// On a machine without KVM or AIA there is nothing to see.
+    #[test]
+    fn a_machine_gets_guest_files_only_where_they_are_safe() {
+        let made = kvm_ioctls::Kvm::new().and_then(|kvm| kvm.create_vm()).ok().and_then(|vm| {
+            let hart = vm.create_vcpu(0).ok()?;
+            Some((create(&vm, &plan(1)).ok()?, hart, vm))
+        });
+        let Some((aia, _hart, _vm)) = made else { return };
+        let mode = mode(&aia.device).unwrap();
+        assert!(may_use_guest_files() || mode == KVM_DEV_RISCV_AIA_MODE_EMUL, "{mode}");
     }
 
     #[test]
