@@ -20,8 +20,10 @@ use crate::power::{PowerRequest, PowerSwitch};
 use crate::rtc::Clock;
 
 mod host;
+mod told;
 
 pub use host::MemoryHost;
+pub use told::told;
 
 /// An interrupt line that remembers its level and how often it changed.
 #[derive(Debug, Clone, Default)]

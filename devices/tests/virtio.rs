@@ -10,6 +10,7 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
+use rvmm_devices::testing::told;
 use rvmm_devices::virtio::testing::{
     Buffer, INDIRECT, NEXT, QUEUE_SIZE, RAM, RAM_SIZE, Rig, WRITE, status,
 };
@@ -153,6 +154,8 @@ fn is_broken_until_reset(rig: &mut Rig) {
 fn the_registers_introduce_the_device() {
     let mut rig = rig();
     assert_eq!([0, 4, 8].map(|register| rig.read(register)), [0x7472_6976, 2, 42]);
+    // "QEMU": drivers for its machine take no other vendor.
+    assert_eq!(rig.read(0xc), 0x554d_4551);
     assert_eq!(rig.offered(), 0b101 | feature::TRANSPORT);
     let sizes = [0, 1, 2, u32::MAX].map(|queue| {
         rig.write(0x30, queue);
@@ -175,6 +178,35 @@ fn registers_take_aligned_words_and_nothing_else() {
     for offset in [0x00, 0x04, 0x08, 0x0c, 0x10, 0x34, 0x60, 0xb0, 0xfc, 0x18, 0xf8] {
         assert!(!rig.write(offset, 1), "{offset:#x}");
     }
+}
+
+#[test]
+fn a_driver_of_version_1_is_told_about_once_and_gets_nowhere() {
+    for (register, name) in [(0x28, "GuestPageSize"), (0x3c, "QueueAlign"), (0x40, "QueuePFN")] {
+        let mut rig = rig();
+        let lines = told(|| {
+            rig.write(0x70, status::FOUND);
+            (0..3).for_each(|_| assert!(!rig.write(register, 4096)));
+            assert!(rig.device.read(register, &mut [0; 4]).is_err());
+        });
+        let [line] = lines.as_slice() else { panic!("{lines:?}") };
+        assert!(line.starts_with(&format!("echo: the guest's driver writes {name}")), "{line}");
+        assert!(line.contains("version 1") && line.contains("force-legacy=false"), "{line}");
+        rig.start(0);
+        works(&mut rig);
+    }
+}
+
+#[test]
+fn features_that_are_refused_are_told_about_once() {
+    let mut rig = rig();
+    let lines = told(|| (0..3).for_each(|_| assert!(!rig.negotiate_only(0b101))));
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert!(lines[0].contains("does not take VIRTIO_F_VERSION_1"), "{lines:?}");
+    let lines = told(|| (0..3).for_each(|_| assert!(!rig.negotiate(0b10))));
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert!(lines[0].contains("not offered (0x2)"), "{lines:?}");
+    assert_eq!(told(|| recovers(&mut rig)), [""; 0]);
 }
 
 #[test]

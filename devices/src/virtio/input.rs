@@ -125,6 +125,11 @@ impl VirtioDevice for Input {
         &[64, 64]
     }
 
+    /// Events are the same without it.
+    fn may_lack_version_1(&self) -> bool {
+        true
+    }
+
     fn features(&self) -> u64 {
         0
     }

@@ -35,7 +35,7 @@ pub(super) struct Core {
     pub(super) memory: Arc<dyn DmaMemory>,
     /// One per queue; the kernel rings them where it can, else a write to QueueNotify does.
     pub(super) kicks: Box<[EventFd]>,
-    pub(super) has_warned: bool,
+    pub(super) said: Said,
     /// The driver has reset the device, which is not through with what it had taken before. Until it is, the status says
     /// NEEDS_RESET, so that nothing starts.
     is_resetting: bool,
@@ -45,6 +45,15 @@ pub(super) struct Core {
     pub(super) queues: Box<[Queue]>,
     pub(super) interrupt: Interrupt,
     pub(super) state: State,
+}
+
+/// What was said about the driver, each once.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Said {
+    broken: bool,
+    version: bool,
+    features: bool,
+    pub(super) refused: bool,
 }
 
 /// What the driver sees besides the queues.
@@ -75,7 +84,7 @@ impl Core {
             device,
             memory,
             kicks,
-            has_warned: false,
+            said: Said::default(),
             is_resetting: false,
             resetting_queues: 0,
             queues,
@@ -231,10 +240,8 @@ impl Core {
         }
         match step {
             status::FEATURES_OK => {
-                let taken = self.state.driver_features;
                 // The driver finds out by reading the status back.
-                let is_known = taken & feature::VERSION_1 != 0 || self.device.may_lack_version_1();
-                if taken & !self.offered() == 0 && is_known {
+                if self.agrees() {
                     self.state.status |= step;
                 }
             }
@@ -245,6 +252,37 @@ impl Core {
             _ => self.state.status |= step,
         }
         true
+    }
+
+    /// Whether the device can work with the features that the driver has taken; the log says why not.
+    fn agrees(&mut self) -> bool {
+        let taken = self.state.driver_features;
+        let unknown = taken & !self.offered();
+        if unknown != 0 {
+            if !std::mem::replace(&mut self.said.features, true) {
+                let name = self.device.name();
+                warn!(
+                    "{name}: the guest's driver takes features that were not offered ({unknown:#x}), and is refused"
+                );
+            }
+            return false;
+        }
+        let is_known = taken & feature::VERSION_1 != 0 || self.device.may_lack_version_1();
+        if !is_known {
+            self.wants_version_1(format_args!("does not take VIRTIO_F_VERSION_1"));
+        }
+        is_known
+    }
+
+    /// The driver has done what only drivers of virtio-mmio version 1 do: its device never comes up.
+    pub(super) fn wants_version_1(&mut self, what: std::fmt::Arguments<'_>) {
+        if !std::mem::replace(&mut self.said.version, true) {
+            warn!(
+                "{}: the guest's driver {what}, as for legacy virtio-mmio (version 1), which rvmm does not have: the device stays unused \
+                 (it has version 2; build the guest with a driver for that, one that runs with QEMU's -global virtio-mmio.force-legacy=false)",
+                self.device.name()
+            );
+        }
     }
 
     fn start(&mut self) {
@@ -311,7 +349,7 @@ impl Core {
 
     /// The driver has done what cannot be gone on from.
     pub(super) fn break_down(&mut self, why: &str) {
-        if !std::mem::replace(&mut self.has_warned, true) {
+        if !std::mem::replace(&mut self.said.broken, true) {
             warn!("{}: {why}: the device waits for its reset", self.device.name());
         }
         self.silence();

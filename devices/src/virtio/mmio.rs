@@ -1,6 +1,7 @@
 //! Virtio over MMIO, version 2 (virtio 1.3, section 4.2): the registers. What they mean is in `life.rs`.
 //!
-//! Left out: shared memory regions (all have the length -1, as for those that do not exist) and legacy drivers (version 1).
+//! Left out: shared memory regions (all have the length -1, as for those that do not exist) and version 1, the legacy
+//! interface (4.2.4): who writes to its registers is told about in the log.
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -60,6 +61,11 @@ mod reg {
     pub(super) const SHM_BASE_HIGH: u64 = 0x0bc;
     pub(super) const QUEUE_RESET: u64 = 0x0c0;
     pub(super) const CONFIG_GENERATION: u64 = 0x0fc;
+
+    /// Those that only version 1 has.
+    pub(super) const GUEST_PAGE_SIZE: u64 = 0x028;
+    pub(super) const QUEUE_ALIGN: u64 = 0x03c;
+    pub(super) const QUEUE_PFN: u64 = 0x040;
 }
 
 /// The registers under the names of the specification; what a device has in its configuration space is its own.
@@ -94,6 +100,9 @@ fn register_name(offset: u64, _: bool) -> Option<&'static str> {
         reg::SHM_BASE_HIGH => "SHMBaseHigh",
         reg::QUEUE_RESET => "QueueReset",
         reg::CONFIG_GENERATION => "ConfigGeneration",
+        reg::GUEST_PAGE_SIZE => "GuestPageSize",
+        reg::QUEUE_ALIGN => "QueueAlign",
+        reg::QUEUE_PFN => "QueuePFN",
         CONFIG..SIZE => "Config",
         _ => return None,
     })
@@ -101,8 +110,9 @@ fn register_name(offset: u64, _: bool) -> Option<&'static str> {
 
 /// "virt", little-endian.
 const MAGIC: u32 = 0x7472_6976;
-/// "RVMM", little-endian: the subsystem vendor, which drivers do not interpret.
-const VENDOR: u32 = 0x4d4d_5652;
+/// "QEMU", little-endian: the subsystem vendor. The specification gives it no meaning, but drivers that were written for QEMU's `virt`
+/// (xv6, RT-Thread and others) take no other.
+const VENDOR: u32 = 0x554d_4551;
 
 /// A virtio device in a slot of the bus.
 pub struct VirtioMmio {
@@ -196,6 +206,11 @@ impl VirtioMmio {
             reg::QUEUE_DRIVER_HIGH => return core.set_up_queue(|q| set_high(&mut q.driver, value)),
             reg::QUEUE_DEVICE_LOW => return core.set_up_queue(|q| set_low(&mut q.device, value)),
             reg::QUEUE_DEVICE_HIGH => return core.set_up_queue(|q| set_high(&mut q.device, value)),
+            reg::GUEST_PAGE_SIZE | reg::QUEUE_ALIGN | reg::QUEUE_PFN => {
+                let name = register_name(register, true).unwrap_or_default();
+                core.wants_version_1(format_args!("writes {name}"));
+                return Err(AccessError::NoRegister);
+            }
             _ if self.read_register(register).is_ok() => return Err(AccessError::ReadOnly),
             _ => return Err(AccessError::NoRegister),
         }

@@ -97,8 +97,8 @@ impl Core {
             }
         }
         self.state.refused = self.state.refused.saturating_add(outcome.refused.into());
-        if let (Some(why), false) = (outcome.why_refused, self.has_warned) {
-            self.has_warned = true;
+        if let (Some(why), false) = (outcome.why_refused, self.said.refused) {
+            self.said.refused = true;
             warn!("{}: a request was refused: {why}", self.device.name());
         }
     }

@@ -111,6 +111,11 @@ impl VirtioDevice for Rng {
         &[64]
     }
 
+    /// Random bytes are the same without it.
+    fn may_lack_version_1(&self) -> bool {
+        true
+    }
+
     fn features(&self) -> u64 {
         0
     }

@@ -231,6 +231,11 @@ impl VirtioDevice for Console {
         &self.queue_sizes
     }
 
+    /// Bytes and messages are the same without it.
+    fn may_lack_version_1(&self) -> bool {
+        true
+    }
+
     fn features(&self) -> u64 {
         self.offered
     }
