@@ -11,6 +11,7 @@ use crate::layout::RAM_BASE;
 
 mod csr;
 mod gdb;
+pub(crate) mod slots;
 mod trace;
 mod valid;
 

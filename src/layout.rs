@@ -50,8 +50,12 @@ pub const MAP: &[Row] = &[
 /// Where RAM begins.
 pub const RAM_BASE: u64 = 0x8000_0000;
 
-/// The windows for devices without a fixed place (virtio-mmio and the like), [`SLOT_SIZE`] bytes each.
-pub const SLOTS: Span = Span { base: 0x1000_1000, size: 32 * SLOT_SIZE };
+/// The windows for devices without a fixed place (virtio-mmio and the like), [`SLOT_SIZE`] bytes each. QEMU's `virt` has the first
+/// eight.
+pub const SLOTS: Span = Span { base: 0x1000_1000, size: SLOT_COUNT as u64 * SLOT_SIZE };
+
+/// How many windows there are in [`SLOTS`].
+pub const SLOT_COUNT: usize = 32;
 
 /// Size of one window of [`SLOTS`].
 pub const SLOT_SIZE: u64 = 0x1000;

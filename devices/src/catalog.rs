@@ -73,12 +73,19 @@ pub struct Key {
     pub help: &'static str,
 }
 
+/// The option that a device with [`Placement::Slot`] takes beside its own: which slot it stands in. The board reads it.
+pub const SLOT: Key = Key {
+    name: "slot",
+    value: "N",
+    help: "the slot to stand in, 0 to 31 (default: the first that is free)",
+};
+
 /// Where the board puts a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Placement {
     /// At the address that the board's map has under the model's name; at most one in a machine.
     Fixed,
-    /// In the next free slot of the board's map; as many as there are slots.
+    /// In the slot of the board's map that its option [`SLOT`] names, else in the next free one; as many as there are slots.
     Slot,
     /// Where its option `addr` says; as many as there is room for.
     Asked,
@@ -178,15 +185,22 @@ impl Model {
         })
     }
 
+    /// Whether every option is one that the model takes, or the board on its behalf.
+    ///
+    /// # Errors
+    /// [`OptionError::UnknownKey`], which lists the known ones.
+    pub fn check(&self, options: &Options) -> Result<(), OptionError> {
+        let boards: &[Key] = if self.placement == Placement::Slot { &[SLOT] } else { &[] };
+        options.check(&[self.keys, boards].concat())
+    }
+
     /// Builds a device of this model.
     ///
     /// # Errors
     /// An option that the model does not know or cannot use, or a descriptor that the host does not
     /// grant.
     pub fn create(&self, options: &Options, wiring: Wiring) -> Built {
-        options
-            .check(self.keys)
-            .map_err(|source| BuildError::Option { model: self.name, source })?;
+        self.check(options).map_err(|source| BuildError::Option { model: self.name, source })?;
         (self.build)(options, wiring)
     }
 }

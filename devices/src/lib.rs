@@ -49,7 +49,7 @@ pub mod testing;
 pub mod virtio;
 
 pub use bus::{Bus, BusCounters, BusError, Claim};
-pub use catalog::{BuildError, Built, CATALOG, Key, Model, Placement, Wiring};
+pub use catalog::{BuildError, Built, CATALOG, Key, Model, Placement, SLOT, Wiring};
 pub use console::{ConsoleBackend, NullConsole, Port, Ports};
 pub use device::{
     Access, AccessError, Doorbell, FdtCompanion, FdtDesc, FdtProperty, FdtValue, Interest,

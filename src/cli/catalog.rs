@@ -2,11 +2,17 @@
 
 use std::fmt::Write;
 
-use rvmm_devices::{CATALOG, Model, Placement};
+use rvmm_devices::{CATALOG, Model, Placement, SLOT};
 
 /// Every model, where it goes, and its options.
 pub(super) fn listing() -> String {
     let mut text = String::from("Devices (--device NAME,KEY=VALUE,...):\n");
+    // Writing into a String cannot fail.
+    let _ = writeln!(
+        text,
+        "\nDevices in slots, the virtio ones and uart, also take\n      {}={:<13} {}",
+        SLOT.name, SLOT.value, SLOT.help
+    );
     for model in CATALOG {
         describe(&mut text, model);
     }

@@ -64,7 +64,8 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
         .map_err(|reason| Error::Config(format!("Cannot use --console: {reason}")))?;
     devices.extend(consoles);
     devices.extend(args.vsock);
-    if args.power_button && !devices.iter().any(|device| device == "input") {
+    if args.power_button && !devices.iter().any(|device| device.split(',').next() == Some("input"))
+    {
         devices.push("input".into());
     }
     let config = VmConfig {

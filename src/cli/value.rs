@@ -105,7 +105,7 @@ pub(super) fn gdb(text: OsString) -> Result<GdbConfig, String> {
 fn device(text: &str) -> Result<Options, String> {
     let options = Options::parse(text).map_err(|error| error.to_string())?;
     let model = Model::find(options.name()).map_err(|error| error.to_string())?;
-    options.check(model.keys).map_err(|error| error.to_string())?;
+    model.check(&options).map_err(|error| error.to_string())?;
     Ok(options)
 }
 

@@ -8,7 +8,7 @@ use rvmm_devices::{Model, Options, Placement};
 
 use super::{
     BootConfig, CpuConfig, CsrValue, GdbAddress, KnobChange, MAX_CPUS, MAX_MEM, MAX_NAME,
-    MAX_SOCKET_PATH, MEM_STEP, MIN_MEM, SerialConfig, TraceConfig, VmConfig,
+    MAX_SOCKET_PATH, MEM_STEP, MIN_MEM, SerialConfig, TraceConfig, VmConfig, slots,
 };
 use crate::error::Error;
 
@@ -217,16 +217,16 @@ impl GdbAddress {
     }
 }
 
-/// Names and keys only: what a value may be is its model's to say, when it is built.
+/// Names, keys and slots only: what another value may be is its model's to say, when it is built.
 fn check_devices(devices: &[String]) -> Result<(), Error> {
-    let mut fixed = Vec::new();
+    let (mut fixed, mut all) = (Vec::new(), Vec::new());
     for text in devices {
         let refused = |error: &dyn StdError| {
             Error::Device(format!("Cannot use --device {}: {error}", quoted(text)))
         };
         let options = Options::parse(text).map_err(|error| refused(&error))?;
         let model = Model::find(options.name()).map_err(|error| refused(&error))?;
-        options.check(model.keys).map_err(|error| refused(&error))?;
+        model.check(&options).map_err(|error| refused(&error))?;
         if model.placement == Placement::Fixed {
             if fixed.contains(&model.name) {
                 return Err(Error::Device(format!(
@@ -237,8 +237,9 @@ fn check_devices(devices: &[String]) -> Result<(), Error> {
             }
             fixed.push(model.name);
         }
+        all.push(options);
     }
-    Ok(())
+    slots::assign(&all).map(|_| ())
 }
 
 /// A user's text as it may stand in a message: in quotes, without control characters, not longer than a line.

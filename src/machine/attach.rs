@@ -16,6 +16,7 @@ use rvmm_devices::{
 use super::irqchip::{Lines, WakingLine};
 use super::vm::{FIRST_WINDOW_SLOT, Vm};
 use crate::button::Button;
+use crate::config::slots;
 use crate::error::Error;
 use crate::layout::{self, SLOT_SIZE, SLOTS, Span};
 use crate::vcpu::Control;
@@ -129,8 +130,8 @@ fn plan(extra: &[String]) -> Result<Vec<Plan>, Error> {
             irq: row.irq,
         });
     }
-    let mut slots = (0..SLOTS.size / SLOT_SIZE).zip(layout::slot_irqs());
-    for options in extra {
+    let slots = slots::assign(&extra)?;
+    for (options, slot) in extra.into_iter().zip(slots) {
         let model = Model::find(options.name()).map_err(refused)?;
         if model.placement == Placement::Fixed {
             continue;
@@ -139,16 +140,13 @@ fn plan(extra: &[String]) -> Result<Vec<Plan>, Error> {
             plans.push(asked(model, options)?);
             continue;
         }
-        let (slot, irq) = slots.next().ok_or_else(|| {
-            Error::Device(format!(
-                "Device {} does not fit: all {} slots are taken",
-                model.name,
-                SLOTS.size / SLOT_SIZE
-            ))
+        let place = slot.and_then(|slot| Some((slot, layout::slot_irqs().nth(slot)?)));
+        let (slot, irq) = place.ok_or_else(|| {
+            Error::Device(format!("Device {} has no place in the memory map", model.name))
         })?;
         let irq = if model.irqs == 0 { 0 } else { irq };
         let label = format!("{}{slot}", model.name);
-        plans.push(Plan { model, options, label, base: SLOTS.base + slot * SLOT_SIZE, irq });
+        plans.push(Plan { model, options, label, base: SLOTS.base + slot as u64 * SLOT_SIZE, irq });
     }
     Ok(plans)
 }
@@ -235,4 +233,29 @@ fn property(property: FdtProperty, owner: &str) -> Property {
         FdtValue::ThisDevice => Value::Phandle(owner.into()),
     };
     Property::new(property.name, value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn places(devices: &[&str]) -> Vec<(String, u64, u32)> {
+        let devices: Vec<String> = devices.iter().map(|text| (*text).into()).collect();
+        let slotted = |plan: &Plan| plan.model.placement == Placement::Slot;
+        let plans = plan(&devices).unwrap().into_iter().filter(slotted);
+        plans.map(|plan| (plan.label, plan.base, plan.irq)).collect()
+    }
+
+    #[test]
+    fn the_last_slot_of_qemus_virt_machine_can_be_had() {
+        let places = places(&["rng", "rng,slot=7", "rng,slot=9", "rng"]);
+        let expected = [
+            ("rng0", 0x1000_1000, 1),
+            ("rng7", 0x1000_8000, 8),
+            ("rng9", 0x1000_a000, 12),
+            ("rng1", 0x1000_2000, 2),
+        ];
+        let expected = expected.map(|(label, base, irq)| (label.to_owned(), base, irq));
+        assert_eq!(places, expected);
+    }
 }

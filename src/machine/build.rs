@@ -15,7 +15,7 @@ use super::shared_console::SharedConsole;
 use super::tree::{Facts, board};
 use super::vm::{AiaPlan, CpuKnobs, Hypervisor, RAM_SLOT, Vm};
 use crate::button::Button;
-use crate::config::VmConfig;
+use crate::config::{VmConfig, slots};
 use crate::error::Error;
 use crate::gdb;
 use crate::layout::{self, RAM_BASE, Span};
@@ -164,7 +164,7 @@ fn make_harts(config: &VmConfig, vm: &dyn Vm) -> Result<Vec<Box<dyn Hart>>, Erro
 fn aia_plan(config: &VmConfig) -> Result<AiaPlan, Error> {
     let (aplic, imsics) = (layout::span("aplic")?, layout::span("imsics")?);
     // The kernel looks at all sources at every write to the APLIC, such as the end of each interrupt.
-    let sources = layout::last_source(config.devices.len());
+    let sources = layout::last_source(slots::reach(&config.devices)?);
     Ok(AiaPlan { harts: config.cpus.count, sources, aplic, imsics })
 }
 
