@@ -9,6 +9,7 @@ mod refusal;
 #[cfg(test)]
 #[allow(dead_code, reason = "only its tests are wanted here")]
 mod regs;
+pub(crate) mod release;
 pub mod report;
 #[cfg(test)]
 #[allow(dead_code, reason = "only its tests are wanted here")]

@@ -18,6 +18,7 @@ use kvm_bindings::{
 use kvm_ioctls::{DeviceFd, VmFd};
 use rustix::system::uname;
 
+use super::release::{Version, is_at_least};
 use super::report::GuestFiles;
 use crate::machine::vm::{AiaFacts, AiaPlan, VmError};
 
@@ -80,7 +81,7 @@ pub(super) fn open(vm: &VmFd) -> Result<DeviceFd, VmError> {
 
 /// The first kernel that looks for the interrupts of a hart that waits where they are (`RISC-V: KVM: Read HGEIP CSR on the correct
 /// cpu`, and what it stands on).
-const WAKES_EVERY_HART: (u32, u32) = (6, 18);
+const WAKES_EVERY_HART: Version = (6, 18);
 
 /// Whether guest files may be used: whether this kernel, on a host of so many CPUs, wakes a hart that waits on one.
 ///
@@ -88,10 +89,7 @@ const WAKES_EVERY_HART: (u32, u32) = (6, 18);
 /// Once the thread has moved, its hart sleeps on, through interrupts of devices and those of other harts. An emulated IMSIC has no
 /// such place, and a host of one CPU has no other.
 fn keeps_wake_ups(release: &str, cpus: u64) -> bool {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
-    let mut number = || numbers.next()?.parse().ok();
-    let version: Option<(u32, u32)> = number().zip(number());
-    cpus == 1 || version.is_some_and(|version| version >= WAKES_EVERY_HART)
+    cpus == 1 || is_at_least(release, WAKES_EVERY_HART)
 }
 
 /// The host's CPUs, those that are offline included: more than enough where nobody knows.

@@ -5,6 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
+use super::deadline::Deadlines;
 use super::exit::{decode, fault, is_open};
 use super::kick;
 use super::regs;
@@ -25,11 +26,14 @@ pub(super) struct KvmHart {
     vcpu: Arc<Vcpu>,
     /// Of the last KVM_RUN that failed.
     errno: i32,
+    /// What the harts of its machine leave in the host's CPUs.
+    deadlines: Arc<Deadlines>,
+    is_bound: bool,
 }
 
 impl KvmHart {
-    pub(super) fn new(id: u32, vcpu: Arc<Vcpu>) -> Self {
-        Self { id, vcpu, errno: libc::EINTR }
+    pub(super) fn new(id: u32, vcpu: Arc<Vcpu>, deadlines: Arc<Deadlines>) -> Self {
+        Self { id, vcpu, errno: libc::EINTR, deadlines, is_bound: false }
     }
 
     /// What the page says after a KVM_RUN that succeeded.
@@ -75,7 +79,12 @@ impl Hart for KvmHart {
     }
 
     fn bind(&mut self) -> io::Result<Arc<dyn Kick>> {
-        kick::bind(&self.vcpu)
+        let kick = kick::bind(&self.vcpu)?;
+        if !self.is_bound {
+            self.deadlines.enter();
+            self.is_bound = true;
+        }
+        Ok(kick)
     }
 
     #[inline]
@@ -159,5 +168,12 @@ impl KvmHart {
 impl Drop for KvmHart {
     fn drop(&mut self) {
         kick::unbind(&self.vcpu);
+        if !self.is_bound {
+            return;
+        }
+        // Neither a kick that came just before nor an exit that nobody answers keeps KVM_RUN from loading the vCPU.
+        self.vcpu.immediate_exit().store(0, Relaxed);
+        self.abandon();
+        self.deadlines.leave(&self.vcpu);
     }
 }

@@ -86,7 +86,7 @@ pub(super) fn unbind(vcpu: &Arc<Vcpu>) {
 /// The signal that kicks: the first real-time one that nobody in this process has an action for, found and taken once.
 ///
 /// Signal actions belong to the process, so this is one of the few things that all machines of a process share.
-fn signal() -> io::Result<c_int> {
+pub(super) fn signal() -> io::Result<c_int> {
     static SIGNAL: OnceLock<Result<c_int, i32>> = OnceLock::new();
     let found = SIGNAL.get_or_init(|| {
         let free = (SIGRTMIN()..=SIGRTMAX()).find(|number| is_free(*number)).ok_or(libc::EBUSY)?;

@@ -1,11 +1,12 @@
 //! KVM on RISC-V, behind the traits `Vm` and `Hart`: the only room with ioctls.
 //!
 //! [`open`] is the door. `vm` makes memory, harts, irqchip and lines; `hart` runs one vCPU and `exit` says why it came
-//! back; `clock` tells the time and `stats` what KVM counts; `kick` gets it out of the guest; `knobs` shapes the ISA; `isa` and `regs` are the kernel's numbers; `probe` asks
+//! back; `clock` tells the time and `stats` what KVM counts; `kick` gets it out of the guest; `deadline` takes back what its timer leaves in the host's CPUs; `knobs` shapes the ISA; `isa` and `regs` are the kernel's numbers; `probe` asks
 //! for a [`report`] of what the host can do.
 
 mod aia;
 mod clock;
+mod deadline;
 mod exit;
 mod hart;
 mod irq;
@@ -15,6 +16,7 @@ mod knobs;
 mod probe;
 mod refusal;
 mod regs;
+pub(crate) mod release;
 pub mod report;
 mod stats;
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! `rvmm doctor`'s questions to KVM, asked through machines that are thrown away.
 
+use std::sync::Arc;
+
 use kvm_bindings::{
     KVM_CAP_IOEVENTFD, KVM_CAP_IRQCHIP, KVM_CAP_IRQFD, KVM_CAP_NR_MEMSLOTS, KVM_CAP_NR_VCPUS,
     KVM_CAP_SET_GUEST_DEBUG, KVM_CAP_VM_GPA_BITS,
@@ -89,7 +91,7 @@ fn v01_calls_leave(kvm: &Kvm) -> Option<bool> {
     vm.map_memory(0, CODE, host, size_of::<Page>() as u64).ok()?;
     let vcpu = vm.make_vcpu(0).ok()?;
     vcpu.set_reg(regs::PC, CODE).ok()?;
-    let mut hart = super::hart::KvmHart::new(0, vcpu.into());
+    let mut hart = super::hart::KvmHart::new(0, vcpu.into(), Arc::default());
     match crate::vcpu::hart::Hart::enter(&mut hart).ok()? {
         Exit::Sbi(call) => Some(call.extension == PUTCHAR),
         _ => None,

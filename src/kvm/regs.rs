@@ -31,6 +31,9 @@ const CORE_MODE: u64 = 32;
 /// Place of the guest's `time` among the timer's registers.
 const TIMER_TIME: u64 = 1;
 
+/// The deadline of the guest's timer; all ones where it is not set.
+pub(super) const TIMER_COMPARE: u64 = id(TIMER, 2);
+
 /// Place of `fcsr` behind `f0` to `f31`; the only register here of 32 bits.
 const FP_FCSR: u64 = 32;
 
@@ -125,6 +128,7 @@ mod tests {
             (SATP_MODE, 0x8030_0000_0100_0006),
             (ZICBOP_BLOCK, 0x8030_0000_0100_0007),
             (TIMEBASE, 0x8030_0000_0400_0000),
+            (TIMER_COMPARE, 0x8030_0000_0400_0002),
             (isa_extension(79), 0x8030_0000_0700_004f),
             (SSAIA, 0x8030_0000_0700_000e),
             (SSAIA, isa_extension(isa_number("ssaia").unwrap())),

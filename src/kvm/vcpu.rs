@@ -25,6 +25,12 @@ const KVM_INTERRUPT: u64 = ioctl_expr(_IOC_WRITE, KVMIO, 0x86, u32::BITS / 8);
 /// Its argument is a `kvm_guest_debug`: two words of 32 bits, nothing of the architecture's.
 const KVM_SET_GUEST_DEBUG: u64 = ioctl_expr(_IOC_WRITE, KVMIO, 0x9b, u64::BITS / 8);
 
+/// Its argument is a `kvm_signal_mask`: 4 bytes that say how long the set is, and the set behind them.
+const KVM_SET_SIGNAL_MASK: u64 = ioctl_expr(_IOC_WRITE, KVMIO, 0x8b, u32::BITS / 8);
+
+/// The kernel's signals, one bit each.
+const SIGNALS: libc::c_int = u64::BITS.cast_signed();
+
 /// Gives a descriptor of the counters.
 const KVM_GET_STATS_FD: u64 = ioctl_expr(_IOC_NONE, KVMIO, 0xce, 0);
 
@@ -121,6 +127,24 @@ impl Vcpu {
     pub(super) unsafe fn body(&self) -> &mut Body {
         // SAFETY: mapped, aligned, any bits are valid, exclusive by the contract.
         unsafe { &mut (*self.page.as_ptr()).__bindgen_anon_1 }
+    }
+
+    /// Has KVM_RUN come back for one signal, blocked or not, and for no other.
+    pub(super) fn let_in(&self, signal: libc::c_int) -> io::Result<()> {
+        #[repr(C, packed)]
+        struct SignalMask {
+            length: u32,
+            blocked: u64,
+        }
+        if !(1..=SIGNALS).contains(&signal) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let mask = SignalMask { length: u64::BITS / 8, blocked: !(1 << (signal - 1)) };
+        // SAFETY: the kernel reads the length and as many bytes behind it, and keeps a copy.
+        match unsafe { libc::ioctl(self.raw, KVM_SET_SIGNAL_MASK, &raw const mask) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     /// Reads a register of 64 bits, or of 32 with zeros above. Waits while the vCPU is inside KVM_RUN.

@@ -14,6 +14,7 @@ use rvmm_devices::irq::IrqLine;
 
 use super::aia::{self, Aia};
 use super::clock;
+use super::deadline::Deadlines;
 use super::hart::KvmHart;
 use super::irq::KernelLine;
 use super::isa::names_in;
@@ -39,6 +40,7 @@ pub(super) struct KvmVm {
     /// What came of the ISA knobs at the first hart; the others are alike.
     applied: OnceLock<Applied>,
     aia: OnceLock<Aia>,
+    deadlines: Arc<Deadlines>,
 }
 
 /// A hart as the VM knows it.
@@ -56,6 +58,7 @@ impl KvmVm {
             harts: Mutex::default(),
             applied: OnceLock::new(),
             aia: OnceLock::new(),
+            deadlines: Arc::default(),
         }
     }
 
@@ -149,7 +152,7 @@ impl Vm for KvmVm {
         if self.applied.set(applied).is_ok() {
             report(self.applied.get());
         }
-        Ok(Box::new(KvmHart::new(id, vcpu)))
+        Ok(Box::new(KvmHart::new(id, vcpu, Arc::clone(&self.deadlines))))
     }
 
     fn cpu_facts(&self) -> Result<CpuFacts, VmError> {

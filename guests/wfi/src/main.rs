@@ -1,5 +1,8 @@
 //! Timers wake a sleeping hart, by SBI TIME and by Sstc's `stimecmp`; then every hart sleeps for good, so that the host can
 //! try to stop a machine in which nothing will ever happen.
+//!
+//! Boot argument `end=armed`: in place of the sleep a timer is set and its interrupt enabled but never taken, and the host says what is
+//! next, one byte: `p` power off, `c` cold reboot.
 
 #![no_std]
 #![no_main]
@@ -10,7 +13,7 @@ use core::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use runtime::trap::{self, Interrupt};
 use runtime::{
     Board, Failure, csr, csr_clear, csr_read, csr_set, csr_write, ensure, ensure_eq, println,
-    report, sbi, smp, time,
+    report, sbi, smp, time, uart,
 };
 
 runtime::guest!(run);
@@ -32,6 +35,9 @@ fn run(board: &'static Board) {
             ("every hart", every_hart),
         ],
     );
+    if board.arg("end") == Some("armed") {
+        return armed();
+    }
     for cpu in board.cpus().iter().filter(|cpu| cpu.hart != board.boot_hart) {
         smp::start(cpu.hart, sleep);
     }
@@ -44,6 +50,20 @@ fn sleep() {
     ASLEEP.fetch_add(1, SeqCst);
     sbi::set_timer(u64::MAX);
     sbi::sleep_forever()
+}
+
+/// Leaves a deadline behind, for whom it may concern.
+fn armed() {
+    csr::interrupts_off();
+    csr_set!("sie", csr::SIE_TIMER);
+    let due = time::now() + time::ticks(50);
+    time::set_timer(due);
+    println!("wfi: armed");
+    match uart::receive() {
+        b'p' => sbi::power_off(),
+        b'c' => println!("FAIL wfi: no reset: {:?}", sbi::system_reset(1, 0)),
+        other => println!("FAIL wfi: what is {other:#x}?"),
+    }
 }
 
 fn tick() {

@@ -4,6 +4,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use rustix::thread::sched_getaffinity;
 use rvmm_devices::Doorbell;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -371,4 +372,23 @@ fn code_that_is_written_between_two_entries_is_what_runs() {
         assert_eq!(called(hart.as_mut(), [0; 2]).1[0], u64::from(number));
         hart.settle().unwrap();
     }
+}
+
+#[test]
+fn the_thread_of_a_hart_that_ends_keeps_its_cpus_and_its_signals() {
+    let guest = Guest::new(&call());
+    let cpus = sched_getaffinity(None).unwrap();
+    let mut hart = guest.hart(0);
+    let kick = hart.bind().unwrap();
+    assert!(matches!(hart.enter().unwrap(), Exit::Sbi(_)));
+    kick.kick();
+    drop(hart);
+    assert_eq!(sched_getaffinity(None).unwrap(), cpus);
+    // The next hart of the thread can be kicked as the first one could, and nothing is left for it.
+    let guest = Guest::new(&call());
+    let mut hart = guest.hart(0);
+    let kick = hart.bind().unwrap();
+    kick.kick();
+    assert!(matches!(hart.enter().unwrap(), Exit::Interrupted));
+    assert_eq!(called(hart.as_mut(), [0; 2]).0, VENDOR);
 }
