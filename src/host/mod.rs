@@ -8,6 +8,7 @@
 //! | `vhost/` | networks and sockets whose queues the kernel works on |
 //! | `small.rs` | files that are read at once |
 //! | `listening.rs` | Unix sockets |
+//! | `node.rs` | device nodes, and what to do where one cannot be opened |
 //! | `gate.rs` | one through which people come in, who wait where the host cannot let them |
 //! | `daemon.rs` | programs that serve devices: virtiofsd, passt |
 
@@ -35,6 +36,7 @@ mod disk;
 mod flash;
 mod gate;
 mod listening;
+pub(crate) mod node;
 mod small;
 mod tap;
 mod vhost;

@@ -24,10 +24,11 @@ use rvmm_devices::virtio::vhost_kernel::KernelQueues;
 use rvmm_devices::virtio::{DmaMemory, GuestMemoryMmap, Segment};
 use vm_memory::GuestMemoryBackend;
 
+use super::node::{self, Place};
 use super::vhost;
 
 /// Where taps come from.
-const TUN: &str = "/dev/net/tun";
+const TUN: &str = node::TUN.path;
 
 /// Its major and minor number (Documentation/admin-guide/devices.txt).
 const TUN_DEVICE: (u32, u32) = (10, 200);
@@ -73,7 +74,8 @@ impl Tap {
             ))
         })?;
         let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let fd = open(TUN, flags, Mode::empty()).map_err(|error| no_tun(error.into()))?;
+        let fd =
+            open(TUN, flags, Mode::empty()).map_err(|error| no_tun(Place::here(), error.into()))?;
         // SAFETY: TUNSETIFF reads and writes one `ifreq`, which outlives the call.
         let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
         check(result).map_err(|error| not_attached(name, more != 0, error))?;
@@ -314,17 +316,9 @@ fn check(result: c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-fn no_tun(error: io::Error) -> HostError {
-    let todo = match error.raw_os_error() {
-        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
-            " (load the kernel's module: sudo modprobe tun)"
-        }
-        Some(libc::EACCES | libc::EPERM) => {
-            " (sudo chmod 0666 /dev/net/tun; what each user may do is checked per tap)"
-        }
-        _ => "",
-    };
-    HostError::refused(format!("Cannot open {TUN}{todo}"), error)
+fn no_tun(place: Place, error: io::Error) -> HostError {
+    let remedy = node::TUN.remedy(&error, place).map(|todo| format!(" ({todo})"));
+    HostError::refused(format!("Cannot open {TUN}{}", remedy.unwrap_or_default()), error)
 }
 
 fn not_attached(name: &str, has_queues: bool, error: io::Error) -> HostError {

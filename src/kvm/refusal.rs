@@ -3,11 +3,13 @@
 use std::fs;
 use std::io;
 
+use crate::host::node::{KVM, Place};
 use crate::machine::vm::VmError;
 
 /// The refusal to open /dev/kvm.
 pub(super) fn of_open(error: io::Error) -> VmError {
-    let what = open_sentence(error.kind(), fs::read_to_string("/proc/cpuinfo").ok().as_deref());
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").ok();
+    let what = open_sentence(error.kind(), cpuinfo.as_deref(), Place::here());
     match error.kind() {
         // The sentence says it already.
         io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => VmError::new(what),
@@ -22,18 +24,23 @@ pub(super) fn of_version(version: i32) -> VmError {
     ))
 }
 
-fn open_sentence(kind: io::ErrorKind, cpuinfo: Option<&str>) -> String {
-    let why = match kind {
-        io::ErrorKind::NotFound => match cpuinfo.and_then(has_hypervisor_extension) {
-            Some(false) => {
-                "this CPU has no hypervisor extension (H): rvmm needs a host that has it"
-            }
-            _ => "the kernel module is not loaded (sudo modprobe kvm)",
-        },
-        io::ErrorKind::PermissionDenied => {
-            "permission denied (sudo usermod -aG kvm $USER, then log in again)"
+fn open_sentence(kind: io::ErrorKind, cpuinfo: Option<&str>, place: Place) -> String {
+    let why = match (kind, place) {
+        (io::ErrorKind::NotFound, _)
+            if cpuinfo.and_then(has_hypervisor_extension) == Some(false) =>
+        {
+            "this CPU has no hypervisor extension (H): rvmm needs a host that has it".into()
         }
-        _ => "the kernel refused (sudo dmesg | grep kvm may say why)",
+        (io::ErrorKind::NotFound, Place::Machine) => {
+            format!("the kernel module is not loaded ({})", KVM.remedy_for_absence(place))
+        }
+        (io::ErrorKind::NotFound, Place::Container) => {
+            format!("there is none here ({})", KVM.remedy_for_absence(place))
+        }
+        (io::ErrorKind::PermissionDenied, _) => {
+            format!("permission denied ({})", KVM.remedy_for_denial(place))
+        }
+        _ => "the kernel refused (sudo dmesg | grep kvm may say why)".into(),
     };
     format!("Cannot open /dev/kvm: {why}")
 }
@@ -65,11 +72,24 @@ mod tests {
     #[test]
     fn each_refusal_says_what_to_do() {
         let missing = io::ErrorKind::NotFound;
-        assert!(open_sentence(missing, Some(WITH_H)).contains("modprobe kvm"));
-        assert!(open_sentence(missing, None).contains("modprobe kvm"));
-        assert!(open_sentence(missing, Some("isa : rv64imac\n")).contains("(H)"));
-        assert!(open_sentence(io::ErrorKind::PermissionDenied, None).contains("usermod -aG kvm"));
-        assert!(open_sentence(io::ErrorKind::Other, None).contains("dmesg"));
+        let here = |kind, cpuinfo| open_sentence(kind, cpuinfo, Place::Machine);
+        assert!(here(missing, Some(WITH_H)).contains("modprobe kvm"));
+        assert!(here(missing, None).contains("modprobe kvm"));
+        assert!(here(missing, Some("isa : rv64imac\n")).contains("(H)"));
+        assert!(here(io::ErrorKind::PermissionDenied, None).contains("usermod -aG kvm"));
+        assert!(here(io::ErrorKind::Other, None).contains("dmesg"));
         assert!(of_version(11).to_string().contains("12"));
+    }
+
+    #[test]
+    fn in_a_container_the_device_has_to_be_given_to_it() {
+        for kind in [io::ErrorKind::NotFound, io::ErrorKind::PermissionDenied] {
+            let said = open_sentence(kind, Some(WITH_H), Place::Container);
+            assert!(said.contains("start it with --device /dev/kvm"), "{said}");
+            assert!(!said.contains("modprobe") && !said.contains("usermod"), "{said}");
+        }
+        let said =
+            open_sentence(io::ErrorKind::NotFound, Some("isa : rv64imac\n"), Place::Container);
+        assert!(said.contains("(H)"), "{said}");
     }
 }

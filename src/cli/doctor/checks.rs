@@ -3,10 +3,12 @@
 use rvmm_boot::error::Size;
 
 use super::host::{Host, Limit, Memory, Node};
-use super::kernel::{self, LIMITS, OLDEST};
+use super::kernel::{LIMITS, OLDEST};
 use super::report::Check;
 use super::virtualization;
 use crate::config::DEFAULT_MEM;
+use crate::host::node::{self, DeviceNode};
+use crate::kvm::release;
 use crate::kvm::report::HostReport;
 
 /// All lines of the report, in the order in which they matter.
@@ -55,7 +57,7 @@ fn kernel(host: &Host) -> Vec<Check> {
     let Some(release) = &host.release else {
         return vec![Check::note("kernel", "the kernel does not tell its release")];
     };
-    let Some(version) = kernel::version(release) else {
+    let Some(version) = release::version(release) else {
         return vec![Check::note(
             "kernel",
             format!("Linux {release}, a release that does not begin with two numbers"),
@@ -95,9 +97,10 @@ fn hypervisor(host: &Host) -> Option<Check> {
 fn kvm_node(host: &Host) -> Check {
     let check = match &host.kvm {
         Node::Usable => Check::ok("kvm", "/dev/kvm can be opened"),
-        Node::Absent => Check::missing("kvm", "there is no /dev/kvm").advise("sudo modprobe kvm"),
+        Node::Absent => Check::missing("kvm", "there is no /dev/kvm")
+            .advise(node::KVM.remedy_for_absence(host.place)),
         Node::Denied => Check::missing("kvm", "this user may not open /dev/kvm")
-            .advise("sudo usermod -aG kvm $USER, then log in again"),
+            .advise(node::KVM.remedy_for_denial(host.place)),
         Node::Refused(why) => Check::missing("kvm", format!("/dev/kvm cannot be opened: {why}"))
             .advise("sudo dmesg | grep kvm may say why"),
     };
@@ -149,26 +152,25 @@ fn huge_pages(memory: Memory) -> Check {
 
 /// What devices of a guest may be backed by.
 fn nodes(host: &Host) -> [Check; 3] {
-    let check = |topic, path: &str, node: &Node, what: &str, module: &str| match node {
-        Node::Usable => Check::ok(topic, format!("{path} can be opened: {what}")),
-        Node::Absent => Check::missing(topic, format!("there is no {path}: no {what}"))
-            .advise(format!("sudo modprobe {module}")),
-        Node::Denied => Check::missing(topic, format!("this user may not open {path}: no {what}"))
-            .advise(format!("sudo setfacl -m u:$USER:rw {path}")),
-        Node::Refused(why) => {
-            Check::missing(topic, format!("{path} cannot be opened ({why}): no {what}"))
+    let check = |topic, device: DeviceNode, found: &Node, what: &str| {
+        let path = device.path;
+        match found {
+            Node::Usable => Check::ok(topic, format!("{path} can be opened: {what}")),
+            Node::Absent => Check::missing(topic, format!("there is no {path}: no {what}"))
+                .advise(device.remedy_for_absence(host.place)),
+            Node::Denied => {
+                Check::missing(topic, format!("this user may not open {path}: no {what}"))
+                    .advise(device.remedy_for_denial(host.place))
+            }
+            Node::Refused(why) => {
+                Check::missing(topic, format!("{path} cannot be opened ({why}): no {what}"))
+            }
         }
     };
     [
-        check("tun", "/dev/net/tun", &host.tun, "network through tap devices", "tun"),
-        check("vhost-net", "/dev/vhost-net", &host.vhost_net, "network in the kernel", "vhost_net"),
-        check(
-            "vhost-vsock",
-            "/dev/vhost-vsock",
-            &host.vhost_vsock,
-            "vsock in the kernel",
-            "vhost_vsock",
-        ),
+        check("tun", node::TUN, &host.tun, "network through tap devices"),
+        check("vhost-net", node::VHOST_NET, &host.vhost_net, "network in the kernel"),
+        check("vhost-vsock", node::VHOST_VSOCK, &host.vhost_vsock, "vsock in the kernel"),
     ]
 }
 

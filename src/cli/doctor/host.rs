@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::OFlags;
 
+use crate::host::node::Place;
+
 /// A device node, as far as an attempt to open it tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Node {
@@ -40,6 +42,8 @@ pub(super) type Limit = Option<u64>;
 pub(super) struct Host {
     /// The instruction set that rvmm is built for, as Rust calls it.
     pub(super) arch: &'static str,
+    /// Whether this is a container.
+    pub(super) place: Place,
     /// Release of the kernel: `6.12.107+deb13-riscv64`.
     pub(super) release: Option<String>,
     /// The first hart's ISA string.
@@ -73,6 +77,7 @@ impl Host {
         let groups = cgroups(root, &text("proc/self/cgroup").unwrap_or_default());
         Self {
             arch: env::consts::ARCH,
+            place: Place::below(root, |name| root == Path::new("/") && env::var_os(name).is_some()),
             release: text("proc/sys/kernel/osrelease").map(|release| release.trim().to_owned()),
             isa: text("proc/cpuinfo").and_then(|cpuinfo| isa(&cpuinfo)),
             online_cpus: text("sys/devices/system/cpu/online").and_then(|list| count_cpus(&list)),

@@ -1,7 +1,6 @@
 //! Releases of Linux, and what KVM on RISC-V does not do before them.
 
-/// A kernel's version: major, minor.
-pub(super) type Version = (u32, u32);
+use crate::kvm::release::Version;
 
 /// The oldest kernel that rvmm is tested with.
 pub(super) const OLDEST: Version = (6, 12);
@@ -20,25 +19,9 @@ pub(super) const LIMITS: &[(Version, &str)] = &[
     ((7, 2), "signed loads from device registers (lb, lh, lw) are not sign-extended"),
 ];
 
-/// The version in a release such as `6.12.107+deb13-riscv64`.
-pub(super) fn version(release: &str) -> Option<Version> {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
-    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_version_is_the_first_two_numbers_of_a_release() {
-        assert_eq!(version("6.12.107+deb13-riscv64"), Some((6, 12)));
-        assert_eq!(version("7.2-rc1"), Some((7, 2)));
-        assert_eq!(version("6.6"), Some((6, 6)));
-        for release in ["", "linux", "6", "6.", "x.y", "99999999999.1"] {
-            assert_eq!(version(release), None, "{release}");
-        }
-    }
 
     #[test]
     fn limits_stand_in_the_order_in_which_they_were_lifted() {

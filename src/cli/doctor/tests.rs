@@ -9,12 +9,14 @@ use tempfile::TempDir;
 use super::checks::all;
 use super::host::{Host, Memory, Node};
 use super::report::{Check, Report, Status};
+use crate::host::node::Place;
 use crate::kvm::report::{AiaOffer, GuestFiles, HostReport, SbiOffer, SbiState};
 
 /// A RISC-V host with all that rvmm can use.
 fn good_host() -> Host {
     Host {
         arch: "riscv64",
+        place: Place::Machine,
         release: Some("7.3.4-riscv64".into()),
         isa: Some("rv64imafdch_zicbom_zicboz_sstc".into()),
         online_cpus: Some(4),
@@ -100,6 +102,7 @@ fn a_good_host_has_nothing_but_ok() {
 fn whatever_is_missing_is_said_with_what_to_do() {
     let nothing = Host {
         arch: "riscv64",
+        place: Place::Machine,
         release: Some("6.1.0".into()),
         isa: Some("rv64imafdc".into()),
         online_cpus: None,
@@ -158,6 +161,28 @@ fn each_way_not_to_open_kvm_has_its_own_advice() {
         assert_eq!((check.status, check.required), (Status::Missing, true));
         assert!(check.advice.is_some_and(|text| text.contains(advice)), "{advice}");
     }
+}
+
+#[test]
+fn in_a_container_what_is_missing_has_to_be_given_to_it() {
+    for topic in ["kvm", "tun", "vhost-net", "vhost-vsock"] {
+        for node in [Node::Absent, Node::Denied] {
+            let check = line(topic, |host, _| {
+                host.place = Place::Container;
+                match topic {
+                    "kvm" => host.kvm = node,
+                    "tun" => host.tun = node,
+                    "vhost-net" => host.vhost_net = node,
+                    _ => host.vhost_vsock = node,
+                }
+            });
+            let advice = check.advice.unwrap();
+            assert!(advice.contains("start it with --device /dev/"), "{topic}: {advice}");
+            assert!(!advice.contains("sudo"), "{topic}: {advice}");
+        }
+    }
+    let root = tree(&[(".dockerenv", "")]);
+    assert_eq!(Host::read(root.path()).place, Place::Container);
 }
 
 #[test]
@@ -347,6 +372,7 @@ fn facts_are_read_from_the_hosts_files() {
     let host = Host::read(root.path());
     let expected = Host {
         arch: std::env::consts::ARCH,
+        place: Place::Machine,
         release: Some("6.12.107+deb13-riscv64".into()),
         isa: Some("rv64imafdch_sstc".into()),
         online_cpus: Some(3),

@@ -254,7 +254,7 @@ fn what_is_no_tap_is_refused_with_what_to_do() {
     let sentence =
         |errno| not_attached("t0", false, io::Error::from_raw_os_error(errno)).to_string();
     assert!(sentence(libc::EPERM).contains("sudo ip tuntap add t0 mode tap user $USER"));
-    let sentence = |errno| no_tun(io::Error::from_raw_os_error(errno)).to_string();
+    let sentence = |errno| no_tun(Place::Machine, io::Error::from_raw_os_error(errno)).to_string();
     assert!(sentence(libc::ENOENT).contains("sudo modprobe tun"));
     assert!(sentence(libc::EACCES).contains("chmod"));
 }

@@ -18,15 +18,7 @@ use rvmm_devices::virtio::DmaMemory;
 use rvmm_devices::virtio::vhost_kernel::{KernelQueue, KernelQueues};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-/// A node of the kernel's, and the module that has it.
-#[derive(Debug)]
-struct Node {
-    path: &'static str,
-    module: &'static str,
-}
-
-const NET: Node = Node { path: "/dev/vhost-net", module: "vhost_net" };
-const VSOCK: Node = Node { path: "/dev/vhost-vsock", module: "vhost_vsock" };
+use super::node::{DeviceNode as Node, Place, VHOST_NET as NET, VHOST_VSOCK as VSOCK};
 
 /// `VHOST_VIRTIO`: the requests' letter.
 const VHOST: u32 = 0xaf;
@@ -114,7 +106,7 @@ impl Vhost {
     fn open(node: &Node, memory: Arc<dyn DmaMemory>) -> Result<Self, HostError> {
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
         let fd = open(node.path, flags, Mode::empty())
-            .map_err(|error| not_opened(node, error.into()))?;
+            .map_err(|error| not_opened(node, Place::here(), error.into()))?;
         let new = Self { fd, memory };
         new.make_own()
             .map_err(|error| HostError::refused(format!("Cannot set up {}", node.path), error))?;
@@ -268,16 +260,9 @@ fn check(result: c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-fn not_opened(node: &Node, error: io::Error) -> HostError {
-    let Node { path, module } = node;
-    let todo = match error.raw_os_error() {
-        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
-            format!(" (load the kernel's module: sudo modprobe {module})")
-        }
-        Some(libc::EACCES | libc::EPERM) => format!(" (sudo setfacl -m u:$USER:rw {path})"),
-        _ => String::new(),
-    };
-    HostError::refused(format!("Cannot open {path}{todo}"), error)
+fn not_opened(node: &Node, place: Place, error: io::Error) -> HostError {
+    let remedy = node.remedy(&error, place).map(|todo| format!(" ({todo})"));
+    HostError::refused(format!("Cannot open {}{}", node.path, remedy.unwrap_or_default()), error)
 }
 
 fn no_cid(guest_cid: u32, error: io::Error) -> HostError {

@@ -191,15 +191,15 @@ fn requests_are_those_of_the_kernels_header() {
 #[test]
 fn what_cannot_be_had_of_the_kernel_is_refused_with_what_to_do() {
     let error = io::Error::from_raw_os_error;
-    let sentence = |errno| not_opened(&NET, error(errno)).to_string();
+    let sentence = |errno| not_opened(&NET, Place::Machine, error(errno)).to_string();
     assert!(sentence(libc::ENOENT).contains("sudo modprobe vhost_net"));
     assert!(sentence(libc::EACCES).contains("sudo setfacl -m u:$USER:rw /dev/vhost-net"));
-    let (what, source) = not_opened(&VSOCK, error(libc::EMFILE)).into_parts();
+    let (what, source) = not_opened(&VSOCK, Place::Machine, error(libc::EMFILE)).into_parts();
     assert_eq!(what, "Cannot open /dev/vhost-vsock");
     assert_eq!(source.and_then(|error| error.raw_os_error()), Some(libc::EMFILE));
     assert!(no_cid(7, error(libc::EADDRINUSE)).to_string().contains("CID 7 (another guest"));
     if !Path::new(VSOCK.path).exists() {
         let refused = build("vsock,backend=kernel").err().unwrap();
-        assert!(refused.contains("sudo modprobe vhost_vsock"), "{refused}");
+        assert!(refused.contains(&VSOCK.remedy_for_absence(Place::here())), "{refused}");
     }
 }
