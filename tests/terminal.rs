@@ -9,16 +9,21 @@
     reason = "a panic is how a test fails"
 )]
 
+#[path = "terminal/jobs.rs"]
+mod jobs;
+
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Seek, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, WaitOptions, kill_process, setsid, waitpid};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, Signal, kill_process, setsid};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{LocalModes, tcgetattr};
 use rvmm::button::Button;
@@ -29,9 +34,13 @@ use rvmm_devices::{Bus, Claim, Model, Options, Wiring};
 
 /// Far more than anything here takes, so that only a hang fails.
 const LONG: Duration = Duration::from_secs(60);
+const LIMIT: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
 
 /// Set for the process that echoes; `panic` makes it panic at the first byte.
 const ECHO: &str = "RVMM_TEST_ECHO";
+
+/// The test that is the process that echoes.
+const THIS_TEST: &str = "this_process_echoes_only_where_it_is_told_to";
 
 /// What the process that echoes says when its console is open.
 const READY: &[u8] = b"echo: ready\n";
@@ -76,7 +85,9 @@ fn this_process_echoes_only_where_it_is_told_to() {
 
 /// The process that the tests here start: what a machine does, with a loop in the place of a hart.
 fn echo(mode: &str) {
-    if io::stdin().is_terminal() {
+    if mode == "job" {
+        jobs::take_a_turn_when_told();
+    } else if io::stdin().is_terminal() {
         setsid().unwrap();
         rustix::process::ioctl_tiocsctty(io::stdin()).unwrap();
     }
@@ -122,9 +133,13 @@ fn echo(mode: &str) {
     io.stop(IoLoop::DRAIN).unwrap();
 }
 
-fn start(mode: &str, input: impl Into<Stdio>, output: impl Into<Stdio>) -> Child {
-    Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "this_process_echoes_only_where_it_is_told_to", "--nocapture", "--quiet"])
+/// Starts the process that echoes, by the command `through` where there is one.
+fn start(through: &[&str], mode: &str, input: impl Into<Stdio>, output: impl Into<Stdio>) -> Child {
+    let exe = std::env::current_exe().unwrap();
+    let words = through.iter().map(OsString::from).chain([exe.into()]).collect::<Vec<_>>();
+    Command::new(&words[0])
+        .args(&words[1..])
+        .args(["--exact", THIS_TEST, "--nocapture", "--quiet"])
         .env(ECHO, mode)
         .stdin(input)
         .stdout(output)
@@ -143,13 +158,28 @@ struct Output<R> {
     rest: Vec<u8>,
 }
 
-impl<R: Read> Output<R> {
+impl<R: Read + AsFd> Output<R> {
     fn new(reader: R) -> Self {
         Self { reader, rest: Vec::new() }
     }
 
     /// Waits for `text` and takes everything up to its end.
     fn until(&mut self, text: &[u8]) {
+        self.line_until(text);
+    }
+
+    /// Waits for these texts in any order, and takes everything.
+    fn until_all(&mut self, texts: &[&[u8]]) {
+        let found =
+            |rest: &[u8], text: &[u8]| rest.windows(text.len()).any(|window| window == text);
+        while !texts.iter().all(|text| found(&self.rest, text)) {
+            self.more();
+        }
+        self.rest.clear();
+    }
+
+    /// Waits for `text` and gives what comes before it.
+    fn line_until(&mut self, text: &[u8]) -> String {
         let found = |rest: &[u8]| rest.windows(text.len()).position(|window| window == text);
         let at = loop {
             if let Some(at) = found(&self.rest) {
@@ -157,13 +187,17 @@ impl<R: Read> Output<R> {
             }
             self.more();
         };
-        self.rest.drain(..at + text.len());
+        let taken: Vec<u8> = self.rest.drain(..at + text.len()).collect();
+        String::from_utf8_lossy(&taken[..at]).into_owned()
     }
 
     fn more(&mut self) {
+        let said = String::from_utf8_lossy(&self.rest).into_owned();
+        let mut fds = [PollFd::new(&self.reader, PollFlags::IN)];
+        assert_ne!(poll(&mut fds, Some(&LIMIT)).unwrap(), 0, "nothing comes after {said:?}");
         let mut buffer = [0; 4096];
         let count = self.reader.read(&mut buffer).unwrap();
-        assert_ne!(count, 0, "the end, after {:?}", String::from_utf8_lossy(&self.rest));
+        assert_ne!(count, 0, "the end, after {said:?}");
         self.rest.extend_from_slice(&buffer[..count]);
     }
 }
@@ -182,7 +216,7 @@ impl OnTerminal {
         let master = openpt(flags).unwrap();
         unlockpt(&master).unwrap();
         let slave = ioctl_tiocgptpeer(&master, flags).unwrap();
-        let child = start(mode, slave.try_clone().unwrap(), slave.try_clone().unwrap());
+        let child = start(&[], mode, slave.try_clone().unwrap(), slave.try_clone().unwrap());
         let keyboard = File::from(master);
         let screen = Output::new(keyboard.try_clone().unwrap());
         let mut new = Self { keyboard, screen, slave, child };
@@ -234,7 +268,7 @@ fn a_signal_ends_it_and_the_terminal_is_restored() {
 
 #[test]
 fn the_first_sigterm_presses_the_power_button_and_the_second_ends_the_machine() {
-    let mut child = start("long grace", File::open("/dev/null").unwrap(), Stdio::piped());
+    let mut child = start(&[], "long grace", File::open("/dev/null").unwrap(), Stdio::piped());
     let mut output = Output::new(child.stdout.take().unwrap());
     output.until(READY);
     kill_process(pid(&child), Signal::TERM).unwrap();
@@ -246,7 +280,7 @@ fn the_first_sigterm_presses_the_power_button_and_the_second_ends_the_machine() 
 
 #[test]
 fn a_guest_that_does_not_power_off_in_time_is_stopped() {
-    let mut child = start("short grace", File::open("/dev/null").unwrap(), Stdio::piped());
+    let mut child = start(&[], "short grace", File::open("/dev/null").unwrap(), Stdio::piped());
     let mut output = Output::new(child.stdout.take().unwrap());
     output.until(READY);
     kill_process(pid(&child), Signal::TERM).unwrap();
@@ -255,7 +289,7 @@ fn a_guest_that_does_not_power_off_in_time_is_stopped() {
 
 #[test]
 fn another_signal_does_not_ask_the_guest() {
-    let mut child = start("long grace", File::open("/dev/null").unwrap(), Stdio::piped());
+    let mut child = start(&[], "long grace", File::open("/dev/null").unwrap(), Stdio::piped());
     let mut output = Output::new(child.stdout.take().unwrap());
     output.until(READY);
     kill_process(pid(&child), Signal::INT).unwrap();
@@ -270,28 +304,8 @@ fn a_panic_restores_the_terminal() {
 }
 
 #[test]
-fn a_stopped_process_gives_the_terminal_back_and_takes_it_when_it_goes_on() {
-    let mut terminal = OnTerminal::start("echo");
-    let process = pid(&terminal.child);
-    kill_process(process, Signal::TSTP).unwrap();
-    let (_, status) = waitpid(Some(process), WaitOptions::UNTRACED).unwrap().unwrap();
-    assert!(status.stopped());
-    assert!(!terminal.is_raw());
-    kill_process(process, Signal::CONT).unwrap();
-    let deadline = Instant::now() + LONG;
-    while !terminal.is_raw() {
-        assert!(Instant::now() < deadline, "the terminal is not raw again");
-        thread::sleep(Duration::from_millis(1));
-    }
-    terminal.keyboard.write_all(b"again").unwrap();
-    terminal.screen.until(b"again");
-    terminal.keyboard.write_all(b"\x01x").unwrap();
-    terminal.ends(true);
-}
-
-#[test]
 fn a_pipe_is_echoed_byte_for_byte_and_rvmms_keys_mean_nothing_in_it() {
-    let mut child = start("echo", Stdio::piped(), Stdio::piped());
+    let mut child = start(&[], "echo", Stdio::piped(), Stdio::piped());
     let (mut input, mut output) =
         (child.stdin.take().unwrap(), Output::new(child.stdout.take().unwrap()));
     let text: Vec<u8> =
@@ -316,7 +330,7 @@ fn a_file_is_echoed_into_a_file() {
     input.write_all(b"last line\n").unwrap();
     input.rewind().unwrap();
     let output = tempfile::NamedTempFile::new().unwrap();
-    let mut child = start("echo", input, output.reopen().unwrap());
+    let mut child = start(&[], "echo", input, output.reopen().unwrap());
     let deadline = Instant::now() + LONG;
     let mut text = String::new();
     while !text.contains("last line\n") {
@@ -331,7 +345,7 @@ fn a_file_is_echoed_into_a_file() {
 
 #[test]
 fn without_an_input_and_without_a_reader_it_goes_on_until_it_is_told() {
-    let mut child = start("echo", File::open("/dev/null").unwrap(), Stdio::piped());
+    let mut child = start(&[], "echo", File::open("/dev/null").unwrap(), Stdio::piped());
     let mut output = Output::new(child.stdout.take().unwrap());
     output.until(READY);
     drop(output);

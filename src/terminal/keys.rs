@@ -9,6 +9,7 @@ pub(super) const HINT: &[u8] = b"rvmm: Ctrl-A h shows the keys\r\n";
 /// Shown by Ctrl-A h.
 pub(super) const HELP: &[u8] = b"\r\n\
     rvmm: Ctrl-A x       end the virtual machine\r\n\
+    rvmm: Ctrl-A z       stop it and go back to the shell, whose fg continues it\r\n\
     rvmm: Ctrl-A Ctrl-A  send Ctrl-A to the guest\r\n\
     rvmm: Ctrl-A h       this help\r\n";
 
@@ -23,6 +24,8 @@ pub(super) struct Keys {
 pub(super) enum Command {
     /// End the machine.
     Stop,
+    /// Stop the process, as Ctrl-Z does where the terminal is not raw.
+    Suspend,
     /// Show the keys.
     Help,
 }
@@ -58,6 +61,7 @@ impl Keys {
         self.escaped = false;
         match key {
             b'x' | b'X' => Step::Command(Command::Stop),
+            b'z' | b'Z' => Step::Command(Command::Suspend),
             b'h' | b'H' | b'?' => Step::Command(Command::Help),
             _ => Step::Guest,
         }
@@ -97,6 +101,12 @@ mod tests {
     fn ctrl_a_x_stops_and_nothing_after_it_reaches_the_guest() {
         assert_eq!(typed(&[b"ab\x01xcd"]), (b"ab".to_vec(), vec![Command::Stop]));
         assert_eq!(typed(&[b"\x01X"]), (vec![], vec![Command::Stop]));
+    }
+
+    #[test]
+    fn ctrl_a_z_suspends_and_what_was_typed_behind_it_reaches_the_guest_later() {
+        assert_eq!(typed(&[b"a\x01zb"]), (b"ab".to_vec(), vec![Command::Suspend]));
+        assert_eq!(typed(&[b"\x01Z"]), (vec![], vec![Command::Suspend]));
     }
 
     #[test]

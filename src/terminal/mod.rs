@@ -3,8 +3,9 @@
 //!
 //! | file | what is in it |
 //! |---|---|
-//! | `keys.rs` | Ctrl-A x, Ctrl-A h: what rvmm keeps for itself on a terminal |
+//! | `keys.rs` | Ctrl-A x, z and h: what rvmm keeps for itself on a terminal |
 //! | `raw.rs` | the terminal's mode and every way back |
+//! | `foreground.rs` | job control: when the terminal is ours to read and set |
 //! | `descriptor.rs` | one descriptor of any kind that never blocks |
 //! | `streams.rs`, `stdio.rs` | a console on two descriptors; on standard input and output |
 //! | `pty.rs`, `socket.rs` | consoles whose user comes and goes |
@@ -26,6 +27,7 @@ use crate::error::Error;
 use crate::host::connect_to_starting;
 
 mod descriptor;
+mod foreground;
 mod keys;
 mod pty;
 mod raw;

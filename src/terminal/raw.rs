@@ -1,91 +1,173 @@
-//! The terminal's mode: raw while a guest owns it, as it was before on every way out.
+//! The terminal's mode: raw while a guest owns it, as it was before on every way out, and untouched in the background.
 //!
 //! A process has one controlling terminal and its mode outlives the process, so what has to be put back is kept in one
 //! place that the panic hook and the signals reach too.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::panic;
-use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, TryLockError};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError, TryLockError};
+use std::time::Duration;
 
-use rustix::process::{Signal, getpgrp, getpid, kill_process};
-use rustix::termios::{OptionalActions, OutputModes, Termios, tcgetattr, tcgetpgrp, tcsetattr};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use rustix::process::{Signal, getpid, kill_current_process_group, kill_process};
+use rustix::termios::{OptionalActions, OutputModes, Termios, tcgetattr, tcsetattr};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+    timerfd_settime,
+};
 
-/// The terminal that is raw now.
-static RAW: Mutex<Option<Taken>> = Mutex::new(None);
+use super::foreground::{Standing, controls, standing};
 
+/// The terminal that a console has now.
+static TAKEN: Mutex<Option<Taken>> = Mutex::new(None);
+
+/// How often a process in the background looks whether it has come to the foreground: nothing tells it where a shell's `fg`
+/// finds it running. Shorter than people notice.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+
+/// The terminal, and how it stands with its mode.
 struct Taken {
     terminal: OwnedFd,
-    before: Termios,
-    raw: Termios,
-    resized: Arc<EventFd>,
+    /// It is the controlling one of this process.
+    controls: bool,
+    /// What is put back. `None` until it was ours for the first time: in the background it is in the mode of somebody else.
+    before: Option<Termios>,
+    mode: Mode,
+    timer: OwnedFd,
 }
 
-/// Keeps a terminal raw as long as it lives. There is one at a time in a process.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    /// As others want it; raw as soon as it is ours.
+    Theirs,
+    /// Raw: it is the guest's.
+    Raw,
+    /// Put back for a stop that has not come yet; raw again when that is over, or has not come.
+    Suspended,
+    /// Put back before an end; raw again after [`resume`] only.
+    Restored,
+}
+
+/// Keeps a terminal raw as long as it lives and the process is in the foreground. There is one at a time in a process.
 #[derive(Debug)]
 pub(super) struct RawMode {
-    /// Readable when the terminal may have another size.
-    resized: Arc<EventFd>,
+    /// The timer's, which lives as long as this.
+    attention: RawFd,
 }
 
 impl RawMode {
-    /// Makes a terminal raw: every key is handed on at once, unechoed, and none makes a signal.
+    /// Makes a terminal raw: every key is handed on at once, unechoed, and none makes a signal. In the background that waits for
+    /// a [`RawMode::look`] in the foreground.
     ///
     /// Output keeps being processed (a line feed returns the carriage), so that rvmm's own lines stay readable.
     ///
     /// # Errors
     /// `AlreadyExists` while another console has it; else what the kernel says.
     pub(super) fn enter(terminal: BorrowedFd<'_>) -> io::Result<Self> {
-        let mut taken = lock();
-        if taken.is_some() {
+        let mut slot = lock();
+        if slot.is_some() {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
         let terminal = terminal.try_clone_to_owned()?;
-        let before = tcgetattr(&terminal)?;
-        let mut raw = before.clone();
-        raw.make_raw();
-        raw.output_modes |= before.output_modes & (OutputModes::OPOST | OutputModes::ONLCR);
-        let resized = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
-        let new = Taken { terminal, before, raw, resized: Arc::clone(&resized) };
-        new.apply(&new.raw)?;
-        *taken = Some(new);
-        drop(taken);
+        let controls = controls(terminal.as_fd());
+        let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
+        let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
+        let attention = timer.as_raw_fd();
+        let mut taken = Taken { terminal, controls, before: None, mode: Mode::Theirs, timer };
+        taken.look()?;
+        *slot = Some(taken);
+        drop(slot);
         restore_on_panic();
-        Ok(Self { resized })
+        Ok(Self { attention })
     }
 
-    /// The descriptor that is readable when the terminal may have another size.
-    pub(super) fn resized(&self) -> RawFd {
-        self.resized.as_raw_fd()
+    /// The descriptor that is readable when [`RawMode::look`] is due, or when the terminal may have another size.
+    pub(super) fn attention(&self) -> RawFd {
+        self.attention
     }
 
-    /// The new size was looked at, or will be.
-    pub(super) fn note_resized(&self) {
-        // Empty where the event was stale.
-        drop(self.resized.read());
+    /// What made the descriptor readable is being seen to.
+    pub(super) fn attend(&self) {
+        if let Some(taken) = lock().as_mut() {
+            // Empty where the event was stale.
+            let _ = rustix::io::read(&taken.timer, &mut [0u8; 8]);
+            if taken.mode == Mode::Suspended {
+                taken.mode = Mode::Theirs;
+            }
+        }
+    }
+
+    /// Sees whether the terminal is ours now, and makes it raw where it has become so.
+    pub(super) fn look(&self) -> Standing {
+        lock().as_mut().map_or(Standing::Gone, |taken| taken.look().unwrap_or(Standing::Gone))
     }
 }
 
 impl Drop for RawMode {
     fn drop(&mut self) {
-        if let Some(taken) = lock().take() {
-            // The terminal may be gone; then there is nothing to put back.
-            let _ = taken.apply(&taken.before);
+        if let Some(mut taken) = lock().take() {
+            taken.restore();
         }
     }
 }
 
 impl Taken {
-    /// Changes the mode at once, dropping nothing. A background process would be stopped for trying (termios(3),
-    /// SIGTTOU): there the terminal is somebody else's, and left alone.
-    fn apply(&self, mode: &Termios) -> io::Result<()> {
-        let in_background =
-            tcgetpgrp(&self.terminal).is_ok_and(|foreground| foreground != getpgrp());
-        if in_background {
-            return Ok(());
+    fn standing(&self) -> Standing {
+        standing(self.terminal.as_fd(), self.controls)
+    }
+
+    fn look(&mut self) -> io::Result<Standing> {
+        let now = self.standing();
+        match (now, self.mode) {
+            (Standing::Foreground, Mode::Theirs) => {
+                self.make_raw()?;
+                // It may have another size by now.
+                self.look_in(Duration::ZERO);
+            }
+            (Standing::Background, Mode::Theirs | Mode::Raw | Mode::Suspended) => {
+                self.mode = Mode::Theirs;
+                self.look_in(LOOK_EVERY);
+            }
+            _ => {}
         }
-        Ok(tcsetattr(&self.terminal, OptionalActions::Now, mode)?)
+        Ok(now)
+    }
+
+    fn make_raw(&mut self) -> io::Result<()> {
+        let before = match self.before.take() {
+            Some(before) => before,
+            None => tcgetattr(&self.terminal)?,
+        };
+        let mut raw = before.clone();
+        raw.make_raw();
+        raw.output_modes |= before.output_modes & (OutputModes::OPOST | OutputModes::ONLCR);
+        self.before = Some(before);
+        // At once, dropping nothing.
+        tcsetattr(&self.terminal, OptionalActions::Now, &raw)?;
+        self.mode = Mode::Raw;
+        Ok(())
+    }
+
+    fn restore(&mut self) {
+        if self.mode == Mode::Raw
+            // Trying in the background would stop the process (SIGTTOU), and the mode there is somebody else's.
+            && self.standing() == Standing::Foreground
+            && let Some(before) = &self.before
+        {
+            // The terminal may be gone; then there is nothing to put back.
+            let _ = tcsetattr(&self.terminal, OptionalActions::Now, before);
+        }
+        self.mode = Mode::Restored;
+    }
+
+    /// Has the descriptor of [`RawMode::attention`] be readable after this time.
+    fn look_in(&self, time: Duration) {
+        // Zero would switch the timer off.
+        let nanos = time.max(Duration::from_nanos(1)).as_nanos();
+        let it_value = Timespec { tv_sec: 0, tv_nsec: i64::try_from(nanos).unwrap_or(1) };
+        let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value };
+        // Refused only for times that are none.
+        let _ = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once);
     }
 }
 
@@ -95,40 +177,56 @@ impl Taken {
 /// themselves; a program that leaves through `std::process::exit` calls it first.
 pub fn restore() {
     // A panic may have come while the lock was held: then by this very thread, which must not wait for itself.
-    let taken = match RAW.try_lock() {
+    let mut taken = match TAKEN.try_lock() {
         Ok(taken) => taken,
         Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
         Err(TryLockError::WouldBlock) => return,
     };
-    if let Some(taken) = taken.as_ref() {
-        let _ = taken.apply(&taken.before);
+    if let Some(taken) = taken.as_mut() {
+        taken.restore();
     }
 }
 
 /// SIGTSTP has come: gives the terminal back to the shell and stops this process until SIGCONT.
 pub(crate) fn suspend() {
+    give_back();
+    // By default it stops a process as SIGTSTP does, for which there is a handler: not in a group that no shell looks after
+    // (orphaned, POSIX XBD 3.264), where nobody would ever send SIGCONT.
+    let _ = kill_process(getpid(), Signal::TTOU);
+}
+
+/// The user wants back to the shell: does to all of the process's group what Ctrl-Z does to others.
+pub(super) fn suspend_group() {
+    give_back();
+    let _ = kill_current_process_group(Signal::TSTP);
+}
+
+/// Before a stop; afterwards, or if none comes of it, the terminal is taken again.
+fn give_back() {
     restore();
-    let _ = kill_process(getpid(), Signal::STOP);
+    if let Some(taken) = lock().as_mut() {
+        taken.mode = Mode::Suspended;
+        taken.look_in(LOOK_EVERY);
+    }
 }
 
 /// SIGWINCH has come: who has the terminal looks at its size.
 pub(crate) fn resized() {
     if let Some(taken) = lock().as_ref() {
-        // Refused means that it is readable already.
-        let _ = taken.resized.write(1);
+        taken.look_in(Duration::ZERO);
     }
 }
 
-/// SIGCONT has come: takes the terminal again, which may have another size by now.
+/// SIGCONT has come: takes the terminal again, if the shell has given it to this process. It may have another size by now.
 pub(crate) fn resume() {
-    resized();
-    if let Some(taken) = lock().as_ref() {
-        let _ = taken.apply(&taken.raw);
+    if let Some(taken) = lock().as_mut() {
+        taken.mode = Mode::Theirs;
+        let _ = taken.look();
     }
 }
 
 fn lock() -> MutexGuard<'static, Option<Taken>> {
-    RAW.lock().unwrap_or_else(PoisonError::into_inner)
+    TAKEN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The message of a panic has to be readable, and with `panic = "abort"` nothing is dropped after it.
@@ -145,9 +243,9 @@ fn restore_on_panic() {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsFd;
     use std::thread;
 
+    use rustix::event::{PollFd, PollFlags, poll};
     use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
     use rustix::termios::{InputModes, LocalModes};
 
@@ -165,6 +263,15 @@ mod tests {
         let mode = tcgetattr(terminal).unwrap();
         let cooked = LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG;
         !mode.local_modes.intersects(cooked) && !mode.input_modes.contains(InputModes::IXON)
+    }
+
+    /// Whether the descriptor of its attention is readable, or becomes so at once.
+    fn is_due(raw: &RawMode) -> bool {
+        let taken = lock();
+        let timer = &taken.as_ref().unwrap().timer;
+        assert_eq!(timer.as_raw_fd(), raw.attention());
+        let mut fds = [PollFd::new(timer, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 20_000_000 })).unwrap() > 0
     }
 
     // One test, because the terminal that is raw is the process's.
@@ -189,18 +296,21 @@ mod tests {
         assert_eq!(after.output_modes, before.output_modes);
 
         let raw = RawMode::enter(terminal.as_fd()).unwrap();
+        raw.attend();
         // A new size is told to who has the terminal, once.
-        assert!(raw.resized.read().is_err());
+        assert!(!is_due(&raw));
         resized();
         resized();
-        assert_eq!(raw.resized.read().ok(), Some(2));
-        raw.note_resized();
-        assert!(raw.resized.read().is_err());
+        assert!(is_due(&raw));
+        raw.attend();
+        assert!(!is_due(&raw));
         restore();
         assert!(!is_raw(&terminal), "restored without the console's help");
+        assert_eq!(raw.look(), Standing::Foreground);
+        assert!(!is_raw(&terminal), "and nobody takes it back before the end");
         resume();
         assert!(is_raw(&terminal), "taken again after a stop");
-        assert_eq!(raw.resized.read().ok(), Some(1));
+        assert!(is_due(&raw));
         thread::spawn(|| panic!("on purpose")).join().unwrap_err();
         assert!(!is_raw(&terminal), "restored by the panic hook");
         drop(raw);

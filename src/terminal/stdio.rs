@@ -1,13 +1,15 @@
 //! Standard input and output: rvmm's keys and the raw mode where the input is a terminal, plain streams where it is not.
 
 use std::io::{self, IsTerminal, Write};
+use std::mem;
 use std::os::fd::AsFd;
 
-use rvmm_devices::{ConsoleBackend, Ports};
+use rvmm_devices::{ConsoleBackend, Port, Ports};
 
 use super::StopRequest;
+use super::foreground::{Standing, fail_in_background};
 use super::keys::{self, Command, Keys};
-use super::raw::RawMode;
+use super::raw::{self, RawMode};
 use super::streams::Streams;
 
 /// The console of `--serial stdio`.
@@ -16,8 +18,18 @@ pub(super) struct Stdio {
     /// Only on a terminal.
     keys: Option<Keys>,
     stop: StopRequest,
+    /// Where the input is one.
+    terminal: Option<Terminal>,
+}
+
+/// The terminal, and what is known of it.
+struct Terminal {
     /// Put back when this is dropped.
-    raw: Option<RawMode>,
+    raw: RawMode,
+    /// At the last look.
+    standing: Standing,
+    /// The user has been shown the key that shows the keys.
+    is_introduced: bool,
 }
 
 impl Stdio {
@@ -27,25 +39,62 @@ impl Stdio {
     /// `AlreadyExists` where another console has the terminal; else what the kernel says.
     pub(super) fn open(stop: StopRequest) -> io::Result<Self> {
         let (input, output) = (io::stdin(), io::stdout());
-        let on_terminal = input.is_terminal();
-        let raw = on_terminal.then(|| RawMode::enter(input.as_fd())).transpose()?;
+        let raw = input.is_terminal().then(|| RawMode::enter(input.as_fd())).transpose()?;
         let streams = Streams::new(
             Some(input.as_fd().try_clone_to_owned()?),
             Some(output.as_fd().try_clone_to_owned()?),
         )?;
-        let mut console = Self { streams, keys: on_terminal.then(Keys::default), stop, raw };
-        if on_terminal && output.is_terminal() {
-            console.streams.show(keys::HINT);
-        } else if on_terminal {
-            // The output goes elsewhere and must not be disturbed.
-            let _ = io::stderr().write_all(keys::HINT);
-        }
+        let terminal =
+            raw.map(|raw| Terminal { raw, standing: Standing::Background, is_introduced: false });
+        let keys = terminal.as_ref().map(|_| Keys::default());
+        let mut console = Self { streams, keys, stop, terminal };
+        console.look();
         Ok(console)
+    }
+
+    /// Sees whether there is input to be had.
+    fn look(&mut self) -> Standing {
+        let Some(terminal) = &mut self.terminal else { return Standing::Foreground };
+        terminal.standing = terminal.raw.look();
+        if terminal.standing == Standing::Foreground
+            && !mem::replace(&mut terminal.is_introduced, true)
+        {
+            if io::stdout().is_terminal() {
+                self.streams.show(keys::HINT);
+            } else {
+                // The output goes elsewhere and must not be disturbed.
+                let _ = io::stderr().write_all(keys::HINT);
+            }
+        }
+        terminal.standing
+    }
+
+    /// Takes what was typed, in the foreground; elsewhere there is nothing yet, or nothing any more.
+    fn read_typed(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.terminal.is_none() {
+            return self.streams.read(buffer);
+        }
+        fail_in_background();
+        loop {
+            match self.look() {
+                Standing::Foreground => {}
+                Standing::Background => return Err(io::ErrorKind::WouldBlock.into()),
+                Standing::Gone => return Ok(0),
+            }
+            match self.streams.read(buffer) {
+                // The background came in between, or a group that is orphaned is there: this is not the end.
+                Err(error) if is_eio(&error) && self.look() == Standing::Background => {
+                    self.streams.go_on();
+                }
+                result => return result,
+            }
+        }
     }
 
     fn obey(&mut self, command: Command) {
         match command {
             Command::Stop => (self.stop)(),
+            Command::Suspend => raw::suspend_group(),
             Command::Help => self.streams.show(keys::HELP),
         }
     }
@@ -53,12 +102,16 @@ impl Stdio {
 
 impl ConsoleBackend for Stdio {
     fn ports(&self) -> Ports {
-        Ports { attention: self.raw.as_ref().map(RawMode::resized), ..self.streams.ports() }
+        let ports = self.streams.ports();
+        let Some(terminal) = &self.terminal else { return ports };
+        let is_ours = terminal.standing == Standing::Foreground;
+        let input = if is_ours { ports.input } else { Port::Closed };
+        Ports { input, attention: Some(terminal.raw.attention()), ..ports }
     }
 
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
-            let count = self.streams.read(buffer)?;
+            let count = self.read_typed(buffer)?;
             let Some(keys) = self.keys.as_mut().filter(|_| count > 0) else { return Ok(count) };
             let (kept, command) = keys.filter(buffer.get_mut(..count).unwrap_or_default());
             if let Some(command) = command {
@@ -72,7 +125,14 @@ impl ConsoleBackend for Stdio {
     }
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.streams.write(bytes)
+        let result = self.streams.write(bytes);
+        // With `stty tostop` an orphaned group writes nothing in the background, and will again in the foreground.
+        if result.as_ref().is_err_and(is_eio)
+            && self.terminal.as_ref().is_some_and(|t| t.raw.look() == Standing::Background)
+        {
+            self.streams.go_on();
+        }
+        result
     }
 
     fn size(&self) -> Option<(u16, u16)> {
@@ -81,8 +141,15 @@ impl ConsoleBackend for Stdio {
     }
 
     fn attend(&mut self) {
-        self.raw.iter().for_each(RawMode::note_resized);
+        if let Some(terminal) = &self.terminal {
+            terminal.raw.attend();
+            self.look();
+        }
     }
+}
+
+fn is_eio(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EIO)
 }
 
 #[cfg(test)]
@@ -103,7 +170,7 @@ mod tests {
             counter.fetch_add(1, Ordering::SeqCst);
         });
         let streams = Streams::new(Some(input), Some(output)).unwrap();
-        (Stdio { streams, keys: Some(Keys::default()), stop, raw: None }, stops)
+        (Stdio { streams, keys: Some(Keys::default()), stop, terminal: None }, stops)
     }
 
     #[test]

@@ -34,6 +34,13 @@ impl Streams {
         })
     }
 
+    /// An error that looked like the end of a direction was none.
+    pub(super) fn go_on(&mut self) {
+        for stream in [&mut self.input, &mut self.output].into_iter().flatten() {
+            stream.has_ended = false;
+        }
+    }
+
     /// Shows the user a text of rvmm's own; what does not fit now is not shown.
     pub(super) fn show(&mut self, mut text: &[u8]) {
         while !text.is_empty() {
