@@ -154,6 +154,21 @@ pub(crate) fn connect_to_starting(path: &Path) -> io::Result<UnixStream> {
     })
 }
 
+/// Removes the file of a socket whose program is dead. True where it was: one that is just starting holds the folder's lock
+/// until it listens ([`Listening::open`]), and is none.
+///
+/// # Errors
+/// What the kernel says; `TimedOut` where somebody keeps the folder locked.
+pub(crate) fn remove_dead(path: &Path) -> io::Result<bool> {
+    let Some(_lock) = lock_folder(path)? else { return Ok(false) };
+    match connect_to(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).map(|()| true)
+        }
+        _ => Ok(false),
+    }
+}
+
 fn new_socket() -> Result<OwnedFd, Errno> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
@@ -240,6 +255,27 @@ mod tests {
         drop(socket);
         let refused = connect_to_starting(&path).unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+    }
+
+    #[test]
+    fn the_file_of_a_socket_that_is_about_to_listen_is_not_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let lock = lock_folder(&path).unwrap();
+        let socket = bound(&path).unwrap();
+        std::thread::scope(|scope| {
+            let cleaner = scope.spawn(|| remove_dead(&path));
+            listen(&socket, 1).unwrap();
+            drop(lock);
+            assert!(!cleaner.join().unwrap().unwrap());
+        });
+        assert!(path.exists());
+        drop(socket);
+        assert!(remove_dead(&path).unwrap(), "now it is dead");
+        assert!(!path.exists());
+        let file = folder.path().join("file");
+        fs::write(&file, "").unwrap();
+        assert!(!remove_dead(&file).unwrap(), "what is no socket is left alone");
     }
 
     #[test]

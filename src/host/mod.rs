@@ -42,7 +42,7 @@ mod tap;
 mod vhost;
 
 pub(crate) use gate::Gate;
-pub(crate) use listening::{Listening, connect_to, connect_to_starting};
+pub(crate) use listening::{Listening, connect_to, connect_to_starting, remove_dead};
 pub(crate) use small::read_small;
 #[cfg(test)]
 pub(crate) use tap::tests::in_a_namespace;

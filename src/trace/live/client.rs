@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::answer::{Answer, Question};
+use crate::host::remove_dead;
 
 /// The longest answer, in bytes: 512 harts with all their registers have less than one.
 const LONGEST: u64 = 8 << 20;
@@ -127,15 +128,43 @@ impl Connection {
     }
 }
 
-/// The connection; a file that nobody listens at any more is removed.
+/// The connection; a file that nobody listens at any more is removed. A machine that is just starting is waited for.
 fn connect(path: &Path) -> Option<UnixStream> {
     match UnixStream::connect(path) {
-        Ok(stream) => Some(stream),
-        Err(error) => {
-            if error.kind() == io::ErrorKind::ConnectionRefused {
-                let _ = fs::remove_file(path);
-            }
-            None
-        }
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => match remove_dead(path) {
+            Ok(false) => UnixStream::connect(path).ok(),
+            _ => None,
+        },
+        result => result.ok(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn the_file_of_a_dead_machine_is_removed_and_that_of_a_starting_one_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("web-1.sock");
+        // The bound socket of a program that does not listen looks dead; who makes one keeps the folder locked.
+        drop(UnixListener::bind(&path).unwrap());
+        let lock = fs::File::open(folder.path()).unwrap();
+        lock.lock().unwrap();
+        std::thread::scope(|scope| {
+            let asker = scope.spawn(|| connect(&path));
+            // In its place, as it begins to listen.
+            fs::remove_file(&path).unwrap();
+            let listener = UnixListener::bind(&path).unwrap();
+            lock.unlock().unwrap();
+            // Either it was there in time, or it was waited for; or the asker came when there was no file at all.
+            let found = asker.join().unwrap().is_some();
+            assert!(path.exists(), "found: {found}");
+            drop(listener);
+        });
+        assert!(connect(&path).is_none());
+        assert!(!path.exists());
     }
 }
