@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rvmm_devices::virtio::balloon::BalloonControl;
 
-use crate::vcpu::Control;
 use crate::vcpu::stop::StopReason;
+use crate::vcpu::{Control, Pause};
 
 /// Stops, pauses and resumes a machine from any thread. Clones mean the same machine.
 #[derive(Clone)]
@@ -19,6 +19,8 @@ pub struct Handle {
 struct State {
     /// The control of the present life; none before the start, between two lives and after the end.
     current: Option<Arc<Control>>,
+    /// Those of this handle and its clones, in the present life.
+    pauses: Vec<Pause>,
     /// Asked to stop: a life that begins later ends at once.
     stopped: bool,
 }
@@ -49,17 +51,32 @@ impl Handle {
 
     /// Stops all harts where they are, and returns once they are out of the guest. Devices on the host's side go on.
     /// False where the machine is not running or ends meanwhile.
+    ///
+    /// Pauses are counted: the harts go on after as many calls of [`Handle::resume`] as there were of this one that returned
+    /// true. Who looks at the machine from elsewhere (`rvmm regs`) neither ends a pause nor is disturbed by its end.
     #[must_use]
     pub fn pause(&self) -> bool {
-        let current = self.lock().current.clone();
-        current.is_some_and(|control| control.pause())
+        let Some(control) = self.lock().current.clone() else { return false };
+        // Not under the lock: harts take their time, and somebody may want to stop the machine meanwhile.
+        let Some(pause) = control.pause() else { return false };
+        let mut state = self.lock();
+        let is_current = state.current.as_ref().is_some_and(|now| Arc::ptr_eq(now, &control));
+        if is_current {
+            state.pauses.push(pause);
+        }
+        is_current
     }
 
-    /// Lets the harts of a paused machine go on.
+    /// Ends one pause; the harts go on where it was the last. Does nothing where there is none.
     pub fn resume(&self) {
-        if let Some(control) = &self.lock().current {
-            control.resume();
-        }
+        let ended = self.lock().pauses.pop();
+        drop(ended);
+    }
+
+    /// Whether there is a pause that [`Handle::resume`] has not ended, in the present life of the guest.
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        !self.lock().pauses.is_empty()
     }
 
     /// A life begins.
@@ -73,7 +90,9 @@ impl Handle {
 
     /// A life ended.
     pub(super) fn leave(&self) {
-        self.lock().current = None;
+        let mut state = self.lock();
+        state.current = None;
+        state.pauses.clear();
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

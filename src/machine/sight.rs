@@ -116,17 +116,10 @@ impl Life {
         Answer::Walk(Walk::of(stages, hart, satp, address))
     }
 
-    /// Calls `look` while all harts are out of the guest. A machine that somebody has paused stays paused.
+    /// Calls `look` while all harts are out of the guest. A machine that somebody has paused, or pauses meanwhile, stays paused.
     fn paused(&self, look: impl FnOnce() -> Answer) -> Answer {
-        let was_paused = self.control.is_paused();
-        if !self.control.pause() {
-            return gone();
-        }
-        let answer = look();
-        if !was_paused {
-            self.control.resume();
-        }
-        answer
+        let Some(_pause) = self.control.pause() else { return gone() };
+        look()
     }
 }
 

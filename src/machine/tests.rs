@@ -185,9 +185,19 @@ fn a_running_machine_answers_those_who_look_at_it_and_goes_on() {
         }
     };
     assert_eq!((stat.name.as_str(), stat.harts.len(), reads), ("rvmm", 1, 1));
-    // A machine that somebody has paused stays paused.
-    assert!(running.handle().pause());
+    // A machine that somebody has paused stays paused, as often as that was.
+    let handle = running.handle();
+    handle.resume();
+    assert!(handle.pause() && handle.pause());
     assert!(matches!(ask(Question::Registers), Answer::Registers(_)));
+    assert!(handle.is_paused());
+    handle.resume();
+    assert!(handle.is_paused());
+    handle.resume();
+    assert!(!handle.is_paused());
+    handle.resume();
+    assert!(matches!(ask(Question::Registers), Answer::Registers(_)));
+    assert!(!handle.is_paused());
     running.handle().stop();
     assert_eq!(running.wait().unwrap(), StopReason::Requested);
     assert!(!path.exists());

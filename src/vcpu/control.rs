@@ -25,7 +25,8 @@ pub struct Control {
 #[derive(Default)]
 struct State {
     started: bool,
-    paused: bool,
+    /// How many [`Pause`]s there are.
+    pauses: usize,
     /// What a debugger holds, beside a pause: it lets go of harts without ending somebody else's pause.
     held: Held,
     stop: Option<StopReason>,
@@ -69,7 +70,7 @@ struct Enlisted {
 
 impl State {
     fn may_run(&self, id: u32) -> bool {
-        self.started && !self.paused && !self.held.has(id)
+        self.started && self.pauses == 0 && !self.held.has(id)
     }
 
     fn all_are_out(&self) -> bool {
@@ -140,26 +141,22 @@ impl Control {
     }
 
     /// Takes all harts out of the guest and waits until they are: their registers are true then, and memory and devices
-    /// change only by what the host does. A hart that has not started counts as out.
+    /// change only by what the host does. A hart that has not started counts as out. None runs until the last [`Pause`] is
+    /// dropped: who wants to look at a paused machine takes one too, and nobody ends that of somebody else.
     ///
-    /// False where the machine ends, or somebody resumed it before all harts were out. Not to be called by a hart's thread
-    /// or with a device's lock held.
-    pub fn pause(&self) -> bool {
+    /// `None` where the machine ends. Not to be called by a hart's thread or with a device's lock held.
+    #[must_use]
+    pub fn pause(self: &Arc<Self>) -> Option<Pause> {
         let mut state = self.lock();
-        if !state.paused {
-            state.paused = true;
+        state.pauses += 1;
+        if state.pauses == 1 {
             state.kick_all();
         }
-        let state = self.wait_while(state, |state| {
-            state.stop.is_none() && state.paused && !state.all_are_out()
-        });
-        state.stop.is_none() && state.paused
-    }
-
-    /// Lets paused harts run again.
-    pub fn resume(&self) {
-        self.lock().paused = false;
-        self.changed.notify_all();
+        let pause = Pause { control: Arc::clone(self) };
+        let state = self.wait_while(state, |state| state.stop.is_none() && !state.all_are_out());
+        let ends = state.stop.is_some();
+        drop(state);
+        (!ends).then_some(pause)
     }
 
     /// Keeps all harts from the guest until [`Control::release`], whether they have started or not. Returns at once: callable
@@ -278,10 +275,10 @@ impl Control {
         self.lock().stop.clone()
     }
 
-    /// Whether the harts are to be out of the guest until [`Control::resume`].
+    /// Whether somebody has a [`Pause`].
     #[must_use]
     pub fn is_paused(&self) -> bool {
-        self.lock().paused
+        self.lock().pauses > 0
     }
 
     /// Enters a hart into the list of those that are kicked and waited for, until the guard is dropped by its thread.
@@ -362,6 +359,28 @@ impl Control {
     ) -> MutexGuard<'a, State> {
         let condition = |state: &mut State| condition(state);
         self.changed.wait_while(state, condition).unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Keeps all harts out of the guest for as long as it lives, whoever else does, too.
+#[must_use = "dropped, it lets the harts run"]
+pub struct Pause {
+    control: Arc<Control>,
+}
+
+impl Drop for Pause {
+    fn drop(&mut self) {
+        let mut state = self.control.lock();
+        state.pauses -= 1;
+        if state.pauses == 0 {
+            self.control.changed.notify_all();
+        }
+    }
+}
+
+impl std::fmt::Debug for Pause {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pause").finish_non_exhaustive()
     }
 }
 

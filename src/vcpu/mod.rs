@@ -45,7 +45,7 @@ pub mod walk;
 pub mod witness;
 mod world;
 
-pub use control::Control;
+pub use control::{Control, Pause};
 pub use dispatch::{Flow, Trouble, dispatch};
 pub use dump::{dump, registers};
 pub use run::spawn_hart;

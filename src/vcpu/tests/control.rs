@@ -66,9 +66,9 @@ impl Run {
 fn harts_wait_for_the_start() {
     let run = machine(&[&[], &[]]);
     assert_eq!(run.control.reason(), None);
-    assert!(run.control.pause(), "all are out of the guest");
+    let pause = run.control.pause().expect("all are out of the guest");
     assert_eq!(run.count(0, &Event::Entered) + run.count(1, &Event::Entered), 0);
-    run.control.resume();
+    drop(pause);
     run.control.start();
     run.await_inside(1);
     run.control.stop(StopReason::Requested);
@@ -98,9 +98,9 @@ fn a_stop_reaches_harts_that_idle_in_the_guest() {
 fn a_stop_ends_a_pause() {
     let run = machine(&[&[], &[]]);
     run.control.start();
-    assert!(run.control.pause());
+    let _pause = run.control.pause().unwrap();
     run.control.stop(StopReason::PowerOff);
-    assert!(!run.control.pause());
+    assert!(run.control.pause().is_none());
     assert_eq!(run.end(), StopReason::PowerOff);
 }
 
@@ -141,14 +141,16 @@ fn a_pause_settles_every_hart_and_lets_none_run() {
     run.control.start();
     run.await_inside(1);
     for round in 1..=3 {
-        assert!(run.control.pause());
+        let first = run.control.pause().unwrap();
         assert!(run.control.is_paused());
         let counts = |event| [run.count(0, event), run.count(1, event)];
         assert_eq!(counts(&Event::Settled).map(|n| n >= round), [true; 2]);
         let entered = counts(&Event::Entered);
-        assert!(run.control.pause(), "a second pause finds them paused");
+        let second = run.control.pause().expect("a second pause finds them paused");
         assert_eq!(counts(&Event::Entered), entered);
-        run.control.resume();
+        drop(first);
+        assert!(run.control.is_paused());
+        drop(second);
         run.diaries[0].await_event(&Event::Entered, entered[0] + 1);
         run.diaries[1].await_event(&Event::Entered, entered[1] + 1);
     }
@@ -162,7 +164,7 @@ fn an_answer_is_in_the_registers_when_a_hart_pauses() {
     let run = machine(&[&[load]]);
     run.control.start();
     run.await_inside(2);
-    assert!(run.control.pause());
+    let _pause = run.control.pause().unwrap();
     assert!(run.diaries[0].events().contains(&Event::Loaded(vec![0; 4])));
     run.control.stop(StopReason::Requested);
     run.end();
@@ -177,14 +179,13 @@ fn pause_and_resume_from_many_threads_lose_no_wake_up() {
             let control = &run.control;
             scope.spawn(move || {
                 for _ in 0..200 {
-                    control.pause();
-                    control.resume();
+                    drop(control.pause());
                 }
             });
         }
     });
-    assert!(run.control.pause());
-    run.control.resume();
+    assert!(!run.control.is_paused());
+    drop(run.control.pause().unwrap());
     run.control.stop(StopReason::Requested);
     assert_eq!(run.end(), StopReason::Requested);
 }
@@ -194,9 +195,9 @@ fn a_suspended_system_sleeps_until_a_host_event() {
     let run = machine(&[&[SUSPEND]]);
     run.control.start();
     run.diaries[0].await_event(&ASLEEP, 1);
-    assert!(run.control.pause(), "asleep is out of the guest");
+    let pause = run.control.pause().expect("asleep is out of the guest");
     assert_eq!(run.count(0, &Event::Entered), 1);
-    run.control.resume();
+    drop(pause);
     while run.count(0, &Event::Entered) == 1 {
         run.control.wake();
         thread::yield_now();
@@ -219,11 +220,11 @@ fn a_wake_up_during_a_pause_counts_after_it() {
     let run = machine(&[&[SUSPEND]]);
     run.control.start();
     run.diaries[0].await_event(&ASLEEP, 1);
-    assert!(run.control.pause());
+    let pause = run.control.pause().unwrap();
     run.control.wake();
-    assert!(run.control.pause());
+    drop(run.control.pause().unwrap());
     assert_eq!(run.count(0, &Event::Entered), 1);
-    run.control.resume();
+    drop(pause);
     run.diaries[0].await_event(&Event::Entered, 2);
     run.control.stop(StopReason::Requested);
     run.end();
@@ -231,9 +232,9 @@ fn a_wake_up_during_a_pause_counts_after_it() {
 
 #[test]
 fn without_harts_a_stop_is_the_end() {
-    let control = Control::new();
+    let control = Arc::new(Control::new());
     control.start();
-    assert!(control.pause());
+    assert!(control.pause().is_some());
     control.stop(StopReason::Requested);
     assert_eq!(control.wait(), StopReason::Requested);
 }
@@ -286,17 +287,34 @@ fn a_hold_and_a_pause_do_not_end_each_other() {
     let run = machine(&[&[]]);
     run.control.start();
     run.await_inside(1);
-    assert!(run.control.pause());
+    let pause = run.control.pause().unwrap();
     run.control.hold();
-    run.control.resume();
+    drop(pause);
     assert!(run.control.await_held());
     assert_eq!(run.count(0, &Event::Entered), 1);
-    assert!(run.control.pause());
+    let pause = run.control.pause().unwrap();
     run.control.release(None);
     assert!(run.control.is_paused());
     assert_eq!(run.control.visit(0, |hart| hart.id()), Some(0), "a paused one is visited as well");
     assert_eq!(run.count(0, &Event::Entered), 1);
-    run.control.resume();
+    drop(pause);
+    run.diaries[0].await_event(&Event::Entered, 2);
+    run.control.stop(StopReason::Requested);
+    assert_eq!(run.end(), StopReason::Requested);
+}
+
+#[test]
+fn a_pause_that_begins_during_anothers_outlives_it() {
+    let run = machine(&[&[]]);
+    run.control.start();
+    run.await_inside(1);
+    let visitors = run.control.pause().unwrap();
+    let owners = run.control.pause().unwrap();
+    drop(visitors);
+    assert!(run.control.is_paused());
+    assert_eq!(run.control.visit(0, |hart| hart.id()), Some(0));
+    assert_eq!(run.count(0, &Event::Entered), 1);
+    drop(owners);
     run.diaries[0].await_event(&Event::Entered, 2);
     run.control.stop(StopReason::Requested);
     assert_eq!(run.end(), StopReason::Requested);
