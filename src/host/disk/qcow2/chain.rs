@@ -1,7 +1,8 @@
 //! From a path to an open image with everything below it: each file judged, locked and opened as the one above says.
 //!
-//! Left out: formats of backing files other than raw and qcow2, names that are no paths (`json:`, `nbd:`), and guessing the
-//! format of a backing file where the image does not say it.
+//! A name means what it means to QEMU: a path from the folder of the image that says it, or `file:` and a path as the process
+//! would open it. Left out: formats of backing files other than raw and qcow2, names with another protocol (`json:`, `nbd:`),
+//! and guessing the format of a backing file where the image does not say it.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -9,13 +10,15 @@ use std::path::Path;
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
+use log::warn;
 use rvmm_devices::HostError;
 use rvmm_devices::virtio::blk::{DiskFormat, DiskPlan};
 
 use super::super::open::Files;
-use super::header::{Backing, Header};
+use super::header::{Backing, Flaw, Header};
 use super::store::Store;
 use super::tables;
+use crate::config::quoted;
 
 /// Files below each other at most.
 const MOST_FILES: usize = 16;
@@ -45,11 +48,11 @@ pub(super) fn open(
         if plan.format != (DiskFormat::Qcow2 { has_backing: true }) {
             return Err(HostError::mistake(format!(
                 "Cannot use disk {above}: it stands on {}, a file of this machine (add backing=on if whoever made the image may choose what the guest reads)",
-                backing.name
+                quoted(&backing.name)
             )));
         }
+        let path = path_of(above, backing)?;
         let is_image = is_image(above, backing)?;
-        let path = beside(above, &backing.name);
         let identity = identity(&path).map_err(|error| named_by(above, error))?;
         if seen.contains(&identity) || seen.len() == MOST_FILES {
             return Err(HostError::mistake(format!(
@@ -80,15 +83,33 @@ fn next(layers: &[Layer]) -> Option<(&str, &Backing)> {
 fn layer(path: &str, files: &Files, is_image: bool) -> Result<Layer, HostError> {
     let unusable = |what: String| HostError::mistake(format!("Cannot use disk {path}: it {what}"));
     let refused = |source| HostError::refused(format!("Cannot use disk {path}"), source);
-    let store = Store::new(files, path).map_err(refused)?;
+    let mut store = Store::new(files, path).map_err(refused)?;
     let len = files.bytes().map_err(refused)?;
     let header = is_image.then(|| Header::read(files.readable(), len).map_err(unusable));
-    Ok(Layer { path: path.to_owned(), store, header: header.transpose()? })
+    let header = header.transpose()?;
+    if header.as_ref().is_some_and(|header| header.flaw.is_some()) {
+        store.hide_marks();
+    }
+    if header.as_ref().is_some_and(|header| header.flaw == Some(Flaw::Corrupt)) {
+        warn!(
+            "Disk {path} is marked as corrupt: what is read of it may be wrong (repair it: qemu-img check -r all)"
+        );
+    }
+    Ok(Layer { path: path.to_owned(), store, header })
 }
 
 /// Whether writing the image harms nobody but its disk.
 fn judge_writable(path: &str, files: &Files, top: &Layer) -> Result<(), HostError> {
     let Some(header) = &top.header else { return Ok(()) };
+    if let Some(flaw) = header.flaw {
+        let what = match flaw {
+            Flaw::Dirty => "was not closed properly",
+            Flaw::Corrupt => "is marked as corrupt",
+        };
+        return Err(HostError::mistake(format!(
+            "Cannot use disk {path}: it {what} (repair it: qemu-img check -r all, or add ro=on)"
+        )));
+    }
     if header.snapshots > 0 {
         let count = header.snapshots;
         return Err(HostError::mistake(format!(
@@ -98,20 +119,48 @@ fn judge_writable(path: &str, files: &Files, top: &Layer) -> Result<(), HostErro
     let refused = |source| HostError::refused(format!("Cannot use disk {path}"), source);
     let len = files.bytes().map_err(refused)?;
     tables::check(files.readable(), header, len)
-        .map_err(|what| HostError::mistake(format!("Cannot use disk {path}: it {what}")))
+        .map_err(|what| HostError::mistake(format!("Cannot use disk {path}: it {what}")))?;
+    if let Some(what) = lost_bitmaps(header) {
+        warn!("Disk {path} {what}");
+    }
+    Ok(())
+}
+
+/// What a user loses where the image is written.
+pub(super) fn lost_bitmaps(header: &Header) -> Option<String> {
+    let count = header.bitmaps;
+    (count > 0).then(|| {
+        format!(
+            "loses its {count} bitmaps of changed clusters, which rvmm does not keep: the next incremental backup has to be a full one (keep them: ro=on)"
+        )
+    })
 }
 
 fn is_image(above: &str, backing: &Backing) -> Result<bool, HostError> {
     match backing.format.as_deref() {
         Some("qcow2") => Ok(true),
-        Some("raw") => Ok(false),
+        // The latter two are what QEMU says for the file itself.
+        Some("raw" | "file" | "host_device") => Ok(false),
         other => {
-            let name = &backing.name;
-            let what = other.map_or("no format".into(), |format| format!("the format {format:?}"));
+            let name = quoted(&backing.name);
+            let what =
+                other.map_or("no format".into(), |format| format!("the format {}", quoted(format)));
             Err(HostError::mistake(format!(
-                "Cannot use disk {above}: it says {what} for its backing file {name}, known are raw and qcow2 (say it: qemu-img rebase -u -b {name} -F raw)"
+                "Cannot use disk {above}: it says {what} for its backing file {name}, known are raw and qcow2 (say which it is: qemu-img rebase -u -f qcow2 -b NAME -F FORMAT {above})"
             )))
         }
+    }
+}
+
+/// The path that an image means by the name of its backing file.
+fn path_of(above: &str, backing: &Backing) -> Result<String, HostError> {
+    match backing.name.split_once(':') {
+        Some(("file", path)) if !path.is_empty() => Ok(path.to_owned()),
+        Some((protocol, _)) if !protocol.contains('/') => Err(HostError::mistake(format!(
+            "Cannot use disk {above}: it stands on {}, which is no path (say one: qemu-img rebase -u -f qcow2 -b PATH -F FORMAT {above}; ./NAME where a file's name has a colon)",
+            quoted(&backing.name)
+        ))),
+        _ => Ok(beside(above, &backing.name)),
     }
 }
 

@@ -1,7 +1,8 @@
 //! The header of a qcow2 image (QEMU's docs/interop/qcow2.txt, "Header"), judged before anything else of the image is used.
 //!
 //! Read and bounded here, although imago reads it again: what it costs to open an image is decided by these fields, and imago
-//! takes lengths that the image has no room for. Left out: the names of features, and what only writers of snapshots need.
+//! takes lengths that the image has no room for. Left out: the names of features, what only writers of snapshots need, and
+//! what bitmaps hold.
 
 use std::fs::File;
 use std::io;
@@ -28,8 +29,18 @@ const MOST_NAME: u64 = 1023;
 /// Header extensions.
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 const FEATURE_NAMES: u32 = 0x6803_f857;
+const BITMAPS: u32 = 0x2385_2875;
 /// Bytes of an entry of the table of feature names.
 const FEATURE_NAME: u64 = 48;
+
+/// Incompatible features: counts may be lower than references; any table may be wrong.
+const DIRTY: u64 = 1;
+const CORRUPT: u64 = 2;
+/// Where the lowest of the incompatible features lie, and which of them keep nobody from reading.
+pub(super) const MARKS_AT: u64 = V2_BYTES + 7;
+pub(super) const MARKS: u8 = (DIRTY | CORRUPT) as u8;
+/// Autoclear feature: bitmaps agree with the disk.
+const HAS_BITMAPS: u64 = 1;
 
 /// What rvmm uses of a header.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,7 +55,27 @@ pub(super) struct Header {
     /// Bits of a reference count, as a power of two.
     pub(super) refcount_order: u32,
     pub(super) snapshots: u32,
+    /// Bitmaps that agree with the disk, until it is written by who does not keep them.
+    pub(super) bitmaps: u64,
+    /// Why it has to be repaired before it is written.
+    pub(super) flaw: Option<Flaw>,
     pub(super) backing: Option<Backing>,
+}
+
+/// Why an image is read only until it is repaired.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Flaw {
+    /// Whoever wrote it with lazy reference counts did not close it. What is read is right.
+    Dirty,
+    /// QEMU found a table that contradicts another one. What is read may be wrong.
+    Corrupt,
+}
+
+/// What the extensions of a header say.
+#[derive(Debug, Default)]
+struct Extensions {
+    backing_format: Option<String>,
+    bitmaps: u64,
 }
 
 /// What an image says about what lies below it.
@@ -53,6 +84,9 @@ pub(super) struct Backing {
     pub(super) name: String,
     pub(super) format: Option<String>,
 }
+
+/// Extensions that reach over what they lie in.
+const ENDLESS: &str = "is damaged: the extensions of its header do not end";
 
 impl Header {
     /// Bytes of a cluster.
@@ -77,12 +111,12 @@ impl Header {
             );
         }
         let version = first.number(4, 4);
-        let (bytes, order) = match version {
-            2 => (V2_BYTES, 4),
+        let (bytes, order, flaw, autoclear) = match version {
+            2 => (V2_BYTES, 4, None, 0),
             3 => {
                 let rest = Fields::read(file, V2_BYTES, V3_BYTES - V2_BYTES)?;
-                incompatible(rest.number(0, 8))?;
-                (rest.number(28, 4), rest.number(24, 4))
+                let flaw = incompatible(rest.number(0, 8))?;
+                (rest.number(28, 4), rest.number(24, 4), flaw, rest.number(16, 8))
             }
             other => return Err(format!("has version {other} of the format, known are 2 and 3")),
         };
@@ -96,6 +130,8 @@ impl Header {
             reftable_clusters: first.number(56, 4),
             refcount_order: small(order),
             snapshots: small(first.number(60, 4)),
+            bitmaps: 0,
+            flaw,
             backing: None,
         };
         if first.number(32, 4) != 0 {
@@ -105,12 +141,17 @@ impl Header {
             return Err("is damaged: its header has sizes that the format does not know".into());
         }
         header.judge(len)?;
-        let name = (first.number(8, 8), first.number(16, 4));
-        let format = match version {
-            2 => None,
-            _ => header.extensions(file, bytes)?,
+        let name_at = first.number(8, 8);
+        let name = header.backing_name(file, (name_at, first.number(16, 4)))?;
+        let said = match version {
+            // All that concerns us there is the backing file's format. They need no end before its name, and images of
+            // other makers have anything where there is no name.
+            2 if name.is_some() => header.extensions(file, bytes, name_at)?.0,
+            2 => Extensions::default(),
+            _ => header.all_extensions(file, bytes)?,
         };
-        header.backing = header.backing_name(file, name)?.map(|name| Backing { name, format });
+        header.bitmaps = if autoclear & HAS_BITMAPS == 0 { 0 } else { said.bitmaps };
+        header.backing = name.map(|name| Backing { name, format: said.backing_format });
         Ok(header)
     }
 
@@ -150,31 +191,42 @@ impl Header {
         Ok(())
     }
 
-    /// Looks through the extensions behind `at`; the format of the backing file, where one is named.
-    fn extensions(&self, file: &File, mut at: u64) -> Result<Option<String>, String> {
+    /// Looks through the extensions of version 3, which have an end.
+    fn all_extensions(&self, file: &File, at: u64) -> Result<Extensions, String> {
         if !(V3_BYTES..=self.cluster()).contains(&at) || !at.is_multiple_of(8) {
             return Err("is damaged: its header has an impossible length".into());
         }
-        let mut format = None;
-        // Each takes at least eight bytes of the first cluster.
-        while at + 8 <= self.cluster() {
+        match self.extensions(file, at, self.cluster())? {
+            (said, true) => Ok(said),
+            (_, false) => Err(ENDLESS.into()),
+        }
+    }
+
+    /// Looks through the extensions from `at` up to `end`, inside the first cluster; and whether they have an end of their own.
+    fn extensions(&self, file: &File, mut at: u64, end: u64) -> Result<(Extensions, bool), String> {
+        let mut said = Extensions::default();
+        // Each takes at least eight bytes.
+        while at + 8 <= end {
             let head = Fields::read(file, at, 8)?;
             let (kind, bytes) = (head.number(0, 4), head.number(4, 4));
             at += 8;
-            if bytes > self.cluster() - at {
-                break;
+            if bytes > end - at {
+                return Err(ENDLESS.into());
             }
             match u32::try_from(kind) {
-                Ok(0) => return Ok(format),
+                Ok(0) => return Ok((said, true)),
                 Ok(BACKING_FORMAT) if bytes <= MOST_NAME => {
-                    format = Some(Fields::read(file, at, bytes)?.text()?);
+                    said.backing_format = Some(Fields::read(file, at, bytes)?.text()?);
                 }
-                Ok(FEATURE_NAMES) if !bytes.is_multiple_of(FEATURE_NAME) => break,
+                Ok(FEATURE_NAMES) if !bytes.is_multiple_of(FEATURE_NAME) => {
+                    return Err(ENDLESS.into());
+                }
+                Ok(BITMAPS) if bytes >= 4 => said.bitmaps = Fields::read(file, at, 4)?.number(0, 4),
                 _ => {}
             }
             at += bytes.next_multiple_of(8);
         }
-        Err("is damaged: the extensions of its header do not end".into())
+        Ok((said, false))
     }
 
     fn backing_name(
@@ -194,12 +246,12 @@ impl Header {
     }
 }
 
-/// Refuses features without which the image cannot be understood.
-fn incompatible(bits: u64) -> Result<(), String> {
-    let what = match bits.trailing_zeros() {
-        64 => return Ok(()),
-        0 => "was not closed properly (repair it: qemu-img check -r all)",
-        1 => "is marked as corrupt (repair it: qemu-img check -r all)",
+/// Refuses features without which the image cannot be understood; what keeps it from being written.
+fn incompatible(bits: u64) -> Result<Option<Flaw>, String> {
+    let what = match (bits & !(DIRTY | CORRUPT)).trailing_zeros() {
+        64 if bits & CORRUPT != 0 => return Ok(Some(Flaw::Corrupt)),
+        64 if bits & DIRTY != 0 => return Ok(Some(Flaw::Dirty)),
+        64 => return Ok(None),
         2 => "has its data in another file, which is not supported (qemu-img convert it)",
         3 => "is not compressed by deflate, which is not supported (qemu-img convert it)",
         4 => "has extended L2 entries, which are not supported (qemu-img convert it)",

@@ -15,6 +15,7 @@ use imago::storage::drivers::CommonStorageHelper;
 use rustix::fs::{FallocateFlags, fallocate, fdatasync};
 
 use super::super::open::{Align, Files};
+use super::header::{MARKS, MARKS_AT};
 
 /// Zeroes that are written at once where the file system cannot make them.
 const ZEROES: usize = 64 << 10;
@@ -29,6 +30,8 @@ pub(super) struct Store {
     /// Where the file ends, as far as is known: what is missing before that was cut off.
     end: AtomicU64,
     is_block: bool,
+    /// The image's marks for who would write it are not shown.
+    hides_marks: bool,
     blocked: CommonStorageHelper,
 }
 
@@ -41,15 +44,30 @@ impl Store {
             align: files.direct(),
             end: AtomicU64::new(files.bytes()?),
             is_block: files.is_block(),
+            hides_marks: false,
             blocked: CommonStorageHelper::default(),
         })
+    }
+
+    /// Shows an image that waits for its repair as one that does not: imago reads none of the former, whoever only reads may.
+    pub(super) fn hide_marks(&mut self) {
+        self.hides_marks = true;
     }
 
     fn end(&self) -> u64 {
         self.end.load(Ordering::Relaxed)
     }
 
-    fn read(&self, mut rest: &mut [u8], mut at: u64) -> io::Result<()> {
+    fn read(&self, bytes: &mut [u8], at: u64) -> io::Result<()> {
+        self.read_file(&mut *bytes, at)?;
+        let marks = MARKS_AT.checked_sub(at).and_then(|skip| usize::try_from(skip).ok());
+        if let (true, Some(byte)) = (self.hides_marks, marks.and_then(|skip| bytes.get_mut(skip))) {
+            *byte &= !MARKS;
+        }
+        Ok(())
+    }
+
+    fn read_file(&self, mut rest: &mut [u8], mut at: u64) -> io::Result<()> {
         while !rest.is_empty() {
             let read = match self.file.read_at(rest, at) {
                 Ok(read) => read,

@@ -283,7 +283,7 @@ fn a_backing_file_shows_through_only_where_that_is_asked_for_and_is_never_writte
     image(&folder, "top", SIZE, 65536, Some(("middle", "qcow2")));
     let path = at(&folder, "top");
     let text = refusal(&path, "");
-    assert!(text.contains("stands on middle") && text.contains("backing=on"), "{text}");
+    assert!(text.contains("stands on 'middle'") && text.contains("backing=on"), "{text}");
     let mut model = vec![0; SIZE as usize];
     model[..base.len()].copy_from_slice(&base);
     let mut bench = Bench::open(&path, "backing");
@@ -325,7 +325,7 @@ fn a_chain_that_is_no_chain_is_refused() {
         ("one", "in a circle"),
         ("deep0", "more than 16"),
         ("lost", "No such file"),
-        ("odd", "the format \"vmdk\" for its backing file one"),
+        ("odd", "the format 'vmdk' for its backing file 'one'"),
         ("wrong", "is no qcow2 image"),
         ("folder", "it is a folder"),
     ] {
@@ -366,9 +366,8 @@ fn a_header_that_asks_for_too_much_or_the_unknown_is_refused_with_a_sentence() {
         (48, &huge, "reference counts is not inside"),
         (56, &[0; 4], "impossible size"),
         (56, &[255; 4], "impossible size"),
-        (72, &[0, 0, 0, 0, 0, 0, 0, 1], "not closed properly"),
-        (72, &[0, 0, 0, 0, 0, 0, 0, 2], "marked as corrupt"),
         (72, &[0, 0, 0, 0, 0, 0, 0, 4], "data in another file"),
+        (72, &[0, 0, 0, 0, 0, 0, 0, 7], "data in another file"),
         (72, &[0, 0, 0, 0, 0, 0, 0, 8], "deflate"),
         (72, &[0, 0, 0, 0, 0, 0, 0, 16], "extended L2"),
         (72, &[128, 0, 0, 0, 0, 0, 0, 0], "does not know"),
@@ -396,6 +395,150 @@ fn a_header_that_asks_for_too_much_or_the_unknown_is_refused_with_a_sentence() {
         poke(&path, u32::from_be_bytes(length).into(), &extension);
         assert!(refusal(&path, "").contains("do not end"), "{extension:?}");
     }
+}
+
+/// An image of the format's version 2 over `base`, with these extensions and then the name.
+fn old_image(folder: &TempDir, extensions: &[u8]) -> String {
+    image(folder, "old", SIZE, 4096, None);
+    let path = at(folder, "old");
+    let name_at = 72 + extensions.len() as u64;
+    poke(&path, 4, &2_u32.to_be_bytes());
+    poke(&path, 8, &name_at.to_be_bytes());
+    poke(&path, 16, &4_u32.to_be_bytes());
+    poke(&path, 72, extensions);
+    poke(&path, name_at, b"base");
+    path
+}
+
+#[test]
+fn version_2_says_the_format_of_its_backing_file_as_version_3_does() {
+    let folder = tempdir().unwrap();
+    let base = pattern(SIZE as usize, 9);
+    fs::write(at(&folder, "base"), &base).unwrap();
+    let raw = *b"\xe2\x79\x2a\xca\0\0\0\x03raw\0\0\0\0\0";
+    // With an end of the extensions, as QEMU writes it, and right up to the name.
+    for extensions in [[&raw[..], &[0; 8]].concat(), raw.to_vec()] {
+        let path = old_image(&folder, &extensions);
+        let mut bench = Bench::open(&path, "backing");
+        assert!(bench.get(0, SIZE as usize).unwrap() == base);
+        assert!(bench.put(0, &[7; 512]) && bench.get(512, 512).unwrap() == base[512..1024]);
+        drop(bench);
+        assert!(Bench::open(&path, "backing").get(0, 512).unwrap() == [7; 512], "still said");
+    }
+    let text = refusal(&old_image(&folder, &[]), "backing");
+    assert!(text.contains("says no format for its backing file 'base'"), "{text}");
+    let text = refusal(&old_image(&folder, b"\xe2\x79\x2a\xca\0\0\0\x09raw\0\0\0\0\0"), "backing");
+    assert!(text.contains("do not end"), "{text}");
+}
+
+#[test]
+fn what_qemu_img_makes_of_version_2_is_an_overlay_and_its_advice_helps() {
+    let folder = tempdir().unwrap();
+    let base = pattern(SIZE as usize, 9);
+    fs::write(at(&folder, "base"), &base).unwrap();
+    let path = at(&folder, "top");
+    let make =
+        ["create", "-q", "-f", "qcow2", "-o", "compat=0.10", "-F", "raw", "-b", "base", &path];
+    if !qemu_img(&make) {
+        return;
+    }
+    assert!(Bench::open(&path, "backing").get(0, SIZE as usize).unwrap() == base);
+    // One that says no format, as all did before QEMU 6.1, and what is advised.
+    let path = old_image(&folder, &[]);
+    assert!(refusal(&path, "backing").contains("qemu-img rebase -u -f qcow2 -b NAME -F FORMAT"));
+    qemu_img(&["rebase", "-u", "-f", "qcow2", "-b", "base", "-F", "raw", &path]);
+    assert!(Bench::open(&path, "backing").get(0, SIZE as usize).unwrap() == base);
+}
+
+#[test]
+fn the_name_of_a_backing_file_means_what_qemu_takes_it_for() {
+    let folder = tempdir().unwrap();
+    let base = pattern(SIZE as usize, 9);
+    for name in ["base", "a:b"] {
+        fs::write(at(&folder, name), &base).unwrap();
+    }
+    let absolute = at(&folder, "base");
+    let file = format!("file:{absolute}");
+    let slashes = format!("file://{absolute}");
+    for (name, format) in [
+        ("base", "raw"),
+        ("base", "file"),
+        ("./a:b", "raw"),
+        (&absolute, "raw"),
+        (&file, "raw"),
+        (&slashes, "raw"),
+    ] {
+        image(&folder, "top", SIZE, 4096, Some((name, format)));
+        let mut bench = Bench::open(&at(&folder, "top"), "backing");
+        assert!(bench.get(0, SIZE as usize).unwrap() == base, "{name}");
+    }
+    let json = r#"json:{"driver":"raw","file":{"driver":"file","filename":"base"}}"#;
+    for (name, part) in [
+        (json, json),
+        ("nbd://host/disk", "'nbd://host/disk', which is no path"),
+        ("a:b", "./NAME"),
+        ("file:", "'file:', which is no path"),
+        // From where rvmm was started, not from the image's folder.
+        ("file:base", "Cannot open disk base"),
+        ("json:\u{1b}[31m", "'json:\\u{1b}[31m'"),
+    ] {
+        image(&folder, "top", SIZE, 4096, Some((name, "raw")));
+        let text = refusal(&at(&folder, "top"), "backing");
+        assert!(text.contains(part) && !text.contains('\u{1b}'), "{name}: {text}");
+    }
+}
+
+#[test]
+fn an_image_that_waits_for_its_repair_is_read_and_not_written() {
+    let folder = tempdir().unwrap();
+    let path = at(&folder, "disk");
+    image(&folder, "disk", SIZE, 4096, None);
+    let bytes = pattern(65536, 5);
+    assert!(Bench::open(&path, "").put(0, &bytes));
+    image(&folder, "top", SIZE, 4096, Some(("disk", "qcow2")));
+    for (mark, part) in [(1, "not closed properly"), (2, "marked as corrupt"), (3, "corrupt")] {
+        poke(&path, 79, &[mark]);
+        let before = fs::read(&path).unwrap();
+        let text = refusal(&path, "");
+        assert!(text.contains(part) && text.contains("or add ro=on"), "{text}");
+        for (path, options) in [(&path, "ro"), (&path, "ro,none"), (&at(&folder, "top"), "backing")]
+        {
+            if refusal(path, options).contains("O_DIRECT") {
+                eprintln!("SKIPPED: no O_DIRECT here");
+                continue;
+            }
+            assert!(Bench::open(path, options).get(0, bytes.len()).unwrap() == bytes, "{options}");
+        }
+        assert!(fs::read(&path).unwrap() == before, "the mark stays for who repairs it");
+    }
+    if qemu_img(&["check", "-q", "-f", "qcow2", "-r", "all", &path]) {
+        assert!(Bench::open(&path, "").put(0, &bytes));
+    }
+}
+
+#[test]
+fn bitmaps_that_are_lost_to_a_writer_are_said_and_stay_with_a_reader() {
+    let folder = tempdir().unwrap();
+    image(&folder, "disk", SIZE, 65536, None);
+    let path = at(&folder, "disk");
+    let lost = || {
+        let file = File::open(&path).unwrap();
+        let header = header::Header::read(&file, file.metadata().unwrap().len()).unwrap();
+        chain::lost_bitmaps(&header)
+    };
+    assert_eq!(lost(), None);
+    if !qemu_img(&["bitmap", "--add", "-f", "qcow2", &path, "monday"])
+        || !qemu_img(&["bitmap", "--add", "-f", "qcow2", &path, "tuesday"])
+    {
+        return;
+    }
+    assert!(Bench::open(&path, "ro").get(0, 512).is_some());
+    let text = lost().unwrap();
+    assert!(text.contains("loses its 2 bitmaps") && text.contains("a full one"), "{text}");
+    assert!(Bench::open(&path, "").put(0, &[1; 512]));
+    assert_eq!(lost(), None, "once is enough");
+    qemu_img(&["check", "-q", "-f", "qcow2", "-r", "all", &path]);
+    assert!(Bench::open(&path, "").get(0, 512).unwrap() == [1; 512]);
 }
 
 /// Numbers of the image's header.
