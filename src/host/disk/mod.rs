@@ -2,7 +2,8 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `open.rs` | from a path to files: judged and locked |
+//! | `open.rs` | from a path to files: judged and opened |
+//! | `lock.rs` | one writer or many readers, also among other programs |
 //! | `job.rs` | one request on its way through system calls |
 //! | `engine.rs` | who makes system calls while the I/O thread goes on |
 //! | `uring.rs`, `worker.rs` | the two who do: io_uring, and a thread |
@@ -26,6 +27,7 @@ use rvmm_devices::virtio::blk::{
 
 mod engine;
 mod job;
+mod lock;
 mod open;
 mod qcow2;
 mod uring;

@@ -1,5 +1,5 @@
 //! From a path to files that a disk can live in: opened, judged, locked.
-#![expect(unsafe_code, reason = "two system calls that no safe crate here has")]
+#![expect(unsafe_code, reason = "a system call that no safe crate here has")]
 
 use std::fs::{File, FileType, OpenOptions};
 use std::io;
@@ -12,6 +12,8 @@ use rustix::fs::{OFlags, SeekFrom, fcntl_getfl, fcntl_setfl, fstatfs, seek};
 use rustix::io::Errno;
 use rvmm_devices::HostError;
 use rvmm_devices::virtio::blk::{DiskCache, DiskPlan};
+
+use super::lock;
 
 /// Bytes of a sector.
 const SECTOR: u64 = 512;
@@ -72,7 +74,7 @@ impl Files {
         fcntl_getfl(&main)
             .and_then(|flags| fcntl_setfl(&main, flags - OFlags::NONBLOCK))
             .map_err(|error| not_open(path, error.into()))?;
-        lock(path, &main, plan.is_read_only)?;
+        lock::take(path, &main, plan.is_read_only)?;
         let is_block = kind.is_block_device();
         // The node of a block device may lie in a file system of memory, the device does not.
         let is_in_memory =
@@ -162,7 +164,7 @@ impl Files {
 impl Drop for Files {
     fn drop(&mut self) {
         // A call that has just ended may hold the file for a moment longer than we do, and with it the lock.
-        let _ = set_lock(&self.main, libc::F_UNLCK);
+        lock::give_back(&self.main);
     }
 }
 
@@ -209,46 +211,6 @@ fn no_direct(path: &str) -> HostError {
     HostError::mistake(format!(
         "Cannot use disk {path} with cache=none: its file system does not have O_DIRECT (use cache=writeback)"
     ))
-}
-
-/// Locks the whole file as long as it is open (an open file description lock, fcntl(2)).
-fn lock(path: &str, file: &File, is_read_only: bool) -> Result<(), HostError> {
-    let kind = if is_read_only { libc::F_RDLCK } else { libc::F_WRLCK };
-    let Err(error) = set_lock(file, kind) else { return Ok(()) };
-    if !matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::PermissionDenied) {
-        warn!("Disk {path} cannot be locked, see that nobody else uses it: {error}");
-        return Ok(());
-    }
-    let (open_for, hint) = if is_read_only || held(file) == Some(libc::F_WRLCK) {
-        ("writing", "stop that program")
-    } else {
-        ("reading", "stop that program, or add ro=on")
-    };
-    let what =
-        format!("Cannot use disk {path}: another program has it open for {open_for} ({hint})");
-    Err(HostError::refused(what, io::ErrorKind::ResourceBusy.into()))
-}
-
-fn whole(kind: libc::c_int) -> libc::flock {
-    // The constants fit: they are small, and the field's type differs between systems.
-    let l_type = libc::c_short::try_from(kind).unwrap_or_default();
-    let l_whence = libc::c_short::try_from(libc::SEEK_SET).unwrap_or_default();
-    libc::flock { l_type, l_whence, l_start: 0, l_len: 0, l_pid: 0 }
-}
-
-fn set_lock(file: &File, kind: libc::c_int) -> io::Result<()> {
-    let lock = whole(kind);
-    // SAFETY: fcntl reads a `flock` that outlives the call.
-    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-}
-
-/// The kind of lock that stands in the way of writing.
-fn held(file: &File) -> Option<libc::c_int> {
-    let mut lock = whole(libc::F_WRLCK);
-    // SAFETY: fcntl reads and writes a `flock` that outlives the call.
-    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) };
-    (result == 0).then_some(lock.l_type.into())
 }
 
 /// What O_DIRECT wants of this file; `None` where it is not possible.
