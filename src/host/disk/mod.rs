@@ -298,6 +298,10 @@ impl DiskBackend for Disk {
         self.size
     }
 
+    fn file_name(&self) -> &[u8] {
+        self.files.name()
+    }
+
     fn start(&mut self, mut request: DiskRequest<'_>) {
         let slot = request.slot;
         if self.is_unsafe {

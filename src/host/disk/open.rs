@@ -5,6 +5,7 @@ use std::fs::{File, FileType, OpenOptions};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 
 use log::warn;
@@ -28,6 +29,8 @@ const STRICT: Align = Align { memory: 4096, offset: 4096 };
 #[derive(Debug)]
 pub(super) struct Files {
     main: File,
+    /// Its path without links, dots and where rvmm was started.
+    name: Vec<u8>,
     is_block: bool,
     is_in_memory: bool,
     /// With O_DIRECT: what it wants, and the same file without.
@@ -79,7 +82,10 @@ impl Files {
         // The node of a block device may lie in a file system of memory, the device does not.
         let is_in_memory =
             !is_block && fstatfs(&main).is_ok_and(|stat| IN_MEMORY.contains(&stat.f_type));
-        let mut files = Self { main, is_block, is_in_memory, direct: None };
+        // One that is gone meanwhile has the name that was given.
+        let name = std::fs::canonicalize(path).unwrap_or_else(|_| path.into());
+        let name = name.into_os_string().into_vec();
+        let mut files = Self { main, name, is_block, is_in_memory, direct: None };
         if plan.cache == DiskCache::None {
             let align = alignment(&files.main).ok_or_else(|| no_direct(path))?;
             // The same file whatever became of the path.
@@ -123,6 +129,11 @@ impl Files {
     /// Whether reads and writes are copies and no more: nothing is worth handing to somebody else.
     pub(super) fn is_in_memory(&self) -> bool {
         self.is_in_memory
+    }
+
+    /// The path of the file, the same however the user spelt it.
+    pub(super) fn name(&self) -> &[u8] {
+        &self.name
     }
 
     /// The descriptor that everything goes through that can.

@@ -717,6 +717,39 @@ fn a_driver_reaches_the_file_through_the_device_and_its_event_loop() {
     }
 }
 
+/// What a driver is told that the disk at `path` is called.
+fn serial_number(path: &str) -> Vec<u8> {
+    let options = Options::parse(&format!("blk,ro=on,path={path}")).unwrap();
+    let host = Arc::new(crate::host::Linux::new(Arc::new(|| {})));
+    let model = Model::find("blk").unwrap();
+    let device = |wiring| model.create(&options, Wiring { host, ..wiring }).unwrap();
+    let mut rig = Rig::build(device);
+    rig.start(1 << 9);
+    let get_id = [8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let answer = rig.ask(0, &[Buffer::Read(&get_id), Buffer::Write(20), Buffer::Write(1)]);
+    answer.unwrap()
+}
+
+#[test]
+fn the_serial_number_is_the_files_however_its_path_is_spelt() {
+    let folder = TempDir::new().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    fs::create_dir(at("sub")).unwrap();
+    for name in ["disk", "other"] {
+        File::create(at(name)).unwrap().set_len(1024).unwrap();
+    }
+    std::os::unix::fs::symlink("disk", at("link")).unwrap();
+    // From where the test runs.
+    let ups = std::env::current_dir().unwrap().components().count();
+    let relative = format!("{}{}", "../".repeat(ups), at("disk"));
+    let expected = serial_number(&at("disk"));
+    assert!(expected.starts_with(b"rvmm-"), "{expected:?}");
+    for path in [at("./disk"), at("sub/../disk"), at("sub/..//disk"), at("link"), relative] {
+        assert_eq!(serial_number(&path), expected, "{path}");
+    }
+    assert_ne!(serial_number(&at("other")), expected);
+}
+
 #[test]
 fn a_disk_in_memory_copies_at_once_and_only_so_much() {
     let mut bench = Bench::all("").pop().unwrap();

@@ -95,6 +95,9 @@ pub trait DiskBackend: Send {
     /// Bytes: a multiple of 512, at least 512. May change after a [`poll`](Self::poll), when somebody resized the disk.
     fn size(&self) -> u64;
 
+    /// Names the file, the same however the user spelt its path; the guest gets a digest of it.
+    fn file_name(&self) -> &[u8];
+
     /// Takes an operation in. It may begin now, and begins with the next [`poll`](Self::poll) at the latest.
     fn start(&mut self, request: DiskRequest<'_>);
 

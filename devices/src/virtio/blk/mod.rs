@@ -26,7 +26,7 @@ pub use backend::{DiskBackend, DiskCache, DiskDone, DiskFormat, DiskOp, DiskPlan
 
 use config::Config;
 use request::{HEADER, ID_BYTES, Limits, Status, Verdict, judge, room};
-use wish::Wish;
+use wish::{Wish, derived_id};
 
 /// The catalog's entry.
 pub(crate) const MODEL: Model = Model {
@@ -35,7 +35,7 @@ pub(crate) const MODEL: Model = Model {
     keys: &[
         key("path", "FILE", "the file or block device; has to be given"),
         key("ro", "on|off", "the guest cannot write (default: off)"),
-        key("serial", "TEXT", "identity of up to 20 bytes (default: derived from the path)"),
+        key("serial", "TEXT", "identity of up to 20 bytes (default: derived from the file)"),
         key(
             "cache",
             "MODE",
@@ -150,7 +150,7 @@ impl Blk {
             queue_sizes: vec![QUEUE_SIZE; wish.queues.into()].into(),
             features: feature::ALWAYS | access | queues,
             is_read_only,
-            id: wish.id,
+            id: wish.serial.unwrap_or_else(|| derived_id(disk.file_name())),
             disk,
             limiter,
             again,

@@ -44,6 +44,7 @@ struct Started {
 /// The device's end of it.
 struct End {
     disk: MemoryDisk,
+    name: Vec<u8>,
     memory: Arc<dyn DmaMemory>,
     event: RawFd,
 }
@@ -143,7 +144,8 @@ impl MemoryDisk {
     pub fn open(&self, plan: &DiskPlan, memory: Arc<dyn DmaMemory>) -> Box<dyn DiskBackend> {
         let mut state = self.state();
         state.plan = Some(plan.clone());
-        Box::new(End { disk: self.clone(), memory, event: state.event.as_raw_fd() })
+        let name = plan.path.clone().into_bytes();
+        Box::new(End { disk: self.clone(), name, memory, event: state.event.as_raw_fd() })
     }
 
     fn announce(&self) {
@@ -196,6 +198,10 @@ impl State {
 impl DiskBackend for End {
     fn size(&self) -> u64 {
         self.disk.state().bytes.len() as u64
+    }
+
+    fn file_name(&self) -> &[u8] {
+        &self.name
     }
 
     fn start(&mut self, request: DiskRequest<'_>) {

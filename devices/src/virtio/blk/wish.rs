@@ -13,7 +13,8 @@ const MAX_QUEUES: u16 = 8;
 /// What the options ask for.
 pub(super) struct Wish {
     pub(super) plan: DiskPlan,
-    pub(super) id: [u8; ID_BYTES],
+    /// What the guest is told that the disk is called, where the user says so.
+    pub(super) serial: Option<[u8; ID_BYTES]>,
     pub(super) queues: u16,
     pub(super) bps: Option<Limit>,
     pub(super) iops: Option<Limit>,
@@ -48,13 +49,10 @@ impl Wish {
             Some("unsafe") => DiskCache::Unsafe,
             Some(_) => return Err(options.bad("cache", "writeback, none or unsafe")),
         };
-        let derived = derived_id(path);
-        let serial = options.get("serial").unwrap_or(&derived);
-        let mut id = [0; ID_BYTES];
-        if serial.is_empty() || serial.len() > ID_BYTES {
+        let serial = options.get("serial");
+        if serial.is_some_and(|serial| serial.is_empty() || serial.len() > ID_BYTES) {
             return Err(options.bad("serial", "a text of 1 to 20 bytes"));
         }
-        id.iter_mut().zip(serial.bytes()).for_each(|(to, from)| *to = from);
         const QUEUES: &str = "a number of queues from 1 to 8";
         let queues = options.parsed("queues", QUEUES)?.unwrap_or(1);
         if !(1..=MAX_QUEUES).contains(&queues) {
@@ -66,7 +64,7 @@ impl Wish {
         };
         Ok(Self {
             plan: DiskPlan { path: path.into(), is_read_only, cache, format },
-            id,
+            serial: serial.map(padded),
             queues,
             bps: limit("bps", "a number of bytes from 1")?,
             iops: limit("iops", "a number of requests from 1")?,
@@ -74,9 +72,26 @@ impl Wish {
     }
 }
 
-/// An identity that the same path always gets: FNV-1a of it.
-fn derived_id(path: &str) -> String {
-    let fold = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
-    let hash = path.bytes().fold(0xcbf2_9ce4_8422_2325, fold);
-    format!("rvmm-{:015x}", hash >> 4)
+fn padded(text: &str) -> [u8; ID_BYTES] {
+    let mut id = [0; ID_BYTES];
+    id.iter_mut().zip(text.bytes()).for_each(|(to, from)| *to = from);
+    id
+}
+
+/// A serial number that the same name of a file always gets: FNV-1a of it.
+pub(super) fn derived_id(name: &[u8]) -> [u8; ID_BYTES] {
+    let fold = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3);
+    let hash = name.iter().fold(0xcbf2_9ce4_8422_2325, fold);
+    padded(&format!("rvmm-{:015x}", hash >> 4))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_keeps_its_serial_number_from_one_version_to_the_next() {
+        assert_eq!(&derived_id(b"/srv/disks/root.img"), b"rvmm-8bfe801272a9d27");
+        assert_ne!(derived_id(b"/srv/disks/root.img"), derived_id(b"/srv/disks/root2.img"));
+    }
 }
