@@ -272,6 +272,22 @@ fn a_range_larger_than_one_request_may_name_is_refused_on_a_disk_that_has_it() {
 }
 
 #[test]
+fn a_host_that_takes_nothing_for_now_is_asked_again_though_nobody_kicks() {
+    let (mut rig, disk) = rig("");
+    disk.refuse(3);
+    let head = rig.add(0, &[Read(&header(IN, 1)), Write(512), Write(1)]);
+    rig.kick(0);
+    let mut turns = 0;
+    while rig.take_used(0) != Some((head, 513)) {
+        turns += 1;
+        assert_ne!(turn(rig.device.as_mut(), 60_000).unwrap(), 0, "nobody looks again");
+        assert!(turns < 100, "nobody may spin");
+    }
+    // At rest there is nothing to be done.
+    assert_eq!(turn(rig.device.as_mut(), 5).unwrap(), 0);
+}
+
+#[test]
 fn the_identity_is_20_bytes_at_most_and_the_users_where_given() {
     let (mut one, _) = rig(",serial=twenty-bytes-exactly");
     let head = header(GET_ID, 0);

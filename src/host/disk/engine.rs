@@ -64,6 +64,9 @@ pub(super) trait Engine: Send {
     /// Sets going what was pushed.
     fn submit(&mut self);
 
+    /// Whether calls that were submitted wait for somebody to submit again, a little later, and nothing announces when.
+    fn is_behind(&self) -> bool;
+
     /// Takes a call back that has not begun. False where it may have: its outcome comes, as soon as that can be had.
     fn withdraw(&mut self, id: u32) -> bool;
 

@@ -356,6 +356,10 @@ impl DiskBackend for Disk {
         done.append(&mut self.done);
     }
 
+    fn is_behind(&self) -> bool {
+        self.engine.is_behind()
+    }
+
     fn drain(&mut self, slots: &[u32]) {
         self.give_up(slots, None);
         // Others may have gone a step further.

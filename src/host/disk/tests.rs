@@ -59,7 +59,7 @@ pub(super) struct Bench {
 }
 
 impl Bench {
-    fn new(options: &str, engine: Box<dyn Engine>) -> Result<Self, HostError> {
+    pub(super) fn new(options: &str, engine: Box<dyn Engine>) -> Result<Self, HostError> {
         let mut file = NamedTempFile::new().unwrap();
         file.write_all(&pattern(DISK_SIZE as usize, 0)).unwrap();
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(RAM), RAM_SIZE)]).unwrap();
@@ -460,6 +460,10 @@ impl Engine for Script {
     }
 
     fn submit(&mut self) {}
+
+    fn is_behind(&self) -> bool {
+        false
+    }
 
     fn withdraw(&mut self, id: u32) -> bool {
         if self.3.load(SeqCst) {

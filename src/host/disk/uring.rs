@@ -4,6 +4,7 @@
 //! whichever thread holds the device's lock: the I/O thread, and a hart that resets the device.
 #![expect(unsafe_code, reason = "the kernel works on guest RAM by address")]
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::thread;
@@ -28,15 +29,27 @@ const CANCEL: u64 = u64::MAX;
 /// is done by the kernel's workers, however large the guest makes its requests.
 const INLINE: u64 = 4 << 20;
 
+/// How often the kernel may take a part at a time, or say that it was interrupted.
+const MOST_TRIES: u32 = 100;
+
+/// How long a thread that waits for outcomes lets a kernel be that does not take calls.
+const PAUSE: Duration = Duration::from_micros(100);
+
 /// An instance of io_uring.
 pub(super) struct Uring {
     ring: IoUring,
+    /// Hands over what is in the ring, and waits for so many outcomes: io_uring_enter(2).
+    enter: Enter,
+    /// Calls for which the ring has no room, the oldest first; no more than are on the way.
+    backlog: VecDeque<squeue::Entry>,
+    /// The kernel did not take everything when it was last entered.
+    is_behind: bool,
     /// Bytes of the calls since the last submit.
     inline: u64,
-    /// Calls that the kernel did not take.
-    refused: Vec<u32>,
     has_warned: bool,
 }
+
+type Enter = Box<dyn FnMut(&IoUring, usize) -> io::Result<usize> + Send>;
 
 impl Uring {
     /// A ring, where the kernel has one and allows it.
@@ -57,7 +70,9 @@ impl Uring {
         if !needed.iter().all(|code| probe.is_supported(*code)) {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        Ok(Self { ring, inline: 0, refused: Vec::new(), has_warned: false })
+        let enter = Box::new(|ring: &IoUring, wanted| ring.submit_and_wait(wanted));
+        let backlog = VecDeque::new();
+        Ok(Self { ring, enter, backlog, is_behind: false, inline: 0, has_warned: false })
     }
 
     fn entry(&mut self, id: u32, call: Call) -> squeue::Entry {
@@ -81,25 +96,38 @@ impl Uring {
         entry.user_data(id.into()).flags(flags)
     }
 
-    /// Enters the kernel until it has taken everything and, where `wanted`, an outcome is there. Short of memory, it may
-    /// refuse for a while.
+    /// Moves what waits for room into the queue of submissions, as far as there is some.
+    fn refill(&mut self) {
+        let mut queue = self.ring.submission();
+        while let Some(entry) = self.backlog.front() {
+            // SAFETY: who pushed it answers for the file, the buffers and their list until the outcome was reaped.
+            if unsafe { queue.push(entry) }.is_err() {
+                return;
+            }
+            self.backlog.pop_front();
+        }
+    }
+
+    /// Hands the kernel what it takes, and returns when `wanted` outcomes are there. What it does not take now, being short of
+    /// memory or of room for outcomes, is tried again by who looks at `is_behind`: the thread is that of all devices.
     fn enter(&mut self, wanted: usize) {
-        for _ in 0..100 {
-            match self.ring.submit_and_wait(wanted) {
-                Ok(_) if self.ring.submission().is_empty() => return,
+        // Every time it may take a part, or be interrupted.
+        for _ in 0..MOST_TRIES {
+            self.refill();
+            match (self.enter)(&self.ring, wanted) {
+                Ok(0) if !self.ring.submission().is_empty() => break,
+                Ok(_) if self.ring.submission().is_empty() && self.backlog.is_empty() => break,
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
                     if !std::mem::replace(&mut self.has_warned, true) {
                         warn!("The kernel does not take requests to disks for now: {error}");
                     }
-                    if !self.ring.completion().is_empty() {
-                        return;
-                    }
-                    thread::sleep(Duration::from_micros(100));
+                    break;
                 }
             }
         }
+        self.is_behind = !self.ring.submission().is_empty() || !self.backlog.is_empty();
     }
 }
 
@@ -110,24 +138,30 @@ impl Engine for Uring {
 
     unsafe fn push(&mut self, id: u32, call: Call) {
         let entry = self.entry(id, call);
-        for _ in 0..2 {
-            // SAFETY: the caller answers for the file, the buffers and their list until the outcome was reaped.
-            if unsafe { self.ring.submission().push(&entry) }.is_ok() {
-                return;
-            }
+        self.backlog.push_back(entry);
+        self.refill();
+        if !self.backlog.is_empty() {
             self.enter(0);
         }
-        self.refused.push(id);
     }
 
     fn submit(&mut self) {
         self.inline = 0;
-        if !self.ring.submission().is_empty() {
+        if !self.ring.submission().is_empty() || !self.backlog.is_empty() {
             self.enter(0);
         }
     }
 
+    fn is_behind(&self) -> bool {
+        self.is_behind
+    }
+
     fn withdraw(&mut self, id: u32) -> bool {
+        let waiting = self.backlog.len();
+        self.backlog.retain(|entry| entry.get_user_data() != u64::from(id));
+        if self.backlog.len() < waiting {
+            return true;
+        }
         // What waits for one of the kernel's workers ends at once; for the rest there is no harm in asking.
         let cancel = opcode::AsyncCancel::new(id.into()).build().user_data(CANCEL);
         // SAFETY: it has no buffers.
@@ -136,8 +170,6 @@ impl Engine for Uring {
     }
 
     fn reap(&mut self, outcomes: &mut Vec<Outcome>) {
-        let refused = |id| (id, Err(io::ErrorKind::OutOfMemory.into()));
-        outcomes.extend(self.refused.drain(..).map(refused));
         let calls = self.ring.completion().filter(|entry| entry.user_data() != CANCEL);
         outcomes.extend(calls.map(|entry| {
             let result = entry.result();
@@ -149,16 +181,103 @@ impl Engine for Uring {
 
     fn wait(&mut self, most: Option<Duration>) {
         self.inline = 0;
-        let Some(most) = most else { return self.enter(usize::from(self.refused.is_empty())) };
-        self.enter(0);
-        if self.refused.is_empty() {
+        self.enter(usize::from(most.is_none()));
+        if !self.ring.completion().is_empty() {
+            return;
+        }
+        if self.is_behind {
+            // Who waits looks, and waits again.
+            thread::sleep(most.map_or(PAUSE, |most| most.min(PAUSE)));
+        } else if let Some(most) = most {
             let most = Timespec::from(most);
-            // In time, too late, or interrupted: who waits looks, and waits again.
+            // In time, too late, or interrupted: as above.
             let _ = self.ring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&most));
         }
     }
 
     fn fd(&self) -> RawFd {
         self.ring.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+    use rvmm_devices::virtio::blk::{DiskBackend, DiskOp};
+
+    use super::super::tests::{Bench, RAM, pattern, segment};
+    use super::*;
+
+    /// A disk whose kernel refuses so many times, and how often it was asked. None, aloud, where there is no io_uring.
+    fn refusing(times: usize) -> Option<(Bench, Arc<AtomicUsize>)> {
+        let mut ring = match Uring::new() {
+            Ok(ring) => ring,
+            Err(error) => {
+                eprintln!("SKIPPED: no io_uring on this machine: {error}");
+                return None;
+            }
+        };
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&asked);
+        ring.enter = Box::new(move |ring, wanted| {
+            if count.fetch_add(1, SeqCst) < times {
+                return Err(io::Error::from_raw_os_error(libc::EAGAIN));
+            }
+            ring.submit_and_wait(wanted)
+        });
+        Some((Bench::new("", Box::new(ring)).unwrap(), asked))
+    }
+
+    /// Polls as a device does: again where the disk is behind, else when it announces something.
+    fn ended(bench: &mut Bench, count: usize) -> usize {
+        let (mut done, mut polls) = (Vec::new(), 0);
+        loop {
+            bench.disk.poll(&mut done);
+            polls += 1;
+            if !bench.disk.is_behind() {
+                let missing = count - done.len();
+                done.extend((missing > 0).then(|| bench.ended(missing)).into_iter().flatten());
+                assert!(done.len() == count && done.iter().all(|done| done.is_ok), "{done:?}");
+                return polls;
+            }
+        }
+    }
+
+    #[test]
+    fn a_lone_request_that_the_kernel_refuses_for_long_is_done_when_it_no_longer_does() {
+        let Some((mut bench, asked)) = refusing(250) else { return };
+        bench.start(0, DiskOp::Read, 512, &[segment(RAM, 512)]);
+        bench.disk.poll(&mut Vec::new());
+        assert!(asked.load(SeqCst) < 5, "the thread is that of all devices");
+        assert!(ended(&mut bench, 1) > 100);
+        assert_eq!(bench.ram(RAM, 512), pattern(1024, 0)[512..]);
+        assert!(!bench.disk.is_behind());
+    }
+
+    #[test]
+    fn more_requests_than_the_ring_has_room_for_wait_for_a_kernel_that_refuses() {
+        let Some((mut bench, _)) = refusing(1000) else { return };
+        let count = BATCH + 100;
+        for slot in 0..count {
+            bench.start(slot, DiskOp::Read, 0, &[segment(RAM + u64::from(slot) * 512, 512)]);
+        }
+        ended(&mut bench, count as usize);
+        let last = RAM + u64::from(count - 1) * 512;
+        assert_eq!(bench.ram(last, 512), pattern(512, 0));
+    }
+
+    #[test]
+    fn what_is_given_up_while_the_kernel_refuses_touches_nothing_later() {
+        let Some((mut bench, _)) = refusing(800) else { return };
+        let slots: Vec<u32> = (0..BATCH + 100).collect();
+        for slot in &slots {
+            bench.start(*slot, DiskOp::Read, 0, &[segment(RAM, 512)]);
+        }
+        bench.disk.drain(&slots);
+        bench.fill(RAM, &[0xaa; 512]);
+        assert!(bench.run(DiskOp::Read, 512, &[segment(RAM + 4096, 512)]));
+        assert_eq!(bench.ram(RAM, 512), [0xaa; 512]);
     }
 }

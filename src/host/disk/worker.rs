@@ -147,6 +147,10 @@ impl Engine for Worker {
         }
     }
 
+    fn is_behind(&self) -> bool {
+        false
+    }
+
     fn withdraw(&mut self, id: u32) -> bool {
         let before = self.pushed.len();
         self.pushed.retain(|(pushed, _)| *pushed != id);

@@ -104,6 +104,9 @@ pub trait DiskBackend: Send {
     /// Sets everything going that was started, and adds to `done` what has ended.
     fn poll(&mut self, done: &mut Vec<DiskDone>);
 
+    /// Whether the host did not take all that was started, which nothing announces: to be polled again a little later.
+    fn is_behind(&self) -> bool;
+
     /// Gives the operations of these slots up: waits until none of them touches guest RAM any more, and never reports them.
     /// The others go on.
     fn drain(&mut self, slots: &[u32]);

@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::timerfd::TimerFd;
 
 use super::bucket::Limiter;
 use super::{Chain, Segment, VirtioDevice, VirtioError, VirtioMmio, Work, pieces};
@@ -18,6 +18,7 @@ use crate::options::Options;
 
 mod backend;
 mod config;
+mod feature;
 mod request;
 pub mod testing;
 mod wish;
@@ -53,20 +54,6 @@ pub(crate) const MODEL: Model = Model {
     build,
 };
 
-/// Feature bits of section 5.2.3.
-mod feature {
-    pub(super) const SEG_MAX: u64 = 1 << 2;
-    pub(super) const RO: u64 = 1 << 5;
-    pub(super) const BLK_SIZE: u64 = 1 << 6;
-    pub(super) const FLUSH: u64 = 1 << 9;
-    pub(super) const CONFIG_WCE: u64 = 1 << 11;
-    pub(super) const MQ: u64 = 1 << 12;
-    pub(super) const DISCARD: u64 = 1 << 13;
-    pub(super) const WRITE_ZEROES: u64 = 1 << 14;
-    pub(super) const ALWAYS: u64 = SEG_MAX | BLK_SIZE | FLUSH;
-    pub(super) const WRITABLE: u64 = CONFIG_WCE | DISCARD | WRITE_ZEROES;
-}
-
 /// Entries of each queue: a mebibyte of scattered pages is one request.
 const QUEUE_SIZE: u16 = 512;
 /// Buffers of data in a request: header and status take two descriptors.
@@ -76,6 +63,11 @@ const MAX_IN_FLIGHT: u32 = 256;
 
 /// How long a reset waits for the disk, with the device's lock held. What takes longer is waited for by the driver.
 const PATIENCE: Duration = Duration::from_secs(1);
+
+/// After how long a host's end that did not take everything is polled again.
+const LATER: Duration = Duration::from_millis(1);
+/// What a timer takes for now.
+const NOW: Duration = Duration::from_nanos(1);
 
 const TOKEN_LIMIT: u32 = 0;
 const TOKEN_DISK: u32 = 1;
@@ -96,8 +88,8 @@ struct Blk {
     // The host's side.
     disk: Box<dyn DiskBackend>,
     limiter: Limiter,
-    /// Makes the I/O thread look again, after a queue was reset by a hart.
-    again: EventFd,
+    /// Makes the I/O thread look again: after a queue was reset by a hart, and where the host's end is behind.
+    again: TimerFd,
     /// What is with the host's end, by slot: never by the driver's head, which the driver chooses.
     in_flight: Box<[Option<InFlight>]>,
     free: Vec<u32>,
@@ -136,12 +128,12 @@ fn build(options: &Options, wiring: Wiring) -> Built {
         .map_err(|source| BuildError::End { model: MODEL.name, source })?;
     let host = |what| move |source| BuildError::Host { model: MODEL.name, what, source };
     let limiter = Limiter::new(wish.bps, wish.iops).map_err(host("timer"))?;
-    let again = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(host("event descriptor"))?;
+    let again = TimerFd::new().map_err(|error| host("timer")(error.into()))?;
     VirtioMmio::create(Box::new(Blk::new(&wish, disk, limiter, again)), wiring)
 }
 
 impl Blk {
-    fn new(wish: &Wish, disk: Box<dyn DiskBackend>, limiter: Limiter, again: EventFd) -> Self {
+    fn new(wish: &Wish, disk: Box<dyn DiskBackend>, limiter: Limiter, again: TimerFd) -> Self {
         let is_read_only = wish.plan.is_read_only;
         let access = if is_read_only { feature::RO } else { feature::WRITABLE };
         let queues = if wish.queues > 1 { feature::MQ } else { 0 };
@@ -250,11 +242,19 @@ impl Blk {
             answer(chain, status, filled, work);
         }
         self.done = done;
+        if self.disk.is_behind() {
+            self.look_again(LATER);
+        }
         let size = self.disk.size();
         if size != self.state.config.capacity() {
             self.state.config.set_capacity(size);
             work.config_changed();
         }
+    }
+
+    fn look_again(&mut self, after: Duration) {
+        // The kernel refuses no time that is one.
+        let _ = self.again.reset(after, None);
     }
 
     fn release(&mut self, slot: u32) -> Option<InFlight> {
@@ -346,8 +346,8 @@ impl VirtioDevice for Blk {
 
     fn reset_queue(&mut self, queue: u16) {
         self.give_up(|chain| chain.queue() == queue);
-        // Others may have ended meanwhile. Refused means that it is awake.
-        let _ = self.again.write(1);
+        // Others may have ended meanwhile.
+        self.look_again(NOW);
     }
 
     fn is_settled(&self) -> bool {
@@ -356,6 +356,9 @@ impl VirtioDevice for Blk {
 
     fn reset(&mut self) {
         self.give_up(|_| true);
+        if self.disk.is_behind() {
+            self.look_again(LATER);
+        }
         self.is_starved = false;
         self.state.config.set_writeback(true);
         self.state.has_flush = false;
@@ -376,8 +379,8 @@ impl VirtioDevice for Blk {
                 self.limiter.expired();
                 self.serve_all(work)?;
             }
-            // Empty where the event was stale.
-            TOKEN_AGAIN => drop(self.again.read()),
+            // Quiet until it is set again.
+            TOKEN_AGAIN => drop(self.again.clear()),
             _ => {}
         }
         self.turn(work)
@@ -400,7 +403,7 @@ mod tests {
             let wish = Wish::read(&Options::parse("blk,path=disk,queues=2").unwrap()).unwrap();
             let end = host.open(&wish.plan, Arc::clone(&wiring.memory));
             let limiter = Limiter::new(None, None).unwrap();
-            let mut blk = Blk::new(&wish, end, limiter, EventFd::new(EFD_NONBLOCK).unwrap());
+            let mut blk = Blk::new(&wish, end, limiter, TimerFd::new().unwrap());
             blk.free.truncate(2);
             VirtioMmio::create(Box::new(blk), wiring).unwrap()
         });

@@ -21,6 +21,9 @@ struct State {
     is_held: bool,
     /// Operations that have been started are not taken back.
     is_stuck: bool,
+    /// Polls at which nothing is taken.
+    refusals: u32,
+    is_behind: bool,
     /// Bytes of each operation that are moved before it fails.
     fails_after: Option<usize>,
     started: Vec<Started>,
@@ -59,6 +62,8 @@ impl MemoryDisk {
             bytes: vec![0; sectors * 512],
             is_held: false,
             is_stuck: false,
+            refusals: 0,
+            is_behind: false,
             fails_after: None,
             started: Vec::new(),
             released: Vec::new(),
@@ -104,6 +109,11 @@ impl MemoryDisk {
     pub fn get_stuck(&self) {
         let mut state = self.state();
         (state.is_held, state.is_stuck) = (true, true);
+    }
+
+    /// Takes nothing at the next so many polls, and does not tell when it would.
+    pub fn refuse(&self, polls: u32) {
+        self.state().refusals = polls;
     }
 
     /// Lets all operations go, and holds no others.
@@ -213,6 +223,11 @@ impl DiskBackend for End {
         let mut state = self.disk.state();
         // Empty where nothing was announced.
         let _ = state.event.read();
+        state.is_behind = state.refusals > 0 && !state.started.is_empty();
+        if state.is_behind {
+            state.refusals -= 1;
+            return;
+        }
         let mut ready = std::mem::take(&mut state.released);
         if !state.is_held {
             ready.append(&mut state.started);
@@ -221,6 +236,10 @@ impl DiskBackend for End {
             let is_ok = state.perform(&started, self.memory.as_ref());
             done.push(DiskDone { slot: started.slot, is_ok });
         }
+    }
+
+    fn is_behind(&self) -> bool {
+        self.disk.state().is_behind
     }
 
     fn drain(&mut self, slots: &[u32]) {
