@@ -55,7 +55,9 @@ pub type RegisterName = fn(offset: u64, is_write: bool) -> Option<&'static str>;
 /// the device is built, and again after every [`ready`](Self::ready), and applies the difference.
 /// So a device whose interest changes on a vCPU thread (its FIFO is full: stop reading; output is
 /// stuck: wait for room) owns an eventfd, lists it in its sources, and writes it; the `ready` that
-/// follows makes the loop look again. `ready` may be called without cause (a stale event in
+/// follows makes the loop look again. So does one that closes a listed descriptor there, in a reset; until then the loop
+/// may see the number in use by another device, and knows whose it is by the lists. A descriptor that comes in place of a closed one of its
+/// number has another token, unless the loop has looked between the two. `ready` may be called without cause (a stale event in
 /// the same epoll batch, an error or hang-up condition): it must check, not assume. A source that
 /// reports only `EPOLLHUP`/`EPOLLERR` counts as ready.
 ///

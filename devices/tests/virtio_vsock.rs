@@ -11,6 +11,7 @@ use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use rvmm_devices::testing::{turn, wiring};
@@ -107,8 +108,13 @@ struct Guest {
 
 impl Guest {
     fn without_buffers() -> Self {
+        Self::with("")
+    }
+
+    /// A guest without receive buffers, whose device has these further options.
+    fn with(further: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let text = format!("vsock,path={}", folder.path().join("s").display());
+        let text = format!("vsock,path={}{further}", folder.path().join("s").display());
         let options = Options::parse(&text).unwrap();
         let mut rig =
             Rig::build(|wiring| Model::find("vsock").unwrap().create(&options, wiring).unwrap());
@@ -567,7 +573,8 @@ fn a_guest_has_1023_streams_at_most() {
 
 #[test]
 fn a_call_that_the_guest_never_answers_ends_after_a_while() {
-    let mut guest = Guest::new();
+    let mut guest = Guest::with(",timeout=1");
+    guest.supply(16);
     let mut program = guest.call(b"CONNECT 80\n");
     let mut silent = guest.call(b"CONN");
     let request = guest.receive().unwrap();
@@ -582,6 +589,22 @@ fn a_call_that_the_guest_never_answers_ends_after_a_while() {
     guest.send_op(RESPONSE, (80, request.src.1));
     guest.rig.run();
     assert_eq!(guest.op(), Some(RST), "too late");
+}
+
+#[test]
+fn a_guest_that_is_starting_has_longer_than_a_few_seconds() {
+    let mut guest = Guest::new();
+    let program = guest.call(b"CONNECT 80\n");
+    let silent = guest.call(b"CON");
+    let start = Instant::now();
+    let early = Duration::from_secs(3);
+    while let Some(left) = early.checked_sub(start.elapsed()) {
+        turn(guest.rig.device.as_mut(), left.as_millis() as i32).unwrap();
+    }
+    // On a machine that was busy for longer than the device waits nothing is seen.
+    if start.elapsed() < Duration::from_secs(25) {
+        assert!(!is_closed(&program) && !is_closed(&silent));
+    }
 }
 
 fn is_closed(stream: &UnixStream) -> bool {
@@ -761,6 +784,17 @@ fn a_reset_ends_all_streams_and_the_device_works_again() {
     let mut program = guest.connect(&listener, 52);
     guest.write((1000, 52), b"new life");
     assert_eq!(heard(&mut program, 8), b"new life");
+}
+
+#[test]
+fn a_reset_by_a_hart_has_the_loop_look_at_what_is_left() {
+    let mut guest = Guest::new();
+    let listener = guest.listen(52);
+    let _program = guest.connect(&listener, 52);
+    assert_eq!(turn(guest.rig.device.as_mut(), 0).unwrap(), 0, "the loop sleeps");
+    guest.rig.write(0x70, 0);
+    assert!(turn(guest.rig.device.as_mut(), 10_000).unwrap() > 0, "the loop sleeps on");
+    assert_eq!(turn(guest.rig.device.as_mut(), 0).unwrap(), 0);
 }
 
 #[test]

@@ -244,7 +244,7 @@ pub(super) struct RunArgs {
     ///
     /// rvmm listens on the Unix socket PATH: who connects and writes CONNECT N gets the guest's port N. With backend=kernel both
     /// sides use AF_VSOCK, the guest as CID N. Short for --device vsock,path=PATH and --device vsock,backend=kernel.
-    #[arg(long, value_name = "PATH[,cid=N]|backend=kernel[,cid=N]", help_heading = "Devices", value_parser = value::vsock)]
+    #[arg(long, value_name = "PATH[,cid=N][,timeout=S]|backend=kernel[,cid=N]", help_heading = "Devices", value_parser = value::vsock)]
     pub(super) vsock: Option<String>,
 
     /// Give the guest a power button, which SIGTERM presses; short for --device input

@@ -7,7 +7,6 @@ use std::time::Instant;
 
 use rustix::net::{RecvFlags, recv};
 
-use super::connection::PATIENCE;
 use crate::device::{Interest, Source};
 
 /// Bytes of the line at most, with its newline: four times what the longest port needs.
@@ -33,8 +32,8 @@ pub(super) enum Heard {
 }
 
 impl Caller {
-    pub(super) fn new(stream: UnixStream, now: Instant) -> Self {
-        Self { stream, deadline: now + PATIENCE, line: Vec::new() }
+    pub(super) fn new(stream: UnixStream, deadline: Instant) -> Self {
+        Self { stream, deadline, line: Vec::new() }
     }
 
     pub(super) fn source(&self, token: u32) -> Source {

@@ -21,8 +21,8 @@ use crate::device::{Interest, Source};
 /// Bytes of a stream that rvmm holds for a socket that does not take them (`buf_alloc`).
 pub(super) const BUFFER: u32 = 64 << 10;
 
-/// How long the guest may take to answer a request, and a socket to take the rest of a stream that is over.
-pub(super) const PATIENCE: Duration = Duration::from_secs(2);
+/// How long until somebody looks again whether a reader is still there, which epoll does not tell.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
 /// Whether the stream goes on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,6 +74,8 @@ pub(super) struct Connection {
     pub(super) is_listed: bool,
     /// When something has to be done about it, if nothing happens before.
     pub(super) deadline: Option<Instant>,
+    /// How long the guest may take to answer a request, and a socket to take the rest of a stream that is over.
+    patience: Duration,
 
     stage: Stage,
     owed: Owed,
@@ -97,8 +99,8 @@ pub(super) struct Connection {
 
 impl Connection {
     /// A stream that the guest has asked for by `request`, and gets.
-    pub(super) fn accepted(stream: UnixStream, request: &Header) -> Self {
-        let mut new = Self::new(stream, request.dst_port, request.src_port);
+    pub(super) fn accepted(stream: UnixStream, request: &Header, patience: Duration) -> Self {
+        let mut new = Self::new(stream, request.dst_port, request.src_port, patience);
         new.stage = Stage::Open;
         new.owed.response = true;
         new.credit.buffer = request.buf_alloc;
@@ -111,19 +113,21 @@ impl Connection {
         host_port: u32,
         guest_port: u32,
         now: Instant,
+        patience: Duration,
     ) -> Self {
-        let mut new = Self::new(stream, host_port, guest_port);
-        new.deadline = Some(now + PATIENCE);
+        let mut new = Self::new(stream, host_port, guest_port, patience);
+        new.deadline = Some(now + patience);
         new
     }
 
-    fn new(stream: UnixStream, host_port: u32, guest_port: u32) -> Self {
+    fn new(stream: UnixStream, host_port: u32, guest_port: u32, patience: Duration) -> Self {
         Self {
             stream,
             host_port,
             guest_port,
             is_listed: false,
             deadline: None,
+            patience,
             stage: Stage::Asking,
             owed: Owed::default(),
             is_readable: false,
@@ -230,7 +234,7 @@ impl Connection {
             self.is_readable = false;
         }
         if self.guest_shutdown == shutdown::BOTH {
-            self.deadline = Some(now + PATIENCE);
+            self.deadline = Some(now + self.patience);
         }
         self.finish(now)
     }
@@ -268,7 +272,7 @@ impl Connection {
             // Both ends have said all they had to say.
             self.owed.shutdown |= shutdown::BOTH & !self.host_shutdown;
             self.host_shutdown = shutdown::BOTH;
-            self.deadline = Some(now + PATIENCE);
+            self.deadline = Some(now + self.patience);
         }
         Fate::GoesOn
     }
@@ -342,8 +346,8 @@ impl Connection {
         let flags = if is_over { shutdown::BOTH } else { shutdown::SEND };
         self.owed.shutdown |= flags & !self.host_shutdown;
         self.host_shutdown |= flags;
-        // The guest's RST is waited for; or somebody has to look whether the reader is still there, which epoll does not tell.
-        self.deadline = Some(now + PATIENCE);
+        // The guest's RST is waited for, or somebody has to look whether the reader is still there.
+        self.deadline = Some(now + LOOK_AGAIN);
     }
 
     /// The deadline is over.
@@ -356,7 +360,7 @@ impl Connection {
         if is_hung_up(&self.stream) {
             self.end_of_input(now);
         }
-        self.deadline = Some(now + PATIENCE);
+        self.deadline = Some(now + LOOK_AGAIN);
         Fate::GoesOn
     }
 
@@ -394,7 +398,7 @@ mod tests {
     fn far_on() -> (Connection, UnixStream) {
         let (program, stream) = UnixStream::pair().unwrap();
         let request = Header { op: op::REQUEST, buf_alloc: 1000, ..Header::default() };
-        let mut connection = Connection::accepted(stream, &request);
+        let mut connection = Connection::accepted(stream, &request, Duration::from_secs(30));
         let start = u32::MAX - 99;
         (connection.credit.sent, connection.credit.taken) = (start, start);
         (connection.received, connection.forwarded, connection.told) = (start, start, start);
@@ -436,12 +440,12 @@ mod tests {
         assert_eq!(connection.ready(now), Fate::GoesOn);
         let packet = connection.next_packet(&mut [0; 64], now).unwrap();
         assert_eq!((packet.op, packet.flags), (op::SHUTDOWN, shutdown::SEND));
-        assert_eq!(connection.expired(now + PATIENCE), Fate::GoesOn);
+        assert_eq!(connection.expired(now + LOOK_AGAIN), Fate::GoesOn);
         assert!(connection.deadline.is_some() && !connection.has_packet());
         drop(program);
-        assert_eq!(connection.expired(now + 2 * PATIENCE), Fate::GoesOn);
+        assert_eq!(connection.expired(now + 2 * LOOK_AGAIN), Fate::GoesOn);
         let packet = connection.next_packet(&mut [0; 64], now).unwrap();
         assert_eq!((packet.op, packet.flags), (op::SHUTDOWN, shutdown::RECEIVE));
-        assert_eq!(connection.expired(now + 3 * PATIENCE), Fate::Over);
+        assert_eq!(connection.expired(now + 3 * LOOK_AGAIN), Fate::Over);
     }
 }

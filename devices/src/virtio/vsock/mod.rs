@@ -19,12 +19,12 @@
 
 use std::num::ParseIntError;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::timerfd::TimerFd;
 
 use self::packet::{HOST_CID, Header};
-use self::streams::Streams;
+use self::streams::{Streams, Wanted};
 use super::{Chain, VirtioDevice, VirtioError, VirtioMmio, Work};
 use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
 use crate::device::Source;
@@ -49,6 +49,11 @@ pub(crate) const MODEL: Model = Model {
         },
         Key { name: "cid", value: "N", help: "the guest's address, from 3 (default: 3)" },
         Key {
+            name: "timeout",
+            value: "SECONDS",
+            help: "how long the guest may take to answer a program of the host, 1 to 86400 (default: 30)",
+        },
+        Key {
             name: "backend",
             value: "unix|kernel",
             help: "Unix sockets, or AF_VSOCK on the host through /dev/vhost-vsock (default: unix)",
@@ -72,6 +77,9 @@ const MAX_PAYLOAD: usize = 64 << 10;
 /// Bytes that one pass moves in each direction, but for the last packet's: moving them is work of this thread.
 const PASS: usize = 512 << 10;
 
+/// How long the guest may take to answer where nothing is said: longer than a guest on a slow host is busy with its start.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 struct Vsock {
     streams: Streams,
     /// Room for one packet's payload.
@@ -93,6 +101,19 @@ impl std::str::FromStr for Cid {
     }
 }
 
+/// How long somebody may take for an answer.
+struct Seconds(Duration);
+
+impl std::str::FromStr for Seconds {
+    type Err = Option<ParseIntError>;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let seconds: u64 = text.parse().map_err(Some)?;
+        let is_known = (1..=86_400).contains(&seconds);
+        is_known.then(|| Self(Duration::from_secs(seconds))).ok_or(None)
+    }
+}
+
 fn build(options: &Options, wiring: Wiring) -> Built {
     let refused = |source| BuildError::Option { model: MODEL.name, source };
     let cid = options.parsed::<Cid>("cid", "a number from 3 to 4294967294").map_err(refused)?;
@@ -103,17 +124,21 @@ fn build(options: &Options, wiring: Wiring) -> Built {
         Some(_) => return Err(refused(options.bad("backend", "unix or kernel"))),
     };
     let path = options.get("path");
-    if in_kernel && path.is_some() {
+    if in_kernel {
         let expected =
             "of use with backend=kernel, which has no Unix socket (leave one of them out)";
-        return Err(refused(options.bad("path", expected)));
-    }
-    if in_kernel {
+        if let Some(key) = ["path", "timeout"].into_iter().find(|key| options.get(key).is_some()) {
+            return Err(refused(options.bad(key, expected)));
+        }
         return super::vhost_kernel::vsock::build(guest_cid, wiring);
     }
     let path = path.filter(|path| !path.is_empty()).map(PathBuf::from);
     let path =
         path.ok_or_else(|| refused(options.bad("path", "a path (write vsock,path=PATH)")))?;
+    let patience = options
+        .parsed::<Seconds>("timeout", "a number of seconds from 1 to 86400")
+        .map_err(refused)?
+        .map_or(PATIENCE, |Seconds(patience)| patience);
     let guest_cid = u64::from(guest_cid);
     let listener = wiring
         .host
@@ -124,7 +149,8 @@ fn build(options: &Options, wiring: Wiring) -> Built {
         what: "timer",
         source: source.into(),
     })?;
-    let streams = Streams::new(guest_cid, path, wiring.host.clone(), listener, timer);
+    let wanted = Wanted { guest_cid, path, patience };
+    let streams = Streams::new(wanted, wiring.host.clone(), listener, timer);
     let vsock = Vsock {
         streams,
         payload: vec![0; MAX_PAYLOAD].into(),

@@ -47,6 +47,8 @@ pub(super) struct Streams {
     listener: Box<dyn Listener>,
     timer: TimerFd,
     armed: Option<Instant>,
+    /// How long a caller may take to say where it wants to, the guest to answer, and a socket to take the rest of a stream.
+    patience: Duration,
     /// The guest has a driver.
     pub(super) is_active: bool,
     /// Nobody is let in before.
@@ -63,6 +65,13 @@ pub(super) struct Streams {
     warned: Warned,
 }
 
+/// What a user asks for.
+pub(super) struct Wanted {
+    pub(super) guest_cid: u64,
+    pub(super) path: PathBuf,
+    pub(super) patience: Duration,
+}
+
 /// What has been said once.
 #[derive(Debug, Default)]
 struct Warned {
@@ -73,18 +82,19 @@ struct Warned {
 
 impl Streams {
     pub(super) fn new(
-        guest_cid: u64,
-        path: PathBuf,
+        wanted: Wanted,
         host: Arc<dyn Host>,
         listener: Box<dyn Listener>,
         timer: TimerFd,
     ) -> Self {
+        let Wanted { guest_cid, path, patience } = wanted;
         Self {
             guest_cid,
             path,
             host,
             listener,
             timer,
+            patience,
             armed: None,
             is_active: false,
             deaf_until: None,
@@ -99,7 +109,7 @@ impl Streams {
         }
     }
 
-    /// Ends all streams, without a word to the guest.
+    /// Ends all streams, without a word to the guest. Called by harts: the timer has the I/O thread look at what is left to watch.
     pub(super) fn reset(&mut self) {
         self.is_active = false;
         self.connections.clear();
@@ -107,6 +117,8 @@ impl Streams {
         self.callers.clear();
         self.listed.clear();
         self.replies.clear();
+        let is_set = self.timer.reset(Duration::from_millis(1), None).is_ok();
+        self.armed = is_set.then(Instant::now);
     }
 
     /// What to watch. Callers wait outside until the guest has a driver and there is room.
@@ -250,7 +262,7 @@ impl Streams {
         let mut path = OsString::from(&self.path);
         path.push(format!("_{}", request.dst_port));
         match self.host.connect(path.as_ref()) {
-            Ok(stream) => self.insert(Connection::accepted(stream, request)),
+            Ok(stream) => self.insert(Connection::accepted(stream, request, self.patience)),
             Err(error) => {
                 if !std::mem::replace(&mut self.warned.nobody, true) {
                     info!("vsock: the guest cannot reach {}: {error}", path.display());
@@ -268,7 +280,7 @@ impl Streams {
         match self.listener.accept() {
             Ok(stream) => {
                 let token = self.new_token();
-                self.callers.insert(token, Caller::new(stream, now));
+                self.callers.insert(token, Caller::new(stream, now + self.patience));
                 self.hear(token, now);
             }
             Err(error)
@@ -304,7 +316,7 @@ impl Streams {
                 break port;
             }
         };
-        self.insert(Connection::asking(stream, host_port, guest_port, now));
+        self.insert(Connection::asking(stream, host_port, guest_port, now, self.patience));
     }
 
     fn expire(&mut self, now: Instant) {
