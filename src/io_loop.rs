@@ -3,7 +3,8 @@
 //! The contract with a device is [`rvmm_devices::MmioDevice`]'s: it is asked for its sources at the start and after every
 //! `ready`, and what has changed is applied. The set is level-triggered. A descriptor that nobody lists is not in the set, so
 //! a hang-up that nobody handles costs nothing; one that is listed, reports only a hang-up or an error, and is listed the same
-//! afterwards, is taken out until the device changes its mind.
+//! afterwards, is taken out until the device changes its mind. A device that is reset closes descriptors on a hart's thread, and the set
+//! has their numbers until it is asked again: where another descriptor gets such a number first, the closed one is forgotten.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -14,7 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, Events, SubscriberId, SubscriberOps};
-use log::{error, info, warn};
+use log::{info, warn};
 use rvmm_devices::{Bus, Interest, Source};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -26,7 +27,7 @@ mod running;
 mod watch;
 
 pub use running::IoThread;
-use running::Shared;
+use running::{Failure, Shared};
 pub use watch::Visited;
 use watch::{Came, Meaning, Visits, Watch};
 
@@ -50,8 +51,12 @@ pub struct IoLoop {
     signals: Option<(Signals, StopRequest)>,
     button: Option<Arc<Button>>,
     visits: Option<Visits>,
+    failed: Option<OnFailure>,
     shared: Arc<Shared>,
 }
+
+/// Who is told, in one line, that the thread has ended although nobody has ended it.
+pub type OnFailure = Box<dyn FnOnce(String) + Send>;
 
 impl IoLoop {
     /// How long a machine that is told to end lets its devices hand over what the guest has written.
@@ -75,6 +80,7 @@ impl IoLoop {
             signals: None,
             button: None,
             visits: None,
+            failed: None,
             shared,
         };
         let wake = new.shared.wake.as_raw_fd();
@@ -134,26 +140,33 @@ impl IoLoop {
         Ok(())
     }
 
+    /// Calls `failed` where epoll fails or the thread panics: no device gets any input from then on, and no kick comes to one.
+    pub fn watch_failure(&mut self, failed: OnFailure) {
+        self.failed = Some(failed);
+    }
+
     /// Starts the thread, named `io`.
     ///
     /// # Errors
     /// What the kernel says when it has no threads left.
-    pub fn spawn(self) -> io::Result<IoThread> {
+    pub fn spawn(mut self) -> io::Result<IoThread> {
         let shared = Arc::clone(&self.shared);
-        let thread = thread::Builder::new().name("io".into()).spawn(move || self.run())?;
+        let failure = Failure(self.failed.take());
+        let body = move || match self.run() {
+            Ok(()) => failure.is_none(),
+            Err(error) => failure.tell(format!("The I/O thread cannot go on: {error}")),
+        };
+        let thread = thread::Builder::new().name("io".into()).spawn(body)?;
         Ok(IoThread { shared, thread: Some(thread) })
     }
 
-    fn run(mut self) {
+    fn run(mut self) -> event_manager::Result<()> {
         loop {
             if self.shared.wants_refresh.swap(false, Ordering::SeqCst) {
                 (0..self.listed.len()).for_each(|index| self.sync(index));
             }
-            let Some(timeout_ms) = self.timeout_ms() else { return };
-            if let Err(error) = self.manager.run_with_timeout(timeout_ms) {
-                error!("The I/O loop ends, devices get no more input: {error}");
-                return;
-            }
+            let Some(timeout_ms) = self.timeout_ms() else { return Ok(()) };
+            self.manager.run_with_timeout(timeout_ms)?;
             let mut came = self.came.lock().unwrap_or_else(PoisonError::into_inner);
             let batch = std::mem::take(&mut *came);
             drop(came);
@@ -296,6 +309,20 @@ impl IoLoop {
         fd: RawFd,
         interest: Interest,
     ) -> io::Result<SubscriberId> {
+        let mut added = self.add(meaning, fd, interest);
+        if matches!(added, Err(event_manager::Error::FdAlreadyRegistered)) {
+            self.forget_closed(fd);
+            added = self.add(meaning, fd, interest);
+        }
+        added.map_err(io::Error::other)
+    }
+
+    fn add(
+        &mut self,
+        meaning: Meaning,
+        fd: RawFd,
+        interest: Interest,
+    ) -> event_manager::Result<SubscriberId> {
         let id = self.manager.add_subscriber(Watch { meaning, came: Arc::clone(&self.came) });
         let events = match interest {
             Interest::Read => EventSet::IN,
@@ -304,11 +331,20 @@ impl IoLoop {
         };
         let added =
             self.manager.event_ops(id).and_then(|mut ops| ops.add(Events::new_raw(fd, events)));
-        match added {
-            Ok(()) => Ok(id),
-            Err(error) => {
-                self.unwatch(Some(id));
-                Err(io::Error::other(error))
+        added.map(|()| id).inspect_err(|_| self.unwatch(Some(id)))
+    }
+
+    /// Forgets a descriptor of this number that a device has closed without being asked for its sources since, as on a hart's
+    /// thread in a reset: another device has the number now.
+    fn forget_closed(&mut self, fd: RawFd) {
+        for index in 0..self.listed.len() {
+            let has_it = |listed: &&mut Listed| listed.source.fd == fd && listed.id.is_some();
+            let listed = self.listed.get_mut(index).into_iter().flatten().find(has_it);
+            let Some(Listed { source, id }) = listed else { continue };
+            let sources = self.bus.with_device(index, |device| device.sources());
+            if !sources.is_some_and(|sources| sources.contains(source)) {
+                let id = id.take();
+                self.unwatch(id);
             }
         }
     }

@@ -6,7 +6,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use log::error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::OnFailure;
 
 /// What the loop's thread shares with those outside.
 #[derive(Debug)]
@@ -39,6 +42,27 @@ impl Shared {
         let now = Instant::now();
         let soon = now.checked_add(rest).unwrap_or(now);
         *deadline = deadline.map(|deadline| deadline.min(soon));
+    }
+}
+
+/// Tells that the thread has ended although nobody has ended it: also where it panics, when this is dropped.
+pub(super) struct Failure(pub(super) Option<OnFailure>);
+
+impl Failure {
+    /// The thread has ended as it should.
+    pub(super) fn is_none(mut self) {
+        self.0 = None;
+    }
+
+    pub(super) fn tell(mut self, what: String) {
+        error!("{what}");
+        let _ = self.0.take().map(|failed| failed(what));
+    }
+}
+
+impl Drop for Failure {
+    fn drop(&mut self) {
+        let _ = self.0.take().map(|failed| failed("The I/O thread panicked".into()));
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicU32;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use rvmm_devices::{Access, FdtDesc, MmioDevice};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 
@@ -33,7 +34,9 @@ impl MmioDevice for Device {
     fn write(&mut self, _offset: u64, _data: &[u8]) -> Access {
         Ok(())
     }
-    fn reset(&mut self) {}
+    fn reset(&mut self) {
+        self.sources.clear();
+    }
     fn fdt(&self) -> Option<FdtDesc> {
         None
     }
@@ -205,6 +208,48 @@ fn a_descriptor_that_was_closed_and_one_of_the_same_number_are_told_apart() {
 }
 
 #[test]
+fn a_descriptor_that_a_reset_closed_does_not_make_the_next_of_its_number_deaf() {
+    // Numbers that no other test comes to, so that the second gets the first's.
+    let high = |stream: &UnixStream| rustix::io::fcntl_dupfd_cloexec(stream, 600).unwrap();
+    let (_far, near) = UnixStream::pair().unwrap();
+    let closed = high(&near);
+    drop(near);
+    let number = closed.as_raw_fd();
+    let (on_ready, _told) = idle();
+    // The first device is one whose hart resets it; the second lets somebody in.
+    let (mut caller, let_in) = UnixStream::pair().unwrap();
+    let (doorbell, door) = UnixStream::pair().unwrap();
+    let bell = source(&door, 0, Interest::Read);
+    let (tell, told) = channel();
+    let mut stream: Option<UnixStream> = None;
+    let let_one_in: OnReady = Box::new(move |sources, token| {
+        if token == 0 {
+            (&door).read_exact(&mut [0]).unwrap();
+            let new = UnixStream::from(high(&let_in));
+            tell.send(format!("{}", new.as_raw_fd())).unwrap();
+            sources.push(source(&new, 1, Interest::Read));
+            stream = Some(new);
+        } else if let Some(stream) = &mut stream {
+            let mut heard = [0; 5];
+            stream.read_exact(&mut heard).unwrap();
+            tell.send(String::from_utf8_lossy(&heard).into_owned()).unwrap();
+        }
+    });
+    let (io, bus) =
+        start(vec![(vec![source(&closed, 0, Interest::Read)], on_ready), (vec![bell], let_one_in)]);
+    settle(&io);
+    bus.with_device(0, |device| {
+        device.reset();
+        drop(closed);
+    });
+    (&doorbell).write_all(b"!").unwrap();
+    assert_eq!(told.recv_timeout(LONG).unwrap(), number.to_string());
+    caller.write_all(b"hello").unwrap();
+    assert_eq!(told.recv_timeout(LONG).unwrap(), "hello");
+    io.stop(Duration::ZERO).unwrap();
+}
+
+#[test]
 fn a_file_among_the_sources_is_left_out_and_the_loop_goes_on() {
     let file = tempfile::tempfile().unwrap();
     let (mut far, near) = UnixStream::pair().unwrap();
@@ -313,6 +358,39 @@ fn a_signal_cuts_the_wait_for_output_short_but_ends_no_loop_that_was_not_told() 
     }
     // An in-place restart goes the same way: the end that was asked for is not forgotten.
     assert_eq!(stops.load(Ordering::Relaxed), 9);
+}
+
+/// A loop that has started, and what it says of its failure.
+fn watched(mut io: IoLoop) -> (IoThread, Receiver<String>) {
+    let (tell, told) = channel();
+    io.watch_failure(Box::new(move |what| tell.send(what).unwrap()));
+    (io.spawn().unwrap(), told)
+}
+
+#[test]
+fn a_loop_whose_epoll_fails_says_so_and_one_that_is_ended_does_not() {
+    let new = || IoLoop::new(Arc::new(Bus::new(Vec::new()).unwrap())).unwrap();
+    let mut broken = new();
+    // Room for no event at all is what epoll refuses (EINVAL).
+    broken.manager = EventManager::new_with_capacity(0).unwrap();
+    let (_thread, told) = watched(broken);
+    let what = told.recv_timeout(LONG).unwrap();
+    assert!(what.starts_with("The I/O thread cannot go on: "), "{what}");
+    let (thread, told) = watched(new());
+    thread.stop(Duration::ZERO).unwrap();
+    assert!(told.recv().is_err());
+}
+
+#[test]
+fn a_loop_whose_device_panics_says_so() {
+    let bell = EventFd::new(0).unwrap();
+    bell.write(1).unwrap();
+    let sources = vec![source(&bell, 0, Interest::Read)];
+    let device = Device { sources, on_ready: Box::new(|_, _| panic!("on purpose")) };
+    let bus = Bus::new(vec![(0, Box::new(device) as Box<dyn MmioDevice>)]).unwrap();
+    let (thread, told) = watched(IoLoop::new(Arc::new(bus)).unwrap());
+    assert_eq!(told.recv_timeout(LONG).unwrap(), "The I/O thread panicked");
+    thread.stop(Duration::ZERO).unwrap_err();
 }
 
 #[test]

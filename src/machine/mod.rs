@@ -260,6 +260,10 @@ fn live(mut board: Board, config: &VmConfig, outside: Outside<'_>) -> Result<Sto
             .map_err(|e| host_error("watch for visitors", e))?;
         sight.enter(&board, config.cpus.count);
     }
+    let control = Arc::clone(&board.control);
+    io.watch_failure(Box::new(move |what| {
+        control.stop(StopReason::HostFailure(what));
+    }));
     let io = io.spawn().map_err(|e| host_error("start the event loop", e))?;
     let mut threads = Vec::new();
     let mut failed = None;

@@ -1,14 +1,15 @@
 //! Whole machines on a hypervisor that only plays scripts.
 
 use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
-use rvmm_devices::Doorbell;
 use rvmm_devices::irq::{IrqLine, NoIrq};
 use rvmm_devices::virtio::vhost_user::testing::{Traits, serve_at};
+use rvmm_devices::{ConsoleBackend, Doorbell, Port, Ports};
 use tempfile::NamedTempFile;
 
 use super::vm::{AiaPlan, CpuFacts, CpuKnobs, Hypervisor, Irqchip, Vm, VmError};
@@ -108,8 +109,18 @@ fn machine(
 
 /// The same of this configuration, with a socket for those who look at it.
 fn machine_of(
+    config: VmConfig,
+    socket: Option<PathBuf>,
+    lives: impl IntoIterator<Item = Vec<Step>>,
+) -> (Result<Machine, Error>, Arc<AtomicUsize>, NamedTempFile) {
+    machine_with(config, socket, Console::null(), lives)
+}
+
+/// The same with this console.
+fn machine_with(
     mut config: VmConfig,
     socket: Option<PathBuf>,
+    console: Console,
     lives: impl IntoIterator<Item = Vec<Step>>,
 ) -> (Result<Machine, Error>, Arc<AtomicUsize>, NamedTempFile) {
     let program = NamedTempFile::new().unwrap();
@@ -120,7 +131,7 @@ fn machine_of(
     let lived = Arc::new(AtomicUsize::new(0));
     let scripts = Mutex::new(lives.into_iter().collect());
     let host = Lives { scripts, lived: Arc::clone(&lived) };
-    let (console, hypervisor) = (Some(Console::null()), Some(Box::new(host) as _));
+    let (console, hypervisor) = (Some(console), Some(Box::new(host) as _));
     let parts = Parts { console, hypervisor, socket, ..Parts::default() };
     (Machine::build_with(config, parts), lived, program)
 }
@@ -201,6 +212,32 @@ fn a_running_machine_answers_those_who_look_at_it_and_goes_on() {
     running.handle().stop();
     assert_eq!(running.wait().unwrap(), StopReason::Requested);
     assert!(!path.exists());
+}
+
+#[test]
+fn a_machine_whose_io_thread_dies_ends_as_a_failure_of_the_host() {
+    struct Breaks(UnixStream);
+    impl ConsoleBackend for Breaks {
+        fn ports(&self) -> Ports {
+            let (input, output) = (Port::Closed, Port::Closed);
+            Ports { input, output, attention: Some(self.0.as_raw_fd()) }
+        }
+        fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+            Ok(0)
+        }
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            Ok(bytes.len())
+        }
+        fn attend(&mut self) {
+            panic!("on purpose");
+        }
+    }
+    let (far, near) = UnixStream::pair().unwrap();
+    let console = Console { backend: Box::new(Breaks(near)), pty: None };
+    let (machine, ..) = machine_with(VmConfig::default(), None, console, [vec![Step::Idle]]);
+    let running = machine.unwrap().start().unwrap();
+    (&far).write_all(b"!").unwrap();
+    assert_eq!(running.wait().unwrap_err().exit_code(), EXIT_HOST);
 }
 
 #[test]
