@@ -271,3 +271,54 @@ pub(crate) fn register32(offset: u64, width: usize) -> Result<u64, AccessError> 
         _ => Err(AccessError::Width),
     }
 }
+
+/// Reads 32-bit registers: one, or by an access of 8 bytes two, the one at the lower offset first, as QEMU's `virt` board splits it. Of
+/// two registers one may refuse: its half is zero then.
+///
+/// # Errors
+/// [`AccessError::Width`], [`AccessError::Misaligned`], or why all of them refused.
+pub(crate) fn read_words(
+    offset: u64,
+    data: &mut [u8],
+    mut read: impl FnMut(u64) -> Result<u32, AccessError>,
+) -> Access {
+    let Some((low, high)) = halves_of(offset, data.len())? else {
+        data.copy_from_slice(&read(offset)?.to_le_bytes());
+        return Ok(());
+    };
+    let words = [read(low), read(high)];
+    if let [Err(refusal), Err(_)] = words {
+        return Err(refusal);
+    }
+    for (bytes, word) in data.chunks_exact_mut(4).zip(words) {
+        bytes.copy_from_slice(&word.unwrap_or(0).to_le_bytes());
+    }
+    Ok(())
+}
+
+/// Writes 32-bit registers: one, or by an access of 8 bytes two, the one at the lower offset first. Of two registers one may refuse.
+///
+/// # Errors
+/// [`AccessError::Width`], [`AccessError::Misaligned`], or why all of them refused.
+pub(crate) fn write_words(
+    offset: u64,
+    data: &[u8],
+    mut write: impl FnMut(u64, u32) -> Access,
+) -> Access {
+    let halves = halves_of(offset, data.len())?;
+    let mut words = data.chunks_exact(4).filter_map(|word| word.try_into().ok());
+    let mut next = || words.next().map(u32::from_le_bytes).ok_or(AccessError::Width);
+    let Some((low, high)) = halves else { return write(offset, next()?) };
+    match [write(low, next()?), write(high, next()?)] {
+        [Err(refusal), Err(_)] => Err(refusal),
+        _ => Ok(()),
+    }
+}
+
+/// The two registers of an access of 8 bytes; `None` for one of 4.
+fn halves_of(offset: u64, width: usize) -> Result<Option<(u64, u64)>, AccessError> {
+    if width == 8 && offset.is_multiple_of(8) {
+        return Ok(Some((offset, offset | 4)));
+    }
+    if width == 8 { Err(AccessError::Misaligned) } else { register32(offset, width).map(|_| None) }
+}

@@ -310,8 +310,15 @@ impl State {
     }
 }
 
-/// The register at this offset.
-pub(crate) fn register(offset: u64) -> Result<u8, AccessError> {
+/// The register that an access of `width` bytes at this offset reaches.
+#[inline]
+pub(crate) fn register(offset: u64, width: usize) -> Result<u8, AccessError> {
+    match width {
+        1 => {}
+        2 | 4 | 8 if offset.is_multiple_of(width as u64) => {}
+        2 | 4 | 8 => return Err(AccessError::Misaligned),
+        _ => return Err(AccessError::Width),
+    }
     let register = u8::try_from(offset).ok();
     register.filter(|&register| register <= reg::SCR).ok_or(AccessError::NoRegister)
 }

@@ -1,7 +1,7 @@
 //! Goldfish real-time clock (`google,goldfish-rtc`): the time of day in nanoseconds, and one alarm.
 //!
 //! Source: "Goldfish virtual hardware", section Timer/RTC, and what Linux's `rtc-goldfish` does.
-//! All registers are 32 bits wide. A 64-bit time is read low half first: that latches the high
+//! All registers are 32 bits wide; an access of 8 bytes reaches two, the lower first, as on QEMU's `virt`. A 64-bit time is read low half first: that latches the high
 //! half. It is written high half first: the low half takes effect (for the alarm, arms it).
 //!
 //! The guest may set the clock; that moves an offset of this device, never the host's clock. An
@@ -17,7 +17,8 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
 use crate::device::{
-    Access, AccessError, FdtDesc, Interest, MmioDevice, RegisterName, Source, register32,
+    Access, AccessError, FdtDesc, Interest, MmioDevice, RegisterName, Source, read_words,
+    write_words,
 };
 use crate::irq::IrqPin;
 use crate::options::Options;
@@ -148,50 +149,11 @@ impl MmioDevice for Rtc {
     }
 
     fn read(&mut self, offset: u64, data: &mut [u8]) -> Access {
-        let value = match register32(offset, data.len())? {
-            reg::TIME_LOW => {
-                let [low, high] = halves(self.now());
-                self.state.time_high = high;
-                low
-            }
-            reg::TIME_HIGH => self.state.time_high,
-            reg::ALARM_LOW => halves(self.state.alarm)[0],
-            reg::ALARM_HIGH => halves(self.state.alarm)[1],
-            reg::IRQ_ENABLED => self.state.irq_enabled.into(),
-            reg::ALARM_STATUS => self.state.alarm_armed.into(),
-            reg::CLEAR_ALARM | reg::CLEAR_INTERRUPT => return Err(AccessError::WriteOnly),
-            _ => return Err(AccessError::NoRegister),
-        };
-        data.copy_from_slice(&value.to_le_bytes());
-        Ok(())
+        read_words(offset, data, |register| self.read_register(register))
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Access {
-        let register = register32(offset, data.len())?;
-        let value = u32::from_le_bytes(data.try_into().map_err(|_| AccessError::Width)?);
-        match register {
-            reg::TIME_HIGH => self.set_time(|[low, _]| [low, value]),
-            reg::TIME_LOW => {
-                self.set_time(|[_, high]| [value, high]);
-                self.check_alarm();
-            }
-            reg::ALARM_LOW => {
-                self.state.alarm = whole([value, halves(self.state.alarm)[1]]);
-                self.state.alarm_armed = true;
-                self.check_alarm();
-            }
-            reg::ALARM_HIGH => self.state.alarm = whole([halves(self.state.alarm)[0], value]),
-            reg::IRQ_ENABLED => self.state.irq_enabled = value & 1 != 0,
-            reg::CLEAR_ALARM => {
-                self.state.alarm_armed = false;
-                self.check_alarm();
-            }
-            reg::CLEAR_INTERRUPT => self.state.irq_pending = false,
-            reg::ALARM_STATUS => return Err(AccessError::ReadOnly),
-            _ => return Err(AccessError::NoRegister),
-        }
-        self.sync_irq();
-        Ok(())
+        write_words(offset, data, |register, value| self.write_register(register, value))
     }
 
     fn reset(&mut self) {
@@ -221,6 +183,49 @@ impl MmioDevice for Rtc {
 }
 
 impl Rtc {
+    fn read_register(&mut self, register: u64) -> Result<u32, AccessError> {
+        Ok(match register {
+            reg::TIME_LOW => {
+                let [low, high] = halves(self.now());
+                self.state.time_high = high;
+                low
+            }
+            reg::TIME_HIGH => self.state.time_high,
+            reg::ALARM_LOW => halves(self.state.alarm)[0],
+            reg::ALARM_HIGH => halves(self.state.alarm)[1],
+            reg::IRQ_ENABLED => self.state.irq_enabled.into(),
+            reg::ALARM_STATUS => self.state.alarm_armed.into(),
+            reg::CLEAR_ALARM | reg::CLEAR_INTERRUPT => return Err(AccessError::WriteOnly),
+            _ => return Err(AccessError::NoRegister),
+        })
+    }
+
+    fn write_register(&mut self, register: u64, value: u32) -> Access {
+        match register {
+            reg::TIME_HIGH => self.set_time(|[low, _]| [low, value]),
+            reg::TIME_LOW => {
+                self.set_time(|[_, high]| [value, high]);
+                self.check_alarm();
+            }
+            reg::ALARM_LOW => {
+                self.state.alarm = whole([value, halves(self.state.alarm)[1]]);
+                self.state.alarm_armed = true;
+                self.check_alarm();
+            }
+            reg::ALARM_HIGH => self.state.alarm = whole([halves(self.state.alarm)[0], value]),
+            reg::IRQ_ENABLED => self.state.irq_enabled = value & 1 != 0,
+            reg::CLEAR_ALARM => {
+                self.state.alarm_armed = false;
+                self.check_alarm();
+            }
+            reg::CLEAR_INTERRUPT => self.state.irq_pending = false,
+            reg::ALARM_STATUS => return Err(AccessError::ReadOnly),
+            _ => return Err(AccessError::NoRegister),
+        }
+        self.sync_irq();
+        Ok(())
+    }
+
     /// The guest's time of day.
     fn now(&self) -> u64 {
         self.clock.now_ns().wrapping_add(self.state.offset)
@@ -492,7 +497,26 @@ mod tests {
         assert_eq!(rtc.write(reg::ALARM_STATUS, &word), Err(AccessError::ReadOnly));
         assert_eq!(rtc.read(0x20, &mut word), Err(AccessError::NoRegister));
         assert_eq!(rtc.read(0x02, &mut word), Err(AccessError::Misaligned));
-        assert_eq!(rtc.read(0x00, &mut [0; 8]), Err(AccessError::Width));
-        assert_eq!(rtc.write(0x00, &[0; 2]), Err(AccessError::Width));
+        for width in [1, 2] {
+            assert_eq!(rtc.read(0x00, &mut word[..width]), Err(AccessError::Width));
+            assert_eq!(rtc.write(0x00, &word[..width]), Err(AccessError::Width));
+        }
+        assert_eq!(rtc.read(0x04, &mut [0; 8]), Err(AccessError::Misaligned));
+        assert_eq!(rtc.read(0x20, &mut [0; 8]), Err(AccessError::NoRegister));
+    }
+
+    #[test]
+    fn eight_bytes_are_two_registers_as_on_qemus_virt() {
+        let mut board = board("rtc");
+        let mut data = [0; 8];
+        board.rtc.read(reg::TIME_LOW, &mut data).unwrap();
+        assert_eq!(u64::from_le_bytes(data), START);
+        let alarm = START + 1_000_000;
+        board.rtc.write(reg::ALARM_LOW, &alarm.to_le_bytes()).unwrap();
+        board.rtc.read(reg::ALARM_LOW, &mut data).unwrap();
+        assert_eq!(u64::from_le_bytes(data), alarm);
+        // The alarm's status, and a register that can only be written.
+        board.rtc.read(reg::ALARM_STATUS, &mut data).unwrap();
+        assert_eq!(data, [0; 8]);
     }
 }

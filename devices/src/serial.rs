@@ -6,8 +6,9 @@
 //! at a time and in order), THRE and TEMT that tell whether the host keeps up, and the FIFO bits of
 //! FCR and IIR by which drivers know a 16550A.
 //!
-//! Registers are one byte each, at consecutive addresses (`reg-shift` 0), and take one-byte
-//! accesses. As the line has no noise there are no receive errors, and as nothing is wired to the
+//! Registers are one byte each, at consecutive addresses (`reg-shift` 0). An access of 2, 4 or 8 bytes reaches the
+//! register at its own address and no other, as on QEMU's `virt`: of a store the low byte counts, a load gives the
+//! register in its low byte and zeroes above. As the line has no noise there are no receive errors, and as nothing is wired to the
 //! modem inputs they never change: neither of those interrupts occurs. The receive interrupt comes
 //! with the first byte whatever the trigger level. Baud rate and word length are kept and have no
 //! effect. Clearing the transmit FIFO does nothing: what the guest has sent is on its way.
@@ -101,8 +102,9 @@ impl MmioDevice for Serial {
     }
 
     fn read(&mut self, offset: u64, data: &mut [u8]) -> Access {
-        let register = register(offset)?;
-        let [data] = data else { return Err(AccessError::Width) };
+        let register = register(offset, data.len())?;
+        let [data, above @ ..] = data else { return Err(AccessError::Width) };
+        above.fill(0);
         // Nearly every access of a driver is a look at LSR, and most find nothing to be done.
         if register == LSR && !self.link.can_flush() {
             *data = self.state.read_lsr();
@@ -116,8 +118,8 @@ impl MmioDevice for Serial {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Access {
-        let register = register(offset)?;
-        let &[value] = data else { return Err(AccessError::Width) };
+        let register = register(offset, data.len())?;
+        let &[value, ..] = data else { return Err(AccessError::Width) };
         if let Some(byte) = self.state.write(register, value)? {
             self.link.push(byte);
             self.sync_line();

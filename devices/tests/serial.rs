@@ -122,11 +122,45 @@ fn registers_have_their_values_after_power_on() {
 }
 
 #[test]
-fn only_one_byte_accesses_to_the_eight_registers_are_taken() {
+fn of_a_wide_store_the_low_byte_counts_and_a_wide_load_is_zero_above_it() {
+    for width in [1, 2, 4, 8] {
+        let mut board = board();
+        board.uart.write(DATA, &[b'H', 0xff, 0xff, 0xff, 1, 2, 3, 4][..width]).unwrap();
+        board.read(LSR);
+        assert_eq!(board.console.output(), b"H", "{width} bytes");
+        for register in (0..8).filter(|register| register % width as u64 == 0) {
+            let mut wide = [0xee; 8];
+            board.uart.read(register, &mut wide[..width]).unwrap();
+            let narrow = board.read(register);
+            assert_eq!(wide[0], narrow, "{width} bytes at {register}");
+            assert!(wide[1..width].iter().all(|byte| *byte == 0), "{width} bytes at {register}");
+        }
+    }
+}
+
+#[test]
+fn a_wide_access_reaches_no_register_but_its_own() {
+    let mut board = board();
+    board.write(SCR, 0x5a);
+    board.uart.write(MCR, &[0x0b, 0x11, 0x22, 0x33]).unwrap();
+    assert_eq!((board.read(MCR), board.read(SCR)), (0x0b, 0x5a));
+    board.console.type_in(b"ab");
+    board.settle();
+    board.uart.read(DATA, &mut [0; 8]).unwrap();
+    assert_eq!(board.receive(), b"b", "eight bytes took one from the receiver");
+}
+
+#[test]
+fn accesses_that_are_no_load_or_store_or_reach_no_register_are_refused() {
     let mut uart = board().uart;
     for register in 0..8 {
-        for width in [0, 2, 4, 8] {
+        for width in [0, 3, 5, 6, 7] {
             let refused = Err(AccessError::Width);
+            assert_eq!(uart.read(register, &mut [0; 8][..width]), refused);
+            assert_eq!(uart.write(register, &[0; 8][..width]), refused);
+        }
+        for width in [2, 4, 8].into_iter().filter(|width| register % width != 0) {
+            let (refused, width) = (Err(AccessError::Misaligned), width as usize);
             assert_eq!(uart.read(register, &mut [0; 8][..width]), refused);
             assert_eq!(uart.write(register, &[0; 8][..width]), refused);
         }

@@ -165,9 +165,10 @@ fn the_registers_introduce_the_device() {
 }
 
 #[test]
-fn registers_take_aligned_words_and_nothing_else() {
+fn registers_take_aligned_words_and_pairs_of_them() {
     let mut rig = rig();
-    for (offset, width) in [(0, 1), (0, 2), (0, 8), (1, 4), (0x6e, 4), (0x110 - 0x80, 2)] {
+    for (offset, width) in [(0, 1), (0, 2), (4, 8), (0x18, 8), (1, 4), (0x6e, 4), (0x110 - 0x80, 2)]
+    {
         assert!(rig.device.read(offset, &mut vec![0; width]).is_err(), "{offset:#x} {width}");
         assert!(rig.device.write(offset, &vec![0; width]).is_err(), "{offset:#x} {width}");
     }
@@ -207,6 +208,20 @@ fn features_that_are_refused_are_told_about_once() {
     assert_eq!(lines.len(), 1, "{lines:?}");
     assert!(lines[0].contains("not offered (0x2)"), "{lines:?}");
     assert_eq!(told(|| recovers(&mut rig)), [""; 0]);
+}
+
+#[test]
+fn eight_bytes_are_two_registers_as_on_qemus_virt() {
+    let mut rig = rig();
+    let mut pair = [0; 8];
+    rig.device.read(0, &mut pair).unwrap();
+    assert_eq!(u64::from_le_bytes(pair), 0x2_7472_6976, "MagicValue and Version");
+    // QueueSel with the register behind it, which can only be read.
+    rig.device.write(0x30, &[1, 0, 0, 0, 9, 9, 9, 9]).unwrap();
+    assert_eq!(rig.read(0x34), 8);
+    // QueueSizeMax is the second of two, the first can only be written.
+    rig.device.read(0x30, &mut pair).unwrap();
+    assert_eq!(pair, [0, 0, 0, 0, 8, 0, 0, 0]);
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! Virtio over MMIO, version 2 (virtio 1.3, section 4.2): the registers. What they mean is in `life.rs`.
 //!
+//! An access of 8 bytes reaches two registers, the lower first: QEMU's `virt` does so, and guests load and store addresses by it.
+//!
 //! Left out: shared memory regions (all have the length -1, as for those that do not exist) and version 1, the legacy
 //! interface (4.2.4): who writes to its registers is told about in the log.
 
@@ -15,7 +17,7 @@ use super::queue::Queue;
 use crate::catalog::{BuildError, Built, Wiring};
 use crate::device::{
     Access, AccessError, Doorbell, FdtDesc, FdtProperty, FdtValue, Interest, MmioDevice,
-    RegisterName, Source, Unlocked, register32,
+    RegisterName, Source, Unlocked, read_words, write_words,
 };
 use crate::irq::StatusPin;
 
@@ -237,9 +239,7 @@ impl MmioDevice for VirtioMmio {
             read_config(self.core.device.config(), offset, data);
             return Ok(());
         }
-        let register = register32(offset, data.len())?;
-        data.copy_from_slice(&self.read_register(register)?.to_le_bytes());
-        Ok(())
+        read_words(offset, data, |register| self.read_register(register))
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Access {
@@ -253,9 +253,8 @@ impl MmioDevice for VirtioMmio {
             self.core.device.write_config(offset, data);
             return Ok(());
         }
-        let register = register32(offset, data.len())?;
-        let value = data.try_into().map(u32::from_le_bytes).map_err(|_| AccessError::Width)?;
-        let result = self.write_register(register, value);
+        let result =
+            write_words(offset, data, |register, value| self.write_register(register, value));
         self.core.interrupt.sync();
         result
     }
