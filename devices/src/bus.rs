@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use log::warn;
 use thiserror::Error;
 
-use crate::device::{Access, AccessError, MmioDevice, RegisterName, Unlocked};
+use crate::device::{Access, AccessError, MmioDevice, RegisterName, SerialLine, Unlocked};
 
 /// Unassigned addresses that are logged, each once; a guest that tries more is noted once more.
 const LOGGED_ADDRESSES: usize = 64;
@@ -172,6 +172,15 @@ impl Bus {
         let access = slot.ends(offset, data.len()).and_then(|()| slot.write(offset, data));
         let Err(refusal) = access else { return Claim::Device };
         slot.refuse(refusal, addr, data.len())
+    }
+
+    /// Calls `f` with the line of the serial port at a guest-physical address, as one write of the device; `None` where no serial port is.
+    pub fn serial_line<R>(&self, addr: u64, f: impl FnOnce(&mut dyn SerialLine) -> R) -> Option<R> {
+        let (slot, _) = self.find(addr)?;
+        let mut device = slot.lock();
+        let line = device.serial_line()?;
+        count(&slot.writes);
+        Some(f(line))
     }
 
     /// Resets every device, in order of address. No hart may run meanwhile.

@@ -99,6 +99,11 @@ pub trait MmioDevice: Send {
     /// those), or `None`.
     fn fdt(&self) -> Option<FdtDesc>;
 
+    /// The line of a serial port, for a firmware that shares it with the guest's driver.
+    fn serial_line(&mut self) -> Option<&mut dyn SerialLine> {
+        None
+    }
+
     /// What the I/O loop has to watch now. See the contract above.
     fn sources(&self) -> Vec<Source> {
         Vec::new()
@@ -125,6 +130,19 @@ pub trait MmioDevice: Send {
     fn doorbells(&self) -> Vec<Doorbell<'_>> {
         Vec::new()
     }
+}
+
+/// A serial port's line past its registers: many bytes in one access. They keep their order with those that go through the registers.
+pub trait SerialLine {
+    /// Sends bytes, as many as the line takes now, in order; says how many. The guest's driver is held back with them.
+    fn send(&mut self, bytes: &[u8]) -> usize;
+
+    /// Takes received bytes, as many as are there, at most `buffer.len()`; says how many. Who takes listens: from the first call on
+    /// input is asked for from the host.
+    fn take(&mut self, buffer: &mut [u8]) -> usize;
+
+    /// Whether [`take`](Self::take) would get something now. Who asks listens, too.
+    fn has_input(&mut self) -> bool;
 }
 
 /// Registers of a device that a hart reaches while somebody else works on the device, for whom it would have to wait otherwise. The

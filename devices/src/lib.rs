@@ -53,7 +53,7 @@ pub use catalog::{BuildError, Built, CATALOG, Key, Model, Placement, SLOT, Wirin
 pub use console::{ConsoleBackend, NullConsole, Port, Ports};
 pub use device::{
     Access, AccessError, Doorbell, FdtCompanion, FdtDesc, FdtProperty, FdtValue, Interest,
-    MmioDevice, RegisterName, Source, Unlocked,
+    MmioDevice, RegisterName, SerialLine, Source, Unlocked,
 };
 pub use host::{Host, HostError, Listener, NoHost};
 pub use irq::{IrqLine, IrqPin, NoIrq, StatusPin};

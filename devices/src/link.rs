@@ -120,6 +120,18 @@ impl Link {
         }
     }
 
+    /// Takes bytes of output, as many as may be added without holding the guest back, and says how many. What comes as one goes out at
+    /// once, but for a single byte, which waits for more like those of [`push`](Self::push). Called by vCPU threads.
+    pub(crate) fn send(&mut self, bytes: &[u8]) -> usize {
+        let taken = bytes.get(..self.output_room()).unwrap_or(bytes);
+        match *taken {
+            [] => {}
+            [byte] => self.push(byte),
+            _ => self.extend(taken),
+        }
+        taken.len()
+    }
+
     /// How many bytes of output may be added without holding the guest back.
     pub(crate) fn output_room(&self) -> usize {
         HELD_FROM.saturating_sub(self.queue.len())

@@ -202,6 +202,24 @@ impl State {
         }
     }
 
+    /// Takes received bytes past the registers, at most `buffer.len()`, and listens from now on; says how many they were.
+    pub(crate) fn take(&mut self, buffer: &mut [u8]) -> usize {
+        self.listening = true;
+        self.changed = true;
+        // `vm-superio` gives the divisor instead while the guest sets it.
+        self.set(reg::LCR, self.lcr & !bit::LCR_DLAB);
+        let mut taken = 0;
+        for byte in buffer {
+            if !self.data_ready() {
+                break;
+            }
+            *byte = self.registers.read(reg::DATA);
+            taken += 1;
+        }
+        self.set(reg::LCR, self.lcr);
+        taken
+    }
+
     /// Whether the next [`take_changed`](Self::take_changed) says yes.
     pub(crate) fn is_changed(&self) -> bool {
         self.changed
@@ -297,7 +315,8 @@ impl State {
         drop(self.registers.write(register, value));
     }
 
-    fn data_ready(&self) -> bool {
+    /// Whether there is received data.
+    pub(crate) fn data_ready(&self) -> bool {
         self.registers.fifo_capacity() < FIFO
     }
 

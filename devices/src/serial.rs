@@ -14,14 +14,16 @@
 //! effect. Clearing the transmit FIFO does nothing: what the guest has sent is on its way.
 //!
 //! Input is taken from the host only once the guest listens: it has enabled the receive interrupt,
-//! raised RTS, or polls for data. Before that a driver would throw it away when it starts, and a
+//! raised RTS, polls for data, or asks its firmware for some. Before that a driver would throw it away when it starts, and a
 //! script piped into a booting guest would lose its first lines.
 
 use std::sync::Arc;
 
 use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
 use crate::console::{ConsoleBackend, NullConsole};
-use crate::device::{Access, AccessError, FdtDesc, FdtProperty, MmioDevice, RegisterName, Source};
+use crate::device::{
+    Access, AccessError, FdtDesc, FdtProperty, MmioDevice, RegisterName, SerialLine, Source,
+};
 use crate::irq::{IrqLine, IrqPin};
 use crate::link::Link;
 use crate::ns16550::{FIFO, LSR, State, register, register_name, shows_output};
@@ -152,6 +154,10 @@ impl MmioDevice for Serial {
         })
     }
 
+    fn serial_line(&mut self) -> Option<&mut dyn SerialLine> {
+        Some(self)
+    }
+
     fn sources(&self) -> Vec<Source> {
         self.link.sources()
     }
@@ -163,6 +169,27 @@ impl MmioDevice for Serial {
         self.state.receive(input);
         self.sync_line();
         self.sync();
+    }
+}
+
+impl SerialLine for Serial {
+    /// Whatever the registers are at: a divisor that is being set, or loopback, is the driver's business.
+    fn send(&mut self, bytes: &[u8]) -> usize {
+        let taken = self.link.send(bytes);
+        self.sync_line();
+        self.sync();
+        taken
+    }
+
+    fn take(&mut self, buffer: &mut [u8]) -> usize {
+        let taken = self.state.take(buffer);
+        self.sync();
+        taken
+    }
+
+    fn has_input(&mut self) -> bool {
+        self.take(&mut []);
+        self.state.data_ready()
     }
 }
 

@@ -15,7 +15,8 @@ use std::time::Duration;
 use proptest::prelude::*;
 use rvmm_devices::testing::{MemoryConsole, TestIrq, turn, wiring};
 use rvmm_devices::{
-    AccessError, ConsoleBackend, Interest, MmioDevice, Model, Options, Port, Ports, Wiring,
+    AccessError, ConsoleBackend, Interest, MmioDevice, Model, Options, Port, Ports, SerialLine,
+    Wiring,
 };
 
 /// RBR, THR, DLL.
@@ -760,4 +761,83 @@ proptest! {
         let high = board.irq.is_high();
         prop_assert_eq!(board.read(IIR) & NO_INT == 0, high);
     }
+}
+
+/// The line past the registers, as firmware uses it.
+fn line(board: &mut Board) -> &mut dyn SerialLine {
+    board.uart.serial_line().unwrap()
+}
+
+#[test]
+fn what_goes_past_the_registers_is_one_write_and_keeps_its_place() {
+    let mut board = board();
+    board.write(DATA, b'a');
+    assert_eq!(line(&mut board).send(&[b'b'; 1000]), 1000);
+    assert_eq!(board.console.writes(), 1);
+    board.write(DATA, b'c');
+    board.read(LSR);
+    let expected: Vec<u8> = [b"a", &[b'b'; 1000][..], b"c"].concat();
+    assert_eq!(board.console.output(), expected);
+}
+
+#[test]
+fn single_bytes_past_the_registers_wait_for_more_of_them() {
+    let mut board = board();
+    for byte in [b'x'; TX_FIFO] {
+        assert_eq!(board.console.writes(), 0);
+        assert_eq!(line(&mut board).send(&[byte]), 1);
+    }
+    assert_eq!((board.console.writes(), board.console.output().len()), (1, TX_FIFO));
+    assert_eq!(line(&mut board).send(&[]), 0);
+}
+
+#[test]
+fn a_slow_reader_holds_back_what_goes_past_the_registers_and_loses_nothing() {
+    let mut board = board();
+    board.console.set_room(Some(100));
+    let sent: Vec<u8> = (0..=255).cycle().take(20_000).collect();
+    let mut done = 0;
+    while done < sent.len() {
+        let taken = line(&mut board).send(&sent[done..]);
+        assert!(taken <= 4096, "{taken} bytes wait");
+        if taken == 0 {
+            board.console.set_room(Some(900));
+            board.settle();
+        }
+        done += taken;
+    }
+    board.console.set_room(None);
+    board.settle();
+    assert_eq!(board.console.output(), sent);
+}
+
+#[test]
+fn a_divisor_or_loopback_is_nothing_to_firmware() {
+    for (register, value) in [(LCR, DLAB), (MCR, LOOP)] {
+        let mut board = listening();
+        board.console.type_in(b"in");
+        board.settle();
+        board.write(register, value);
+        assert_eq!(line(&mut board).send(b"out"), 3);
+        assert_eq!(board.console.output(), b"out");
+        let mut buffer = [0; 8];
+        assert_eq!((line(&mut board).take(&mut buffer), &buffer[..2]), (2, &b"in"[..]));
+        assert_eq!(board.read(register), value);
+    }
+}
+
+#[test]
+fn a_guest_that_asks_its_firmware_for_input_gets_it() {
+    let mut board = board();
+    board.console.type_in(&[b'k'; 200]);
+    board.settle();
+    assert!(!line(&mut board).has_input(), "nobody had asked before");
+    let mut got = 0;
+    while got < 200 {
+        board.settle();
+        assert!(line(&mut board).has_input());
+        got += line(&mut board).take(&mut [0; 100]);
+    }
+    board.settle();
+    assert_eq!((got, line(&mut board).has_input()), (200, false));
 }

@@ -2,7 +2,6 @@
 //! and the ranges in which the guest has nothing to find.
 
 use log::{Level, debug, info, log_enabled, warn};
-use rvmm_devices::Bus;
 
 use super::dispatch::Flow;
 use super::exit::SbiCall;
@@ -26,9 +25,10 @@ const NOT_SUPPORTED: u64 = (-2_i64).cast_unsigned();
 const INVALID_PARAM: u64 = (-3_i64).cast_unsigned();
 
 /// Bytes that one DBCN call moves at most: the guest gets the hart back in bounded time and asks for the rest.
-const MOST_BYTES: u64 = 4096;
-/// Bytes between guest memory and UART at a time.
-const CHUNK: usize = 256;
+const MOST_BYTES: u64 = MANY as u64;
+/// Bytes between guest memory and console at a time, for calls of few bytes and of many.
+const FEW: usize = 256;
+const MANY: usize = 4096;
 
 /// Answers a call. Whatever has work to do stands out of line: a guest that probes pays for the way here alone.
 pub(super) fn answer(call: &mut SbiCall<'_>, world: &World) -> Flow {
@@ -59,10 +59,7 @@ fn talk(call: &mut SbiCall<'_>, world: &World) -> Flow {
             false => return Flow::Retry,
         },
         // A legacy call answers in a0 alone; the kernel writes a1 as well.
-        eid::LEGACY_GETCHAR => {
-            let byte = console(world).and_then(|uart| uart.get());
-            (byte.map_or(u64::MAX, u64::from), call.args[1], Flow::Resume)
-        }
+        eid::LEGACY_GETCHAR => (get(world).map_or(u64::MAX, u64::from), call.args[1], Flow::Resume),
         _ => dbcn(call.function, call.args, world),
     };
     *call.ret = [error, value];
@@ -106,8 +103,11 @@ fn dbcn(function: u64, args: &[u64; 6], world: &World) -> Answer {
                 return (INVALID_PARAM, 0, Flow::Resume);
             }
             let len = len.min(MOST_BYTES);
-            let moved =
-                if function == 0 { write(world, base, len) } else { read(world, base, len) };
+            let moved = match function {
+                0 if len <= FEW as u64 => write::<FEW>(world, base, len),
+                0 => write::<MANY>(world, base, len),
+                _ => read::<FEW>(world, base, len),
+            };
             match moved {
                 Ok(done) => (SUCCESS, done, Flow::Resume),
                 Err(RamError::NotRam) => (INVALID_PARAM, 0, Flow::Resume),
@@ -124,15 +124,14 @@ fn dbcn(function: u64, args: &[u64; 6], world: &World) -> Answer {
     }
 }
 
-/// Guest memory to console, as far as the UART takes it now.
-fn write(world: &World, base: u64, len: u64) -> Result<u64, RamError> {
-    let Some(uart) = console(world) else { return Ok(len) };
+/// Guest memory to console, as far as it takes it now: one access for each chunk.
+fn write<const CHUNK: usize>(world: &World, base: u64, len: u64) -> Result<u64, RamError> {
     let mut buf = [0; CHUNK];
     let mut done = 0;
     while done < len {
         let chunk = chunk(&mut buf, len - done);
         world.ram.read(base + done, chunk)?;
-        let taken = chunk.iter().take_while(|byte| uart.put(**byte)).count();
+        let taken = send(world, chunk);
         done += taken as u64;
         if taken < chunk.len() {
             break;
@@ -142,17 +141,12 @@ fn write(world: &World, base: u64, len: u64) -> Result<u64, RamError> {
 }
 
 /// Console to guest memory, as much as there is.
-fn read(world: &World, base: u64, len: u64) -> Result<u64, RamError> {
-    let Some(uart) = console(world) else { return Ok(0) };
+fn read<const CHUNK: usize>(world: &World, base: u64, len: u64) -> Result<u64, RamError> {
     let mut buf = [0; CHUNK];
     let mut done = 0;
     while done < len {
         let chunk = chunk(&mut buf, len - done);
-        let mut got = 0;
-        for (slot, byte) in chunk.iter_mut().zip(std::iter::from_fn(|| uart.get())) {
-            *slot = byte;
-            got += 1;
-        }
+        let got = take(world, chunk);
         world.ram.write(base + done, chunk.get(..got).unwrap_or_default())?;
         done += got as u64;
         if got < chunk.len() {
@@ -162,68 +156,43 @@ fn read(world: &World, base: u64, len: u64) -> Result<u64, RamError> {
     Ok(done)
 }
 
-fn chunk(buf: &mut [u8; CHUNK], len: u64) -> &mut [u8] {
-    let len = usize::try_from(len).unwrap_or(CHUNK).min(CHUNK);
+fn chunk(buf: &mut [u8], len: u64) -> &mut [u8] {
+    let len = usize::try_from(len).unwrap_or(usize::MAX).min(buf.len());
     buf.get_mut(..len).unwrap_or_default()
 }
 
 /// One byte to the console; false where it is full. The other bits of the argument mean nothing.
 fn put(world: &World, arg: u64) -> bool {
-    console(world).is_none_or(|uart| uart.put(arg.to_le_bytes()[0]))
+    send(world, &[arg.to_le_bytes()[0]]) == 1
 }
 
-/// True where the console has input that the guest has not read.
+/// One byte from the console, if there is one.
+fn get(world: &World) -> Option<u8> {
+    let mut byte = [0];
+    (take(world, &mut byte) == 1).then_some(byte[0])
+}
+
+/// Bytes to the console; says how many it took. A machine without one takes all, and they vanish.
+fn send(world: &World, bytes: &[u8]) -> usize {
+    let Some(addr) = console(world) else { return bytes.len() };
+    world.bus.serial_line(addr, |line| line.send(bytes)).unwrap_or(bytes.len())
+}
+
+/// Bytes from the console; says how many it had.
+fn take(world: &World, buf: &mut [u8]) -> usize {
+    let Some(addr) = console(world) else { return 0 };
+    world.bus.serial_line(addr, |line| line.take(buf)).unwrap_or(0)
+}
+
+/// True where the console has input that the guest has not read. It is asked for from now on.
 pub(super) fn has_input(world: &World) -> bool {
-    let uart = world.console.map(|base| Uart { bus: &world.bus, base });
-    uart.is_some_and(|uart| uart.ready(uart::LSR_DATA_READY))
+    let asked = world.console.and_then(|addr| world.bus.serial_line(addr, |line| line.has_input()));
+    asked.unwrap_or(false)
 }
 
-fn console(world: &World) -> Option<Uart<'_>> {
-    let uart = world.console.map(|base| Uart { bus: &world.bus, base });
-    if uart.is_none() && world.first(Notice::ConsoleMissing) {
+fn console(world: &World) -> Option<u64> {
+    if world.console.is_none() && world.first(Notice::ConsoleMissing) {
         warn!("The guest uses the SBI console of a machine without a UART: output vanishes");
     }
-    uart
-}
-
-/// The first UART as firmware uses it: polled, next to whatever the guest does with it.
-struct Uart<'a> {
-    bus: &'a Bus,
-    base: u64,
-}
-
-/// ns16550a, one byte apart.
-mod uart {
-    /// Transmit and receive; the divisor's low byte while `LCR_DLAB` is set.
-    pub(super) const DATA: u64 = 0;
-    pub(super) const LCR: u64 = 3;
-    pub(super) const LCR_DLAB: u8 = 0x80;
-    pub(super) const LSR: u64 = 5;
-    pub(super) const LSR_DATA_READY: u8 = 0x01;
-    pub(super) const LSR_THR_EMPTY: u8 = 0x20;
-}
-
-impl Uart<'_> {
-    fn put(&self, byte: u8) -> bool {
-        let room = self.ready(uart::LSR_THR_EMPTY);
-        if room {
-            self.bus.write(self.base.wrapping_add(uart::DATA), &[byte]);
-        }
-        room
-    }
-
-    fn get(&self) -> Option<u8> {
-        self.ready(uart::LSR_DATA_READY).then(|| self.register(uart::DATA))
-    }
-
-    /// Whether the data register is there (the guest may be setting the divisor) and `condition` holds.
-    fn ready(&self, condition: u8) -> bool {
-        self.register(uart::LCR) & uart::LCR_DLAB == 0 && self.register(uart::LSR) & condition != 0
-    }
-
-    fn register(&self, offset: u64) -> u8 {
-        let mut byte = [0];
-        self.bus.read(self.base.wrapping_add(offset), &mut byte);
-        byte[0]
-    }
+    world.console
 }

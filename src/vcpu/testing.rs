@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex};
 
-use rvmm_devices::{Access, Bus, FdtDesc, MmioDevice};
+use rvmm_devices::{Access, Bus, FdtDesc, MmioDevice, SerialLine};
 
 use super::World;
 use super::exit::{CsrAccess, Exit, Fault, SbiCall, SystemEvent};
@@ -270,10 +270,10 @@ pub(crate) struct Line {
     pub(crate) room: usize,
     /// What was typed.
     pub(crate) typed: VecDeque<u8>,
-    /// Line control register.
-    pub(crate) lcr: u8,
     /// Accesses that were not one byte to a known register.
     pub(crate) strange: usize,
+    /// Accesses past the registers.
+    pub(crate) accesses: usize,
 }
 
 impl FakeUart {
@@ -296,7 +296,6 @@ impl MmioDevice for FakeUart {
         data.fill(0);
         data[0] = match (offset, data.len()) {
             (0, 1) => line.typed.pop_front().unwrap_or(0),
-            (3, 1) => line.lcr,
             (5, 1) => u8::from(!line.typed.is_empty()) | u8::from(line.room > 0) << 5,
             (7, _) => 0x77,
             _ => {
@@ -318,9 +317,36 @@ impl MmioDevice for FakeUart {
         Ok(())
     }
 
+    fn serial_line(&mut self) -> Option<&mut dyn SerialLine> {
+        Some(self)
+    }
+
     fn reset(&mut self) {}
 
     fn fdt(&self) -> Option<FdtDesc> {
         None
+    }
+}
+
+impl SerialLine for FakeUart {
+    fn send(&mut self, bytes: &[u8]) -> usize {
+        let mut line = self.line();
+        let taken = bytes.len().min(line.room);
+        line.accesses += 1;
+        line.room -= taken;
+        line.sent.extend(&bytes[..taken]);
+        taken
+    }
+
+    fn take(&mut self, buffer: &mut [u8]) -> usize {
+        let mut line = self.line();
+        let taken = buffer.len().min(line.typed.len());
+        line.accesses += 1;
+        buffer.iter_mut().zip(line.typed.drain(..taken)).for_each(|(slot, byte)| *slot = byte);
+        taken
+    }
+
+    fn has_input(&mut self) -> bool {
+        !self.line().typed.is_empty()
     }
 }

@@ -19,7 +19,7 @@ pub struct World {
     pub ram: Arc<GuestRam>,
     /// What an access to an address without memory and device does.
     pub unassigned: Unassigned,
-    /// Guest-physical base of the ns16550a that SBI console calls go through. Without one, what is written vanishes
+    /// Guest-physical address of the serial port whose line SBI console calls share. Without one, what is written vanishes
     /// and there is never anything to read.
     pub console: Option<u64>,
     /// What stands in for firmware, where the guest needs it.

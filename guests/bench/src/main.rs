@@ -1,7 +1,8 @@
 //! How long a way out of the guest and back takes, in nanoseconds, one line per way: `NAME NUMBER`. scripts/bench runs it
 //! where one instruction takes one nanosecond, so that the numbers are instructions.
 //!
-//! `rows=NAME,NAME` in the boot arguments chooses; without it all are measured. What is printed goes to the UART without
+//! `rows=NAME,NAME` in the boot arguments chooses; without it all are measured, but for `dbcn_write`: how long a mebibyte takes through
+//! the SBI debug console, 4 KiB a call, which ends up on the console. What is printed goes to the UART without
 //! a look at its status, since the floor (bench/floor.c) has no more of a UART than that.
 
 #![no_std]
@@ -36,8 +37,26 @@ const ROWS: [Row; 4] = [
     Row { name: "sbi_kernel", once: || _ = sbi::call2(sbi::BASE, 0, 0, 0) },
 ];
 
+/// Bytes for the debug console in all, and in a call.
+const TEXT: usize = 1 << 20;
+const CALL: usize = 4096;
+
+/// Lines of 64 bytes.
+static LINES: [u8; CALL] = {
+    let mut lines = [b'.'; CALL];
+    let mut at = 63;
+    while at < CALL {
+        lines[at] = b'\n';
+        at += 64;
+    }
+    lines
+};
+
 fn run(board: &'static Board) {
     let wanted = board.arg("rows");
+    if wanted.is_some_and(|names| names.split(',').any(|name| name == "dbcn_write")) {
+        write_text(board.timebase_hz);
+    }
     for row in &ROWS {
         if wanted.is_none_or(|names| names.split(',').any(|name| name == row.name)) {
             measure(row, board.timebase_hz);
@@ -53,6 +72,23 @@ fn measure(row: &Row, hz: u64) {
     let total_ns = ticks.saturating_mul(1_000_000_000) / hz.max(1);
     // Text into the UART cannot fail.
     let _ = writeln!(Unpolled, "{} {}", row.name, total_ns / ROUNDS);
+}
+
+/// A mebibyte through the debug console.
+fn write_text(hz: u64) {
+    let start = time::now();
+    let mut left = TEXT;
+    while left > 0 {
+        let part = LINES.get(LINES.len().saturating_sub(left)..).unwrap_or_default();
+        let done = sbi::console_write(part.len(), part.as_ptr() as usize, 0);
+        if done.error != sbi::SUCCESS {
+            return;
+        }
+        left = left.saturating_sub(done.value);
+    }
+    let ticks = time::now() - start;
+    // Text into the UART cannot fail.
+    let _ = writeln!(Unpolled, "dbcn_write {}", ticks.saturating_mul(1_000_000_000) / hz.max(1));
 }
 
 #[inline(never)]

@@ -150,15 +150,18 @@ fn unknown_console_functions_are_not_supported() {
 }
 
 #[test]
-fn while_the_guest_sets_the_divisor_the_console_is_busy() {
+fn console_calls_cost_one_access_a_chunk_and_none_to_the_registers() {
+    for (len, accesses) in [(1, 1), (256, 1), (257, 1), (4096, 1)] {
+        let (world, uart) = world(Unassigned::Zero);
+        uart.line().room = usize::MAX;
+        assert_eq!(done(&world, DBCN, WRITE, &[len, RAM.base, 0]), [0, len]);
+        let line = uart.line();
+        assert_eq!((line.accesses, line.strange), (accesses, 0), "{len} bytes");
+    }
     let (world, uart) = world(Unassigned::Zero);
-    uart.line().room = 9;
-    uart.line().lcr = 0x80;
-    uart.line().typed = pattern(9).into();
-    assert_eq!(done(&world, DBCN, WRITE, &[5, RAM.base, 0]), [0, 0]);
-    assert_eq!(done(&world, DBCN, READ, &[5, RAM.base, 0]), [0, 0]);
-    let line = uart.line();
-    assert_eq!((line.sent.len(), line.typed.len()), (0, 9));
+    uart.line().typed = pattern(300).into();
+    assert_eq!(done(&world, DBCN, READ, &[4096, RAM.base, 0]), [0, 300]);
+    assert_eq!(uart.line().accesses, 2);
 }
 
 #[test]
