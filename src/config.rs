@@ -286,8 +286,9 @@ pub const MAX_NAME: usize = 64;
 /// The longest path of a Unix socket, in bytes: `sun_path` has 108, the last is NUL (unix(7)).
 pub const MAX_SOCKET_PATH: usize = 107;
 
-/// Command line of a kernel where nothing is said.
-pub const DEFAULT_CMDLINE: &str = "console=ttyS0";
+/// Command line of a kernel where nothing is said: what Linux says before its driver of the UART is there goes out by SBI's debug console,
+/// a call for each message. Without that it comes later, each character at the price of two exits, and not at all from a kernel that dies before.
+pub const DEFAULT_CMDLINE: &str = "earlycon=sbi console=ttyS0";
 
 /// Seconds that a guest has to power off where nothing is said.
 pub const DEFAULT_GRACE_S: u32 = 10;

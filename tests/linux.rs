@@ -56,7 +56,7 @@ fn look_around(irqchip: &str, cpus: &str) {
     let total = session.ask("sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo");
     let megabytes = number(&total) / 1024;
     assert!((400..512).contains(&megabytes), "MemTotal says {megabytes} MiB of 512");
-    assert_eq!(session.ask("cat /proc/cmdline"), "console=ttyS0\n");
+    assert_eq!(session.ask("cat /proc/cmdline"), "earlycon=sbi console=ttyS0\n");
 
     // The clock: both the device and the time that the kernel took from it at boot.
     for command in ["cat /sys/class/rtc/rtc0/since_epoch", "date +%s"] {
@@ -128,6 +128,16 @@ fn own_initramfs(irqchip: &str, cpus: &str) {
     assert_eq!(session.ask("nproc"), format!("{cpus}\n"));
     assert_eq!(session.ask("echo $((6*7))"), "42\n");
     session.send("poweroff -f\n");
+    assert_eq!(session.exit_code(), 0);
+}
+
+#[test]
+fn a_kernel_without_the_memory_that_it_needs_says_so() {
+    let Some(_) = host() else { return };
+    // Enough for its image, and nothing for its tables of pages: it dies long before its driver of the UART is there.
+    let mut session = rvmm(&["--mem", "64M"]).kernel(&kernel()).start();
+    session.expect("Kernel panic - not syncing: ");
+    session.signal(Signal::TERM);
     assert_eq!(session.exit_code(), 0);
 }
 

@@ -116,6 +116,34 @@ fn a_boot_of_linux_is_traced_over_a_reboot_and_becomes_a_report() {
     }
 }
 
+/// With `console=ttyS0` alone a boot makes more than two exits for each character: a look at LSR, and THR.
+#[test]
+fn a_boot_makes_at_most_one_exit_for_each_character_and_loses_none() {
+    let Some(host) = host() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("boot.jsonl");
+    let usual = rvmm(&["--mem", "512M", "--irqchip", host.irqchips[0]]).kernel(&kernel());
+    let mut session = usual.path("--trace=", &file, ",ring=262144").start();
+    session.expect("rvmm# ");
+    session.send("poweroff\n");
+    assert_eq!(session.exit_code(), 0);
+    let output = String::from_utf8_lossy(&session.output()).into_owned();
+    let (exits, end) = exits(&file);
+    assert_eq!(end["all_lost"], 0, "{end}");
+    let (exits, bytes) = (exits.len(), output.len());
+    assert!(bytes > 8000 && exits <= bytes, "{exits} exits for {bytes} bytes: {output}");
+    // On either side of the change from one console to the other, and about it.
+    for once in [
+        "Linux version",
+        "Kernel command line: ",
+        "printk: legacy bootconsole [sbi0] disabled",
+        " is a 16550A",
+        "Run /init as init process",
+    ] {
+        assert_eq!(output.matches(once).count(), 1, "{once}: {output}");
+    }
+}
+
 #[test]
 fn a_running_kernel_is_looked_at_and_goes_on() {
     let Some(_) = one_host("aia") else { return };

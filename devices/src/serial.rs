@@ -149,6 +149,8 @@ impl MmioDevice for Serial {
             properties: vec![
                 FdtProperty::cells("clock-frequency", &[CLOCK_FREQUENCY_HZ]),
                 FdtProperty::cells("fifo-size", &[TX_FIFO]),
+                // THRE means that the FIFO is empty: a driver may fill all of it then, where Linux would send 16 bytes.
+                FdtProperty::cells("tx-threshold", &[0]),
             ],
             companions: Vec::new(),
         })

@@ -625,7 +625,7 @@ fn the_tree_says_what_the_driver_needs() {
     let fdt = board().uart.fdt().unwrap();
     assert_eq!((fdt.name, fdt.compatible), ("serial", vec!["ns16550a"]));
     let names: Vec<_> = fdt.properties.iter().map(|property| property.name).collect();
-    assert_eq!(names, ["clock-frequency", "fifo-size"]);
+    assert_eq!(names, ["clock-frequency", "fifo-size", "tx-threshold"]);
 }
 
 /// A socket with a peer that is as slow as it likes.

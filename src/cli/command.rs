@@ -129,9 +129,9 @@ pub(super) struct RunArgs {
     #[arg(long, help_heading = "What runs")]
     pub(super) no_initrd: bool,
 
-    /// The kernel's command line [default: console=ttyS0]
+    /// The kernel's command line [default: earlycon=sbi console=ttyS0]
     ///
-    /// What is given replaces the default as a whole.
+    /// What is given replaces the default as a whole. earlycon=sbi shows what a kernel says before its console is up.
     #[arg(long, value_name = "STR", help_heading = "What runs", allow_hyphen_values = true)]
     pub(super) cmdline: Option<String>,
 

@@ -39,7 +39,7 @@ fn the_flags_of_the_command_are_sound() {
 fn a_kernel_alone_is_a_machine_with_the_defaults() {
     let config = config(&["--kernel", "Image"]);
     assert_eq!((config.mem, config.cpus.count, config.name.as_str()), (512 << 20, 1, "rvmm"));
-    assert_eq!(config.boot.cmdline, "console=ttyS0");
+    assert_eq!(config.boot.cmdline, "earlycon=sbi console=ttyS0");
     assert_eq!(config.boot.initrd, InitrdConfig::Builtin("/proc/self/exe".into()));
     assert_eq!((config.irqchip, config.unassigned), (IrqchipChoice::Auto, Unassigned::Zero));
     assert_eq!((config.on_reset, &config.serial), (OnReset::Restart, &SerialConfig::Stdio));
