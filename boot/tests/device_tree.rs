@@ -181,6 +181,7 @@ fn optional_facts_are_left_out_when_there_are_none() {
     board.cpus[0].cbom_block_size = None;
     board.cpus[0].cbop_block_size = Some(32);
     board.cpus[0].mmu = MmuType::None;
+    board.hypervisor = None;
     let blob = fdt::build(&board).unwrap();
     assert_eq!(value(&blob, "/cpus/cpu@0", "riscv,cbom-block-size"), None);
     assert_eq!(cells(&blob, "/cpus/cpu@0", "riscv,cbop-block-size"), [32]);
@@ -188,6 +189,7 @@ fn optional_facts_are_left_out_when_there_are_none() {
     assert_eq!(value(&blob, "/chosen", "linux,initrd-start"), None);
     assert_eq!(value(&blob, "/chosen", "stdout-path"), None);
     assert_eq!(value(&blob, "/aliases", "serial0"), None);
+    assert_eq!(value(&blob, "/hypervisor", "compatible"), None);
 }
 
 #[test]

@@ -27,6 +27,7 @@ pub(super) fn board(facts: &Facts<'_>, devices: Vec<DeviceNode>) -> Result<Board
         model: "rvmm".into(),
         compatible: vec!["rvmm,virt".into(), "riscv-virtio".into()],
         cpus: (0..facts.harts).map(|hartid| Cpu { hartid, ..cpu.clone() }).collect(),
+        hypervisor: Some("linux,kvm".into()),
         timebase_frequency: u32::try_from(facts.cpu.timebase_hz).map_err(|_| {
             Error::Config(format!(
                 "A timebase of {} Hz does not fit a device tree",

@@ -11,6 +11,9 @@ pub struct Board {
     pub compatible: Vec<String>,
     /// The harts, the boot hart first, ids ascending.
     pub cpus: Vec<Cpu>,
+    /// `compatible` of `/hypervisor`, which says whose guest this is: "linux,kvm". Without one there is no such node.
+    /// systemd-detect-virt knows the guest by it, and with it every unit that asks for a virtual machine.
+    pub hypervisor: Option<String>,
     /// Ticks per second of the `time` CSR, in Hz.
     pub timebase_frequency: u32,
     /// The ranges of RAM.

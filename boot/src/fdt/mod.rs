@@ -51,6 +51,9 @@ pub fn build(board: &Board) -> Result<Vec<u8>, BootError> {
                 writer.u64s("reg", &[ram.base, ram.size])
             })?;
         }
+        if let Some(hypervisor) = &board.hypervisor {
+            writer.node("hypervisor", |writer| writer.string("compatible", hypervisor))?;
+        }
         cpus::write(writer, board, &phandles)?;
         writer.node("soc", |writer| {
             writer.u32("#address-cells", 2)?;

@@ -161,6 +161,7 @@ pub(crate) fn board(irqchip: Irqchip) -> Board {
         model: "rvmm".into(),
         compatible: vec!["rvmm,virt".into(), "riscv-virtio".into()],
         cpus: vec![cpu(0), cpu(1)],
+        hypervisor: Some("linux,kvm".into()),
         timebase_frequency: 10_000_000,
         memory: vec![Region::new(RAM, 512 << 20)],
         chosen: Chosen {
