@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::compressed::{self, Compression};
+use crate::compressed::{self, Compression, Unpacked};
 use crate::error::{BootError, FileName, Role};
 use crate::source::{Segment, open_regular, unusable};
 use crate::{elf, foreign, image};
@@ -40,6 +40,7 @@ pub struct Kernel {
     name: FileName,
     format: Format,
     compression: Option<Compression>,
+    left_out: u64,
     segments: Vec<Segment>,
 }
 
@@ -60,16 +61,18 @@ impl Kernel {
         let head = read_head(&file).map_err(cannot_read)?;
         let file = KernelFile { path, file: Arc::new(file), len, head };
         if let Some(compression) = Compression::of(&file.head) {
-            let (format, segment) = compressed::unpack(&file, compression, limit)?;
-            return Ok(file.kernel(format, Some(compression), vec![segment]));
+            let Unpacked { format, segment, left_out } =
+                compressed::unpack(&file, compression, limit)?;
+            let kernel = file.kernel(format, vec![segment]);
+            return Ok(Self { compression: Some(compression), left_out, ..kernel });
         }
         if image::is_image(&file.head) {
             let (format, segment) = image::open(&file)?;
-            return Ok(file.kernel(format, None, vec![segment]));
+            return Ok(file.kernel(format, vec![segment]));
         }
         if elf::is_elf(&file.head) {
             let (entry, segments) = elf::open(&file)?;
-            return Ok(file.kernel(Format::Elf { entry }, None, segments));
+            return Ok(file.kernel(Format::Elf { entry }, segments));
         }
         Err(file.unusable(foreign::describe(&file.head, file.len)))
     }
@@ -90,6 +93,13 @@ impl Kernel {
     #[must_use]
     pub fn compression(&self) -> Option<Compression> {
         self.compression
+    }
+
+    /// Bytes of the file behind its compressed contents, which are not unpacked; 0 where there are none, and where they are
+    /// padding with zeros.
+    #[must_use]
+    pub fn left_out(&self) -> u64 {
+        self.left_out
     }
 
     /// Its pieces: one for an `Image`, one per loadable segment for an ELF file, sorted by address.
@@ -129,13 +139,9 @@ impl KernelFile<'_> {
         unusable(self.path, Role::Kernel, reason)
     }
 
-    fn kernel(
-        &self,
-        format: Format,
-        compression: Option<Compression>,
-        segments: Vec<Segment>,
-    ) -> Kernel {
-        Kernel { name: self.path.into(), format, compression, segments }
+    /// A kernel that is not compressed.
+    fn kernel(&self, format: Format, segments: Vec<Segment>) -> Kernel {
+        Kernel { name: self.path.into(), format, compression: None, left_out: 0, segments }
     }
 }
 

@@ -84,12 +84,87 @@ fn an_image_in_gzip_or_zstd_is_unpacked() {
 }
 
 #[test]
-fn what_follows_a_compressed_image_is_not_looked_at() {
+fn what_follows_a_compressed_image_is_left_out_and_counted() {
     let bytes = image(MIB2, 1 << 20, 5000);
-    for mut packed in [gzip(&bytes), zstd(&bytes)] {
-        packed.extend(b"\x12\x34\x56\x78 and more");
-        assert_eq!(contents(&open(&packed).segments()[0]), bytes);
+    for pack in [gzip, zstd] {
+        for (tail, left_out) in
+            [(&b"\x12\x34\x56\x78 and more"[..], 13), (&[0; 5000], 0), (b"\x1f", 1), (b"", 0)]
+        {
+            let kernel = open(&[pack(&bytes).as_slice(), tail].concat());
+            assert_eq!(contents(&kernel.segments()[0]), bytes);
+            assert_eq!(kernel.left_out(), left_out, "{tail:?}");
+        }
     }
+}
+
+/// Both kinds of image, compressed by `pack` in pieces of 64 KiB with `between` before and behind each.
+fn in_pieces(pack: fn(&[u8]) -> Vec<u8>, between: &[u8]) -> [(Vec<u8>, Vec<u8>); 2] {
+    [image(MIB2, 8 << 20, 300_000), efi_image(RISCV64, 300_064, 300_000)].map(|bytes| {
+        let pieces = bytes.chunks(1 << 16).flat_map(|piece| [pack(piece), between.to_vec()]);
+        let packed = [between.to_vec()].into_iter().chain(pieces).flatten().collect();
+        (bytes, packed)
+    })
+}
+
+#[test]
+fn a_gzip_file_of_several_members_is_unpacked_whole() {
+    for (bytes, packed) in in_pieces(gzip, b"").into_iter().chain(in_pieces(gzip, &gzip(b""))) {
+        let kernel = open(&packed);
+        assert!(contents(&kernel.segments()[0]) == bytes, "not as gzip -dc does");
+        assert_eq!((kernel.compression(), kernel.left_out()), (Some(Compression::Gzip), 0));
+    }
+}
+
+/// A skippable frame of these many bytes (RFC 8878, section 3.1.2).
+fn skippable(kind: u8, len: usize) -> Vec<u8> {
+    let mut frame = vec![0x50 + kind, 0x2a, 0x4d, 0x18];
+    frame.extend((len as u32).to_le_bytes());
+    frame.resize(8 + len, 0xee);
+    frame
+}
+
+#[test]
+fn a_zstd_file_of_several_frames_is_unpacked_whole_and_skippable_ones_are_stepped_over() {
+    // pzstd writes a skippable frame of four bytes before each other one.
+    let between = [skippable(0, 4), skippable(15, 100_000), skippable(7, 0), zstd(b"")].concat();
+    for (bytes, packed) in in_pieces(zstd, b"").into_iter().chain(in_pieces(zstd, &between)) {
+        let kernel = open(&packed);
+        assert!(contents(&kernel.segments()[0]) == bytes, "not as zstd -dc does");
+        assert_eq!((kernel.compression(), kernel.left_out()), (Some(Compression::Zstd), 0));
+    }
+    let nothing = "it is a zstd file without an Image inside; what is inside: it is empty";
+    assert!(refusal(&skippable(3, 9)).starts_with(nothing));
+}
+
+#[test]
+fn damage_in_a_later_member_or_frame_is_found() {
+    let bytes = image(MIB2, 1 << 20, 100_000);
+    let (head, tail) = bytes.split_at(50_000);
+    // Checksums are at the end of a frame, and before the length at the end of a member.
+    for (pack, sum) in [(gzip as fn(&[u8]) -> Vec<u8>, 6), (zstd, 2)] {
+        let (first, second) = (pack(head), pack(tail));
+        let cut = second.len() / 2;
+        unpack_error(&[first.as_slice(), &second[..cut]].concat());
+        let mut wrong = second.clone();
+        let at = wrong.len() - sum;
+        wrong[at] ^= 1;
+        unpack_error(&[first, wrong].concat());
+    }
+    let endless = [zstd(&bytes), skippable(0, 50)].concat();
+    unpack_error(&endless[..endless.len() - 1]);
+    unpack_error(&endless[..endless.len() - 52]);
+}
+
+#[test]
+fn a_window_that_zstd_takes_without_being_told_is_taken() {
+    let bytes = image(MIB2, 0, 50_000);
+    // No content size, no checksum, a window of 128 MiB: as `zstd --ultra -22` makes of a pipe. One raw block.
+    let mut packed = vec![0x28, 0xb5, 0x2f, 0xfd, 0, 17 << 3];
+    packed.extend(&((bytes.len() as u32) << 3 | 1).to_le_bytes()[..3]);
+    packed.extend(&bytes);
+    assert_eq!(contents(&open(&packed).segments()[0]), bytes);
+    packed[5] = 18 << 3;
+    unpack_error(&packed);
 }
 
 #[test]
@@ -358,6 +433,10 @@ fn a_compressed_file_that_goes_on_without_contents_is_given_up_on() {
     let error = Kernel::open(&holes, LIMIT).unwrap_err();
     assert!(work.is_little(), "{work:?}");
     assert!(matches!(error, BootError::Unpack { .. }), "{error}");
+    for empty in [gzip(b""), zstd(b""), skippable(0, 0)] {
+        let row = empty.repeat((20 << 20) / empty.len());
+        unpack_error(&row);
+    }
     for head in [&gzip(b"")[..10], &zstd(b"")[..6]] {
         let huge = folder.sparse("huge", head, 100 << 30);
         assert!(refusal_at(&huge).starts_with("it unpacks to more than 64M"));

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use rvmm_boot::fdt::{self, Board};
 use rvmm_boot::{Blob, Cmdline, Initrd, Kernel, Load, Placement, Region, Request, Source, place};
 
+use rvmm_boot::compressed::Compression;
 use rvmm_boot::kernel::Format;
 
 use super::tree::region;
@@ -40,7 +41,7 @@ impl Files {
         let boot = &config.boot;
         Cmdline::new(&boot.cmdline)?;
         Ok(Self {
-            kernel: boot.kernel.as_ref().map(|path| Kernel::open(path, config.mem)).transpose()?,
+            kernel: boot.kernel.as_ref().map(|path| kernel(path, config.mem)).transpose()?,
             initrd: initrd(boot)?,
             loads: boot
                 .load
@@ -98,6 +99,20 @@ impl Files {
         let loads = self.loads.iter().map(|load| Region::new(load.address, load.source.len()));
         kernel.into_iter().chain(loads).collect()
     }
+}
+
+/// Opens the kernel, which may unpack to `limit` bytes.
+fn kernel(path: &Path, limit: u64) -> Result<Kernel, Error> {
+    let kernel = Kernel::open(path, limit)?;
+    if kernel.left_out() > 0 {
+        log::warn!(
+            "{} bytes at the end of {} are no {} and are left out (was the file cut or joined wrongly?)",
+            kernel.left_out(),
+            kernel.name(),
+            kernel.compression().map_or("part of it", Compression::name),
+        );
+    }
+    Ok(kernel)
 }
 
 fn initrd(boot: &BootConfig) -> Result<Option<Initrd>, Error> {
