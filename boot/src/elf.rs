@@ -1,8 +1,8 @@
 //! ELF files with physical addresses: 64-bit, little-endian, RISC-V (gABI chapters 4 and 5).
 //!
 //! Bare-metal programs, teaching kernels and boot loaders such as U-Boot come as ELF files. Each PT_LOAD
-//! segment goes to its `p_paddr`. The entry is a virtual address by the specification; where a segment's
-//! virtual and physical addresses differ it is translated. Linux's own `vmlinux` is linked at virtual
+//! segment goes to its `p_paddr`, and the guest starts at the lowest of these: QEMU's `virt` does not look at
+//! `e_entry`, and files of guests that were written for it name 0 there, or a virtual address. Linux's own `vmlinux` is linked at virtual
 //! addresses with nothing that says where it is to be loaded, so it is refused with a hint at the `Image`.
 
 use elf::abi;
@@ -12,7 +12,7 @@ use elf::parse::ParsingTable;
 use elf::segment::ProgramHeader;
 
 use crate::error::BootError;
-use crate::kernel::KernelFile;
+use crate::kernel::{Format, KernelFile};
 use crate::region::Region;
 use crate::source::{Segment, Source};
 
@@ -30,8 +30,8 @@ pub fn is_elf(head: &[u8]) -> bool {
     head.starts_with(&abi::ELFMAGIC)
 }
 
-/// Checks an ELF file and makes its segments; gives the entry and the segments sorted by address.
-pub(crate) fn open(file: &KernelFile<'_>) -> Result<(u64, Vec<Segment>), BootError> {
+/// Checks an ELF file and makes its segments, sorted by address.
+pub(crate) fn open(file: &KernelFile<'_>) -> Result<(Format, Vec<Segment>), BootError> {
     let unusable = |reason| file.unusable(reason);
     let header = file_header(&file.head).map_err(unusable)?;
     let table = table(&header, file.len).map_err(unusable)?;
@@ -40,13 +40,13 @@ pub(crate) fn open(file: &KernelFile<'_>) -> Result<(u64, Vec<Segment>), BootErr
     source.read_exact_at(table.offset, &mut bytes)?;
     let loads = loads(&header, &bytes);
     check(&loads, file.len).map_err(unusable)?;
-    let entry = entry(&header, &loads).map_err(unusable)?;
+    let format = Format::Elf { entry: entry(&header, &loads), e_entry: header.e_entry };
     let segment = |load: &ProgramHeader| Segment {
         address: load.p_paddr,
         source: Source::File { file: file.file.clone(), offset: load.p_offset, len: load.p_filesz },
         mem_len: load.p_memsz,
     };
-    Ok((entry, loads.iter().map(segment).collect()))
+    Ok((format, loads.iter().map(segment).collect()))
 }
 
 /// The file header, if it is that of a program for a 64-bit little-endian RISC-V machine.
@@ -148,17 +148,28 @@ fn check(loads: &[ProgramHeader], file_len: u64) -> Result<(), String> {
     Ok(())
 }
 
-/// The physical address of the first instruction, which has to be in the file's part of a segment.
-fn entry(header: &FileHeader<AnyEndian>, loads: &[ProgramHeader]) -> Result<u64, String> {
+/// The guest-physical address of the first instruction: the lowest one loaded. Where that is no code, or zeros that are not in
+/// the file, no guest can start there, and `e_entry` counts, which is virtual by the specification.
+fn entry(header: &FileHeader<AnyEndian>, loads: &[ProgramHeader]) -> Option<u64> {
+    let is_code = |ph: &ProgramHeader| ph.p_flags & abi::PF_X != 0;
+    let lowest = loads.first().filter(|ph| ph.p_filesz > 0);
+    match (lowest, named_entry(header, loads)) {
+        (Some(lowest), Some((entry, at))) if !is_code(lowest) && is_code(at) => Some(entry),
+        (Some(lowest), _) => Some(lowest.p_paddr),
+        (None, named) => named.map(|(entry, _)| entry),
+    }
+}
+
+/// The guest-physical address of `e_entry`, and the segment with it in its contents, if there is one.
+fn named_entry<'a>(
+    header: &FileHeader<AnyEndian>,
+    loads: &'a [ProgramHeader],
+) -> Option<(u64, &'a ProgramHeader)> {
     let entry = header.e_entry;
     let offset_from = |start: u64, ph: &ProgramHeader| {
         entry.checked_sub(start).filter(|offset| *offset < ph.p_filesz)
     };
-    let physical = loads.iter().find_map(|ph| offset_from(ph.p_paddr, ph).map(|_| entry));
-    let translated = || loads.iter().find_map(|ph| Some(ph.p_paddr + offset_from(ph.p_vaddr, ph)?));
-    physical.or_else(translated).ok_or_else(|| {
-        format!(
-            "it is an ELF file whose entry {entry:#x} is in none of its segments (link it again)"
-        )
-    })
+    let physical = loads.iter().find(|ph| offset_from(ph.p_paddr, ph).is_some());
+    let translated = |ph: &'a ProgramHeader| Some((ph.p_paddr + offset_from(ph.p_vaddr, ph)?, ph));
+    physical.map(|ph| (entry, ph)).or_else(|| loads.iter().find_map(translated))
 }

@@ -28,8 +28,11 @@ pub enum Format {
     },
     /// An ELF file. Its segments' addresses are guest-physical.
     Elf {
-        /// The guest-physical address of the first instruction; inside one of the segments.
-        entry: u64,
+        /// The guest-physical address of the first instruction, which is in one of the segments' contents; none where the
+        /// file names no such address and has nothing at its lowest one.
+        entry: Option<u64>,
+        /// What the file itself names as its entry, as it stands there: it may be virtual, or nowhere.
+        e_entry: u64,
     },
 }
 
@@ -71,8 +74,8 @@ impl Kernel {
             return Ok(file.kernel(format, vec![segment]));
         }
         if elf::is_elf(&file.head) {
-            let (entry, segments) = elf::open(&file)?;
-            return Ok(file.kernel(Format::Elf { entry }, segments));
+            let (format, segments) = elf::open(&file)?;
+            return Ok(file.kernel(format, segments));
         }
         Err(file.unusable(foreign::describe(&file.head, file.len)))
     }

@@ -258,7 +258,12 @@ fn outside_ram(request: &Request<'_>, blob: &Blob<'_>) -> BootError {
 /// The address of the first instruction, which has to be in the contents of some piece.
 fn entry(request: &Request<'_>, start: u64, blobs: &[Blob<'_>]) -> Result<u64, BootError> {
     let entry = match (request.entry, request.kernel.map(Kernel::format)) {
-        (Some(entry), _) | (None, Some(Format::Elf { entry })) => entry,
+        (Some(entry), _) | (None, Some(Format::Elf { entry: Some(entry), .. })) => entry,
+        (None, Some(Format::Elf { entry: None, e_entry })) => {
+            let reason = "the ELF file has nothing there, and nothing at its lowest address either \
+                          (give --entry an address inside a loaded file)";
+            return Err(BootError::Entry { entry: e_entry, reason: reason.into() });
+        }
         (None, Some(Format::Image { text_offset, .. })) => start.saturating_add(text_offset),
         (None, None) => request.loads.first().map_or(start, |load| load.address),
     };

@@ -261,6 +261,25 @@ fn an_entry_where_nothing_is_is_refused() {
 }
 
 #[test]
+fn an_entry_of_the_users_wins_over_the_files_own_and_rescues_one_without() {
+    let at = RAM + MIB2;
+    let zeros_first =
+        [samples::Load(RAM, 0x1000, 0, 0x800), samples::Load(at, 0x1000, 0x800, 0x800)];
+    let mut parts = Parts::new(64 * MIB).kernel(&elf(0, &zeros_first, 0x2000));
+    assert_eq!(
+        parts.refusal(),
+        "Cannot start the guest at 0x0: the ELF file has nothing there, and nothing at its lowest \
+         address either (give --entry an address inside a loaded file)"
+    );
+    for entry in [at, at + 4] {
+        parts.entry = Some(entry);
+        assert_eq!(parts.place().unwrap().entry, entry);
+    }
+    parts = parts.kernel(&u_boot());
+    assert_eq!(parts.place().unwrap().entry, at + 4);
+}
+
+#[test]
 fn a_request_against_the_rules_is_refused() {
     let refusal = |change: fn(&mut Parts)| {
         let mut parts = Parts::new(64 * MIB).image(MIB, MIB);

@@ -86,12 +86,25 @@ impl Files {
             dump(path, &tree)?;
         }
         fill(ram, &placement, &tree)?;
+        self.tell_entry(boot, placement.entry);
         let code = self.code(placement.kernel);
         Ok(Start { entry: placement.entry, fdt: placement.fdt.base, code })
     }
 }
 
 impl Files {
+    /// An ELF file's own entry does not count, as on QEMU's `virt`.
+    fn tell_entry(&self, boot: &BootConfig, entry: u64) {
+        let Some(kernel) = self.kernel.as_ref().filter(|_| boot.entry.is_none()) else { return };
+        match kernel.format() {
+            Format::Elf { e_entry, .. } if e_entry != entry => log::info!(
+                "{} starts at {entry:#x}; the entry it names is {e_entry:#x} (--entry ADDR starts it elsewhere)",
+                kernel.name(),
+            ),
+            _ => {}
+        }
+    }
+
     /// Flat files, and an ELF file, which lies at `kernel`; who has an `Image` is taken for Linux.
     fn code(&self, kernel: Option<Region>) -> Vec<Region> {
         let is_elf = |kernel: &&Kernel| matches!(kernel.format(), Format::Elf { .. });
