@@ -85,6 +85,16 @@ pub enum BootError {
         /// Bytes of guest memory with which the same request works; a multiple of 1 MiB.
         needed: u64,
     },
+    /// The memory that a user's own device tree names is too little.
+    #[error(
+        "Cannot fit {what} into {named}, the memory that the device tree names (name more there)"
+    )]
+    TooLittleNamed {
+        /// What has to fit, in words.
+        what: String,
+        /// The ranges of memory, in words.
+        named: String,
+    },
     /// Two pieces that both have fixed addresses share memory.
     #[error(
         "Cannot load {first} at {first_at} and {second} at {second_at}: they overlap (move one)"

@@ -10,7 +10,7 @@
 //! 2. [`Initrd::open`] takes an initrd file as it is; [`Cpio`] writes one on the fly.
 //! 3. [`Cmdline::new`] checks the kernel command line against what RISC-V Linux takes.
 //! 4. [`place()`] gives every piece its guest-physical address.
-//! 5. [`fdt::build`] writes the device tree of a [`fdt::Board`], or [`fdt::open`] checks a user's own.
+//! 5. [`fdt::build`] writes the device tree of a [`fdt::Board`], or [`fdt::GivenTree`] is a user's own.
 //!
 //! Every error is a [`BootError`]: one line, with what to do.
 #![forbid(unsafe_code)]

@@ -50,11 +50,14 @@ impl Load {
 }
 
 /// What has to be placed, and where there is room.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Request<'a> {
     /// The ranges of guest RAM, in ascending order, without overlap; each base and size a multiple of
     /// 4 KiB, the first base a multiple of 2 MiB.
     pub ram: &'a [Region],
+    /// Where in it the device tree and the initrd may lie, in ascending order: what a user's own tree names as memory.
+    /// Empty: everywhere.
+    pub memory: &'a [Region],
     /// The kernel, if there is one.
     pub kernel: Option<&'a Kernel>,
     /// Flat files at fixed addresses.
@@ -287,7 +290,10 @@ fn float(
     let near = start.saturating_add(NEAR);
     let tries = [(near, HUGE_PAGE), (near, PAGE), (u64::MAX, HUGE_PAGE), (u64::MAX, PAGE)];
     tries.into_iter().find_map(|(ceiling, align)| {
-        let mut free = Free::new(request.ram, ceiling);
+        let mut free = Free::new(
+            if request.memory.is_empty() { request.ram } else { request.memory },
+            ceiling,
+        );
         reserved(request, start, blobs).for_each(|region| free.take(region));
         let fixed = request.fdt_at.map(|base| Region::new(base, request.fdt_len));
         fixed.into_iter().for_each(|region| free.take(region));
@@ -327,9 +333,29 @@ fn too_little(request: &Request<'_>, blobs: &[Blob<'_>]) -> BootError {
     let start = request.ram.first().map_or(0, |ram| ram.base);
     let top = blobs.iter().map(|blob| blob.region().end()).max().unwrap_or(start);
     let initrd_len = request.initrd.map_or(0, Initrd::len);
+    if !request.memory.is_empty() && blobs.iter().all(|blob| in_ram(request, blob)) {
+        let memory: Vec<String> = request.memory.iter().map(ToString::to_string).collect();
+        return BootError::TooLittleNamed {
+            what: pieces(request, start),
+            named: memory.join(", "),
+        };
+    }
     let needed = round_up(top, HUGE_PAGE)
         .saturating_add(round_up(initrd_len, PAGE))
         .saturating_add(round_up(request.fdt_len, PAGE));
+    BootError::TooLittleMemory {
+        what: pieces(request, start),
+        available: request.ram.iter().fold(0, |sum: u64, ram| sum.saturating_add(ram.size)),
+        needed: round_up(needed.saturating_sub(start), 1 << 20),
+    }
+}
+
+fn in_ram(request: &Request<'_>, blob: &Blob<'_>) -> bool {
+    request.ram.iter().any(|ram| ram.encloses(blob.region()))
+}
+
+/// What has to be placed, in words.
+fn pieces(request: &Request<'_>, start: u64) -> String {
     let named = |what: &str, len| (what.to_string(), len);
     let kernel = request.kernel.map(|kernel| named("kernel", extent(kernel, start).size));
     let loads = request.loads.iter().map(|load| (load.name.to_string(), load.source.len()));
@@ -339,9 +365,5 @@ fn too_little(request: &Request<'_>, blobs: &[Blob<'_>]) -> BootError {
         .chain([named("device tree", request.fdt_len)])
         .map(|(name, len)| format!("{name} ({})", Size(round_up(len, 1 << 10))))
         .collect();
-    BootError::TooLittleMemory {
-        what: pieces.join(" + "),
-        available: request.ram.iter().fold(0, |sum: u64, ram| sum.saturating_add(ram.size)),
-        needed: round_up(needed.saturating_sub(start), 1 << 20),
-    }
+    pieces.join(" + ")
 }

@@ -16,7 +16,9 @@ use std::sync::LazyLock;
 
 use proptest::prelude::*;
 use rvmm_boot::fdt::blob::{self, Item};
-use rvmm_boot::fdt::{self, Board, Irqchip, MmuType, Node, PlicContexts, Property, Value};
+use rvmm_boot::fdt::{
+    self, Board, GivenTree, Irqchip, MmuType, Node, PlicContexts, Property, Value,
+};
 use rvmm_boot::{Region, fdt::DeviceNode};
 use samples::{AIA, Folder, PLIC, Work, board};
 
@@ -59,6 +61,11 @@ fn value<'a>(blob: &'a [u8], path: &str, name: &str) -> Option<&'a [u8]> {
     })
     .unwrap();
     found
+}
+
+/// A user's own tree, as it is in its file.
+fn open(path: &Path) -> Vec<u8> {
+    GivenTree::open(path).unwrap().blob().to_vec()
 }
 
 /// The cells of a property of the node with this path.
@@ -144,7 +151,7 @@ fn a_tree_that_went_through_dtc_as_text_is_still_the_same() {
         let file = folder.write("tree.dts", text(&blob).as_bytes());
         let again = dtc(&file, "dts", "dtb");
         assert_eq!(items(&blob), items(&again));
-        assert_eq!(fdt::open(&folder.write("tree.dtb", &again)).unwrap(), again);
+        assert_eq!(open(&folder.write("tree.dtb", &again)), again);
     }
 }
 
@@ -270,7 +277,7 @@ fn refusal(bytes: &[u8]) -> String {
     let folder = Folder::new();
     let path = folder.write("user.dtb", bytes);
     let work = Work::begin();
-    let error = fdt::open(&path).unwrap_err().to_string();
+    let error = GivenTree::open(&path).unwrap_err().to_string();
     assert!(work.is_little(), "{work:?}");
     let rest = error.strip_prefix(&format!("Cannot use {} as a device tree: ", path.display()));
     rest.unwrap_or_else(|| panic!("{error}")).to_string()
@@ -305,15 +312,11 @@ fn tokens(cells: &[u32]) -> Vec<u8> {
 fn a_users_tree_is_taken_verbatim() {
     let folder = Folder::new();
     let blob = fdt::build(&board(AIA)).unwrap();
-    assert_eq!(fdt::open(&folder.write("a.dtb", &blob)).unwrap(), blob);
+    assert_eq!(open(&folder.write("a.dtb", &blob)), blob);
     let empty = raw(&tokens(&[1, 0, 2, 9]), &[]);
-    assert_eq!(fdt::open(&folder.write("b.dtb", &empty)).unwrap(), empty, "no memory, no chosen");
+    assert_eq!(open(&folder.write("b.dtb", &empty)), empty, "no memory, no chosen");
     let padded = [empty.as_slice(), &[0; 100]].concat();
-    assert_eq!(
-        fdt::open(&folder.write("c.dtb", &padded)).unwrap(),
-        empty,
-        "what follows is not it"
-    );
+    assert_eq!(open(&folder.write("c.dtb", &padded)), empty, "what follows is not it");
 }
 
 #[test]
@@ -335,9 +338,9 @@ fn a_file_that_is_no_tree_is_refused() {
     assert!(refusal(b"/dts-v1/;\n/ {};").starts_with("it is device tree source (compile it first"));
     let folder = Folder::new();
     let large = folder.sparse("large.dtb", &with_header(0, 0xd00d_feed), 100 << 30);
-    let error = fdt::open(&large).unwrap_err().to_string();
+    let error = GivenTree::open(&large).unwrap_err().to_string();
     assert!(error.ends_with("it is larger than 2M (give a .dtb file)"), "{error}");
-    let error = fdt::open(&folder.path("")).unwrap_err().to_string();
+    let error = GivenTree::open(&folder.path("")).unwrap_err().to_string();
     assert!(error.ends_with("as a device tree: it is a folder (give a regular file)"), "{error}");
 }
 
@@ -396,7 +399,7 @@ fn nodes_may_be_nested_64_deep_and_not_deeper() {
         raw(&tokens(&cells), &[])
     };
     let folder = Folder::new();
-    assert!(fdt::open(&folder.write("64.dtb", &nested(64))).is_ok());
+    assert!(GivenTree::open(&folder.write("64.dtb", &nested(64))).is_ok());
     assert!(refusal(&nested(65)).starts_with("nodes are nested deeper than 64 at offset"));
     assert!(refusal(&nested(10_000)).starts_with("nodes are nested deeper than 64 at offset"));
 }
@@ -412,7 +415,7 @@ fn the_slowest_tree_is_checked_within_a_second() {
     let folder = Folder::new();
     let path = folder.write("slow.dtb", &raw(&tokens(&cells), &strings));
     let work = Work::begin();
-    assert!(fdt::open(&path).is_ok());
+    assert!(GivenTree::open(&path).is_ok());
     assert!(work.is_little(), "{work:?}");
 }
 

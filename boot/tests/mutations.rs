@@ -80,8 +80,17 @@ fn try_out(file: &[u8]) -> Result<(), TestCaseError> {
             }
             let ram = [Region::new(RAM, MEM)];
             let (kernel, loads, entry, initrd) = (Some(&kernel), &[][..], None, None);
-            place(&Request { ram: &ram, kernel, loads, entry, initrd, fdt_len: 5000, fdt_at: None })
-                .err()
+            place(&Request {
+                ram: &ram,
+                kernel,
+                loads,
+                entry,
+                initrd,
+                fdt_len: 5000,
+                fdt_at: None,
+                ..Request::default()
+            })
+            .err()
         }
         Err(error) => Some(error),
     };

@@ -85,6 +85,7 @@ impl Parts {
             initrd: self.initrd.as_ref(),
             fdt_len: self.fdt_len,
             fdt_at: self.fdt_at,
+            ..Request::default()
         })
     }
 

@@ -2,8 +2,9 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Once;
 
-use rvmm_boot::fdt::{self, Board};
+use rvmm_boot::fdt::{self, Board, GivenTree};
 use rvmm_boot::{Blob, Cmdline, Initrd, Kernel, Load, Placement, Region, Request, Source, place};
 
 use rvmm_boot::compressed::Compression;
@@ -21,7 +22,9 @@ pub(super) struct Files {
     kernel: Option<Kernel>,
     initrd: Option<Initrd>,
     loads: Vec<Load>,
-    dtb: Option<Vec<u8>>,
+    dtb: Option<GivenTree>,
+    /// Whether what is to be said of them was said: a guest that restarts does not have it said again.
+    told: Once,
 }
 
 /// What the boot hart needs to start.
@@ -40,15 +43,17 @@ impl Files {
     pub(super) fn open(config: &VmConfig) -> Result<Self, Error> {
         let boot = &config.boot;
         Cmdline::new(&boot.cmdline)?;
+        let dtb = boot.dtb.as_ref().map(|path| GivenTree::open(path)).transpose()?;
         Ok(Self {
             kernel: boot.kernel.as_ref().map(|path| kernel(path, config.mem)).transpose()?,
-            initrd: initrd(boot)?,
+            initrd: initrd(boot, dtb.as_ref())?,
             loads: boot
                 .load
                 .iter()
                 .map(|l| Load::open(&l.file, l.addr))
                 .collect::<Result<_, _>>()?,
-            dtb: boot.dtb.as_ref().map(|path| fdt::open(path)).transpose()?,
+            dtb,
+            told: Once::new(),
         })
     }
 
@@ -61,38 +66,59 @@ impl Files {
     ) -> Result<Start, Error> {
         // The length does not depend on where the initrd comes to lie.
         board.chosen.initrd = self.initrd.as_ref().map(|_| region(ram.span()));
-        let draft = match &self.dtb {
-            Some(own) => own.len(),
-            None => fdt::build(&board)?.len(),
-        };
+        let differences =
+            self.dtb.as_ref().map_or(Ok(Vec::new()), |given| given.compare(&board))?;
         let memory = [region(ram.span())];
         let placement = place(&Request {
             ram: &memory,
+            memory: self.dtb.as_ref().map_or(&[], GivenTree::memory),
             kernel: self.kernel.as_ref(),
             loads: &self.loads,
             entry: boot.entry,
             initrd: self.initrd.as_ref(),
-            fdt_len: draft as u64,
+            fdt_len: self.tree(&board)?.len() as u64,
             fdt_at: boot.dtb_addr,
         })?;
-        let tree = match &self.dtb {
-            Some(own) => own.clone(),
-            None => {
-                board.chosen.initrd = placement.initrd;
-                fdt::build(&board)?
-            }
-        };
+        board.chosen.initrd = placement.initrd;
+        let tree = self.tree(&board)?;
         if let Some(path) = &boot.dump_dtb {
             dump(path, &tree)?;
         }
         fill(ram, &placement, &tree)?;
-        self.tell_entry(boot, placement.entry);
+        self.told.call_once(|| {
+            differences.iter().for_each(|difference| log::warn!("{difference}"));
+            self.tell_initrd(&placement);
+            self.tell_entry(boot, placement.entry);
+        });
         let code = self.code(placement.kernel);
         Ok(Start { entry: placement.entry, fdt: placement.fdt.base, code })
     }
 }
 
 impl Files {
+    /// The user's own tree, or that of the board.
+    fn tree(&self, board: &Board) -> Result<Vec<u8>, Error> {
+        match &self.dtb {
+            Some(given) => Ok(given.completed(board.chosen.initrd)),
+            None => Ok(fdt::build(board)?),
+        }
+    }
+
+    /// A user's own tree may name an initrd that is elsewhere by now, or nowhere.
+    fn tell_initrd(&self, placement: &Placement<'_>) {
+        let Some(named) = self.dtb.as_ref().and_then(GivenTree::initrd) else { return };
+        let is_there = |blob: &Blob<'_>| blob.region().encloses(named);
+        match placement.initrd {
+            Some(ours) if ours != named => {
+                log::info!("The device tree names an initrd at {named}; the guest's is at {ours}");
+            }
+            None if !placement.blobs.iter().any(is_there) => log::warn!(
+                "The device tree names an initrd at {named}, and nothing is loaded there (give it with --initrd, or take linux,initrd-start out of the tree)"
+            ),
+            _ => {}
+        }
+    }
+
     /// An ELF file's own entry does not count, as on QEMU's `virt`.
     fn tell_entry(&self, boot: &BootConfig, entry: u64) {
         let Some(kernel) = self.kernel.as_ref().filter(|_| boot.entry.is_none()) else { return };
@@ -128,8 +154,10 @@ fn kernel(path: &Path, limit: u64) -> Result<Kernel, Error> {
     Ok(kernel)
 }
 
-fn initrd(boot: &BootConfig) -> Result<Option<Initrd>, Error> {
+/// The initrd that is asked for. A user's own tree that names none has a command line for something else than the built-in one.
+fn initrd(boot: &BootConfig, dtb: Option<&GivenTree>) -> Result<Option<Initrd>, Error> {
     match &boot.initrd {
+        InitrdConfig::Builtin(_) if dtb.is_some_and(|tree| tree.initrd().is_none()) => Ok(None),
         InitrdConfig::None => Ok(None),
         InitrdConfig::File(path) => Ok(Some(Initrd::open(path)?)),
         InitrdConfig::Builtin(exe) => {

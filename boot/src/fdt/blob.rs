@@ -6,12 +6,13 @@
 
 use std::ffi::CStr;
 use std::fmt;
+use std::ops::Range;
 
 /// The first four bytes of every blob.
-const MAGIC: u32 = 0xd00d_feed;
+pub(super) const MAGIC: u32 = 0xd00d_feed;
 
 /// The length of the header of version 17 in bytes.
-const HEADER_LEN: usize = 40;
+pub(super) const HEADER_LEN: usize = 40;
 
 /// Linux follows no more levels (FDT_MAX_DEPTH in drivers/of/fdt.c).
 const MAX_DEPTH: usize = 64;
@@ -60,9 +61,16 @@ pub fn check(blob: &[u8]) -> Result<usize, Fault> {
 /// # Errors
 /// The first [`Fault`] there is; `visit` has seen everything before it.
 pub fn walk<'a>(blob: &'a [u8], mut visit: impl FnMut(Item<'a>)) -> Result<usize, Fault> {
+    walk_spans(blob, |_, item| visit(item))
+}
+
+/// As [`walk`], with the bytes of the blob that each item takes: a node's name with its beginning.
+pub(super) fn walk_spans<'a>(
+    blob: &'a [u8],
+    mut visit: impl FnMut(Range<usize>, Item<'a>),
+) -> Result<usize, Fault> {
     let header = Header::parse(blob)?;
     let blob = blob.get(..header.total).unwrap_or(blob);
-    check_reservations(blob, header.reservations)?;
     let mut cursor = Cursor { blob, at: header.structure.start, end: header.structure.end };
     let mut depth = 0_usize;
     loop {
@@ -73,18 +81,20 @@ pub fn walk<'a>(blob: &'a [u8], mut visit: impl FnMut(Item<'a>)) -> Result<usize
             BEGIN_NODE if depth == MAX_DEPTH => return fault("nodes are nested deeper than 64"),
             BEGIN_NODE => {
                 depth += 1;
-                visit(Item::Begin(cursor.string()?));
+                let name = cursor.string()?;
+                visit(at..cursor.at, Item::Begin(name));
             }
             PROPERTY if depth == 0 => return fault("there is a property outside of all nodes"),
             PROPERTY => {
                 let (len, name) = (cursor.u32()?, cursor.u32()?);
                 let name = property_name(blob, &header, name, at)?;
-                visit(Item::Property(name, cursor.bytes(len)?));
+                let value = cursor.bytes(len)?;
+                visit(at..cursor.at, Item::Property(name, value));
             }
             END_NODE if depth == 0 => return fault("a node ends that never began"),
             END_NODE => {
                 depth -= 1;
-                visit(Item::End);
+                visit(at..cursor.at, Item::End);
                 if depth == 0 {
                     break;
                 }
@@ -103,24 +113,26 @@ pub fn walk<'a>(blob: &'a [u8], mut visit: impl FnMut(Item<'a>)) -> Result<usize
 }
 
 // Tokens of the structure block (Devicetree Specification 5.4.1).
-const BEGIN_NODE: u32 = 1;
-const END_NODE: u32 = 2;
-const PROPERTY: u32 = 3;
+pub(super) const BEGIN_NODE: u32 = 1;
+pub(super) const END_NODE: u32 = 2;
+pub(super) const PROPERTY: u32 = 3;
 const NOP: u32 = 4;
 const END: u32 = 9;
 
 /// What the header says, checked.
-struct Header {
+pub(super) struct Header {
     /// The length of the blob in bytes.
     total: usize,
-    /// Where the list of reserved memory starts.
-    reservations: usize,
-    structure: std::ops::Range<usize>,
-    strings: std::ops::Range<usize>,
+    /// The list of reserved memory, with the empty entry that ends it.
+    pub(super) reservations: Range<usize>,
+    pub(super) structure: Range<usize>,
+    pub(super) strings: Range<usize>,
+    /// The physical id of the hart that starts.
+    pub(super) boot_cpu: u32,
 }
 
 impl Header {
-    fn parse(blob: &[u8]) -> Result<Self, Fault> {
+    pub(super) fn parse(blob: &[u8]) -> Result<Self, Fault> {
         let fault = |what, offset| Err(Fault { what, offset });
         if be_u32(blob, 0) != Some(MAGIC) {
             return fault("there is no magic number of a device tree blob", 0);
@@ -149,17 +161,25 @@ impl Header {
         let Some(reservations) = block(field(16), 16, 8) else {
             return fault("the memory reservations are not inside the blob", 16);
         };
-        Ok(Self { total, reservations: reservations.start, structure, strings })
+        let reservations =
+            reservations_from(blob.get(..total).unwrap_or(blob), reservations.start)?;
+        let boot_cpu = be_u32(blob, 28).unwrap_or(0);
+        Ok(Self { total, reservations, structure, strings, boot_cpu })
+    }
+
+    /// Where the last of the blocks ends.
+    pub(super) fn used(&self) -> usize {
+        self.structure.end.max(self.strings.end).max(self.reservations.end)
     }
 }
 
-/// Checks that the list of reserved memory ends.
-fn check_reservations(blob: &[u8], start: usize) -> Result<(), Fault> {
-    let entries = blob.get(start..).unwrap_or_default().chunks_exact(16);
-    if entries.into_iter().any(|entry| entry.iter().all(|byte| *byte == 0)) {
-        return Ok(());
+/// The list of reserved memory that starts here, if it ends.
+fn reservations_from(blob: &[u8], start: usize) -> Result<Range<usize>, Fault> {
+    let mut entries = blob.get(start..).unwrap_or_default().chunks_exact(16);
+    match entries.position(|entry| entry.iter().all(|byte| *byte == 0)) {
+        Some(last) => Ok(start..start + 16 * (last + 1)),
+        None => Err(Fault { what: "the list of memory reservations has no end", offset: start }),
     }
-    Err(Fault { what: "the list of memory reservations has no end", offset: start })
 }
 
 /// The name at `offset` of the strings block, for the property at `at`.

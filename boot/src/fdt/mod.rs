@@ -1,4 +1,4 @@
-//! The device tree: written from a [`Board`], or a user's own, checked.
+//! The device tree: written from a [`Board`], or a user's own, held against one ([`GivenTree`]).
 //!
 //! A device says who it is, the board says where it is, and this is where both become nodes (Devicetree
 //! Specification 0.4; Linux's bindings for what the specification leaves open). The shape is that of QEMU's
@@ -6,22 +6,23 @@
 
 pub mod blob;
 mod board;
+mod claims;
 mod cpus;
 mod devices;
+mod given;
 mod irqchip;
 mod phandles;
+mod splice;
 mod writer;
-
-use std::path::Path;
 
 pub use board::{
     Board, Chosen, Cpu, DeviceNode, Irqchip, Isa, MmuType, Node, PlicContexts, Property, Value,
 };
+pub use given::GivenTree;
 use phandles::Phandles;
 use writer::Writer;
 
-use crate::error::{BootError, Role, Size};
-use crate::source::{Source, unusable};
+use crate::error::BootError;
 
 /// The largest device tree that Linux is sure to map: two 2 MiB pages from the one it starts in
 /// (arch/riscv/mm/init.c, create_fdt_early_page_table).
@@ -92,30 +93,4 @@ fn write_chosen(writer: &mut Writer, board: &Board, phandles: &Phandles) -> Resu
         writer.bytes("rng-seed", &chosen.rng_seed)?;
         writer.u64s("kaslr-seed", &[chosen.kaslr_seed])
     })
-}
-
-/// Reads a user's own device tree (`--dtb`), which the guest is given verbatim; what a file holds after the
-/// end that its header gives is left out.
-///
-/// # Errors
-/// [`BootError::Open`], [`BootError::Changed`], or [`BootError::Unusable`] for a file that is no sound device
-/// tree blob of at most [`MAX_LEN`] bytes.
-pub fn open(path: &Path) -> Result<Vec<u8>, BootError> {
-    let refuse = |reason| unusable(path, Role::DeviceTree, reason);
-    let source = Source::open_as(path, Role::DeviceTree)?;
-    let len = usize::try_from(source.len()).ok().filter(|len| *len as u64 <= MAX_LEN);
-    let Some(len) = len else {
-        let max = Size(MAX_LEN);
-        return Err(refuse(format!("it is larger than {max} (give a .dtb file)")));
-    };
-    let mut bytes = vec![0; len];
-    source.read_exact_at(0, &mut bytes)?;
-    if bytes.starts_with(b"/dts-v1/") {
-        let advice = "compile it first: dtc -I dts -O dtb -o FILE.dtb FILE.dts";
-        return Err(refuse(format!("it is device tree source ({advice})")));
-    }
-    let total = blob::check(&bytes)
-        .map_err(|fault| refuse(format!("{fault} (build it again with dtc)")))?;
-    bytes.truncate(total);
-    Ok(bytes)
 }

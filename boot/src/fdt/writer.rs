@@ -8,7 +8,7 @@ use crate::error::BootError;
 
 /// Bytes that a firmware may add where the tree lies. U-Boot adds the kernel's command line and more, without a look at what is
 /// behind the tree: its own data, when there is no room.
-const ROOM: usize = 8192;
+pub(super) const ROOM: usize = 8192;
 
 /// Writes nodes and properties, depth first.
 pub(super) struct Writer {

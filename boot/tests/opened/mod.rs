@@ -58,6 +58,7 @@ pub fn kernel(bytes: &[u8]) {
         initrd: None,
         fdt_len: 5000,
         fdt_at: None,
+        ..Request::default()
     };
     if let Err(error) = place(&request) {
         check(&error);
@@ -89,7 +90,7 @@ fn with_header(rest: &[u8], how: u8) -> Vec<u8> {
 fn walk_tree(bytes: &[u8]) {
     let mut on_disk = tempfile::NamedTempFile::new().unwrap();
     on_disk.write_all(bytes).unwrap();
-    let opened = fdt::open(on_disk.path());
+    let opened = fdt::GivenTree::open(on_disk.path());
     let mut depth = 0_i64;
     let walked = blob::walk(bytes, |item| match item {
         blob::Item::Begin(_) => depth += 1,
@@ -101,7 +102,13 @@ fn walk_tree(bytes: &[u8]) {
         Err(ref fault) => check(fault),
     }
     match opened {
-        Ok(blob) => assert!(walked.is_ok() && blob.len() <= bytes.len()),
+        Ok(tree) => {
+            assert!(walked.is_ok() && tree.blob().len() <= bytes.len());
+            for initrd in [None, Some(Region::new(RAM, 4096))] {
+                let completed = tree.completed(initrd);
+                assert_eq!(blob::check(&completed), Ok(completed.len()));
+            }
+        }
         Err(error) => check(&error),
     }
 }

@@ -1,0 +1,161 @@
+//! A user's own device tree (`--dtb`): read for what has to fit the machine, and corrected where only rvmm can know.
+//!
+//! A tree that was dumped from another machine looks as good as any, and boots into a guest with memory that is not there,
+//! a clock that is wrong or an initrd that nobody put there. So what it says of memory, harts, clock and interrupt
+//! controller is held against the board, and where the initrd lies is written into it.
+
+use std::path::Path;
+
+use super::board::{Board, Irqchip};
+use super::claims::Claims;
+use super::splice;
+use super::{MAX_LEN, blob};
+use crate::error::{BootError, FileName, Role, Size};
+use crate::region::Region;
+use crate::source::{Source, unusable};
+
+/// A user's own device tree: a sound blob, and what it claims.
+#[derive(Clone, Debug)]
+pub struct GivenTree {
+    name: FileName,
+    blob: Vec<u8>,
+    claims: Claims,
+}
+
+impl GivenTree {
+    /// Reads a device tree blob; what a file holds after the end that its header gives is left out.
+    ///
+    /// # Errors
+    /// [`BootError::Open`], [`BootError::Changed`], or [`BootError::Unusable`] for a file that is no sound device
+    /// tree blob of at most [`MAX_LEN`] bytes.
+    pub fn open(path: &Path) -> Result<Self, BootError> {
+        let refuse = |reason| unusable(path, Role::DeviceTree, reason);
+        let source = Source::open_as(path, Role::DeviceTree)?;
+        let len = usize::try_from(source.len()).ok().filter(|len| *len as u64 <= MAX_LEN);
+        let Some(len) = len else {
+            let max = Size(MAX_LEN);
+            return Err(refuse(format!("it is larger than {max} (give a .dtb file)")));
+        };
+        let mut bytes = vec![0; len];
+        source.read_exact_at(0, &mut bytes)?;
+        if bytes.starts_with(b"/dts-v1/") {
+            let advice = "compile it first: dtc -I dts -O dtb -o FILE.dtb FILE.dts";
+            return Err(refuse(format!("it is device tree source ({advice})")));
+        }
+        let damaged = |fault| refuse(format!("{fault} (build it again with dtc)"));
+        let total = blob::check(&bytes).map_err(damaged)?;
+        bytes.truncate(total);
+        let claims = Claims::read(&bytes).map_err(damaged)?;
+        Ok(Self { name: path.into(), blob: bytes, claims })
+    }
+
+    /// The blob as it is in the file.
+    #[must_use]
+    pub fn blob(&self) -> &[u8] {
+        &self.blob
+    }
+
+    /// The ranges of memory that it names, in ascending order; none where it names none.
+    #[must_use]
+    pub fn memory(&self) -> &[Region] {
+        &self.claims.memory
+    }
+
+    /// The initrd that it names.
+    #[must_use]
+    pub fn initrd(&self) -> Option<Region> {
+        self.claims.initrd
+    }
+
+    /// The tree as the guest gets it: with room behind it as a generated one has, and where there is an `initrd`, with its
+    /// place in `/chosen` instead of what stood there. Its length does not depend on the initrd's place.
+    #[must_use]
+    pub fn completed(&self, initrd: Option<Region>) -> Vec<u8> {
+        splice::completed(&self.blob, initrd)
+    }
+
+    /// Holds the tree against the board that the guest gets; gives a sentence for each difference that the guest may live
+    /// with.
+    ///
+    /// # Errors
+    /// [`BootError::Unusable`] for one that it cannot live with: memory that is not there, or no boot hart.
+    pub fn compare(&self, board: &Board) -> Result<Vec<String>, BootError> {
+        let memory = self.compare_memory(board)?;
+        let harts = self.compare_harts(board)?;
+        let others = [memory, harts, self.compare_clock(board), self.compare_irqchip(board)];
+        let named = |what: String| format!("The device tree {} {what}", self.name);
+        Ok(others.into_iter().flatten().map(named).collect())
+    }
+
+    fn refuse(&self, reason: String) -> BootError {
+        unusable(self.name.path(), Role::DeviceTree, reason)
+    }
+
+    fn compare_memory(&self, board: &Board) -> Result<Option<String>, BootError> {
+        let ram = listed(&board.memory);
+        let is_there = |range: &&Region| board.memory.iter().any(|ram| ram.encloses(**range));
+        if let Some(range) = self.memory().iter().find(|range| !is_there(range)) {
+            return Err(self.refuse(format!(
+                "it names memory at {range}, and the machine's is {ram} (change --mem, or the tree)"
+            )));
+        }
+        let total =
+            |ranges: &[Region]| ranges.iter().fold(0_u64, |sum, r| sum.saturating_add(r.size));
+        let (named, there) = (total(self.memory()), total(&board.memory));
+        Ok(match named {
+            0 => Some(format!("names no memory, and the machine's is {ram}")),
+            named if named < there => Some(format!(
+                "names {} of memory, and the machine has {}: the guest does not see the rest",
+                Size(named),
+                Size(there)
+            )),
+            _ => None,
+        })
+    }
+
+    fn compare_harts(&self, board: &Board) -> Result<Option<String>, BootError> {
+        let there: Vec<u64> = board.cpus.iter().map(|cpu| cpu.hartid.into()).collect();
+        let named = &self.claims.harts;
+        if *named == there {
+            return Ok(None);
+        }
+        let machine = format!("the machine has {} (--cpus)", there.len());
+        match there.first() {
+            _ if named.is_empty() => Ok(Some(format!("names no harts, and {machine}"))),
+            Some(boot) if !named.contains(boot) => Err(self.refuse(format!(
+                "hart {boot}, at which the guest starts, is none of the {} that it names (change the tree)",
+                named.len()
+            ))),
+            _ if named.len() == there.len() => {
+                Ok(Some(format!("names other harts than 0 to {}, and {machine}", there.len() - 1)))
+            }
+            _ => Ok(Some(format!("names {} harts, and {machine}", named.len()))),
+        }
+    }
+
+    fn compare_clock(&self, board: &Board) -> Option<String> {
+        let (named, there) = (self.claims.timebase?, u64::from(board.timebase_frequency));
+        (named != there).then(|| {
+            format!("names a timebase of {named} Hz, and the host's is {there} Hz: the guest's clock is wrong")
+        })
+    }
+
+    fn compare_irqchip(&self, board: &Board) -> Option<String> {
+        let (named, there) = match board.irqchip {
+            Irqchip::Aia { .. } if self.claims.has_plic && !self.claims.has_aplic => {
+                ("a PLIC", "an AIA")
+            }
+            Irqchip::Plic { .. } if self.claims.has_aplic => ("an AIA", "a PLIC"),
+            _ => return None,
+        };
+        Some(format!(
+            "names {named}, and the machine has {there} (--irqchip): no interrupt will come"
+        ))
+    }
+}
+
+/// `0x80000000..0x90000000, ...`
+fn listed(ranges: &[Region]) -> String {
+    let ranges: Vec<String> = ranges.iter().map(ToString::to_string).collect();
+    ranges.join(", ")
+}
