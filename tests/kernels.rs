@@ -80,6 +80,80 @@ fn the_tree_that_is_dumped_is_a_tree_and_boots_as_one_of_the_users_own() {
     passes(small(&[]).kernel(&guest("hello")).args(&["--dtb"]).path("", &tree, "").start());
 }
 
+/// A program for any address: says F on the UART and powers off by SBI.
+const FIRMWARE: [u32; 12] = [
+    0x0000_0417, // auipc s0, 0
+    0x1000_02b7, // lui t0, 0x10000
+    0x0460_0313, // li t1, 'F'
+    0x0062_8023, // sb t1, 0(t0)
+    0x00a0_0313, // li t1, '\n'
+    0x0062_8023, // sb t1, 0(t0)
+    0x5352_58b7, // lui a7, 0x53525
+    0x3548_889b, // addiw a7, a7, 0x354
+    0x0000_0813, // li a6, 0
+    0x0000_0513, // li a0, 0
+    0x0000_0593, // li a1, 0
+    0x0000_0073, // ecall
+];
+
+#[test]
+fn firmware_in_a_flash_is_executed_in_place() {
+    if host().is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let code = folder.path().join("CODE.fd");
+    let mut bytes: Vec<u8> = FIRMWARE.into_iter().flat_map(u32::to_le_bytes).collect();
+    bytes.resize(32 << 20, 0xff);
+    fs::write(&code, bytes).expect("a file");
+    let flash = |rest: &str| {
+        let device = format!("flash,addr=0x20000000,file={}{rest}", code.display());
+        small(&["--device", &device])
+    };
+    let mut session = flash("").args(&["--entry", "0x20000000"]).start();
+    session.expect("F\n");
+    assert_eq!(session.exit_code(), 0, "{}", session.errors());
+    refused(flash("").args(&["--entry", "0x22000000"]), "0x22000000", "nothing is loaded there");
+    refused(flash(",mode=lazy").args(&["--entry", "0x20000000"]), "0x20000000", "mode=map");
+}
+
+#[test]
+fn an_elf_file_whose_entry_is_nowhere_runs_from_its_lowest_address() {
+    if host().is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("e0.elf");
+    let mut bytes = fs::read(guest("hello.elf")).expect("a guest");
+    bytes[24..32].copy_from_slice(&0_u64.to_le_bytes());
+    fs::write(&path, &bytes).expect("a file");
+    passes(small(&[]).kernel(&path).start());
+    passes(small(&["--entry", "0x80200000"]).kernel(&path).start());
+    let mut session = small(&["--log", "info"]).kernel(&path).start();
+    session.expect("PASS hello\n");
+    assert_eq!(session.exit_code(), 0);
+    let errors = session.all_errors();
+    assert!(errors.contains("starts at 0x80200000; the entry it names is 0x0"), "{errors}");
+}
+
+#[test]
+fn a_tree_of_the_users_own_is_held_against_the_machine() {
+    if host().is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let tree = folder.path().join("tree.dtb");
+    passes(small(&[]).kernel(&guest("hello")).args(&["--dump-dtb"]).path("", &tree, "").start());
+    let other =
+        |mem: &str| rvmm(&["--mem", mem, "--no-initrd"]).no_input().path("--dtb=", &tree, "");
+    refused(other("32M").kernel(&guest("hello")), "tree.dtb", "names memory at 0x80000000");
+    let mut session = other("128M").kernel(&guest("hello")).start();
+    session.expect("PASS hello\n");
+    assert_eq!(session.exit_code(), 0);
+    let errors = session.all_errors();
+    assert!(errors.contains("names 64M of memory, and the machine has 128M"), "{errors}");
+}
+
 /// Where there is a dtc it must find nothing to complain about. (The trees of every board go through dtc in ring 1.)
 fn warnings_of_dtc(tree: &Path) {
     match Command::new("dtc").args(["-I", "dtb", "-O", "dts", "-o", "/dev/null"]).arg(tree).output()

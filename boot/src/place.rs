@@ -60,10 +60,12 @@ pub struct Request<'a> {
     pub memory: &'a [Region],
     /// The kernel, if there is one.
     pub kernel: Option<&'a Kernel>,
+    /// Memory outside of `ram` that holds instructions from the start: flash. A guest may start there.
+    pub roms: &'a [Region],
     /// Flat files at fixed addresses.
     pub loads: &'a [Load],
     /// `--entry`: the guest-physical address of the first instruction. Without it the kernel says where it
-    /// starts; without a kernel it is the address of the first load.
+    /// starts; without a kernel it is the address of the first load. It is needed where there is neither.
     pub entry: Option<u64>,
     /// The initrd, if there is one.
     pub initrd: Option<&'a Initrd>,
@@ -154,7 +156,7 @@ fn check(request: &Request<'_>) -> Result<u64, BootError> {
         let reason = format!("a device tree of {} bytes cannot be placed", request.fdt_len);
         return Err(BootError::Layout(reason));
     }
-    if request.kernel.is_none() && request.loads.is_empty() {
+    if request.kernel.is_none() && request.loads.is_empty() && request.entry.is_none() {
         return Err(BootError::Layout("there is neither a kernel nor a file to load".into()));
     }
     Ok(first.base)
@@ -258,7 +260,7 @@ fn outside_ram(request: &Request<'_>, blob: &Blob<'_>) -> BootError {
     BootError::OutsideRam { what: blob.name.clone(), at: blob.region(), ram: ram.join(", ") }
 }
 
-/// The address of the first instruction, which has to be in the contents of some piece.
+/// The address of the first instruction, which has to be in the contents of some piece, or in flash.
 fn entry(request: &Request<'_>, start: u64, blobs: &[Blob<'_>]) -> Result<u64, BootError> {
     let entry = match (request.entry, request.kernel.map(Kernel::format)) {
         (Some(entry), _) | (None, Some(Format::Elf { entry: Some(entry), .. })) => entry,
@@ -271,8 +273,9 @@ fn entry(request: &Request<'_>, start: u64, blobs: &[Blob<'_>]) -> Result<u64, B
         (None, None) => request.loads.first().map_or(start, |load| load.address),
     };
     let holds = |blob: &Blob<'_>| Region::new(blob.address, blob.source.len()).contains(entry);
-    let reason = if !blobs.iter().any(holds) {
-        "nothing is loaded there (give --entry an address inside a loaded file)"
+    let is_rom = request.roms.iter().any(|rom| rom.contains(entry));
+    let reason = if !is_rom && !blobs.iter().any(holds) {
+        "nothing is loaded there (give --entry an address inside a loaded file, or a flash with mode=map)"
     } else if entry % 2 != 0 {
         "instructions stand at even addresses (give --entry one)"
     } else {

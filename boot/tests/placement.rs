@@ -250,7 +250,7 @@ fn an_entry_where_nothing_is_is_refused() {
             parts.refusal(),
             format!(
                 "Cannot start the guest at {entry:#x}: nothing is loaded there \
-                 (give --entry an address inside a loaded file)"
+                 (give --entry an address inside a loaded file, or a flash with mode=map)"
             )
         );
     }
@@ -278,6 +278,24 @@ fn an_entry_of_the_users_wins_over_the_files_own_and_rescues_one_without() {
     }
     parts = parts.kernel(&u_boot());
     assert_eq!(parts.place().unwrap().entry, at + 4);
+}
+
+#[test]
+fn a_guest_may_start_in_flash_and_needs_no_file_then() {
+    let parts = Parts::new(64 * MIB);
+    let roms = [Region::new(0x2000_0000, 32 * MIB)];
+    let request = Request { ram: &parts.ram, roms: &roms, fdt_len: 8000, ..Request::default() };
+    let placed = |entry| place(&Request { entry: Some(entry), ..request });
+    for entry in [0x2000_0000, 0x2000_0000 + 32 * MIB - 2] {
+        let placement = placed(entry).unwrap();
+        assert_eq!((placement.entry, placement.blobs.len()), (entry, 0));
+        assert_eq!(placement.fdt.base, RAM + 62 * MIB);
+    }
+    for entry in [0x2000_0000 - 2, 0x2000_0000 + 32 * MIB, RAM] {
+        assert!(matches!(placed(entry), Err(BootError::Entry { .. })), "{entry:#x}");
+    }
+    assert!(placed(0x2000_0001).unwrap_err().to_string().contains("even addresses"));
+    assert!(matches!(place(&request), Err(BootError::Layout(_))), "nowhere to start");
 }
 
 #[test]

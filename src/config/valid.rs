@@ -45,7 +45,7 @@ impl VmConfig {
         check_name(&config.name)?;
         check_mem(config.mem)?;
         config.cpus.check()?;
-        config.boot.check()?;
+        config.boot.check(config.has_device("flash"))?;
         config.serial.check()?;
         if let Some(gdb) = &config.gdb {
             gdb.at.check()?;
@@ -155,11 +155,15 @@ fn check_knobs(flag: &str, knobs: &[KnobChange]) -> Result<(), Error> {
 }
 
 impl BootConfig {
-    fn check(&self) -> Result<(), Error> {
+    fn check(&self, has_flash: bool) -> Result<(), Error> {
         if self.kernel.is_some() || !self.load.is_empty() {
             return Ok(());
         }
         match self.entry {
+            Some(_) if has_flash => Ok(()),
+            None if has_flash => refuse(
+                "Nothing to run: give --entry ADDR, an address in the flash, or --kernel FILE or --load FILE@ADDR",
+            ),
             Some(entry) => refuse(format!(
                 "Cannot use --entry {entry:#x}: nothing is loaded there (add --kernel FILE or --load FILE@ADDR)"
             )),
@@ -291,6 +295,16 @@ mod tests {
         config.boot.load = vec![LoadConfig { file: "a.bin".into(), addr: 0x8000_0000 }];
         config.boot.entry = Some(0x8000_0000);
         config.validate().expect("a flat binary can be started");
+    }
+
+    #[test]
+    fn firmware_in_a_flash_needs_an_entry_and_no_file() {
+        let mut config = VmConfig::default();
+        config.devices = vec!["flash,addr=0x20000000,file=CODE.fd".into()];
+        let error = config.validate().expect_err("no place to start").to_string();
+        assert!(error.contains("--entry ADDR"), "{error}");
+        config.boot.entry = Some(0x2000_0000);
+        config.validate().expect("the flash is started");
     }
 
     #[test]

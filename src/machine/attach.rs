@@ -1,9 +1,10 @@
 //! Devices onto the bus: the board's own and the user's, each with its address, its interrupt and its tree node.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use rvmm_boot::Region;
 use rvmm_boot::fdt::{DeviceNode, Node, Property, Value};
 use rvmm_devices::flash::Window;
 use rvmm_devices::virtio::DmaMemory;
@@ -25,6 +26,8 @@ use crate::vcpu::Control;
 pub(super) struct Attached {
     pub(super) bus: Arc<Bus>,
     pub(super) nodes: Vec<DeviceNode>,
+    /// What devices show as memory from the start.
+    pub(super) roms: Vec<Region>,
 }
 
 /// What devices need from the machine.
@@ -65,6 +68,7 @@ pub(super) fn attach(extra: &[String], hookup: Hookup<'_>) -> Result<Attached, E
     let mut devices: Vec<(u64, Box<dyn MmioDevice>)> = Vec::new();
     let mut nodes = Vec::new();
     let slots = Arc::new(AtomicU32::new(FIRST_WINDOW_SLOT));
+    let roms = Arc::new(Mutex::new(Vec::new()));
     for plan in plan(extra)? {
         let mut wiring = Wiring::new(Arc::clone(&hookup.power));
         wiring.memory = Arc::clone(&hookup.memory);
@@ -73,6 +77,7 @@ pub(super) fn attach(extra: &[String], hookup: Hookup<'_>) -> Result<Attached, E
             vm: Arc::clone(hookup.vm),
             base: plan.base,
             slots: Arc::clone(&slots),
+            shown: Arc::downgrade(&roms),
         });
         if plan.irq != 0 {
             let line = hookup.lines.source(plan.irq)?;
@@ -100,7 +105,8 @@ pub(super) fn attach(extra: &[String], hookup: Hookup<'_>) -> Result<Attached, E
     }
     devices.push(hookup.lines.registers()?);
     let bus = Bus::new(devices).map_err(refused)?;
-    Ok(Attached { bus: Arc::new(bus), nodes })
+    let roms = std::mem::take(&mut *roms.lock().unwrap_or_else(PoisonError::into_inner));
+    Ok(Attached { bus: Arc::new(bus), nodes, roms })
 }
 
 fn plan(extra: &[String]) -> Result<Vec<Plan>, Error> {
@@ -180,13 +186,20 @@ struct Pane {
     base: u64,
     /// The next memory slot of the VM that is free.
     slots: Arc<AtomicU32>,
+    /// What is shown before the guest starts; gone afterwards.
+    shown: Weak<Mutex<Vec<Region>>>,
 }
 
 impl Window for Pane {
     fn show(&self, offset: u64, host_address: u64, len: u64) -> io::Result<()> {
         let slot = self.slots.fetch_add(1, Relaxed);
         let addr = self.base.checked_add(offset).ok_or(io::ErrorKind::InvalidInput)?;
-        self.vm.map_rom(slot, addr, host_address, len)
+        self.vm.map_rom(slot, addr, host_address, len)?;
+        if let Some(shown) = self.shown.upgrade() {
+            let mut shown = shown.lock().unwrap_or_else(PoisonError::into_inner);
+            shown.push(Region::new(addr, len));
+        }
+        Ok(())
     }
 }
 

@@ -90,7 +90,7 @@ impl Board {
             memory: Arc::clone(&ram) as Arc<dyn DmaMemory>,
             vm: &vm,
         };
-        let Attached { bus, nodes } = attach(&config.devices, hookup)?;
+        let Attached { bus, nodes, roms } = attach(&config.devices, hookup)?;
         let facts = Facts {
             harts: config.cpus.count,
             cpu: &cpu,
@@ -98,7 +98,7 @@ impl Board {
             ram: ram.span(),
             cmdline: &config.boot.cmdline,
         };
-        let start = files.load(&config.boot, board(&facts, nodes)?, &ram)?;
+        let start = files.load(&config.boot, board(&facts, nodes)?, &ram, &roms)?;
         point_boot_hart(&mut harts, &start)?;
         let stage = Stage {
             config,

@@ -57,12 +57,13 @@ impl Files {
         })
     }
 
-    /// Places everything, completes the device tree and fills `ram`.
+    /// Places everything, completes the device tree and fills `ram`. A guest may also start in `roms`.
     pub(super) fn load(
         &self,
         boot: &BootConfig,
         mut board: Board,
         ram: &GuestRam,
+        roms: &[Region],
     ) -> Result<Start, Error> {
         // The length does not depend on where the initrd comes to lie.
         board.chosen.initrd = self.initrd.as_ref().map(|_| region(ram.span()));
@@ -73,6 +74,7 @@ impl Files {
             ram: &memory,
             memory: self.dtb.as_ref().map_or(&[], GivenTree::memory),
             kernel: self.kernel.as_ref(),
+            roms,
             loads: &self.loads,
             entry: boot.entry,
             initrd: self.initrd.as_ref(),
