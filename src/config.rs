@@ -27,7 +27,7 @@ pub(crate) use valid::quoted;
 pub struct VmConfig {
     /// The machine's name: 1 to 64 letters, digits, `_` and `-`.
     pub name: String,
-    /// Guest RAM in bytes; a multiple of 2 MiB, at least 16 MiB.
+    /// Guest RAM in bytes: a multiple of 4 KiB, with huge pages of 2 MiB; at least 16 MiB.
     pub mem: u64,
     /// Back guest RAM with huge pages of 2 MiB from the host's pool.
     pub hugepages: bool,
@@ -270,8 +270,11 @@ pub const DEFAULT_MEM: u64 = 512 << 20;
 /// The least RAM of a machine, in bytes: 16 MiB.
 pub const MIN_MEM: u64 = 16 << 20;
 
-/// RAM comes in multiples of this many bytes: 2 MiB, a page of the second level in every RISC-V translation mode.
-pub const MEM_STEP: u64 = 2 << 20;
+/// RAM comes in multiples of this many bytes: 4 KiB, a page.
+pub const MEM_STEP: u64 = 4 << 10;
+
+/// RAM in huge pages comes in multiples of this many bytes: 2 MiB, a page of the second level in every RISC-V translation mode.
+pub const HUGE_MEM_STEP: u64 = 2 << 20;
 
 /// The most RAM, in bytes: what lies between its base and the end of the 56-bit physical addresses that the page tables
 /// of Sv39, Sv48 and Sv57 hold (Privileged specification, chapter 12). The host's limit is lower.

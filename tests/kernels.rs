@@ -262,6 +262,26 @@ fn too_little_memory_for_a_kernel_is_refused_with_how_much_it_takes() {
 }
 
 #[test]
+fn the_memory_that_a_refusal_asks_for_is_enough() {
+    if host().is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("large");
+    let mut image = fs::read(guest("hello")).expect("a guest");
+    image[16..24].copy_from_slice(&(35_u64 << 20).to_le_bytes());
+    fs::write(&path, image).expect("a file");
+    for mem in ["16M", "33M", "37M"] {
+        let mut session = rvmm(&["--mem", mem, "--no-initrd"]).kernel(&path).no_input().start();
+        assert_eq!(session.exit_code(), 2, "{}", session.errors());
+        let errors = session.all_errors();
+        let (_, advice) = errors.trim_end().rsplit_once("--mem ").expect("how much it takes");
+        let enough = advice.trim_end_matches(')');
+        passes(rvmm(&["--mem", enough, "--no-initrd"]).kernel(&path).no_input().start());
+    }
+}
+
+#[test]
 fn a_disk_file_that_shrinks_under_the_guest_is_a_documented_stop_at_worst() {
     if host().is_none() {
         return;

@@ -82,7 +82,7 @@ pub enum BootError {
         what: String,
         /// Bytes of guest memory there are.
         available: u64,
-        /// Bytes of guest memory with which the same request works; a multiple of 1 MiB.
+        /// Bytes of guest memory with which the same request works; a multiple of 2 MiB.
         needed: u64,
     },
     /// The memory that a user's own device tree names is too little.
@@ -111,7 +111,8 @@ pub enum BootError {
     },
     /// A piece with a fixed address does not lie in guest memory.
     #[error(
-        "Cannot load {what} at {at}: guest memory is {ram} (choose an address inside it or give more with --mem)"
+        "Cannot load {what} at {at}: guest memory is {ram} (choose an address inside it{})",
+        more.map_or(String::new(), |more| format!(", or give --mem {}", Size(more)))
     )]
     OutsideRam {
         /// The piece.
@@ -120,6 +121,8 @@ pub enum BootError {
         at: Region,
         /// The ranges of guest memory, in words.
         ram: String,
+        /// Bytes of guest memory with which the address works, if any does; a multiple of 2 MiB.
+        more: Option<u64>,
     },
     /// The guest would start at an address where there is nothing.
     #[error("Cannot start the guest at {entry:#x}: {reason}")]

@@ -17,7 +17,7 @@ pub const HEADER_LEN: usize = 64;
 pub const ALIGN: u64 = 2 << 20;
 
 /// No kernel is larger than this, and none is loaded further from the start of RAM.
-const ABSURD: u64 = 1 << 40;
+pub(crate) const ABSURD: u64 = 1 << 40;
 
 /// PE machine number of 32-bit RISC-V (PE format, "Machine Types").
 const PE_RISCV32: u16 = 0x5032;

@@ -213,7 +213,7 @@ fn check_fixed(request: &Request<'_>, start: u64, blobs: &[Blob<'_>]) -> Result<
         let is_image = image(request).is_some_and(|kernel| extent(kernel, start).base == at.base);
         match ram {
             Some(ram) if ram.encloses(at) => {}
-            None if !is_image => return Err(outside_ram(request, blob)),
+            None if !is_image => return Err(outside_ram(request, blob.name.clone(), at, blobs)),
             _ => return Err(too_little(request, blobs)),
         }
     }
@@ -241,8 +241,7 @@ fn check_tree(request: &Request<'_>, blobs: &[Blob<'_>]) -> Result<(), BootError
         )));
     }
     if !request.ram.iter().any(|ram| ram.encloses(at)) {
-        let ram: Vec<String> = request.ram.iter().map(ToString::to_string).collect();
-        return Err(BootError::OutsideRam { what, at, ram: ram.join(", ") });
+        return Err(outside_ram(request, what, at, blobs));
     }
     match blobs.iter().find(|blob| blob.region().overlaps(at)) {
         None => Ok(()),
@@ -255,9 +254,13 @@ fn check_tree(request: &Request<'_>, blobs: &[Blob<'_>]) -> Result<(), BootError
     }
 }
 
-fn outside_ram(request: &Request<'_>, blob: &Blob<'_>) -> BootError {
+fn outside_ram(request: &Request<'_>, what: String, at: Region, blobs: &[Blob<'_>]) -> BootError {
     let ram: Vec<String> = request.ram.iter().map(ToString::to_string).collect();
-    BootError::OutsideRam { what: blob.name.clone(), at: blob.region(), ram: ram.join(", ") }
+    // Nothing lies below RAM, however much there is, nor where no machine has any.
+    let start = request.ram.first().map_or(0, |ram| ram.base);
+    let enough = enough(request, blobs);
+    let more = (at.base >= start && enough <= image::ABSURD).then_some(enough);
+    BootError::OutsideRam { what, at, ram: ram.join(", "), more }
 }
 
 /// The address of the first instruction, which has to be in the contents of some piece, or in flash.
@@ -331,11 +334,9 @@ fn reserved<'b>(
     blobs.iter().map(Blob::region).chain(image)
 }
 
-/// The error that says with how much memory, in one piece from the start of RAM on, the request works.
+/// The error that says with how much memory the request works.
 fn too_little(request: &Request<'_>, blobs: &[Blob<'_>]) -> BootError {
     let start = request.ram.first().map_or(0, |ram| ram.base);
-    let top = blobs.iter().map(|blob| blob.region().end()).max().unwrap_or(start);
-    let initrd_len = request.initrd.map_or(0, Initrd::len);
     if !request.memory.is_empty() && blobs.iter().all(|blob| in_ram(request, blob)) {
         let memory: Vec<String> = request.memory.iter().map(ToString::to_string).collect();
         return BootError::TooLittleNamed {
@@ -343,14 +344,25 @@ fn too_little(request: &Request<'_>, blobs: &[Blob<'_>]) -> BootError {
             named: memory.join(", "),
         };
     }
-    let needed = round_up(top, HUGE_PAGE)
-        .saturating_add(round_up(initrd_len, PAGE))
-        .saturating_add(round_up(request.fdt_len, PAGE));
     BootError::TooLittleMemory {
         what: pieces(request, start),
         available: request.ram.iter().fold(0, |sum: u64, ram| sum.saturating_add(ram.size)),
-        needed: round_up(needed.saturating_sub(start), 1 << 20),
+        needed: enough(request, blobs),
     }
+}
+
+/// So much memory, in one piece from the start of RAM on, is enough: what has an address of its own, and the rest behind it.
+/// A multiple of 2 MiB, which is a size for huge pages too.
+fn enough(request: &Request<'_>, blobs: &[Blob<'_>]) -> u64 {
+    let start = request.ram.first().map_or(0, |ram| ram.base);
+    let tree = request.fdt_at.map(|base| base.saturating_add(request.fdt_len));
+    let fixed = blobs.iter().map(|blob| blob.region().end()).chain(tree);
+    let top = fixed.max().unwrap_or(start);
+    let floating = if tree.is_some() { 0 } else { request.fdt_len };
+    let needed = round_up(top, HUGE_PAGE)
+        .saturating_add(round_up(request.initrd.map_or(0, Initrd::len), PAGE))
+        .saturating_add(round_up(floating, PAGE));
+    round_up(needed.saturating_sub(start), HUGE_PAGE)
 }
 
 fn in_ram(request: &Request<'_>, blob: &Blob<'_>) -> bool {

@@ -195,8 +195,16 @@ fn pieces_outside_of_memory_are_refused() {
     assert_eq!(
         parts(0x1000).refusal(),
         "Cannot load a.bin at 0x1000..0x100a: guest memory is 0x80000000..0x84000000 \
-         (choose an address inside it or give more with --mem)"
+         (choose an address inside it)",
+        "more memory would not help"
     );
+    let advice = "(choose an address inside it, or give --mem 68M)";
+    assert!(
+        parts(RAM + 64 * MIB).refusal().ends_with(advice),
+        "{}",
+        parts(RAM + 64 * MIB).refusal()
+    );
+    assert!(parts(RAM + 64 * MIB).mem(68 * MIB).place().is_ok());
     for address in [RAM + 64 * MIB, u64::MAX, u64::MAX - 5, 0, RAM - 5] {
         assert!(parts(address).refusal().starts_with("Cannot load a.bin at"), "{address:#x}");
     }
@@ -217,13 +225,13 @@ fn too_little_memory_is_refused_with_a_figure_that_works() {
     assert_eq!(
         parts.refusal(),
         "Cannot fit kernel (11M) + initrd (30721K) + device tree (8K) into 32M of guest memory \
-         (give at least --mem 45M)"
+         (give at least --mem 46M)"
     );
-    assert!(parts.mem(45 * MIB).place().is_ok());
+    assert!(parts.mem(46 * MIB).place().is_ok());
     for mem in [0, MIB, 2 * MIB, 3 * MIB, 12 * MIB] {
         let parts = Parts::new(mem).image(10 * MIB, 11 * MIB);
-        assert_eq!(needed(&parts.place().unwrap_err()), 15 * MIB, "{mem}");
-        assert!(parts.mem(15 * MIB).place().is_ok());
+        assert_eq!(needed(&parts.place().unwrap_err()), 16 * MIB, "{mem}");
+        assert!(parts.mem(16 * MIB).place().is_ok());
     }
 }
 
@@ -232,7 +240,7 @@ fn a_kernel_or_an_initrd_of_absurd_size_is_refused_with_its_figure() {
     let parts = Parts::new(512 * MIB).image(100 * GIB, 11 * MIB);
     assert!(parts.refusal().starts_with("Cannot fit kernel (100G) + device tree (8K) into 512M"));
     let parts = Parts::new(512 * MIB).image(MIB, (1 << 40) - 1);
-    assert!(parts.refusal().contains("give at least --mem 1048579M"), "{}", parts.refusal());
+    assert!(parts.refusal().contains("give at least --mem 1048580M"), "{}", parts.refusal());
     let mut parts = Parts::new(512 * MIB).image(MIB, MIB);
     // Longer than any file, and than all addresses together.
     let file = std::fs::File::open(parts.folder.path("kernel")).unwrap();
@@ -350,6 +358,7 @@ proptest! {
     ) {
         let mut parts = Parts::new(mem / 4096 * 4096).image(kernel.0, kernel.1);
         parts.fdt_len = fdt_len;
+        parts.fdt_at = None;
         if let Some(len) = initrd {
             parts = parts.initrd(len);
         }
@@ -360,8 +369,31 @@ proptest! {
         prop_assert!(figure > mem);
         parts = parts.mem(figure);
         assert_sound(&parts, &parts.place().unwrap())?;
-        parts = parts.mem(figure - MIB);
+        prop_assert_eq!(figure % MIB2, 0);
+        parts = parts.mem(figure - MIB2);
         prop_assert_eq!(needed(&parts.place().unwrap_err()), figure, "and no smaller one does");
+    }
+
+    #[test]
+    fn the_memory_that_is_proposed_works_wherever_the_user_puts_things(
+        mem in 4_u64..40,
+        load in (0_u64..80 * MIB, 1_usize..3_000_000),
+        tree in prop::option::of(0_u64..80 * MIB),
+        initrd in 1_u64..40 * MIB,
+    ) {
+        let mut parts = Parts::new(mem * MIB).initrd(initrd).load("a", RAM + load.0 / 2 * 2, load.1);
+        parts.fdt_at = tree.map(|offset| RAM + offset / 8 * 8);
+        let more = match parts.place() {
+            Err(BootError::TooLittleMemory { needed, .. }) => needed,
+            Err(BootError::OutsideRam { more, .. }) => more.expect("all of it is above RAM's start"),
+            _ => return Ok(()),
+        };
+        prop_assert!(more > mem * MIB && more % MIB2 == 0);
+        // Two pieces that the user has put into each other's way stay there.
+        match parts.mem(more).place() {
+            Ok(_) | Err(BootError::Overlap { .. }) => {}
+            Err(error) => prop_assert!(false, "{error}"),
+        }
     }
 
     #[test]

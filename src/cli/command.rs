@@ -159,7 +159,7 @@ pub(super) struct RunArgs {
 
     /// Memory of the guest [default: 512M]
     ///
-    /// Bytes, or a number with K, M, G or T (powers of 1024): 512M, 2G, 0x2000_0000. A multiple of 2M, at least 16M.
+    /// Bytes, or a number with K, M, G or T (powers of 1024): 512M, 2G, 0x2000_0000. A multiple of 4K (with --hugepages of 2M), at least 16M.
     #[arg(long, value_name = "SIZE", help_heading = "Machine", allow_negative_numbers = true, value_parser = size::size)]
     pub(super) mem: Option<u64>,
 

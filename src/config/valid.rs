@@ -7,8 +7,8 @@ use rvmm_boot::error::Size;
 use rvmm_devices::{Model, Options, Placement};
 
 use super::{
-    BootConfig, CpuConfig, CsrValue, GdbAddress, KnobChange, MAX_CPUS, MAX_MEM, MAX_NAME,
-    MAX_SOCKET_PATH, MEM_STEP, MIN_MEM, SerialConfig, TraceConfig, VmConfig, slots,
+    BootConfig, CpuConfig, CsrValue, GdbAddress, HUGE_MEM_STEP, KnobChange, MAX_CPUS, MAX_MEM,
+    MAX_NAME, MAX_SOCKET_PATH, MEM_STEP, MIN_MEM, SerialConfig, TraceConfig, VmConfig, slots,
 };
 use crate::error::Error;
 
@@ -43,7 +43,7 @@ impl VmConfig {
         let mut config = self.clone();
         config.cpus.count = config.cpus.count.max(1);
         check_name(&config.name)?;
-        check_mem(config.mem)?;
+        check_mem(config.mem, config.hugepages)?;
         config.cpus.check()?;
         config.boot.check(config.has_device("flash"))?;
         config.serial.check()?;
@@ -71,10 +71,10 @@ fn check_name(name: &str) -> Result<(), Error> {
     ))
 }
 
-fn check_mem(mem: u64) -> Result<(), Error> {
+fn check_mem(mem: u64, hugepages: bool) -> Result<(), Error> {
     if mem < MIN_MEM {
         return refuse(format!(
-            "Cannot use --mem {}: a machine has at least {} (Linux wants 64M or more)",
+            "Cannot use --mem {}: a machine has at least {} (Linux wants 128M or more)",
             Size(mem),
             Size(MIN_MEM)
         ));
@@ -85,12 +85,19 @@ fn check_mem(mem: u64) -> Result<(), Error> {
             Size(mem)
         ));
     }
+    // No size is proposed here: what the next one is too little for shows when the files are open.
+    if hugepages && !mem.is_multiple_of(HUGE_MEM_STEP) {
+        return refuse(format!(
+            "Cannot use --mem {} with --hugepages: it is not a multiple of {} (take one that is, or leave --hugepages out)",
+            Size(mem),
+            Size(HUGE_MEM_STEP)
+        ));
+    }
     if !mem.is_multiple_of(MEM_STEP) {
         return refuse(format!(
-            "Cannot use --mem {}: it is not a multiple of {} (use {})",
+            "Cannot use --mem {}: it is not a multiple of {} (take one that is, such as any number of M)",
             Size(mem),
-            Size(MEM_STEP),
-            Size(mem.next_multiple_of(MEM_STEP))
+            Size(MEM_STEP)
         ));
     }
     Ok(())
@@ -323,6 +330,20 @@ mod tests {
     }
 
     #[test]
+    fn any_number_of_pages_is_memory_and_huge_pages_want_theirs() {
+        let mut config = bootable();
+        for mem in [33 << 20, 39 << 20, (64 << 20) + 4096] {
+            config.mem = mem;
+            config.validate().expect("a number of pages");
+        }
+        config.hugepages = true;
+        let error = config.validate().expect_err("half a huge page").to_string();
+        assert!(error.contains("not a multiple of 2M"), "{error}");
+        config.mem = 34 << 20;
+        config.validate().expect("a number of huge pages");
+    }
+
+    #[test]
     fn no_harts_at_all_means_one() {
         let mut config = bootable();
         config.cpus.count = 0;
@@ -341,7 +362,8 @@ mod tests {
     fn memory_that_is_too_small_too_large_or_odd_is_refused_with_what_to_do() {
         assert!(refusal(|config| config.mem = 0).contains("--mem 0"));
         assert!(refusal(|config| config.mem = MIN_MEM - MEM_STEP).contains("at least 16M"));
-        assert!(refusal(|config| config.mem = (17 << 20) + 1).contains("use 18M"));
+        let odd = refusal(|config| config.mem = (17 << 20) + 1);
+        assert!(odd.contains("not a multiple of 4K (take one that is"), "{odd}");
         assert!(refusal(|config| config.mem = u64::MAX).contains("56 bits"));
         let mut config = bootable();
         config.mem = MAX_MEM;
