@@ -1,15 +1,28 @@
 //! The program's own memory: what only the start needed can go again.
 #![expect(unsafe_code, reason = "the program's own mapping is found by address")]
 
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::{ptr, slice};
 
 use rustix::mm::{Advice, madvise};
 
 use super::PAGE;
 
+/// Pages whose entries of the page map are read at once.
+const BATCH: usize = 128;
+
+/// Bits of an entry (Documentation/admin-guide/mm/pagemap.rst): in memory, swapped out, a file's page.
+const PRESENT: u64 = 1 << 63;
+const SWAPPED: u64 = 1 << 62;
+const OF_A_FILE: u64 = 1 << 61;
+
 /// Gives back the memory of the program's code and constants; what is used afterwards is read again from the program's file,
 /// from the host's page cache as a rule. To be called once, after the start, by a program that is nothing but a machine:
 /// taking a command line apart needs more code than running a guest.
+///
+/// What somebody has written into the code stays: a breakpoint of a debugger's or of a uprobe's is a copy of its page. While a
+/// debugger is attached all of the code stays.
 ///
 /// What the heap no longer uses goes as well. Only a hint: where the program cannot be found in memory its code stays.
 pub fn drop_start_up() {
@@ -18,12 +31,49 @@ pub fn drop_start_up() {
     unsafe {
         libc::malloc_trim(0)
     };
+    let Ok(map) = File::open("/proc/self/pagemap") else { return };
+    if fs::read_to_string("/proc/self/status").map_or(true, |status| is_traced(&status)) {
+        return;
+    }
     for (address, len) in code() {
-        // SAFETY: the kernel removes pages of a private mapping of a file. Nobody can have written them, since the segment
-        // is not writable, and the file cannot change while it is executed: they come back as they were.
-        let _ = unsafe {
-            madvise(ptr::with_exposed_provenance_mut(address), len, Advice::LinuxDontNeed)
+        for_file_pages(&map, address, len, |address, len| {
+            // SAFETY: the kernel removes pages of a private mapping of a file, which are the file's own, and the file cannot
+            // change while it is executed: they come back as they were.
+            let _ = unsafe {
+                madvise(ptr::with_exposed_provenance_mut(address), len, Advice::LinuxDontNeed)
+            };
+        });
+    }
+}
+
+/// Whether a status file (proc_pid_status(5)) names a debugger, or does not say.
+fn is_traced(status: &str) -> bool {
+    let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:"));
+    tracer.is_none_or(|tracer| tracer.trim() != "0")
+}
+
+/// Calls `each` with every run of pages, of the `len` bytes at `address`, of which nobody has a copy of his own.
+fn for_file_pages(map: &File, address: usize, len: usize, mut each: impl FnMut(usize, usize)) {
+    let page = PAGE as usize;
+    let mut entries = [0; BATCH * 8];
+    for start in (address..address.saturating_add(len)).step_by(BATCH * page) {
+        let count = BATCH.min((address + len - start) / page);
+        let Some(entries) = entries.get_mut(..count * 8) else { return };
+        if map.read_exact_at(entries, (start / page * 8) as u64).is_err() {
+            return;
+        }
+        let (entries, _) = entries.as_chunks::<8>();
+        let is_own = |entry: &[u8; 8]| {
+            let entry = u64::from_ne_bytes(*entry);
+            entry & (PRESENT | SWAPPED) != 0 && entry & OF_A_FILE == 0
         };
+        let mut at = start;
+        for run in entries.chunk_by(|a, b| is_own(a) == is_own(b)) {
+            if !run.first().is_some_and(is_own) {
+                each(at, run.len() * page);
+            }
+            at += run.len() * page;
+        }
     }
 }
 
@@ -71,6 +121,38 @@ mod tests {
         assert_eq!(whole_pages(0x1001, 0x1000), None);
         assert_eq!(whole_pages(0x1000, 0), None);
         assert_eq!(whole_pages(u64::MAX, 1), None);
+    }
+
+    #[inline(never)]
+    extern "C" fn nobody_calls_this() -> u32 {
+        std::hint::black_box(0x6272_6b70)
+    }
+
+    #[test]
+    fn a_breakpoint_in_the_program_outlives_the_start() {
+        let address = nobody_calls_this as *const () as u64;
+        // As a debugger writes it: past the protection, into a copy of the page.
+        let memory = File::options().read(true).write(true).open("/proc/self/mem").unwrap();
+        let mut before = [0];
+        memory.read_exact_at(&mut before, address).unwrap();
+        if let Err(error) = memory.write_all_at(&[!before[0]], address) {
+            // A kernel that allows it to debuggers only.
+            assert_eq!(error.raw_os_error(), Some(libc::EIO), "{error}");
+            return;
+        }
+        drop_start_up();
+        let mut after = [0];
+        memory.read_exact_at(&mut after, address).unwrap();
+        memory.write_all_at(&before, address).unwrap();
+        assert_eq!(after, [!before[0]]);
+    }
+
+    #[test]
+    fn only_a_status_without_a_tracer_says_that_nobody_traces() {
+        assert!(!is_traced("Name:\trvmm\nTracerPid:\t0\nUid:\t0\n"));
+        for status in ["Name:\trvmm\nTracerPid:\t17\n", "TracerPid:\n", ""] {
+            assert!(is_traced(status), "{status:?}");
+        }
     }
 
     #[test]
