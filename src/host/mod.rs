@@ -9,6 +9,7 @@
 //! | `small.rs` | files that are read at once |
 //! | `listening.rs` | Unix sockets |
 //! | `node.rs` | device nodes, and what to do where one cannot be opened |
+//! | `kept.rs` | taps and sockets, over all lives of a guest |
 //! | `gate.rs` | one through which people come in, who wait where the host cannot let them |
 //! | `daemon.rs` | programs that serve devices: virtiofsd, passt |
 
@@ -35,6 +36,7 @@ mod daemon;
 mod disk;
 mod flash;
 mod gate;
+mod kept;
 mod listening;
 pub(crate) mod node;
 mod small;
@@ -42,6 +44,7 @@ mod tap;
 mod vhost;
 
 pub(crate) use gate::Gate;
+use kept::Kept;
 pub(crate) use listening::{Listening, connect_to, connect_to_starting, remove_dead};
 pub(crate) use small::read_small;
 #[cfg(test)]
@@ -56,12 +59,13 @@ pub(crate) struct Linux {
     stop: StopRequest,
     /// Consoles by what they were asked for as.
     consoles: Mutex<HashMap<String, Shared>>,
+    kept: Kept,
 }
 
 impl Linux {
     /// A host whose consoles call `stop` for Ctrl-A x.
     pub(crate) fn new(stop: StopRequest) -> Self {
-        Self { stop, consoles: Mutex::default() }
+        Self { stop, consoles: Mutex::default(), kept: Kept::default() }
     }
 
     fn open_console(&self, to: &str) -> Result<Shared, HostError> {
@@ -79,11 +83,10 @@ impl Linux {
 
 impl Host for Linux {
     fn network(&self, end: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError> {
-        let tap = match end {
-            NetworkEnd::Tap(name) => tap::Tap::open(name),
-            NetworkEnd::Descriptor(fd) => tap::Tap::inherit(*fd),
-        }?;
-        Ok(Box::new(tap))
+        match end {
+            NetworkEnd::Tap(_) => one(self.network_queues(end, 1)?),
+            NetworkEnd::Descriptor(fd) => Ok(Box::new(tap::Tap::inherit(*fd)?)),
+        }
     }
 
     fn network_queues(
@@ -92,11 +95,11 @@ impl Host for Linux {
         pairs: u16,
     ) -> Result<Vec<Box<dyn NetBackend>>, HostError> {
         match end {
-            NetworkEnd::Tap(name) if pairs > 1 => {
-                let taps = tap::Tap::open_queues(name, pairs)?;
+            NetworkEnd::Tap(name) => {
+                let taps = self.kept.tap(name, pairs)?;
                 Ok(taps.into_iter().map(|tap| Box::new(tap) as Box<dyn NetBackend>).collect())
             }
-            _ => Ok(vec![self.network(end)?]),
+            NetworkEnd::Descriptor(_) => Ok(vec![self.network(end)?]),
         }
     }
 
@@ -126,9 +129,7 @@ impl Host for Linux {
     }
 
     fn listen(&self, path: &Path) -> Result<Box<dyn Listener>, HostError> {
-        Listening::open(path, BACKLOG)
-            .map(|listening| Box::new(listening) as Box<dyn Listener>)
-            .map_err(refusal)
+        self.kept.listen(path, BACKLOG).map_err(refusal)
     }
 
     fn kernel_sockets(
@@ -150,6 +151,10 @@ impl Host for Linux {
     fn serve(&self, service: &Service) -> Result<(UnixStream, Box<dyn Daemon>), HostError> {
         daemon::start(service)
     }
+}
+
+fn one(mut ends: Vec<Box<dyn NetBackend>>) -> Result<Box<dyn NetBackend>, HostError> {
+    ends.pop().ok_or_else(|| HostError::mistake("Cannot connect a network without queues"))
 }
 
 /// An error of this crate as a device hands it on.

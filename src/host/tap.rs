@@ -50,6 +50,8 @@ pub(super) struct Tap {
     identity: String,
     /// Readable when some interface of the host has changed; none where that cannot be had.
     changes: Option<OwnedFd>,
+    /// Says that it is used to whoever keeps it open ([`Tap::keep`]).
+    _user: Option<Arc<()>>,
 }
 
 impl Tap {
@@ -65,6 +67,28 @@ impl Tap {
             .collect::<Result<_, _>>()?;
         queues.iter_mut().take(1).for_each(|first| first.changes = changes());
         Ok(queues)
+    }
+
+    /// One more descriptor, with which the interface and its queue stay after this tap; `user` has a handle more until then.
+    pub(super) fn keep(&mut self, user: &Arc<()>) -> io::Result<OwnedFd> {
+        self._user = Some(Arc::clone(user));
+        self.fd.try_clone()
+    }
+
+    /// The tap that `kept` has kept open, as [`Tap::open`] gives it; the link is watched where `watches`.
+    pub(super) fn again(
+        kept: &OwnedFd,
+        name: &str,
+        watches: bool,
+        user: &Arc<()>,
+    ) -> Result<Self, HostError> {
+        let refused = |error| HostError::refused(format!("Cannot use tap {name} again"), error);
+        let mut tap = Self::prepare(kept.try_clone().map_err(refused)?, name.to_owned())?;
+        // The last driver may have let the queue go. Refused where it has not.
+        let _ = tap.set_in_use(true);
+        tap.changes = watches.then(changes).flatten();
+        tap._user = Some(Arc::clone(user));
+        Ok(tap)
     }
 
     fn attach(name: &str, more: c_int) -> Result<Self, HostError> {
@@ -130,7 +154,7 @@ impl Tap {
         let host = fs::read_to_string("/etc/machine-id").unwrap_or_default();
         let identity = format!("{}/{name}", host.trim());
         // Where one that was handed over is, in which network namespace, only who opened it knows: nobody watches its link.
-        let mut tap = Self { fd, name, identity, changes: None };
+        let mut tap = Self { fd, name, identity, changes: None, _user: None };
         tap.set_up().map_err(|error| {
             HostError::refused(format!("Cannot set up tap {}", tap.name), error)
         })?;

@@ -1,6 +1,8 @@
 //! The user's files: opened and judged before anything is built, then put where the placement says.
 
 use std::fs;
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
 
@@ -20,6 +22,8 @@ use crate::memory::GuestRam;
 #[derive(Debug)]
 pub(super) struct Files {
     kernel: Option<Kernel>,
+    /// The file of a kernel that was packed, and how much it may unpack to.
+    packed: Option<(File, u64)>,
     initrd: Option<Initrd>,
     loads: Vec<Load>,
     dtb: Option<GivenTree>,
@@ -44,8 +48,9 @@ impl Files {
         let boot = &config.boot;
         Cmdline::new(&boot.cmdline)?;
         let dtb = boot.dtb.as_ref().map(|path| GivenTree::open(path)).transpose()?;
-        Ok(Self {
+        let mut files = Self {
             kernel: boot.kernel.as_ref().map(|path| kernel(path, config.mem)).transpose()?,
+            packed: None,
             initrd: initrd(boot, dtb.as_ref())?,
             loads: boot
                 .load
@@ -54,7 +59,30 @@ impl Files {
                 .collect::<Result<_, _>>()?,
             dtb,
             told: Once::new(),
-        })
+        };
+        let is_packed = files.kernel.as_ref().is_some_and(|kernel| kernel.compression().is_some());
+        if is_packed && let Some(path) = &boot.kernel {
+            let failed = |source| Error::File { verb: "open", path: path.clone(), source };
+            files.packed = Some((File::open(path).map_err(failed)?, config.mem));
+        }
+        Ok(files)
+    }
+
+    /// Lets go of what the guest has in its memory now and the files have, too: a kernel that was unpacked.
+    pub(super) fn rest(&mut self) {
+        if self.packed.is_some() {
+            self.kernel = None;
+        }
+    }
+
+    /// Makes ready for one more [`Files::load`] after [`Files::rest`], from the files that are open, whatever their paths now
+    /// lead to.
+    pub(super) fn wake(&mut self) -> Result<(), Error> {
+        if let Some((file, limit)) = &self.packed {
+            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+            self.kernel = Some(Kernel::open(path.as_ref(), *limit)?);
+        }
+        Ok(())
     }
 
     /// Places everything, completes the device tree and fills `ram`. A guest may also start in `roms`.

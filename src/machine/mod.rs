@@ -88,6 +88,7 @@ pub struct Machine {
     signals: Option<Signals>,
     handle: Handle,
     debugger: Option<gdb::Server>,
+    files: Files,
     board: Board,
     lookers: Lookers,
 }
@@ -119,9 +120,9 @@ impl Machine {
     /// # Errors
     /// As [`Machine::build`].
     pub fn build_with(config: VmConfig, parts: Parts) -> Result<Self, Error> {
-        let config = config.validate()?.into_inner();
+        let mut config = config.validate()?.into_inner();
         // The user's files come first: a wrong one is found before the host is asked for anything and the terminal changes.
-        let files = Files::open(&config)?;
+        let mut files = Files::open(&config)?;
         let handle = Handle::new().map_err(|e| host_error("make the machine's control", e))?;
         let host = match parts.hypervisor {
             Some(host) => host,
@@ -151,10 +152,13 @@ impl Machine {
         };
         let debugger = config.gdb.as_ref().map(gdb::Server::open).transpose()?;
         let board = Board::build(&config, &files, host.as_ref(), &ends)?;
+        files.rest();
+        // It is written once: a restart needs nothing from paths, and the tree is the same.
+        config.boot.dump_dtb = None;
         let trace = trace(&config, &board)?;
         let visits = parts.socket.and_then(|path| visits(&config.name, &path));
         let lookers = Lookers { trace, visits };
-        Ok(Self { config, host, ends, pty, signals, handle, debugger, board, lookers })
+        Ok(Self { config, host, ends, pty, signals, handle, debugger, files, board, lookers })
     }
 
     /// What stops, pauses and resumes the machine from any thread.
@@ -181,7 +185,18 @@ impl Machine {
     /// # Errors
     /// The host fails to start a thread or the event loop, or a restart finds a file or the host changed.
     pub fn run(self) -> Result<StopReason, Error> {
-        let Self { config, host, ends, signals, handle, debugger, mut board, lookers, .. } = self;
+        let Self {
+            config,
+            host,
+            ends,
+            signals,
+            handle,
+            debugger,
+            mut files,
+            mut board,
+            lookers,
+            ..
+        } = self;
         loop {
             let callers = signals.map(|signals| (signals, ends.button.clone()));
             let outside = Outside {
@@ -198,8 +213,9 @@ impl Machine {
                 return Ok(reason);
             }
             log::info!("The guest restarts");
-            let files = Files::open(&config)?;
+            files.wake()?;
             board = Board::build(&config, &files, host.as_ref(), &ends)?;
+            files.rest();
         }
     }
 
