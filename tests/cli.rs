@@ -4,6 +4,8 @@
 
 use std::process::{Command, Output, Stdio};
 
+use rvmm_devices::testing::{leave_out, skip};
+
 fn rvmm(args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_rvmm"));
     command.args(args).env_remove("RVMM_LOG").stdin(Stdio::null());
@@ -44,7 +46,7 @@ fn checked_by(program: &str, args: &[&str], input: &str) -> Option<Output> {
     match Command::new(program).args(args).arg(file.path()).stdin(Stdio::null()).output() {
         Ok(output) => Some(output),
         Err(error) => {
-            eprintln!("SKIPPED: {program} is not installed: {error}");
+            leave_out(&format!("{program} is not installed: {error}"));
             None
         }
     }
@@ -86,8 +88,7 @@ fn a_reader_that_has_seen_enough_is_no_error() {
 fn a_full_disk_under_standard_output_is_said() {
     let full = std::fs::OpenOptions::new().write(true).open("/dev/full");
     let Ok(full) = full else {
-        eprintln!("SKIPPED: no /dev/full here");
-        return;
+        return skip("there is no /dev/full");
     };
     let output = Command::new(env!("CARGO_BIN_EXE_rvmm")).arg("--version").stdout(full).output();
     let output = output.expect("the program starts");
@@ -229,8 +230,7 @@ fn the_doctor_ends_with_a_verdict_that_its_exit_code_repeats() {
 #[test]
 fn a_machine_of_another_kind_is_told_so() {
     if std::env::consts::ARCH == "riscv64" {
-        eprintln!("SKIPPED: this machine is a RISC-V one");
-        return;
+        return skip("this machine is a RISC-V one");
     }
     let output = rvmm(&["doctor"]);
     assert_eq!(output.status.code(), Some(1));
@@ -253,8 +253,7 @@ fn the_users_files_are_judged_before_the_host_is() {
 #[test]
 fn an_extension_that_nobody_knows_is_a_mistake() {
     if std::env::consts::ARCH != "riscv64" {
-        eprintln!("SKIPPED: KVM's names are looked up on RISC-V only");
-        return;
+        return skip("KVM's names are looked up on RISC-V only");
     }
     let folder = tempfile::tempdir().expect("a temporary folder");
     let file = folder.path().join("a.bin");
@@ -271,8 +270,7 @@ fn an_extension_that_nobody_knows_is_a_mistake() {
 #[test]
 fn a_host_without_kvm_ends_a_good_command_line_with_code_1() {
     if std::env::consts::ARCH == "riscv64" {
-        eprintln!("SKIPPED: this machine is a RISC-V one");
-        return;
+        return skip("this machine is a RISC-V one");
     }
     let folder = tempfile::tempdir().expect("a temporary folder");
     let file = folder.path().join("a.bin");

@@ -289,6 +289,20 @@ fn a_page_whose_translation_has_another_command_is_found() {
 }
 
 #[test]
+fn a_test_that_has_nothing_to_run_on_says_so() {
+    holds(rules::skipped);
+    let test = |body: &str| format!("#[test]\nfn a_b_c() {{\n    {body}\n}}\nfn f() {{}}\n");
+    refuses(rules::skipped, "src/a.rs", &test("if !g() {\n        return;\n    }"));
+    refuses(rules::skipped, "tests/a.rs", &test("let Some(x) = g() else { return };"));
+    refuses(rules::skipped, "tests/a.rs", &test("// skip\n    if g() { return }"));
+    refuses(rules::skipped, "src/a.rs", &format!("fn f() {{ eprintln!(\"{}: x\") }}\n", "skipped"));
+    accepts(rules::skipped, "src/a.rs", &test("if !g() {\n        return skip(\"x\");\n    }"));
+    accepts(rules::skipped, "tests/a.rs", &test("let Some(_) = host() else { return };"));
+    accepts(rules::skipped, "tests/a.rs", &test("if host().is_none() {\n        return;\n    }"));
+    accepts(rules::skipped, "src/a.rs", "fn f() {\n    return;\n}\n");
+}
+
+#[test]
 fn tests_are_sentences() {
     holds(rules::sentences);
     refuses(rules::sentences, "src/a.rs", "#[test]\nfn works() {}\n");

@@ -36,11 +36,6 @@ const CID: u32 = 52_052;
 /// Nodes of the kernel's vhost.
 const NODES: [&str; 2] = ["/dev/vhost-net", "/dev/vhost-vsock"];
 
-#[test]
-fn what_runs_inside_the_guest() {
-    streams::run_inside_the_guest();
-}
-
 /// What a process has open, by path.
 fn open_files(session: &Session, path: &str) -> usize {
     let folder = format!("/proc/{}/fd", session.pid().as_raw_nonzero());
@@ -78,12 +73,11 @@ fn talk_over_sockets(session: &mut Session) {
             stream
         });
     });
-    session.send("chmod +x /inside; RVMM_INSIDE_THE_GUEST=1 /inside --exact what_runs_inside_the_guest --nocapture\n");
-    session.expect("the guest listens\r\n");
+    streams::start_inside(session);
     for number in 0..STREAMS {
         send_and_take_back(connect(CID, GUEST_PORT), &flood(bytes(number)));
     }
-    session.expect("the guest has all of it\r\n");
+    streams::passed_inside(session);
     server.join().expect("every stream came");
 }
 
@@ -103,6 +97,9 @@ fn host_with_vhost() -> Option<&'static Host> {
 
 #[test]
 fn a_guest_and_its_host_talk_through_the_kernels_vhost_both_ways() {
+    if streams::is_inside() {
+        return streams::guests_side();
+    }
     let Some(host) = host_with_vhost() else { return };
     let own = std::env::current_exe().and_then(fs::read).expect("this program");
     for (number, irqchip) in host.usual_irqchip().iter().enumerate() {

@@ -9,6 +9,9 @@
 )]
 
 mod samples;
+#[allow(dead_code, unreachable_pub, reason = "one line of two")]
+#[path = "../../devices/src/testing/skip.rs"]
+mod skip;
 
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -18,6 +21,7 @@ use rvmm_boot::compressed::Compression;
 use rvmm_boot::kernel::Format;
 use rvmm_boot::{BootError, Kernel, Segment, Source};
 use samples::{Folder, Load, MIB2, RAM, Work, efi_image, elf, gzip, image, u_boot, zstd};
+use skip::skip;
 
 /// Guest memory in most tests.
 const LIMIT: u64 = 64 << 20;
@@ -590,12 +594,14 @@ fn a_file_that_shrinks_after_it_was_opened_is_noticed() {
 fn the_kernels_of_the_setup_script_open_if_they_are_there() {
     let cache = std::env::var_os("XDG_CACHE_HOME").map(std::path::PathBuf::from);
     let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache"));
-    let Some(folder) = cache.or_else(home).map(|cache| cache.join("rvmm/kernels")) else { return };
+    let Some(folder) = cache.or_else(home).map(|cache| cache.join("rvmm/kernels")) else {
+        return skip("there is no folder for downloads (set HOME)");
+    };
     let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
     let images: Vec<_> =
         entries.map(|entry| entry.path().join("Image")).filter(|path| path.is_file()).collect();
     if images.is_empty() {
-        eprintln!("skipped: there is no kernel in {} (run scripts/setup)", folder.display());
+        skip(&format!("there is no kernel in {} (run scripts/setup)", folder.display()));
     }
     for path in images {
         let kernel = Kernel::open(&path, 1 << 30).unwrap();

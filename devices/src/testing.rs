@@ -20,9 +20,11 @@ use crate::power::{PowerRequest, PowerSwitch};
 use crate::rtc::Clock;
 
 mod host;
+mod skip;
 mod told;
 
 pub use host::MemoryHost;
+pub use skip::{leave_out, skip};
 pub use told::told;
 
 /// An interrupt line that remembers its level and how often it changed.

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
-use rvmm_devices::testing::{turn, wiring};
+use rvmm_devices::testing::{skip, turn, wiring};
 use rvmm_devices::virtio::testing::{Buffer, NEXT, RAM, RAM_SIZE, Rig, WRITE};
 use rvmm_devices::{Model, NoHost, Options, Wiring};
 use vm_memory::{Bytes, GuestAddress};
@@ -540,8 +540,7 @@ fn bytes_of_the_host_come_in_large_pieces() {
 fn a_guest_has_1023_streams_at_most() {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
     if limit.maximum.is_some_and(|most| most < 5000) {
-        println!("skipped: {limit:?} are too few descriptors for both ends of 1023 streams");
-        return;
+        return skip(&format!("{limit:?} are too few descriptors for both ends of 1023 streams"));
     }
     let most = rustix::process::Rlimit { current: limit.maximum, ..limit };
     rustix::process::setrlimit(rustix::process::Resource::Nofile, most).unwrap();

@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
+use super::skip;
+
 /// A host that can run guests.
 pub(crate) struct Host {
     /// The interrupt controllers that a guest can have here.
@@ -59,14 +61,6 @@ fn length() -> Option<Length> {
 /// How often, or how much: one number for a long run, one for any other.
 pub(crate) fn by_length(long: usize, otherwise: usize) -> usize {
     if length() == Some(Length::Long) { long } else { otherwise }
-}
-
-/// Says aloud that the test that calls this is skipped, whatever the test runner does with output.
-pub(crate) fn skip(why: &str) {
-    let thread = std::thread::current();
-    let line = format!("skipped: {}: {why}\n", thread.name().unwrap_or("?"));
-    // Past the capture of the test runner, which hides what a passing test prints.
-    let _ = rustix::io::write(rustix::stdio::stderr(), line.as_bytes());
 }
 
 impl Host {

@@ -13,9 +13,10 @@ mod session;
 
 pub(crate) use disk::{blank_fat, blank_image};
 pub(crate) use host::{
-    Debian, Host, busybox, by_length, debian, foreign, guest, host, kernel, modules, one_host, skip,
+    Debian, Host, busybox, by_length, debian, foreign, guest, host, kernel, modules, one_host,
 };
 pub(crate) use launch::Launch;
+pub(crate) use rvmm_devices::testing::{leave_out, skip};
 pub(crate) use session::Session;
 
 use std::fs;

@@ -322,3 +322,46 @@ pub(crate) fn sentences(file: &File) -> Vec<String> {
     }
     complaints
 }
+
+/// Functions that say `skipped:` and why before they tell a test that it has nothing to run on.
+const SAYING: [&str; 10] = [
+    "skip",
+    "host",
+    "one_host",
+    "host_with_vhost",
+    "with_daemons",
+    "foreign",
+    "browser",
+    "has",
+    "is_inside",
+    "counted",
+];
+
+/// A test that ends early without a word counts as passed.
+pub(crate) fn skipped(file: &File) -> Vec<String> {
+    let lines: Vec<&str> = file.code.lines().collect();
+    let mut complaints = Vec::new();
+    for (start, _) in lines.iter().enumerate().filter(|(_, line)| line.trim() == "#[test]") {
+        let depth = |line: &str| line.len() - line.trim_start().len();
+        let end = lines[start + 1..]
+            .iter()
+            .position(|line| line.trim() == "}" && depth(line) == depth(lines[start]));
+        let test = &lines[start..=end.map_or(start, |end| start + 1 + end)];
+        for (index, line) in test.iter().enumerate() {
+            let is_bare = line.contains("return;") || line.contains("return }");
+            // The condition stands on the line or right above it.
+            let mut condition = test[index.saturating_sub(1)..=index].iter();
+            let is_said = |line: &&str| words(line).any(|word| SAYING.contains(&word));
+            if is_bare && !condition.any(is_said) {
+                complaints.push(file.complain(start + index, "a test ends early without `skip`"));
+            }
+        }
+    }
+    let shouts = format!("SKIP{}", "PED");
+    for what in ["skipped: ", &shouts] {
+        let prints = |line: &&str| line.contains("print") && line.contains(&format!("\"{what}"));
+        let bad = file.text.lines().enumerate().filter(|(_, line)| prints(line));
+        complaints.extend(bad.map(|(index, _)| file.complain(index, "prints what `skip` says")));
+    }
+    complaints
+}

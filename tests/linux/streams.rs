@@ -1,4 +1,4 @@
-//! Streams between a guest and its host: the guest's side, which is the test program itself, started there.
+//! Streams between a guest and its host: the guest's side, which is the same test of the same program, started there.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -6,7 +6,7 @@ use std::thread;
 
 use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener, VsockStream};
 
-use crate::harness::{self, checksum, flood};
+use crate::harness::{Session, checksum, flood};
 
 /// Ports on either side.
 pub(crate) const GUEST_PORT: u32 = 52;
@@ -60,11 +60,31 @@ pub(crate) fn send_and_take_back(mut stream: VsockStream, sent: &[u8]) {
     assert_eq!(checksum(&back), checksum(sent));
 }
 
-/// Takes streams from the host, then opens some to it; all that is sent comes back. Only inside a guest.
-pub(crate) fn run_inside_the_guest() {
-    if std::env::var_os("RVMM_INSIDE_THE_GUEST").is_none() {
-        return harness::skip("it is the guest's side of the other test");
-    }
+/// In the environment of the test inside a guest.
+const INSIDE: &str = "RVMM_INSIDE_THE_GUEST";
+
+/// Starts this program, which the guest has as `/inside`, in the guest's shell: the guest's side of the test that calls this.
+pub(crate) fn start_inside(session: &mut Session) {
+    let thread = thread::current();
+    let test = thread.name().expect("a test's thread has its name");
+    session.send(&format!("chmod +x /inside; {INSIDE}=1 /inside --exact {test} --nocapture\n"));
+    session.expect("the guest listens\r\n");
+}
+
+/// Waits for the end of what [`start_inside`] started: it is the one test that ran there, and it passed.
+pub(crate) fn passed_inside(session: &Session) {
+    session.expect("the guest has all of it\r\n");
+    session.expect("test result: ok. 1 passed; 0 failed");
+    session.expect("# ");
+}
+
+/// True inside a guest that [`start_inside`] was typed into.
+pub(crate) fn is_inside() -> bool {
+    std::env::var_os(INSIDE).is_some()
+}
+
+/// The guest's side: takes streams from the host, then opens some to it; all that is sent comes back.
+pub(crate) fn guests_side() {
     let listener = VsockListener::bind_with_cid_port(VMADDR_CID_ANY, GUEST_PORT).expect("bind");
     println!("the guest listens");
     serve(|| {

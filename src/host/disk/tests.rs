@@ -9,7 +9,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rvmm_devices::testing::turn;
+use rvmm_devices::testing::{leave_out, skip, turn};
 use rvmm_devices::virtio::testing::{Buffer, Rig};
 use rvmm_devices::virtio::{GuestMemoryMmap, Segment};
 use rvmm_devices::{Model, Options, Wiring};
@@ -46,7 +46,7 @@ fn engines() -> Vec<Box<dyn Engine>> {
     let mut engines: Vec<Box<dyn Engine>> = vec![Box::new(Worker::new().unwrap())];
     match Uring::new() {
         Ok(ring) => engines.push(Box::new(ring)),
-        Err(error) => eprintln!("SKIPPED: no io_uring on this machine: {error}"),
+        Err(error) => leave_out(&format!("no io_uring: {error}")),
     }
     engines
 }
@@ -241,8 +241,7 @@ fn without_the_page_cache_nothing_has_to_be_aligned() {
         let mut bench = match Bench::new("none", engine) {
             Ok(bench) => bench,
             Err(error) => {
-                eprintln!("SKIPPED: {error}");
-                return;
+                return skip(&error.to_string());
             }
         };
         let name = bench.disk.engine.name();
@@ -679,7 +678,7 @@ fn a_driver_reaches_the_file_through_the_device_and_its_event_loop() {
         let path = file.path().to_str().unwrap();
         if let Err(error) = Files::open(&plan(path, options)) {
             assert!(error.to_string().contains("O_DIRECT"), "{error}");
-            eprintln!("SKIPPED: {error}");
+            leave_out(&error.to_string());
             continue;
         }
         let options = Options::parse(&format!("blk,path={path}{options}")).unwrap();
@@ -790,8 +789,7 @@ fn what_a_disk_in_memory_has_done_is_given_up_like_anything_else() {
 #[test]
 fn memory_is_told_from_what_only_has_its_name_there() {
     let Ok(file) = NamedTempFile::new_in("/dev/shm") else {
-        eprintln!("SKIPPED: this machine has no tmpfs in /dev/shm");
-        return;
+        return skip("there is no tmpfs in /dev/shm");
     };
     file.as_file().set_len(4096).unwrap();
     let files = Files::open(&plan(file.path().to_str().unwrap(), "")).unwrap();

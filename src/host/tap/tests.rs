@@ -6,6 +6,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::thread;
 
+use rvmm_devices::testing::{leave_out, skip};
 use rvmm_devices::virtio::net::{Net, Settings, bit};
 use rvmm_devices::virtio::testing::{Buffer, Rig};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -29,12 +30,10 @@ pub(crate) fn in_a_namespace(test: impl FnOnce() + Send + 'static) {
         test();
         Ok(())
     };
-    match thread::Builder::new().spawn(run).unwrap().join() {
+    match thread::Builder::new().name(name).spawn(run).unwrap().join() {
         Ok(Ok(())) => {}
         Ok(Err(why)) => {
-            // Past the test runner's capture.
-            let line = format!("skipped: {name}: {why}\n");
-            rustix::io::write(rustix::stdio::stderr(), line.as_bytes()).unwrap();
+            skip(&why);
         }
         Err(panic) => std::panic::resume_unwind(panic),
     }
@@ -314,9 +313,7 @@ fn a_tap_that_is_down_or_deleted_says_so() {
         let down = tap.send(&memory, &head, &[]).unwrap_err();
         assert!(down.to_string().contains("sudo ip link set t0 up"), "{down}");
         if !Command::new("ip").args(["link", "del", "t0"]).status().is_ok_and(|s| s.success()) {
-            let line = "skipped: a deleted tap: there is no command ip\n";
-            rustix::io::write(rustix::stdio::stderr(), line.as_bytes()).unwrap();
-            return;
+            return leave_out("there is no command ip, so no tap is deleted");
         }
         assert_eq!(tap.send(&memory, &head, &[]).unwrap_err().kind(), ErrorKind::NotConnected);
         let gone = tap.receive(&memory, &mut [0; HEADER], &[], &mut [0; 100]).unwrap_err();

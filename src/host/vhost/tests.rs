@@ -5,7 +5,7 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use rvmm_devices::testing::turn;
+use rvmm_devices::testing::{skip, turn};
 use rvmm_devices::virtio::feature;
 use rvmm_devices::virtio::net::{HEADER, bit};
 use rvmm_devices::virtio::testing::{Buffer, Rig, status};
@@ -31,9 +31,7 @@ fn build(text: &str) -> Result<Rig, String> {
 fn has(node: &Node) -> bool {
     let is_there = Path::new(node.path).exists();
     if !is_there {
-        let name = thread::current().name().unwrap_or("?").to_owned();
-        let line = format!("skipped: {name}: there is no {}\n", node.path);
-        rustix::io::write(rustix::stdio::stderr(), line.as_bytes()).unwrap();
+        skip(&format!("there is no {}", node.path));
     }
     is_there
 }

@@ -4,6 +4,7 @@ use kvm_bindings::{
     KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
     kvm_irq_routing_msi,
 };
+use rvmm_devices::testing::skip;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::asm::*;
@@ -245,8 +246,7 @@ impl Wired {
 #[test]
 fn a_wired_source_reaches_its_hart_through_aplic_and_imsic() {
     if !host_has_aia() {
-        eprintln!("skipped: this host has no AIA");
-        return;
+        return skip("this host has no AIA");
     }
     // KVM forgets a level that rises before the source is configured.
     let mut machine = Wired::new(LEVEL_HIGH);
@@ -265,8 +265,7 @@ fn a_wired_source_reaches_its_hart_through_aplic_and_imsic() {
 #[test]
 fn an_event_descriptor_may_leave_its_source_high_for_ever() {
     if !host_has_aia() {
-        eprintln!("skipped: this host has no AIA");
-        return;
+        return skip("this host has no AIA");
     }
     for mode in [EDGE_RISING, LEVEL_HIGH] {
         let mut machine = Wired::new(mode);
@@ -291,8 +290,7 @@ fn an_event_descriptor_may_leave_its_source_high_for_ever() {
 #[test]
 fn a_line_that_events_raise_is_low_when_its_device_says_so() {
     if !host_has_aia() {
-        eprintln!("skipped: this host has no AIA");
-        return;
+        return skip("this host has no AIA");
     }
     for mode in [EDGE_RISING, LEVEL_HIGH] {
         let mut machine = Wired::new(mode);
@@ -320,8 +318,7 @@ fn a_line_that_events_raise_is_low_when_its_device_says_so() {
 fn no_event_raises_a_line_that_has_to_wake_a_guest_that_is_suspended() {
     let asked = [KnobChange { name: "susp".into(), on: true }];
     if !host_has_aia() || suspend_is_on(IrqchipChoice::Aia, &asked).is_none() {
-        eprintln!("skipped: this host has no AIA, or its kernel has no SUSP (Linux 6.14 has)");
-        return;
+        return skip("this host has no AIA, or its kernel has no SUSP (Linux 6.14 has)");
     }
     let vm = open().unwrap().new_vm().unwrap();
     let knobs = CpuKnobs { sbi: asked.to_vec(), ..CpuKnobs::default() };
@@ -336,8 +333,7 @@ fn no_event_raises_a_line_that_has_to_wake_a_guest_that_is_suspended() {
 #[test]
 fn an_event_descriptor_that_is_routed_to_a_message_rings_each_time() {
     if !host_has_aia() {
-        eprintln!("skipped: this host has no AIA");
-        return;
+        return skip("this host has no AIA");
     }
     let mut machine = Wired::new(LEVEL_HIGH);
     machine.route_a_message();
@@ -351,8 +347,7 @@ fn an_event_descriptor_that_is_routed_to_a_message_rings_each_time() {
 #[test]
 fn without_an_aia_an_event_descriptor_takes_interrupts_and_loses_them() {
     if host_has_aia() {
-        eprintln!("skipped: this host has an AIA");
-        return;
+        return skip("this host has an AIA");
     }
     let vm = open().unwrap().new_vm().unwrap();
     let _hart = vm.create_hart(0, &CpuKnobs::default()).unwrap();
@@ -377,8 +372,7 @@ fn suspend_is_on(choice: IrqchipChoice, sbi: &[KnobChange]) -> Option<bool> {
 #[test]
 fn system_suspend_is_offered_where_a_guest_wakes_from_it() {
     let Some(on) = suspend_is_on(IrqchipChoice::Plic, &[]) else {
-        eprintln!("skipped: this host's kernel has no SUSP (Linux 6.14 has)");
-        return;
+        return skip("this host's kernel has no SUSP (Linux 6.14 has)");
     };
     assert!(on);
     let asked = [KnobChange { name: "susp".into(), on: true }];

@@ -11,6 +11,7 @@ use imago::{FormatCreateBuilder, file};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree as _;
 use proptest::test_runner::TestRunner;
+use rvmm_devices::testing::{leave_out, skip};
 use rvmm_devices::virtio::blk::{DiskBackend, DiskCache, DiskFormat, DiskOp};
 use tempfile::{TempDir, tempdir};
 
@@ -83,7 +84,7 @@ fn qemu_img(arguments: &[&str]) -> bool {
     let output = match Command::new("qemu-img").args(arguments).output() {
         Ok(output) => output,
         Err(error) => {
-            eprintln!("SKIPPED: no qemu-img on this machine: {error}");
+            leave_out(&format!("there is no qemu-img: {error}"));
             return false;
         }
     };
@@ -164,7 +165,7 @@ fn an_image_is_a_disk_whatever_is_done_to_it_and_stays_sound() {
             image(&folder, "disk", SIZE, cluster, None);
             let path = at(&folder, "disk");
             if refusal(&path, options).contains("O_DIRECT") {
-                eprintln!("SKIPPED: no O_DIRECT here");
+                leave_out("there is no O_DIRECT here");
                 break;
             }
             compare(&path, options, vec![0; SIZE as usize], &steps);
@@ -199,7 +200,7 @@ fn version_2_of_the_format_is_a_disk_too() {
         let folder = tempdir().unwrap();
         let path = at(&folder, "disk");
         if !qemu_img(&["create", "-q", "-f", "qcow2", "-o", "compat=0.10", &path, "4M"]) {
-            return;
+            return skip("there is no qemu-img");
         }
         let steps = steps().new_tree(&mut runner).unwrap().current();
         compare(&path, "", vec![0; SIZE as usize], &steps);
@@ -215,7 +216,7 @@ fn compressed_clusters_are_read_and_written_over() {
     let bytes = &words.as_bytes()[..SIZE as usize];
     fs::write(&raw, bytes).unwrap();
     if !qemu_img(&["convert", "-c", "-f", "raw", "-O", "qcow2", &raw, &path]) {
-        return;
+        return skip("there is no qemu-img");
     }
     assert!(fs::metadata(&path).unwrap().len() < SIZE / 2);
     let steps = steps().new_tree(&mut TestRunner::deterministic()).unwrap().current();
@@ -661,8 +662,7 @@ fn a_disk_that_is_full_is_an_error_and_goes_on_when_there_is_room() {
         Some(folder)
     };
     let Some(folder) = full() else {
-        eprintln!("SKIPPED: no right to mount here");
-        return;
+        return skip("there is no right to mount");
     };
     image(&folder, "disk", SIZE, 4096, None);
     let path = at(&folder, "disk");
