@@ -324,7 +324,7 @@ pub(crate) fn sentences(file: &File) -> Vec<String> {
 }
 
 /// Functions that say `skipped:` and why before they tell a test that it has nothing to run on.
-const SAYING: [&str; 10] = [
+const SAYING: [&str; 11] = [
     "skip",
     "host",
     "one_host",
@@ -335,6 +335,7 @@ const SAYING: [&str; 10] = [
     "has",
     "is_inside",
     "counted",
+    "lldb",
 ];
 
 /// A test that ends early without a word counts as passed.

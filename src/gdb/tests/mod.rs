@@ -4,6 +4,8 @@ use std::sync::atomic::Ordering::SeqCst;
 
 use proptest::prelude::*;
 
+mod lldb;
+
 use super::testing::HEADS;
 use super::testing::client::{CODE, Client, Life, Place, VECTOR, framed};
 use super::testing::hart::TIMER;
