@@ -300,6 +300,10 @@ fn a_test_that_has_nothing_to_run_on_says_so() {
     accepts(rules::skipped, "tests/a.rs", &test("let Some(_) = host() else { return };"));
     accepts(rules::skipped, "tests/a.rs", &test("if host().is_none() {\n        return;\n    }"));
     accepts(rules::skipped, "src/a.rs", "fn f() {\n    return;\n}\n");
+    let tool = |says: &str| format!("fn g() -> bool {{\n    {says};\n    false\n}}\n");
+    let asks = test("if !g() {\n        return;\n    }");
+    accepts(rules::skipped, "src/a.rs", &(tool("skip(\"x\")") + &asks));
+    refuses(rules::skipped, "src/a.rs", &(tool("eprintln!(\"x\")") + &asks));
 }
 
 #[test]

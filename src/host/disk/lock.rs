@@ -220,7 +220,7 @@ mod tests {
         match Command::new(program).args(arguments).output() {
             Ok(output) => Some(output.status.success()),
             Err(error) => {
-                eprintln!("SKIPPED: no {program} on this machine: {error}");
+                rvmm_devices::testing::skip(&format!("there is no {program}: {error}"));
                 None
             }
         }

@@ -215,7 +215,7 @@ mod tests {
         let mut ring = match Uring::new() {
             Ok(ring) => ring,
             Err(error) => {
-                eprintln!("SKIPPED: no io_uring on this machine: {error}");
+                rvmm_devices::testing::skip(&format!("there is no io_uring: {error}"));
                 return None;
             }
         };
