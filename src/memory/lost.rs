@@ -1,4 +1,5 @@
-//! SIGBUS on guest RAM: the page is replaced by zeros and the loss is noted, instead of ending the process.
+//! SIGBUS on guest RAM: the page is replaced by zeros and the loss is noted, instead of ending the process. A huge page is
+//! replaced whole, for the kernel splits none.
 //!
 //! The signal's disposition belongs to the process, so the ranges to watch do too: a fixed table of atomics, which a
 //! signal handler may read. A fault elsewhere goes to whatever handled SIGBUS before.
@@ -19,6 +20,8 @@ struct Slot {
     base: AtomicUsize,
     /// Zero while the slot is not in use: the handler then matches nothing.
     size: AtomicUsize,
+    /// Bytes of a page that is mapped there, a power of two.
+    page: AtomicUsize,
     fired: AtomicBool,
 }
 
@@ -27,6 +30,7 @@ static RANGES: [Slot; SLOTS] = [const {
         taken: AtomicBool::new(false),
         base: AtomicUsize::new(0),
         size: AtomicUsize::new(0),
+        page: AtomicUsize::new(4096),
         fired: AtomicBool::new(false),
     }
 }; SLOTS];
@@ -43,7 +47,8 @@ impl std::fmt::Debug for Watch {
 }
 
 impl Watch {
-    pub(super) fn new(base: usize, size: usize) -> Result<Self, Error> {
+    /// Watches `size` bytes at `base`, both multiples of the bytes of a `page`.
+    pub(super) fn new(base: usize, size: usize, page: usize) -> Result<Self, Error> {
         install()?;
         let free = |slot: &&Slot| !slot.taken.swap(true, Ordering::AcqRel);
         let slot = RANGES.iter().find(free).ok_or_else(|| Error::Memory {
@@ -52,6 +57,7 @@ impl Watch {
         })?;
         slot.fired.store(false, Ordering::Relaxed);
         slot.base.store(base, Ordering::Relaxed);
+        slot.page.store(page, Ordering::Relaxed);
         slot.size.store(size, Ordering::Release);
         Ok(Self(slot))
     }
@@ -106,7 +112,7 @@ extern "C" fn on_sigbus(signal: i32, about: *mut libc::siginfo_t, context: *mut 
     for slot in &RANGES {
         let size = slot.size.load(Ordering::Acquire);
         let offset = address.wrapping_sub(slot.base.load(Ordering::Relaxed));
-        if offset < size && replace_page(address) {
+        if offset < size && replace_page(address, slot.page.load(Ordering::Relaxed)) {
             slot.fired.store(true, Ordering::Release);
             return;
         }
@@ -114,12 +120,12 @@ extern "C" fn on_sigbus(signal: i32, about: *mut libc::siginfo_t, context: *mut 
     pass_on(signal, about, context);
 }
 
-fn replace_page(address: usize) -> bool {
-    let page = address & !0xfff;
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+fn replace_page(address: usize, size: usize) -> bool {
+    let page = address & !(size - 1);
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
     let prot = libc::PROT_READ | libc::PROT_WRITE;
     // SAFETY: the page lies in a watched range, which is guest RAM that nobody holds references into.
-    let mapped = unsafe { libc::mmap(ptr::without_provenance_mut(page), 4096, prot, flags, -1, 0) };
+    let mapped = unsafe { libc::mmap(ptr::without_provenance_mut(page), size, prot, flags, -1, 0) };
     mapped != libc::MAP_FAILED
 }
 

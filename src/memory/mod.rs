@@ -4,6 +4,9 @@
 //! A file may change or shrink while the guest runs: pages that the guest has not written then change under it, and
 //! pages behind the new end are lost. A lost page reads as zero for rvmm and stops the machine
 //! ([`crate::vcpu::stop::StopReason::MemoryLost`]); it never ends the process (see `lost.rs`).
+//!
+//! Huge pages of the host's pool are reserved at the start. One that a balloon gives back may be somebody else's when the guest
+//! wants it again, and a cgroup may have a limit that no reservation knows: that stops the machine, too, as the host's failure.
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -58,10 +61,15 @@ pub enum RamError {
     /// Part of the range is not RAM.
     #[error("The range is not inside guest RAM")]
     NotRam,
-    /// The memory was backed by a file that shrank or cannot be read.
-    #[error("The file behind guest memory shrank or cannot be read")]
+    /// The memory was backed by a file that shrank or cannot be read, or the host has no huge page for it.
+    #[error(
+        "The file behind guest memory shrank or cannot be read, or the host has no huge page for it"
+    )]
     Lost,
 }
+
+/// Why the machine ends whose RAM in huge pages the host does not provide.
+const NO_HUGE_PAGE: &str = "no huge page is left for guest RAM: what a balloon gave back is somebody else's, or a limit stands in the way (see HugePages_Free in /proc/meminfo and hugetlb.2MB.max of the cgroup; reserve more with sysctl vm.nr_hugepages, or leave --hugepages or the balloon out)";
 
 impl GuestRam {
     /// Takes `span.size` bytes (a multiple of 2 MiB) of zeroed memory from the host, to be seen by the guest at
@@ -83,9 +91,12 @@ impl GuestRam {
     }
 
     fn reserve(span: Span, hugepages: bool, shared: bool) -> Result<Self, Error> {
-        let reservation = Reservation::new(span.size, hugepages, shared)?;
+        Self::over(span, Reservation::new(span.size, hugepages, shared)?)
+    }
+
+    fn over(span: Span, reservation: Reservation) -> Result<Self, Error> {
         let region = reservation.region()?;
-        let watch = Watch::new(reservation.address(), reservation.size())?;
+        let watch = Watch::new(reservation.address(), reservation.size(), reservation.page())?;
         Self::assemble(span, reservation, region, watch)
     }
 
@@ -189,17 +200,42 @@ impl GuestRam {
                 source: Some(source),
             })?;
             self.write(addr + done, part)
-                .map_err(|e| Error::Memory { what: e.to_string(), source: None })?;
+                .map_err(|e| Error::Memory { what: self.explain(e), source: None })?;
             done += want as u64;
         }
         Ok(())
     }
 
-    /// True once a page of RAM is gone for good because the file behind it shrank or cannot be read.
+    /// Why this RAM could not be accessed, as a sentence.
+    #[must_use]
+    pub fn explain(&self, error: RamError) -> String {
+        match (error, self.failure()) {
+            (RamError::Lost, Some(failure)) => format!("Guest RAM cannot be had: {failure}"),
+            _ => error.to_string(),
+        }
+    }
+
+    /// True once a page of RAM is gone for good because the file behind it shrank or cannot be read, or where the host has no
+    /// huge page for RAM that wants one. Looks for that, so it is for whoever has a reason to ask.
     #[must_use]
     pub fn is_lost(&self) -> bool {
         let shrank = |o: &Overlay| o.file.metadata().map_or(true, |m| m.size() < o.needed);
-        self.watch.fired() || self.overlays().iter().any(shrank)
+        self.watch.fired() || self.overlays().iter().any(shrank) || self.lacks_page()
+    }
+
+    /// What the host has failed in, where a loss of RAM is its failure and no file's: RAM in huge pages is never a file of the
+    /// user's.
+    #[must_use]
+    pub fn failure(&self) -> Option<&'static str> {
+        self.reservation.is_huge().then_some(NO_HUGE_PAGE)
+    }
+
+    /// Asks for one huge page that is not there yet, where RAM is in such.
+    fn lacks_page(&self) -> bool {
+        let absent = self.reservation.is_huge().then(|| self.reservation.first_absent());
+        absent.flatten().is_some_and(|at| {
+            self.read(self.span.base.saturating_add(at), &mut [0]) == Err(RamError::Lost)
+        })
     }
 
     fn overlays(&self) -> MutexGuard<'_, Vec<Overlay>> {
@@ -250,3 +286,5 @@ impl DmaMemory for GuestRam {
 #[cfg(test)]
 #[path = "tests.rs"]
 mod tests;
+#[cfg(test)]
+pub(crate) use tests::without_huge_pages;

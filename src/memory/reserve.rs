@@ -40,6 +40,19 @@ unsafe impl Sync for Reservation {}
 
 impl Reservation {
     pub(super) fn new(size: u64, huge: bool, shared: bool) -> Result<Self, Error> {
+        // Without NORESERVE the kernel refuses now what huge pages it could not deliver later by SIGBUS. What a balloon gives
+        // back, and what a cgroup does not allow, it may still not deliver.
+        let reserve = if huge { MapFlags::empty() } else { MapFlags::NORESERVE };
+        Self::map(size, huge, shared, reserve)
+    }
+
+    /// Huge pages of which the host may have none.
+    #[cfg(test)]
+    pub(super) fn of_absent_pages(size: u64, shared: bool) -> Result<Self, Error> {
+        Self::map(size, true, shared, MapFlags::NORESERVE)
+    }
+
+    fn map(size: u64, huge: bool, shared: bool, reserve: MapFlags) -> Result<Self, Error> {
         let refuse = |source: Option<rustix::io::Errno>| Error::Memory {
             what: too_much(size, huge),
             source: source.map(Into::into),
@@ -56,8 +69,6 @@ impl Reservation {
         let ram = whole.wrapping_byte_add(lead);
         let mut this = Self { whole, whole_size, ram, size, huge, file: None };
         let prot = ProtFlags::READ | ProtFlags::WRITE;
-        // Without NORESERVE the kernel refuses now what huge pages it could not deliver later by SIGBUS.
-        let reserve = if huge { MapFlags::empty() } else { MapFlags::NORESERVE };
         if shared {
             let file = memory_file(size, huge).map_err(|e| refuse(Some(e)))?;
             let flags = MapFlags::SHARED | MapFlags::FIXED | reserve;
@@ -101,6 +112,23 @@ impl Reservation {
 
     pub(super) fn is_huge(&self) -> bool {
         self.huge
+    }
+
+    /// Bytes of a page of RAM.
+    pub(super) fn page(&self) -> usize {
+        if self.huge { HUGE } else { 4096 }
+    }
+
+    /// Where the first page of RAM is that nobody has touched yet, or that was given back.
+    pub(super) fn first_absent(&self) -> Option<u64> {
+        let is_absent = |at: &usize| {
+            let mut is_there = 0_u8;
+            let page = self.ram.wrapping_byte_add(*at);
+            // SAFETY: the page lies inside our RAM mapping, and for one page of the smallest size one byte is written.
+            let looked = unsafe { libc::mincore(page, 4096, &raw mut is_there) };
+            looked == 0 && is_there & 1 == 0
+        };
+        (0..self.size).step_by(self.page()).find(is_absent).map(|at| at as u64)
     }
 
     pub(super) fn is_shared(&self) -> bool {

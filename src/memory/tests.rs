@@ -92,6 +92,38 @@ fn two_guests_lose_memory_apart_from_each_other() {
     assert!(!two.is_lost());
 }
 
+/// RAM in huge pages that the host has not; none, aloud, where it has some to give.
+pub(crate) fn without_huge_pages(span: Span, shared: bool) -> Option<GuestRam> {
+    let pool = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
+    let more = std::fs::read_to_string(
+        "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_overcommit_hugepages",
+    );
+    if ![pool, more].iter().all(|count| count.as_deref().is_ok_and(|count| count.trim() == "0")) {
+        eprintln!("SKIPPED: this host has huge pages of 2 MiB, or no pool of them");
+        return None;
+    }
+    let reservation = Reservation::of_absent_pages(span.size, shared).unwrap();
+    Some(GuestRam::over(span, reservation).unwrap())
+}
+
+#[test]
+fn a_huge_page_that_the_host_does_not_have_is_an_error_and_not_the_end() {
+    for shared in [false, true] {
+        let Some(ram) = without_huge_pages(SPAN, shared) else { return };
+        let mut buf = [1; 16];
+        assert_eq!(ram.read(SPAN.base + HUGE_PAGE + 4096, &mut buf), Err(RamError::Lost));
+        assert_eq!(buf, [0; 16]);
+        assert_eq!(ram.write(SPAN.base, &[1]), Err(RamError::Lost));
+        assert!(ram.failure().unwrap().contains("no huge page is left"));
+        let Some(other) = without_huge_pages(SPAN, shared) else { return };
+        assert!(other.is_lost(), "found out without an access of ours");
+        let error = other.place_file(SPAN.base, &file_of(&[1; 4096]), 0, 4096).unwrap_err();
+        assert_eq!(error.exit_code(), crate::error::EXIT_HOST);
+        let what = error.to_string();
+        assert!(what.contains("huge page") && what.contains("vm.nr_hugepages"), "{what}");
+    }
+}
+
 #[test]
 fn more_memory_than_the_address_space_holds_is_refused_with_advice() {
     let error = GuestRam::new(Span { base: 0x8000_0000, size: 1 << 62 }, false).unwrap_err();

@@ -112,7 +112,7 @@ fn dbcn(function: u64, args: &[u64; 6], world: &World) -> Answer {
                 Ok(done) => (SUCCESS, done, Flow::Resume),
                 Err(RamError::NotRam) => (INVALID_PARAM, 0, Flow::Resume),
                 Err(RamError::Lost) => {
-                    let reason = StopReason::MemoryLost { addr: Some(base) };
+                    let reason = StopReason::lost(&world.ram, Some(base));
                     (INVALID_PARAM, 0, reason.into())
                 }
             }

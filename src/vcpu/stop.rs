@@ -3,6 +3,7 @@
 use std::fmt;
 
 use crate::error::{EXIT_GUEST, EXIT_HOST, EXIT_OK};
+use crate::memory::GuestRam;
 
 /// Why a machine stopped.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,6 +46,14 @@ pub enum StopReason {
 }
 
 impl StopReason {
+    /// Guest RAM is lost, at `addr` where that is known: by a file, or because the host does not provide it.
+    pub(super) fn lost(ram: &GuestRam, addr: Option<u64>) -> Self {
+        match ram.failure() {
+            Some(what) => Self::HostFailure(what.into()),
+            None => Self::MemoryLost { addr },
+        }
+    }
+
     /// The stable exit code of the command.
     #[must_use]
     pub fn exit_code(&self) -> u8 {

@@ -146,7 +146,7 @@ fn explain(
         Fault::Unemulated => "an access that the kernel cannot emulate",
         Fault::Misaligned => "a misaligned access",
         Fault::Memory if world.ram.is_lost() => {
-            return Ok(Some(StopReason::MemoryLost { addr: None }));
+            return Ok(Some(StopReason::lost(&world.ram, None)));
         }
         Fault::Memory => "an access that the kernel cannot resolve (EFAULT)",
         Fault::Entry { reason, cpu } => {
@@ -164,7 +164,7 @@ fn explain(
     };
     let satp = hart.get(Reg::Csr(Csr::Satp))?;
     let trap = match fetch(&world.ram, satp, pc) {
-        Fetched::Lost => return Ok(Some(StopReason::MemoryLost { addr: None })),
+        Fetched::Lost => return Ok(Some(StopReason::lost(&world.ram, None))),
         Fetched::Trap(trap) if at_vector(hart, pc)? => {
             let what = format!("its trap vector {pc:#x} cannot be fetched (cause {})", trap.cause);
             return Ok(Some(stopped(hart, what)));

@@ -216,6 +216,18 @@ fn what_the_host_cannot_do_is_the_hosts_failure() {
 }
 
 #[test]
+fn a_huge_page_that_the_host_does_not_have_is_the_hosts_failure() {
+    let Some(ram) = crate::memory::without_huge_pages(RAM, false) else { return };
+    let (mut world, _) = world(Unassigned::Zero);
+    world.ram = ram.into();
+    let stop = settle(&mut hart(CODE), &world, Fault::Memory).unwrap();
+    assert_eq!(stop.exit_code(), crate::error::EXIT_HOST);
+    let what = stop.to_string();
+    assert!(what.starts_with("The host failed: no huge page is left for guest RAM"), "{what}");
+    assert!(what.contains("hugetlb.2MB.max") && !what.contains("shrank"), "{what}");
+}
+
+#[test]
 fn memory_that_a_shrunken_file_backed_is_lost() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(0x10_0000).unwrap();
