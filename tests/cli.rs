@@ -2,6 +2,7 @@
 
 #![allow(clippy::expect_used, clippy::panic, reason = "tests may panic: that is how a test fails")]
 
+use std::io::{BufRead as _, BufReader};
 use std::process::{Command, Output, Stdio};
 
 use rvmm_devices::testing::{leave_out, skip};
@@ -94,6 +95,75 @@ fn a_full_disk_under_standard_output_is_said() {
     let output = output.expect("the program starts");
     assert_eq!(output.status.code(), Some(1));
     assert!(stderr(&output).contains("standard output"));
+}
+
+#[test]
+fn whoever_reads_a_line_of_a_long_text_hears_nothing_of_the_rest() {
+    for args in
+        [&["man"][..], &["completions", "bash"], &["--help"], &["lab", "h_1_0", "--picture"]]
+    {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_rvmm"))
+            .args(args)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the program starts");
+        let mut out = BufReader::with_capacity(16, child.stdout.take().expect("a pipe"));
+        out.read_line(&mut String::new()).expect("a line");
+        drop(out);
+        let output = child.wait_with_output().expect("an end");
+        assert_eq!((output.status.code(), stderr(&output)), (Some(0), ""), "{args:?}");
+    }
+}
+
+#[test]
+fn a_pipe_that_does_not_block_gets_all_of_a_text() {
+    let (mut reader, writer) = std::io::pipe().expect("a pipe");
+    rustix::fs::fcntl_setfl(&writer, rustix::fs::OFlags::NONBLOCK).expect("a mode");
+    let expected = text(&["completions", "bash"]);
+    // Full before the program starts: it has to wait.
+    let filler = vec![b'x'; 4096];
+    let mut filled = 0;
+    while let Ok(count) = rustix::io::write(&writer, &filler) {
+        filled += count;
+    }
+    let mut child = Command::new(env!("CARGO_BIN_EXE_rvmm"))
+        .args(["completions", "bash"])
+        .stdout(writer)
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program starts");
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    assert!(child.try_wait().expect("a child").is_none(), "it did not wait");
+    let mut read = Vec::new();
+    std::io::Read::read_to_end(&mut reader, &mut read).expect("a text");
+    let output = child.wait_with_output().expect("an end");
+    assert_eq!((output.status.code(), stderr(&output)), (Some(0), ""));
+    assert!(read.get(filled..) == Some(expected.as_bytes()));
+}
+
+#[test]
+fn every_output_that_finds_no_room_is_said_in_one_line() {
+    let Ok(full) = std::fs::OpenOptions::new().write(true).open("/dev/full") else {
+        eprintln!("SKIPPED: no /dev/full here");
+        return;
+    };
+    for args in [
+        &["man"][..],
+        &["completions", "zsh"],
+        &["--list-devices"],
+        &["lab", "--list"],
+        &["lab", "h_1_0", "--picture"],
+    ] {
+        let full = full.try_clone().expect("a descriptor");
+        let output = Command::new(env!("CARGO_BIN_EXE_rvmm")).args(args).stdout(full).output();
+        let output = output.expect("the program starts");
+        assert_eq!(output.status.code(), Some(1), "{args:?}");
+        let said = stderr(&output);
+        assert_eq!(said, "rvmm: Cannot write to standard output: No space left on device\n");
+    }
+    let mistake = mistake(&["lab", "h_1_0", "--save", "/dev/full"]);
+    assert_eq!(mistake, "rvmm: Cannot write /dev/full: No space left on device\n");
 }
 
 #[test]

@@ -1,13 +1,12 @@
 //! The verbs `lab` and `mkpflash`.
 
 use std::fmt::Write as _;
-use std::fs::File;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use super::verb::LabArgs;
 use super::{logging, output};
 use crate::error::{EXIT_GUEST, EXIT_OK, EXIT_USAGE, Error};
+use crate::host::{write_file, write_padded};
 use crate::labs::steps::Step;
 use crate::labs::{self, LABS, Lab, Outcome, Variant, Wishes};
 
@@ -55,10 +54,12 @@ pub(super) fn run(args: LabArgs, level: log::LevelFilter) -> u8 {
     let mut worst = EXIT_OK;
     for (lab, variant) in plan {
         if args.explain || args.check {
-            println!("== {}{}: {}", lab.name, shown(lab, variant), lab.question);
+            let line = format!("== {}{}: {}\n", lab.name, shown(lab, variant), lab.question);
+            worst = worst.max(output::show(&line));
         }
         if args.explain {
-            println!("{}\n\n{}", lab.story, numbered(labs::steps::steps(lab, variant)));
+            let steps = numbered(labs::steps::steps(lab, variant));
+            worst = worst.max(output::show(&format!("{}\n\n{steps}\n", lab.story)));
         }
         worst = worst.max(one(lab, variant, &wishes, args.check));
     }
@@ -72,10 +73,7 @@ fn picture(plan: &[(&Lab, &Variant)]) -> u8 {
         return EXIT_USAGE;
     };
     match labs::picture::picture(lab, variant) {
-        Some(svg) => {
-            print!("{svg}");
-            EXIT_OK
-        }
+        Some(svg) => output::show(&svg),
         None => {
             output::complain(&format!("There is no picture of lab {}", lab.name));
             EXIT_USAGE
@@ -97,17 +95,12 @@ fn numbered(steps: &[Step]) -> String {
 
 fn one(lab: &Lab, variant: &Variant, wishes: &Wishes, is_check: bool) -> u8 {
     let name = format!("{}{}", lab.name, shown(lab, variant));
-    match labs::run(lab, variant, wishes, Box::new(io::stdout())) {
-        Ok(Outcome::Passed) => {
-            if is_check {
-                println!("lab {name}: passed");
-            }
-            EXIT_OK
-        }
-        Ok(Outcome::Skipped(why)) => {
-            println!("lab {name}: skipped: {why}");
-            EXIT_OK
-        }
+    let stdout = output::Stdout::default();
+    let outcome = labs::run(lab, variant, wishes, Box::new(stdout.clone()));
+    let code = match outcome {
+        Ok(Outcome::Passed) if is_check => output::show(&format!("lab {name}: passed\n")),
+        Ok(Outcome::Passed) => EXIT_OK,
+        Ok(Outcome::Skipped(why)) => output::show(&format!("lab {name}: skipped: {why}\n")),
         Ok(Outcome::Failed(why)) => {
             output::complain(&format!("Lab {name} failed: {why}"));
             EXIT_GUEST
@@ -116,7 +109,8 @@ fn one(lab: &Lab, variant: &Variant, wishes: &Wishes, is_check: bool) -> u8 {
             output::complain(&output::chain(&error));
             error.exit_code()
         }
-    }
+    };
+    code.max(stdout.end())
 }
 
 fn shown(lab: &Lab, variant: &Variant) -> String {
@@ -163,7 +157,7 @@ fn save(plan: &[(&Lab, &Variant)], path: &Path) -> Result<(), Error> {
     let payload = payload.ok_or_else(|| {
         Error::Config("Cannot save that: it is no single guest of rvmm's own".into())
     })?;
-    std::fs::write(path, payload).map_err(|source| Error::File {
+    write_file(path, payload).map_err(|source| Error::File {
         verb: "write",
         path: path.into(),
         source,
@@ -180,12 +174,7 @@ pub(super) fn make_flash(program: &Path, to: &Path) -> Result<(), Error> {
     let image = labs::pflash::image(&bytes).map_err(|reason| {
         Error::Config(format!("Cannot make a flash of {}: {reason}", program.display()))
     })?;
-    let write = || -> io::Result<()> {
-        let mut file = File::create(to)?;
-        io::Write::write_all(&mut file, &image)?;
-        file.set_len(labs::pflash::SIZE as u64)
-    };
-    write().map_err(failed("write", to))
+    write_padded(to, &image, labs::pflash::SIZE as u64).map_err(failed("write", to))
 }
 
 #[cfg(test)]
@@ -208,9 +197,9 @@ mod tests {
 
     #[test]
     fn a_picture_is_of_one_lab_and_every_lab_has_one() {
-        let of = |name| picture(&plan(&args(Some(name), None)).unwrap());
-        assert_eq!(of("all"), EXIT_USAGE);
-        assert!(LABS.iter().all(|lab| of(lab.name) == EXIT_OK));
+        assert_eq!(picture(&plan(&args(Some("all"), None)).unwrap()), EXIT_USAGE);
+        let has_one = |lab: &Lab| labs::picture::picture(lab, &lab.variants[0]).is_some();
+        assert!(LABS.iter().all(has_one));
     }
 
     #[test]

@@ -2,21 +2,56 @@
 
 use std::error::Error;
 use std::io::{self, ErrorKind, Write};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::termios::{OutputModes, tcgetattr};
 
 use crate::error::{EXIT_HOST, EXIT_OK};
+use crate::host::deliver;
 
 /// Prints a text that was asked for, and gives the exit code. A reader that has seen enough (`| head`) is no error.
 pub(super) fn show(text: &str) -> u8 {
-    let mut out = io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+    judge(deliver(io::stdout(), text.as_bytes()))
+}
+
+/// Says what went wrong with standard output, and gives the exit code.
+fn judge(written: io::Result<()>) -> u8 {
+    match written {
         Ok(()) => EXIT_OK,
         Err(error) if error.kind() == ErrorKind::BrokenPipe => EXIT_OK,
         Err(error) => {
             complain(&format!("Cannot write to standard output: {}", plain(&error.to_string())));
             EXIT_HOST
         }
+    }
+}
+
+/// Standard output for who goes on without it: what comes first between it and its reader is kept for the end.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Stdout(Arc<Mutex<Option<io::Error>>>);
+
+impl Stdout {
+    fn error(&self) -> MutexGuard<'_, Option<io::Error>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says what went wrong, if anything did, and gives the exit code.
+    pub(super) fn end(&self) -> u8 {
+        judge(self.error().take().map_or(Ok(()), Err))
+    }
+}
+
+impl Write for Stdout {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut error = self.error();
+        if error.is_none() {
+            *error = deliver(io::stdout(), bytes).err();
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -29,7 +64,7 @@ pub(super) fn complain(message: &str) {
         text.push_str(line_end());
     }
     // There is nobody left to tell.
-    let _ = io::stderr().write_all(text.as_bytes());
+    let _ = deliver(io::stderr(), text.as_bytes());
 }
 
 /// How a line ends on standard error: while a terminal there is raw (a guest's console), it does not return the

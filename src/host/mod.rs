@@ -7,6 +7,7 @@
 //! | `tap.rs` | networks: tap interfaces |
 //! | `vhost/` | networks and sockets whose queues the kernel works on |
 //! | `small.rs` | files that are read at once |
+//! | `output.rs` | files that are written for a user, whole or not at all |
 //! | `listening.rs` | Unix sockets |
 //! | `node.rs` | device nodes, and what to do where one cannot be opened |
 //! | `kept.rs` | taps and sockets, over all lives of a guest |
@@ -39,6 +40,7 @@ mod gate;
 mod kept;
 mod listening;
 pub(crate) mod node;
+mod output;
 mod small;
 mod tap;
 mod vhost;
@@ -46,6 +48,9 @@ mod vhost;
 pub(crate) use gate::Gate;
 use kept::Kept;
 pub(crate) use listening::{Listening, connect_to, connect_to_starting, remove_dead};
+#[cfg(test)]
+pub(crate) use output::tests::on_a_small_file_system;
+pub(crate) use output::{deliver, write_file, write_padded};
 pub(crate) use small::read_small;
 #[cfg(test)]
 pub(crate) use tap::tests::in_a_namespace;

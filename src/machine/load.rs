@@ -1,6 +1,5 @@
 //! The user's files: opened and judged before anything is built, then put where the placement says.
 
-use std::fs;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
@@ -15,6 +14,7 @@ use rvmm_boot::kernel::Format;
 use super::tree::region;
 use crate::config::{BootConfig, InitrdConfig, VmConfig};
 use crate::error::Error;
+use crate::host::write_file;
 use crate::init;
 use crate::memory::GuestRam;
 
@@ -208,13 +208,13 @@ fn fill(ram: &GuestRam, placement: &Placement<'_>, tree: &[u8]) -> Result<(), Er
 
 fn write(ram: &GuestRam, addr: u64, bytes: &[u8], name: &str) -> Result<(), Error> {
     ram.write(addr, bytes).map_err(|e| Error::Memory {
-        what: format!("{name} does not fit at {addr:#x}: {e}"),
+        what: format!("{name} does not fit at {addr:#x}: {}", ram.explain(e)),
         source: None,
     })
 }
 
 fn dump(path: &Path, tree: &[u8]) -> Result<(), Error> {
-    fs::write(path, tree).map_err(|source| Error::File {
+    write_file(path, tree).map_err(|source| Error::File {
         verb: "write",
         path: PathBuf::from(path),
         source,

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use crate::button::Button;
 use crate::config::{GdbAddress, OnReset, VmConfig};
-use crate::error::Error;
+use crate::error::{EXIT_OK, Error};
 use crate::gdb;
 use crate::host::Linux;
 use crate::io_loop::IoLoop;
@@ -183,7 +183,8 @@ impl Machine {
     /// Runs the guest until it stops for good; a reset restarts it in place where the configuration says so.
     ///
     /// # Errors
-    /// The host fails to start a thread or the event loop, or a restart finds a file or the host changed.
+    /// The host fails to start a thread or the event loop, a restart finds a file or the host changed, or a guest that ended
+    /// well has a trace that could not be written whole.
     pub fn run(self) -> Result<StopReason, Error> {
         let Self {
             config,
@@ -210,7 +211,7 @@ impl Machine {
                 if let Some(debugger) = debugger {
                     debugger.end(reason.exit_code());
                 }
-                return Ok(reason);
+                return ended(reason, lookers.trace);
             }
             log::info!("The guest restarts");
             files.wake()?;
@@ -257,6 +258,14 @@ struct Outside<'a> {
     /// Signals, and the button that the first one presses.
     callers: Option<(Signals, Option<Arc<Button>>)>,
     lookers: &'a Lookers,
+}
+
+/// How a machine has ended. What the guest came to counts before what became of its trace.
+fn ended(reason: StopReason, trace: Option<Trace>) -> Result<StopReason, Error> {
+    match trace.map_or(Ok(()), Trace::finish) {
+        Err(error) if reason.exit_code() == EXIT_OK => Err(error),
+        _ => Ok(reason),
+    }
 }
 
 /// One life of the guest: from letting the harts go until all threads have ended.

@@ -27,6 +27,7 @@ mod writer;
 use std::fs::OpenOptions;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use format::{Format, Head, Timescale};
@@ -67,7 +68,8 @@ pub struct Trace {
     rings: Vec<Arc<Ring>>,
     ticks: Ticks,
     every_pc: bool,
-    _writer: Writer,
+    writer: Writer,
+    path: PathBuf,
 }
 
 impl Trace {
@@ -103,7 +105,21 @@ impl Trace {
             what: "Cannot start the writer of the trace".into(),
             source,
         })?;
-        Ok(Self { rings, ticks, every_pc: config.pc, _writer: writer })
+        Ok(Self { rings, ticks, every_pc: config.pc, writer, path: config.file.clone() })
+    }
+
+    /// Completes the file.
+    ///
+    /// # Errors
+    /// [`Error::File`] where it does not have all that was recorded; it ends with a whole event, and with how many are missing
+    /// where there is room for that.
+    pub fn finish(self) -> Result<(), Error> {
+        let Self { writer, path, .. } = self;
+        writer.finish().map_err(|source| Error::File {
+            verb: "write all of the trace",
+            path,
+            source,
+        })
     }
 
     /// Who sees the exits of hart `hart`; `None` for a hart that the machine does not have. One at a time for each hart.

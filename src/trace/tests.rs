@@ -9,6 +9,8 @@ use tempfile::TempDir;
 
 use super::{Places, Plan, Trace};
 use crate::config::{TraceConfig, TraceFormat, Unassigned};
+use crate::error::{EXIT_USAGE, Error};
+use crate::host::on_a_small_file_system;
 use crate::vcpu::exit::SystemEvent;
 use crate::vcpu::hart::Reg;
 use crate::vcpu::record::Ticks;
@@ -23,6 +25,13 @@ fn ticks() -> Ticks {
 
 /// Plays `script` under a trace, and gives the file.
 fn traced(config: &TraceConfig, script: &[Step]) -> String {
+    let (text, ended) = played(config, script);
+    ended.unwrap();
+    text
+}
+
+/// The file, and whether it is all.
+fn played(config: &TraceConfig, script: &[Step]) -> (String, Result<(), Error>) {
     let (world, _uart) = world(Unassigned::Zero);
     let places = Places::of(&world.bus);
     let plan = Plan { name: "web".into(), harts: 2, ticks: ticks(), places };
@@ -34,8 +43,8 @@ fn traced(config: &TraceConfig, script: &[Step]) -> String {
     let thread = spawn_hart(hart, Arc::new(world), Arc::clone(&control), None, recorder).unwrap();
     let _ = control.wait();
     thread.join().unwrap();
-    drop(trace);
-    fs::read_to_string(&config.file).unwrap()
+    let ended = trace.finish();
+    (fs::read_to_string(&config.file).unwrap(), ended)
 }
 
 fn config(folder: &TempDir, name: &str) -> TraceConfig {
@@ -134,6 +143,42 @@ fn what_the_ring_does_not_hold_is_counted_in_the_file() {
     let end = all.last().unwrap();
     assert_eq!((end["recorded"].as_u64(), end["all_lost"].as_u64()), (Some(exits), Some(lost)));
     assert_eq!(exits + lost, 50_001);
+}
+
+#[test]
+fn a_trace_that_finds_no_room_ends_with_a_whole_event_and_says_what_is_missing() {
+    on_a_small_file_system(|folder| {
+        let mut script = vec![Step::Load { addr: UART + 5, len: 1 }; 2000];
+        script.push(Step::System(SystemEvent::Shutdown(0)));
+        for (name, format) in [("a.jsonl", TraceFormat::Lines), ("a.json", TraceFormat::Chrome)] {
+            let file = folder.join(name);
+            let config = TraceConfig {
+                file: file.clone(),
+                format: Some(format),
+                ring: Some(4096),
+                ..TraceConfig::default()
+            };
+            let (text, ended) = played(&config, &script);
+            let error = ended.unwrap_err();
+            assert_eq!(error.exit_code(), EXIT_USAGE);
+            let what = error.to_string();
+            assert!(what.starts_with("Cannot write all of the trace") && what.contains("No space"));
+            // Whether the head fits depends on how the writer was woken; the rest never does.
+            if !text.is_empty() {
+                let events = match format {
+                    TraceFormat::Lines => lines(&text),
+                    TraceFormat::Chrome => serde_json::from_str(&text).unwrap(),
+                };
+                let end = events.last().unwrap();
+                let end = end.get("args").unwrap_or(end);
+                let exits =
+                    events.iter().filter(|event| event.to_string().contains("exit_ns")).count();
+                assert_eq!(end["recorded"].as_u64(), Some(exits as u64));
+                assert_eq!(end["all_lost"].as_u64(), Some(2001 - exits as u64));
+            }
+            fs::remove_file(&file).unwrap();
+        }
+    });
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! it, and what they record meanwhile waits in the rings.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -43,7 +43,7 @@ pub(super) struct Job {
 #[derive(Debug)]
 pub(super) struct Writer {
     is_over: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle<io::Result<()>>>,
 }
 
 impl Writer {
@@ -56,19 +56,31 @@ impl Writer {
         let seen = Arc::clone(&is_over);
         let thread = thread::Builder::new().name("trace".into()).spawn(move || {
             let _ = setpriority_process(Some(own_thread()), NICEST);
-            Desk::new(job).work(&seen);
+            Desk::new(job).work(&seen)
         })?;
         Ok(Self { is_over, thread: Some(thread) })
+    }
+
+    /// Ends the thread, when all that is in the rings is in the file.
+    ///
+    /// # Errors
+    /// What kept the rest out of the file.
+    pub(super) fn finish(mut self) -> io::Result<()> {
+        self.end()
+    }
+
+    fn end(&mut self) -> io::Result<()> {
+        self.is_over.store(true, Ordering::Release);
+        let Some(thread) = self.thread.take() else { return Ok(()) };
+        thread.thread().unpark();
+        thread.join().unwrap_or_else(|_| Err(io::Error::other("its writer panicked")))
     }
 }
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        self.is_over.store(true, Ordering::Release);
-        if let Some(thread) = self.thread.take() {
-            thread.thread().unpark();
-            let _ = thread.join();
-        }
+        // Who wants to know has asked.
+        let _ = self.end();
     }
 }
 
@@ -80,20 +92,24 @@ fn own_thread() -> Pid {
 /// The writer at work.
 struct Desk {
     job: Job,
+    /// Exits that are in the file or in the text.
     recorded: u64,
     /// By hart: how many lost exits the file tells of.
     told: Vec<u64>,
-    /// The file takes no more: what the rings hold from then on is thrown away.
-    is_full: bool,
+    /// Bytes and exits of the file that are whole.
+    written: (u64, u64),
+    /// Why the file takes no more: what the rings hold from then on is thrown away, and counted.
+    failed: Option<io::Error>,
+    thrown_away: u64,
 }
 
 impl Desk {
     fn new(job: Job) -> Self {
         let told = vec![0; job.rings.len()];
-        Self { job, recorded: 0, told, is_full: false }
+        Self { job, recorded: 0, told, written: (0, 0), failed: None, thrown_away: 0 }
     }
 
-    fn work(mut self, is_over: &AtomicBool) {
+    fn work(mut self, is_over: &AtomicBool) -> io::Result<()> {
         loop {
             // Looked at before the rings: what was put in before that is found.
             let last = is_over.load(Ordering::Acquire);
@@ -116,10 +132,12 @@ impl Desk {
             let number = u32::try_from(hart).unwrap_or(u32::MAX);
             found += ring.drain(|words| {
                 let Some(record) = Record::read(words) else { return };
-                if !self.is_full {
-                    self.job.format.exit(&mut self.job.text, number, &record);
-                    self.recorded += 1;
+                if self.failed.is_some() {
+                    self.thrown_away += 1;
+                    return;
                 }
+                self.job.format.exit(&mut self.job.text, number, &record);
+                self.recorded += 1;
                 if self.job.text.len() >= CHUNK {
                     self.write();
                 }
@@ -134,27 +152,62 @@ impl Desk {
         found
     }
 
+    /// Writes the text, or leaves the file as it was before: it always ends with a whole event.
     fn write(&mut self) {
-        if !self.is_full
-            && let Err(error) = self.job.file.write_all(self.job.text.as_bytes())
-        {
-            warn!("The trace {} ends here, it cannot be written: {error}", self.job.path);
-            self.is_full = true;
+        let text = std::mem::take(&mut self.job.text);
+        if self.failed.is_none() {
+            let (len, exits) = self.written;
+            match self.job.file.write_all(text.as_bytes()) {
+                Ok(()) => self.written = (len.saturating_add(text.len() as u64), self.recorded),
+                Err(error) => {
+                    info!("The trace {} ends here, it cannot be written: {error}", self.job.path);
+                    self.thrown_away += self.recorded - exits;
+                    self.recorded = exits;
+                    self.cut();
+                    self.failed = Some(error);
+                }
+            }
         }
+        self.job.text = text;
         self.job.text.clear();
     }
 
-    fn end(mut self) {
-        let lost = self.told.iter().fold(0_u64, |sum, told| sum.saturating_add(*told));
-        self.job.format.end(&mut self.job.text, self.recorded, lost);
+    /// Takes back what is behind the last whole event.
+    fn cut(&mut self) {
+        let (len, _) = self.written;
+        // Where not even that is possible, a reader finds half a line at the end.
+        let _ = self.job.file.set_len(len);
+        let _ = self.job.file.seek(SeekFrom::Start(len));
+    }
+
+    fn end(mut self) -> io::Result<()> {
+        // What there is counts when it is in the file.
         self.write();
-        let (path, recorded) = (&self.job.path, self.recorded);
+        let lost = self.told.iter().fold(self.thrown_away, |sum, told| sum.saturating_add(*told));
+        let recorded = self.recorded;
+        self.job.format.end(&mut self.job.text, recorded, lost);
+        let (len, _) = self.written;
+        match self.failed.take() {
+            None => self.write(),
+            Some(error) => {
+                // What was taken back left room for a line.
+                if len > 0 && self.job.file.write_all(self.job.text.as_bytes()).is_err() {
+                    self.cut();
+                }
+                self.failed = Some(error);
+            }
+        }
+        let path = &self.job.path;
         info!("{recorded} exits are in the trace {path}");
+        if let Some(error) = self.failed {
+            return Err(error);
+        }
         if lost > 0 {
-            let (path, all) = (&self.job.path, recorded.saturating_add(lost));
+            let all = recorded.saturating_add(lost);
             warn!(
                 "{lost} of {all} exits are missing in the trace {path}: the harts were faster than its writer (give it a CPU, or a larger ring: --trace FILE,ring=N)"
             );
         }
+        Ok(())
     }
 }

@@ -29,6 +29,7 @@ use std::path::Path;
 use tally::Tally;
 
 use crate::error::Error;
+use crate::host::write_file;
 
 /// Bytes of the trace that are read at once.
 const BLOCK: usize = 256 << 10;
@@ -54,5 +55,5 @@ pub fn report(input: &Path, output: &Path) -> Result<(), Error> {
     read::events(BufReader::with_capacity(BLOCK, file), |event| tally.take(event)).map_err(
         |what| Error::Config(format!("Cannot use the trace {}: {what}", input.display())),
     )?;
-    fs::write(output, page::page(&tally)).map_err(failed("write", output))
+    write_file(output, page::page(&tally).as_bytes()).map_err(failed("write", output))
 }
