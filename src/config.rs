@@ -110,7 +110,7 @@ pub struct BootConfig {
     pub initrd: InitrdConfig,
     /// The kernel's command line, taken as given.
     pub cmdline: String,
-    /// A device tree to use verbatim instead of the generated one.
+    /// A device tree to use instead of the generated one; where the initrd lies is written into it.
     pub dtb: Option<PathBuf>,
     /// Where to write the device tree that the guest gets.
     pub dump_dtb: Option<PathBuf>,
@@ -118,7 +118,7 @@ pub struct BootConfig {
     pub dtb_addr: Option<u64>,
     /// Flat binaries at fixed guest-physical addresses.
     pub load: Vec<LoadConfig>,
-    /// Where the boot hart starts, if not at the kernel's own entry.
+    /// Where the boot hart starts, if not at the start of an `Image` or the lowest address of an ELF file.
     pub entry: Option<u64>,
 }
 

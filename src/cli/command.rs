@@ -135,9 +135,10 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "STR", help_heading = "What runs", allow_hyphen_values = true)]
     pub(super) cmdline: Option<String>,
 
-    /// Use this device tree, unchanged, instead of the generated one
+    /// Use this device tree instead of the generated one
     ///
-    /// Its command line counts: --cmdline cannot be given with it.
+    /// Its command line counts: --cmdline cannot be given with it. rvmm writes into it where the initrd lies, and says where it
+    /// does not fit the machine.
     #[arg(long, value_name = "FILE", help_heading = "What runs")]
     pub(super) dtb: Option<PathBuf>,
 
@@ -153,7 +154,9 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "FILE@ADDR", help_heading = "What runs", value_parser = OsStringValueParser::new().try_map(value::load))]
     pub(super) load: Vec<LoadConfig>,
 
-    /// Where hart 0 starts [default: the kernel's own entry]
+    /// Where hart 0 starts [default: an Image's first byte, an ELF file's lowest address]
+    ///
+    /// An address inside something that is loaded, or inside a flash (mode=map).
     #[arg(long, value_name = "ADDR", help_heading = "What runs", allow_negative_numbers = true, value_parser = size::address)]
     pub(super) entry: Option<u64>,
 
