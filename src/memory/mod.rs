@@ -72,7 +72,7 @@ pub enum RamError {
 const NO_HUGE_PAGE: &str = "no huge page is left for guest RAM: what a balloon gave back is somebody else's, or a limit stands in the way (see HugePages_Free in /proc/meminfo and hugetlb.2MB.max of the cgroup; reserve more with sysctl vm.nr_hugepages, or leave --hugepages or the balloon out)";
 
 impl GuestRam {
-    /// Takes `span.size` bytes (a multiple of 2 MiB) of zeroed memory from the host, to be seen by the guest at
+    /// Takes `span.size` bytes (a multiple of 4 KiB, of huge pages 2 MiB) of zeroed memory from the host, to be seen by the guest at
     /// `span.base`. The host provides pages as they are touched, 2 MiB ones where it can.
     ///
     /// # Errors
