@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 use proptest::prelude::*;
-use rvmm_devices::testing::{MemoryHost, turn};
+use rvmm_devices::testing::{MemoryHost, told, turn};
 use rvmm_devices::virtio::net::testing::MemoryNet;
 use rvmm_devices::virtio::net::{
     Counters, HEADER, MAX_FRAME, Net, NetBackend, NetworkEnd, Offloads, Rates, Settings, bit,
@@ -63,6 +63,33 @@ fn test_with(settings: &Settings, features: u64) -> Test {
 
 fn test(features: u64) -> Test {
     test_with(&Settings::default(), features)
+}
+
+#[test]
+fn a_card_has_the_address_that_its_other_end_needs() {
+    let needed = [2, 1, 2, 3, 4, 5];
+    let address = |mac, end: Option<[u8; 6]>| {
+        let net = MemoryNet::new().unwrap();
+        end.map(|end| net.set_address(end));
+        let settings = Settings { mac, ..Settings::default() };
+        let mut address = [0; 6];
+        let lines = told(|| {
+            let device = Net::new(Box::new(net), &settings).unwrap();
+            Rig::new(Box::new(device)).device.read(0x100, &mut address).unwrap();
+        });
+        (address, lines)
+    };
+    assert_eq!(address(None, Some(needed)), (needed, vec![]));
+    assert_eq!(address(Some(needed), Some(needed)), (needed, vec![]));
+    assert_eq!(address(Some(MAC), None), (MAC, vec![]));
+    let (made, lines) = address(None, None);
+    assert!(made != needed && made != [0; 6] && lines.is_empty());
+    let (address, lines) = address(Some(MAC), Some(needed));
+    assert_eq!((address, lines.len()), (MAC, 1));
+    assert!(
+        lines[0].contains("02:01:02:03:04:05") && lines[0].contains("leave mac= away"),
+        "{lines:?}"
+    );
 }
 
 /// A frame of `len` bytes from `MAC`, each byte telling its place.

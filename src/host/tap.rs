@@ -1,4 +1,5 @@
 //! Tap interfaces (Linux, Documentation/networking/tuntap.rst): a network device of the host whose cable ends in rvmm.
+//! One that was opened by somebody else, which may also be a macvtap or an ipvtap, is taken over in `tap/inherit.rs`.
 //!
 //! Frames carry the header of virtio-net on this side, too, so they pass without being taken apart. A tap that
 //! was there before stays when it is closed; one that was made by opening it goes.
@@ -9,11 +10,11 @@
 
 use std::fs;
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use libc::{c_int, c_uint, c_ulong, c_void};
-use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, fstat, major, minor, open};
+use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvFlags, SocketFlags, SocketType, bind, netlink, recv, socket_with,
@@ -27,11 +28,10 @@ use vm_memory::GuestMemoryBackend;
 use super::node::{self, Place};
 use super::vhost;
 
+mod inherit;
+
 /// Where taps come from.
 const TUN: &str = node::TUN.path;
-
-/// Its major and minor number (Documentation/admin-guide/devices.txt).
-const TUN_DEVICE: (u32, u32) = (10, 200);
 
 /// Whole Ethernet frames, without the kernel's own header, with that of virtio-net.
 const FLAGS: c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
@@ -52,6 +52,8 @@ pub(super) struct Tap {
     changes: Option<OwnedFd>,
     /// Says that it is used to whoever keeps it open ([`Tap::keep`]).
     _user: Option<Arc<()>>,
+    /// The interface's own address, where it gives the guest no frames for another.
+    address: Option<[u8; 6]>,
 }
 
 impl Tap {
@@ -106,55 +108,12 @@ impl Tap {
         Self::prepare(fd, name.to_owned())
     }
 
-    /// Uses a tap that whoever started rvmm has opened. The descriptor itself stays open, for the next time: a guest that
-    /// restarts needs its network again.
-    pub(super) fn inherit(fd: RawFd) -> Result<Self, HostError> {
-        let refused = |error| HostError::refused(format!("Cannot use descriptor {fd}"), error);
-        // SAFETY: only the number is used, by one call that fails where it stands for nothing.
-        let own = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
-        check(own).map_err(|error| match error.raw_os_error() {
-            Some(libc::EBADF) => HostError::mistake(format!(
-                "Cannot use descriptor {fd}: nothing is open there (open a tap before rvmm starts, and let it inherit the descriptor)"
-            )),
-            _ => refused(error),
-        })?;
-        // SAFETY: the descriptor was made above, and nobody else knows it.
-        let own = unsafe { OwnedFd::from_raw_fd(own) };
-        let mistake = |what| HostError::mistake(format!("Cannot use descriptor {fd}: {what}"));
-        let stat = fstat(&own).map_err(|error| refused(error.into()))?;
-        let is_tun = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice
-            && (major(stat.st_rdev), minor(stat.st_rdev)) == TUN_DEVICE;
-        if !is_tun {
-            return Err(mistake(
-                "it is not a tap (it has to be /dev/net/tun, attached with TUNSETIFF)",
-            ));
-        }
-        let mut request = empty_request();
-        // SAFETY: TUNGETIFF writes one `ifreq`, which outlives the call.
-        let result = unsafe { libc::ioctl(own.as_raw_fd(), libc::TUNGETIFF, &raw mut request) };
-        check(result)
-            .map_err(|_| mistake("it is not attached to an interface (use TUNSETIFF first)"))?;
-        // SAFETY: after TUNGETIFF the flags are what the union holds.
-        let flags = c_int::from(unsafe { request.ifr_ifru.ifru_flags });
-        if flags & FLAGS != FLAGS {
-            return Err(mistake(
-                "it is attached without IFF_TAP, IFF_NO_PI or IFF_VNET_HDR (all three are needed)",
-            ));
-        }
-        // SAFETY: as above; the number was just found open. Programs that rvmm starts do not get it.
-        let given = unsafe { BorrowedFd::borrow_raw(fd) };
-        rustix::io::fcntl_setfd(given, rustix::io::FdFlags::CLOEXEC)
-            .and_then(|()| fcntl_setfl(&own, fcntl_getfl(&own)? | OFlags::NONBLOCK))
-            .map_err(|error| refused(error.into()))?;
-        Self::prepare(own, name_of(&request))
-    }
-
     /// Makes the frames those of virtio 1, with nothing left to be done by the receiver.
     fn prepare(fd: OwnedFd, name: String) -> Result<Self, HostError> {
         let host = fs::read_to_string("/etc/machine-id").unwrap_or_default();
         let identity = format!("{}/{name}", host.trim());
         // Where one that was handed over is, in which network namespace, only who opened it knows: nobody watches its link.
-        let mut tap = Self { fd, name, identity, changes: None, _user: None };
+        let mut tap = Self { fd, name, identity, changes: None, address: None, _user: None };
         tap.set_up().map_err(|error| {
             HostError::refused(format!("Cannot set up tap {}", tap.name), error)
         })?;
@@ -189,6 +148,10 @@ impl Tap {
 impl NetBackend for Tap {
     fn identity(&self) -> &str {
         &self.identity
+    }
+
+    fn address(&self) -> Option<[u8; 6]> {
+        self.address
     }
 
     fn fd(&self) -> RawFd {

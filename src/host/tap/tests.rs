@@ -1,7 +1,7 @@
 //! Taps of the kernel, each test in a network namespace of its own, so that nothing of the host is touched.
 
 use std::fs::File;
-use std::os::fd::{AsFd, IntoRawFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd};
 use std::process::Command;
 use std::sync::Arc;
 use std::thread;
@@ -43,6 +43,10 @@ pub(crate) fn in_a_namespace(test: impl FnOnce() + Send + 'static) {
 pub(crate) struct Cable(OwnedFd);
 
 impl Cable {
+    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
     /// Brings the interface up and listens to it.
     pub(crate) fn to(name: &str) -> Self {
         let domain = c_int::from(ETHERTYPE_ALL);

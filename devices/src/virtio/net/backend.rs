@@ -27,6 +27,11 @@ pub trait NetBackend: Send {
     /// A text that is the same whenever the same end is opened on the same host: the default MAC address comes from it.
     fn identity(&self) -> &str;
 
+    /// The address that the guest has to have, where only frames for this one come here; it is the default MAC address then.
+    fn address(&self) -> Option<[u8; 6]> {
+        None
+    }
+
     /// Becomes readable when there is a frame, and writable when there is room for one.
     fn fd(&self) -> RawFd;
 

@@ -18,6 +18,7 @@
 use std::io;
 use std::sync::Arc;
 
+use log::warn;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::vhost_kernel::{FIRST_TOKEN, Kernel, KernelQueues};
@@ -123,6 +124,26 @@ fn build(options: &Options, wiring: Wiring) -> Built {
     VirtioMmio::create(Box::new(net), wiring)
 }
 
+/// The card's address: the user's, else the one that the other end has to have, else one that is made of its identity.
+fn address(settings: &Settings, end: Option<&dyn NetBackend>) -> [u8; 6] {
+    let needed = end.and_then(NetBackend::address);
+    if let (Some(wanted), Some(needed)) = (settings.mac, needed)
+        && wanted != needed
+    {
+        warn!(
+            "net: the host's interface has the address {} and takes no frames for mac={}: the guest hears little (leave mac= away, or give the interface this address)",
+            shown(needed),
+            shown(wanted)
+        );
+    }
+    let made = || mac_of(end.map_or("", NetBackend::identity));
+    settings.mac.or(needed).unwrap_or_else(made)
+}
+
+fn shown(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
 impl Net {
     /// A device with one pair of queues, whose other end is `backend`.
     ///
@@ -140,8 +161,7 @@ impl Net {
         backends: Vec<Box<dyn NetBackend>>,
         settings: &Settings,
     ) -> io::Result<Self> {
-        let identity = backends.first().map_or("", |backend| backend.identity());
-        let mac = settings.mac.unwrap_or_else(|| mac_of(identity));
+        let mac = address(settings, backends.first().map(AsRef::as_ref));
         let mtu = settings.mtu.unwrap_or(0).to_le_bytes();
         let pairs = Pairs::new(backends, settings, mac)?;
         let mut config = [0; CONFIG];

@@ -29,6 +29,7 @@ struct Wire {
     is_full: bool,
     is_in_use: bool,
     is_link_up: bool,
+    address: Option<[u8; 6]>,
     /// Readable when that has changed.
     link: EventFd,
     failure: Option<ErrorKind>,
@@ -65,6 +66,7 @@ impl MemoryNet {
             is_full: false,
             is_in_use: true,
             is_link_up: true,
+            address: None,
             link: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             failure: None,
             reads: 0,
@@ -107,6 +109,11 @@ impl MemoryNet {
     #[must_use]
     pub fn offload_changes(&self) -> usize {
         self.lock().offload_changes
+    }
+
+    /// Brings frames for this address only.
+    pub fn set_address(&self, address: [u8; 6]) {
+        self.lock().address = Some(address);
     }
 
     /// Whether the network brings frames here.
@@ -163,6 +170,10 @@ impl MemoryNet {
 impl NetBackend for MemoryNet {
     fn identity(&self) -> &str {
         "memory"
+    }
+
+    fn address(&self) -> Option<[u8; 6]> {
+        self.lock().address
     }
 
     fn fd(&self) -> RawFd {
