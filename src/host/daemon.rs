@@ -2,7 +2,8 @@
 //!
 //! Each is started with one descriptor of a socket and nothing else of rvmm's. It ends by itself when its connection is closed;
 //! one that does not is killed. A thread of its own starts it and waits for its end, so that it is never a zombie, and so that
-//! the kernel kills it should rvmm die (PR_SET_PDEATHSIG follows the thread that starts a program).
+//! the kernel kills it should rvmm die (PR_SET_PDEATHSIG follows the thread that starts a program). One that fails is asked which of its
+//! options it knows (`daemon/version.rs`), since versions differ.
 #![expect(unsafe_code, reason = "what a new process does before it becomes another program")]
 
 use std::env;
@@ -29,6 +30,10 @@ use rvmm_devices::virtio::vhost_user::{Daemon, Sandbox, Service};
 use super::listening::{Listening, connect_to};
 use crate::config::MAX_SOCKET_PATH;
 
+/// Where virtiofsd is: in Debian, in Arch, and in Debian 12 that of QEMU.
+const VIRTIOFSD: &[&str] =
+    &["/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/lib/qemu/virtiofsd"];
+
 /// How long a program whose connection is closed has to end by itself.
 const ENDING: Duration = Duration::from_secs(2);
 /// How long a program that fails has to say why.
@@ -39,9 +44,14 @@ const LONGEST_LINE: usize = 512;
 /// Stack of a thread that only waits.
 const STACK: usize = 128 << 10;
 
+mod version;
+
 /// A program that runs, or has run.
 struct Started {
     name: &'static str,
+    /// What it was started as, to be asked where it fails.
+    program: PathBuf,
+    options: Vec<String>,
     process: Pid,
     /// Readable once it has ended.
     pidfd: OwnedFd,
@@ -70,7 +80,7 @@ fn share(
     if !folder.is_dir() {
         return Err(HostError::mistake(what(&"it is not a folder (share the one that it is in)")));
     }
-    let program = find("virtiofsd", &["/usr/libexec/virtiofsd", "/usr/lib/virtiofsd"])?;
+    let program = find("virtiofsd", VIRTIOFSD)?;
     let refused = |error| HostError::refused("Cannot make a socket for virtiofsd", error);
     // It wants to let its client in by itself. Only this user may connect, and nobody else is served once we are.
     let socket = socket_path().map_err(refused)?;
@@ -141,8 +151,9 @@ fn spawn(
 ) -> Result<Started, HostError> {
     let refused = |error| HostError::refused(format!("Cannot start {name}"), error);
     let (sender, receiver) = mpsc::sync_channel(1);
-    let program: OsString = program.into();
-    let wait = move || match launch(&program, &arguments, descriptor) {
+    let options = version::options(&arguments);
+    let file: OsString = program.into();
+    let wait = move || match launch(&file, &arguments, descriptor) {
         Ok(mut child) => {
             let errors = child.stderr.take();
             let process = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
@@ -167,7 +178,8 @@ fn spawn(
         fcntl_setfl(errors, OFlags::NONBLOCK).map_err(|error| refused(error.into()))?;
     }
     let (line, last) = (Vec::new(), String::new());
-    Ok(Started { name, process, pidfd, errors, line, last, lines: 0, waiting })
+    let program = program.to_owned();
+    Ok(Started { name, program, options, process, pidfd, errors, line, last, lines: 0, waiting })
 }
 
 fn launch(program: &OsStr, arguments: &[OsString], descriptor: RawFd) -> io::Result<Child> {
@@ -277,7 +289,9 @@ impl Daemon for Started {
             self.attend();
         }
         self.hear(b'\n');
-        self.last.clone()
+        // A program of another version says that in words of its own, and often a page of them.
+        version::complaint(self.name, &self.program, &self.options)
+            .unwrap_or_else(|| self.last.clone())
     }
 }
 
@@ -293,4 +307,49 @@ impl Drop for Started {
 fn is_readable(fd: &impl std::os::fd::AsFd, limit: Duration) -> bool {
     let timeout = Timespec::try_from(limit).ok();
     poll(&mut [PollFd::new(fd, PollFlags::IN)], timeout.as_ref()).is_ok_and(|count| count > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    /// What a program that is this script says in the end, started as passt.
+    fn last_words(script: &str) -> String {
+        let folder = tempfile::tempdir().unwrap();
+        let program = folder.path().join("program");
+        // Written under another name: a file that a fork of another test has open for writing is not run.
+        fs::write(folder.path().join("text"), format!("#!/bin/sh\n{script}\n")).unwrap();
+        let copied = Command::new("cp").arg(folder.path().join("text")).arg(&program).status();
+        assert!(copied.unwrap().success());
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o700)).unwrap();
+        let (_near, far) = UnixStream::pair().unwrap();
+        let arguments = ["--foreground", "--vhost-user", "--fd", "3"].map(OsString::from);
+        spawn("passt", &program, arguments.into(), far.as_raw_fd()).unwrap().last_words()
+    }
+
+    #[test]
+    fn a_program_of_another_version_is_told_in_one_line_with_what_it_lacks() {
+        let old = "case $1 in
+            --help) echo '  -f, --foreground'; echo '  --fdx'; echo ' --fd FD  use it' >&2;;
+            --version) echo 'passt 0.0~old'; echo 'Copyright';;
+            *) echo \"unrecognized option '--vhost-user'\" >&2; echo usage: and much more >&2; exit 1;;
+            esac";
+        let words = last_words(old);
+        assert!(words.contains("does not know --vhost-user ("), "{words}");
+        assert!(words.contains("passt 0.0~old") && words.contains("2024_11_27"), "{words}");
+        assert!(!words.contains("Copyright") && !words.contains("--fd "), "{words}");
+    }
+
+    #[test]
+    fn a_program_that_knows_all_its_options_has_its_own_last_words() {
+        let script = "case $1 in
+            --help) echo '--foreground --vhost-user --fd';;
+            *) echo 'no namespaces here' >&2; exit 1;;
+            esac";
+        assert_eq!(last_words(script), "no namespaces here");
+        // One that does not tell is not judged.
+        assert_eq!(last_words("echo 'only words' >&2; exit 1"), "only words");
+    }
 }
