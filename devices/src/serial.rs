@@ -104,18 +104,21 @@ impl MmioDevice for Serial {
     }
 
     fn read(&mut self, offset: u64, data: &mut [u8]) -> Access {
-        let register = register(offset, data.len())?;
-        let [data, above @ ..] = data else { return Err(AccessError::Width) };
-        above.fill(0);
         // Nearly every access of a driver is a look at LSR, and most find nothing to be done.
-        if register == LSR && !self.link.can_flush() {
+        if offset == u64::from(LSR)
+            && let [data] = data
+            && !self.link.can_flush()
+        {
             *data = self.state.read_lsr();
             if self.state.is_changed() {
                 self.sync();
             }
-        } else {
-            *data = self.read_any(register);
+            return Ok(());
         }
+        let register = register(offset, data.len())?;
+        let [data, above @ ..] = data else { return Err(AccessError::Width) };
+        above.fill(0);
+        *data = self.read_any(register);
         Ok(())
     }
 
