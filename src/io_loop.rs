@@ -153,7 +153,7 @@ impl IoLoop {
         let shared = Arc::clone(&self.shared);
         let failure = Failure(self.failed.take());
         let body = move || match self.run() {
-            Ok(()) => failure.is_none(),
+            Ok(()) => failure.none(),
             Err(error) => failure.tell(format!("The I/O thread cannot go on: {error}")),
         };
         let thread = thread::Builder::new().name("io".into()).spawn(body)?;

@@ -101,6 +101,9 @@ fn moves(host: &Host) {
     assert_eq!(session.exit_code(), 0);
 }
 
+/// What ends a guest, and what runs one to that end.
+type End = (&'static str, fn(&Host));
+
 #[test]
 fn the_host_sleeps_after_a_guest_that_had_set_a_timer() {
     let Some(host) = host() else { return };
@@ -108,7 +111,7 @@ fn the_host_sleeps_after_a_guest_that_had_set_a_timer() {
         return skip("nobody tells how much CPU time this host takes (scripts/host does)");
     }
     let busy = busy_while(work);
-    let ends: [(&str, fn(&Host)); 4] = [
+    let ends: [End; 4] = [
         ("powers off", powers_off),
         ("is stopped", is_stopped),
         ("reboots", reboots),

@@ -70,7 +70,9 @@ fn a_card_has_the_address_that_its_other_end_needs() {
     let needed = [2, 1, 2, 3, 4, 5];
     let address = |mac, end: Option<[u8; 6]>| {
         let net = MemoryNet::new().unwrap();
-        end.map(|end| net.set_address(end));
+        if let Some(end) = end {
+            net.set_address(end);
+        }
         let settings = Settings { mac, ..Settings::default() };
         let mut address = [0; 6];
         let lines = told(|| {

@@ -306,8 +306,8 @@ mod tests {
 
     #[test]
     fn firmware_in_a_flash_needs_an_entry_and_no_file() {
-        let mut config = VmConfig::default();
-        config.devices = vec!["flash,addr=0x20000000,file=CODE.fd".into()];
+        let devices = vec!["flash,addr=0x20000000,file=CODE.fd".into()];
+        let mut config = VmConfig { devices, ..VmConfig::default() };
         let error = config.validate().expect_err("no place to start").to_string();
         assert!(error.contains("--entry ADDR"), "{error}");
         config.boot.entry = Some(0x2000_0000);

@@ -50,7 +50,7 @@ pub(super) struct Failure(pub(super) Option<OnFailure>);
 
 impl Failure {
     /// The thread has ended as it should.
-    pub(super) fn is_none(mut self) {
+    pub(super) fn none(mut self) {
         self.0 = None;
     }
 

@@ -54,7 +54,7 @@ fn is_traced(status: &str) -> bool {
 
 /// Calls `each` with every run of pages, of the `len` bytes at `address`, of which nobody has a copy of his own.
 fn for_file_pages(map: &File, address: usize, len: usize, mut each: impl FnMut(usize, usize)) {
-    let page = PAGE as usize;
+    let Ok(page) = usize::try_from(PAGE) else { return };
     let mut entries = [0; BATCH * 8];
     for start in (address..address.saturating_add(len)).step_by(BATCH * page) {
         let count = BATCH.min((address + len - start) / page);
@@ -157,7 +157,7 @@ mod tests {
 
     #[test]
     fn the_program_finds_its_code_and_goes_on_without_it() {
-        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let maps = fs::read_to_string("/proc/self/maps").unwrap();
         let program = std::env::current_exe().unwrap().display().to_string();
         let mapped: Vec<(u64, u64)> = maps
             .lines()

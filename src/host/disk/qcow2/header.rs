@@ -34,11 +34,11 @@ const BITMAPS: u32 = 0x2385_2875;
 const FEATURE_NAME: u64 = 48;
 
 /// Incompatible features: counts may be lower than references; any table may be wrong.
-const DIRTY: u64 = 1;
-const CORRUPT: u64 = 2;
+const DIRTY: u8 = 1;
+const CORRUPT: u8 = 2;
 /// Where the lowest of the incompatible features lie, and which of them keep nobody from reading.
 pub(super) const MARKS_AT: u64 = V2_BYTES + 7;
-pub(super) const MARKS: u8 = (DIRTY | CORRUPT) as u8;
+pub(super) const MARKS: u8 = DIRTY | CORRUPT;
 /// Autoclear feature: bitmaps agree with the disk.
 const HAS_BITMAPS: u64 = 1;
 
@@ -248,9 +248,9 @@ impl Header {
 
 /// Refuses features without which the image cannot be understood; what keeps it from being written.
 fn incompatible(bits: u64) -> Result<Option<Flaw>, String> {
-    let what = match (bits & !(DIRTY | CORRUPT)).trailing_zeros() {
-        64 if bits & CORRUPT != 0 => return Ok(Some(Flaw::Corrupt)),
-        64 if bits & DIRTY != 0 => return Ok(Some(Flaw::Dirty)),
+    let what = match (bits & !u64::from(MARKS)).trailing_zeros() {
+        64 if bits & u64::from(CORRUPT) != 0 => return Ok(Some(Flaw::Corrupt)),
+        64 if bits & u64::from(DIRTY) != 0 => return Ok(Some(Flaw::Dirty)),
         64 => return Ok(None),
         2 => "has its data in another file, which is not supported (qemu-img convert it)",
         3 => "is not compressed by deflate, which is not supported (qemu-img convert it)",
