@@ -191,6 +191,35 @@ fn other_harts_than_the_machines_are_a_warning_and_no_boot_hart_is_refused() {
 }
 
 #[test]
+fn extensions_that_the_harts_lack_are_a_warning() {
+    let without = |names: &'static [&str]| {
+        move |ours: &mut Board| {
+            for cpu in &mut ours.cpus {
+                cpu.isa.extensions.retain(|name| !names.contains(&name.as_str()));
+            }
+        }
+    };
+    let what = "names extensions that the machine's harts lack: ";
+    assert_eq!(warning(without(&["zba", "sstc"])), format!("{what}sstc, zba"));
+    let more = |ours: &mut Board| ours.cpus[0].isa.extensions.push("v".into());
+    assert_eq!(
+        compared(&board(AIA), more),
+        Ok(vec![]),
+        "what the tree does not name is not missed"
+    );
+    let most = warning(|ours| ours.cpus.iter_mut().for_each(|cpu| cpu.isa.extensions.clear()));
+    assert!(most.starts_with(what) && most.ends_with(" more"), "{most}");
+    let older = "/dts-v1/; / { #address-cells = <2>; #size-cells = <2>;
+        memory@80000000 { device_type = \"memory\"; reg = <0 0x80000000 0 0x20000000>; };
+        cpus { #address-cells = <1>; #size-cells = <0>;
+            cpu@0 { device_type = \"cpu\"; reg = <0>; riscv,isa = \"rv64imafdch_zba_zicond\"; };
+            cpu@1 { device_type = \"cpu\"; reg = <1>; riscv,isa = \"rv64gc\"; }; }; };";
+    let said = given(&compiled(older)).compare(&board(AIA)).unwrap();
+    let [only] = said.as_slice() else { panic!("{said:?}") };
+    assert!(only.ends_with(&format!("{what}h, zicond")), "{only}");
+}
+
+#[test]
 fn another_clock_or_interrupt_controller_is_a_warning() {
     assert_eq!(
         warning(|ours| ours.timebase_frequency = 4_000_000),

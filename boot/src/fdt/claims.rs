@@ -1,5 +1,7 @@
 //! What a device tree claims about the machine it is for (Devicetree Specification 0.4, chapter 3).
 
+use std::collections::BTreeSet;
+
 use super::blob::{self, Fault, Item};
 use crate::region::Region;
 
@@ -10,6 +12,8 @@ pub(super) struct Claims {
     pub(super) memory: Vec<Region>,
     /// The ids of harts that are not disabled, in ascending order.
     pub(super) harts: Vec<u64>,
+    /// What these harts execute, in lower case, none twice.
+    pub(super) extensions: BTreeSet<String>,
     /// `linux,initrd-start` and `linux,initrd-end`.
     pub(super) initrd: Option<Region>,
     /// `timebase-frequency` of `/cpus`, in Hz.
@@ -56,6 +60,8 @@ struct Reader<'a> {
 struct Node<'a> {
     device_type: &'a [u8],
     reg: &'a [u8],
+    isa: &'a [u8],
+    extensions: &'a [u8],
     is_disabled: bool,
 }
 
@@ -78,6 +84,8 @@ impl<'a> Reader<'a> {
         match (self.path.as_slice(), name) {
             (_, "device_type") => self.node.device_type = value,
             (_, "reg") => self.node.reg = value,
+            (_, "riscv,isa") => self.node.isa = value,
+            (_, "riscv,isa-extensions") => self.node.extensions = value,
             // Linux takes "okay" and "ok" (drivers/of/base.c), and a node without a status.
             (_, "status") => self.node.is_disabled = !matches!(value, b"okay\0" | b"ok\0"),
             (_, "compatible") => {
@@ -116,9 +124,30 @@ impl<'a> Reader<'a> {
             (["", "cpus", _], b"cpu\0") => {
                 let len = cells(self.cpu_cells, 2).max(1);
                 self.claims.harts.extend(node.reg.chunks_exact(len).filter_map(number));
+                self.claims.extensions.extend(node.extensions());
             }
             _ => {}
         }
+    }
+}
+
+impl Node<'_> {
+    /// The names of a hart's extensions: the list, which counts where it is, or the older string, `rv64imac_zicsr`
+    /// (Documentation/devicetree/bindings/riscv/extensions.yaml).
+    fn extensions(&self) -> Vec<String> {
+        let is_name = |name: &String| {
+            !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric())
+        };
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).to_ascii_lowercase();
+        if !self.extensions.is_empty() {
+            return self.extensions.split(|byte| *byte == 0).map(text).filter(is_name).collect();
+        }
+        let isa = text(self.isa.strip_suffix(b"\0").unwrap_or(self.isa));
+        let mut parts = isa.strip_prefix("rv64").unwrap_or_default().split('_');
+        // G is not an extension, but a name for several.
+        let letters = parts.next().unwrap_or_default().chars().filter(|letter| *letter != 'g');
+        let letters: Vec<String> = letters.map(String::from).collect();
+        letters.into_iter().chain(parts.map(String::from)).filter(is_name).collect()
     }
 }
 

@@ -82,7 +82,13 @@ impl GivenTree {
     pub fn compare(&self, board: &Board) -> Result<Vec<String>, BootError> {
         let memory = self.compare_memory(board)?;
         let harts = self.compare_harts(board)?;
-        let others = [memory, harts, self.compare_clock(board), self.compare_irqchip(board)];
+        let others = [
+            memory,
+            harts,
+            self.compare_isa(board),
+            self.compare_clock(board),
+            self.compare_irqchip(board),
+        ];
         let named = |what: String| format!("The device tree {} {what}", self.name);
         Ok(others.into_iter().flatten().map(named).collect())
     }
@@ -131,6 +137,19 @@ impl GivenTree {
             }
             _ => Ok(Some(format!("names {} harts, and {machine}", named.len()))),
         }
+    }
+
+    fn compare_isa(&self, board: &Board) -> Option<String> {
+        /// A sentence has room for so many names.
+        const MOST: usize = 8;
+        let there = board.cpus.first()?.isa.names().ok()?;
+        let lacking = self.claims.extensions.iter().filter(|name| !there.contains(name));
+        let lacking: Vec<&str> = lacking.map(String::as_str).collect();
+        let more = lacking.len().saturating_sub(MOST);
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        let names = lacking.get(..MOST).unwrap_or(&lacking).join(", ");
+        (!lacking.is_empty())
+            .then(|| format!("names extensions that the machine's harts lack: {names}{more}"))
     }
 
     fn compare_clock(&self, board: &Board) -> Option<String> {
