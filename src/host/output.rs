@@ -116,6 +116,7 @@ pub(crate) mod tests {
     use rustix::fs::{OFlags, fcntl_setfl};
     use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
     use rustix::pipe::pipe;
+    use rvmm_devices::testing::skip;
 
     use super::*;
 
@@ -125,8 +126,7 @@ pub(crate) mod tests {
         let mounted =
             mount("tmpfs", folder.path(), "tmpfs", MountFlags::empty(), Some(c"size=64k"));
         if mounted.is_err() {
-            eprintln!("SKIPPED: no right to mount here");
-            return;
+            return skip("there is no right to mount");
         }
         test(folder.path());
         unmount(folder.path(), UnmountFlags::DETACH).unwrap();

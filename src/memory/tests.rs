@@ -3,6 +3,8 @@
 use std::io::Write;
 use std::sync::Arc;
 
+use rvmm_devices::testing::skip;
+
 use super::*;
 
 const SPAN: Span = Span { base: 0x8000_0000, size: 4 << 20 };
@@ -99,7 +101,7 @@ pub(crate) fn without_huge_pages(span: Span, shared: bool) -> Option<GuestRam> {
         "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_overcommit_hugepages",
     );
     if ![pool, more].iter().all(|count| count.as_deref().is_ok_and(|count| count.trim() == "0")) {
-        eprintln!("SKIPPED: this host has huge pages of 2 MiB, or no pool of them");
+        skip("this host has huge pages of 2 MiB, or no pool of them");
         return None;
     }
     let reservation = Reservation::of_absent_pages(span.size, shared).unwrap();
