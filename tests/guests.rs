@@ -246,9 +246,11 @@ fn with_no_reboot_a_reset_ends_rvmm() {
 }
 
 #[test]
-fn the_power_register_powers_off_and_reports_failure() {
+fn a_guest_that_ends_because_of_a_failure_ends_rvmm_with_code_3() {
     let Some(host) = host() else { return };
-    for (wish, code, said) in [("q", 0, ""), ("f", 3, "failure 42")] {
+    for (wish, code, said) in
+        [("q", 0, ""), ("f", 3, "failure 42"), ("p", 0, ""), ("F", 3, "a system failure")]
+    {
         let mut session = start("reboot", host.irqchips[0], &[]);
         session.expect("reboot: what next?\n");
         session.send(wish);

@@ -92,12 +92,17 @@ fn unassigned(world: &World, addr: u64, write: bool) -> Flow {
     }
 }
 
+/// The reason "system failure" of a system reset (SBI 10.1); the others that are there say nothing about success. Of a reboot the
+/// reason decides nothing: the guest goes on.
+const SYSTEM_FAILURE: u64 = 1;
+
 #[cold]
 fn system(event: SystemEvent) -> Flow {
     match event {
         SystemEvent::Shutdown(reason) => {
             info!("The guest asks for poweroff, reason {reason}");
-            StopReason::PowerOff.into()
+            if reason == SYSTEM_FAILURE { StopReason::SystemFailure } else { StopReason::PowerOff }
+                .into()
         }
         SystemEvent::Reset(reason) => {
             info!("The guest asks for a reset, reason {reason}");

@@ -8,7 +8,7 @@ use crate::memory::GuestRam;
 /// Why a machine stopped.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StopReason {
-    /// The guest powered off (SBI SRST shutdown or the syscon's poweroff).
+    /// The guest powered off (SBI SRST shutdown without a failure, or the syscon's poweroff).
     PowerOff,
     /// The guest asked for a reset and the machine does not restart by itself.
     Reset,
@@ -16,6 +16,8 @@ pub enum StopReason {
     Requested,
     /// The guest reported failure through the syscon, with its code.
     GuestFailure(u16),
+    /// The guest shut down and gave a system failure as its reason (SBI SRST, chapter 10).
+    SystemFailure,
     /// A hart did what no trap of the guest can answer. The text says what, and holds the registers.
     HartFault {
         /// Which hart.
@@ -60,6 +62,7 @@ impl StopReason {
         match self {
             Self::PowerOff | Self::Reset | Self::Requested => EXIT_OK,
             Self::GuestFailure(_)
+            | Self::SystemFailure
             | Self::HartFault { .. }
             | Self::UnassignedAccess { .. }
             | Self::MemoryLost { .. } => EXIT_GUEST,
@@ -76,6 +79,9 @@ impl fmt::Display for StopReason {
             Self::Requested => write!(f, "Stopped on request"),
             Self::GuestFailure(code) => {
                 write!(f, "The guest reported failure {code} through the power device")
+            }
+            Self::SystemFailure => {
+                write!(f, "The guest shut down because of a system failure (SBI SRST, reason 1)")
             }
             Self::HartFault { hart, what, dump } => {
                 write!(f, "Hart {hart} stopped: {what}\n{dump}")

@@ -2,7 +2,7 @@
 //!
 //! Nothing survives in the guest, so the host says what comes next, one byte per boot: `c` SBI cold reboot, `w` SBI warm
 //! reboot, `s` reboot by the syscon, `b` reboot by the last hart while the others run, `p` power off by SBI, `q` power off
-//! by the syscon, `f` failure 42 by the syscon.
+//! by the syscon, `f` failure 42 by the syscon, `F` power off by SBI because of a system failure.
 
 #![no_std]
 #![no_main]
@@ -41,6 +41,7 @@ fn run(board: &'static Board) {
             }
         }
         b'p' => sbi::power_off(),
+        b'F' => sbi::power_off_with_failure(),
         b'q' => mmio::write32(FINISHER, 0x5555),
         b'f' => mmio::write32(FINISHER, 42 << 16 | 0x3333),
         other => panic!("unknown wish {other:#x}"),

@@ -58,11 +58,20 @@ fn an_interruption_leads_to_the_control() {
 #[test]
 fn system_events_stop_the_machine_with_their_reason() {
     let flow = |event| dispatch(&mut Exit::System(event), &zero());
-    for reason in [0, 1, u64::MAX] {
+    for reason in [0, 2, 0xe000_0000, u64::MAX] {
         assert_eq!(flow(SystemEvent::Shutdown(reason)), StopReason::PowerOff.into());
+    }
+    for reason in [0, 1, u64::MAX] {
         assert_eq!(flow(SystemEvent::Reset(reason)), StopReason::Reset.into());
     }
     assert_eq!(flow(SystemEvent::Other(7)), Flow::Resolve(Trouble::UnknownEvent(7)));
+}
+
+#[test]
+fn a_shutdown_because_of_a_system_failure_ends_with_the_guests_exit_code() {
+    let flow = dispatch(&mut Exit::System(SystemEvent::Shutdown(1)), &zero());
+    assert_eq!(flow, StopReason::SystemFailure.into());
+    assert_eq!((StopReason::SystemFailure.exit_code(), StopReason::PowerOff.exit_code()), (3, 0));
 }
 
 #[test]
