@@ -104,8 +104,12 @@ impl Hart for KvmHart {
         }
     }
 
-    fn set_pending(&mut self, bits: u64, on: bool) -> io::Result<()> {
-        self.vcpu.set_pending(bits, on)
+    fn set_timer_pending(&mut self, on: bool) -> io::Result<bool> {
+        self.vcpu.set_timer_pending(on)
+    }
+
+    fn drive_external(&mut self) -> io::Result<()> {
+        self.vcpu.interrupt_again()
     }
 
     fn settle(&mut self) -> io::Result<()> {

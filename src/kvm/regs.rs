@@ -34,6 +34,9 @@ const TIMER_TIME: u64 = 1;
 /// The deadline of the guest's timer; all ones where it is not set.
 pub(super) const TIMER_COMPARE: u64 = id(TIMER, 2);
 
+/// Writing 1 has the kernel wait for the deadline, on hosts without Sstc.
+pub(super) const TIMER_STATE: u64 = id(TIMER, 3);
+
 /// Place of `fcsr` behind `f0` to `f31`; the only register here of 32 bits.
 const FP_FCSR: u64 = 32;
 
@@ -57,8 +60,6 @@ pub(super) const ZICBOZ_BLOCK: u64 = id(CONFIG, 5);
 pub(super) const SATP_MODE: u64 = id(CONFIG, 6);
 /// Block size of the prefetches, in bytes (Linux 6.18).
 pub(super) const ZICBOP_BLOCK: u64 = id(CONFIG, 7);
-/// `sip` of the guest.
-pub(super) const SIP: u64 = id(CSR, 7);
 /// Ticks of `time` per second.
 pub(super) const TIMEBASE: u64 = id(TIMER, 0);
 
@@ -69,6 +70,9 @@ pub(super) const fn isa_extension(number: u64) -> u64 {
 
 /// Whether the vCPU has Ssaia: 0 or 1 (`KVM_RISCV_ISA_EXT_SSAIA`).
 pub(super) const SSAIA: u64 = isa_extension(14);
+
+/// Whether the vCPU has Sstc: 0 or 1 (`KVM_RISCV_ISA_EXT_SSTC`).
+pub(super) const SSTC: u64 = isa_extension(8);
 
 /// The extensions from number `64 * word` on that are on, one bit each.
 pub(super) const fn isa_word(word: u64) -> u64 {
@@ -88,6 +92,7 @@ pub(super) const fn guest(reg: Reg) -> Option<u64> {
         Reg::X(_) => None,
         Reg::Mode => Some(id(CORE, CORE_MODE)),
         Reg::Time => Some(id(TIMER, TIMER_TIME)),
+        Reg::TimeCompare => Some(TIMER_COMPARE),
         Reg::Csr(csr) => Some(id(CSR, csr_index(csr))),
         Reg::F(number @ 0..=31) => Some(id(FP_D, number as u64)),
         Reg::F(_) => None,
@@ -132,6 +137,8 @@ mod tests {
             (isa_extension(79), 0x8030_0000_0700_004f),
             (SSAIA, 0x8030_0000_0700_000e),
             (SSAIA, isa_extension(isa_number("ssaia").unwrap())),
+            (SSTC, isa_extension(isa_number("sstc").unwrap())),
+            (TIMER_STATE, 0x8030_0000_0400_0003),
             (isa_word(1), 0x8030_0000_0701_0001),
             (sbi_extension(9), 0x8030_0000_0800_0009),
         ] {

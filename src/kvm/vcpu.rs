@@ -9,7 +9,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::SeqCst};
+use std::sync::atomic::AtomicU8;
+use std::sync::{Mutex, PoisonError};
 
 use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVMIO, kvm_guest_debug, kvm_interrupt, kvm_run};
 use kvm_ioctls::VcpuFd;
@@ -46,8 +47,9 @@ pub(super) struct Vcpu {
     page: NonNull<kvm_run>,
     raw: RawFd,
     fd: VcpuFd,
-    /// The level of the external interrupt that was asked for last.
-    external: AtomicBool,
+    /// The level of the external interrupt that was asked for last. Held over the system call: the kernel never hears of two levels in
+    /// another order.
+    external: Mutex<bool>,
 }
 
 // SAFETY: `page` points into a mapping that lives as long as `fd` and belongs to the process, not to a thread. The methods
@@ -62,7 +64,7 @@ impl Vcpu {
             page: NonNull::from(fd.get_kvm_run()),
             raw: fd.as_raw_fd(),
             fd,
-            external: AtomicBool::new(false),
+            external: Mutex::new(false),
         }
     }
 
@@ -172,13 +174,21 @@ impl Vcpu {
         }
     }
 
-    /// Sets or clears bits of the guest's `sip`. The kernel takes the register as a whole, with an external interrupt that came
-    /// meanwhile; that is driven once more.
-    pub(super) fn set_pending(&self, bits: u64, on: bool) -> io::Result<()> {
-        let id = regs::SIP;
-        let old = self.reg(id)?;
-        self.set_reg(id, if on { old | bits } else { old & !bits })?;
-        if self.external.load(SeqCst) { self.interrupt(true) } else { Ok(()) }
+    /// Has the guest's timer interrupt pending, or not pending, until the guest sets its timer; false where only the guest can do that.
+    ///
+    /// Its `sip` is not written: the kernel takes that register as a whole, and forgets what other harts and devices raise meanwhile
+    /// (`kvm_riscv_vcpu_general_set_csr`). The timer is this vCPU's alone.
+    pub(super) fn set_timer_pending(&self, on: bool) -> io::Result<bool> {
+        let has_sstc = self.reg(regs::SSTC).is_ok_and(|on| on == 1);
+        if has_sstc {
+            // `vstimecmp`, which the next entry compares with the time.
+            self.set_reg(regs::TIMER_COMPARE, if on { 0 } else { u64::MAX })?;
+        } else if on {
+            // Linux 6.12 waits for tick 1 whatever the time says; either has passed. To take it back there is nothing.
+            self.set_reg(regs::TIMER_COMPARE, 0)?;
+            self.set_reg(regs::TIMER_STATE, 1)?;
+        }
+        Ok(has_sstc || on)
     }
 
     /// The file of what KVM counts of this vCPU. Waits while the vCPU is inside KVM_RUN; the file can be read at any time.
@@ -193,7 +203,18 @@ impl Vcpu {
 
     /// Drives the external interrupt of the vCPU; from any thread, also while it runs.
     pub(super) fn interrupt(&self, high: bool) -> io::Result<()> {
-        self.external.store(high, SeqCst);
+        let mut external = self.external.lock().unwrap_or_else(PoisonError::into_inner);
+        *external = high;
+        self.send_interrupt(high)
+    }
+
+    /// Drives a high external interrupt once more.
+    pub(super) fn interrupt_again(&self) -> io::Result<()> {
+        let external = self.external.lock().unwrap_or_else(PoisonError::into_inner);
+        if *external { self.send_interrupt(true) } else { Ok(()) }
+    }
+
+    fn send_interrupt(&self, high: bool) -> io::Result<()> {
         let level = kvm_interrupt { irq: if high { INTERRUPT_SET } else { INTERRUPT_UNSET } };
         // SAFETY: a KVM_INTERRUPT on a vCPU descriptor that this owns; the kernel reads one structure that outlives it.
         match unsafe { libc::ioctl(self.raw, KVM_INTERRUPT, &raw const level) } {

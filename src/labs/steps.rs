@@ -184,7 +184,7 @@ const SCRIPTS: &[(&str, &str, &[Step])] = &[
             at(U, "the thread wakes and kicks the hart: a signal"),
             go(Vs, Hs, "the host's interrupt: VM exit"),
             go(Hs, U, "KVM_RUN returns EINTR"),
-            at(U, "sip.STIP = 1 (hvip.VSTIP)"),
+            at(U, "vstimecmp = 0: VSTIP"),
             go(U, Vs, "KVM_RUN: interrupt 5, to stvec"),
             at(Vs, "its trap code sets the timer anew, sret to the second task"),
         ],

@@ -103,7 +103,7 @@ impl Board {
         let stage = Stage {
             config,
             host,
-            vm: vm.as_ref(),
+            vm: &vm,
             ram: &ram,
             control: &control,
             timebase_hz: cpu.timebase_hz,

@@ -1,30 +1,33 @@
 //! What stands in for firmware, put into a machine: the shim's page, breakpoints in place of calls, the timer.
 
-use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 
-use rvmm_boot::Region;
-
+use super::load::Code;
 use super::vm::{CpuKnobs, Hypervisor, SHIM_SLOT, Vm, VmError};
 use crate::config::{SbiV01, StartMode, TimerChoice, VmConfig};
 use crate::error::Error;
 use crate::memory::{GuestRam, PAGE, Rom};
 use crate::vcpu::Control;
 use crate::vcpu::exit::Exit;
+use crate::vcpu::firmware::patches::{self, Patches, Wanted};
+use crate::vcpu::firmware::sites::Site;
 use crate::vcpu::firmware::timer::UserTimer;
 use crate::vcpu::firmware::{Firmware, shim, sites};
 use crate::vcpu::hart::{Csr, Hart, Reg};
 use crate::vcpu::witness::Witness;
 
-/// Files longer than this hold data, not code that calls an SBI of version 0.1.
+/// Files longer than this are not looked through unless the user asks for patches: they hold data.
 const MOST_CODE: u64 = 16 << 20;
+
+/// Bytes of a file that are looked through at a time.
+const PIECE: u64 = 1 << 20;
 
 /// What the machine is by now.
 pub(super) struct Stage<'a> {
     pub(super) config: &'a VmConfig,
     pub(super) host: &'a dyn Hypervisor,
-    pub(super) vm: &'a dyn Vm,
+    pub(super) vm: &'a Arc<dyn Vm>,
     pub(super) ram: &'a GuestRam,
     pub(super) control: &'a Arc<Control>,
     pub(super) timebase_hz: u64,
@@ -39,13 +42,13 @@ pub(super) type Wired = Option<(Firmware, Rom)>;
 pub(super) fn wire(
     stage: &Stage<'_>,
     harts: &mut [Box<dyn Hart>],
-    code: &[Region],
+    code: &[Code],
 ) -> Result<Wired, Error> {
     let config = stage.config;
     let is_bare = config.cpus.mode == StartMode::User || !config.cpus.csrs.is_empty();
-    let sites = plant(stage, code)?;
+    let patches = plant(stage, code)?;
     let is_timed = config.timer == TimerChoice::User;
-    if !is_bare && sites.is_empty() && !is_timed {
+    if !is_bare && patches.count() == 0 && !is_timed {
         return Ok(None);
     }
     let page = Rom::page(&shim::code()).map_err(|e| failed("make the trap shim", e))?;
@@ -70,51 +73,119 @@ pub(super) fn wire(
     });
     let timer = timer.transpose().map_err(|e| failed("start the timer", e))?.map(Arc::new);
     let csrs = config.cpus.csrs.clone();
-    Ok(Some((Firmware::new(sites, csrs, timer), page)))
+    Ok(Some((Firmware::new(patches, csrs, timer), page)))
 }
 
-/// Puts breakpoints in place of the guest's calls that nobody else answers, and says where.
-fn plant(stage: &Stage<'_>, code: &[Region]) -> Result<BTreeSet<u64>, Error> {
+/// Puts breakpoints in place of the guest's calls that nobody else answers.
+fn plant(stage: &Stage<'_>, code: &[Code]) -> Result<Patches, Error> {
     let choice = stage.config.sbi_v01;
     if choice == SbiV01::Kernel && !kernel_has_v01(stage.host)? {
         return Err(Error::Config(
             "Cannot use --sbi-v01 kernel: this host's kernel has no SBI 0.1 (CONFIG_RISCV_SBI_V01; use auto or patch)".into(),
         ));
     }
-    let timed = stage.config.timer == TimerChoice::User;
-    let is_timer = |number: u64| timed && sites::is_set_timer(number);
-    let mut found = Vec::new();
-    let mut is_v01_called = false;
-    for region in code.iter().filter(|region| region.size <= MOST_CODE) {
-        let mut bytes = vec![0; usize::try_from(region.size).unwrap_or(0)];
-        stage.ram.read(region.base, &mut bytes).map_err(memory)?;
-        for (offset, number) in sites::find(&bytes) {
-            is_v01_called |= sites::is_v01(number);
-            found.push((region.base + offset as u64, number));
-        }
-    }
-    let patches_v01 = match choice {
+    let may_patch = match choice {
         SbiV01::Patch => true,
         // In user mode the guest's calls come to the shim by themselves: its code stays as it is.
-        SbiV01::Auto if stage.config.cpus.mode == StartMode::User => false,
-        SbiV01::Auto => is_v01_called && !kernel_has_v01(stage.host)?,
+        SbiV01::Auto => stage.config.cpus.mode != StartMode::User,
         SbiV01::Kernel | SbiV01::Off => false,
     };
-    let wanted = |number| is_timer(number) || patches_v01 && sites::is_v01(number);
-    let mut planted = BTreeSet::new();
-    for (addr, _) in found.into_iter().filter(|(_, number)| wanted(*number)) {
-        stage.ram.write(addr, &sites::EBREAK).map_err(memory)?;
-        planted.insert(addr);
+    let timer = stage.config.timer == TimerChoice::User;
+    let found = search(stage, code, Wanted { v01: may_patch, timer })?;
+    let needs_v01 = found.iter().any(|call| call.site.number.may_be(sites::is_v01));
+    let v01 = match choice {
+        SbiV01::Auto => may_patch && needs_v01 && !kernel_has_v01(stage.host)?,
+        _ => may_patch,
+    };
+    let (vm, wanted) = (Arc::clone(stage.vm), Wanted { v01, timer });
+    let gives_up = choice == SbiV01::Auto && !timer;
+    let mut planted = Patches::new(wanted, gives_up, Box::new(move || vm.code_changed()));
+    for Call { base, around, site } in found {
+        if !planted.plant(stage.ram, base, &around, site).map_err(memory)? {
+            log::warn!(
+                "More than {} calls are in the guest's code: the rest stays as it is (--sbi-v01, --timer)",
+                patches::MOST
+            );
+            break;
+        }
     }
-    if !planted.is_empty() {
-        log::info!("{} calls of the guest are breakpoints now (--sbi-v01, --timer)", planted.len());
+    if planted.count() > 0 {
+        log::info!(
+            "{} calls of the guest are breakpoints now (--sbi-v01, --timer)",
+            planted.count()
+        );
+    } else {
+        tell_nothing_found(choice == SbiV01::Patch, timer);
     }
-    if timed && planted.is_empty() {
+    Ok(planted)
+}
+
+/// What was asked for and cannot be done.
+fn tell_nothing_found(patch: bool, timer: bool) {
+    if patch {
+        log::warn!(
+            "--sbi-v01 patch has nothing to do: no call of SBI 0.1 was found in the guest's files, so what it makes is answered with NOT_SUPPORTED. A call is found where its number (0 to 8) is put into a7 shortly before the ecall, as a constant, from another register or from the stack; have the guest do that, or use the debug console (DBCN) of SBI 2.0"
+        );
+    }
+    if timer {
         log::warn!(
             "--timer user has nothing to do: no call that sets the timer was found in the guest's code"
         );
     }
-    Ok(planted)
+}
+
+/// An `ecall` in guest memory.
+struct Call {
+    /// The guest-physical address of `around`.
+    base: u64,
+    /// It, what gives it its number, and some bytes behind.
+    around: Vec<u8>,
+    /// Where in `around` it is.
+    site: Site,
+}
+
+/// The calls in the files that may be `wanted`, in ascending order, one more at most than can be planted.
+fn search(stage: &Stage<'_>, code: &[Code], wanted: Wanted) -> Result<Vec<Call>, Error> {
+    let is_asked = stage.config.sbi_v01 == SbiV01::Patch;
+    let mut found = Vec::new();
+    if wanted == (Wanted { v01: false, timer: false }) {
+        return Ok(found);
+    }
+    for Code { region, is_image } in code {
+        if !is_asked && *is_image {
+            continue;
+        }
+        if !is_asked && region.size > MOST_CODE {
+            log::info!(
+                "The file at {region} is too long to be code: no calls of SBI 0.1 are looked for in it (--sbi-v01 patch does)"
+            );
+            continue;
+        }
+        let mut start = 0;
+        while start < region.size && found.len() <= patches::MOST {
+            // What lies before a piece may give its first call a number, and a call may end behind it.
+            let low = start.saturating_sub(sites::REACH as u64);
+            let high = start.saturating_add(PIECE + 8).min(region.size);
+            let mut bytes = vec![0; usize::try_from(high - low).unwrap_or(0)];
+            stage.ram.read(region.base + low, &mut bytes).map_err(memory)?;
+            let piece = start - low..start - low + PIECE;
+            let sites = sites::find(&bytes).into_iter();
+            let sites = sites.filter(|site| piece.contains(&(site.at as u64)));
+            let sites = sites.filter(|site| site.number.may_be(|number| wanted.has(number)));
+            found.extend(sites.map(|site| cut(region.base + low, &bytes, site)));
+            start += PIECE;
+        }
+    }
+    found.truncate(patches::MOST + 1);
+    Ok(found)
+}
+
+/// A call with the bytes around it that belong to it.
+fn cut(base: u64, bytes: &[u8], site: Site) -> Call {
+    let end = bytes.len().min(site.at + 8);
+    let around = bytes.get(site.start..end).unwrap_or_default().to_vec();
+    let base = base + site.start as u64;
+    Call { base, around, site: Site { at: site.at - site.start, start: 0, ..site } }
 }
 
 /// Whether the host's kernel hands the calls of SBI 0.1 out. Its registers say so even where it does not, so a guest tries.

@@ -38,8 +38,17 @@ pub(super) struct Start {
     pub(super) entry: u64,
     /// Where the device tree is.
     pub(super) fdt: u64,
-    /// Where programs of the user's lie that are no Linux kernel.
-    pub(super) code: Vec<Region>,
+    /// What of the user's files was put where: the kernel and the flat files.
+    pub(super) code: Vec<Code>,
+}
+
+/// The bytes of a file in guest memory, without what is zero behind them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Code {
+    /// Where they are.
+    pub(super) region: Region,
+    /// They are an `Image`, which is taken for Linux.
+    pub(super) is_image: bool,
 }
 
 impl Files {
@@ -161,12 +170,22 @@ impl Files {
         }
     }
 
-    /// Flat files, and an ELF file, which lies at `kernel`; who has an `Image` is taken for Linux.
-    fn code(&self, kernel: Option<Region>) -> Vec<Region> {
-        let is_elf = |kernel: &&Kernel| matches!(kernel.format(), Format::Elf { .. });
-        let kernel = self.kernel.as_ref().filter(is_elf).and(kernel);
-        let loads = self.loads.iter().map(|load| Region::new(load.address, load.source.len()));
-        kernel.into_iter().chain(loads).collect()
+    /// The segments of the kernel, which lies at `kernel`, and the flat files.
+    fn code(&self, kernel: Option<Region>) -> Vec<Code> {
+        let segments = self.kernel.iter().flat_map(|file| {
+            let is_image = matches!(file.format(), Format::Image { .. });
+            // An Image is one piece, and has no address of its own.
+            let image_at = kernel.filter(|_| is_image).map(|region| region.base);
+            file.segments().iter().map(move |segment| Code {
+                region: Region::new(image_at.unwrap_or(segment.address), segment.source.len()),
+                is_image,
+            })
+        });
+        let loads = self.loads.iter().map(|load| Code {
+            region: Region::new(load.address, load.source.len()),
+            is_image: false,
+        });
+        segments.chain(loads).collect()
     }
 }
 

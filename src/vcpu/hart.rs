@@ -16,6 +16,8 @@ pub enum Reg {
     Mode,
     /// `time` as the guest reads it, in ticks of its timebase; to be read only.
     Time,
+    /// The tick of `time` at which the timer interrupt becomes pending; all ones for never; to be read only.
+    TimeCompare,
     /// A supervisor CSR of the guest.
     Csr(Csr),
     /// Floating-point register `f0` to `f31`, its 64 bits. Refused with ENOENT where the vCPU has no D extension.
@@ -82,8 +84,12 @@ pub trait Hart: Send {
     /// The kernel has no guest debugging.
     fn trap_ebreaks(&mut self, on: bool) -> io::Result<()>;
 
-    /// Sets or clears bits of the guest's `sip` that no device drives (SSIP, STIP), and leaves the others as they are.
-    fn set_pending(&mut self, bits: u64, on: bool) -> io::Result<()>;
+    /// Has the guest's timer interrupt pending from now on, or not pending, until the guest sets its timer; touches no other interrupt.
+    /// False where it cannot be done from outside: then the guest itself has to set its timer (SBI TIME).
+    fn set_timer_pending(&mut self, on: bool) -> io::Result<bool>;
+
+    /// Drives the external interrupt to the level that its line has: the kernel forgets it when it starts a hart anew.
+    fn drive_external(&mut self) -> io::Result<()>;
 
     /// Reads a register. While the last exit is neither settled nor abandoned, they are those of the instruction that made it.
     fn get(&self, reg: Reg) -> io::Result<u64>;

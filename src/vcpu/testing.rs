@@ -15,7 +15,7 @@ use rvmm_devices::{Access, Bus, FdtDesc, MmioDevice, SerialLine};
 
 use super::World;
 use super::exit::{CsrAccess, Exit, Fault, SbiCall, SystemEvent};
-use super::hart::{Csr, Hart, Kick, Reg};
+use super::hart::{Hart, Kick, Reg};
 use crate::config::Unassigned;
 use crate::layout::Span;
 use crate::memory::GuestRam;
@@ -70,6 +70,8 @@ pub(crate) enum Event {
     Abandoned,
     Interrupted,
     Ebreaks(bool),
+    TimerPending(bool),
+    ExternalDriven,
 }
 
 /// A hart that plays a script, then idles in the guest.
@@ -83,6 +85,7 @@ pub(crate) struct ScriptHart {
     data: Vec<u8>,
     sbi: [u64; 2],
     csr: u64,
+    has_no_sstc: bool,
 }
 
 /// What a scripted hart has gone through, to be read while it runs.
@@ -132,7 +135,14 @@ impl ScriptHart {
             data: Vec::new(),
             sbi: [0; 2],
             csr: 0,
+            has_no_sstc: false,
         }
+    }
+
+    /// The same hart on a host without Sstc, whose timer interrupt only its guest can take back.
+    pub(crate) fn without_sstc(mut self) -> Self {
+        self.has_no_sstc = true;
+        self
     }
 
     /// The same hart with these registers; all others are zero.
@@ -218,10 +228,15 @@ impl Hart for ScriptHart {
         }
     }
 
-    fn set_pending(&mut self, bits: u64, on: bool) -> io::Result<()> {
-        let sip = Reg::Csr(Csr::Sip);
-        let old = self.get(sip)?;
-        self.set(sip, if on { old | bits } else { old & !bits })
+    fn set_timer_pending(&mut self, on: bool) -> io::Result<bool> {
+        self.diary.note(Event::TimerPending(on));
+        self.set(Reg::TimeCompare, if on { 0 } else { u64::MAX })?;
+        Ok(!self.has_no_sstc || on)
+    }
+
+    fn drive_external(&mut self) -> io::Result<()> {
+        self.diary.note(Event::ExternalDriven);
+        Ok(())
     }
 
     fn settle(&mut self) -> io::Result<()> {

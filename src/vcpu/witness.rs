@@ -105,8 +105,12 @@ impl Hart for Witnessed {
         self.hart.trap_ebreaks(on)
     }
 
-    fn set_pending(&mut self, bits: u64, on: bool) -> io::Result<()> {
-        self.hart.set_pending(bits, on)
+    fn set_timer_pending(&mut self, on: bool) -> io::Result<bool> {
+        self.hart.set_timer_pending(on)
+    }
+
+    fn drive_external(&mut self) -> io::Result<()> {
+        self.hart.drive_external()
     }
 
     fn get(&self, reg: Reg) -> io::Result<u64> {

@@ -1,8 +1,9 @@
 //! The `time` counter and waits that are bounded by it. Bounds are generous: a guest may run on a very slow machine.
 
-use core::arch::asm;
+use core::arch::{asm, global_asm};
 
 use crate::board::Board;
+use crate::trap::{self, USER_ECALL};
 use crate::{csr_read, sbi};
 
 /// The `time` CSR.
@@ -50,4 +51,26 @@ pub fn set_timer(due: u64) -> sbi::Ret {
             return ret;
         }
     }
+}
+
+global_asm!(
+    r#"
+    .section .text.user_time, "ax"
+    .balign 4
+    .globl time_in_user_mode
+time_in_user_mode:
+    rdtime a0
+    ecall
+"#
+);
+
+unsafe extern "C" {
+    static time_in_user_mode: u8;
+}
+
+/// True where user mode may read `time` on this hart (`scounteren.TM`): it does, and is back by its call.
+#[must_use]
+pub fn is_open_to_user_mode() -> bool {
+    let code = &raw const time_in_user_mode;
+    trap::user(code as usize, 0).is_some_and(|trap| trap.cause == USER_ECALL)
 }

@@ -176,7 +176,11 @@ impl Hart for TinyHart {
         Exit::Interrupted
     }
 
-    fn set_pending(&mut self, _: u64, _: bool) -> io::Result<()> {
+    fn set_timer_pending(&mut self, _: bool) -> io::Result<bool> {
+        Ok(true)
+    }
+
+    fn drive_external(&mut self) -> io::Result<()> {
         Ok(())
     }
 

@@ -18,6 +18,7 @@ pub(super) const SSTATUS: u32 = 0x100;
 pub(super) const SIE: u32 = 0x104;
 pub(super) const STVEC: u32 = 0x105;
 pub(super) const SCAUSE: u32 = 0x142;
+pub(super) const SIP: u32 = 0x144;
 
 fn i_type(opcode: u32, funct3: u32, rd: u32, rs1: u32, imm: u32) -> u32 {
     opcode | rd << 7 | funct3 << 12 | rs1 << 15 | (imm & 0xfff) << 20

@@ -125,6 +125,42 @@ fn an_ebreak_comes_out_only_where_that_was_asked_for() {
     assert_eq!(called(hart.as_mut(), [0; 2]).1[0], 3);
 }
 
+/// Whether the guest sees its timer interrupt pending, in each of its calls.
+fn sees_timer(hart: &mut dyn Hart) -> bool {
+    const STIP: u64 = 1 << 5;
+    called(hart, [0; 2]).1[0] & STIP != 0
+}
+
+#[test]
+fn a_timer_interrupt_is_made_pending_and_taken_back_where_the_host_can() {
+    let code = [&[csrr(A0, SIP)][..], &call(), &[jump_back(4)]].concat();
+    let guest = Guest::new(&code);
+    let mut hart = guest.hart(0);
+    assert!(!sees_timer(hart.as_mut()));
+    for _ in 0..3 {
+        hart.settle().unwrap();
+        assert!(hart.set_timer_pending(true).unwrap());
+        // Without Sstc it is a timer of the kernel's that expires at once, in its own time.
+        while !sees_timer(hart.as_mut()) {
+            thread::yield_now();
+        }
+        hart.settle().unwrap();
+        if hart.set_timer_pending(false).unwrap() {
+            assert!(!sees_timer(hart.as_mut()));
+            assert_eq!(hart.get(Reg::TimeCompare).unwrap(), u64::MAX);
+        }
+    }
+}
+
+#[test]
+fn a_timer_interrupt_that_is_made_pending_ends_a_wait_with_interrupts_off() {
+    let code = [&li(T0, 1 << 5)[..], &[csrs(SIE, T0), WFI], &call()].concat();
+    let guest = Guest::new(&code);
+    let mut hart = guest.hart(0);
+    assert!(hart.set_timer_pending(true).unwrap());
+    assert_eq!(called(hart.as_mut(), [0; 2]).0, VENDOR);
+}
+
 #[test]
 fn settling_completes_a_load_without_running_on() {
     let code = [&li(T0, 0x1000_0000)[..], &[load(3, A0, T0, 0), addi(A0, A0, 1)], &call()].concat();

@@ -101,40 +101,43 @@ impl Firmware {
             *arg = hart.get(Reg::X(number))?;
         }
         let [a0, a1, a2, a3, a4, a5, function, extension] = args;
+        let errand = Errand { back, satp: hart.get(Reg::Csr(Csr::Satp))?, args, is_v01: true };
         let timer = self
             .timer
             .as_ref()
             .filter(|_| matches!((extension, function), (v01::SET_TIMER, _) | (eid::TIME, 0)));
         if let Some(timer) = timer {
-            timer.set(hart, a0)?;
+            if !timer.set(hart, a0)? {
+                // What is pending only the guest can take back, by a call that sets the kernel's timer to never.
+                let errand = Errand { is_v01: extension == v01::SET_TIMER, ..errand };
+                return self.send(hart, errand, (shim::ERRAND, eid::TIME, 0), [u64::MAX, 0, 0, 0]);
+            }
             hart.set(Reg::X(A0), SUCCESS)?;
             if extension == eid::TIME {
                 hart.set(Reg::X(A1), 0)?;
             }
             return go_on(hart, back);
         }
-        let errand = |a7, a6, now: [u64; 4]| (a7, a6, now, true);
+        let old = |a7, a6, now: [u64; 4]| (a7, a6, now, true);
         let (a7, a6, now, is_v01) = match extension {
             v01::PUTCHAR | v01::GETCHAR => return talk(hart, world, back, &args),
             v01::SHUTDOWN => return Ok(Answer::Stop(StopReason::PowerOff)),
             v01::CLEAR_IPI => {
-                hart.set_pending(sip::SSIP, false)?;
-                hart.set(Reg::X(A0), SUCCESS)?;
-                return go_on(hart, back);
+                return self.send(hart, errand, (shim::CLEAR_IPI, 0, 0), [SUCCESS, a1, a2, a3]);
             }
-            v01::SET_TIMER => errand(eid::TIME, 0, [a0, a1, a2, a3]),
+            v01::SET_TIMER => old(eid::TIME, 0, [a0, a1, a2, a3]),
             v01::SEND_IPI..=v01::SFENCE_VMA_ASID => {
                 let Some((mask, base)) = harts(hart, world, a0)? else {
                     hart.set(Reg::X(A0), INVALID_ADDRESS)?;
                     return go_on(hart, back);
                 };
                 match extension {
-                    v01::SEND_IPI => errand(eid::IPI, 0, [mask, base, 0, 0]),
-                    v01::FENCE_I => errand(eid::RFENCE, 0, [mask, base, 0, 0]),
-                    v01::SFENCE_VMA => errand(eid::RFENCE, 1, [mask, base, a1, a2]),
+                    v01::SEND_IPI => old(eid::IPI, 0, [mask, base, 0, 0]),
+                    v01::FENCE_I => old(eid::RFENCE, 0, [mask, base, 0, 0]),
+                    v01::SFENCE_VMA => old(eid::RFENCE, 1, [mask, base, a1, a2]),
                     _ => {
                         hart.set(Reg::X(A0 + 4), a3)?;
-                        errand(eid::RFENCE, 2, [mask, base, a1, a2])
+                        old(eid::RFENCE, 2, [mask, base, a1, a2])
                     }
                 }
             }
@@ -144,16 +147,15 @@ impl Firmware {
             hart.set(Reg::X(A0 + 4), a4)?;
             hart.set(Reg::X(A0 + 5), a5)?;
         }
-        let satp = hart.get(Reg::Csr(Csr::Satp))?;
-        self.send(hart, Errand { back, satp, args, is_v01 }, (a7, a6), now)
+        self.send(hart, Errand { is_v01, ..errand }, (shim::ERRAND, a7, a6), now)
     }
 
-    /// Sends the hart to the shim's `ecall`, without translation and with its interrupts off.
+    /// Sends the hart to an instruction of the shim, without translation and with its interrupts off.
     fn send(
         &self,
         hart: &mut dyn Hart,
         errand: Errand,
-        (a7, a6): (u64, u64),
+        (to, a7, a6): (u64, u64, u64),
         now: [u64; 4],
     ) -> io::Result<Answer> {
         for (value, number) in now.into_iter().zip(A0..) {
@@ -164,7 +166,7 @@ impl Firmware {
         hart.set(Reg::Csr(Csr::Sstatus), trap::without_interrupts(errand.back.sstatus))?;
         hart.set(Reg::Csr(Csr::Satp), 0)?;
         hart.set(Reg::Mode, trap::SUPERVISOR)?;
-        hart.set(Reg::Pc, shim::ERRAND)?;
+        hart.set(Reg::Pc, to)?;
         let id = hart.id();
         let mut errands = self.errands();
         // One that the hart never came back from is void: the kernel has stopped it meanwhile.
@@ -194,14 +196,10 @@ impl Firmware {
             hart.set(Reg::X(number), value)?;
         }
         hart.set(Reg::Csr(Csr::Satp), errand.satp)?;
+        // A timer that has come meanwhile has waited: the errand may have been to take an older interrupt back.
+        self.attend(hart)?;
         go_on(hart, errand.back)
     }
-}
-
-/// Bits of `sip`.
-pub(super) mod sip {
-    pub(in super::super) const SSIP: u64 = 1 << 1;
-    pub(in super::super) const STIP: u64 = 1 << 5;
 }
 
 fn go_on(hart: &mut dyn Hart, back: Return) -> io::Result<Answer> {

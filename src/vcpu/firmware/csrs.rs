@@ -94,6 +94,7 @@ impl Firmware {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vcpu::firmware::patches::Patches;
     use crate::vcpu::testing::ScriptHart;
 
     const MHARTID: u16 = 0xf14;
@@ -104,7 +105,7 @@ mod tests {
             CsrValue { number: MHARTID, value: 0x1234 },
             CsrValue { number: MSCRATCH, value: 0xf0 },
         ];
-        Firmware { csrs, ..Firmware::default() }
+        Firmware::new(Patches::none(), csrs, None)
     }
 
     #[test]

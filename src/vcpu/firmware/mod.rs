@@ -4,40 +4,40 @@
 //! | file | what is in it |
 //! |---|---|
 //! | `shim.rs` | the page that turns a trap of a guest without a trap vector into an exit |
-//! | `sites.rs` | which of a guest's `ecall`s are replaced by breakpoints |
+//! | `sites.rs` | which of a guest's `ecall`s may be calls that nobody answers |
+//! | `patches.rs` | the breakpoints in their place, and what each turns out to be |
 //! | `calls.rs` | SBI calls that come out that way: answered here, or made to the kernel in the guest's name |
 //! | `csrs.rs` | CSRs of machine mode that read as the user says |
 //! | `timer.rs` | the timer of `--timer user` |
 //!
 //! Everything in here begins with a breakpoint: with guest debugging on, each `ebreak` of the guest comes out
-//! ([`Hart::trap_ebreaks`]). One in the shim is a trap that the guest cannot take itself, one at a known site is an SBI call, and
+//! ([`Hart::trap_ebreaks`]). One in the shim is a trap that the guest cannot take itself, a patch is an SBI call or is taken away, and
 //! all others are the guest's own.
 
-use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::hart::{Csr, Hart, Reg};
 use super::stop::StopReason;
 use super::trap;
-use super::walk::translate;
 use super::world::World;
 use crate::config::CsrValue;
 
 mod calls;
 mod csrs;
+pub mod patches;
 pub mod shim;
 pub mod sites;
 pub mod timer;
 
 use calls::Errand;
+use patches::{Met, Patches};
 use timer::UserTimer;
 
 /// What of it a machine has.
-#[derive(Default)]
 pub struct Firmware {
-    /// Guest-physical addresses of `ecall`s that are breakpoints now.
-    sites: BTreeSet<u64>,
+    /// The breakpoints in place of `ecall`s.
+    patches: Patches,
     /// The CSRs of machine mode that there are.
     csrs: Vec<CsrValue>,
     /// The timer, where user space drives it.
@@ -57,11 +57,10 @@ pub(super) enum Answer {
 }
 
 impl Firmware {
-    /// Firmware whose breakpoints stand in place of `ecall`s at the guest-physical addresses `sites`, with these CSRs of machine
-    /// mode, and the timer where user space drives it.
+    /// Firmware with these patches and CSRs of machine mode, and the timer where user space drives it.
     #[must_use]
-    pub fn new(sites: BTreeSet<u64>, csrs: Vec<CsrValue>, timer: Option<Arc<UserTimer>>) -> Self {
-        Self { sites, csrs, timer, ..Self::default() }
+    pub fn new(patches: Patches, csrs: Vec<CsrValue>, timer: Option<Arc<UserTimer>>) -> Self {
+        Self { patches, csrs, timer, written: Mutex::default(), errands: Mutex::default() }
     }
 
     /// Answers the breakpoint at `pc`.
@@ -74,26 +73,25 @@ impl Firmware {
         if pc == shim::VECTOR && hart.get(Reg::Csr(Csr::Stvec))? == shim::VECTOR {
             return self.vectorless(hart, world);
         }
-        if pc == shim::RETURN && self.is_on_errand(hart.id()) {
+        if matches!(pc, shim::RETURN | shim::CLEARED) && self.is_on_errand(hart.id()) {
             return self.finish(hart);
         }
-        let satp = hart.get(Reg::Csr(Csr::Satp))?;
-        let known = translate(&world.ram, satp, pc).is_ok_and(|addr| self.sites.contains(&addr));
-        if !known {
-            return Ok(Answer::Strange);
+        match self.patches.meet(hart, &world.ram, pc)? {
+            Met::Call => self.call(hart, world, pc.wrapping_add(shim::ECALL_LEN)),
+            Met::UserCall => {
+                trap::raise_call_from_user(hart)?;
+                Ok(Answer::Done)
+            }
+            Met::Restored => Ok(Answer::Done),
+            Met::Strange => Ok(Answer::Strange),
         }
-        if hart.get(Reg::Mode)? != trap::SUPERVISOR {
-            trap::raise_call_from_user(hart)?;
-            return Ok(Answer::Done);
-        }
-        self.call(hart, world, pc.wrapping_add(shim::ECALL_LEN))
     }
 
     /// Does what has become due since the hart was kicked.
     pub(super) fn attend(&self, hart: &mut dyn Hart) -> io::Result<()> {
         match &self.timer {
-            Some(timer) => timer.fire(hart),
-            None => Ok(()),
+            Some(timer) if !self.is_on_errand(hart.id()) => timer.fire(hart),
+            _ => Ok(()),
         }
     }
 

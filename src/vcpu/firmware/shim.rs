@@ -28,11 +28,20 @@ pub const ERRAND: u64 = PAGE + 0x10;
 /// The breakpoint behind it.
 pub const RETURN: u64 = ERRAND + ECALL_LEN;
 
+/// Where a hart clears its own software interrupt, in the guest's name: `csrci sip, 2`. From outside that cannot be done without losing
+/// what comes meanwhile.
+pub const CLEAR_IPI: u64 = RETURN + ECALL_LEN;
+
+/// The breakpoint behind it.
+pub const CLEARED: u64 = CLEAR_IPI + ECALL_LEN;
+
 /// Bytes of an `ecall`.
 pub const ECALL_LEN: u64 = 4;
 
 const EBREAK: u32 = 0x0010_0073;
 const ECALL: u32 = 0x0000_0073;
+/// `csrci sip, 2`: the bit SSIP.
+const CSRCI_SIP_SSIP: u32 = 0x1441_7073;
 
 /// Causes (Privileged specification, 12.1.8).
 const ILLEGAL_INSTRUCTION: u64 = 2;
@@ -42,7 +51,7 @@ const CALL_FROM_USER: u64 = 8;
 #[must_use]
 pub fn code() -> Vec<u8> {
     // Twelve bytes that nobody runs lie between the two.
-    [EBREAK, EBREAK, EBREAK, EBREAK, ECALL, EBREAK]
+    [EBREAK, EBREAK, EBREAK, EBREAK, ECALL, EBREAK, CSRCI_SIP_SSIP, EBREAK]
         .iter()
         .flat_map(|word| word.to_le_bytes())
         .collect()

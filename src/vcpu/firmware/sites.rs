@@ -1,31 +1,67 @@
-//! Which `ecall`s of a guest are SBI calls that the host's kernel does not answer.
+//! Which `ecall`s of a guest may be SBI calls that the host's kernel does not answer.
 //!
-//! The call's number is in a7, and it is nearly always a constant that is loaded shortly before: so each `ecall` in a file is
-//! looked at backwards for a constant in a7 from which the instructions lead straight to it, without a jump, a call, or another
-//! value for a7. A conditional branch may stand between: what counts is the way that falls through. Where no such constant is
-//! found, the `ecall` stays as it is; so do system calls, whose numbers are others, and a Linux kernel's, whose number comes as a
-//! function's argument.
+//! The call's number is in a7, and it is nearly always put there shortly before, as a constant or, in a function that makes all calls,
+//! from another register or the stack: so each `ecall` in a file is looked at backwards for an instruction that does so and from
+//! which the instructions lead straight to it, without a jump, a call, or another value for a7. A conditional branch may stand
+//! between: what counts is the way that falls through. Where there is none, the `ecall` stays as it is: so a function that gets the
+//! number in a7 is not found, and neither is a number that stands for a word of data.
 //!
-//! Code that the guest copies elsewhere keeps its breakpoints there and loses their meaning; what it makes up at run time is not
-//! seen. `--sbi-v01 off` leaves a guest's code alone.
+//! What is found is a guess. Who runs into it decides: see `patches.rs`.
 
 use super::calls::{eid, v01};
 use crate::vcpu::insn::length;
 
 /// Bytes in front of an `ecall` that are looked at.
-const REACH: usize = 256;
+pub const REACH: usize = 256;
 
-const ECALL: u32 = 0x0000_0073;
+/// The instruction.
+pub(super) const ECALL: u32 = 0x0000_0073;
 /// What is put there instead.
 pub const EBREAK: [u8; 4] = 0x0010_0073_u32.to_le_bytes();
 
+const SP: u32 = 2;
+const S0: u32 = 8;
 const A7: u32 = 17;
 
-/// Offsets of the `ecall`s in `code` whose number is a constant, and the number.
-pub fn find(code: &[u8]) -> Vec<(usize, u64)> {
+/// An `ecall` and the instruction that gives it its number, as offsets in the code where they were found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Site {
+    /// Where the `ecall` is.
+    pub at: usize,
+    /// Where the instructions begin that give a7 its value, at most [`REACH`] before.
+    pub start: usize,
+    /// The call's number.
+    pub number: Number,
+}
+
+/// What a7 holds at an `ecall`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Number {
+    /// This.
+    Constant(u64),
+    /// What another register or the stack held: known when the call is made.
+    Moved,
+}
+
+impl Number {
+    fn known(self) -> Option<u64> {
+        match self {
+            Self::Constant(value) => Some(value),
+            Self::Moved => None,
+        }
+    }
+
+    /// Whether it is `wanted`, or may be.
+    pub fn may_be(self, wanted: impl Fn(u64) -> bool) -> bool {
+        self.known().is_none_or(wanted)
+    }
+}
+
+/// The `ecall`s in `code` whose number is a constant, or is moved into a7.
+pub fn find(code: &[u8]) -> Vec<Site> {
     let calls = (0..code.len().saturating_sub(3)).step_by(2);
     let calls = calls.filter(|at| word(code, *at) == Some(ECALL));
-    calls.filter_map(|at| Some((at, number(code, at)?))).collect()
+    calls.filter_map(|at| site(code, at)).collect()
 }
 
 /// Whether the number is one of SBI 0.1's (chapter 5).
@@ -40,23 +76,24 @@ pub fn is_set_timer(number: u64) -> bool {
     matches!(number, v01::SET_TIMER | eid::TIME)
 }
 
-/// The constant in a7 at the `ecall` at offset `at`: the one that is loaded nearest to it.
-fn number(code: &[u8], at: usize) -> Option<u64> {
+/// The `ecall` at offset `at` with what is put into a7 nearest to it.
+fn site(code: &[u8], at: usize) -> Option<Site> {
     let first = at.saturating_sub(REACH);
     (first..at).rev().step_by(2).find_map(|start| {
         // Two bytes apart, counted from the call, so that every instruction can be one.
         let start = start & !1 | at & 1;
-        constant(word(code, start)?, None)?;
-        follow(code, start, at)
+        number(word(code, start)?, None)?;
+        let number = follow(code, start, at)?;
+        Some(Site { at, start, number })
     })
 }
 
 /// What a7 holds when the instructions from `start` on have come to `at`.
-fn follow(code: &[u8], start: usize, at: usize) -> Option<u64> {
+fn follow(code: &[u8], start: usize, at: usize) -> Option<Number> {
     let (mut here, mut a7) = (start, None);
     while here < at {
         let word = word(code, here)?;
-        match constant(word, a7) {
+        match number(word, a7) {
             Some(value) => a7 = Some(value),
             None if leaves(word) || destination(word) == Some(A7) => return None,
             None => {}
@@ -64,6 +101,12 @@ fn follow(code: &[u8], start: usize, at: usize) -> Option<u64> {
         here += usize::try_from(length((word & 0xffff) as u16)).ok()?;
     }
     if here == at { a7 } else { None }
+}
+
+/// What the instruction puts into a7, which held `before`, if that can be a call's number.
+fn number(word: u32, before: Option<Number>) -> Option<Number> {
+    let before = before.and_then(Number::known);
+    constant(word, before).map(Number::Constant).or_else(|| moves(word).then_some(Number::Moved))
 }
 
 /// The instruction at an offset: two bytes where that is all that there is of a compressed one.
@@ -112,6 +155,28 @@ fn constant(word: u32, before: Option<u64>) -> Option<u64> {
         (1, 0b000, A7) => before.map(|old| old.wrapping_add(six)),
         (1, 0b001, A7) => before.map(|old| word_of(old.wrapping_add(six))),
         _ => None,
+    }
+}
+
+/// Whether the instruction copies a word into a7 from another register or from the stack.
+fn moves(word: u32) -> bool {
+    let (rd, rs1, rs2) = (bits(word, 7, 5), bits(word, 15, 5), bits(word, 2, 5));
+    if rd != A7 {
+        return false;
+    }
+    let funct = bits(word, 12, 3);
+    match (word & 3, word & 0x7f) {
+        // addi with 0, that is mv
+        (3, 0x13) => funct == 0 && bits(word, 20, 12) == 0 && !matches!(rs1, 0 | A7),
+        // lw and ld, from the frame
+        (3, 0x03) => matches!(funct, 2 | 3) && matches!(rs1, SP | S0),
+        // c.mv; c.lwsp and c.ldsp
+        (2, _) => match bits(word, 13, 3) {
+            0b100 => bits(word, 12, 1) == 0 && !matches!(rs2, 0 | A7),
+            0b010 | 0b011 => true,
+            _ => false,
+        },
+        _ => false,
     }
 }
 
@@ -165,11 +230,14 @@ mod tests {
     }
 
     fn of(words: &[u32]) -> Vec<usize> {
-        find(&code(words))
-            .into_iter()
-            .filter(|(_, number)| is_v01(*number))
-            .map(|(at, _)| at)
-            .collect()
+        let is_v01 = |number: Number| number.known().is_some_and(is_v01);
+        let sites = find(&code(words)).into_iter();
+        sites.filter(|site| is_v01(site.number)).map(|site| site.at).collect()
+    }
+
+    fn moved(words: &[u32]) -> Vec<(usize, usize)> {
+        let sites = find(&code(words)).into_iter();
+        sites.filter(|site| site.number == Number::Moved).map(|s| (s.start, s.at)).collect()
     }
 
     const LI_A7_1: u32 = 0x0010_0893;
@@ -195,7 +263,8 @@ mod tests {
         // lui a7,0x54495; addi a7,a7,-699: TIME
         let time = [0x5449_58b7, 0xd458_8893, ECALL];
         assert!(of(&time).is_empty());
-        assert_eq!(find(&code(&time)), [(8, 0x5449_4d45)]);
+        let site = Site { at: 8, start: 0, number: Number::Constant(0x5449_4d45) };
+        assert_eq!(find(&code(&time)), [site]);
     }
 
     #[test]
@@ -218,6 +287,28 @@ mod tests {
     }
 
     #[test]
+    fn a_number_may_be_moved_from_another_register_or_from_the_stack() {
+        for (way, len) in [
+            (0x88aa, 2),      // c.mv a7,a0
+            (0x0005_0893, 4), // addi a7,a0,0
+            (0xfe84_3883, 4), // ld a7,-24(s0)
+            (0x0081_2883, 4), // lw a7,8(sp)
+            (0x68a2, 2),      // c.ldsp a7,8(sp)
+            (0x48a2, 2),      // c.lwsp a7,8(sp)
+        ] {
+            assert_eq!(moved(&[NOP, way, ECALL]), [(4, 4 + len)], "{way:#x}");
+            // mv a0,a1 may stand between, another value for a7 may not.
+            assert_eq!(moved(&[way, 0x852e, ECALL]), [(0, len + 2)], "{way:#x}");
+            assert!(moved(&[way, LI_A7_1, ECALL]).is_empty(), "{way:#x}");
+            assert!(moved(&[way, 0x8082, ECALL]).is_empty(), "{way:#x}");
+        }
+        // What is computed, and what lies elsewhere: add a7,a0,a1; addi a7,a0,1; ld a7,0(a0); c.add a7,a0.
+        for way in [0x00b5_08b3, 0x0015_0893, 0x0005_3883, 0x98aa] {
+            assert!(moved(&[way, ECALL]).is_empty(), "{way:#x}");
+        }
+    }
+
+    #[test]
     fn a_call_far_behind_its_number_stays_a_call() {
         let near: Vec<u32> =
             std::iter::once(LI_A7_1).chain(std::iter::repeat_n(NOP, 60)).chain([ECALL]).collect();
@@ -229,8 +320,9 @@ mod tests {
     proptest! {
         #[test]
         fn any_bytes_are_looked_through_and_only_calls_found(bytes in proptest::collection::vec(any::<u8>(), 0..600)) {
-            for (at, _) in find(&bytes) {
+            for Site { at, start, .. } in find(&bytes) {
                 prop_assert_eq!(&bytes[at..at + 4], &[0x73, 0, 0, 0]);
+                prop_assert!(start < at && at - start <= REACH);
             }
         }
     }

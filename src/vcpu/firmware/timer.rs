@@ -1,7 +1,8 @@
 //! The timer of `--timer user`: what KVM does inside the kernel, done where it can be seen.
 //!
 //! A guest sets its timer by an SBI call, which comes out as a breakpoint; a thread sleeps until then, kicks the hart, and the hart
-//! raises its own timer interrupt (`hvip.VSTIP`, through `sip` as KVM names it). Privileged specification, 15.2.3.
+//! has its own timer interrupt raised: `hip.VSTIP`, by a comparator (`vstimecmp`) that is due at once. Privileged specification, 15.2.3;
+//! Sstc. A pending timer of the kernel's also ends `wfi`, as it must.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -9,14 +10,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::calls::sip::STIP;
 use crate::vcpu::Control;
 use crate::vcpu::hart::{Hart, Reg};
 use crate::vcpu::witness::{Note, Witness};
-
-/// How often a hart is kicked whose interrupt is raised. KVM does not count such an interrupt as one that ends `wfi`: a guest that
-/// waits in it with its interrupts off, as Linux does when idle, would sleep on.
-const AGAIN: Duration = Duration::from_millis(10);
 
 /// The timers of all harts of a machine.
 pub struct UserTimer {
@@ -36,8 +32,6 @@ struct Shared {
 #[derive(Default)]
 struct State {
     deadlines: Vec<Option<Instant>>,
-    /// Whose interrupt is raised and not taken back.
-    raised: Vec<bool>,
     ended: bool,
 }
 
@@ -52,11 +46,7 @@ impl UserTimer {
         control: &Arc<Control>,
         witness: Option<Arc<dyn Witness>>,
     ) -> io::Result<Self> {
-        let state = State {
-            deadlines: (0..harts).map(|_| None).collect(),
-            raised: (0..harts).map(|_| false).collect(),
-            ended: false,
-        };
+        let state = State { deadlines: (0..harts).map(|_| None).collect(), ended: false };
         let due = (0..harts).map(|_| AtomicBool::new(false)).collect();
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), due });
         let (mine, control) = (Arc::clone(&shared), Arc::clone(control));
@@ -65,12 +55,12 @@ impl UserTimer {
         Ok(Self { shared, hz: hz.max(1), witness, thread: Some(thread) })
     }
 
-    /// Sets the hart's timer to the tick `at` of its `time`, and takes its interrupt back.
-    pub(super) fn set(&self, hart: &mut dyn Hart, at: u64) -> io::Result<()> {
+    /// Sets the hart's timer to the tick `at` of its `time`, and takes its interrupt back; false where the guest has to do that.
+    pub(super) fn set(&self, hart: &mut dyn Hart, at: u64) -> io::Result<bool> {
         let id = hart.id();
         self.tell(id, Note::TimerSet);
         let now = hart.get(Reg::Time)?;
-        hart.set_pending(STIP, false)?;
+        let is_taken_back = hart.set_timer_pending(false)?;
         // Too far away for the host's clock is never.
         let left = at.saturating_sub(now);
         let wait = Duration::from_secs(left / self.hz)
@@ -84,16 +74,12 @@ impl UserTimer {
         if let Some(slot) = state.deadlines.get_mut(index) {
             *slot = deadline;
         }
-        if let Some(raised) = state.raised.get_mut(index) {
-            *raised = false;
-        }
         drop(state);
         self.shared.changed.notify_all();
-        Ok(())
+        Ok(is_taken_back)
     }
 
-    /// Raises the hart's timer interrupt if its time has come. The hart has been kicked for it, and is kicked again and again until
-    /// it sets its timer anew.
+    /// Raises the hart's timer interrupt if its time has come. The hart has been kicked for it.
     pub(super) fn fire(&self, hart: &mut dyn Hart) -> io::Result<()> {
         let id = hart.id();
         let index = usize::try_from(id).unwrap_or(usize::MAX);
@@ -101,13 +87,8 @@ impl UserTimer {
         if !due.is_some_and(|due| due.swap(false, SeqCst)) {
             return Ok(());
         }
-        let mut state = self.shared.lock();
-        let raised = state.raised.get_mut(index).map(|raised| std::mem::replace(raised, true));
-        drop(state);
-        if raised == Some(false) {
-            self.tell(id, Note::TimerFired);
-            hart.set_pending(STIP, true)?;
-        }
+        self.tell(id, Note::TimerFired);
+        hart.set_timer_pending(true)?;
         Ok(())
     }
 
@@ -131,9 +112,7 @@ impl Shared {
             for ((id, slot), due) in (0..).zip(state.deadlines.iter_mut()).zip(&self.due) {
                 match slot {
                     Some(deadline) if *deadline <= now => {
-                        let again = now + AGAIN;
-                        *slot = Some(again);
-                        next = Some(next.map_or(again, |next| next.min(again)));
+                        *slot = None;
                         due.store(true, SeqCst);
                         control.kick(id);
                     }

@@ -4,10 +4,12 @@ use std::sync::Arc;
 
 use crate::config::{CsrValue, Unassigned};
 use crate::vcpu::dispatch::Trouble;
+use crate::vcpu::firmware::patches::{Patches, Wanted};
+use crate::vcpu::firmware::timer::UserTimer;
 use crate::vcpu::firmware::{Firmware, shim, sites};
 use crate::vcpu::hart::{Csr, Hart, Reg};
 use crate::vcpu::stop::StopReason;
-use crate::vcpu::testing::{FakeUart, RAM, ScriptHart, world};
+use crate::vcpu::testing::{Event, FakeUart, RAM, ScriptHart, world};
 use crate::vcpu::trap::resolve;
 use crate::vcpu::{Control, World};
 
@@ -17,6 +19,8 @@ const SUPERVISOR: u64 = 1;
 const SPP: u64 = 1 << 8;
 const SPIE: u64 = 1 << 5;
 const SIE: u64 = 1 << 1;
+const ECALL: u32 = 0x73;
+const EBREAK: u32 = 0x0010_0073;
 
 fn with(firmware: Firmware) -> (World, FakeUart) {
     let (mut world, uart) = world(Unassigned::Zero);
@@ -24,8 +28,40 @@ fn with(firmware: Firmware) -> (World, FakeUart) {
     (world, uart)
 }
 
+/// `li a7,8` in front of the call at [`SITE`], and `ret` behind.
+const NUMBERED: [u32; 3] = [0x0080_0893, 0x73, 0x0000_8067];
+/// `mv a7,a0` in its place.
+const MOVED: [u32; 3] = [0x0005_0893, 0x73, 0x0000_8067];
+const V01: Wanted = Wanted { v01: true, timer: false };
+
+fn bytes(code: &[u32]) -> Vec<u8> {
+    code.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+/// A machine with this code around [`SITE`], whose calls are patches now.
+fn patched(code: &[u32], wanted: Wanted, gives_up: bool) -> (World, FakeUart) {
+    let (mut world, uart) = world(Unassigned::Zero);
+    let code = bytes(code);
+    world.ram.write(SITE - 4, &code).unwrap();
+    let mut patches = Patches::new(wanted, gives_up, Box::new(|| Ok(())));
+    let found = sites::find(&code);
+    assert_eq!(found.len(), 1);
+    for site in found {
+        assert!(patches.plant(&world.ram, SITE - 4, &code, site).unwrap());
+    }
+    assert_eq!((patches.count(), word(&world, SITE)), (1, EBREAK));
+    world.firmware = Some(Firmware::new(patches, Vec::new(), None));
+    (world, uart)
+}
+
 fn planted() -> (World, FakeUart) {
-    with(Firmware::new([SITE].into(), Vec::new(), None))
+    patched(&NUMBERED, V01, true)
+}
+
+fn word(world: &World, addr: u64) -> u32 {
+    let mut bytes = [0; 4];
+    world.ram.read(addr, &mut bytes).unwrap();
+    u32::from_le_bytes(bytes)
 }
 
 /// A hart at the breakpoint, in supervisor mode, with these registers from a0 on.
@@ -122,14 +158,98 @@ fn the_harts_of_an_old_call_are_read_where_its_pointer_leads() {
     assert_eq!((reg(&hart, Reg::X(10)).cast_signed(), reg(&hart, Reg::Pc)), (-5, SITE + 4));
 }
 
+const VECTOR: u64 = RAM.base + 0x400;
+
+fn user_at(pc: u64, args: &[u64]) -> ScriptHart {
+    at(pc, args).with([(Reg::Mode, 0), (Reg::Csr(Csr::Stvec), VECTOR)])
+}
+
 #[test]
-fn a_system_call_at_a_planted_place_goes_to_the_guests_kernel() {
-    let (world, _) = planted();
-    let mut hart = at(SITE, &[0, 0, 0, 0, 0, 0, 0, 8])
-        .with([(Reg::Mode, 0), (Reg::Csr(Csr::Stvec), RAM.base + 0x400)]);
+fn a_system_call_at_a_patch_puts_the_guests_instruction_back() {
+    for code in [NUMBERED, MOVED] {
+        let (world, _) = patched(&code, V01, true);
+        let mut hart = user_at(SITE, &[0, 0, 0, 0, 0, 0, 0, 8]);
+        assert_eq!(step(&mut hart, &world), None);
+        // It runs its ecall now, which is no exit.
+        assert_eq!((reg(&hart, Reg::Pc), reg(&hart, Reg::Mode)), (SITE, 0));
+        assert_eq!(word(&world, SITE), ECALL);
+        // Another hart that had come to the breakpoint before does the same.
+        let mut late = user_at(SITE, &[0, 0, 0, 0, 0, 0, 0, 8]);
+        assert_eq!(step(&mut late, &world), None);
+        assert_eq!((reg(&late, Reg::Pc), reg(&late, Reg::Csr(Csr::Scause))), (SITE, 0));
+    }
+}
+
+#[test]
+fn a_system_call_where_supervisors_make_calls_too_goes_to_the_guests_kernel() {
+    let (world, uart) = patched(&MOVED, V01, true);
+    uart.line().room = 1;
+    step(&mut at(SITE, &[b'x'.into(), 0, 0, 0, 0, 0, 0, 1]), &world);
+    let mut hart = user_at(SITE, &[0, 0, 0, 0, 0, 0, 0, 8]);
     assert_eq!(step(&mut hart, &world), None);
     assert_eq!((reg(&hart, Reg::Csr(Csr::Scause)), reg(&hart, Reg::Csr(Csr::Sepc))), (8, SITE));
-    assert_eq!((reg(&hart, Reg::Pc), reg(&hart, Reg::Mode)), (RAM.base + 0x400, SUPERVISOR));
+    assert_eq!((reg(&hart, Reg::Pc), reg(&hart, Reg::Mode)), (VECTOR, SUPERVISOR));
+    assert_eq!(word(&world, SITE), EBREAK);
+}
+
+/// As xv6's kernel carries its first program: in its own file, from which it copies it to a page of its own.
+#[test]
+fn a_program_that_the_kernel_has_copied_gets_its_system_calls_back() {
+    let (world, _) = planted();
+    let copy = RAM.base + 0x1_0ffc;
+    let mut code = vec![0; 12];
+    world.ram.read(SITE - 4, &mut code).unwrap();
+    world.ram.write(copy - 4, &code).unwrap();
+    let mut hart = user_at(copy, &[0, 0, 0, 0, 0, 0, 0, 8]);
+    assert_eq!(step(&mut hart, &world), None);
+    assert_eq!(
+        (reg(&hart, Reg::Pc), word(&world, copy), word(&world, SITE)),
+        (copy, ECALL, EBREAK)
+    );
+    // A breakpoint of the program's own is nobody else's.
+    world.ram.write(copy, &EBREAK.to_le_bytes()).unwrap();
+    world.ram.write(copy - 4, &[0x13, 0, 0, 0]).unwrap();
+    let mut hart = user_at(copy, &[0, 0, 0, 0, 0, 0, 0, 8]);
+    assert_eq!(step(&mut hart, &world), None);
+    assert_eq!((reg(&hart, Reg::Csr(Csr::Scause)), word(&world, copy)), (3, EBREAK));
+}
+
+#[test]
+fn a_kernel_that_has_copied_itself_keeps_its_calls() {
+    let (world, _) = planted();
+    let copy = RAM.base + 0x1_0000;
+    let mut code = vec![0; 12];
+    world.ram.read(SITE - 4, &mut code).unwrap();
+    world.ram.write(copy - 4, &code).unwrap();
+    let shutdown = step(&mut at(copy, &[0, 0, 0, 0, 0, 0, 0, 8]), &world);
+    assert_eq!(shutdown, Some(StopReason::PowerOff));
+    // With another number in a7 it is a breakpoint of its own that only looks like one.
+    let (world, _) = planted();
+    world.ram.write(copy - 4, &code).unwrap();
+    let mut hart = at(copy, &[0, 0, 0, 0, 0, 0, 0, 93]).with([(Reg::Csr(Csr::Stvec), VECTOR)]);
+    step(&mut hart, &world);
+    assert_eq!(reg(&hart, Reg::Csr(Csr::Scause)), 3);
+}
+
+#[test]
+fn a_function_that_makes_all_calls_is_left_alone_once_none_of_them_is_of_the_old_kind() {
+    let set_timer = [7, 0, 0, 0, 0, 0, 0, 0x5449_4d45];
+    let calls = |world: &World, most: usize| {
+        let is_patched = |_: &usize| {
+            step(&mut at(SITE, &set_timer), world);
+            word(world, SITE) == EBREAK
+        };
+        (0..most).take_while(is_patched).count()
+    };
+    let (world, _) = patched(&MOVED, V01, true);
+    assert!((100..1000).contains(&calls(&world, 1000)));
+    // One call of the old kind, and it stays; so it does where the user has asked for it.
+    let (world, uart) = patched(&MOVED, V01, true);
+    uart.line().room = 1;
+    step(&mut at(SITE, &[b'x'.into(), 0, 0, 0, 0, 0, 0, 1]), &world);
+    assert_eq!((uart.line().sent.clone(), calls(&world, 1000)), (b"x".to_vec(), 1000));
+    let (world, _) = patched(&MOVED, V01, false);
+    assert_eq!(calls(&world, 1000), 1000);
 }
 
 #[test]
@@ -153,7 +273,7 @@ fn trapped(cause: u64, tval: u64, args: &[u64]) -> ScriptHart {
 }
 
 fn bare() -> (World, FakeUart) {
-    with(Firmware::new([].into(), vec![CsrValue { number: 0xf14, value: 0x1234 }], None))
+    with(Firmware::new(Patches::none(), vec![CsrValue { number: 0xf14, value: 0x1234 }], None))
 }
 
 #[test]
@@ -206,35 +326,86 @@ fn a_call_from_user_mode_is_answered_or_made_in_the_guests_name() {
     assert_eq!((reg(&hart, Reg::Pc), reg(&hart, Reg::Mode)), (RAM.base + 4, 0));
 }
 
-#[test]
-fn a_timer_of_user_space_raises_its_interrupt_once_its_time_has_come() {
-    use crate::vcpu::firmware::timer::UserTimer;
-    const STIP: u64 = 1 << 5;
+/// A machine with a timer of user space whose calls are patches.
+fn timed() -> World {
     let control = Arc::new(Control::new());
     let timer = Arc::new(UserTimer::start(1, 10_000_000, &control, None).unwrap());
-    let (world, _) = with(Firmware::new([SITE].into(), Vec::new(), Some(timer)));
-    let mut hart =
-        at(SITE, &[0, 0, 0, 0, 0, 0, 0, 0x5449_4d45]).with([(Reg::Csr(Csr::Sip), STIP | 2)]);
-    assert_eq!(step(&mut hart, &world), None);
-    // Set: the old interrupt is gone, the others are not.
-    assert_eq!((reg(&hart, Reg::Csr(Csr::Sip)), reg(&hart, Reg::Pc)), (2, SITE + 4));
+    let wanted = Wanted { v01: false, timer: true };
+    let mut patches = Patches::new(wanted, false, Box::new(|| Ok(())));
+    let (mut world, _) = world(Unassigned::Zero);
+    let code = bytes(&[0x0000_0893, ECALL]); // li a7,0
+    for site in sites::find(&code) {
+        assert!(patches.plant(&world.ram, SITE - 4, &code, site).unwrap());
+    }
+    world.firmware = Some(Firmware::new(patches, Vec::new(), Some(timer)));
+    world
+}
+
+fn timer_events(hart: &ScriptHart) -> Vec<bool> {
+    let pending = |event| match event {
+        Event::TimerPending(on) => Some(on),
+        _ => None,
+    };
+    hart.diary().events().into_iter().filter_map(pending).collect()
+}
+
+#[test]
+fn a_timer_of_user_space_raises_its_interrupt_once_its_time_has_come() {
+    let world = timed();
     let firmware = world.firmware.as_ref().unwrap();
-    while reg(&hart, Reg::Csr(Csr::Sip)) & STIP == 0 {
+    let mut hart = at(SITE, &[0, 0, 0, 0, 0, 0, 0, 0x5449_4d45]);
+    assert_eq!(step(&mut hart, &world), None);
+    assert_eq!((timer_events(&hart), reg(&hart, Reg::Pc)), (vec![false], SITE + 4));
+    while timer_events(&hart).len() < 2 {
         firmware.attend(&mut hart).unwrap();
         std::thread::yield_now();
     }
-    // The hart is woken again and again, in case it waits with its interrupts off; the guest sees one interrupt.
-    let mut hart = hart.with([(Reg::Csr(Csr::Sip), 2)]);
-    for _ in 0..5 {
-        std::thread::sleep(std::time::Duration::from_millis(10));
-        firmware.attend(&mut hart).unwrap();
-    }
-    assert_eq!(reg(&hart, Reg::Csr(Csr::Sip)), 2);
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    firmware.attend(&mut hart).unwrap();
+    assert_eq!(timer_events(&hart), [false, true], "once");
     // A time that never comes takes it back.
     let mut hart = hart.with([(Reg::Pc, SITE), (Reg::X(10), u64::MAX), (Reg::X(17), 0)]);
     step(&mut hart, &world);
     firmware.attend(&mut hart).unwrap();
-    assert_eq!(reg(&hart, Reg::Csr(Csr::Sip)), 2);
+    assert_eq!(timer_events(&hart), [false, true, false]);
+    // Nothing of that writes sip, where others' interrupts are.
+    assert_eq!(reg(&hart, Reg::Csr(Csr::Sip)), 0);
+}
+
+#[test]
+fn without_sstc_the_guest_itself_takes_its_timer_interrupt_back_before_the_next_comes() {
+    let world = timed();
+    let firmware = world.firmware.as_ref().unwrap();
+    let mut hart = at(SITE, &[0, 5, 6, 7, 8, 9, 0, 0]).without_sstc();
+    assert_eq!(step(&mut hart, &world), None);
+    assert_eq!((reg(&hart, Reg::Pc), reg(&hart, Reg::X(10))), (shim::ERRAND, u64::MAX));
+    assert_eq!((reg(&hart, Reg::X(17)), reg(&hart, Reg::X(16))), (0x5449_4d45, 0));
+    // Its time has come, but the call to the kernel would take that away as well.
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    firmware.attend(&mut hart).unwrap();
+    assert_eq!(timer_events(&hart), [false]);
+    let mut hart = hart.with([(Reg::Pc, shim::RETURN), (Reg::X(10), 0)]);
+    assert_eq!(step(&mut hart, &world), None);
+    assert_eq!((reg(&hart, Reg::Pc), reg(&hart, Reg::X(17))), (SITE + 4, 0));
+    while timer_events(&hart).len() < 2 {
+        firmware.attend(&mut hart).unwrap();
+        std::thread::yield_now();
+    }
+    assert_eq!(timer_events(&hart), [false, true]);
+}
+
+#[test]
+fn an_old_call_clears_the_harts_own_software_interrupt_inside_the_guest() {
+    let (world, _) = planted();
+    let mut hart = at(SITE, &[1, 2, 3, 4, 5, 6, 7, 3]);
+    assert_eq!(step(&mut hart, &world), None);
+    assert_eq!(reg(&hart, Reg::Pc), shim::CLEAR_IPI);
+    let mut hart = hart.with([(Reg::Pc, shim::CLEARED)]);
+    assert_eq!(step(&mut hart, &world), None);
+    let answer = (reg(&hart, Reg::Pc), reg(&hart, Reg::X(10)), reg(&hart, Reg::X(11)));
+    assert_eq!(answer, (SITE + 4, 0, 2));
+    assert_eq!((reg(&hart, Reg::X(16)), reg(&hart, Reg::X(17))), (7, 3));
+    assert_eq!(reg(&hart, Reg::Csr(Csr::Sip)), 0, "nobody has written it from outside");
 }
 
 #[test]
@@ -249,4 +420,5 @@ fn the_shims_page_is_breakpoints_around_one_call() {
         (word(shim::VECTOR), word(shim::ERRAND), word(shim::RETURN)),
         (ebreak, 0x73, ebreak)
     );
+    assert_eq!((word(shim::CLEAR_IPI), word(shim::CLEARED)), (0x1441_7073, ebreak));
 }
