@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use crate::machine::vm::Counters;
+use crate::vcpu::restarts::Exits;
 
 /// The most bytes of such a file that are read. Kernels have some 4 KiB.
 const MOST: usize = 256 << 10;
@@ -26,12 +27,9 @@ impl HartCounters {
     }
 }
 
-impl Counters for HartCounters {
-    fn hart(&self) -> u32 {
-        self.hart
-    }
-
-    fn read(&self) -> io::Result<Vec<(String, u64)>> {
+impl HartCounters {
+    /// The whole file.
+    fn whole(&self) -> io::Result<Vec<u8>> {
         let mut bytes = vec![0; MOST];
         let mut have = 0;
         while let Some(rest) = bytes.get_mut(have..).filter(|rest| !rest.is_empty()) {
@@ -41,12 +39,56 @@ impl Counters for HartCounters {
             }
         }
         bytes.truncate(have);
-        parse(&bytes).ok_or_else(|| io::Error::other("KVM's counters make no sense"))
+        Ok(bytes)
     }
+}
+
+impl Counters for HartCounters {
+    fn hart(&self) -> u32 {
+        self.hart
+    }
+
+    fn read(&self) -> io::Result<Vec<(String, u64)>> {
+        parse(&self.whole()?).ok_or_else(senseless)
+    }
+
+    fn exits(&self) -> io::Result<Box<dyn Exits>> {
+        let places = places(&self.whole()?).ok_or_else(senseless)?;
+        let exits = places.into_iter().find(|(name, _)| name == "exits");
+        let (_, place) = exits.ok_or_else(|| io::Error::other("KVM does not count exits"))?;
+        Ok(Box::new(ExitCounter { file: self.file.try_clone()?, place: place as u64 }))
+    }
+}
+
+/// The counter of all exits of a vCPU, which is read without the rest.
+struct ExitCounter {
+    file: File,
+    place: u64,
+}
+
+impl Exits for ExitCounter {
+    fn count(&self) -> io::Result<u64> {
+        let mut value = [0; 8];
+        self.file.read_exact_at(&mut value, self.place)?;
+        Ok(u64::from_le_bytes(value))
+    }
+}
+
+fn senseless() -> io::Error {
+    io::Error::other("KVM's counters make no sense")
 }
 
 /// The single counters in the file, by name and in its order.
 fn parse(bytes: &[u8]) -> Option<Vec<(String, u64)>> {
+    let value = |(name, at): (String, usize)| {
+        let value = bytes.get(at..at.checked_add(8)?)?;
+        Some((name, u64::from_le_bytes(value.try_into().ok()?)))
+    };
+    places(bytes)?.into_iter().map(value).collect()
+}
+
+/// Where the values of the single counters are in the file.
+fn places(bytes: &[u8]) -> Option<Vec<(String, usize)>> {
     let word = |at: usize| {
         let bytes = bytes.get(at..at.checked_add(4)?)?;
         usize::try_from(u32::from_le_bytes(bytes.try_into().ok()?)).ok()
@@ -65,10 +107,9 @@ fn parse(bytes: &[u8]) -> Option<Vec<(String, u64)>> {
         let name = bytes.get(at.checked_add(DESCRIPTION)?..at.checked_add(stride)?)?;
         let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
         let value = data.checked_add(offset)?;
-        let value = bytes.get(value..value.checked_add(8)?)?;
+        bytes.get(value..value.checked_add(8)?)?;
         // Types above 2 are histograms.
         if flags & 0xf <= 2 && size == 1 {
-            let value = u64::from_le_bytes(value.try_into().ok()?);
             counters.push((String::from_utf8_lossy(name).into_owned(), value));
         }
     }
@@ -103,6 +144,11 @@ mod tests {
     fn single_counters_are_read_by_name_and_histograms_are_not() {
         let bytes = file(&[(0, 1, 0, "exits"), (4, 8, 8, "halt_hist"), (1, 1, 72, "blocking")]);
         assert_eq!(parse(&bytes), Some(vec![("exits".into(), 100), ("blocking".into(), 109)]));
+        let data = bytes.len() - 80;
+        assert_eq!(
+            places(&bytes),
+            Some(vec![("exits".into(), data), ("blocking".into(), data + 72)])
+        );
     }
 
     #[test]

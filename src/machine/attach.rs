@@ -14,13 +14,12 @@ use rvmm_devices::{
     Model, Options, Placement, PowerSwitch, Wiring,
 };
 
-use super::irqchip::{Lines, WakingLine};
+use super::irqchip::Lines;
 use super::vm::{FIRST_WINDOW_SLOT, Vm};
 use crate::button::Button;
 use crate::config::slots;
 use crate::error::Error;
 use crate::layout::{self, SLOT_SIZE, SLOTS, Span};
-use crate::vcpu::Control;
 
 /// The bus with everything on it, and what the device tree says of it.
 pub(super) struct Attached {
@@ -33,8 +32,6 @@ pub(super) struct Attached {
 /// What devices need from the machine.
 pub(super) struct Hookup<'a> {
     pub(super) lines: &'a Lines,
-    /// What a rising line wakes.
-    pub(super) control: &'a Arc<Control>,
     pub(super) power: Arc<dyn PowerSwitch>,
     /// The other end of the first UART.
     pub(super) console: Box<dyn ConsoleBackend>,
@@ -80,8 +77,7 @@ pub(super) fn attach(extra: &[String], hookup: Hookup<'_>) -> Result<Attached, E
             shown: Arc::downgrade(&roms),
         });
         if plan.irq != 0 {
-            let line = hookup.lines.source(plan.irq)?;
-            wiring.irq = Arc::new(WakingLine { line, control: Arc::clone(hookup.control) });
+            wiring.irq = hookup.lines.source(plan.irq)?;
         }
         if plan.model.name == "serial" {
             wiring.console = console.take();

@@ -13,7 +13,7 @@ use super::irqchip::Lines;
 use super::load::{Files, Start};
 use super::shared_console::SharedConsole;
 use super::tree::{Facts, board};
-use super::vm::{AiaPlan, CpuKnobs, Hypervisor, RAM_SLOT, Vm};
+use super::vm::{AiaPlan, CpuKnobs, Hypervisor, Irqchip, RAM_SLOT, Vm};
 use crate::button::Button;
 use crate::config::{VmConfig, slots};
 use crate::error::Error;
@@ -21,6 +21,7 @@ use crate::gdb;
 use crate::layout::{self, RAM_BASE, Span};
 use crate::memory::{GuestRam, Rom};
 use crate::vcpu::hart::{Csr, Hart, Reg};
+use crate::vcpu::restarts::{self, Restarts};
 use crate::vcpu::stop::StopReason;
 use crate::vcpu::witness::{Witness, Witnessed};
 use crate::vcpu::{Control, Debugger, World};
@@ -75,12 +76,11 @@ impl Board {
         let mut harts = make_harts(config, vm.as_ref())?;
         let irqchip = vm.create_irqchip(config.irqchip, &aia_plan(config)?)?;
         let cpu = vm.cpu_facts()?;
-        let lines = Lines::new(&vm, irqchip, config.cpus.count)?;
         let control = Arc::new(Control::new());
+        let lines = Lines::new(&vm, irqchip, config.cpus.count, &control)?;
         let power: Arc<dyn PowerSwitch> = Arc::new(PowerButton(Arc::clone(&control)));
         let hookup = Hookup {
             lines: &lines,
-            control: &control,
             power,
             console: Box::new(ends.console.waking(&control)),
             button: ends.button.as_deref(),
@@ -99,7 +99,7 @@ impl Board {
             cmdline: &config.boot.cmdline,
         };
         let start = files.load(&config.boot, board(&facts, nodes)?, &ram, &roms)?;
-        point_boot_hart(&mut harts, &start)?;
+        let opens = point_boot_hart(&mut harts, &start)?;
         let stage = Stage {
             config,
             host,
@@ -114,6 +114,8 @@ impl Board {
         let mut world =
             World::new(Arc::clone(&bus), Arc::clone(&ram), config.unassigned, Some(uart));
         world.firmware = firmware;
+        world.timebase_hz = cpu.timebase_hz;
+        world.restarts = watch_starts(&vm, harts.len(), irqchip, opens, &control)?;
         let ebreaks = world.firmware.is_some();
         let post =
             config.gdb.as_ref().map(|_| make_post(&control, &ram, &vm, ebreaks)).transpose()?;
@@ -168,28 +170,58 @@ fn aia_plan(config: &VmConfig) -> Result<AiaPlan, Error> {
     Ok(AiaPlan { harts: config.cpus.count, sources, aplic, imsics })
 }
 
-/// `scounteren`: user mode may read cycle, time and instret.
-const COUNTERS: u64 = 0b111;
-
-/// The state in which firmware hands over to a supervisor: a0 = hart id, a1 = device tree, and counters open to user mode.
+/// The state in which firmware hands over to a supervisor: a0 = hart id, a1 = device tree, and counters open to user mode. True where
+/// the kernel starts harts with them closed.
 ///
 /// A Linux guest whose host lacks Sscofpmf gets no PMU, so nothing in it opens the counters; its C library reads `time`
-/// though. KVM opened them up to Linux 6.15. The kernel resets harts that the guest starts later by itself.
-fn point_boot_hart(harts: &mut [Box<dyn Hart>], start: &Start) -> Result<(), Error> {
+/// though. KVM opened them up to Linux 6.15. Harts that the guest starts later get theirs by [`Restarts`].
+fn point_boot_hart(harts: &mut [Box<dyn Hart>], start: &Start) -> Result<bool, Error> {
     let Some(boot) = harts.first_mut() else {
         return Err(Error::Config("A machine needs at least one hart".into()));
     };
+    let failed = |what: &str, source| Error::Host {
+        what: format!("Cannot {what} of the boot hart"),
+        source,
+    };
     let id = u64::from(boot.id());
-    let counters = (Reg::Csr(Csr::Scounteren), COUNTERS);
-    for (reg, value) in
-        [(Reg::Pc, start.entry), (Reg::X(10), id), (Reg::X(11), start.fdt), counters]
-    {
-        boot.set(reg, value).map_err(|source| Error::Host {
-            what: format!("Cannot set {reg:?} of the boot hart"),
-            source,
-        })?;
+    let scounteren = Reg::Csr(Csr::Scounteren);
+    let counters = boot.get(scounteren).map_err(|e| failed("read scounteren", e))?;
+    for (reg, value) in [
+        (Reg::Pc, start.entry),
+        (Reg::X(10), id),
+        (Reg::X(11), start.fdt),
+        (scounteren, restarts::COUNTERS),
+    ] {
+        boot.set(reg, value).map_err(|e| failed(&format!("set {reg:?}"), e))?;
     }
-    Ok(())
+    Ok(counters == 0)
+}
+
+/// Who gives harts what the kernel leaves out when it starts them; nobody where it leaves nothing out. (With the in-kernel
+/// interrupt controller a guest does not suspend itself, and its lines are the kernel's.)
+fn watch_starts(
+    vm: &Arc<dyn Vm>,
+    harts: usize,
+    irqchip: Irqchip,
+    opens: bool,
+    control: &Arc<Control>,
+) -> Result<Option<Restarts>, Error> {
+    let failed = |source| Error::Host { what: "Cannot watch harts start".into(), source };
+    if !opens && matches!(irqchip, Irqchip::Aia(_)) {
+        return Ok(None);
+    }
+    let mut counters = vm.counters();
+    counters.sort_by_key(|counters| counters.hart());
+    let exits: Result<Vec<_>, _> = counters.iter().map(|counters| counters.exits()).collect();
+    let exits = exits.ok().filter(|exits| exits.len() == harts).unwrap_or_else(|| {
+        if opens && harts > 1 {
+            log::warn!(
+                "This host's KVM does not count exits, so nobody sees the guest start harts: user mode may not read the time on all but the first"
+            );
+        }
+        Vec::new()
+    });
+    Restarts::watch(exits, opens, control).map(Some).map_err(failed)
 }
 
 fn no_memory(size: u64, source: std::io::Error) -> Error {

@@ -13,20 +13,29 @@ use crate::vcpu::Control;
 
 /// Where devices' interrupts go.
 pub(super) enum Lines {
-    /// Into the kernel's APLIC.
-    Aia(Arc<dyn Vm>),
+    /// Into the kernel's APLIC; a rise wakes a guest that has suspended itself.
+    Aia(Arc<dyn Vm>, Arc<Control>),
     /// Into the PLIC on the bus.
     Plic(Plic),
 }
 
 impl Lines {
-    /// The lines of `vm` with the irqchip that it granted, for `harts` harts.
-    pub(super) fn new(vm: &Arc<dyn Vm>, irqchip: Irqchip, harts: u32) -> Result<Self, Error> {
+    /// The lines of `vm` with the irqchip that it granted, for `harts` harts. What they let through to a hart wakes a guest that has
+    /// suspended itself (SBI SUSP): of the kernel's controller that is not known, so there it is every rise.
+    pub(super) fn new(
+        vm: &Arc<dyn Vm>,
+        irqchip: Irqchip,
+        harts: u32,
+        control: &Arc<Control>,
+    ) -> Result<Self, Error> {
         if let Irqchip::Aia(_) = irqchip {
-            return Ok(Self::Aia(Arc::clone(vm)));
+            return Ok(Self::Aia(Arc::clone(vm), Arc::clone(control)));
         }
-        let outputs =
-            (0..harts).map(|hart| vm.external_line(hart)).collect::<Result<Vec<_>, _>>()?;
+        let outputs = (0..harts).map(|hart| {
+            let line = vm.external_line(hart)?;
+            Ok(WakingLine::over(line, control))
+        });
+        let outputs = outputs.collect::<Result<Vec<_>, Error>>()?;
         let plic = Plic::new(IRQ_SOURCES, outputs).map_err(|e| Error::Device(e.to_string()))?;
         Ok(Self::Plic(plic))
     }
@@ -34,7 +43,7 @@ impl Lines {
     /// The line of interrupt source `number` (1 to [`IRQ_SOURCES`]).
     pub(super) fn source(&self, number: u32) -> Result<Arc<dyn IrqLine>, Error> {
         match self {
-            Self::Aia(vm) => Ok(vm.irq_line(number)?),
+            Self::Aia(vm, control) => Ok(WakingLine::over(vm.irq_line(number)?, control)),
             Self::Plic(plic) => plic.source(number).ok_or_else(|| {
                 Error::Device(format!(
                     "Interrupt source {number} does not exist (1 to {IRQ_SOURCES})"
@@ -47,7 +56,7 @@ impl Lines {
     /// the base address.
     pub(super) fn registers(&self) -> Result<(u64, Box<dyn MmioDevice>), Error> {
         Ok(match self {
-            Self::Aia(_) => {
+            Self::Aia(..) => {
                 let span = layout::span("aplic")?;
                 (span.base, Box::new(Reserved::new("aplic", span.size)))
             }
@@ -57,9 +66,15 @@ impl Lines {
 }
 
 /// A line whose rise wakes a guest that has suspended itself (SBI SUSP).
-pub(super) struct WakingLine {
-    pub(super) line: Arc<dyn IrqLine>,
-    pub(super) control: Arc<Control>,
+struct WakingLine {
+    line: Arc<dyn IrqLine>,
+    control: Arc<Control>,
+}
+
+impl WakingLine {
+    fn over(line: Arc<dyn IrqLine>, control: &Arc<Control>) -> Arc<dyn IrqLine> {
+        Arc::new(Self { line, control: Arc::clone(control) })
+    }
 }
 
 impl IrqLine for WakingLine {

@@ -10,6 +10,7 @@ use crate::config::{CpuId, IrqchipChoice, KnobChange};
 use crate::layout::Span;
 use crate::vcpu::hart::{Hart, Reg};
 use crate::vcpu::record::Ticks;
+use crate::vcpu::restarts::Exits;
 
 /// The memory slot of guest RAM.
 pub(crate) const RAM_SLOT: u32 = 0;
@@ -163,6 +164,12 @@ pub trait Counters: Send + Sync {
     /// # Errors
     /// They cannot be read.
     fn read(&self) -> io::Result<Vec<(String, u64)>>;
+
+    /// The number of exits alone, for who asks often.
+    ///
+    /// # Errors
+    /// It is not counted.
+    fn exits(&self) -> io::Result<Box<dyn Exits>>;
 }
 
 /// What the hypervisor refused: the whole sentence for the user, with the kernel's error as source.

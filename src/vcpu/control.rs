@@ -307,20 +307,21 @@ impl Control {
         self.rest(id, None)
     }
 
-    /// As [`Control::park`], and until there were other than `events` host events.
-    pub(super) fn sleep(&self, id: u32, events: u64) -> Rested {
-        self.rest(id, Some(events))
+    /// As [`Control::park`], and until there were other than `events` host events, for `limit` at most.
+    pub(super) fn sleep(&self, id: u32, events: u64, limit: Duration) -> Rested {
+        self.rest(id, Some((events, limit)))
     }
 
-    fn rest(&self, id: u32, events: Option<u64>) -> Rested {
+    fn rest(&self, id: u32, sleep: Option<(u64, Duration)>) -> Rested {
         let mut state = self.lock();
         state.parked += 1;
         self.changed.notify_all();
-        if let Some(events) = events {
+        if let Some((events, limit)) = sleep {
             state.asleep += 1;
-            state = self.wait_while(state, |state| {
+            let waited = self.changed.wait_timeout_while(state, limit, |state| {
                 state.stop.is_none() && state.wakes == events && !state.has_errand(id)
             });
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
             state.asleep -= 1;
         }
         state = self.wait_while(state, |state| {

@@ -9,6 +9,7 @@
 //! | `sbi.rs`, `csr.rs` | SBI calls and CSR accesses that the kernel leaves to user space |
 //! | `trap.rs` | the traps that hardware would raise and KVM leaves out: which, and how they enter the guest |
 //! | `firmware/` | what stands in for firmware that KVM does not offer: SBI 0.1, CSRs of machine mode, a visible timer |
+//! | `restarts.rs` | what a hart lacks after the kernel has started it anew |
 //! | `witness.rs` | somebody who is told of every exit |
 //! | `walk.rs`, `insn.rs` | what `trap` needs to know it: the guest's page tables, its memory instructions |
 //! | `dump.rs` | registers as text |
@@ -33,6 +34,7 @@ pub mod firmware;
 pub mod hart;
 mod insn;
 pub mod record;
+pub mod restarts;
 mod run;
 mod sbi;
 pub mod stop;

@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use log::debug;
 use rustix::thread::{CpuSet, sched_setaffinity};
@@ -22,6 +23,9 @@ const STACK: usize = 256 << 10;
 
 /// `sip.SEIP`: an external interrupt is pending.
 const SEIP: u64 = 1 << 9;
+
+/// `sip.STIP`: the timer's interrupt is pending; the same bit of `sie` enables it.
+const STIP: u64 = 1 << 5;
 
 /// Gives a hart its thread, `vcpuN`, on host CPU `affinity` if one is named. When this returns the hart is bound and known
 /// to `control`; it waits for [`Control::start`], and runs until `control` has a reason to stop. The thread drops the hart
@@ -153,6 +157,9 @@ fn live(
                 if let Some(firmware) = &world.firmware {
                     firmware.attend(hart)?;
                 }
+                if let Some(restarts) = &world.restarts {
+                    restarts.attend(hart)?;
+                }
             }
             Flow::Suspend => {
                 if !sleep(hart, world, control)? {
@@ -193,12 +200,43 @@ fn rest(hart: &mut dyn Hart, wait: impl Fn(u32) -> Rested) -> bool {
     }
 }
 
-/// Sleeps until a host event; not at all where one is there already that would have woken hardware too: a pending
-/// interrupt, or input that nobody has read. Events are counted from before that look, so that none is missed after it.
+/// Sleeps until something wakes the system: its timer, if it has the timer's interrupt enabled; an interrupt that its controller lets
+/// through to it; console input. Not at all where one of them is there already. The events of the host are counted from before that
+/// look, so that none is missed after it. False where the run ends.
+///
+/// What wakes it is the hart as the guest has left it; the kernel starts it anew when it enters the guest (SBI 13.1).
 #[cold]
 fn sleep(hart: &mut dyn Hart, world: &World, control: &Control) -> io::Result<bool> {
     hart.settle()?;
     let events = control.events();
-    let pending = hart.get(Reg::Csr(Csr::Sip))? & SEIP != 0 || sbi::has_input(world);
-    if pending { obey(hart, control) } else { Ok(rest(hart, |id| control.sleep(id, events))) }
+    let goes_on = loop {
+        let Some(limit) = time_to_sleep(hart, world)? else { break obey(hart, control)? };
+        match control.sleep(hart.id(), events, limit) {
+            Rested::Run => break true,
+            Rested::End => break false,
+            Rested::Visited(errand) => errand(hart),
+        }
+    };
+    if let Some(restarts) = world.restarts.as_ref().filter(|_| goes_on) {
+        restarts.expect(hart.id());
+    }
+    Ok(goes_on)
+}
+
+/// How long a suspended system sleeps at most, until its timer is due; `None` where it is awake.
+fn time_to_sleep(hart: &dyn Hart, world: &World) -> io::Result<Option<Duration>> {
+    let (sip, sie) = (hart.get(Reg::Csr(Csr::Sip))?, hart.get(Reg::Csr(Csr::Sie))?);
+    // The controller has masks of its own for an external interrupt.
+    if sip & (SEIP | sie & STIP) != 0 || sbi::has_input(world) {
+        return Ok(None);
+    }
+    let due = hart.get(Reg::TimeCompare)?;
+    if sie & STIP == 0 || due == u64::MAX {
+        return Ok(Some(Duration::MAX));
+    }
+    // Half a tick early is too early.
+    let ticks = due.saturating_sub(hart.get(Reg::Time)?).saturating_add(1);
+    let hz = world.timebase_hz.max(1);
+    let rest = (ticks % hz).saturating_mul(1_000_000_000) / hz;
+    Ok(Some(Duration::from_secs(ticks / hz).saturating_add(Duration::from_nanos(rest))))
 }

@@ -86,7 +86,7 @@ fn tell_unknown(first: bool, extension: u64, function: u64) {
 #[cold]
 #[inline(never)]
 fn suspend(call: &mut SbiCall<'_>) -> Flow {
-    info!("The guest suspends the system; console input or an interrupt wakes it");
+    info!("The guest suspends the system; its timer, console input or an interrupt wakes it");
     *call.ret = [SUCCESS, 0];
     Flow::Suspend
 }

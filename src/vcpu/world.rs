@@ -8,6 +8,7 @@ use rvmm_devices::Bus;
 
 use super::firmware::Firmware;
 use super::hart::Hart;
+use super::restarts::Restarts;
 use crate::config::Unassigned;
 use crate::memory::GuestRam;
 
@@ -24,6 +25,10 @@ pub struct World {
     pub console: Option<u64>,
     /// What stands in for firmware, where the guest needs it.
     pub firmware: Option<Firmware>,
+    /// Ticks of the guest's `time` in a second.
+    pub timebase_hz: u64,
+    /// Who gives harts what they lack after a start, where the kernel leaves something to be done.
+    pub restarts: Option<Restarts>,
     /// Who may have planted an `ebreak` that comes out; nobody where the machine has no debugger.
     pub debugger: Option<Arc<dyn Debugger>>,
     noticed: AtomicU32,
@@ -64,6 +69,8 @@ impl World {
             unassigned,
             console,
             firmware: None,
+            timebase_hz: 10_000_000,
+            restarts: None,
             debugger: None,
             noticed: AtomicU32::new(0),
         }

@@ -1,14 +1,18 @@
 //! Every SBI call is answered, whatever its arguments; and so is the one CSR that the kernel leaves to user space.
 //!
-//! Boot argument `input`: also reads bytes from the debug console, and suspends the machine where SUSP is there.
+//! Boot arguments: `input` also reads bytes from the debug console, and suspends the machine where SUSP is there: its timer, an interrupt
+//! and input wake it. `suspend` does the second alone.
 
 #![no_std]
 #![no_main]
 
-use core::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
 
 use runtime::sbi::{self, Ret};
-use runtime::{Board, Failure, csr, ensure, ensure_eq, println, report, smp, uart};
+use runtime::{
+    Board, Failure, csr, csr_read, csr_set, ensure, ensure_eq, println, report, rtc, smp, time,
+    uart,
+};
 
 runtime::guest!(run);
 
@@ -27,7 +31,8 @@ static LARGE: [u8; 3 * AT_ONCE] = {
 };
 
 fn run(board: &'static Board) {
-    let input = board.bootargs.split(' ').any(|word| word == "input");
+    let asked = |wanted| board.bootargs.split(' ').any(|word| word == wanted);
+    let input = asked("input");
     let ok = report::run(
         "sbi",
         board,
@@ -47,6 +52,8 @@ fn run(board: &'static Board) {
     );
     if ok && input {
         report::run("sbi input", board, &[("console read", console_read)]);
+    }
+    if ok && (input || asked("suspend")) {
         suspend();
     }
 }
@@ -271,19 +278,90 @@ fn console_read(_: &'static Board) -> Result<(), Failure> {
     Ok(())
 }
 
-static RESUMED: AtomicBool = AtomicBool::new(false);
+/// How often the machine has been suspended, and when its timer is due.
+static ROUND: AtomicUsize = AtomicUsize::new(0);
+static DUE: AtomicU64 = AtomicU64::new(0);
 
+const ALARM_MS: u64 = 100;
+
+/// Suspends the machine four times: its timer wakes it; its timer again, while an interrupt that nobody lets through does not; an
+/// interrupt that is let through; and input.
 fn suspend() {
     if !sbi::has(sbi::SUSP) {
         return;
     }
-    println!("sbi: suspending");
-    let ret = smp::suspend_system(|| {
-        RESUMED.store(true, SeqCst);
-        println!("sbi: resumed with {:?}", uart::try_receive().map(char::from));
-        println!("PASS sbi: suspend");
-        sbi::power_off();
-    });
+    let board = Board::get();
+    let hart = board.boot_hart;
+    let timer = |ms| {
+        DUE.store(time::now() + time::ticks(ms), SeqCst);
+        csr_set!("sie", csr::SIE_TIMER);
+        time::set_timer(DUE.load(SeqCst));
+    };
+    let alarm = || {
+        rtc::write(rtc::reg::IRQ_ENABLED, 1);
+        rtc::set_alarm_ns(rtc::now_ns() + ALARM_MS * 1_000_000);
+    };
+    match ROUND.load(SeqCst) {
+        0 => timer(ALARM_MS),
+        1 => {
+            board.irqchip.init(hart);
+            board.irqchip.route(rtc::IRQ, hart);
+            alarm();
+            timer(10 * ALARM_MS);
+        }
+        2 => {
+            rtc::write(rtc::reg::CLEAR_INTERRUPT, 1);
+            board.irqchip.unmask(rtc::IRQ, hart);
+            alarm();
+            csr_set!("sie", csr::SIE_EXTERNAL);
+            DUE.store(0, SeqCst);
+        }
+        _ => println!("sbi: suspending"),
+    }
+    let ret = smp::suspend_system(resumed);
     println!("FAIL sbi: suspend: {ret:?}");
     csr::interrupts_off();
+}
+
+/// A resumed hart begins anew.
+fn resumed() {
+    let board = Board::get();
+    let late = time::now().checked_sub(DUE.load(SeqCst));
+    let round = ROUND.fetch_add(1, SeqCst);
+    let outcome = match round {
+        0 | 1 => match late {
+            Some(_) => Ok("its timer"),
+            None => Err("it woke before its timer was due"),
+        },
+        2 => interrupted(board),
+        _ => {
+            println!("sbi: resumed with {:?}", uart::try_receive().map(char::from));
+            Ok("input")
+        }
+    };
+    // What the kernel forgets when it starts a hart.
+    let open = time::wait_until(time::is_open_to_user_mode);
+    match outcome {
+        Err(why) => println!("FAIL sbi: suspend {round}: {why}"),
+        Ok(_) if !open => println!("FAIL sbi: suspend {round}: time is closed to user mode"),
+        Ok(by) => println!("PASS sbi: suspend {round}, woken by {by}"),
+    }
+    if round < 3 {
+        return suspend();
+    }
+    println!("PASS sbi: suspend");
+    sbi::power_off();
+}
+
+/// The interrupt that woke the machine is still there, to be taken.
+fn interrupted(board: &'static Board) -> Result<&'static str, &'static str> {
+    if !time::wait_until(|| csr_read!("sip") & csr::SIE_EXTERNAL != 0) {
+        return Err("no interrupt is pending");
+    }
+    if board.irqchip.claim(board.boot_hart) != rtc::IRQ {
+        return Err("another interrupt is pending");
+    }
+    rtc::write(rtc::reg::CLEAR_INTERRUPT, 1);
+    board.irqchip.complete(rtc::IRQ, board.boot_hart);
+    Ok("an interrupt")
 }

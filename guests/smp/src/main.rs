@@ -38,6 +38,7 @@ fn run(board: &'static Board) {
             ("remote fences", fences),
             ("stop", stop_all),
             ("start again", start_again),
+            ("time in user mode", user_time),
             ("all at once", counters),
         ],
     );
@@ -218,6 +219,33 @@ fn start_again(board: &'static Board) -> Result<(), Failure> {
         }
     }
     ensure_eq!(WRONG_STATE.load(SeqCst), 0, "harts with interrupts or translation on");
+    Ok(())
+}
+
+/// Firmware opens `time` to user mode before it starts a hart: the boot hart has it from the first instruction, others within moments
+/// after each start.
+fn user_time(board: &'static Board) -> Result<(), Failure> {
+    static OPEN: AtomicUsize = AtomicUsize::new(0);
+    fn job() {
+        if time::wait_until(time::is_open_to_user_mode) {
+            OPEN.fetch_or(1 << trap::hart().id, SeqCst);
+        }
+    }
+    ensure!(time::is_open_to_user_mode(), "closed on the boot hart");
+    for round in 0..3 {
+        OPEN.store(0, SeqCst);
+        for cpu in others(board) {
+            ensure_eq!(smp::start(cpu.hart, job).error, 0, "start {round} of hart {}", cpu.hart);
+        }
+        for cpu in others(board) {
+            let stopped = time::wait_until(|| sbi::hart_status(cpu.hart).value == 1);
+            ensure!(stopped, "hart {} is in state {:?}", cpu.hart, sbi::hart_status(cpu.hart));
+        }
+        let expected = all_mask(board) & !(1 << board.boot_hart);
+        ensure_eq!(OPEN.load(SeqCst), expected, "harts that it is open on after start {round}");
+        // A kernel that takes a CPU off line and on again does not do that in one breath.
+        time::pause(300);
+    }
     Ok(())
 }
 

@@ -9,7 +9,6 @@ pub(super) const OLDEST: Version = (6, 12);
 /// "Before Linux X.Y". From the kernel's own history of arch/riscv/kvm.
 pub(super) const LIMITS: &[(Version, &str)] = &[
     ((6, 14), "a guest cannot suspend itself (SBI SUSP)"),
-    ((6, 16), "a hart starts with its counters open to user mode (scounteren is 7, not 0)"),
     ((6, 17), "illegal instructions of a guest go through the host's kernel, which is slower"),
     ((6, 18), "guests get neither SBI FWFT nor the Zicbop extension"),
     (

@@ -2,11 +2,14 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::thread;
+use std::time::Duration;
 
 use super::super::exit::{Fault, SystemEvent};
-use super::super::hart::{Csr, Reg};
+use super::super::hart::{Csr, Hart, Reg};
 use super::super::record::Unrecorded;
+use super::super::restarts::{COUNTERS, Exits, Restarts};
 use super::super::stop::StopReason;
 use super::super::testing::{Event, NOWHERE, RAM, ScriptHart, Step, UART, world};
 use super::super::{Control, World, spawn_hart};
@@ -165,4 +168,76 @@ fn input_that_nobody_has_read_keeps_a_suspended_system_awake() {
     let (reason, _) = run(world, ScriptHart::new(0, [suspend, OFF]));
     assert_eq!(reason, StopReason::PowerOff);
     assert_eq!(uart.line().typed, [b'x'], "it is still there to be read");
+}
+
+const SUSPEND: Step = Step::Sbi { extension: 0x5355_5350, function: 0, args: [0; 6] };
+const STIP: u64 = 1 << 5;
+
+/// A hart that suspends the system at tick 100 with its timer set to `due`, and then powers off.
+fn suspending(sie: u64, due: u64) -> ScriptHart {
+    let sie = (Reg::Csr(Csr::Sie), sie);
+    ScriptHart::new(0, [SUSPEND, OFF]).with([sie, (Reg::Time, 100), (Reg::TimeCompare, due)])
+}
+
+#[test]
+fn the_timer_of_a_suspended_system_wakes_it() {
+    // Past, now, and in a millisecond of the ten megahertz that the world has.
+    for due in [0, 100, 10_100] {
+        let (reason, events) = run(zero(), suspending(STIP, due));
+        assert_eq!(reason, StopReason::PowerOff);
+        assert_eq!(events.iter().filter(|event| **event == Event::Entered).count(), 2);
+    }
+}
+
+#[test]
+fn a_timer_that_is_off_or_a_century_away_wakes_nobody() {
+    for (sie, due) in [(0, 0), (0, 10_100), (STIP, u64::MAX), (STIP, u64::MAX - 1)] {
+        let control = Arc::new(Control::new());
+        let hart = suspending(sie, due);
+        let diary = hart.diary();
+        control.start();
+        let thread =
+            spawn_hart(Box::new(hart), Arc::new(zero()), Arc::clone(&control), None, Unrecorded);
+        let entries = || diary.events().iter().filter(|event| **event == Event::Entered).count();
+        diary.await_event(&Event::Settled, 1);
+        drop(control.pause().expect("it sleeps"));
+        thread::sleep(Duration::from_millis(20));
+        assert_eq!(entries(), 1);
+        while entries() == 1 {
+            control.wake();
+            thread::yield_now();
+        }
+        assert_eq!(control.wait(), StopReason::PowerOff);
+        thread.unwrap().join().unwrap();
+    }
+}
+
+/// A count that moves with each look.
+struct Moving(AtomicU64);
+
+impl Exits for Moving {
+    fn count(&self) -> io::Result<u64> {
+        Ok(self.0.fetch_add(1, SeqCst))
+    }
+}
+
+#[test]
+fn a_hart_that_wakes_is_given_what_its_start_has_made_the_kernel_forget() {
+    let control = Arc::new(Control::new());
+    for opens in [false, true] {
+        let mut world = zero();
+        let exits: Vec<Box<dyn Exits>> = vec![Box::new(Moving(AtomicU64::new(0)))];
+        world.restarts = Some(Restarts::watch(exits, opens, &control).unwrap());
+        let restarts = world.restarts.as_ref().unwrap();
+        let mut hart = ScriptHart::new(0, []);
+        restarts.attend(&mut hart).unwrap();
+        assert!(hart.diary().events().is_empty(), "nobody expects a start");
+        restarts.expect(0);
+        while !hart.diary().events().contains(&Event::ExternalDriven) {
+            restarts.attend(&mut hart).unwrap();
+            thread::yield_now();
+        }
+        let expected = if opens { COUNTERS } else { 0 };
+        assert_eq!(hart.get(Reg::Csr(Csr::Scounteren)).unwrap(), expected);
+    }
 }
