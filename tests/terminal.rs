@@ -139,7 +139,8 @@ fn start(through: &[&str], mode: &str, input: impl Into<Stdio>, output: impl Int
     let words = through.iter().map(OsString::from).chain([exe.into()]).collect::<Vec<_>>();
     Command::new(&words[0])
         .args(&words[1..])
-        .args(["--exact", THIS_TEST, "--nocapture", "--quiet"])
+        // One thread: with more the test runner says on standard output, after a minute, that a test takes long.
+        .args(["--exact", THIS_TEST, "--nocapture", "--quiet", "--test-threads=1"])
         .env(ECHO, mode)
         .stdin(input)
         .stdout(output)

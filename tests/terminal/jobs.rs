@@ -119,7 +119,9 @@ impl Shell {
 fn echo(before: &str, after: &str) -> String {
     let exe = std::env::current_exe().unwrap();
     let exe = exe.to_str().unwrap();
-    format!("{ECHO}=job {before} {exe} --exact {THIS_TEST} --nocapture --quiet 2>/dev/null {after}")
+    format!(
+        "{ECHO}=job {before} {exe} --exact {THIS_TEST} --nocapture --quiet --test-threads=1 2>/dev/null {after}"
+    )
 }
 
 fn fifo(folder: &Path, name: &str) -> PathBuf {
