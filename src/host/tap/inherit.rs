@@ -94,6 +94,7 @@ mod tests {
 
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+    use rvmm_devices::testing::skip;
     use rvmm_devices::virtio::net::{HEADER, NetBackend};
     use vm_memory::{GuestAddress, GuestMemoryMmap};
 
@@ -130,9 +131,7 @@ mod tests {
             let is_made = ip("link add v0 type veth")
                 && ip("link add link v0 mv0 address 02:00:00:00:00:07 type macvtap");
             let Some(file) = is_made.then(|| open_macvtap(folder.path())).flatten() else {
-                let line = "skipped: a macvtap: there is no kernel module, or no command ip\n";
-                rustix::io::write(rustix::stdio::stderr(), line.as_bytes()).unwrap();
-                return;
+                return skip("there is no macvtap: no kernel module, or no command ip");
             };
             let (cable, _lower, _own) = (Cable::to("veth0"), Cable::to("v0"), Cable::to("mv0"));
             for _ in 0..2 {
