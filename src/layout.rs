@@ -92,9 +92,29 @@ pub fn last_source(slots: usize) -> u32 {
     fixed.chain(slot_irqs().take(slots)).max().unwrap_or(IRQ_SOURCES)
 }
 
+/// How many interrupt sources are in use in a machine with devices that interrupt in `slots` slots.
+#[must_use]
+pub fn sources_in_use(slots: usize) -> u32 {
+    let fixed = MAP.iter().filter(|row| row.irq != 0).count();
+    u32::try_from(fixed.saturating_add(slots)).unwrap_or(IRQ_SOURCES).min(IRQ_SOURCES)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_uart_and_the_clock_interrupt_in_every_machine() {
+        assert_eq!([0, 1, 28, usize::MAX].map(sources_in_use), [2, 3, 30, IRQ_SOURCES]);
+    }
+
+    /// Linux puts a source on any identity; a guest that takes its number for one has the first 31 sources.
+    #[test]
+    fn up_to_31_interrupts_no_source_has_a_number_above_31() {
+        for slots in 0..=28 {
+            assert!(sources_in_use(slots) < 31 && last_source(slots) <= 31, "{slots}");
+        }
+    }
 
     #[test]
     fn no_two_rows_overlap_and_none_reaches_ram() {

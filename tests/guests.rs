@@ -76,6 +76,49 @@ fn auto_takes_the_best_interrupt_controller_that_the_host_has() {
     passes(session, "hello");
 }
 
+/// An rvmm that has this many devices with an interrupt besides the UART and the clock.
+fn start_with_devices(irqchip: &str, count: usize) -> Session {
+    let device = ["--device", "rng"].repeat(count);
+    start("hello", irqchip, &device)
+}
+
+#[test]
+fn a_machine_has_as_many_interrupts_as_devices_whatever_controller_the_host_has() {
+    let Some(host) = host() else { return };
+    let usual = host.irqchips[0];
+    let session = start_with_devices("auto", 28);
+    session.expect(&format!(", {usual}, bootargs"));
+    passes(session, "hello");
+    let session = start_with_devices("auto", 29);
+    session.expect(&format!(", {}, bootargs", if host.loses_identities { "plic" } else { usual }));
+    passes(session, "hello");
+    if host.irqchips.contains(&"aia") {
+        for (devices, warns) in [(28, false), (29, host.loses_identities)] {
+            let mut session = start_with_devices("aia", devices);
+            session.expect(", aia, bootargs");
+            assert_eq!(session.exit_code(), 0);
+            assert_eq!(session.all_errors().contains("32 interrupts"), warns, "{devices} devices");
+        }
+    }
+}
+
+#[test]
+fn a_guest_that_waits_without_a_driver_for_the_aia_is_told_of() {
+    let Some(host) = host() else { return };
+    for irqchip in &host.irqchips {
+        let mut session = start("wfi", irqchip, &["--cpus", "2"]);
+        session.expect("wfi: 2 harts asleep\n");
+        match *irqchip {
+            "aia" => session.expect_error("use --irqchip plic"),
+            _ => String::new(),
+        };
+        session.signal(Signal::TERM);
+        assert_eq!(session.exit_code_within(STOP_LIMIT), 0);
+        let times = session.all_errors().matches("--irqchip plic").count();
+        assert_eq!(times, usize::from(*irqchip == "aia"));
+    }
+}
+
 #[test]
 fn a_forced_aia_on_a_host_without_says_why_it_cannot_be() {
     let Some(host) = host() else { return };

@@ -10,9 +10,10 @@ use kvm_bindings::{
     KVM_DEV_RISCV_AIA_ADDR_APLIC, KVM_DEV_RISCV_AIA_CONFIG_GUEST_BITS,
     KVM_DEV_RISCV_AIA_CONFIG_HART_BITS, KVM_DEV_RISCV_AIA_CONFIG_IDS,
     KVM_DEV_RISCV_AIA_CONFIG_MODE, KVM_DEV_RISCV_AIA_CONFIG_SRCS, KVM_DEV_RISCV_AIA_CTRL_INIT,
-    KVM_DEV_RISCV_AIA_GRP_ADDR, KVM_DEV_RISCV_AIA_GRP_CONFIG, KVM_DEV_RISCV_AIA_GRP_CTRL,
-    KVM_DEV_RISCV_AIA_MODE_AUTO, KVM_DEV_RISCV_AIA_MODE_EMUL, KVM_DEV_RISCV_AIA_MODE_HWACCEL,
-    KVM_DEV_RISCV_APLIC_SIZE, KVM_DEV_RISCV_IMSIC_SIZE, kvm_create_device, kvm_device_attr,
+    KVM_DEV_RISCV_AIA_GRP_ADDR, KVM_DEV_RISCV_AIA_GRP_APLIC, KVM_DEV_RISCV_AIA_GRP_CONFIG,
+    KVM_DEV_RISCV_AIA_GRP_CTRL, KVM_DEV_RISCV_AIA_MODE_AUTO, KVM_DEV_RISCV_AIA_MODE_EMUL,
+    KVM_DEV_RISCV_AIA_MODE_HWACCEL, KVM_DEV_RISCV_APLIC_SIZE, KVM_DEV_RISCV_IMSIC_SIZE,
+    kvm_create_device, kvm_device_attr,
     kvm_device_type_KVM_DEV_TYPE_RISCV_AIA as KVM_DEV_TYPE_RISCV_AIA,
 };
 use kvm_ioctls::{DeviceFd, VmFd};
@@ -26,18 +27,35 @@ use crate::machine::vm::{AiaFacts, AiaPlan, VmError};
 /// the next interrupt, so more than the machine can use only cost time.
 const MAX_IDS: u32 = 255;
 
+/// Registers of the APLIC (AIA 1.0, section 4.5): whether the domain delivers, and `sourcecfg[1]`, 0 for an inactive source.
+const APLIC_DOMAINCFG: u64 = 0;
+const APLIC_DOMAINCFG_IE: u32 = 1 << 8;
+const APLIC_SOURCECFG: u64 = 4;
+
 /// Attribute number of the first hart's IMSIC address.
 const FIRST_IMSIC: u64 = 1;
 
 /// A device made and initialised.
 pub(super) struct Aia {
-    #[cfg_attr(not(test), expect(dead_code, reason = "only tests ask the device once it is made"))]
     device: DeviceFd,
     pub(super) facts: AiaFacts,
 }
 
-/// Makes the AIA of `vm`, whose harts all exist and have not run.
+/// Makes the AIA of `vm`, whose harts all exist and have not run, and tells the user what it is.
 pub(super) fn create(vm: &VmFd, plan: &AiaPlan) -> Result<Aia, VmError> {
+    let device = make(vm, plan)?;
+    let facts = read_back(&device)?;
+    log::info!(
+        "Interrupt controller: AIA in the kernel ({}), {} sources, {} identities per IMSIC",
+        mode_name(mode(&device)?),
+        facts.sources,
+        facts.ids
+    );
+    Ok(Aia { device, facts })
+}
+
+/// The device, initialised.
+pub(super) fn make(vm: &VmFd, plan: &AiaPlan) -> Result<DeviceFd, VmError> {
     check(plan)?;
     let device = open(vm)?;
     choose_mode(&device)?;
@@ -60,15 +78,25 @@ pub(super) fn create(vm: &VmFd, plan: &AiaPlan) -> Result<Aia, VmError> {
     }
     let init = u64::from(KVM_DEV_RISCV_AIA_CTRL_INIT);
     set(&device, "the AIA up", KVM_DEV_RISCV_AIA_GRP_CTRL, init, &0_u64)?;
+    Ok(device)
+}
 
-    let facts = read_back(&device)?;
-    log::info!(
-        "Interrupt controller: AIA in the kernel ({}), {} sources, {} identities per IMSIC",
-        mode_name(mode(&device)?),
-        facts.sources,
-        facts.ids
-    );
-    Ok(Aia { device, facts })
+impl Aia {
+    /// Whether the guest has let the APLIC deliver interrupts, or configured one of its sources.
+    pub(super) fn is_set_up(&self) -> Result<bool, VmError> {
+        let register = |offset| -> Result<u32, VmError> {
+            get(&self.device, "the APLIC's registers", KVM_DEV_RISCV_AIA_GRP_APLIC, offset)
+        };
+        if register(APLIC_DOMAINCFG)? & APLIC_DOMAINCFG_IE != 0 {
+            return Ok(true);
+        }
+        for source in 1..=u64::from(self.facts.sources) {
+            if register(APLIC_SOURCECFG + 4 * (source - 1))? != 0 {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
 }
 
 /// The device, not yet initialised.
@@ -182,17 +210,29 @@ fn mode_name(mode: u32) -> &'static str {
 }
 
 fn config(device: &DeviceFd, what: &str, attr: u32) -> Result<u32, VmError> {
-    let mut value = 0_u32;
-    let mut request = kvm_device_attr {
-        flags: 0,
-        group: KVM_DEV_RISCV_AIA_GRP_CONFIG,
-        attr: attr.into(),
-        addr: (&raw mut value) as u64,
-    };
-    // SAFETY: attributes of this group are 32 bits wide, and `value` outlives the call.
+    get(device, what, KVM_DEV_RISCV_AIA_GRP_CONFIG, attr.into())
+}
+
+/// A number that attributes of a group are: of 32 bits for the configuration and the APLIC's registers, of 64 else.
+pub(super) trait Attribute: Copy + Default {}
+impl Attribute for u32 {}
+impl Attribute for u64 {}
+
+/// Reads an attribute. `T` is as wide as attributes of the group are.
+pub(super) fn get<T: Attribute>(
+    device: &DeviceFd,
+    what: &str,
+    group: u32,
+    attr: u64,
+) -> Result<T, VmError> {
+    // Wide enough for every group, should a caller ask for less than the kernel writes.
+    let mut value = [T::default(); 2];
+    let mut request = kvm_device_attr { flags: 0, group, attr, addr: (&raw mut value) as u64 };
+    // SAFETY: attributes are of 64 bits at most, and `value`, which is as long, outlives the call.
     unsafe { device.get_device_attr(&mut request) }.map_err(|e| {
         VmError::io(format!("Cannot ask the in-kernel AIA for its {what}"), e.into())
     })?;
+    let [value, _] = value;
     Ok(value)
 }
 
@@ -200,8 +240,14 @@ fn set_config(device: &DeviceFd, what: &str, attr: u32, value: u32) -> Result<()
     set(device, what, KVM_DEV_RISCV_AIA_GRP_CONFIG, attr.into(), &value)
 }
 
-/// Sets an attribute. `T` is as wide as attributes of the group are: 32 bits for the configuration, else 64.
-fn set<T>(device: &DeviceFd, what: &str, group: u32, attr: u64, value: &T) -> Result<(), VmError> {
+/// Sets an attribute. `T` is as wide as attributes of the group are.
+pub(super) fn set<T: Attribute>(
+    device: &DeviceFd,
+    what: &str,
+    group: u32,
+    attr: u64,
+    value: &T,
+) -> Result<(), VmError> {
     let addr = std::ptr::from_ref(value) as u64;
     let request = kvm_device_attr { flags: 0, group, attr, addr };
     device
@@ -218,6 +264,7 @@ mod tests {
         AiaPlan {
             harts,
             sources: 95,
+            identities: 31,
             aplic: Span { base: 0xd00_0000, size: 0x4000 },
             imsics: Span { base: 0x2800_0000, size: 0x100_0000 },
         }

@@ -113,22 +113,11 @@ impl Hart for KvmHart {
     }
 
     fn settle(&mut self) -> io::Result<()> {
-        // SAFETY: this is the hart that runs the vCPU, and it is not running.
-        if !is_open(unsafe { self.vcpu.exit_reason() }) {
-            return Ok(());
-        }
-        let flag = self.vcpu.immediate_exit();
-        // Either of the two exchanges fails where a kick has set the flag; then the flag stays for the next `enter`.
-        let _ = flag.compare_exchange(0, SETTLING, Relaxed, Relaxed);
-        let ran = self.vcpu.run();
-        let _ = flag.compare_exchange(SETTLING, 0, Relaxed, Relaxed);
-        // SAFETY: as above.
-        unsafe { self.vcpu.clear_exit_reason() };
-        match ran {
-            Err(libc::EINTR) => Ok(()),
-            Err(errno) => Err(io::Error::from_raw_os_error(errno)),
-            Ok(()) => Err(io::Error::other("KVM_RUN ran the guest in spite of immediate_exit")),
-        }
+        self.complete()?;
+        // Whoever settles may be away for long. Linux 7.1 and 7.2 load nothing of a hart that comes back to the CPU where it was last,
+        // though the CPU may have been off meanwhile; they do where a CSR was written.
+        let scratch = self.vcpu.reg(regs::SSCRATCH)?;
+        self.vcpu.set_reg(regs::SSCRATCH, scratch)
     }
 
     fn abandon(&mut self) {
@@ -158,6 +147,26 @@ impl Hart for KvmHart {
 }
 
 impl KvmHart {
+    /// Completes the last exit, if that is still to be done.
+    fn complete(&mut self) -> io::Result<()> {
+        // SAFETY: this is the hart that runs the vCPU, and it is not running.
+        if !is_open(unsafe { self.vcpu.exit_reason() }) {
+            return Ok(());
+        }
+        let flag = self.vcpu.immediate_exit();
+        // Either of the two exchanges fails where a kick has set the flag; then the flag stays for the next `enter`.
+        let _ = flag.compare_exchange(0, SETTLING, Relaxed, Relaxed);
+        let ran = self.vcpu.run();
+        let _ = flag.compare_exchange(SETTLING, 0, Relaxed, Relaxed);
+        // SAFETY: as above.
+        unsafe { self.vcpu.clear_exit_reason() };
+        match ran {
+            Err(libc::EINTR) => Ok(()),
+            Err(errno) => Err(io::Error::from_raw_os_error(errno)),
+            Ok(()) => Err(io::Error::other("KVM_RUN ran the guest in spite of immediate_exit")),
+        }
+    }
+
     /// The id of a register. Without an AIA the kernel takes any value for the AIA's CSRs, says that all is well, and keeps nothing
     /// (6.12): so the vCPU is asked whether it has the extension.
     fn place(&self, reg: Reg) -> io::Result<Option<u64>> {

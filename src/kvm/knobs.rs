@@ -5,14 +5,21 @@
 
 use std::io;
 
+use rustix::system::uname;
+
 use super::isa::{ISA_EXTENSIONS, SBI_EXTENSIONS, isa_number, near, sbi_number, with_dependents};
 use super::regs;
+use super::release::{Version, is_at_least};
 use super::vcpu::Vcpu;
 use crate::config::{CpuId, KnobChange};
 use crate::machine::vm::{CpuKnobs, VmError};
 
 /// SBI extensions that KVM leaves off and rvmm answers: the debug console and system suspend.
 const SBI_DEFAULTS: &[&str] = &["dbcn", "susp"];
+
+/// The first kernel of which it is known that it checks a guest's PMU calls soundly (`arch/riscv/kvm/vcpu_pmu.c`): before, a call with
+/// numbers that are none reaches past the counters that the guest has.
+const CHECKS_PMU_CALLS: Version = (7, 2);
 
 /// What came of the changes to the ISA. Every name is one of the table's.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -21,6 +28,13 @@ pub(super) struct Applied {
     pub(super) disabled: Vec<&'static str>,
     /// Still there, but not to be shown to the guest.
     pub(super) hidden: Vec<&'static str>,
+    /// SBI extensions that this kernel has and that are off, since a guest could do harm with them.
+    pub(super) withheld: Vec<&'static str>,
+}
+
+/// Whether an SBI extension is off unless the user asks for it, for the host's sake.
+pub(super) fn withholds(name: &str, release: &str) -> bool {
+    name == "pmu" && !is_at_least(release, CHECKS_PMU_CALLS)
 }
 
 /// Makes `vcpu` what `knobs` say; before it runs for the first time.
@@ -37,6 +51,7 @@ pub(super) fn apply(vcpu: &Vcpu, knobs: &CpuKnobs) -> Result<Applied, VmError> {
         }
     }
     apply_sbi(vcpu, &knobs.sbi)?;
+    applied.withheld = withhold(vcpu, &knobs.sbi, &uname().release().to_string_lossy())?;
     apply_id(vcpu, knobs.id)?;
     Ok(applied)
 }
@@ -98,6 +113,25 @@ fn apply_sbi(vcpu: &Vcpu, changes: &[KnobChange]) -> Result<(), VmError> {
         })?;
     }
     Ok(())
+}
+
+/// Switches off what may do harm and nobody has said anything about.
+fn withhold(
+    vcpu: &Vcpu,
+    changes: &[KnobChange],
+    release: &str,
+) -> Result<Vec<&'static str>, VmError> {
+    let mut withheld = Vec::new();
+    for name in SBI_EXTENSIONS.iter().copied().filter(|name| withholds(name, release)) {
+        let is_there = sbi_number(name).is_some_and(|number| {
+            vcpu.reg(regs::sbi_extension(number)).is_ok_and(|state| state != 0)
+        });
+        if is_there && changes.iter().all(|change| change.name != name) {
+            set_sbi(vcpu, name, false).map_err(|e| sbi_error(name, false, e))?;
+            withheld.push(name);
+        }
+    }
+    Ok(withheld)
 }
 
 /// Switches system suspend off again, where it is on.

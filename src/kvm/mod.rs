@@ -1,6 +1,6 @@
 //! KVM on RISC-V, behind the traits `Vm` and `Hart`: the only room with ioctls.
 //!
-//! [`open`] is the door. `vm` makes memory, harts, irqchip and lines; `hart` runs one vCPU and `exit` says why it came
+//! [`open`] is the door. `vm` makes memory, harts, irqchip and lines; `identities` counts the interrupts that an IMSIC can tell apart; `hart` runs one vCPU and `exit` says why it came
 //! back; `clock` tells the time and `stats` what KVM counts; `kick` gets it out of the guest; `deadline` takes back what its timer leaves in the host's CPUs; `knobs` shapes the ISA; `isa` and `regs` are the kernel's numbers; `probe` asks
 //! for a [`report`] of what the host can do.
 
@@ -9,6 +9,7 @@ mod clock;
 mod deadline;
 mod exit;
 mod hart;
+mod identities;
 mod irq;
 mod isa;
 mod kick;

@@ -7,12 +7,14 @@ use kvm_bindings::{
     KVM_CAP_SET_GUEST_DEBUG, KVM_CAP_VM_GPA_BITS,
 };
 use kvm_ioctls::VmFd;
+use rustix::system::uname;
 
 use super::isa::SBI_EXTENSIONS;
+use super::knobs::withholds;
 use super::report::{AiaOffer, HostReport, SbiOffer, SbiState};
 use super::vcpu::Vcpu;
 use super::vm::shown;
-use super::{Kvm, aia, open, regs};
+use super::{Kvm, aia, identities, open, regs};
 use crate::machine::vm::{Vm, VmError};
 use crate::vcpu::exit::Exit;
 
@@ -45,7 +47,7 @@ pub fn probe() -> Result<HostReport, VmError> {
         guest_debug: cap(fd, KVM_CAP_SET_GUEST_DEBUG).is_some(),
         irqfd: cap(fd, KVM_CAP_IRQFD).is_some(),
         ioeventfd: cap(fd, KVM_CAP_IOEVENTFD).is_some(),
-        aia: aia_offer(fd),
+        aia: aia_offer(&kvm, fd),
     })
 }
 
@@ -54,16 +56,19 @@ fn cap(fd: &VmFd, number: u32) -> Option<u32> {
     u32::try_from(fd.check_extension_raw(number.into())).ok().filter(|value| *value > 0)
 }
 
-fn aia_offer(fd: &VmFd) -> Option<AiaOffer> {
+fn aia_offer(kvm: &Kvm, fd: &VmFd) -> Option<AiaOffer> {
     cap(fd, KVM_CAP_IRQCHIP)?;
     let device = aia::open(fd).ok()?;
     let ids = aia::offered_ids(&device).ok()?;
-    Some(AiaOffer { guest_files: aia::guest_files(&device), ids })
+    let all_ids_work = identities::all_work(kvm).ok()?;
+    Some(AiaOffer { guest_files: aia::guest_files(&device), ids, all_ids_work })
 }
 
 fn sbi(vcpu: &Vcpu, v01: Option<bool>) -> Vec<SbiOffer> {
+    let release = uname().release().to_string_lossy().into_owned();
     let state = |number, name| match vcpu.reg(regs::sbi_extension(number)) {
         Ok(0) => SbiState::Off,
+        Ok(_) if withholds(name, &release) => SbiState::Withheld,
         // Kernels without it list it all the same.
         Ok(_) if name == "v01" && v01 == Some(false) => SbiState::Absent,
         Ok(_) => SbiState::On,

@@ -60,6 +60,8 @@ pub(super) const ZICBOZ_BLOCK: u64 = id(CONFIG, 5);
 pub(super) const SATP_MODE: u64 = id(CONFIG, 6);
 /// Block size of the prefetches, in bytes (Linux 6.18).
 pub(super) const ZICBOP_BLOCK: u64 = id(CONFIG, 7);
+/// `sscratch` of the guest.
+pub(super) const SSCRATCH: u64 = id(CSR, 3);
 /// Ticks of `time` per second.
 pub(super) const TIMEBASE: u64 = id(TIMER, 0);
 

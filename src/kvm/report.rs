@@ -39,6 +39,8 @@ pub struct AiaOffer {
     pub guest_files: GuestFiles,
     /// Interrupt identities of an IMSIC: 1 to this number.
     pub ids: u32,
+    /// Whether all of them work where the IMSIC is emulated; else 1 to 31 do.
+    pub all_ids_work: bool,
 }
 
 /// IMSIC guest files (AIA 1.0, section 3.2), by which interrupts reach a guest without an exit.
@@ -68,6 +70,8 @@ pub enum SbiState {
     On,
     /// A guest has it where it is switched on.
     Off,
+    /// As [`SbiState::Off`], since a guest that has it could harm this kernel.
+    Withheld,
     /// This kernel, or this host, has none.
     Absent,
 }

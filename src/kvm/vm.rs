@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use kvm_bindings::{
     KVM_CAP_IRQCHIP, KVM_CAP_MAX_VCPUS, KVM_CAP_NR_VCPUS, KVM_CAP_VM_GPA_BITS, KVM_MEM_READONLY,
-    kvm_userspace_memory_region,
+    kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, VmFd};
 use rvmm_devices::Doorbell;
@@ -16,6 +16,7 @@ use super::aia::{self, Aia};
 use super::clock;
 use super::deadline::Deadlines;
 use super::hart::KvmHart;
+use super::identities;
 use super::irq::KernelLine;
 use super::isa::names_in;
 use super::knobs::{self, Applied};
@@ -29,6 +30,9 @@ use crate::vcpu::record::Ticks;
 
 /// Words of 64 ISA extensions that are asked for at most. Kernels have two; the first that one does not have ends it.
 const ISA_WORDS: usize = 4;
+
+/// The widths that a guest-physical address can have: with Sv39x4, Sv48x4 and Sv57x4, in three, four and five levels.
+const ADDRESS_BITS: [u32; 3] = [41, 50, 59];
 
 /// riscv_flush_icache(2) (kernel, `arch/riscv/include/uapi/asm/unistd.h`: `__NR_arch_specific_syscall + 15`).
 const SYS_RISCV_FLUSH_ICACHE: libc::c_long = 244 + 15;
@@ -210,6 +214,23 @@ impl Vm for KvmVm {
         u32::try_from(bits).ok().filter(|bits| *bits > 0)
     }
 
+    fn limit_addresses(&self, end: u64) {
+        let narrow = ADDRESS_BITS.iter().find(|bits| end <= 1 << **bits);
+        let Some(bits) = narrow.filter(|bits| self.address_bits().is_some_and(|now| now > **bits))
+        else {
+            return;
+        };
+        let request = kvm_enable_cap {
+            cap: KVM_CAP_VM_GPA_BITS,
+            args: [u64::from(*bits), 0, 0, 0],
+            ..kvm_enable_cap::default()
+        };
+        // Older kernels know one width only, the widest.
+        if let Err(error) = self.fd.enable_cap(&request) {
+            log::debug!("Guest-physical addresses stay as wide as they are: {error}");
+        }
+    }
+
     fn create_irqchip(&self, choice: IrqchipChoice, plan: &AiaPlan) -> Result<Irqchip, VmError> {
         if choice == IrqchipChoice::Plic {
             return Ok(Irqchip::None);
@@ -229,6 +250,18 @@ impl Vm for KvmVm {
         if self.harts().len() != plan.harts as usize {
             return Err(VmError::new("The irqchip is made before all harts are"));
         }
+        if plan.identities > identities::ALWAYS && !identities::all_work(&super::open()?)? {
+            let (most, sure) = (plan.identities, identities::ALWAYS);
+            if choice != IrqchipChoice::Aia {
+                log::info!(
+                    "Interrupt controller: PLIC, since the machine may use {most} interrupts, and an emulated IMSIC of this kernel loses all but {sure}"
+                );
+                return Ok(Irqchip::None);
+            }
+            log::warn!(
+                "With --irqchip aia the machine may use {most} interrupts, and an emulated IMSIC of this kernel loses all but {sure}: a device may hang the guest (use --irqchip auto or plic, or Linux 7.3)"
+            );
+        }
         let aia = aia::create(&self.fd, plan)?;
         let facts = aia.facts;
         if self.aia.set(aia).is_err() {
@@ -239,6 +272,16 @@ impl Vm for KvmVm {
             knobs::without_suspend(&member.vcpu)?;
         }
         Ok(Irqchip::Aia(facts))
+    }
+
+    fn has_set_up_irqchip(&self) -> Option<bool> {
+        match self.aia.get()?.is_set_up() {
+            Ok(is_set_up) => Some(is_set_up),
+            Err(error) => {
+                log::debug!("{error}");
+                None
+            }
+        }
     }
 
     fn ring_in_kernel(&self, base: u64, doorbell: Doorbell<'_>) -> Result<(), VmError> {
@@ -292,7 +335,12 @@ pub(super) fn shown(vcpu: &Vcpu, applied: Option<&Applied>) -> Result<Vec<&'stat
 
 /// Tells the user what the ISA knobs did.
 fn report(applied: Option<&Applied>) {
-    let Some(Applied { disabled, hidden }) = applied else { return };
+    let Some(Applied { disabled, hidden, withheld }) = applied else { return };
+    for name in withheld {
+        log::info!(
+            "SBI extension {name} is off, since with it a guest could harm this kernel (--sbi +{name} has it)"
+        );
+    }
     if !disabled.is_empty() {
         log::info!("Switched off in KVM: {}", disabled.join(", "));
     }

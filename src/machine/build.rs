@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use rvmm_devices::virtio::DmaMemory;
 use rvmm_devices::virtio::balloon::BalloonControl;
-use rvmm_devices::{Bus, Host, Model, PowerRequest, PowerSwitch};
+use rvmm_devices::{Bus, Host, Model, Options, Placement, PowerRequest, PowerSwitch};
 
 use super::attach::{Attached, Hookup, attach};
 use super::firmware::{self, Stage};
@@ -70,6 +70,7 @@ impl Board {
         let ram = if is_shared { GuestRam::shared } else { GuestRam::new };
         let ram = Arc::new(ram(span, config.hugepages)?);
         let vm = host.create_vm()?;
+        vm.limit_addresses(reach(config, span));
         vm.map_memory(RAM_SLOT, RAM_BASE, ram.host_address(), config.mem)
             .map_err(|e| no_memory(config.mem, e))?;
         // The first hart made is the boot hart; the in-kernel irqchip wants all harts to exist.
@@ -146,8 +147,15 @@ fn make_post(
 }
 
 fn is_served_elsewhere(device: &str) -> bool {
-    let name = device.split(',').next().unwrap_or_default();
-    Model::find(name).is_ok_and(|model| model.shares_ram)
+    model_of(device).is_some_and(|model| model.shares_ram)
+}
+
+fn interrupts_from_a_slot(device: &str) -> bool {
+    model_of(device).is_some_and(|model| model.irqs > 0 && model.placement == Placement::Slot)
+}
+
+fn model_of(device: &str) -> Option<&'static Model> {
+    Model::find(device.split(',').next().unwrap_or_default()).ok()
 }
 
 fn make_harts(config: &VmConfig, vm: &dyn Vm) -> Result<Vec<Box<dyn Hart>>, Error> {
@@ -167,7 +175,19 @@ fn aia_plan(config: &VmConfig) -> Result<AiaPlan, Error> {
     let (aplic, imsics) = (layout::span("aplic")?, layout::span("imsics")?);
     // The kernel looks at all sources at every write to the APLIC, such as the end of each interrupt.
     let sources = layout::last_source(slots::reach(&config.devices)?);
-    Ok(AiaPlan { harts: config.cpus.count, sources, aplic, imsics })
+    let in_slots = config.devices.iter().filter(|text| interrupts_from_a_slot(text)).count();
+    // Linux gives out identities from 1 on, the first for what harts send each other; simpler guests take sources' numbers for them.
+    let identities = layout::sources_in_use(in_slots).saturating_add(1).max(sources);
+    Ok(AiaPlan { harts: config.cpus.count, sources, identities, aplic, imsics })
+}
+
+/// The first address behind everything: RAM, or a device that its user has put behind it.
+fn reach(config: &VmConfig, ram: Span) -> u64 {
+    let is_behind = |text: &String| {
+        let addr = Options::parse(text).ok().and_then(|options| options.number("addr").ok());
+        addr.flatten().is_some_and(|addr| addr >= ram.end())
+    };
+    if config.devices.iter().any(is_behind) { u64::MAX } else { ram.end() }
 }
 
 /// The state in which firmware hands over to a supervisor: a0 = hart id, a1 = device tree, and counters open to user mode. True where

@@ -54,6 +54,8 @@ pub struct AiaPlan {
     pub harts: u32,
     /// Wired interrupt sources wanted at the APLIC: 1 to this number.
     pub sources: u32,
+    /// Interrupt identities that the guest may use of one IMSIC: 1 to this number.
+    pub identities: u32,
     /// Where the APLIC's registers are.
     pub aplic: Span,
     /// Where the IMSICs are: hart `n`'s at page `n`.
@@ -136,12 +138,20 @@ pub trait Vm: Send + Sync {
         None
     }
 
+    /// Neither memory nor a device is from address `end` on: translation may be as narrow as that allows. Before memory and harts.
+    fn limit_addresses(&self, _end: u64) {}
+
     /// Makes the in-kernel interrupt controller that `choice` allows, as `plan` says, after the harts and before the
     /// first of them runs.
     ///
     /// # Errors
     /// [`IrqchipChoice::Aia`] on a host without it; the sentence says what to do.
     fn create_irqchip(&self, choice: IrqchipChoice, plan: &AiaPlan) -> Result<Irqchip, VmError>;
+
+    /// Whether the guest has set up any interrupt source of the in-kernel controller; `None` where there is no controller to look at.
+    fn has_set_up_irqchip(&self) -> Option<bool> {
+        None
+    }
 
     /// Has the kernel ring `doorbell` of the device at `base`, without an exit. A hypervisor that does not is right, too:
     /// then the write comes out as any other.

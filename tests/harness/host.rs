@@ -12,6 +12,8 @@ pub(crate) struct Host {
     pub(crate) irqchips: Vec<&'static str>,
     /// Host CPUs.
     pub(crate) cpus: usize,
+    /// Whether an emulated AIA loses interrupts above 31 of a hart here.
+    pub(crate) loses_identities: bool,
     /// Version of the host's Linux: (6, 12).
     pub(crate) linux: (u32, u32),
 }
@@ -81,10 +83,12 @@ impl Host {
         assert_eq!(report["can_run"], true, "rvmm doctor: {report:#}");
         let checks = report["checks"].as_array().expect("a list of checks");
         let aia = checks.iter().any(|check| check["topic"] == "aia" && check["status"] == "ok");
+        let loses_identities = checks.iter().any(|check| check["topic"] == "aia-identities");
         let release = rustix::system::uname().release().to_string_lossy().into_owned();
         let mut numbers = release.split(['.', '-']).map(|number| number.parse().unwrap_or(0));
         Self {
             irqchips: if aia { vec!["aia", "plic"] } else { vec!["plic"] },
+            loses_identities,
             cpus: std::thread::available_parallelism().map_or(1, usize::from),
             linux: (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)),
         }

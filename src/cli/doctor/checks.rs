@@ -3,7 +3,7 @@
 use rvmm_boot::error::Size;
 
 use super::host::{Host, Limit, Memory, Node};
-use super::kernel::{LIMITS, OLDEST};
+use super::kernel::{FAULTS, LIMITS, OLDEST};
 use super::report::Check;
 use super::virtualization;
 use crate::config::DEFAULT_MEM;
@@ -73,6 +73,16 @@ fn kernel(host: &Host) -> Vec<Check> {
         let lacking = LIMITS.iter().filter(|(since, _)| version < *since);
         checks.extend(lacking.map(|((major, minor), what)| {
             Check::note("kernel", format!("before Linux {major}.{minor}, {what}"))
+        }));
+        let met = FAULTS.iter().filter(|(since, until, _)| (*since..*until).contains(&version));
+        checks.extend(met.map(|((major, minor), until, what)| {
+            let (until_major, until_minor) = until;
+            Check::note(
+                "kernel",
+                format!(
+                    "from Linux {major}.{minor} on and before {until_major}.{until_minor}, {what}"
+                ),
+            )
         }));
     }
     checks

@@ -18,6 +18,14 @@ pub(super) const LIMITS: &[(Version, &str)] = &[
     ((7, 2), "signed loads from device registers (lb, lh, lw) are not sign-extended"),
 ];
 
+/// Faults of KVM on RISC-V that a user has to know of: the release that brought it, the one that mended it, and what it means, in words that
+/// follow "From Linux X.Y on and before A.B".
+pub(super) const FAULTS: &[(Version, Version, &str)] = &[(
+    (7, 1),
+    (7, 3),
+    "a CPU of the host that is taken offline and online again spoils the machines that have run on it: leave the CPUs as they are while machines run (one that is paused meanwhile is safe)",
+)];
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -25,5 +33,6 @@ mod tests {
     #[test]
     fn limits_stand_in_the_order_in_which_they_were_lifted() {
         assert!(LIMITS.is_sorted_by_key(|(since, _)| *since));
+        assert!(FAULTS.iter().all(|(since, until, _)| since < until));
     }
 }

@@ -57,7 +57,7 @@ fn good_kvm() -> HostReport {
         recommended_vcpus: 4,
         address_bits: Some(59),
         memory_slots: Some(32767),
-        aia: Some(AiaOffer { guest_files: GuestFiles::Used, ids: 255 }),
+        aia: Some(AiaOffer { guest_files: GuestFiles::Used, ids: 255, all_ids_work: true }),
         isa: names("i m a f d c ssaia sstc smstateen"),
         satp_mode: 10,
         timebase_hz: 10_000_000,
@@ -204,6 +204,9 @@ fn limits_of_the_kernel_are_those_of_its_release() {
     }
     assert!(debian.len() > limits("6.18.1").len());
     assert!(!limits("6.14.0").iter().any(|check| check.found.contains("SUSP")));
+    let offline = |release| limits(release).iter().any(|check| check.found.contains("offline"));
+    assert!(offline("7.1.0") && offline("7.2.13+deb14-riscv64"));
+    assert!(!offline("6.19.1") && !offline("7.0.9") && !offline("7.3.4"));
     let old = limits("6.6.1");
     assert_eq!(old[0].status, Status::Note);
     assert!(old[0].advice.as_deref().is_some_and(|advice| advice.contains("6.12")));
@@ -219,10 +222,35 @@ fn a_host_without_aia_is_told_that_the_plic_serves() {
         (GuestFiles::Absent, "no guest interrupt files"),
         (GuestFiles::Unsafe, "forgets to wake harts"),
     ] {
-        let check = line("aia", |_, kvm| kvm.aia = Some(AiaOffer { guest_files, ids: 255 }));
+        let check = line("aia", |_, kvm| {
+            kvm.aia = Some(AiaOffer { guest_files, ids: 255, all_ids_work: true })
+        });
         assert_eq!(check.status, Status::Ok);
         assert!(check.found.contains(words), "{}", check.found);
     }
+}
+
+#[test]
+fn a_host_whose_emulated_controller_loses_interrupts_says_what_machines_with_many_devices_get() {
+    let check = line("aia-identities", |_, kvm| {
+        kvm.aia = kvm.aia.map(|aia| AiaOffer { all_ids_work: false, ..aia });
+    });
+    assert_eq!(check.status, Status::Note);
+    assert!(check.found.contains("all but 31") && check.found.contains("PLIC"), "{check:?}");
+    assert!(lines("aia-identities", |_, kvm| kvm.aia = None).is_empty());
+}
+
+#[test]
+fn an_sbi_extension_that_a_guest_could_do_harm_with_is_said_to_be_off() {
+    let sbi = lines("sbi", |_, kvm| {
+        for offer in kvm.sbi.iter_mut().filter(|offer| offer.name == "pmu") {
+            offer.state = SbiState::Withheld;
+        }
+    });
+    assert!(sbi[0].found.contains("pmu(by --sbi +pmu)"), "{sbi:?}");
+    assert_eq!((sbi.len(), sbi[1].status), (2, Status::Note));
+    assert!(sbi[1].found.contains("pmu is off"), "{sbi:?}");
+    assert!(sbi[1].advice.as_deref().is_some_and(|advice| advice.contains("--sbi +pmu")));
 }
 
 #[test]

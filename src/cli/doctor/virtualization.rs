@@ -15,7 +15,9 @@ const SBI_WANTED: [(&str, &str); 6] = [
 
 /// The lines.
 pub(super) fn checks(kvm: &HostReport) -> Vec<Check> {
-    let mut checks = vec![aia(kvm), Check::ok("isa", kvm.isa.join(" ")), clock_and_mmu(kvm)];
+    let mut checks = vec![aia(kvm)];
+    checks.extend(identities(kvm));
+    checks.extend([Check::ok("isa", kvm.isa.join(" ")), clock_and_mmu(kvm)]);
     checks.push(match kvm.has_isa("sstc") {
         true => Check::ok("sstc", "guests set their timers without leaving the guest"),
         false => Check::note(
@@ -32,6 +34,12 @@ pub(super) fn checks(kvm: &HostReport) -> Vec<Check> {
     checks.push(Check::ok("sbi", sbi(kvm)));
     let lacking = SBI_WANTED.iter().filter(|(name, _)| !kvm.has_sbi(name));
     checks.extend(lacking.map(|(name, what)| Check::note("sbi", format!("no {name}: {what}"))));
+    let withheld = kvm.sbi.iter().filter(|offer| offer.state == SbiState::Withheld);
+    checks.extend(withheld.map(|offer| {
+        let name = offer.name;
+        Check::note("sbi", format!("{name} is off: with it a guest could harm this kernel"))
+            .advise(format!("use Linux 7.2 or newer, or trust the guest: --sbi +{name}"))
+    }));
     checks.push(sbi_v01(kvm));
     checks.push(match kvm.guest_debug {
         true => Check::ok("guest-debug", "breakpoints of a debugger can be set in guests"),
@@ -74,6 +82,18 @@ fn aia(kvm: &HostReport) -> Check {
     }
 }
 
+/// What machines with many devices meet.
+fn identities(kvm: &HostReport) -> Option<Check> {
+    let limit = kvm.aia.filter(|aia| !aia.all_ids_work)?.ids.min(31);
+    Some(
+        Check::note(
+            "aia-identities",
+            format!("an emulated interrupt controller of this kernel loses all but {limit} interrupts of a hart: machines with more than 28 devices get the PLIC of rvmm"),
+        )
+        .advise("nothing to do: it works; Linux 7.3 has all of them"),
+    )
+}
+
 fn clock_and_mmu(kvm: &HostReport) -> Check {
     let mmu = match kvm.satp_mode {
         8 => "Sv39",
@@ -92,7 +112,9 @@ fn sbi(kvm: &HostReport) -> String {
     let names = kvm.sbi.iter().filter_map(|offer| match offer.state {
         SbiState::On => Some(offer.name.to_owned()),
         SbiState::Off if SBI_OURS.contains(&offer.name) => Some(offer.name.to_owned()),
-        SbiState::Off => Some(format!("{}(by --sbi +{})", offer.name, offer.name)),
+        SbiState::Off | SbiState::Withheld => {
+            Some(format!("{}(by --sbi +{})", offer.name, offer.name))
+        }
         SbiState::Absent => None,
     });
     names.collect::<Vec<_>>().join(" ")

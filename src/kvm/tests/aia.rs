@@ -10,8 +10,10 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::asm::*;
 use super::*;
 use crate::config::{IrqchipChoice, KnobChange};
+use crate::kvm::identities;
 use crate::kvm::isa::sbi_number;
 use crate::kvm::regs::sbi_extension;
+use crate::kvm::report::{AiaOffer, GuestFiles};
 use crate::kvm::vm::KvmVm;
 use crate::layout::Span;
 use crate::machine::vm::{AiaFacts, AiaPlan, Irqchip};
@@ -24,6 +26,7 @@ fn plan(harts: u32) -> AiaPlan {
     AiaPlan {
         harts,
         sources: 95,
+        identities: 31,
         aplic: Span { base: APLIC.into(), size: 0x4000 },
         imsics: Span { base: IMSICS, size: 0x100_0000 },
     }
@@ -56,6 +59,57 @@ fn the_aia_is_made_as_planned_or_refused_with_the_way_out() {
             assert!(error.to_string().contains("--irqchip plic"), "{error}");
         }
         Ok(Irqchip::None) => panic!("a choice that was forced is not met"),
+    }
+}
+
+#[test]
+fn a_machine_with_more_interrupts_than_an_emulated_imsic_has_gets_a_plic_unless_it_is_told() {
+    if !host_has_aia() {
+        return skip("this host has no AIA");
+    }
+    let all_work = identities::all_work(&open().unwrap()).unwrap();
+    for (wanted, choice, has_aia) in [
+        (31, IrqchipChoice::Auto, true),
+        (32, IrqchipChoice::Auto, all_work),
+        (32, IrqchipChoice::Aia, true),
+    ] {
+        let guest = Guest::new(&[SPIN]);
+        let _hart = guest.hart(0);
+        let plan = AiaPlan { identities: wanted, ..plan(1) };
+        let irqchip = guest.vm.create_irqchip(choice, &plan).unwrap();
+        assert_eq!(irqchip != Irqchip::None, has_aia, "{wanted} {choice:?}");
+    }
+}
+
+/// In a machine that runs on guest files the guest would see the files' own enable bits, which are whole.
+#[test]
+fn identities_are_said_to_work_where_a_guest_can_enable_them() {
+    const EIE0: u32 = 0xc0;
+    if !host_has_aia() {
+        return skip("this host has no AIA");
+    }
+    let code = [&li(T0, EIE0)[..], &[csrw(SISELECT, T0)], &li(T1, 1), &[slli(T1, T1, 40)]];
+    let code = [&code.concat()[..], &[csrs(SIREG, T1), csrr(A0, SIREG)], &li(A7, 0x0900_0000)];
+    let code = [&code.concat()[..], &[ECALL]].concat();
+    let guest = Guest::new(&code);
+    let mut hart = guest.hart(0);
+    guest.vm.create_irqchip(IrqchipChoice::Aia, &plan(1)).unwrap();
+    let enabled = called(hart.as_mut(), [0; 2]).1[0];
+    let all_work = identities::all_work(&open().unwrap()).unwrap();
+    let runs_on_guest_files = matches!(
+        super::super::probe().unwrap().aia,
+        Some(AiaOffer { guest_files: GuestFiles::Used, .. })
+    );
+    assert_eq!(enabled == 1 << 40, all_work || runs_on_guest_files, "{enabled:#x}");
+}
+
+#[test]
+fn a_guest_that_touches_no_register_of_the_aplic_has_set_up_nothing() {
+    let guest = Guest::new(&[SPIN]);
+    let _hart = guest.hart(0);
+    assert_eq!(guest.vm.has_set_up_irqchip(), None);
+    if guest.vm.create_irqchip(IrqchipChoice::Auto, &plan(1)).unwrap() != Irqchip::None {
+        assert_eq!(guest.vm.has_set_up_irqchip(), Some(false));
     }
 }
 

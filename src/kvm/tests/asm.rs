@@ -19,6 +19,8 @@ pub(super) const SIE: u32 = 0x104;
 pub(super) const STVEC: u32 = 0x105;
 pub(super) const SCAUSE: u32 = 0x142;
 pub(super) const SIP: u32 = 0x144;
+pub(super) const SISELECT: u32 = 0x150;
+pub(super) const SIREG: u32 = 0x151;
 
 fn i_type(opcode: u32, funct3: u32, rd: u32, rs1: u32, imm: u32) -> u32 {
     opcode | rd << 7 | funct3 << 12 | rs1 << 15 | (imm & 0xfff) << 20
@@ -32,6 +34,11 @@ pub(super) fn lui(rd: u32, imm: u32) -> u32 {
 /// `rd` = the address of this instruction.
 pub(super) fn here(rd: u32) -> u32 {
     0x17 | rd << 7
+}
+
+/// `slli rd, rs1, shift`
+pub(super) fn slli(rd: u32, rs1: u32, shift: u32) -> u32 {
+    i_type(0x13, 1, rd, rs1, shift)
 }
 
 /// `rd = rs1 + imm`

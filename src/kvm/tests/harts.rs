@@ -428,3 +428,18 @@ fn the_thread_of_a_hart_that_ends_keeps_its_cpus_and_its_signals() {
     assert!(matches!(hart.enter().unwrap(), Exit::Interrupted));
     assert_eq!(called(hart.as_mut(), [0; 2]).0, VENDOR);
 }
+
+#[test]
+fn addresses_are_as_narrow_as_the_machine_allows_where_the_kernel_can() {
+    let vm = open().unwrap().create_vm().unwrap();
+    let widest = vm.address_bits().unwrap();
+    vm.limit_addresses(u64::MAX);
+    assert_eq!(vm.address_bits(), Some(widest));
+    vm.limit_addresses(1 << 41);
+    let bits = vm.address_bits().unwrap();
+    // Before Linux 7.1 there is one width.
+    assert!([41, widest].contains(&bits), "{bits}");
+    let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(BASE), 0x1000)]).unwrap();
+    let host = memory.get_host_address(GuestAddress(BASE)).unwrap() as u64;
+    vm.map_memory(0, (1 << 41) - 0x1000, host, 0x1000).unwrap();
+}

@@ -1,5 +1,7 @@
 //! What becomes of the knobs, and what KVM tells about a hart.
 
+use rvmm_devices::testing::skip;
+
 use super::asm::*;
 use super::*;
 use crate::config::{CpuId, KnobChange};
@@ -143,6 +145,36 @@ fn an_sbi_extension_switched_off_is_not_found_by_the_guest() {
     assert_eq!(probe(0x5352_5354, ""), 1);
     assert_eq!(probe(0x5352_5354, "-srst"), 0);
     assert_eq!(probe(0x50_4d55, "-pmu -sta"), 0);
+}
+
+#[test]
+fn the_pmu_is_off_where_the_kernel_does_not_check_its_calls_unless_it_is_asked_for() {
+    const PMU: u64 = 9;
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let withheld = super::super::knobs::withholds("pmu", &release);
+    let state = |sbi| {
+        let guest = Guest::new(&[SPIN]);
+        let vcpu = guest.raw_vcpu();
+        let applied = super::super::knobs::apply(&vcpu, &knobs("", sbi)).ok()?;
+        Some((vcpu.reg(super::super::regs::sbi_extension(PMU)).ok()?, applied.withheld))
+    };
+    // A kernel that has none for its guests refuses to be asked.
+    let Some(asked) = state("+pmu") else {
+        return skip("this host's kernel has no PMU for guests");
+    };
+    assert_eq!(asked, (1, vec![]));
+    assert_eq!(state("-pmu"), Some((0, vec![])));
+    let usual = if withheld { (0, vec!["pmu"]) } else { (1, vec![]) };
+    assert_eq!(state(""), Some(usual));
+}
+
+#[test]
+fn only_kernels_that_check_its_calls_have_the_pmu_on() {
+    for release in ["6.12.117+deb13-riscv64", "7.1.3", "next"] {
+        assert!(super::super::knobs::withholds("pmu", release), "{release}");
+    }
+    assert!(!super::super::knobs::withholds("pmu", "7.2.13+deb14-riscv64"));
+    assert!(!super::super::knobs::withholds("dbcn", "6.12.117"));
 }
 
 #[test]

@@ -16,6 +16,7 @@ fn a_report_agrees_with_the_machine_that_is_made() {
     let plan = AiaPlan {
         harts: 1,
         sources: 95,
+        identities: 31,
         aplic: Span { base: 0x0d00_0000, size: 0x4000 },
         imsics: Span { base: 0x2800_0000, size: 0x1000 },
     };
