@@ -47,6 +47,7 @@ mod sight;
 mod tests;
 mod tree;
 pub mod vm;
+mod waiting;
 
 use build::{Board, Ends};
 pub use handle::Handle;
@@ -318,6 +319,7 @@ fn live(mut board: Board, config: &VmConfig, outside: Outside<'_>) -> Result<Sto
             memory::drop_start_up();
         }
     }
+    waiting::watch(board.vm.as_ref(), &board.control);
     let reason = board.control.wait();
     for thread in threads {
         // A hart that panicked has already stopped the machine with that reason.
