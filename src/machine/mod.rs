@@ -56,6 +56,7 @@ pub use rvmm_devices::virtio::balloon::BalloonControl;
 use shared_console::SharedConsole;
 use sight::Sight;
 use vm::Hypervisor;
+use waiting::Watch;
 
 /// How long a guest may take to start until rvmm gives back what memory only that needed. Nothing depends on it but memory.
 const GUEST_START: Duration = Duration::from_secs(2);
@@ -291,6 +292,7 @@ fn live(mut board: Board, config: &VmConfig, outside: Outside<'_>) -> Result<Sto
         control.stop(StopReason::HostFailure(what));
     }));
     let io = io.spawn().map_err(|e| host_error("start the event loop", e))?;
+    let watch = Watch::new(board.vm.as_ref());
     let mut threads = Vec::new();
     let mut failed = None;
     for hart in std::mem::take(&mut board.harts) {
@@ -319,7 +321,9 @@ fn live(mut board: Board, config: &VmConfig, outside: Outside<'_>) -> Result<Sto
             memory::drop_start_up();
         }
     }
-    waiting::watch(board.vm.as_ref(), &board.control);
+    if let Some(watch) = watch {
+        watch.look_on(board.vm.as_ref(), &board.control);
+    }
     let reason = board.control.wait();
     for thread in threads {
         // A hart that panicked has already stopped the machine with that reason.

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::vm::Vm;
+use super::vm::{Counters, Vm};
 use crate::vcpu::Control;
 
 /// How often the guest is looked at.
@@ -51,27 +51,37 @@ impl Patience {
     }
 }
 
-/// Looks at the guest until it has set up interrupts, or waits without, or ends; and says so once where it waits.
-pub(super) fn watch(vm: &dyn Vm, control: &Control) {
-    if vm.has_set_up_irqchip().is_none() {
-        return;
+/// What is looked at.
+pub(super) struct Watch {
+    counters: Vec<Box<dyn Counters>>,
+}
+
+impl Watch {
+    /// A watch over a guest whose harts do not run yet: later the kernel would hand the counters out only when they come out. `None` where
+    /// there is no in-kernel controller.
+    pub(super) fn new(vm: &dyn Vm) -> Option<Self> {
+        vm.has_set_up_irqchip()?;
+        Some(Self { counters: vm.counters() })
     }
-    let counters = vm.counters();
-    let mut patience = Patience::default();
-    for _ in 0..LOOKS {
-        if control.ends_within(PERIOD) {
-            return;
-        }
-        let harts: Option<Vec<_>> = counters.iter().map(|hart| hart.read().ok()).collect();
-        let (Some(has_set_up), Some(harts)) = (vm.has_set_up_irqchip(), harts) else { return };
-        match patience.look(has_set_up, &harts) {
-            Sight::Open => {}
-            Sight::Fine => return,
-            Sight::Stuck => {
-                log::warn!(
-                    "The guest waits and has set up no interrupt of a device. If it has no driver for the AIA, as Linux before 6.10, FreeBSD and RT-Thread have none, use --irqchip plic"
-                );
+
+    /// Looks at the guest until it has set up interrupts, or waits without, or ends; and says so once where it waits.
+    pub(super) fn look_on(self, vm: &dyn Vm, control: &Control) {
+        let mut patience = Patience::default();
+        for _ in 0..LOOKS {
+            if control.ends_within(PERIOD) {
                 return;
+            }
+            let harts: Option<Vec<_>> = self.counters.iter().map(|hart| hart.read().ok()).collect();
+            let (Some(has_set_up), Some(harts)) = (vm.has_set_up_irqchip(), harts) else { return };
+            match patience.look(has_set_up, &harts) {
+                Sight::Open => {}
+                Sight::Fine => return,
+                Sight::Stuck => {
+                    log::warn!(
+                        "The guest waits and has set up no interrupt of a device. If it has no driver for the AIA, as Linux before 6.10, FreeBSD and RT-Thread have none, use --irqchip plic"
+                    );
+                    return;
+                }
             }
         }
     }
