@@ -7,7 +7,7 @@
 //! started: it is kicked, and given what it lacks. That is some milliseconds after the start, long before a kernel
 //! has come to user mode on that hart.
 //!
-//! A hart that stops and starts again faster than [`QUIET`] is not noticed.
+//! A hart that stops and starts again faster than `QUIET` is not noticed.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -84,7 +84,7 @@ struct Watch {
 
 impl Restarts {
     /// Watches harts 0, 1, ... by their counts, of which the first is the boot hart and started. `opens` where the kernel starts harts
-    /// with closed counters; otherwise only those are looked at that [`Restarts::expect`] names.
+    /// with closed counters; otherwise only those are looked at that `Restarts::expect` names.
     ///
     /// # Errors
     /// The host has no thread left.
