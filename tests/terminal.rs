@@ -12,13 +12,13 @@
 #[path = "terminal/jobs.rs"]
 mod jobs;
 
-use std::ffi::OsString;
+use std::ffi::{OsString, c_int, c_void};
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Seek, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Once};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -31,6 +31,7 @@ use rvmm::config::SerialConfig;
 use rvmm::io_loop::IoLoop;
 use rvmm::terminal::{self, StopRequest};
 use rvmm_devices::{Bus, Claim, Model, Options, Wiring};
+use vmm_sys_util::signal::register_signal_handler;
 
 /// Far more than anything here takes, so that only a hang fails.
 const LONG: Duration = Duration::from_secs(60);
@@ -133,8 +134,24 @@ fn echo(mode: &str) {
     io.stop(IoLoop::DRAIN).unwrap();
 }
 
+/// Has programs started from here find signals at their defaults that this process was started to ignore (by `nohup`, say): one
+/// with a handler is at its default behind execve(2).
+fn give_default_signals() {
+    extern "C" fn drop_it(_: c_int, _: *mut libc::siginfo_t, _: *mut c_void) {}
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap();
+    let ignored = u64::from_str_radix(mask.trim(), 16).unwrap();
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP, Signal::QUIT] {
+        if ignored & (1 << (signal.as_raw() - 1)) != 0 {
+            register_signal_handler(signal.as_raw(), drop_it).unwrap();
+        }
+    }
+}
+
 /// Starts the process that echoes, by the command `through` where there is one.
 fn start(through: &[&str], mode: &str, input: impl Into<Stdio>, output: impl Into<Stdio>) -> Child {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(give_default_signals);
     let exe = std::env::current_exe().unwrap();
     let words = through.iter().map(OsString::from).chain([exe.into()]).collect::<Vec<_>>();
     Command::new(&words[0])
