@@ -107,6 +107,9 @@ fn take_back(vcpu: &Vcpu, cpus: &[CpuSet]) -> io::Result<()> {
 /// The signal that kicks harts, blocked and pending in the calling thread.
 struct Pending {
     number: libc::c_int,
+    /// This signal alone.
+    these: libc::sigset_t,
+    /// What the thread blocked before.
     mask: libc::sigset_t,
 }
 
@@ -129,15 +132,20 @@ impl Pending {
         if blocked != 0 {
             return Err(io::Error::from_raw_os_error(blocked));
         }
-        // SAFETY: the call that succeeded has written it.
-        Ok(Self { number, mask: unsafe { mask.assume_init() } })
+        // SAFETY: the calls that succeeded have written them.
+        let (these, mask) = unsafe { (these.assume_init(), mask.assume_init()) };
+        Ok(Self { number, these, mask })
     }
 }
 
 impl Drop for Pending {
-    /// Its action, which finds no hart bound to the thread, takes the signal.
+    /// Takes the signal itself: its action would kick whatever hart is bound to the thread by now.
     fn drop(&mut self) {
-        // SAFETY: reads one set, which an earlier call wrote.
-        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.mask, ptr::null_mut()) };
+        let at_once = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: reads a set and a time, and then the set of an earlier call; nothing is asked to be written.
+        unsafe {
+            libc::sigtimedwait(&raw const self.these, ptr::null_mut(), &raw const at_once);
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.mask, ptr::null_mut());
+        }
     }
 }

@@ -231,7 +231,9 @@ fn ipis(board: &'static Board) -> Result<(), Failure> {
     const MANY: usize = 300;
     static SENT: AtomicUsize = AtomicUsize::new(0);
     static SEEN: AtomicUsize = AtomicUsize::new(0);
+    static STARTED: AtomicUsize = AtomicUsize::new(0);
     fn receive() {
+        STARTED.store(1, SeqCst);
         while SEEN.load(SeqCst) < MANY {
             set_timer(u64::MAX);
             if is_pending(csr::SIE_SOFTWARE) {
@@ -243,6 +245,8 @@ fn ipis(board: &'static Board) -> Result<(), Failure> {
     let other = board.cpus().iter().find(|cpu| cpu.hart != board.boot_hart).map(|cpu| cpu.hart);
     let Some(other) = other else { return Err(Failure::new(format_args!("one hart only"))) };
     ensure_eq!(smp::start(other, receive).error, 0, "start of hart {other}");
+    // A hart that has been started is reset when its thread gets to it, and KVM forgets what was sent to it until then.
+    ensure!(time::wait_until(|| STARTED.load(SeqCst) == 1), "hart {other} does not start");
     for count in 1..=MANY {
         SENT.store(count, SeqCst);
         ensure_eq!(sbi::send_ipi(1, other).error, 0, "IPI {count}");
