@@ -290,6 +290,8 @@ fn suspend() {
     if !sbi::has(sbi::SUSP) {
         return;
     }
+    // What comes before the machine sleeps is to stay pending.
+    csr::interrupts_off();
     let board = Board::get();
     let hart = board.boot_hart;
     let timer = |ms| {
