@@ -11,7 +11,7 @@ use crate::memory::{GuestRam, PAGE, Rom};
 use crate::vcpu::Control;
 use crate::vcpu::exit::Exit;
 use crate::vcpu::firmware::patches::{self, Patches, Wanted};
-use crate::vcpu::firmware::sites::Site;
+use crate::vcpu::firmware::sites::{Number, Site};
 use crate::vcpu::firmware::timer::UserTimer;
 use crate::vcpu::firmware::{Firmware, shim, sites};
 use crate::vcpu::hart::{Csr, Hart, Reg};
@@ -92,7 +92,18 @@ fn plant(stage: &Stage<'_>, code: &[Code]) -> Result<Patches, Error> {
     };
     let timer = stage.config.timer == TimerChoice::User;
     let found = search(stage, code, Wanted { v01: may_patch, timer })?;
-    let needs_v01 = found.iter().any(|call| call.site.number.may_be(sites::is_v01));
+    // One call whose number is in the code for all to see: a number that is moved into a7 may be any, and is no reason to start patching.
+    let is_sure =
+        |call: &Call| matches!(call.site.number, Number::Constant(number) if sites::is_v01(number));
+    let needs_v01 = found.iter().any(is_sure);
+    if choice == SbiV01::Auto
+        && !needs_v01
+        && found.iter().any(|call| call.site.number.may_be(sites::is_v01))
+    {
+        log::info!(
+            "The guest has a function for calls whose number it is given: where they are of SBI 0.1, --sbi-v01 patch answers them"
+        );
+    }
     let v01 = match choice {
         SbiV01::Auto => may_patch && needs_v01 && !kernel_has_v01(stage.host)?,
         _ => may_patch,

@@ -167,8 +167,10 @@ impl Patches {
                 return Ok(Met::Restored);
             }
             None if !self.is_copy(ram, satp, pc) => return Ok(Met::Strange),
-            // A kernel that has copied itself makes the calls that it is there for; anything else may be a breakpoint of its own.
-            None if !is_user && !self.wanted.has(number) => return Ok(Met::Strange),
+            // A supervisor that has copied itself makes all its calls there; what is no call's number may be a breakpoint of its own.
+            None if !is_user && !self.wanted.has(number) && !sites::is_sbi(number) => {
+                return Ok(Met::Strange);
+            }
             None => copy,
         };
         let (met, patch) = self.judge(patch, is_user, number);

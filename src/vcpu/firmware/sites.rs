@@ -70,6 +70,17 @@ pub fn is_v01(number: u64) -> bool {
     number <= v01::SHUTDOWN
 }
 
+/// Whether the number can be an extension's (SBI 3.0, chapters 3 to 19): the old calls, the base, those of vendors and of firmware, and names
+/// in letters.
+#[must_use]
+pub fn is_sbi(number: u64) -> bool {
+    let letters = number.to_be_bytes().into_iter().skip_while(|byte| *byte == 0);
+    number <= 0x10
+        || (0x0800_0000..0x0b00_0000).contains(&number)
+        || (0x4141..=0x7a7a_7a7a).contains(&number)
+            && letters.into_iter().all(|byte| byte.is_ascii_alphanumeric())
+}
+
 /// Whether a call of this number sets the timer.
 #[must_use]
 pub fn is_set_timer(number: u64) -> bool {
@@ -244,6 +255,16 @@ mod tests {
     const C_LI_A7_8: u32 = 0x48a1;
     const NOP: u32 = 0x0000_0013;
     const C_NOP: u32 = 0x0001;
+
+    #[test]
+    fn extensions_are_known_by_their_numbers() {
+        for number in [0, 8, 0x10, 0x73_5049, 0x5449_4d45, 0x4442_434e, 0x53_5441, 0x0a00_0000] {
+            assert!(is_sbi(number), "{number:#x}");
+        }
+        for number in [0x11, 93, 220, 0x4100, 0x8000_0000, 0x1_5449_4d45, u64::MAX] {
+            assert!(!is_sbi(number), "{number:#x}");
+        }
+    }
 
     #[test]
     fn the_number_may_be_loaded_in_either_length_and_some_way_before() {

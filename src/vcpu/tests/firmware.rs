@@ -223,6 +223,12 @@ fn a_kernel_that_has_copied_itself_keeps_its_calls() {
     world.ram.write(copy - 4, &code).unwrap();
     let shutdown = step(&mut at(copy, &[0, 0, 0, 0, 0, 0, 0, 8]), &world);
     assert_eq!(shutdown, Some(StopReason::PowerOff));
+    // Its other calls go to the host's kernel from there, too: U-Boot's first one behind its relocation is the base extension's.
+    let (world, _) = planted();
+    world.ram.write(copy - 4, &code).unwrap();
+    let mut hart = at(copy, &[0, 0, 0, 0, 0, 0, 0, 0x10]).with([(Reg::Csr(Csr::Stvec), VECTOR)]);
+    assert_eq!(step(&mut hart, &world), None);
+    assert_eq!((reg(&hart, Reg::X(17)), reg(&hart, Reg::Pc)), (0x10, shim::ERRAND));
     // With another number in a7 it is a breakpoint of its own that only looks like one.
     let (world, _) = planted();
     world.ram.write(copy - 4, &code).unwrap();
