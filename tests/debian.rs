@@ -44,6 +44,7 @@ fn debians_u_boot_reaches_its_prompt_and_starts_debian_by_its_menu() {
         session.expect("Password: ");
         session.send("rvmm\n");
         session.expect(":~#");
+        assert_eq!(session.ask("systemd-detect-virt"), "kvm\n");
         let checked = session.ask("rvmm-check");
         assert!(checked.ends_with("check: passed\n"), "{checked}");
         session.send("systemctl poweroff\n");
