@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use rvmm_boot::BootError;
 
-use crate::machine::vm::VmError;
+use crate::machine::hypervisor::VmError;
 
 /// Why a machine could not be built or could not go on. `Display` is one line; the sources are chained.
 #[derive(Debug, thiserror::Error)]

@@ -28,8 +28,8 @@ mod watch;
 
 pub use running::IoThread;
 use running::{Failure, Shared};
-pub use watch::Visited;
-use watch::{Came, Meaning, Visits, Watch};
+pub use watch::EventSource;
+use watch::{Meaning, ReadyEvent, Watch, WatchedSource};
 
 /// Events taken from the kernel at once.
 const BATCH: usize = 32;
@@ -45,12 +45,12 @@ struct Listed {
 pub struct IoLoop {
     bus: Arc<Bus>,
     manager: EventManager<Watch>,
-    came: Arc<Mutex<Vec<Came>>>,
+    ready: Arc<Mutex<Vec<ReadyEvent>>>,
     /// By the index of the device.
     listed: Vec<Vec<Listed>>,
     signals: Option<(Signals, StopRequest)>,
     button: Option<Arc<Button>>,
-    visits: Option<Visits>,
+    external: Option<WatchedSource>,
     failed: Option<OnFailure>,
     shared: Arc<Shared>,
 }
@@ -75,11 +75,11 @@ impl IoLoop {
         let mut new = Self {
             bus,
             manager,
-            came: Arc::default(),
+            ready: Arc::default(),
             listed,
             signals: None,
             button: None,
-            visits: None,
+            external: None,
             failed: None,
             shared,
         };
@@ -124,19 +124,19 @@ impl IoLoop {
     /// # Errors
     /// What epoll says.
     pub fn watch_button(&mut self, button: Arc<Button>) -> io::Result<()> {
-        self.watch(Meaning::Grace, button.as_raw_fd(), Interest::Read)?;
+        self.watch(Meaning::ShutdownTimeout, button.as_raw_fd(), Interest::Read)?;
         self.button = Some(button);
         Ok(())
     }
 
-    /// Calls `visited` when somebody comes.
+    /// Calls `source` when somebody comes.
     ///
     /// # Errors
     /// What epoll says.
-    pub fn watch_visits(&mut self, visited: Arc<dyn Visited>) -> io::Result<()> {
-        let fd = visited.attention();
-        let id = self.watch(Meaning::Visit, fd, Interest::Read)?;
-        self.visits = Some(Visits { visited, fd, id });
+    pub fn watch_external(&mut self, source: Arc<dyn EventSource>) -> io::Result<()> {
+        let fd = source.fd();
+        let id = self.watch(Meaning::External, fd, Interest::Read)?;
+        self.external = Some(WatchedSource { source, fd, id });
         Ok(())
     }
 
@@ -167,9 +167,9 @@ impl IoLoop {
             }
             let Some(timeout_ms) = self.timeout_ms() else { return Ok(()) };
             self.manager.run_with_timeout(timeout_ms)?;
-            let mut came = self.came.lock().unwrap_or_else(PoisonError::into_inner);
-            let batch = std::mem::take(&mut *came);
-            drop(came);
+            let mut ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
+            let batch = std::mem::take(&mut *ready);
+            drop(ready);
             for (meaning, only_hang_up) in batch {
                 self.serve(meaning, only_hang_up);
             }
@@ -199,8 +199,8 @@ impl IoLoop {
                 let _ = self.shared.wake.read();
             }
             Meaning::Signal => self.serve_signals(),
-            Meaning::Grace => self.end_grace(),
-            Meaning::Visit => self.serve_visits(),
+            Meaning::ShutdownTimeout => self.end_grace(),
+            Meaning::External => self.serve_visits(),
             Meaning::Device { index, source } => {
                 let is_listed = |listed: &Listed| listed.source == source && listed.id.is_some();
                 // An earlier event of the same batch may have changed the device's mind.
@@ -250,14 +250,14 @@ impl IoLoop {
     }
 
     fn serve_visits(&mut self) {
-        let Some(Visits { visited, fd, .. }) = &self.visits else { return };
-        visited.attend();
-        if visited.attention() == *fd {
+        let Some(WatchedSource { source, fd, .. }) = &self.external else { return };
+        source.ready();
+        if source.fd() == *fd {
             return;
         }
-        let Some(Visits { visited, id, .. }) = self.visits.take() else { return };
+        let Some(WatchedSource { source, id, .. }) = self.external.take() else { return };
         self.unwatch(Some(id));
-        if let Err(error) = self.watch_visits(visited) {
+        if let Err(error) = self.watch_external(source) {
             warn!("Nobody can look at this machine any more: {error}");
         }
     }
@@ -323,7 +323,7 @@ impl IoLoop {
         fd: RawFd,
         interest: Interest,
     ) -> event_manager::Result<SubscriberId> {
-        let id = self.manager.add_subscriber(Watch { meaning, came: Arc::clone(&self.came) });
+        let id = self.manager.add_subscriber(Watch { meaning, ready: Arc::clone(&self.ready) });
         let events = match interest {
             Interest::Read => EventSet::IN,
             Interest::Write => EventSet::OUT,

@@ -23,9 +23,9 @@ use log::{LevelFilter, Log, Metadata, Record};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, connect, socket};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rvmm::config::SerialConfig;
+use rvmm::inspect::{Inspectable, InspectionServer, Query, Reply, Stat};
 use rvmm::io_loop::IoLoop;
 use rvmm::terminal;
-use rvmm::trace::live::{Answer, Question, Reception, Stat, Subject};
 use rvmm_devices::{Bus, ConsoleBackend, Port};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -96,9 +96,9 @@ impl Caller {
 
 struct Empty;
 
-impl Subject for Empty {
-    fn answer(&self, _: Question) -> Answer {
-        Answer::Stat(Stat::default())
+impl Inspectable for Empty {
+    fn answer(&self, _: Query) -> Reply {
+        Reply::Stat(Stat::default())
     }
 }
 
@@ -107,30 +107,30 @@ fn a_visitor_who_comes_while_the_host_has_no_descriptors_is_let_in_when_it_has()
     let _turn = alone();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("web-1.sock");
-    let reception = Reception::open(&path, Arc::new(Empty)).unwrap();
+    let reception = InspectionServer::open(&path, Arc::new(Empty)).unwrap();
     let mut io = IoLoop::new(Arc::new(Bus::new(Vec::new()).unwrap())).unwrap();
-    io.watch_visits(Arc::new(reception)).unwrap();
+    io.watch_external(Arc::new(reception)).unwrap();
     let io = io.spawn().unwrap();
     // Kept: the descriptor of one who leaves is free at a moment that nobody knows.
-    let mut visitors = Vec::new();
+    let mut clients = Vec::new();
     for round in 1..=2 {
         let caller = Caller::new();
         let hoard = Hoard::new();
         let before = io.turns();
         let began = Instant::now();
-        let mut visitor = caller.call(&path);
+        let mut client = caller.call(&path);
         while io.turns() < before + 3 {
             thread::sleep(Duration::from_millis(1));
         }
-        // The first turn finds the visitor, and each one after that a second that is over: nobody spins.
+        // The first turn finds the client, and each one after that a second that is over: nobody spins.
         assert!(began.elapsed() >= Duration::from_secs(1), "{:?}", began.elapsed());
         assert_eq!(COMPLAINTS.load(SeqCst), round, "one line for each trouble");
         drop(hoard);
-        visitor.write_all(b"stat\n").unwrap();
+        client.write_all(b"stat\n").unwrap();
         let mut answer = String::new();
-        BufReader::new(&visitor).read_line(&mut answer).unwrap();
+        BufReader::new(&client).read_line(&mut answer).unwrap();
         assert!(answer.starts_with("{\"stat\""), "{answer}");
-        visitors.push(visitor);
+        clients.push(client);
     }
     io.stop(Duration::ZERO).unwrap();
 }

@@ -229,7 +229,7 @@ impl Link {
         self.write_out();
         let read = self.read_in(buffer);
         // The loop asks for the sources after this: it need not be told.
-        self.announced = self.wishes();
+        self.announced = self.wanted_lines();
         buffer.get(..read).unwrap_or_default()
     }
 
@@ -304,15 +304,15 @@ impl Link {
         self.queue.clear();
     }
 
-    fn wishes(&self) -> (bool, bool) {
+    fn wanted_lines(&self) -> (bool, bool) {
         (self.input_wanted && !self.input_ended, self.blocked)
     }
 
     /// Wakes the I/O thread if what it has to watch has changed.
     fn announce(&mut self) {
-        let wishes = self.wishes();
-        if self.announced != wishes {
-            self.announced = wishes;
+        let wanted_lines = self.wanted_lines();
+        if self.announced != wanted_lines {
+            self.announced = wanted_lines;
             // Fails only if the counter is full, and then the thread has been woken.
             drop(self.kick.write(1));
         }

@@ -16,7 +16,7 @@ use proptest::prelude::*;
 use rvmm_devices::testing::{MemoryHost, told, turn};
 use rvmm_devices::virtio::net::testing::MemoryNet;
 use rvmm_devices::virtio::net::{
-    Counters, HEADER, MAX_FRAME, Net, NetBackend, NetworkEnd, Offloads, Rates, Settings, bit,
+    Counters, HEADER, MAX_FRAME, Net, NetBackend, NetSettings, NetworkEnd, Offloads, Rates, bit,
 };
 use rvmm_devices::virtio::testing::{Buffer, NEXT, Rig};
 use rvmm_devices::virtio::{VirtioDevice, feature};
@@ -51,9 +51,9 @@ struct Test {
     counters: Arc<Counters>,
 }
 
-fn test_with(settings: &Settings, features: u64) -> Test {
+fn test_with(settings: &NetSettings, features: u64) -> Test {
     let net = MemoryNet::new().unwrap();
-    let settings = Settings { mac: settings.mac.or(Some(MAC)), ..settings.clone() };
+    let settings = NetSettings { mac: settings.mac.or(Some(MAC)), ..settings.clone() };
     let device = Net::new(Box::new(net.clone()), &settings).unwrap();
     let counters = device.counters();
     let mut rig = Rig::new(Box::new(device));
@@ -62,7 +62,7 @@ fn test_with(settings: &Settings, features: u64) -> Test {
 }
 
 fn test(features: u64) -> Test {
-    test_with(&Settings::default(), features)
+    test_with(&NetSettings::default(), features)
 }
 
 #[test]
@@ -73,7 +73,7 @@ fn a_card_has_the_address_that_its_other_end_needs() {
         if let Some(end) = end {
             net.set_address(end);
         }
-        let settings = Settings { mac, ..Settings::default() };
+        let settings = NetSettings { mac, ..NetSettings::default() };
         let mut address = [0; 6];
         let lines = told(|| {
             let device = Net::new(Box::new(net), &settings).unwrap();
@@ -261,7 +261,7 @@ fn a_frame_of_four_gibibytes_or_of_no_memory_comes_back() {
 
 #[test]
 fn a_pinned_device_sends_under_its_own_address_only() {
-    let settings = Settings { pin: true, ..Settings::default() };
+    let settings = NetSettings { pin: true, ..NetSettings::default() };
     let mut test = test_with(&settings, PLAIN);
     test.send(&NO_HEADER, &frame(60));
     let mut other = frame(60);
@@ -610,7 +610,7 @@ fn commands_are_answered_and_those_that_are_none_with_an_error() {
 
 #[test]
 fn the_configuration_is_the_address_the_link_and_the_mtu() {
-    let settings = Settings { mtu: Some(9000), ..Settings::default() };
+    let settings = NetSettings { mtu: Some(9000), ..NetSettings::default() };
     let mut test = test_with(&settings, PLAIN);
     assert_eq!(test.rig.offered() & bit::MTU, bit::MTU);
     let mut config = [0; 12];
@@ -624,7 +624,7 @@ fn the_configuration_is_the_address_the_link_and_the_mtu() {
 
 #[test]
 fn frames_beyond_the_mtu_do_not_reach_the_guest_unless_to_be_cut() {
-    let settings = Settings { mtu: Some(1000), ..Settings::default() };
+    let settings = NetSettings { mtu: Some(1000), ..NetSettings::default() };
     let mut test = test_with(&settings, LINUX);
     for _ in 0..3 {
         test.rig.add(RX, &[Buffer::Write(20_000)]);
@@ -664,7 +664,7 @@ fn a_cable_that_is_pulled_and_put_in_again_is_told_of() {
         assert_eq!(turn(test.rig.device.as_mut(), 0).unwrap(), 0, "the loop sleeps");
     }
     test.net.set_link(false);
-    let device = Net::new(Box::new(test.net.clone()), &Settings::default()).unwrap();
+    let device = Net::new(Box::new(test.net.clone()), &NetSettings::default()).unwrap();
     assert_eq!(device.config()[6], 0, "a new device finds it as it is");
 }
 
@@ -734,7 +734,7 @@ fn rates(bps: u64, pps: u64) -> Rates {
 
 #[test]
 fn a_limit_holds_frames_of_the_guest_back_until_its_time() {
-    let settings = Settings { tx: rates(100_000, 0), ..Settings::default() };
+    let settings = NetSettings { tx: rates(100_000, 0), ..NetSettings::default() };
     let mut test = test_with(&settings, LINUX);
     let bytes = [&segment()[..], &frame(60_000)].concat();
     for _ in 0..3 {
@@ -753,7 +753,7 @@ fn a_limit_holds_frames_of_the_guest_back_until_its_time() {
 
 #[test]
 fn a_limit_holds_frames_of_the_network_back_without_losing_one() {
-    let settings = Settings { rx: rates(0, 2), ..Settings::default() };
+    let settings = NetSettings { rx: rates(0, 2), ..NetSettings::default() };
     let mut test = test_with(&settings, LINUX);
     for _ in 0..8 {
         test.rig.add(RX, &[Buffer::Write(2000)]);
@@ -770,7 +770,7 @@ fn a_limit_holds_frames_of_the_network_back_without_losing_one() {
 
 #[test]
 fn frames_without_sense_are_limited_like_others() {
-    let settings = Settings { tx: rates(1_000_000, 4), ..Settings::default() };
+    let settings = NetSettings { tx: rates(1_000_000, 4), ..NetSettings::default() };
     let mut test = test_with(&settings, LINUX);
     for _ in 0..16 {
         test.rig.add(TX, &[Buffer::Read(b"x")]);
@@ -831,13 +831,13 @@ fn options_become_the_other_end_and_what_a_driver_sees() {
 #[test]
 fn a_device_that_was_not_started_watches_nothing_of_the_network() {
     let net = MemoryNet::new().unwrap();
-    let device = Net::new(Box::new(net.clone()), &Settings::default()).unwrap();
+    let device = Net::new(Box::new(net.clone()), &NetSettings::default()).unwrap();
     net.arrive(NO_HEADER, &frame(60));
     assert!(device.sources().iter().all(|source| source.token != 0));
 }
 
 /// A device with so many pairs of queues, and the ends of them.
-fn several(pairs: usize, settings: &Settings, features: u64) -> (Rig, Vec<MemoryNet>) {
+fn several(pairs: usize, settings: &NetSettings, features: u64) -> (Rig, Vec<MemoryNet>) {
     let nets: Vec<MemoryNet> = (0..pairs).map(|_| MemoryNet::new().unwrap()).collect();
     let end = |net: &MemoryNet| Box::new(net.clone()) as Box<dyn NetBackend>;
     let device = Net::with_queues(nets.iter().map(end).collect(), settings).unwrap();
@@ -858,7 +858,7 @@ fn in_use(nets: &[MemoryNet]) -> Vec<bool> {
 
 #[test]
 fn a_driver_says_how_many_pairs_of_queues_it_uses() {
-    let (mut rig, nets) = several(4, &Settings::default(), LINUX | bit::MQ);
+    let (mut rig, nets) = several(4, &NetSettings::default(), LINUX | bit::MQ);
     assert_eq!(rig.offered() & bit::MQ, bit::MQ);
     assert_eq!(rig.read(0x108) & 0xffff, 4, "max_virtqueue_pairs");
     assert_eq!(in_use(&nets), [true, false, false, false]);
@@ -889,7 +889,7 @@ fn a_driver_says_how_many_pairs_of_queues_it_uses() {
 
 #[test]
 fn a_driver_that_knows_one_pair_finds_the_commands_behind_it() {
-    let (mut rig, nets) = several(3, &Settings::default(), LINUX);
+    let (mut rig, nets) = several(3, &NetSettings::default(), LINUX);
     assert_eq!(rig.ask(CTRL, &[Buffer::Read(&[0, 0, 1]), Buffer::Write(1)]).unwrap(), [0]);
     assert_eq!(use_pairs(&mut rig, CTRL, 2), [1], "it was not negotiated");
     assert_eq!(in_use(&nets), [true, false, false]);
@@ -898,7 +898,7 @@ fn a_driver_that_knows_one_pair_finds_the_commands_behind_it() {
 
 #[test]
 fn a_host_that_keeps_its_queues_as_they_are_is_believed() {
-    let (mut rig, nets) = several(3, &Settings::default(), LINUX | bit::MQ);
+    let (mut rig, nets) = several(3, &NetSettings::default(), LINUX | bit::MQ);
     nets[2].fail(Some(ErrorKind::PermissionDenied));
     assert_eq!(use_pairs(&mut rig, 6, 3), [1]);
     assert_eq!(in_use(&nets), [true, false, false]);
@@ -909,7 +909,7 @@ fn a_host_that_keeps_its_queues_as_they_are_is_believed() {
 
 #[test]
 fn a_limit_is_that_of_all_pairs_together() {
-    let settings = Settings { tx: rates(1_000_000, 4), ..Settings::default() };
+    let settings = NetSettings { tx: rates(1_000_000, 4), ..NetSettings::default() };
     let (mut rig, nets) = several(2, &settings, LINUX | bit::MQ);
     assert_eq!(use_pairs(&mut rig, 4, 2), [0]);
     let bytes = [&NO_HEADER[..], &frame(60)].concat();
@@ -937,7 +937,7 @@ proptest! {
         steps in prop::collection::vec((0_u8..5, 0_u32..8, 0_u16..5, 0_usize..3000), 1..24),
     ) {
         let features = if takes_mq { LINUX | bit::MQ } else { LINUX };
-        let (mut rig, nets) = several(3, &Settings::default(), features);
+        let (mut rig, nets) = several(3, &NetSettings::default(), features);
         for (what, queue, pairs, len) in &steps {
             let queue = queue % 7;
             match what {

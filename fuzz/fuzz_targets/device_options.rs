@@ -3,4 +3,4 @@
 
 use rvmm_fuzz::play;
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| play::chips::options(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| scenario::chips::options(bytes));

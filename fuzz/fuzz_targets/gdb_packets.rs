@@ -1,6 +1,6 @@
 //! Fuzzes what a debugger sends.
 #![no_main]
 
-use rvmm::played;
+use rvmm::fuzzing;
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| played::gdb_packets(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| fuzzing::gdb_packets(bytes));

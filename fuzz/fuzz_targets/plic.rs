@@ -3,4 +3,4 @@
 
 use rvmm_fuzz::play;
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| play::chips::plic(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| scenario::chips::plic(bytes));

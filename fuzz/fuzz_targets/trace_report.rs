@@ -1,6 +1,6 @@
 //! Fuzzes trace files, and those of rvmm's own writer.
 #![no_main]
 
-use rvmm::played;
+use rvmm::fuzzing;
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| played::trace_report(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| fuzzing::trace_report(bytes));

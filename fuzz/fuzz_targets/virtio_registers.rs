@@ -3,4 +3,4 @@
 
 use rvmm_fuzz::play;
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| play::registers(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| scenario::registers(bytes));

@@ -3,4 +3,4 @@
 
 use rvmm_fuzz::play;
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| play::virtio(play::kind::Kind::Vsock, bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| scenario::virtio(scenario::kind::Kind::Vsock, bytes));

@@ -12,5 +12,5 @@
 
 #[path = "../../boot/tests/opened/mod.rs"]
 pub mod opened;
-#[path = "../../devices/tests/hostile/play/mod.rs"]
-pub mod play;
+#[path = "../../devices/tests/hostile/scenario/mod.rs"]
+pub mod scenario;

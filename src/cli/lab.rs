@@ -8,7 +8,7 @@ use super::{logging, output};
 use crate::error::{EXIT_GUEST, EXIT_OK, EXIT_USAGE, Error};
 use crate::host::{write_file, write_padded};
 use crate::labs::steps::Step;
-use crate::labs::{self, LABS, Lab, Outcome, Variant, Wishes};
+use crate::labs::{self, LABS, Lab, LabOptions, Outcome, Variant};
 
 /// Every lab, for `--list`.
 pub(super) fn list() -> String {
@@ -45,7 +45,7 @@ pub(super) fn run(args: LabArgs, level: log::LevelFilter) -> u8 {
     if args.picture {
         return picture(&plan);
     }
-    let wishes = Wishes {
+    let options = LabOptions {
         payload: args.payload,
         kernel: args.kernel,
         explain: args.explain,
@@ -61,7 +61,7 @@ pub(super) fn run(args: LabArgs, level: log::LevelFilter) -> u8 {
             let steps = numbered(labs::steps::steps(lab, variant));
             worst = worst.max(output::show(&format!("{}\n\n{steps}\n", lab.story)));
         }
-        worst = worst.max(one(lab, variant, &wishes, args.check));
+        worst = worst.max(one(lab, variant, &options, args.check));
     }
     worst
 }
@@ -93,10 +93,10 @@ fn numbered(steps: &[Step]) -> String {
     text
 }
 
-fn one(lab: &Lab, variant: &Variant, wishes: &Wishes, is_check: bool) -> u8 {
+fn one(lab: &Lab, variant: &Variant, options: &LabOptions, is_check: bool) -> u8 {
     let name = format!("{}{}", lab.name, shown(lab, variant));
     let stdout = output::Stdout::default();
-    let outcome = labs::run(lab, variant, wishes, Box::new(stdout.clone()));
+    let outcome = labs::run(lab, variant, options, Box::new(stdout.clone()));
     let code = match outcome {
         Ok(Outcome::Passed) if is_check => output::show(&format!("lab {name}: passed\n")),
         Ok(Outcome::Passed) => EXIT_OK,

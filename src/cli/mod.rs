@@ -23,15 +23,15 @@ use log::LevelFilter;
 
 use crate::config::ValidConfig;
 use crate::error::{EXIT_OK, EXIT_USAGE};
+use crate::inspect::Query;
 use crate::trace;
-use crate::trace::live::Question;
 
 mod catalog;
 mod choice;
 mod command;
 mod doctor;
+mod inspect;
 mod lab;
-mod live;
 mod logging;
 mod manual;
 mod output;
@@ -59,9 +59,9 @@ enum Task {
     /// Make the report `output` of the trace `file`.
     Report { file: PathBuf, output: PathBuf },
     /// Ask a running machine once.
-    Ask(live::Request),
+    Ask(inspect::Request),
     /// Show a running machine.
-    Watch(live::Request),
+    Watch(inspect::Request),
     /// Print a text: help, version, the catalog, the manual page, a completion script.
     Show(String),
 }
@@ -83,8 +83,8 @@ pub fn main(args: impl Iterator<Item = OsString>) -> u8 {
             }
         },
         Ok(Task::Report { file, output }) => report(&file, &output),
-        Ok(Task::Ask(request)) => live::ask(&request),
-        Ok(Task::Watch(request)) => live::watch(&request),
+        Ok(Task::Ask(request)) => inspect::ask(&request),
+        Ok(Task::Watch(request)) => inspect::watch(&request),
         Ok(Task::Show(text)) => output::show(&text),
         Err(mistake) => {
             output::complain(&mistake);
@@ -115,18 +115,18 @@ fn task(args: impl Iterator<Item = OsString>, env_level: Option<OsString>) -> Re
         Some(Verb::Trace { verb: TraceVerb::Report { file, output } }) => {
             Ok(Task::Report { file, output })
         }
-        Some(Verb::Stat { machine }) => Ok(Task::Watch(request(Question::Stat, machine))),
-        Some(Verb::Regs { machine }) => Ok(Task::Ask(request(Question::Registers, machine))),
+        Some(Verb::Stat { machine }) => Ok(Task::Watch(request(Query::Stat, machine))),
+        Some(Verb::Regs { machine }) => Ok(Task::Ask(request(Query::Registers, machine))),
         Some(Verb::Walk { address, hart, machine }) => {
-            Ok(Task::Ask(request(Question::Walk { address, hart }, machine)))
+            Ok(Task::Ask(request(Query::Walk { address, hart }, machine)))
         }
         Some(Verb::Completions { shell }) => Ok(Task::Show(manual::completions(shell))),
         Some(Verb::Man) => Ok(Task::Show(manual::page())),
     }
 }
 
-fn request(question: Question, machine: MachineArgs) -> live::Request {
-    live::Request { question, target: machine.machine, json: machine.json }
+fn request(query: Query, machine: MachineArgs) -> inspect::Request {
+    inspect::Request { query, target: machine.machine, json: machine.json }
 }
 
 fn report(file: &Path, page: &Path) -> u8 {

@@ -12,8 +12,8 @@ use super::{logging, output};
 use crate::config::{BootConfig, CpuConfig, InitrdConfig, OnReset, ValidConfig, VmConfig, quoted};
 use crate::error::Error;
 use crate::host::read_small;
+use crate::inspect::socket_for;
 use crate::machine::{Machine, Parts};
-use crate::trace::live::socket_for;
 use crate::vcpu::stop::StopReason;
 
 /// This program's file, whatever became of its name since it was started (proc(5)).

@@ -5,15 +5,15 @@ use std::sync::Arc;
 
 use log::info;
 
-use super::post::Post;
+use super::context::DebugContext;
 use super::registers::{description, optional};
 use crate::vcpu::hart::Hart;
 
 /// The machine has ended, or is between two lives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Gone;
+pub(super) struct MachineGone;
 
-impl fmt::Display for Gone {
+impl fmt::Display for MachineGone {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "The machine has ended")
     }
@@ -32,7 +32,7 @@ pub(super) enum Stop {
 
 /// What a debugger wants to happen next.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Plan {
+pub(super) struct ResumePlan {
     /// Harts that do one step.
     pub(super) steps: Vec<u32>,
     /// Harts that go on; where `is_locked` is not set, all others do as well.
@@ -45,11 +45,11 @@ pub(super) struct Plan {
 #[derive(Default)]
 pub(super) struct Debuggee {
     /// The present life; none between two.
-    pub(super) post: Option<Arc<Post>>,
+    pub(super) context: Option<Arc<DebugContext>>,
     pub(super) is_running: bool,
     /// The hart of the last stop, whose page tables come first.
     pub(super) current: u32,
-    pub(super) plan: Plan,
+    pub(super) plan: ResumePlan,
     /// A hart that does a step of ours before the plan begins.
     pub(super) over: Option<u32>,
     /// Harts that have done it.
@@ -64,18 +64,21 @@ impl Debuggee {
     ///
     /// # Errors
     /// The machine ends, or the host's kernel has no guest debugging.
-    pub(super) fn take(&mut self, post: &Arc<Post>) -> Result<(), Gone> {
-        *self =
-            Self { post: Some(Arc::clone(post)), is_running: self.is_running, ..Self::default() };
-        post.control.hold();
-        if !post.control.await_held() {
-            return Err(Gone);
+    pub(super) fn take(&mut self, context: &Arc<DebugContext>) -> Result<(), MachineGone> {
+        *self = Self {
+            context: Some(Arc::clone(context)),
+            is_running: self.is_running,
+            ..Self::default()
+        };
+        context.control.hold();
+        if !context.control.await_held() {
+            return Err(MachineGone);
         }
-        for hart in post.control.harts() {
+        for hart in context.control.harts() {
             if let Err(error) = self.on(hart, |hart| hart.trap_ebreaks(true))? {
                 info!("Cannot debug hart {hart}: {error} (the host needs Linux 6.12 or newer)");
                 self.let_go();
-                return Err(Gone);
+                return Err(MachineGone);
             }
         }
         let first = self.first_hart()?;
@@ -88,29 +91,29 @@ impl Debuggee {
 
     /// The life is over.
     pub(super) fn lose(&mut self) {
-        self.post = None;
+        self.context = None;
     }
 
     /// Lets the guest go on without a debugger and without any trace of one.
     pub(super) fn let_go(&mut self) {
-        let Some(post) = self.post.take() else { return };
-        post.control.hold();
-        if !post.control.await_held() {
+        let Some(context) = self.context.take() else { return };
+        context.control.hold();
+        if !context.control.await_held() {
             return;
         }
-        self.post = Some(Arc::clone(&post));
+        self.context = Some(Arc::clone(&context));
         self.end_steps();
-        post.clear();
+        context.clear();
         let _ = self.sync_code();
-        for hart in post.control.harts().into_iter().filter(|_| !post.has_others) {
+        for hart in context.control.harts().into_iter().filter(|_| !context.has_others) {
             let _ = self.on(hart, |hart| hart.trap_ebreaks(false));
         }
-        self.post = None;
-        post.control.release(None);
+        self.context = None;
+        context.control.release(None);
     }
 
-    pub(super) fn post(&self) -> Option<&Arc<Post>> {
-        self.post.as_ref()
+    pub(super) fn context(&self) -> Option<&Arc<DebugContext>> {
+        self.context.as_ref()
     }
 
     pub(super) fn description(&self) -> &str {
@@ -122,7 +125,7 @@ impl Debuggee {
     }
 
     pub(super) fn harts(&self) -> Vec<u32> {
-        self.post.as_ref().map(|post| post.control.harts()).unwrap_or_default()
+        self.context.as_ref().map(|context| context.control.harts()).unwrap_or_default()
     }
 
     /// Has a hart that stands still do something on its own thread.
@@ -133,11 +136,14 @@ impl Debuggee {
         &self,
         hart: u32,
         errand: impl FnOnce(&mut dyn Hart) -> R + Send + 'static,
-    ) -> Result<R, Gone> {
-        self.post.as_ref().and_then(|post| post.control.visit(hart, errand)).ok_or(Gone)
+    ) -> Result<R, MachineGone> {
+        self.context
+            .as_ref()
+            .and_then(|context| context.control.run_on(hart, errand))
+            .ok_or(MachineGone)
     }
 
-    pub(super) fn first_hart(&self) -> Result<u32, Gone> {
-        self.harts().first().copied().ok_or(Gone)
+    pub(super) fn first_hart(&self) -> Result<u32, MachineGone> {
+        self.harts().first().copied().ok_or(MachineGone)
     }
 }

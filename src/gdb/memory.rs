@@ -8,8 +8,8 @@ use crate::vcpu::walk::translate;
 impl Debuggee {
     /// Where page tables lead an address; nothing where that is no memory.
     pub(super) fn lookup(&self, satp: u64, va: u64, len: u64) -> Option<u64> {
-        let post = self.post.as_ref()?;
-        translate(&post.ram, satp, va).ok().filter(|addr| post.ram.contains(*addr, len))
+        let context = self.context.as_ref()?;
+        translate(&context.ram, satp, va).ok().filter(|addr| context.ram.contains(*addr, len))
     }
 
     fn satp(&self, hart: u32) -> Option<u64> {
@@ -18,13 +18,13 @@ impl Debuggee {
 
     /// Reads memory as `hart` sees it, without permissions, and says how many bytes from `va` on are memory.
     pub(super) fn read(&self, hart: u32, va: u64, bytes: &mut [u8]) -> Option<usize> {
-        let (post, satp) = (self.post.as_ref()?, self.satp(hart)?);
+        let (context, satp) = (self.context.as_ref()?, self.satp(hart)?);
         va.checked_add(bytes.len() as u64)?;
         let mut done = 0;
         for (va, range) in pages(va, bytes.len()) {
             let Some(part) = bytes.get_mut(range) else { break };
             let addr = self.lookup(satp, va, part.len() as u64);
-            if addr.is_none_or(|addr| post.read(addr, part).is_err()) {
+            if addr.is_none_or(|addr| context.read(addr, part).is_err()) {
                 break;
             }
             done += part.len();
@@ -34,14 +34,14 @@ impl Debuggee {
 
     /// Writes memory as `hart` sees it, without permissions: all of it, or nothing (`None`).
     pub(super) fn write(&self, hart: u32, va: u64, bytes: &[u8]) -> Option<()> {
-        let (post, satp) = (self.post.as_ref()?, self.satp(hart)?);
+        let (context, satp) = (self.context.as_ref()?, self.satp(hart)?);
         va.checked_add(bytes.len() as u64)?;
         let mut parts = Vec::new();
         for (va, range) in pages(va, bytes.len()) {
             let part = bytes.get(range)?;
             parts.push((self.lookup(satp, va, part.len() as u64)?, part));
         }
-        parts.into_iter().try_for_each(|(addr, part)| post.write(addr, part)).ok()
+        parts.into_iter().try_for_each(|(addr, part)| context.write(addr, part)).ok()
     }
 
     /// Sets a breakpoint where the page tables of some hart lead `va` to memory, those of the last stop's first.
@@ -49,13 +49,13 @@ impl Debuggee {
         let harts = std::iter::once(self.current).chain(self.harts());
         let mut satps = harts.filter_map(|hart| self.satp(hart));
         let addr = satps.find_map(|satp| self.lookup(satp, va, 2)).filter(|addr| addr % 2 == 0)?;
-        self.post.as_ref()?.set(va, addr).ok()?.then_some(())
+        self.context.as_ref()?.set(va, addr).ok()?.then_some(())
     }
 
     /// Takes a breakpoint away, if it is there.
     pub(super) fn unset_breakpoint(&self, va: u64) {
-        if let Some(post) = &self.post {
-            post.unset(va);
+        if let Some(context) = &self.context {
+            context.unset(va);
         }
     }
 }

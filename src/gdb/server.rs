@@ -8,19 +8,19 @@ use std::thread::{self, JoinHandle};
 use log::info;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::post::Post;
+use super::connection::{DebugListener, RspConnection, Wakeup};
+use super::context::DebugContext;
 use super::session::{Ended, serve};
-use super::wire::{Bell, Door, Wire};
 use crate::config::{GdbAddress, GdbConfig};
 use crate::error::Error;
 
 /// How long nobody is let in after the host could not.
-const DEAF: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+const ACCEPT_BACKOFF: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
-/// What the machine's thread tells. The first two wait until they were heard.
-pub(super) enum News {
+/// What the machine's thread tells. The first two wait until they were done.
+pub(super) enum MachineEvent {
     /// A life begins; its harts have not started.
-    Begin(Arc<Post>, SyncSender<()>),
+    Begin(Arc<DebugContext>, SyncSender<()>),
     /// A life is over.
     Over(SyncSender<()>),
     /// The machine ends, with this exit code.
@@ -28,23 +28,23 @@ pub(super) enum News {
 }
 
 /// What the thread works with.
-pub(super) struct Office {
-    door: Door,
-    pub(super) bell: Arc<Bell>,
-    pub(super) news: Receiver<News>,
-    pub(super) life: Option<Arc<Post>>,
+pub(super) struct ServerThread {
+    listener: DebugListener,
+    pub(super) wakeup: Arc<Wakeup>,
+    pub(super) events: Receiver<MachineEvent>,
+    pub(super) life: Option<Arc<DebugContext>>,
     pub(super) has_ended: bool,
     /// Whether the guest waits for the first debugger.
     waits: bool,
-    /// Whether the door is not looked at for a while: the host could not let somebody in.
-    is_deaf: bool,
+    /// Whether the listener is not looked at for a while: the host could not let somebody in.
+    is_backing_off: bool,
 }
 
 /// The debugger's end of a machine. Dropping it sends a debugger away.
 #[derive(Debug)]
 pub(crate) struct Server {
-    news: Sender<News>,
-    bell: Arc<Bell>,
+    events: Sender<MachineEvent>,
+    wakeup: Arc<Wakeup>,
     at: GdbAddress,
     waits: bool,
     thread: Option<JoinHandle<()>>,
@@ -56,26 +56,26 @@ impl Server {
     /// # Errors
     /// The port or the path is taken or cannot be; the host has no threads or descriptors left.
     pub(crate) fn open(config: &GdbConfig) -> Result<Self, Error> {
-        let door = Door::open(&config.at)?;
-        let at = door.address()?;
+        let listener = DebugListener::open(&config.at)?;
+        let at = listener.address()?;
         let failed = |source: io::Error| Error::Host {
             what: "Cannot start the thread for a debugger".into(),
             source,
         };
-        let bell = Arc::new(Bell::new().map_err(failed)?);
-        let (tell, news) = channel();
+        let wakeup = Arc::new(Wakeup::new().map_err(failed)?);
+        let (tell, events) = channel();
         let waits = config.wait;
-        let office = Office {
-            door,
-            bell: Arc::clone(&bell),
-            news,
+        let server = ServerThread {
+            listener,
+            wakeup: Arc::clone(&wakeup),
+            events,
             life: None,
             has_ended: false,
             waits,
-            is_deaf: false,
+            is_backing_off: false,
         };
-        let thread = thread::Builder::new().name("gdb".into()).spawn(move || office.run());
-        Ok(Self { news: tell, bell, at, waits, thread: Some(thread.map_err(failed)?) })
+        let thread = thread::Builder::new().name("gdb".into()).spawn(move || server.run());
+        Ok(Self { events: tell, wakeup, at, waits, thread: Some(thread.map_err(failed)?) })
     }
 
     /// Where a debugger connects.
@@ -89,13 +89,13 @@ impl Server {
     }
 
     /// A life begins. When this returns, its harts are held where a debugger is there or waited for.
-    pub(crate) fn begin(&self, post: Arc<Post>) {
-        self.tell(|heard| News::Begin(post, heard));
+    pub(crate) fn begin(&self, context: Arc<DebugContext>) {
+        self.tell(|done| MachineEvent::Begin(context, done));
     }
 
     /// A life is over: nothing of it is kept when this returns.
     pub(crate) fn over(&self) {
-        self.tell(News::Over);
+        self.tell(MachineEvent::Over);
     }
 
     /// The machine has ended with this exit code, which a debugger is told.
@@ -103,10 +103,10 @@ impl Server {
         self.close(code);
     }
 
-    fn tell(&self, news: impl FnOnce(SyncSender<()>) -> News) {
-        let (heard, wait) = sync_channel(1);
-        if self.news.send(news(heard)).is_ok() {
-            self.bell.ring();
+    fn tell(&self, events: impl FnOnce(SyncSender<()>) -> MachineEvent) {
+        let (done, wait) = sync_channel(1);
+        if self.events.send(events(done)).is_ok() {
+            self.wakeup.notify();
             // Where the thread has died, it needs no telling.
             let _ = wait.recv();
         }
@@ -114,8 +114,8 @@ impl Server {
 
     fn close(&mut self, code: u8) {
         let Some(thread) = self.thread.take() else { return };
-        let _ = self.news.send(News::End(code));
-        self.bell.ring();
+        let _ = self.events.send(MachineEvent::End(code));
+        self.wakeup.notify();
         // What it had to do with the guest is over.
         let _ = thread.join();
     }
@@ -127,12 +127,12 @@ impl Drop for Server {
     }
 }
 
-impl Office {
+impl ServerThread {
     fn run(mut self) {
-        while let Some((post, wire)) = self.await_debugger() {
+        while let Some((context, connection)) = self.await_debugger() {
             self.waits = false;
-            let ended = serve(&mut self, &post, wire);
-            drop(post);
+            let ended = serve(&mut self, &context, connection);
+            drop(context);
             if ended == Ended::Closed || self.has_ended {
                 return;
             }
@@ -140,53 +140,57 @@ impl Office {
     }
 
     /// Waits for the next debugger while there is a guest; nothing when the machine has ended.
-    fn await_debugger(&mut self) -> Option<(Arc<Post>, Wire)> {
+    fn await_debugger(&mut self) -> Option<(Arc<DebugContext>, RspConnection)> {
         loop {
-            let mut fds = vec![PollFd::new(&self.bell, PollFlags::IN)];
-            if self.life.is_some() && !self.is_deaf {
-                fds.push(PollFd::new(&self.door, PollFlags::IN));
+            let mut fds = vec![PollFd::new(&self.wakeup, PollFlags::IN)];
+            if self.life.is_some() && !self.is_backing_off {
+                fds.push(PollFd::new(&self.listener, PollFlags::IN));
             }
-            let limit = self.is_deaf.then_some(&DEAF);
+            let limit = self.is_backing_off.then_some(&ACCEPT_BACKOFF);
             match poll(&mut fds, limit) {
-                Ok(0) => self.is_deaf = false,
+                Ok(0) => self.is_backing_off = false,
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => {
                     log::error!("No debugger can connect any more: {error}");
                     return None;
                 }
             }
-            if !self.hear_news() {
+            if !self.take_machine_events() {
                 return None;
             }
-            let Some(post) = self.life.clone().filter(|_| !self.is_deaf) else { continue };
-            match self.door.accept() {
-                Ok(Some(fd)) => return Some((post, Wire::new(fd, Arc::clone(&self.bell)))),
+            let Some(context) = self.life.clone().filter(|_| !self.is_backing_off) else {
+                continue;
+            };
+            match self.listener.accept() {
+                Ok(Some(fd)) => {
+                    return Some((context, RspConnection::new(fd, Arc::clone(&self.wakeup))));
+                }
                 Ok(None) => {}
                 Err(error) => {
                     info!("A debugger cannot be let in: {error}");
-                    self.is_deaf = true;
+                    self.is_backing_off = true;
                 }
             }
         }
     }
 
     /// Takes what the machine's thread has to say; false where the machine has ended.
-    fn hear_news(&mut self) -> bool {
-        self.bell.silence();
-        while let Ok(news) = self.news.try_recv() {
-            match news {
-                News::Begin(post, heard) => {
+    fn take_machine_events(&mut self) -> bool {
+        self.wakeup.clear();
+        while let Ok(events) = self.events.try_recv() {
+            match events {
+                MachineEvent::Begin(context, done) => {
                     if self.waits {
-                        post.control.hold();
+                        context.control.hold();
                     }
-                    self.life = Some(post);
-                    let _ = heard.send(());
+                    self.life = Some(context);
+                    let _ = done.send(());
                 }
-                News::Over(heard) => {
+                MachineEvent::Over(done) => {
                     self.life = None;
-                    let _ = heard.send(());
+                    let _ = done.send(());
                 }
-                News::End(_) => return false,
+                MachineEvent::End(_) => return false,
             }
         }
         true

@@ -12,11 +12,11 @@ use gdbstub::stub::{BaseStopReason, DisconnectReason, GdbStub, MultiThreadStopRe
 use log::info;
 use rustix::event::{PollFd, PollFlags, poll};
 
+use super::connection::RspConnection;
+use super::context::DebugContext;
 use super::debuggee::{Debuggee, Stop};
-use super::post::Post;
-use super::server::{News, Office};
+use super::server::{MachineEvent, ServerThread};
 use super::target::thread;
-use super::wire::Wire;
 use crate::vcpu::stop::StopReason;
 
 /// The longest packet, and bytes read at once. A longer one ends the session.
@@ -32,7 +32,7 @@ pub(super) enum Ended {
 }
 
 /// What the wait for something brought.
-enum Came {
+enum SessionEvent {
     Byte(u8),
     Stop(MultiThreadStopReason<u64>),
     /// rvmm ends, and nobody waits for a stop.
@@ -42,19 +42,23 @@ enum Came {
 }
 
 struct Session<'a> {
-    office: &'a mut Office,
+    server: &'a mut ServerThread,
     guest: Debuggee,
     input: VecDeque<u8>,
 }
 
-/// Serves a debugger whose guest is `post`, until it leaves or rvmm ends.
-pub(super) fn serve(office: &mut Office, post: &Arc<Post>, wire: Wire) -> Ended {
-    let mut session = Session { office, guest: Debuggee::default(), input: VecDeque::new() };
-    if session.guest.take(post).is_err() {
+/// Serves a debugger whose guest is `context`, until it leaves or rvmm ends.
+pub(super) fn serve(
+    server: &mut ServerThread,
+    context: &Arc<DebugContext>,
+    connection: RspConnection,
+) -> Ended {
+    let mut session = Session { server, guest: Debuggee::default(), input: VecDeque::new() };
+    if session.guest.take(context).is_err() {
         return Ended::Gone;
     }
     info!("A debugger has connected: the guest stands still");
-    let ended = match session.talk(wire) {
+    let ended = match session.talk(connection) {
         Ok(ended) => ended,
         Err(what) => {
             info!("The debugger's session ends: {what}");
@@ -67,10 +71,12 @@ pub(super) fn serve(office: &mut Office, post: &Arc<Post>, wire: Wire) -> Ended 
 }
 
 impl Session<'_> {
-    fn talk(&mut self, wire: Wire) -> Result<Ended, String> {
+    fn talk(&mut self, connection: RspConnection) -> Result<Ended, String> {
         // One that gdbstub owns would grow with the packet.
         let mut room = [0; PACKET];
-        let stub = GdbStub::<Debuggee, Wire>::builder(wire).with_packet_buffer(&mut room).build();
+        let stub = GdbStub::<Debuggee, RspConnection>::builder(connection)
+            .with_packet_buffer(&mut room)
+            .build();
         let stub = stub.map_err(|error| error.to_string())?;
         let mut machine = stub.run_state_machine(&mut self.guest).map_err(|e| e.to_string())?;
         loop {
@@ -86,36 +92,40 @@ impl Session<'_> {
                     inner.interrupt_handled(&mut self.guest, reason).map_err(|e| e.to_string())?
                 }
                 Machine::Idle(mut inner) => match self.wait(inner.borrow_conn()) {
-                    Came::Byte(byte) => inner
+                    SessionEvent::Byte(byte) => inner
                         .incoming_data(&mut self.guest, byte)
                         .map_err(|error| error.to_string())?,
-                    Came::Stop(_) => inner.into(),
-                    Came::Closed => return Ok(Ended::Closed),
-                    Came::Broken(error) => return Err(error.to_string()),
+                    SessionEvent::Stop(_) => inner.into(),
+                    SessionEvent::Closed => return Ok(Ended::Closed),
+                    SessionEvent::Broken(error) => return Err(error.to_string()),
                 },
                 Machine::Running(mut inner) => match self.wait(inner.borrow_conn()) {
-                    Came::Byte(byte) => inner
+                    SessionEvent::Byte(byte) => inner
                         .incoming_data(&mut self.guest, byte)
                         .map_err(|error| error.to_string())?,
-                    Came::Stop(reason) => inner
+                    SessionEvent::Stop(reason) => inner
                         .report_stop(&mut self.guest, reason)
                         .map_err(|error| error.to_string())?,
-                    Came::Closed => return Ok(Ended::Closed),
-                    Came::Broken(error) => return Err(error.to_string()),
+                    SessionEvent::Closed => return Ok(Ended::Closed),
+                    SessionEvent::Broken(error) => return Err(error.to_string()),
                 },
             };
         }
     }
 
-    fn disconnected(&self, reason: DisconnectReason, wire: &mut Wire) -> Result<Ended, String> {
+    fn disconnected(
+        &self,
+        reason: DisconnectReason,
+        connection: &mut RspConnection,
+    ) -> Result<Ended, String> {
         match reason {
             DisconnectReason::Kill => {
                 // gdbstub leaves the answer out, which `vKill` has and `k` may have.
-                let answer = b"$OK#9a".iter().try_for_each(|byte| wire.write(*byte));
-                let _ = answer.and_then(|()| wire.flush());
+                let answer = b"$OK#9a".iter().try_for_each(|byte| connection.write(*byte));
+                let _ = answer.and_then(|()| connection.flush());
                 info!("The debugger ends the machine");
-                if let Some(post) = self.guest.post() {
-                    post.control.stop(StopReason::Requested);
+                if let Some(context) = self.guest.context() {
+                    context.control.stop(StopReason::Requested);
                 }
                 Ok(Ended::Gone)
             }
@@ -125,32 +135,32 @@ impl Session<'_> {
     }
 
     /// Waits until the debugger says something, or the guest does something that it waits for.
-    fn wait(&mut self, wire: &mut Wire) -> Came {
+    fn wait(&mut self, connection: &mut RspConnection) -> SessionEvent {
         loop {
             if let Some(byte) = self.input.pop_front() {
-                return Came::Byte(byte);
+                return SessionEvent::Byte(byte);
             }
-            if let Err(error) = self.await_readable(wire.as_fd()) {
-                return Came::Broken(error);
+            if let Err(error) = self.await_readable(connection.as_fd()) {
+                return SessionEvent::Broken(error);
             }
-            if let Some(came) = self.hear_news() {
-                return came;
+            if let Some(event) = self.take_machine_events() {
+                return event;
             }
-            // The machine may be ending; then there will be news.
+            // The machine may be ending; then there will be events.
             if let Ok(Some(stop)) = self.guest.settle() {
-                return Came::Stop(reason(stop));
+                return SessionEvent::Stop(reason(stop));
             }
             let mut bytes = [0; PACKET];
-            match wire.read(&mut bytes) {
+            match connection.read(&mut bytes) {
                 Ok(count) => self.input.extend(bytes.iter().take(count.unwrap_or(0))),
-                Err(error) => return Came::Broken(error),
+                Err(error) => return SessionEvent::Broken(error),
             }
         }
     }
 
-    fn await_readable(&self, wire: BorrowedFd<'_>) -> io::Result<()> {
-        let post = self.guest.post().map(|post| post.as_fd());
-        let fds = [Some(wire), Some(self.office.bell.as_fd()), post];
+    fn await_readable(&self, connection: BorrowedFd<'_>) -> io::Result<()> {
+        let context = self.guest.context().map(|context| context.as_fd());
+        let fds = [Some(connection), Some(self.server.wakeup.as_fd()), context];
         let fds = fds.iter().flatten().map(|fd| PollFd::new(fd, PollFlags::IN));
         let mut fds: Vec<_> = fds.collect();
         match poll(&mut fds, None) {
@@ -160,31 +170,31 @@ impl Session<'_> {
     }
 
     /// Takes what the machine's thread has to say.
-    fn hear_news(&mut self) -> Option<Came> {
-        self.office.bell.silence();
-        while let Ok(news) = self.office.news.try_recv() {
-            match news {
-                News::Over(heard) => {
+    fn take_machine_events(&mut self) -> Option<SessionEvent> {
+        self.server.wakeup.clear();
+        while let Ok(events) = self.server.events.try_recv() {
+            match events {
+                MachineEvent::Over(done) => {
                     self.guest.lose();
-                    self.office.life = None;
-                    let _ = heard.send(());
+                    self.server.life = None;
+                    let _ = done.send(());
                 }
-                News::Begin(post, heard) => {
+                MachineEvent::Begin(context, done) => {
                     let was_running = self.guest.is_running();
-                    let taken = self.guest.take(&post);
-                    self.office.life = Some(post);
-                    let _ = heard.send(());
+                    let taken = self.guest.take(&context);
+                    self.server.life = Some(context);
+                    let _ = done.send(());
                     if taken.is_ok() && was_running {
-                        return Some(Came::Stop(reason(self.guest.reborn())));
+                        return Some(SessionEvent::Stop(reason(self.guest.reborn())));
                     }
                 }
-                News::End(code) => {
-                    self.office.has_ended = true;
+                MachineEvent::End(code) => {
+                    self.server.has_ended = true;
                     let exited = BaseStopReason::Exited(code);
                     return Some(if self.guest.is_running() {
-                        Came::Stop(exited)
+                        SessionEvent::Stop(exited)
                     } else {
-                        Came::Closed
+                        SessionEvent::Closed
                     });
                 }
             }

@@ -22,7 +22,7 @@ use gdbstub::target::ext::target_description_xml_override::{
 use gdbstub::target::ext::thread_extra_info::{ThreadExtraInfo, ThreadExtraInfoOps};
 use gdbstub::target::{Target, TargetError, TargetResult};
 
-use super::debuggee::{Debuggee, Gone, Plan};
+use super::debuggee::{Debuggee, MachineGone, ResumePlan};
 use super::registers::{Core, Number, Rv64};
 use crate::vcpu::hart::Reg;
 
@@ -50,9 +50,9 @@ impl Debuggee {
 
 impl Target for Debuggee {
     type Arch = Rv64;
-    type Error = Gone;
+    type Error = MachineGone;
 
-    fn base_ops(&mut self) -> BaseOps<'_, Rv64, Gone> {
+    fn base_ops(&mut self) -> BaseOps<'_, Rv64, MachineGone> {
         BaseOps::MultiThread(self)
     }
 
@@ -88,7 +88,7 @@ impl MultiThreadBase for Debuggee {
             }
             std::io::Result::Ok(core)
         });
-        *regs = read.map_err(|Gone| TargetError::NonFatal)??;
+        *regs = read.map_err(|MachineGone| TargetError::NonFatal)??;
         Ok(())
     }
 
@@ -100,7 +100,7 @@ impl MultiThreadBase for Debuggee {
             }
             hart.set(Reg::Pc, core.pc)
         });
-        Ok(written.map_err(|Gone| TargetError::NonFatal)??)
+        Ok(written.map_err(|MachineGone| TargetError::NonFatal)??)
     }
 
     fn support_single_register_access(&mut self) -> Option<SingleRegisterAccessOps<'_, Tid, Self>> {
@@ -117,7 +117,7 @@ impl MultiThreadBase for Debuggee {
         self.write(hart, start, data).ok_or(TargetError::Errno(BAD_ADDRESS))
     }
 
-    fn list_active_threads(&mut self, is_active: &mut dyn FnMut(Tid)) -> Result<(), Gone> {
+    fn list_active_threads(&mut self, is_active: &mut dyn FnMut(Tid)) -> Result<(), MachineGone> {
         self.harts().into_iter().map(thread).for_each(is_active);
         Ok(())
     }
@@ -135,7 +135,7 @@ impl SingleRegisterAccess<Tid> for Debuggee {
     fn read_register(&mut self, tid: Tid, id: Number, buf: &mut [u8]) -> TargetResult<usize, Self> {
         let Number { reg, part } = id;
         let value = self.on(self.stands(tid)?, move |hart| hart.get(reg));
-        let value = part.of(value.map_err(|Gone| TargetError::NonFatal)??).to_le_bytes();
+        let value = part.of(value.map_err(|MachineGone| TargetError::NonFatal)??).to_le_bytes();
         let value = value.get(..part.size).ok_or(TargetError::NonFatal)?;
         buf.get_mut(..part.size).ok_or(TargetError::NonFatal)?.copy_from_slice(value);
         Ok(part.size)
@@ -153,25 +153,29 @@ impl SingleRegisterAccess<Tid> for Debuggee {
             let whole = hart.get(reg)?;
             hart.set(reg, part.put(whole, value))
         });
-        Ok(written.map_err(|Gone| TargetError::NonFatal)??)
+        Ok(written.map_err(|MachineGone| TargetError::NonFatal)??)
     }
 }
 
 impl MultiThreadResume for Debuggee {
-    fn resume(&mut self) -> Result<(), Gone> {
+    fn resume(&mut self) -> Result<(), MachineGone> {
         // A debugger that does not wait for the stop changes nothing.
         if self.is_running() { Ok(()) } else { self.go() }
     }
 
-    fn clear_resume_actions(&mut self) -> Result<(), Gone> {
+    fn clear_resume_actions(&mut self) -> Result<(), MachineGone> {
         if !self.is_running() {
-            self.plan = Plan::default();
+            self.plan = ResumePlan::default();
         }
         Ok(())
     }
 
     /// Signals are a process's; a hart has none to be given.
-    fn set_resume_action_continue(&mut self, tid: Tid, _: Option<Signal>) -> Result<(), Gone> {
+    fn set_resume_action_continue(
+        &mut self,
+        tid: Tid,
+        _: Option<Signal>,
+    ) -> Result<(), MachineGone> {
         if let Ok(hart) = self.stands(tid) {
             self.plan.runs.push(hart);
         }
@@ -188,7 +192,7 @@ impl MultiThreadResume for Debuggee {
 }
 
 impl MultiThreadSingleStep for Debuggee {
-    fn set_resume_action_step(&mut self, tid: Tid, _: Option<Signal>) -> Result<(), Gone> {
+    fn set_resume_action_step(&mut self, tid: Tid, _: Option<Signal>) -> Result<(), MachineGone> {
         if let Ok(hart) = self.stands(tid)
             && !self.plan.steps.contains(&hart)
         {
@@ -199,7 +203,7 @@ impl MultiThreadSingleStep for Debuggee {
 }
 
 impl MultiThreadSchedulerLocking for Debuggee {
-    fn set_resume_action_scheduler_lock(&mut self) -> Result<(), Gone> {
+    fn set_resume_action_scheduler_lock(&mut self) -> Result<(), MachineGone> {
         if !self.is_running() {
             self.plan.is_locked = true;
         }
@@ -253,7 +257,7 @@ impl TargetDescriptionXmlOverride for Debuggee {
 }
 
 impl ThreadExtraInfo for Debuggee {
-    fn thread_extra_info(&self, tid: Tid, buf: &mut [u8]) -> Result<usize, Gone> {
+    fn thread_extra_info(&self, tid: Tid, buf: &mut [u8]) -> Result<usize, MachineGone> {
         let text = hart(tid).map(|hart| format!("hart {hart}")).unwrap_or_default();
         let text = text.as_bytes();
         match buf.get_mut(..text.len()) {

@@ -11,7 +11,7 @@
 //! | `listening.rs` | Unix sockets |
 //! | `node.rs` | device nodes, and what to do where one cannot be opened |
 //! | `kept.rs` | taps and sockets, over all lives of a guest |
-//! | `gate.rs` | one through which people come in, who wait where the host cannot let them |
+//! | `acceptor.rs` | one through which people come in, who wait where the host cannot let them |
 //! | `daemon.rs` | programs that serve devices: virtiofsd, passt |
 
 use std::collections::HashMap;
@@ -33,10 +33,10 @@ use crate::config::{SerialConfig, quoted};
 use crate::error::Error;
 use crate::terminal::{self, Shared, StopRequest};
 
+mod acceptor;
 mod daemon;
 mod disk;
 mod flash;
-mod gate;
 mod kept;
 mod listening;
 pub(crate) mod node;
@@ -45,7 +45,7 @@ mod small;
 mod tap;
 mod vhost;
 
-pub(crate) use gate::Gate;
+pub(crate) use acceptor::Acceptor;
 use kept::Kept;
 pub(crate) use listening::{Listening, connect_to, connect_to_starting, remove_dead};
 #[cfg(test)]

@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use report::HostReport;
 
-use crate::machine::vm::{Hypervisor, Vm, VmError};
+use crate::machine::hypervisor::{Hypervisor, Vm, VmError};
 
 /// The kernel's virtualization; nobody has one here.
 #[derive(Debug)]

@@ -21,7 +21,7 @@ use rustix::system::uname;
 
 use super::release::{Version, is_at_least};
 use super::report::GuestFiles;
-use crate::machine::vm::{AiaFacts, AiaPlan, VmError};
+use crate::machine::hypervisor::{AiaFacts, AiaPlan, VmError};
 
 /// Interrupt identities that are asked for at most: what QEMU's `virt` has. An emulated IMSIC is searched word by word for
 /// the next interrupt, so more than the machine can use only cost time.

@@ -95,7 +95,7 @@ impl Hart for KvmHart {
         }
     }
 
-    fn exit(&mut self) -> Exit<'_> {
+    fn last_exit(&mut self) -> Exit<'_> {
         // SAFETY: this is the hart that runs the vCPU, and it is outside of KVM_RUN.
         match (unsafe { self.vcpu.exit_reason() }, self.errno) {
             (NO_EXIT, libc::EINTR) => Exit::Interrupted,

@@ -12,7 +12,7 @@ use super::regs;
 use super::release::{Version, is_at_least};
 use super::vcpu::Vcpu;
 use crate::config::{CpuId, KnobChange};
-use crate::machine::vm::{CpuKnobs, VmError};
+use crate::machine::hypervisor::{CpuKnobs, VmError};
 
 /// SBI extensions that KVM leaves off and rvmm answers: the debug console and system suspend.
 const SBI_DEFAULTS: &[&str] = &["dbcn", "susp"];

@@ -32,7 +32,7 @@ use kvm_bindings::KVM_API_VERSION;
 
 pub use probe::probe;
 
-use crate::machine::vm::{Hypervisor, Vm, VmError};
+use crate::machine::hypervisor::{Hypervisor, Vm, VmError};
 
 /// The kernel's virtualization, opened.
 #[derive(Debug)]

@@ -15,7 +15,7 @@ use super::report::{AiaOffer, HostReport, SbiOffer, SbiState};
 use super::vcpu::Vcpu;
 use super::vm::shown;
 use super::{Kvm, aia, identities, open, regs};
-use crate::machine::vm::{Vm, VmError};
+use crate::machine::hypervisor::{Vm, VmError};
 use crate::vcpu::exit::Exit;
 
 /// Where the page of [`v01_calls_leave`] lies.

@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 
 use crate::host::node::{KVM, Place};
-use crate::machine::vm::VmError;
+use crate::machine::hypervisor::VmError;
 
 /// The refusal to open /dev/kvm.
 pub(super) fn of_open(error: io::Error) -> VmError {

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use crate::machine::vm::Counters;
+use crate::machine::hypervisor::Counters;
 use crate::vcpu::restarts::Exits;
 
 /// The most bytes of such a file that are read. Kernels have some 4 KiB.

@@ -24,7 +24,7 @@ use super::regs;
 use super::stats::HartCounters;
 use super::vcpu::Vcpu;
 use crate::config::IrqchipChoice;
-use crate::machine::vm::{AiaPlan, Counters, CpuFacts, CpuKnobs, Irqchip, Vm, VmError};
+use crate::machine::hypervisor::{AiaPlan, Counters, CpuFacts, CpuKnobs, Irqchip, Vm, VmError};
 use crate::vcpu::hart::{Hart, Reg};
 use crate::vcpu::record::Ticks;
 

@@ -5,7 +5,7 @@
 //! |---|---|
 //! | `catalog.rs` | [`LABS`]: question, guest, variants, and the lines that must come |
 //! | `setup.rs` | from a lab to the machines that run it |
-//! | `narrator.rs` | a [`Witness`](crate::vcpu::witness::Witness) that tells what happens in the labs' words |
+//! | `narrator.rs` | a [`ExitObserver`](crate::vcpu::observer::ExitObserver) that tells what happens in the labs' words |
 //! | `stories.rs` | `--explain`: what the hardware, KVM and rvmm did, for each kind of exit |
 //! | `steps.rs` | what happens in each lab, step by step: who hands over to whom |
 //! | `picture.rs` | `--picture`: those steps as SVG |
@@ -27,4 +27,4 @@ mod transcript;
 
 pub use catalog::{LABS, Lab, Variant};
 pub use run::{Outcome, run};
-pub use setup::{Wishes, read};
+pub use setup::{LabOptions, read};

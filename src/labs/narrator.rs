@@ -8,7 +8,7 @@ use super::stories;
 use super::transcript::Transcript;
 use crate::vcpu::firmware::shim;
 use crate::vcpu::hart::{Csr, Hart, Reg};
-use crate::vcpu::witness::{Note, Seen, Witness};
+use crate::vcpu::observer::{ExitObserver, ExitRecord, HartEvent};
 
 /// Which words a lab has for what.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,7 +40,7 @@ impl Code {
     }
 }
 
-/// The witness of a lab.
+/// The observer of a lab.
 pub(super) struct Narrator {
     pub(super) transcript: Transcript,
     pub(super) voice: Voice,
@@ -69,7 +69,7 @@ fn register(hart: &dyn Hart, reg: Reg) -> u64 {
 
 impl Narrator {
     /// What happened at an exit, the first time that the guest makes one there: a byte that is printed is as the one before.
-    fn explain(&self, hart: &dyn Hart, seen: &Seen, pc: u64, is_shim: bool) {
+    fn explain(&self, hart: &dyn Hart, seen: &ExitRecord, pc: u64, is_shim: bool) {
         let story = if is_shim { stories::of_trap(hart) } else { stories::of_exit(hart, seen, pc) };
         let Some(story) = story else { return };
         let number = self.count.fetch_add(1, Relaxed) + 1;
@@ -112,30 +112,30 @@ impl Narrator {
     }
 }
 
-impl Witness for Narrator {
-    fn exit(&self, hart: &dyn Hart, seen: &Seen) {
+impl ExitObserver for Narrator {
+    fn exit(&self, hart: &dyn Hart, seen: &ExitRecord) {
         let pc = register(hart, Reg::Pc);
-        let is_shim = *seen == Seen::Breakpoint && pc == shim::VECTOR;
+        let is_shim = *seen == ExitRecord::Breakpoint && pc == shim::VECTOR;
         if self.explains {
             self.explain(hart, seen, pc, is_shim);
         }
         match *seen {
-            Seen::Breakpoint if is_shim => self.trap(hart),
-            Seen::MmioRead { addr, .. } if self.voice == Voice::Exits => {
+            ExitRecord::Breakpoint if is_shim => self.trap(hart),
+            ExitRecord::MmioRead { addr, .. } if self.voice == Voice::Exits => {
                 self.transcript.line(&format!("LoadGuestPageFault: stval{addr:#x} sepc: {pc:#x}"));
             }
-            Seen::MmioRead { addr, .. } if self.voice == Voice::Faults => {
+            ExitRecord::MmioRead { addr, .. } if self.voice == Voice::Faults => {
                 self.transcript.line(&format!("NestedPageFault addr {addr:#x}"));
             }
             _ => {}
         }
     }
 
-    fn note(&self, _hart: u32, note: Note) {
+    fn note(&self, _hart: u32, note: HartEvent) {
         if self.voice == Voice::Timer {
             self.transcript.line(match note {
-                Note::TimerSet => "Set timer...",
-                Note::TimerFired => "timer irq emulation",
+                HartEvent::TimerSet => "Set timer...",
+                HartEvent::TimerFired => "timer irq emulation",
             });
         }
     }
@@ -177,7 +177,7 @@ mod tests {
     fn an_illegal_instruction_is_told_also_where_the_host_does_not_say_which() {
         for tval in [0xf140_25f3, 0] {
             let narrator = narrator(Voice::Exits, false);
-            narrator.exit(&trapped(2, tval), &Seen::Breakpoint);
+            narrator.exit(&trapped(2, tval), &ExitRecord::Breakpoint);
             assert_eq!(
                 narrator.transcript.text(),
                 "Bad instruction: 0xf14025f3 sepc: 0x80200000\n"
@@ -195,7 +195,7 @@ mod tests {
             (Voice::Silent, String::new()),
         ] {
             let narrator = narrator(voice, false);
-            narrator.exit(&trapped(8, 0), &Seen::Breakpoint);
+            narrator.exit(&trapped(8, 0), &ExitRecord::Breakpoint);
             assert_eq!(narrator.transcript.text(), text);
         }
     }
@@ -220,9 +220,9 @@ mod tests {
         let (paper, mut narrator) = (Paper::default(), narrator(Voice::Silent, true));
         narrator.transcript = Transcript::new(Box::new(paper.clone()));
         let hart = trapped(2, 0xf140_25f3);
-        narrator.exit(&hart, &Seen::Breakpoint);
-        narrator.exit(&hart, &Seen::Breakpoint);
-        narrator.exit(&hart, &Seen::MmioRead { addr: 0x40, len: 8 });
+        narrator.exit(&hart, &ExitRecord::Breakpoint);
+        narrator.exit(&hart, &ExitRecord::Breakpoint);
+        narrator.exit(&hart, &ExitRecord::MmioRead { addr: 0x40, len: 8 });
         let shown = String::from_utf8(paper.0.lock().unwrap().clone()).unwrap();
         assert!(
             shown.starts_with("[exit 1, hart 0] ")

@@ -12,7 +12,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 
 use super::catalog::{Guest, Lab, Variant};
 use super::narrator::Narrator;
-use super::setup::{Bench, Obstacle, Wishes, bench};
+use super::setup::{Bench, LabOptions, Obstacle, bench};
 use super::transcript::{Screen, Transcript, missing};
 use crate::error::Error;
 use crate::machine::{Handle, Machine, Parts, Running};
@@ -43,21 +43,21 @@ pub enum Outcome {
 pub fn run(
     lab: &Lab,
     variant: &Variant,
-    wishes: &Wishes,
+    options: &LabOptions,
     out: Box<dyn Write + Send>,
 ) -> Result<Outcome, Error> {
-    let bench = match bench(lab, variant, wishes) {
+    let bench = match bench(lab, variant, options) {
         Ok(bench) => bench,
         Err(Obstacle::Host(why)) => return Ok(Outcome::Skipped(why)),
         Err(Obstacle::Failed(error)) => return Err(error),
     };
     let transcript = Transcript::new(out);
     let farewell = bench.farewell;
-    let (reason, is_late) = live(lab, bench, wishes, &transcript)?;
+    let (reason, is_late) = live(lab, bench, options, &transcript)?;
     if is_late {
         return Ok(Outcome::Failed(format!(
             "the guest did not end within {} seconds",
-            wishes.limit_s
+            options.limit_s
         )));
     }
     if reason != StopReason::PowerOff {
@@ -84,7 +84,7 @@ pub fn run(
 fn live(
     lab: &Lab,
     bench: Bench,
-    wishes: &Wishes,
+    options: &LabOptions,
     transcript: &Transcript,
 ) -> Result<(StopReason, bool), Error> {
     let Bench { configs, voice, code, _files, _folder, .. } = bench;
@@ -99,7 +99,7 @@ fn live(
         let narrator = Narrator {
             transcript: transcript.clone(),
             voice,
-            explains: wishes.explain,
+            explains: options.explain,
             code: code.clone(),
             count: AtomicU64::new(0),
             explained: Mutex::default(),
@@ -107,13 +107,13 @@ fn live(
         let screen = Screen::new(transcript, input.take(), is_pair.then(|| config.name.clone()));
         let parts = Parts {
             console: Some(Console { backend: Box::new(screen), pty: None }),
-            witness: Some(Arc::new(narrator)),
+            observer: Some(Arc::new(narrator)),
             ..Parts::default()
         };
         machines.push(Machine::build_with(config, parts)?);
     }
     let running = machines.into_iter().map(Machine::start).collect::<Result<Vec<_>, Error>>()?;
-    let limit = Duration::from_secs(wishes.limit_s);
+    let limit = Duration::from_secs(options.limit_s);
     let (ended, end) = channel::<()>();
     let handles: Vec<_> = running.iter().map(Running::handle).collect();
     let watch = thread::Builder::new().name("limit".into()).spawn(move || {

@@ -1,4 +1,4 @@
-//! From a lab and what its user wishes to the machine that runs it.
+//! From a lab and what its user options to the machine that runs it.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -23,7 +23,7 @@ use crate::terminal::Console;
 
 /// What the user of a lab can choose.
 #[derive(Debug, Clone, Default)]
-pub struct Wishes {
+pub struct LabOptions {
     /// Another guest than the lab's own: a flat file.
     pub payload: Option<PathBuf>,
     /// The kernel of a lab with Linux; the host's own where nothing is given.
@@ -80,28 +80,28 @@ impl From<Error> for Obstacle {
     }
 }
 
-pub(super) fn bench(lab: &Lab, variant: &Variant, wishes: &Wishes) -> Result<Bench, Obstacle> {
+pub(super) fn bench(lab: &Lab, variant: &Variant, options: &LabOptions) -> Result<Bench, Obstacle> {
     let mut config = VmConfig { name: "lab".into(), mem: MEM, ..VmConfig::default() };
     let mut files = Vec::new();
     let mut code = Code { bytes: Vec::new(), addr: USUAL };
     match lab.guest {
         Guest::Bare { payload, addr } => {
             code = Code { bytes: payload.to_vec(), addr };
-            if let Some(path) = &wishes.payload {
+            if let Some(path) = &options.payload {
                 code.bytes = read(path)?;
             }
             let file = in_memory(&code.bytes, &mut files)?;
             config.boot.load = vec![LoadConfig { file, addr }];
             config.boot.entry = Some(addr);
         }
-        Guest::Pair { payload, configs } => return pair(payload, configs, wishes),
-        Guest::Linux if wishes.payload.is_some() => {
+        Guest::Pair { payload, configs } => return pair(payload, configs, options),
+        Guest::Linux if options.payload.is_some() => {
             let what =
                 format!("Lab {} takes a kernel and no other payload (use --kernel)", lab.name);
             return Err(Error::Config(what).into());
         }
         Guest::Linux => {
-            config.boot.kernel = Some(kernel(wishes)?);
+            config.boot.kernel = Some(kernel(options)?);
             config.boot.initrd = InitrdConfig::Builtin("/proc/self/exe".into());
             config.boot.cmdline = "console=ttyS0 quiet".into();
             config.cpus.count = 4;
@@ -162,9 +162,9 @@ pub(super) fn bench(lab: &Lab, variant: &Variant, wishes: &Wishes) -> Result<Ben
 }
 
 /// Two machines whose configurations name a file and a socket that are elsewhere here.
-fn pair(payload: &[u8], configs: [&str; 2], wishes: &Wishes) -> Result<Bench, Obstacle> {
+fn pair(payload: &[u8], configs: [&str; 2], options: &LabOptions) -> Result<Bench, Obstacle> {
     let mut files = Vec::new();
-    let code = match &wishes.payload {
+    let code = match &options.payload {
         Some(path) => read(path)?,
         None => payload.to_vec(),
     };
@@ -251,8 +251,8 @@ fn host_flash() -> Result<(), Obstacle> {
 }
 
 /// A kernel: the one given, or the one that this host has booted.
-fn kernel(wishes: &Wishes) -> Result<PathBuf, Obstacle> {
-    if let Some(path) = &wishes.kernel {
+fn kernel(options: &LabOptions) -> Result<PathBuf, Obstacle> {
+    if let Some(path) = &options.kernel {
         return Ok(path.clone());
     }
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
@@ -295,11 +295,11 @@ mod tests {
 
     #[test]
     fn every_lab_becomes_a_configuration_that_holds() {
-        let wishes = Wishes { kernel: Some("Image".into()), ..Wishes::default() };
+        let options = LabOptions { kernel: Some("Image".into()), ..LabOptions::default() };
         for lab in LABS {
             // One variant asks KVM for a tree.
             for variant in lab.variants.iter().filter(|variant| variant.name != "own") {
-                match bench(lab, variant, &wishes) {
+                match bench(lab, variant, &options) {
                     Ok(bench) => {
                         for config in bench.configs {
                             config.validate().unwrap();
@@ -318,9 +318,9 @@ mod tests {
     fn a_payload_of_the_users_takes_the_place_of_the_labs_own() {
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(file.path(), b"mine").unwrap();
-        let wishes = Wishes { payload: Some(file.path().into()), ..Wishes::default() };
+        let options = LabOptions { payload: Some(file.path().into()), ..LabOptions::default() };
         let lab = Lab::find("simple_hv").unwrap();
-        let bench = bench(lab, &lab.variants[0], &wishes).ok().unwrap();
+        let bench = bench(lab, &lab.variants[0], &options).ok().unwrap();
         let loaded = &bench.configs[0].boot.load[0];
         assert_eq!((fs::read(&loaded.file).unwrap(), loaded.addr), (b"mine".to_vec(), USUAL));
     }
@@ -332,10 +332,10 @@ mod tests {
 
     #[test]
     fn a_payload_that_cannot_be_read_is_a_mistake_of_the_users() {
-        let wishes = Wishes { payload: Some("/nowhere".into()), ..Wishes::default() };
+        let options = LabOptions { payload: Some("/nowhere".into()), ..LabOptions::default() };
         let lab = Lab::find("h_1_0").unwrap();
         assert!(matches!(
-            bench(lab, &lab.variants[0], &wishes),
+            bench(lab, &lab.variants[0], &options),
             Err(Obstacle::Failed(Error::File { .. }))
         ));
     }

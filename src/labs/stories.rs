@@ -3,7 +3,7 @@
 
 use crate::vcpu::exit::{Fault, SystemEvent};
 use crate::vcpu::hart::{Csr, Hart, Reg};
-use crate::vcpu::witness::Seen;
+use crate::vcpu::observer::ExitRecord;
 
 /// A trap that the guest's hart took without a vector of its own, and that has come to the shim.
 pub(super) fn of_trap(hart: &dyn Hart) -> Option<String> {
@@ -29,40 +29,40 @@ pub(super) fn of_trap(hart: &dyn Hart) -> Option<String> {
 }
 
 /// Any other exit; `None` where there is nothing to be said, since nothing of the guest's was the cause.
-pub(super) fn of_exit(hart: &dyn Hart, seen: &Seen, pc: u64) -> Option<String> {
+pub(super) fn of_exit(hart: &dyn Hart, seen: &ExitRecord, pc: u64) -> Option<String> {
     let a7 = hart.get(Reg::X(17)).unwrap_or(0);
     Some(match *seen {
-        Seen::MmioRead { addr, len } => format!(
+        ExitRecord::MmioRead { addr, len } => format!(
             "a load of {len} bytes from {addr:#x} at pc {pc:#x}. Hardware: the second stage of translation has no page there, so a \
              guest-page fault (cause 21) to HS mode, with the address in htval. KVM: no memory slot, so it decodes the load and leaves to \
              user space (KVM_EXIT_MMIO). rvmm: finds the device on its bus; the next KVM_RUN writes the answer into the register \
              and goes on behind the load (Privileged specification, 15.5)."
         ),
-        Seen::MmioWrite { addr, len, value } => format!(
+        ExitRecord::MmioWrite { addr, len, value } => format!(
             "a store of {value:#x} ({len} bytes) to {addr:#x} at pc {pc:#x}. Hardware: a guest-page fault (cause 23) to HS mode. KVM: \
              decodes the store (KVM_EXIT_MMIO). rvmm: gives it to the device on its bus."
         ),
-        Seen::Sbi { extension, function, .. } => format!(
+        ExitRecord::Sbi { extension, function, .. } => format!(
             "an SBI call, extension {extension:#x}, function {function}, at pc {pc:#x}. Hardware: ecall from VS mode (cause 10) to HS \
              mode. KVM: not one that it answers itself (KVM_EXIT_RISCV_SBI). rvmm: answers in a0 and a1 (SBI, chapter 3)."
         ),
-        Seen::Csr { number } => format!(
+        ExitRecord::Csr { number } => format!(
             "an access to CSR {number:#x} at pc {pc:#x}. Hardware: a virtual-instruction exception (cause 22). KVM: leaves it to user space \
              (KVM_EXIT_RISCV_CSR)."
         ),
-        Seen::System(SystemEvent::Shutdown(_)) => format!(
+        ExitRecord::System(SystemEvent::Shutdown(_)) => format!(
             "the guest asks for poweroff at pc {pc:#x}. Hardware: ecall from VS mode (cause 10). KVM: SBI SRST, so it stops all harts \
              (KVM_EXIT_SYSTEM_EVENT). rvmm: ends the machine (SBI, chapter 10)."
         ),
-        Seen::System(_) => format!(
+        ExitRecord::System(_) => format!(
             "a system event at pc {pc:#x}: the guest asks for a reset, or something that this version does not know."
         ),
-        Seen::Breakpoint => format!(
+        ExitRecord::Breakpoint => format!(
             "a breakpoint at pc {pc:#x} in place of an ecall, a7 = {a7:#x}. Hardware: breakpoint exception (cause 3), which KVM does not \
              delegate while guest debugging is on (KVM_EXIT_DEBUG). rvmm: takes the registers for an SBI call that the host's kernel \
              does not answer, or that is to be seen, and goes on behind it."
         ),
-        Seen::Fault(fault) => {
+        ExitRecord::Fault(fault) => {
             let what = match fault {
                 Fault::Unemulated => "an access that KVM does not emulate",
                 Fault::Misaligned => "a misaligned access to where no memory is",
@@ -73,9 +73,9 @@ pub(super) fn of_exit(hart: &dyn Hart, seen: &Seen, pc: u64) -> Option<String> {
                 "{what} at pc {pc:#x}: KVM_RUN failed. rvmm: works out which trap hardware would have raised, and raises it."
             )
         }
-        Seen::Unknown(reason) => {
+        ExitRecord::Unknown(reason) => {
             format!("exit {reason}, which this version does not know, at pc {pc:#x}.")
         }
-        Seen::Interrupted => return None,
+        ExitRecord::Interrupted => return None,
     })
 }

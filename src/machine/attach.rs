@@ -14,8 +14,8 @@ use rvmm_devices::{
     Model, Options, Placement, PowerSwitch, Wiring,
 };
 
+use super::hypervisor::{FIRST_WINDOW_SLOT, Vm};
 use super::irqchip::Lines;
-use super::vm::{FIRST_WINDOW_SLOT, Vm};
 use crate::button::Button;
 use crate::config::slots;
 use crate::error::Error;

@@ -8,12 +8,12 @@ use rvmm_devices::virtio::balloon::BalloonControl;
 use rvmm_devices::{Bus, Host, Model, Options, Placement, PowerRequest, PowerSwitch};
 
 use super::attach::{Attached, Hookup, attach};
+use super::fdt::{Facts, board};
 use super::firmware::{self, Stage};
+use super::hypervisor::{AiaPlan, CpuKnobs, Hypervisor, Irqchip, RAM_SLOT, Vm};
 use super::irqchip::Lines;
 use super::load::{Files, Start};
 use super::shared_console::SharedConsole;
-use super::tree::{Facts, board};
-use super::vm::{AiaPlan, CpuKnobs, Hypervisor, Irqchip, RAM_SLOT, Vm};
 use crate::button::Button;
 use crate::config::{VmConfig, slots};
 use crate::error::Error;
@@ -21,9 +21,9 @@ use crate::gdb;
 use crate::layout::{self, RAM_BASE, Span};
 use crate::memory::{GuestRam, Rom};
 use crate::vcpu::hart::{Csr, Hart, Reg};
+use crate::vcpu::observer::{ExitObserver, ObservedHart};
 use crate::vcpu::restarts::{self, Restarts};
 use crate::vcpu::stop::StopReason;
-use crate::vcpu::witness::{Witness, Witnessed};
 use crate::vcpu::{Control, Debugger, World};
 
 /// One life of the guest, from reset to stop. A restart drops it and builds the next.
@@ -35,7 +35,7 @@ pub(super) struct Board {
     pub(super) bus: Arc<Bus>,
     pub(super) control: Arc<Control>,
     /// What a debugger shares with the harts, where the machine may have one.
-    pub(super) post: Option<Arc<gdb::Post>>,
+    pub(super) debug_context: Option<Arc<gdb::DebugContext>>,
     pub(super) vm: Arc<dyn Vm>,
     _shim: Option<Rom>,
     _ram: Arc<GuestRam>,
@@ -53,7 +53,7 @@ pub(super) struct Ends {
     /// Who opens those of the others.
     pub(super) host: Arc<dyn Host>,
     /// Who is told of every exit.
-    pub(super) witness: Option<Arc<dyn Witness>>,
+    pub(super) observer: Option<Arc<dyn ExitObserver>>,
 }
 
 impl Board {
@@ -79,7 +79,7 @@ impl Board {
         let cpu = vm.cpu_facts()?;
         let control = Arc::new(Control::new());
         let lines = Lines::new(&vm, irqchip, config.cpus.count, &control)?;
-        let power: Arc<dyn PowerSwitch> = Arc::new(PowerButton(Arc::clone(&control)));
+        let power: Arc<dyn PowerSwitch> = Arc::new(SysconPower(Arc::clone(&control)));
         let hookup = Hookup {
             lines: &lines,
             power,
@@ -108,7 +108,7 @@ impl Board {
             ram: &ram,
             control: &control,
             timebase_hz: cpu.timebase_hz,
-            witness: ends.witness.clone(),
+            observer: ends.observer.clone(),
         };
         let (firmware, shim) = firmware::wire(&stage, &mut harts, &start.code)?.unzip();
         let uart = layout::span("serial")?.base;
@@ -118,15 +118,17 @@ impl Board {
         world.timebase_hz = cpu.timebase_hz;
         world.restarts = watch_starts(&vm, harts.len(), irqchip, opens, &control)?;
         let ebreaks = world.firmware.is_some();
-        let post =
+        let debug_context =
             config.gdb.as_ref().map(|_| make_post(&control, &ram, &vm, ebreaks)).transpose()?;
-        world.debugger = post.clone().map(|post| post as Arc<dyn Debugger>);
-        if let Some(witness) = &ends.witness {
-            let told = |hart| Box::new(Witnessed::new(hart, Arc::clone(witness))) as Box<dyn Hart>;
+        world.debugger =
+            debug_context.clone().map(|debug_context| debug_context as Arc<dyn Debugger>);
+        if let Some(observer) = &ends.observer {
+            let told =
+                |hart| Box::new(ObservedHart::new(hart, Arc::clone(observer))) as Box<dyn Hart>;
             harts = harts.into_iter().map(told).collect();
         }
         let world = Arc::new(world);
-        Ok(Self { harts, world, bus, control, post, vm, _shim: shim, _ram: ram })
+        Ok(Self { harts, world, bus, control, debug_context, vm, _shim: shim, _ram: ram })
     }
 }
 
@@ -136,11 +138,12 @@ fn make_post(
     ram: &Arc<GuestRam>,
     vm: &Arc<dyn Vm>,
     ebreaks: bool,
-) -> Result<Arc<gdb::Post>, Error> {
+) -> Result<Arc<gdb::DebugContext>, Error> {
     let vm = Arc::clone(vm);
     let sync_code = Box::new(move || vm.code_changed());
-    let post = gdb::Post::new(Arc::clone(control), Arc::clone(ram), sync_code, ebreaks);
-    post.map(Arc::new).map_err(|source| Error::Host {
+    let debug_context =
+        gdb::DebugContext::new(Arc::clone(control), Arc::clone(ram), sync_code, ebreaks);
+    debug_context.map(Arc::new).map_err(|source| Error::Host {
         what: "Cannot make what a debugger shares with the harts".into(),
         source,
     })
@@ -252,9 +255,9 @@ fn no_memory(size: u64, source: std::io::Error) -> Error {
 }
 
 /// The far end of the power device: what the guest writes there ends the machine.
-struct PowerButton(Arc<Control>);
+struct SysconPower(Arc<Control>);
 
-impl PowerSwitch for PowerButton {
+impl PowerSwitch for SysconPower {
     fn request(&self, request: PowerRequest) {
         self.0.stop(match request {
             PowerRequest::Off => StopReason::PowerOff,

@@ -3,8 +3,8 @@
 use std::io;
 use std::sync::Arc;
 
+use super::hypervisor::{CpuKnobs, Hypervisor, SHIM_SLOT, Vm, VmError};
 use super::load::Code;
-use super::vm::{CpuKnobs, Hypervisor, SHIM_SLOT, Vm, VmError};
 use crate::config::{SbiV01, StartMode, TimerChoice, VmConfig};
 use crate::error::Error;
 use crate::memory::{GuestRam, PAGE, Rom};
@@ -15,7 +15,7 @@ use crate::vcpu::firmware::sites::{Number, Site};
 use crate::vcpu::firmware::timer::UserTimer;
 use crate::vcpu::firmware::{Firmware, shim, sites};
 use crate::vcpu::hart::{Csr, Hart, Reg};
-use crate::vcpu::witness::Witness;
+use crate::vcpu::observer::ExitObserver;
 
 /// Files longer than this are not looked through unless the user asks for patches: they hold data.
 const MOST_CODE: u64 = 16 << 20;
@@ -31,7 +31,7 @@ pub(super) struct Stage<'a> {
     pub(super) ram: &'a GuestRam,
     pub(super) control: &'a Arc<Control>,
     pub(super) timebase_hz: u64,
-    pub(super) witness: Option<Arc<dyn Witness>>,
+    pub(super) observer: Option<Arc<dyn ExitObserver>>,
 }
 
 /// The firmware, and the page that it needs in the guest.
@@ -69,7 +69,12 @@ pub(super) fn wire(
         }
     }
     let timer = is_timed.then(|| {
-        UserTimer::start(config.cpus.count, stage.timebase_hz, stage.control, stage.witness.clone())
+        UserTimer::start(
+            config.cpus.count,
+            stage.timebase_hz,
+            stage.control,
+            stage.observer.clone(),
+        )
     });
     let timer = timer.transpose().map_err(|e| failed("start the timer", e))?.map(Arc::new);
     let csrs = config.cpus.csrs.clone();

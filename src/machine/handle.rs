@@ -1,4 +1,4 @@
-//! Control of a machine from outside, over all its lives.
+//! Control of a machine from context, over all its lives.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -6,7 +6,7 @@ use rvmm_devices::irq::IrqLine;
 use rvmm_devices::{MmioDevice, Plic, Reserved};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::vm::{Irqchip, Vm};
+use super::hypervisor::{Irqchip, Vm};
 use crate::error::Error;
 use crate::layout::{self, IRQ_SOURCES};
 use crate::vcpu::Control;

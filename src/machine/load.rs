@@ -11,7 +11,7 @@ use rvmm_boot::{Blob, Cmdline, Initrd, Kernel, Load, Placement, Region, Request,
 use rvmm_boot::compressed::Compression;
 use rvmm_boot::kernel::Format;
 
-use super::tree::region;
+use super::fdt::region;
 use crate::config::{BootConfig, InitrdConfig, VmConfig};
 use crate::error::Error;
 use crate::host::write_file;

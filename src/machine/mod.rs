@@ -22,41 +22,41 @@ use crate::config::{GdbAddress, OnReset, VmConfig};
 use crate::error::{EXIT_OK, Error};
 use crate::gdb;
 use crate::host::Linux;
+use crate::inspect::InspectionServer;
 use crate::io_loop::IoLoop;
 use crate::kvm;
 use crate::memory;
 use crate::signals::Signals;
 use crate::terminal::{self, Console};
-use crate::trace::live::Reception;
 use crate::trace::{Places, Plan, Trace};
 use crate::vcpu::hart::Hart;
+use crate::vcpu::observer::ExitObserver;
 use crate::vcpu::record::Unrecorded;
 use crate::vcpu::spawn_hart;
 use crate::vcpu::stop::StopReason;
-use crate::vcpu::witness::Witness;
 
 mod attach;
 mod build;
+mod fdt;
 mod firmware;
 mod handle;
+pub mod hypervisor;
+mod inspector;
 mod irqchip;
 mod load;
 mod shared_console;
-mod sight;
+mod stall;
 #[cfg(test)]
 mod tests;
-mod tree;
-pub mod vm;
-mod waiting;
 
 use build::{Board, Ends};
 pub use handle::Handle;
+use hypervisor::Hypervisor;
+use inspector::Inspector;
 use load::Files;
 pub use rvmm_devices::virtio::balloon::BalloonControl;
 use shared_console::SharedConsole;
-use sight::Sight;
-use vm::Hypervisor;
-use waiting::Watch;
+use stall::StallWatch;
 
 /// How long a guest may take to start until rvmm gives back what memory only that needed. Nothing depends on it but memory.
 const GUEST_START: Duration = Duration::from_secs(2);
@@ -69,14 +69,14 @@ pub struct Parts {
     /// Who makes the VM; KVM where nothing is given.
     pub hypervisor: Option<Box<dyn Hypervisor>>,
     /// Who is told of every exit of every hart.
-    pub witness: Option<Arc<dyn Witness>>,
+    pub observer: Option<Arc<dyn ExitObserver>>,
     /// SIGTERM, SIGINT, SIGHUP and SIGQUIT stop the machine; in one with a power button the first SIGTERM presses that
     /// instead, and the guest has `config.grace_s` to power off. They belong to the process: only a program that is nothing
     /// but this machine wants that.
     ///
     /// The memory that only the start of the program needed is given back then, too.
     pub signals: bool,
-    /// Where a Unix socket is made through which the machine's owner can look at it ([`crate::trace::live`]). Where that fails, the log
+    /// Where a Unix socket is made through which the machine's owner can look at it ([`crate::inspect`]). Where that fails, the log
     /// says so and the machine runs without.
     pub socket: Option<PathBuf>,
 }
@@ -92,14 +92,14 @@ pub struct Machine {
     debugger: Option<gdb::Server>,
     files: Files,
     board: Board,
-    lookers: Lookers,
+    observers: Observers,
 }
 
 /// Those who look on: they change nothing in the machine.
 #[derive(Default)]
-struct Lookers {
+struct Observers {
     trace: Option<Trace>,
-    visits: Option<(Arc<Sight>, Arc<Reception>)>,
+    inspection: Option<(Arc<Inspector>, Arc<InspectionServer>)>,
 }
 
 /// A virtual machine that runs on threads of its own.
@@ -150,7 +150,7 @@ impl Machine {
             button,
             balloon: handle.balloon().clone(),
             host: linux,
-            witness: parts.witness,
+            observer: parts.observer,
         };
         let debugger = config.gdb.as_ref().map(gdb::Server::open).transpose()?;
         let board = Board::build(&config, &files, host.as_ref(), &ends)?;
@@ -158,9 +158,9 @@ impl Machine {
         // It is written once: a restart needs nothing from paths, and the tree is the same.
         config.boot.dump_dtb = None;
         let trace = trace(&config, &board)?;
-        let visits = parts.socket.and_then(|path| visits(&config.name, &path));
-        let lookers = Lookers { trace, visits };
-        Ok(Self { config, host, ends, pty, signals, handle, debugger, files, board, lookers })
+        let inspection = parts.socket.and_then(|path| inspection(&config.name, &path));
+        let observers = Observers { trace, inspection };
+        Ok(Self { config, host, ends, pty, signals, handle, debugger, files, board, observers })
     }
 
     /// What stops, pauses and resumes the machine from any thread.
@@ -197,23 +197,23 @@ impl Machine {
             debugger,
             mut files,
             mut board,
-            lookers,
+            observers,
             ..
         } = self;
         loop {
             let callers = signals.map(|signals| (signals, ends.button.clone()));
-            let outside = Outside {
+            let context = RunContext {
                 handle: &handle,
                 debugger: debugger.as_ref(),
-                lookers: &lookers,
+                observers: &observers,
                 callers,
             };
-            let reason = live(board, &config, outside)?;
+            let reason = run_board(board, &config, context)?;
             if reason != StopReason::Reset || config.on_reset == OnReset::Exit {
                 if let Some(debugger) = debugger {
                     debugger.end(reason.exit_code());
                 }
-                return ended(reason, lookers.trace);
+                return ended(reason, observers.trace);
             }
             log::info!("The guest restarts");
             files.wake()?;
@@ -254,12 +254,12 @@ impl Running {
 }
 
 /// Who may want something of a running machine.
-struct Outside<'a> {
+struct RunContext<'a> {
     handle: &'a Handle,
     debugger: Option<&'a gdb::Server>,
     /// Signals, and the button that the first one presses.
     callers: Option<(Signals, Option<Arc<Button>>)>,
-    lookers: &'a Lookers,
+    observers: &'a Observers,
 }
 
 /// How a machine has ended. What the guest came to counts before what became of its trace.
@@ -271,8 +271,12 @@ fn ended(reason: StopReason, trace: Option<Trace>) -> Result<StopReason, Error> 
 }
 
 /// One life of the guest: from letting the harts go until all threads have ended.
-fn live(mut board: Board, config: &VmConfig, outside: Outside<'_>) -> Result<StopReason, Error> {
-    let Outside { handle, debugger, callers, lookers } = outside;
+fn run_board(
+    mut board: Board,
+    config: &VmConfig,
+    context: RunContext<'_>,
+) -> Result<StopReason, Error> {
+    let RunContext { handle, debugger, callers, observers } = context;
     let alone = callers.is_some();
     let mut io =
         IoLoop::new(Arc::clone(&board.bus)).map_err(|e| host_error("make the event loop", e))?;
@@ -282,22 +286,22 @@ fn live(mut board: Board, config: &VmConfig, outside: Outside<'_>) -> Result<Sto
             .and_then(|()| button.map_or(Ok(()), |button| io.watch_button(button)))
             .map_err(|e| host_error("watch signals", e))?;
     }
-    if let Some((sight, reception)) = &lookers.visits {
-        io.watch_visits(Arc::clone(reception) as _)
+    if let Some((inspector, server)) = &observers.inspection {
+        io.watch_external(Arc::clone(server) as _)
             .map_err(|e| host_error("watch for visitors", e))?;
-        sight.enter(&board, config.cpus.count);
+        inspector.enter(&board, config.cpus.count);
     }
     let control = Arc::clone(&board.control);
     io.watch_failure(Box::new(move |what| {
         control.stop(StopReason::HostFailure(what));
     }));
     let io = io.spawn().map_err(|e| host_error("start the event loop", e))?;
-    let watch = Watch::new(board.vm.as_ref());
+    let watch = StallWatch::new(board.vm.as_ref());
     let mut threads = Vec::new();
     let mut failed = None;
     for hart in std::mem::take(&mut board.harts) {
         let what = format!("start hart {}", hart.id());
-        match start_hart(hart, &board, config, lookers.trace.as_ref()) {
+        match start_hart(hart, &board, config, observers.trace.as_ref()) {
             Ok(thread) => threads.push(thread),
             Err(error) => {
                 failed = Some(host_error(&what, error));
@@ -307,9 +311,9 @@ fn live(mut board: Board, config: &VmConfig, outside: Outside<'_>) -> Result<Sto
         }
     }
     handle.enter(&board.control);
-    let debugged = debugger.zip(board.post.take());
-    let debugger = debugged.map(|(server, post)| {
-        server.begin(post);
+    let debugged = debugger.zip(board.debug_context.take());
+    let debugger = debugged.map(|(server, debug_context)| {
+        server.begin(debug_context);
         server
     });
     board.control.start();
@@ -330,8 +334,8 @@ fn live(mut board: Board, config: &VmConfig, outside: Outside<'_>) -> Result<Sto
         let _ = thread.join();
     }
     handle.leave();
-    if let Some((sight, _)) = &lookers.visits {
-        sight.leave();
+    if let Some((inspector, _)) = &observers.inspection {
+        inspector.leave();
     }
     if let Some(debugger) = debugger {
         debugger.over();
@@ -358,10 +362,10 @@ fn start_hart(
 }
 
 /// The socket through which the machine can be looked at. A machine runs as well without.
-fn visits(name: &str, path: &Path) -> Option<(Arc<Sight>, Arc<Reception>)> {
-    let sight = Arc::new(Sight::new(name));
-    match Reception::open(path, Arc::clone(&sight) as _) {
-        Ok(reception) => Some((sight, Arc::new(reception))),
+fn inspection(name: &str, path: &Path) -> Option<(Arc<Inspector>, Arc<InspectionServer>)> {
+    let inspector = Arc::new(Inspector::new(name));
+    match InspectionServer::open(path, Arc::clone(&inspector) as _) {
+        Ok(server) => Some((inspector, Arc::new(server))),
         Err(error) => {
             log::warn!("Nobody can look at this machine: {error}");
             None

@@ -12,15 +12,15 @@ use rvmm_devices::virtio::vhost_user::testing::{Traits, serve_at};
 use rvmm_devices::{ConsoleBackend, Doorbell, Port, Ports};
 use tempfile::NamedTempFile;
 
-use super::vm::{AiaPlan, CpuFacts, CpuKnobs, Hypervisor, Irqchip, Vm, VmError};
+use super::hypervisor::{AiaPlan, CpuFacts, CpuKnobs, Hypervisor, Irqchip, Vm, VmError};
 use super::{Machine, Parts};
 use crate::config::{
     GdbAddress, GdbConfig, InitrdConfig, IrqchipChoice, LoadConfig, TraceConfig, VmConfig,
 };
 use crate::error::{EXIT_HOST, EXIT_USAGE, Error};
 use crate::host::in_a_namespace;
+use crate::inspect::{Connection, Landing, Query, Reply};
 use crate::terminal::Console;
-use crate::trace::live::{Answer, Connection, Landing, Question};
 use crate::vcpu::exit::SystemEvent;
 use crate::vcpu::hart::{Csr, Hart, Reg};
 use crate::vcpu::stop::StopReason;
@@ -175,22 +175,22 @@ fn a_running_machine_answers_those_who_look_at_it_and_goes_on() {
     // Until the machine runs, it says that it does not.
     let mut ask = |question| loop {
         match connection.ask(question).unwrap() {
-            Answer::Error(text) if text.contains("starting") => std::thread::yield_now(),
+            Reply::Error(text) if text.contains("starting") => std::thread::yield_now(),
             answer => return answer,
         }
     };
-    let Answer::Registers(harts) = ask(Question::Registers) else { panic!("no registers") };
+    let Reply::Registers(harts) = ask(Query::Registers) else { panic!("no registers") };
     assert_eq!((harts.len(), harts[0].registers[0].clone()), (1, ("pc".into(), Some(7))));
-    let Answer::Walk(walk) = ask(Question::Walk { address: 0x8000_1000, hart: 0 }) else {
+    let Reply::Walk(walk) = ask(Query::Walk { address: 0x8000_1000, hart: 0 }) else {
         panic!("no walk")
     };
     let landing = Landing::Memory { slot: 0, base: 0x8000_0000, offset: 0x1000 };
     assert_eq!((walk.mode.as_str(), walk.landing), ("bare", Some(landing)));
-    let Answer::Error(text) = ask(Question::Walk { address: 0, hart: 1 }) else { panic!("a hart") };
+    let Reply::Error(text) = ask(Query::Walk { address: 0, hart: 1 }) else { panic!("a hart") };
     assert!(text.contains("no hart 1 (the last one is 0)"), "{text}");
     // A machine answers before its hart has come to its first load.
     let (stat, reads) = loop {
-        let Answer::Stat(stat) = ask(Question::Stat) else { panic!("no counters") };
+        let Reply::Stat(stat) = ask(Query::Stat) else { panic!("no counters") };
         let serial = stat.devices.iter().find(|device| device.name == "serial").unwrap();
         match serial.reads {
             0 => std::thread::yield_now(),
@@ -202,14 +202,14 @@ fn a_running_machine_answers_those_who_look_at_it_and_goes_on() {
     let handle = running.handle();
     handle.resume();
     assert!(handle.pause() && handle.pause());
-    assert!(matches!(ask(Question::Registers), Answer::Registers(_)));
+    assert!(matches!(ask(Query::Registers), Reply::Registers(_)));
     assert!(handle.is_paused());
     handle.resume();
     assert!(handle.is_paused());
     handle.resume();
     assert!(!handle.is_paused());
     handle.resume();
-    assert!(matches!(ask(Question::Registers), Answer::Registers(_)));
+    assert!(matches!(ask(Query::Registers), Reply::Registers(_)));
     assert!(!handle.is_paused());
     running.handle().stop();
     assert_eq!(running.wait().unwrap(), StopReason::Requested);

@@ -1,6 +1,6 @@
 //! A Unix socket that rvmm listens on: one user at a time, and when that one leaves, the next.
 //!
-//! The socket's file is the business of [`Gate`], and so is a host that has nothing left to let somebody in with.
+//! The socket's file is the business of [`Acceptor`], and so is a host that has nothing left to let somebody in with.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -13,7 +13,7 @@ use rvmm_devices::{ConsoleBackend, Port, Ports};
 
 use super::pty::is_hung_up;
 use crate::error::Error;
-use crate::host::Gate;
+use crate::host::Acceptor;
 
 /// Users who wait while another is being answered.
 const BACKLOG: i32 = 4;
@@ -24,9 +24,9 @@ const IN_USE: &[u8] = b"rvmm: somebody else is using this console\r\n";
 /// The console of `--serial unix:PATH`.
 #[derive(Debug)]
 pub(super) struct Socket {
-    gate: Gate,
+    acceptor: Acceptor,
     user: Option<User>,
-    /// The user's place is not free yet: the gate is not looked at.
+    /// The user's place is not free yet: the acceptor is not looked at.
     is_deaf: bool,
 }
 
@@ -43,24 +43,24 @@ impl Socket {
     /// Makes the socket and its file.
     ///
     /// # Errors
-    /// As [`Gate::open`].
+    /// As [`Acceptor::open`].
     pub(super) fn listen(path: &Path) -> Result<Self, Error> {
-        Ok(Self { gate: Gate::open(path, BACKLOG)?, user: None, is_deaf: false })
+        Ok(Self { acceptor: Acceptor::open(path, BACKLOG)?, user: None, is_deaf: false })
     }
 
     /// Lets the next one in, as user or only to hear that the place is taken.
     fn accept(&mut self) {
-        let Some(stream) = self.gate.admit() else { return };
+        let Some(stream) = self.acceptor.admit() else { return };
         if self.user.is_some() {
             let _ = send(&stream, IN_USE, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
             return;
         }
-        info!("A user connected to the console at {}", self.gate.path().display());
+        info!("A user connected to the console at {}", self.acceptor.path().display());
         self.user = Some(User { stream, input_has_ended: false, output_has_ended: false });
     }
 
     fn leave(&mut self) {
-        info!("The user of the console at {} left", self.gate.path().display());
+        info!("The user of the console at {} left", self.acceptor.path().display());
         self.user = None;
         self.is_deaf = false;
     }
@@ -81,7 +81,7 @@ impl ConsoleBackend for Socket {
         Ports {
             input: port(|user| user.input_has_ended),
             output: port(|user| user.output_has_ended),
-            attention: (!self.is_deaf).then(|| self.gate.attention()),
+            attention: (!self.is_deaf).then(|| self.acceptor.fd()),
         }
     }
 

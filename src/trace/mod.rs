@@ -15,7 +15,6 @@
 //! ([`Unrecorded`](crate::vcpu::record::Unrecorded)).
 
 mod format;
-pub mod live;
 mod names;
 mod record;
 mod report;
@@ -35,7 +34,7 @@ pub use names::Places;
 pub use record::HartRecorder;
 pub use report::report;
 #[cfg(any(test, fuzzing))]
-pub use report::testing::play as play_report;
+pub use report::testing::report_from_bytes;
 use ring::Ring;
 use writer::{Job, Writer};
 

@@ -39,7 +39,7 @@ impl Places {
     }
 
     /// The label of the device at a guest-physical address, the offset in there, and the register that is read there.
-    pub(super) fn at(&self, addr: u64) -> Option<(&str, u64, Option<&'static str>)> {
+    pub(crate) fn at(&self, addr: u64) -> Option<(&str, u64, Option<&'static str>)> {
         let (place, offset) = self.find(addr)?;
         Some((&place.label, offset, (place.registers)(offset, false)))
     }

@@ -56,7 +56,7 @@ impl Writer {
         let seen = Arc::clone(&is_over);
         let thread = thread::Builder::new().name("trace".into()).spawn(move || {
             let _ = setpriority_process(Some(own_thread()), NICEST);
-            Desk::new(job).work(&seen)
+            WriterThread::new(job).work(&seen)
         })?;
         Ok(Self { is_over, thread: Some(thread) })
     }
@@ -90,7 +90,7 @@ fn own_thread() -> Pid {
 }
 
 /// The writer at work.
-struct Desk {
+struct WriterThread {
     job: Job,
     /// Exits that are in the file or in the text.
     recorded: u64,
@@ -103,7 +103,7 @@ struct Desk {
     thrown_away: u64,
 }
 
-impl Desk {
+impl WriterThread {
     fn new(job: Job) -> Self {
         let told = vec![0; job.rings.len()];
         Self { job, recorded: 0, told, written: (0, 0), failed: None, thrown_away: 0 }

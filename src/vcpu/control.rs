@@ -31,7 +31,7 @@ struct State {
     held: Held,
     stop: Option<StopReason>,
     /// Every hart whose thread lives.
-    harts: Vec<Enlisted>,
+    harts: Vec<RegisteredHart>,
     /// How many of them wait here.
     parked: usize,
     /// How many of the waiting sleep in SBI SUSP.
@@ -39,31 +39,31 @@ struct State {
     /// Counts host events, for those that sleep until one.
     wakes: u64,
     /// What harts are to do where they wait, in the order of asking.
-    errands: Vec<(u32, Errand)>,
+    tasks: Vec<(u32, HartTask)>,
 }
 
 /// Something that a hart does on its own thread while it waits.
-pub(super) type Errand = Box<dyn FnOnce(&mut dyn Hart) + Send>;
+pub(super) type HartTask = Box<dyn FnOnce(&mut dyn Hart) + Send>;
 
 #[derive(Default)]
 enum Held {
     #[default]
-    Nobody,
-    These(BTreeSet<u32>),
-    Everybody,
+    None,
+    Some(BTreeSet<u32>),
+    All,
 }
 
 impl Held {
     fn has(&self, id: u32) -> bool {
         match self {
-            Self::Nobody => false,
-            Self::These(harts) => harts.contains(&id),
-            Self::Everybody => true,
+            Self::None => false,
+            Self::Some(harts) => harts.contains(&id),
+            Self::All => true,
         }
     }
 }
 
-struct Enlisted {
+struct RegisteredHart {
     id: u32,
     kick: Arc<dyn Kick>,
 }
@@ -77,13 +77,13 @@ impl State {
         self.parked >= self.harts.len()
     }
 
-    fn has_errand(&self, id: u32) -> bool {
-        self.errands.iter().any(|(hart, _)| *hart == id)
+    fn has_task(&self, id: u32) -> bool {
+        self.tasks.iter().any(|(hart, _)| *hart == id)
     }
 
-    fn take_errand(&mut self, id: u32) -> Option<Errand> {
-        let at = self.errands.iter().position(|(hart, _)| *hart == id)?;
-        Some(self.errands.remove(at).1)
+    fn take_task(&mut self, id: u32) -> Option<HartTask> {
+        let at = self.tasks.iter().position(|(hart, _)| *hart == id)?;
+        Some(self.tasks.remove(at).1)
     }
 
     fn kick_all(&self) {
@@ -102,11 +102,11 @@ pub(super) enum Order {
 }
 
 /// Why a hart no longer waits.
-pub(super) enum Rested {
+pub(super) enum Wakeup {
     Run,
     End,
     /// To do this, and to wait again.
-    Visited(Errand),
+    Task(HartTask),
 }
 
 impl Control {
@@ -133,8 +133,8 @@ impl Control {
             state.kick_all();
             self.changed.notify_all();
         }
-        // Who waits for an errand learns by its loss that nobody will run it; not under the lock, since it is their code.
-        let lost = std::mem::take(&mut state.errands);
+        // Who waits for an task learns by its loss that nobody will run it; not under the lock, since it is their code.
+        let lost = std::mem::take(&mut state.tasks);
         drop(state);
         drop(lost);
         first
@@ -163,7 +163,7 @@ impl Control {
     /// from a hart's own thread. [`Control::await_held`] waits.
     pub fn hold(&self) {
         let mut state = self.lock();
-        state.held = Held::Everybody;
+        state.held = Held::All;
         state.kick_all();
     }
 
@@ -171,9 +171,9 @@ impl Control {
     pub fn hold_one(&self, id: u32) {
         let mut state = self.lock();
         match &mut state.held {
-            Held::Everybody => {}
-            Held::These(harts) => _ = harts.insert(id),
-            held => *held = Held::These(BTreeSet::from([id])),
+            Held::All => {}
+            Held::Some(harts) => _ = harts.insert(id),
+            held => *held = Held::Some(BTreeSet::from([id])),
         }
         for hart in state.harts.iter().filter(|hart| hart.id == id) {
             hart.kick.kick();
@@ -192,10 +192,10 @@ impl Control {
     pub fn release(&self, only: Option<&[u32]>) {
         let mut state = self.lock();
         state.held = match only {
-            None => Held::Nobody,
+            None => Held::None,
             Some(harts) => {
                 let others = state.harts.iter().map(|hart| hart.id);
-                Held::These(others.filter(|id| !harts.contains(id)).collect())
+                Held::Some(others.filter(|id| !harts.contains(id)).collect())
             }
         };
         self.changed.notify_all();
@@ -209,24 +209,24 @@ impl Control {
         harts
     }
 
-    /// Has a hart that is out of the guest do `errand` on its own thread, where alone its registers are to be reached, and waits for
+    /// Has a hart that is out of the guest do `task` on its own thread, where alone its registers are to be reached, and waits for
     /// the result. `None` where there is no such hart, or the machine ends first. A hart that is not held or paused does
     /// it when it next is.
-    pub fn visit<R: Send + 'static>(
+    pub fn run_on<R: Send + 'static>(
         &self,
         id: u32,
-        errand: impl FnOnce(&mut dyn Hart) -> R + Send + 'static,
+        task: impl FnOnce(&mut dyn Hart) -> R + Send + 'static,
     ) -> Option<R> {
         let (give, take) = sync_channel(1);
-        let errand: Errand = Box::new(move |hart| {
+        let task: HartTask = Box::new(move |hart| {
             // Nobody waits any more where the visitor's thread died.
-            let _ = give.send(errand(hart));
+            let _ = give.send(task(hart));
         });
         let mut state = self.lock();
         if state.stop.is_some() || !state.harts.iter().any(|hart| hart.id == id) {
             return None;
         }
-        state.errands.push((id, errand));
+        state.tasks.push((id, task));
         self.changed.notify_all();
         drop(state);
         take.recv().ok()
@@ -283,7 +283,7 @@ impl Control {
 
     /// Enters a hart into the list of those that are kicked and waited for, until the guard is dropped by its thread.
     pub(super) fn enlist(self: &Arc<Self>, id: u32, kick: Arc<dyn Kick>) -> Service {
-        self.lock().harts.push(Enlisted { id, kick });
+        self.lock().harts.push(RegisteredHart { id, kick });
         Service { control: Arc::clone(self), id }
     }
 
@@ -303,42 +303,42 @@ impl Control {
     }
 
     /// Waits until the hart may run, is visited, or the run ends.
-    pub(super) fn park(&self, id: u32) -> Rested {
+    pub(super) fn park(&self, id: u32) -> Wakeup {
         self.rest(id, None)
     }
 
     /// As [`Control::park`], and until there were other than `events` host events, for `limit` at most.
-    pub(super) fn sleep(&self, id: u32, events: u64, limit: Duration) -> Rested {
+    pub(super) fn sleep(&self, id: u32, events: u64, limit: Duration) -> Wakeup {
         self.rest(id, Some((events, limit)))
     }
 
-    fn rest(&self, id: u32, sleep: Option<(u64, Duration)>) -> Rested {
+    fn rest(&self, id: u32, sleep: Option<(u64, Duration)>) -> Wakeup {
         let mut state = self.lock();
         state.parked += 1;
         self.changed.notify_all();
         if let Some((events, limit)) = sleep {
             state.asleep += 1;
             let waited = self.changed.wait_timeout_while(state, limit, |state| {
-                state.stop.is_none() && state.wakes == events && !state.has_errand(id)
+                state.stop.is_none() && state.wakes == events && !state.has_task(id)
             });
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
             state.asleep -= 1;
         }
         state = self.wait_while(state, |state| {
-            state.stop.is_none() && !state.may_run(id) && !state.has_errand(id)
+            state.stop.is_none() && !state.may_run(id) && !state.has_task(id)
         });
         state.parked -= 1;
-        match state.take_errand(id) {
-            _ if state.stop.is_some() => Rested::End,
-            Some(errand) => Rested::Visited(errand),
-            None => Rested::Run,
+        match state.take_task(id) {
+            _ if state.stop.is_some() => Wakeup::End,
+            Some(task) => Wakeup::Task(task),
+            None => Wakeup::Run,
         }
     }
 
     fn leave(&self, id: u32) {
         let mut state = self.lock();
         state.harts.retain(|hart| hart.id != id);
-        let lost = std::mem::take(&mut state.errands);
+        let lost = std::mem::take(&mut state.tasks);
         if state.stop.is_none() {
             state.stop = Some(StopReason::HostFailure(format!("The thread of hart {id} died")));
             state.kick_all();

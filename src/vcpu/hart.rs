@@ -68,7 +68,7 @@ pub trait Hart: Send {
     fn enter(&mut self) -> io::Result<Exit<'_>>;
 
     /// What the last [`Hart::enter`] returned, once more; asked before anything else is done with the hart.
-    fn exit(&mut self) -> Exit<'_>;
+    fn last_exit(&mut self) -> Exit<'_>;
 
     /// Completes the last exit (destination register, program counter) without running the guest, so that registers
     /// are true and may be written.

@@ -10,7 +10,7 @@
 //! | `trap.rs` | the traps that hardware would raise and KVM leaves out: which, and how they enter the guest |
 //! | `firmware/` | what stands in for firmware that KVM does not offer: SBI 0.1, CSRs of machine mode, a visible timer |
 //! | `restarts.rs` | what a hart lacks after the kernel has started it anew |
-//! | `witness.rs` | somebody who is told of every exit |
+//! | `observer.rs` | somebody who is told of every exit |
 //! | `walk.rs`, `insn.rs` | what `trap` needs to know it: the guest's page tables, its memory instructions |
 //! | `dump.rs` | registers as text |
 //! | `run.rs` | [`spawn_hart`]: the thread and its loop |
@@ -23,7 +23,7 @@
 //! `enter` → `dispatch` → [`Flow`]. Most exits are answered by `dispatch` alone and the hart goes straight back; nothing on
 //! that way allocates, logs or takes a lock but the device's. What needs the hart's registers comes back as a [`Trouble`],
 //! and the loop, which has the hart, settles it. The control is looked at only after [`exit::Exit::Interrupted`]: who wants
-//! something from a hart says so there and then kicks it. While it waits there, it does what [`Control::visit`] asks.
+//! something from a hart says so there and then kicks it. While it waits there, it does what [`Control::run_on`] asks.
 
 mod control;
 mod csr;
@@ -33,6 +33,7 @@ pub mod exit;
 pub mod firmware;
 pub mod hart;
 mod insn;
+pub mod observer;
 pub mod record;
 pub mod restarts;
 mod run;
@@ -44,7 +45,6 @@ pub(crate) mod testing;
 mod tests;
 mod trap;
 pub mod walk;
-pub mod witness;
 mod world;
 
 pub use control::{Control, Pause};

@@ -9,7 +9,7 @@ use std::time::Duration;
 use log::debug;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-use super::control::{Control, Order, Rested, Service};
+use super::control::{Control, Order, Service, Wakeup};
 use super::dispatch::{Flow, dispatch};
 use super::hart::{Csr, Hart, Reg};
 use super::record::Recorder;
@@ -190,12 +190,12 @@ fn obey(hart: &mut dyn Hart, control: &Control) -> io::Result<bool> {
 }
 
 /// Waits, and does what the hart is visited for meanwhile; false where the run ends.
-fn rest(hart: &mut dyn Hart, wait: impl Fn(u32) -> Rested) -> bool {
+fn rest(hart: &mut dyn Hart, wait: impl Fn(u32) -> Wakeup) -> bool {
     loop {
         match wait(hart.id()) {
-            Rested::Run => return true,
-            Rested::End => return false,
-            Rested::Visited(errand) => errand(hart),
+            Wakeup::Run => return true,
+            Wakeup::End => return false,
+            Wakeup::Task(task) => task(hart),
         }
     }
 }
@@ -212,9 +212,9 @@ fn sleep(hart: &mut dyn Hart, world: &World, control: &Control) -> io::Result<bo
     let goes_on = loop {
         let Some(limit) = time_to_sleep(hart, world)? else { break obey(hart, control)? };
         match control.sleep(hart.id(), events, limit) {
-            Rested::Run => break true,
-            Rested::End => break false,
-            Rested::Visited(errand) => errand(hart),
+            Wakeup::Run => break true,
+            Wakeup::End => break false,
+            Wakeup::Task(task) => task(hart),
         }
     };
     if let Some(restarts) = world.restarts.as_ref().filter(|_| goes_on) {

@@ -66,7 +66,7 @@ fn talk(call: &mut SbiCall<'_>, world: &World) -> Flow {
     flow
 }
 
-type Answer = (u64, u64, Flow);
+type TrapResult = (u64, u64, Flow);
 
 /// The first such call is worth a warning.
 #[cold]
@@ -92,7 +92,7 @@ fn suspend(call: &mut SbiCall<'_>) -> Flow {
 }
 
 /// Debug Console (SBI chapter 12).
-fn dbcn(function: u64, args: &[u64; 6], world: &World) -> Answer {
+fn dbcn(function: u64, args: &[u64; 6], world: &World) -> TrapResult {
     match function {
         0 | 1 => {
             let [len, base, base_high, ..] = *args;

@@ -204,10 +204,10 @@ impl Hart for ScriptHart {
             _ => {}
         }
         self.step = Some(step);
-        Ok(self.exit())
+        Ok(self.last_exit())
     }
 
-    fn exit(&mut self) -> Exit<'_> {
+    fn last_exit(&mut self) -> Exit<'_> {
         let Some(step) = &self.step else { return Exit::Interrupted };
         match step {
             Step::Load { addr, .. } => Exit::MmioRead { addr: *addr, data: &mut self.data },

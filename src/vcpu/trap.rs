@@ -17,7 +17,7 @@ use log::warn;
 use super::dispatch::Trouble;
 use super::dump::dump;
 use super::exit::Fault;
-use super::firmware::Answer;
+use super::firmware::TrapResult;
 use super::hart::{Csr, Hart, Reg};
 use super::insn::{self, Kind, Operand};
 use super::stop::StopReason;
@@ -96,13 +96,13 @@ pub(super) fn resolve(
 fn breakpoint(hart: &mut dyn Hart, world: &World, pc: u64) -> io::Result<Option<StopReason>> {
     let answer = match &world.firmware {
         Some(firmware) => firmware.breakpoint(hart, world, pc)?,
-        None => Answer::Strange,
+        None => TrapResult::Strange,
     };
     match answer {
-        Answer::Done => {}
-        Answer::Stop(reason) => return Ok(Some(reason)),
-        Answer::Strange if is_planted(hart, world, pc)? => {}
-        Answer::Strange => raise(hart, Trap { cause: cause::BREAKPOINT, tval: pc })?,
+        TrapResult::Done => {}
+        TrapResult::Stop(reason) => return Ok(Some(reason)),
+        TrapResult::Strange if is_planted(hart, world, pc)? => {}
+        TrapResult::Strange => raise(hart, Trap { cause: cause::BREAKPOINT, tval: pc })?,
     }
     Ok(None)
 }

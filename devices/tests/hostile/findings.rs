@@ -9,7 +9,7 @@ use rvmm_devices::virtio::mmio::KICK;
 use rvmm_devices::virtio::testing::{Buffer, NEXT, RAM, RAM_SIZE, Rig, WRITE};
 use rvmm_devices::{Model, Options};
 
-use crate::play::ram::Watched;
+use crate::scenario::ram::Watched;
 
 fn rig(options: &str) -> Rig {
     let options = Options::parse(options).unwrap();

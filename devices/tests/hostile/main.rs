@@ -9,16 +9,16 @@
 )]
 
 mod findings;
-mod play;
 mod races;
 mod resets;
 mod rings;
+mod scenario;
 mod seeds;
 
-use play::kind::{Kind, Piece};
-use play::ram::HIGH;
-use play::stage::{CANARY, Stage};
 use proptest::prelude::*;
+use scenario::kind::{Kind, Piece};
+use scenario::ram::HIGH;
+use scenario::stage::{CANARY, Stage};
 use vm_memory::{Bytes, GuestAddress};
 
 proptest! {
@@ -26,7 +26,7 @@ proptest! {
 
     #[test]
     fn a_script_that_nobody_wrote_breaks_nothing_but_its_guest(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
-        for (_, target) in play::TARGETS {
+        for (_, target) in scenario::TARGETS {
             target(&bytes);
         }
     }
@@ -34,7 +34,7 @@ proptest! {
 
 #[test]
 fn every_seed_of_the_fuzzers_is_played() {
-    for (name, target) in play::TARGETS {
+    for (name, target) in scenario::TARGETS {
         let seeds = seeds::of(name);
         assert!(!seeds.is_empty(), "no seeds of {name}");
         seeds.iter().for_each(|seed| target(seed));
@@ -106,7 +106,7 @@ fn the_judge_lets_a_guest_hurt_itself() {
     stage.offer(0, 3);
     stage.kick(0);
     stage.run();
-    play::works(&mut stage);
+    scenario::works(&mut stage);
 }
 
 #[test]
@@ -117,5 +117,5 @@ fn the_judge_lets_a_guest_have_its_used_ring_written_over_as_a_whole() {
     stage.offer(0, 3);
     stage.kick(0);
     stage.run();
-    play::works(&mut stage);
+    scenario::works(&mut stage);
 }

@@ -10,11 +10,11 @@ use rvmm_devices::testing::turn;
 use rvmm_devices::virtio::GuestMemoryMmap;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::play::kind::Kind;
-use crate::play::ram::{HIGH, LOW};
-use crate::play::script::Script;
-use crate::play::stage::{BUFFERS, CANARY, Stage};
-use crate::play::{RING_RESET, works};
+use crate::scenario::kind::Kind;
+use crate::scenario::ram::{HIGH, LOW};
+use crate::scenario::script::Script;
+use crate::scenario::stage::{BUFFERS, CANARY, Stage};
+use crate::scenario::{RING_RESET, works};
 
 /// Lives of each device, and passes in each of them.
 const LIVES: u64 = 6;

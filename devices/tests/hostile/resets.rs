@@ -1,11 +1,11 @@
 //! Resets of every device, again and again, with requests on the way: nothing that was taken from a queue touches memory
 //! afterwards, and the device works. The judge of `play/` sees every byte that changes.
 
-use crate::play::kind::Kind;
-use crate::play::script::Script;
-use crate::play::stage::Stage;
-use crate::play::works;
 use crate::races::Numbers;
+use crate::scenario::kind::Kind;
+use crate::scenario::script::Script;
+use crate::scenario::stage::Stage;
+use crate::scenario::works;
 
 const RESETS: usize = 100;
 
@@ -46,7 +46,7 @@ fn for_all(mut test: impl FnMut(&mut Stage, &mut Numbers)) {
 }
 
 fn features(life: usize) -> u64 {
-    if life.is_multiple_of(2) { u64::MAX } else { 1 << 28 | crate::play::RING_RESET }
+    if life.is_multiple_of(2) { u64::MAX } else { 1 << 28 | crate::scenario::RING_RESET }
 }
 
 #[test]

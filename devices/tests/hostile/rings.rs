@@ -1,12 +1,12 @@
 //! The list of what a driver can do wrong with rings (docs/hostile-guests.md, group B), against every queue of every device:
 //! the request comes back or the device waits for a reset, and after a reset it works.
 
-use crate::play::RING_RESET;
-use crate::play::kind::Kind;
-use crate::play::ram::{HIGH, LOW};
-use crate::play::script::Script;
-use crate::play::stage::{BUFFERS, Stage};
-use crate::play::works;
+use crate::scenario::RING_RESET;
+use crate::scenario::kind::Kind;
+use crate::scenario::ram::{HIGH, LOW};
+use crate::scenario::script::Script;
+use crate::scenario::stage::{BUFFERS, Stage};
+use crate::scenario::works;
 
 const SIZE: u16 = 16;
 const NEXT: u16 = 1;

@@ -15,7 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::hart::{Outside, TinyHart};
 use crate::config::{GdbAddress, GdbConfig, Unassigned};
-use crate::gdb::{Post, Server};
+use crate::gdb::{DebugContext, Server};
 use crate::memory::GuestRam;
 use crate::vcpu::record::Unrecorded;
 use crate::vcpu::stop::StopReason;
@@ -34,7 +34,7 @@ const LIMIT: Duration = Duration::from_secs(120);
 pub(in crate::gdb) struct Life {
     pub(in crate::gdb) control: Arc<Control>,
     pub(in crate::gdb) ram: Arc<GuestRam>,
-    pub(in crate::gdb) post: Arc<Post>,
+    pub(in crate::gdb) context: Arc<DebugContext>,
     pub(in crate::gdb) harts: Vec<Arc<Outside>>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -44,9 +44,10 @@ impl Life {
     pub(in crate::gdb) fn new(programs: &[&[u32]]) -> Self {
         let mut world = world(Unassigned::Zero).0;
         let (control, ram) = (Arc::new(Control::new()), Arc::clone(&world.ram));
-        let post = Post::new(Arc::clone(&control), Arc::clone(&ram), Box::new(|| Ok(())), false);
-        let post = Arc::new(post.unwrap());
-        world.debugger = Some(Arc::clone(&post) as Arc<dyn Debugger>);
+        let context =
+            DebugContext::new(Arc::clone(&control), Arc::clone(&ram), Box::new(|| Ok(())), false);
+        let context = Arc::new(context.unwrap());
+        world.debugger = Some(Arc::clone(&context) as Arc<dyn Debugger>);
         let world = Arc::new(world);
         let (mut harts, mut threads) = (Vec::new(), Vec::new());
         for (id, program) in (0..).zip(programs) {
@@ -60,7 +61,7 @@ impl Life {
                 spawn_hart(hart, Arc::clone(&world), Arc::clone(&control), None, Unrecorded);
             threads.push(thread.unwrap());
         }
-        Self { control, ram, post, harts, threads }
+        Self { control, ram, context, harts, threads }
     }
 
     pub(in crate::gdb) fn memory(&self, addr: u64, len: usize) -> Vec<u8> {
@@ -118,7 +119,7 @@ impl Place {
 
     /// Begins a life, as a machine does.
     pub(in crate::gdb) fn begin(&self, life: &Life) {
-        self.server.begin(Arc::clone(&life.post));
+        self.server.begin(Arc::clone(&life.context));
         life.control.start();
     }
 }

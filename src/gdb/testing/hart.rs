@@ -172,7 +172,7 @@ impl Hart for TinyHart {
         Ok(())
     }
 
-    fn exit(&mut self) -> Exit<'_> {
+    fn last_exit(&mut self) -> Exit<'_> {
         Exit::Interrupted
     }
 

@@ -110,17 +110,17 @@ const NEXT_AS_IT_IS: u8 = 0xfd;
 /// And the one that is left hangs up.
 const RESTART: u8 = 0xfe;
 
-/// Actions of one play at most: each takes a millisecond or so.
+/// Actions of one run at most: each takes a millisecond or so.
 const ACTIONS: usize = 50;
 
 /// A session or several, of a client whose bytes these are.
 ///
 /// # Panics
 /// The server does what it must not.
-pub fn play(bytes: &[u8]) {
+pub fn run_packets(bytes: &[u8]) {
     let (place, life) = (Place::new(true), Life::new(&PROGRAMS));
     place.begin(&life);
-    let mut play = Play {
+    let mut run = PacketRun {
         place,
         code: code(&life),
         life,
@@ -132,23 +132,23 @@ pub fn play(bytes: &[u8]) {
     let (mut bytes, mut actions) = (bytes.iter().copied(), 0);
     while let Some(byte) = bytes.next() {
         match byte {
-            NEXT_AS_IT_IS => play.packet.extend(bytes.next()),
-            0..0x80 => play.packet.push(byte),
+            NEXT_AS_IT_IS => run.packet.extend(bytes.next()),
+            0..0x80 => run.packet.push(byte),
             0x80..SEND => {
                 let at = usize::from(byte - 0x80) % (HEADS.len() + TAILS.len());
                 let word = HEADS.get(at).unwrap_or_else(|| &TAILS[at - HEADS.len()]);
-                play.packet.extend(word.as_bytes());
+                run.packet.extend(word.as_bytes());
             }
             _ => {
-                play.act(byte);
+                run.act(byte);
                 actions += 1;
             }
         }
-        if actions == ACTIONS || play.life.control.reason().is_some() {
+        if actions == ACTIONS || run.life.control.reason().is_some() {
             break;
         }
     }
-    play.end();
+    run.end();
 }
 
 /// The memory that packets of a fuzzer's are about.
@@ -156,7 +156,7 @@ fn code(life: &Life) -> Vec<u8> {
     life.memory(CODE - 0x1000, 0x4000)
 }
 
-struct Play {
+struct PacketRun {
     place: Place,
     life: Life,
     /// What memory is like without a debugger.
@@ -168,7 +168,7 @@ struct Play {
     has_written: bool,
 }
 
-impl Play {
+impl PacketRun {
     fn act(&mut self, byte: u8) {
         let packet = std::mem::take(&mut self.packet);
         match byte {
@@ -252,7 +252,7 @@ impl Play {
             return;
         };
         assert!(answer.starts_with("T05thread:"), "{answer}");
-        assert!(self.life.post.is_empty());
+        assert!(self.life.context.is_empty());
         assert!(self.has_written || code(&self.life) == self.code, "a breakpoint is left");
         gdb.send("D");
         gdb.hang_up();

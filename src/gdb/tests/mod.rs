@@ -509,7 +509,7 @@ proptest! {
         // Whatever that was, the next one is served, and finds no breakpoint left.
         let mut gdb = Client::new(&place.socket);
         prop_assert!(gdb.ask("?").starts_with("T05"));
-        prop_assert!(life.post.is_empty());
+        prop_assert!(life.context.is_empty());
         prop_assert_eq!(gdb.ask("D"), "OK");
         finish(place, life);
     }

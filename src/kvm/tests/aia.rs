@@ -16,7 +16,7 @@ use crate::kvm::regs::sbi_extension;
 use crate::kvm::report::{AiaOffer, GuestFiles};
 use crate::kvm::vm::KvmVm;
 use crate::layout::Span;
-use crate::machine::vm::{AiaFacts, AiaPlan, Irqchip};
+use crate::machine::hypervisor::{AiaFacts, AiaPlan, Irqchip};
 use crate::vcpu::hart::Csr;
 
 const APLIC: u32 = 0x0d00_0000;

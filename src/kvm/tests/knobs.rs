@@ -5,7 +5,7 @@ use rvmm_devices::testing::skip;
 use super::asm::*;
 use super::*;
 use crate::config::{CpuId, KnobChange};
-use crate::machine::vm::{CpuFacts, VmError};
+use crate::machine::hypervisor::{CpuFacts, VmError};
 
 fn knobs(isa: &str, sbi: &str) -> CpuKnobs {
     let parse = |list: &str| {

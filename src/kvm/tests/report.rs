@@ -6,7 +6,7 @@ use super::asm::*;
 use super::*;
 use crate::config::IrqchipChoice;
 use crate::layout::Span;
-use crate::machine::vm::{AiaPlan, Irqchip};
+use crate::machine::hypervisor::{AiaPlan, Irqchip};
 
 #[test]
 fn a_report_agrees_with_the_machine_that_is_made() {

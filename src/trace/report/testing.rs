@@ -72,7 +72,7 @@ const WORDS: [&str; 44] = [
 ///
 /// # Panics
 /// The reader or the page does what it must not.
-pub fn play(bytes: &[u8]) {
+pub fn report_from_bytes(bytes: &[u8]) {
     let Some((how, rest)) = bytes.split_first() else { return judge(&[]) };
     match how % 4 {
         0 => judge(&spelled(rest)),

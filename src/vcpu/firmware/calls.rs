@@ -1,4 +1,4 @@
-//! SBI calls that come out as breakpoints. The console and the end of the machine are answered here; the others are errands to
+//! SBI calls that come out as breakpoints. The console and the end of the machine are answered here; the others are shim_calls to
 //! the kernel, made in the guest's name from the shim's page with the registers that they need, and the registers put back.
 //!
 //! Source: SBI specification 3.0, chapter 5 (the calls of version 0.1, numbers 0 to 8) and chapters 6 to 8, which have the same
@@ -6,7 +6,7 @@
 
 use std::io;
 
-use super::{Answer, Firmware, shim};
+use super::{Firmware, TrapResult, shim};
 use crate::vcpu::dispatch::Flow;
 use crate::vcpu::exit::SbiCall;
 use crate::vcpu::hart::{Csr, Hart, Reg};
@@ -73,7 +73,7 @@ impl Return {
 
 /// A call that the kernel answers in the shim's page.
 #[derive(Debug)]
-pub(super) struct Errand {
+pub(super) struct ShimCall {
     back: Return,
     satp: u64,
     /// a0 to a7 as they were.
@@ -84,7 +84,12 @@ pub(super) struct Errand {
 
 impl Firmware {
     /// The call that the hart has made, with its registers as they are; it goes on at `next`.
-    pub(super) fn call(&self, hart: &mut dyn Hart, world: &World, next: u64) -> io::Result<Answer> {
+    pub(super) fn call(
+        &self,
+        hart: &mut dyn Hart,
+        world: &World,
+        next: u64,
+    ) -> io::Result<TrapResult> {
         let back = Return::from_here(hart, next)?;
         self.call_from(hart, world, back)
     }
@@ -95,13 +100,13 @@ impl Firmware {
         hart: &mut dyn Hart,
         world: &World,
         back: Return,
-    ) -> io::Result<Answer> {
+    ) -> io::Result<TrapResult> {
         let mut args = [0; 8];
         for (arg, number) in args.iter_mut().zip(A0..) {
             *arg = hart.get(Reg::X(number))?;
         }
         let [a0, a1, a2, a3, a4, a5, function, extension] = args;
-        let errand = Errand { back, satp: hart.get(Reg::Csr(Csr::Satp))?, args, is_v01: true };
+        let shim_call = ShimCall { back, satp: hart.get(Reg::Csr(Csr::Satp))?, args, is_v01: true };
         let timer = self
             .timer
             .as_ref()
@@ -109,8 +114,13 @@ impl Firmware {
         if let Some(timer) = timer {
             if !timer.set(hart, a0)? {
                 // What is pending only the guest can take back, by a call that sets the kernel's timer to never.
-                let errand = Errand { is_v01: extension == v01::SET_TIMER, ..errand };
-                return self.send(hart, errand, (shim::ERRAND, eid::TIME, 0), [u64::MAX, 0, 0, 0]);
+                let shim_call = ShimCall { is_v01: extension == v01::SET_TIMER, ..shim_call };
+                return self.send(
+                    hart,
+                    shim_call,
+                    (shim::ERRAND, eid::TIME, 0),
+                    [u64::MAX, 0, 0, 0],
+                );
             }
             hart.set(Reg::X(A0), SUCCESS)?;
             if extension == eid::TIME {
@@ -121,9 +131,9 @@ impl Firmware {
         let old = |a7, a6, now: [u64; 4]| (a7, a6, now, true);
         let (a7, a6, now, is_v01) = match extension {
             v01::PUTCHAR | v01::GETCHAR => return talk(hart, world, back, &args),
-            v01::SHUTDOWN => return Ok(Answer::Stop(StopReason::PowerOff)),
+            v01::SHUTDOWN => return Ok(TrapResult::Stop(StopReason::PowerOff)),
             v01::CLEAR_IPI => {
-                return self.send(hart, errand, (shim::CLEAR_IPI, 0, 0), [SUCCESS, a1, a2, a3]);
+                return self.send(hart, shim_call, (shim::CLEAR_IPI, 0, 0), [SUCCESS, a1, a2, a3]);
             }
             v01::SET_TIMER => old(eid::TIME, 0, [a0, a1, a2, a3]),
             v01::SEND_IPI..=v01::SFENCE_VMA_ASID => {
@@ -147,68 +157,73 @@ impl Firmware {
             hart.set(Reg::X(A0 + 4), a4)?;
             hart.set(Reg::X(A0 + 5), a5)?;
         }
-        self.send(hart, Errand { is_v01, ..errand }, (shim::ERRAND, a7, a6), now)
+        self.send(hart, ShimCall { is_v01, ..shim_call }, (shim::ERRAND, a7, a6), now)
     }
 
     /// Sends the hart to an instruction of the shim, without translation and with its interrupts off.
     fn send(
         &self,
         hart: &mut dyn Hart,
-        errand: Errand,
+        shim_call: ShimCall,
         (to, a7, a6): (u64, u64, u64),
         now: [u64; 4],
-    ) -> io::Result<Answer> {
+    ) -> io::Result<TrapResult> {
         for (value, number) in now.into_iter().zip(A0..) {
             hart.set(Reg::X(number), value)?;
         }
         hart.set(Reg::X(A7), a7)?;
         hart.set(Reg::X(A6), a6)?;
-        hart.set(Reg::Csr(Csr::Sstatus), trap::without_interrupts(errand.back.sstatus))?;
+        hart.set(Reg::Csr(Csr::Sstatus), trap::without_interrupts(shim_call.back.sstatus))?;
         hart.set(Reg::Csr(Csr::Satp), 0)?;
         hart.set(Reg::Mode, trap::SUPERVISOR)?;
         hart.set(Reg::Pc, to)?;
         let id = hart.id();
-        let mut errands = self.errands();
+        let mut shim_calls = self.shim_calls();
         // One that the hart never came back from is void: the kernel has stopped it meanwhile.
-        errands.retain(|(owner, _)| *owner != id);
-        errands.push((id, errand));
-        Ok(Answer::Done)
+        shim_calls.retain(|(owner, _)| *owner != id);
+        shim_calls.push((id, shim_call));
+        Ok(TrapResult::Done)
     }
 
     pub(super) fn is_on_errand(&self, hart: u32) -> bool {
-        self.errands().iter().any(|(owner, _)| *owner == hart)
+        self.shim_calls().iter().any(|(owner, _)| *owner == hart)
     }
 
     /// The hart is back with the kernel's answer in a0 and a1.
-    pub(super) fn finish(&self, hart: &mut dyn Hart) -> io::Result<Answer> {
+    pub(super) fn finish(&self, hart: &mut dyn Hart) -> io::Result<TrapResult> {
         let id = hart.id();
-        let mut errands = self.errands();
-        let found = errands.iter().position(|(owner, _)| *owner == id);
-        let Some((_, errand)) = found.map(|index| errands.swap_remove(index)) else {
-            return Ok(Answer::Strange);
+        let mut shim_calls = self.shim_calls();
+        let found = shim_calls.iter().position(|(owner, _)| *owner == id);
+        let Some((_, shim_call)) = found.map(|index| shim_calls.swap_remove(index)) else {
+            return Ok(TrapResult::Strange);
         };
-        drop(errands);
+        drop(shim_calls);
         // a0 holds the answer; of the newer calls a1, too.
-        let kept = if errand.is_v01 { A1 } else { A1 + 1 };
+        let kept = if shim_call.is_v01 { A1 } else { A1 + 1 };
         for (value, number) in
-            errand.args.into_iter().zip(A0..).filter(|(_, number)| *number >= kept)
+            shim_call.args.into_iter().zip(A0..).filter(|(_, number)| *number >= kept)
         {
             hart.set(Reg::X(number), value)?;
         }
-        hart.set(Reg::Csr(Csr::Satp), errand.satp)?;
-        // A timer that has come meanwhile has waited: the errand may have been to take an older interrupt back.
+        hart.set(Reg::Csr(Csr::Satp), shim_call.satp)?;
+        // A timer that has come meanwhile has waited: the shim_call may have been to take an older interrupt back.
         self.attend(hart)?;
-        go_on(hart, errand.back)
+        go_on(hart, shim_call.back)
     }
 }
 
-fn go_on(hart: &mut dyn Hart, back: Return) -> io::Result<Answer> {
+fn go_on(hart: &mut dyn Hart, back: Return) -> io::Result<TrapResult> {
     back.take(hart)?;
-    Ok(Answer::Done)
+    Ok(TrapResult::Done)
 }
 
 /// The console of version 0.1. A console that is full is met again by the same breakpoint.
-fn talk(hart: &mut dyn Hart, world: &World, back: Return, args: &[u64; 8]) -> io::Result<Answer> {
+fn talk(
+    hart: &mut dyn Hart,
+    world: &World,
+    back: Return,
+    args: &[u64; 8],
+) -> io::Result<TrapResult> {
     let [a0, a1, a2, a3, a4, a5, function, extension] = *args;
     let mut ret = [0; 2];
     let args = [a0, a1, a2, a3, a4, a5];
@@ -216,9 +231,9 @@ fn talk(hart: &mut dyn Hart, world: &World, back: Return, args: &[u64; 8]) -> io
     match flow {
         Flow::Retry => {
             std::thread::yield_now();
-            Ok(Answer::Done)
+            Ok(TrapResult::Done)
         }
-        Flow::Stop(reason) => Ok(Answer::Stop(*reason)),
+        Flow::Stop(reason) => Ok(TrapResult::Stop(*reason)),
         _ => {
             hart.set(Reg::X(A0), ret[0])?;
             go_on(hart, back)

@@ -30,8 +30,8 @@ pub mod shim;
 pub mod sites;
 pub mod timer;
 
-use calls::Errand;
-use patches::{Met, Patches};
+use calls::ShimCall;
+use patches::{PatchHit, Patches};
 use timer::UserTimer;
 
 /// What of it a machine has.
@@ -43,11 +43,11 @@ pub struct Firmware {
     /// The timer, where user space drives it.
     timer: Option<Arc<UserTimer>>,
     written: Mutex<Vec<(u32, CsrValue)>>,
-    errands: Mutex<Vec<(u32, Errand)>>,
+    shim_calls: Mutex<Vec<(u32, ShimCall)>>,
 }
 
 /// What became of a breakpoint.
-pub(super) enum Answer {
+pub(super) enum TrapResult {
     /// It was answered, or is to be met once more: the hart goes on.
     Done,
     /// The machine stops.
@@ -60,7 +60,7 @@ impl Firmware {
     /// Firmware with these patches and CSRs of machine mode, and the timer where user space drives it.
     #[must_use]
     pub fn new(patches: Patches, csrs: Vec<CsrValue>, timer: Option<Arc<UserTimer>>) -> Self {
-        Self { patches, csrs, timer, written: Mutex::default(), errands: Mutex::default() }
+        Self { patches, csrs, timer, written: Mutex::default(), shim_calls: Mutex::default() }
     }
 
     /// Answers the breakpoint at `pc`.
@@ -69,7 +69,7 @@ impl Firmware {
         hart: &mut dyn Hart,
         world: &World,
         pc: u64,
-    ) -> io::Result<Answer> {
+    ) -> io::Result<TrapResult> {
         if pc == shim::VECTOR && hart.get(Reg::Csr(Csr::Stvec))? == shim::VECTOR {
             return self.vectorless(hart, world);
         }
@@ -77,13 +77,13 @@ impl Firmware {
             return self.finish(hart);
         }
         match self.patches.meet(hart, &world.ram, pc)? {
-            Met::Call => self.call(hart, world, pc.wrapping_add(shim::ECALL_LEN)),
-            Met::UserCall => {
+            PatchHit::Call => self.call(hart, world, pc.wrapping_add(shim::ECALL_LEN)),
+            PatchHit::UserCall => {
                 trap::raise_call_from_user(hart)?;
-                Ok(Answer::Done)
+                Ok(TrapResult::Done)
             }
-            Met::Restored => Ok(Answer::Done),
-            Met::Strange => Ok(Answer::Strange),
+            PatchHit::Restored => Ok(TrapResult::Done),
+            PatchHit::Strange => Ok(TrapResult::Strange),
         }
     }
 
@@ -95,8 +95,8 @@ impl Firmware {
         }
     }
 
-    fn errands(&self) -> MutexGuard<'_, Vec<(u32, Errand)>> {
-        self.errands.lock().unwrap_or_else(PoisonError::into_inner)
+    fn shim_calls(&self) -> MutexGuard<'_, Vec<(u32, ShimCall)>> {
+        self.shim_calls.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn written(&self) -> MutexGuard<'_, Vec<(u32, CsrValue)>> {

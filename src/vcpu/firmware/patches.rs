@@ -88,7 +88,7 @@ struct Shape {
 
 /// What a breakpoint is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Met {
+pub(super) enum PatchHit {
     /// A supervisor's call.
     Call,
     /// User code's system call, at a place where supervisors make calls, too.
@@ -154,9 +154,14 @@ impl Patches {
     }
 
     /// What the breakpoint at `pc` is, to which the hart has come.
-    pub(super) fn meet(&self, hart: &mut dyn Hart, ram: &GuestRam, pc: u64) -> io::Result<Met> {
+    pub(super) fn meet(
+        &self,
+        hart: &mut dyn Hart,
+        ram: &GuestRam,
+        pc: u64,
+    ) -> io::Result<PatchHit> {
         let satp = hart.get(Reg::Csr(Csr::Satp))?;
-        let Ok(addr) = translate(ram, satp, pc) else { return Ok(Met::Strange) };
+        let Ok(addr) = translate(ram, satp, pc) else { return Ok(PatchHit::Strange) };
         let is_user = hart.get(Reg::Mode)? != trap::SUPERVISOR;
         let number = hart.get(Reg::X(17))?;
         let mut state = self.lock();
@@ -164,12 +169,12 @@ impl Patches {
         let patch = match state.patches.get(&addr) {
             Some(patch) => *patch,
             None if matches!(trap::fetch(ram, satp, pc), Fetched::Word(sites::ECALL)) => {
-                return Ok(Met::Restored);
+                return Ok(PatchHit::Restored);
             }
-            None if !self.is_copy(ram, satp, pc) => return Ok(Met::Strange),
+            None if !self.is_copy(ram, satp, pc) => return Ok(PatchHit::Strange),
             // A supervisor that has copied itself makes all its calls there; what is no call's number may be a breakpoint of its own.
             None if !is_user && !self.wanted.has(number) && !sites::is_sbi(number) => {
-                return Ok(Met::Strange);
+                return Ok(PatchHit::Strange);
             }
             None => copy,
         };
@@ -190,10 +195,10 @@ impl Patches {
     }
 
     /// What it is that the hart has come to, and what is known of it from now on: nothing where the `ecall` is put back.
-    fn judge(&self, mut patch: Patch, is_user: bool, number: u64) -> (Met, Option<Patch>) {
+    fn judge(&self, mut patch: Patch, is_user: bool, number: u64) -> (PatchHit, Option<Patch>) {
         match (is_user, patch.is_call) {
-            (true, true) => return (Met::UserCall, Some(patch)),
-            (true, false) => return (Met::Restored, None),
+            (true, true) => return (PatchHit::UserCall, Some(patch)),
+            (true, false) => return (PatchHit::Restored, None),
             (false, _) => {}
         }
         if self.wanted.has(number) {
@@ -201,10 +206,10 @@ impl Patches {
         } else if self.gives_up && patch.is_open && !patch.is_call {
             patch.others += 1;
             if patch.others >= ENOUGH {
-                return (Met::Restored, None);
+                return (PatchHit::Restored, None);
             }
         }
-        (Met::Call, Some(patch))
+        (PatchHit::Call, Some(patch))
     }
 
     fn tell(state: &mut State, pc: u64, is_user: bool) {

@@ -10,7 +10,7 @@
 use std::io;
 
 use super::calls::Return;
-use super::{Answer, Firmware};
+use super::{Firmware, TrapResult};
 use crate::vcpu::hart::{Csr, Hart, Reg};
 use crate::vcpu::stop::StopReason;
 use crate::vcpu::trap::{self, Fetched};
@@ -59,7 +59,7 @@ pub fn code() -> Vec<u8> {
 
 impl Firmware {
     /// The guest has taken a trap without a vector of its own.
-    pub(super) fn vectorless(&self, hart: &mut dyn Hart, world: &World) -> io::Result<Answer> {
+    pub(super) fn vectorless(&self, hart: &mut dyn Hart, world: &World) -> io::Result<TrapResult> {
         let cause = hart.get(Reg::Csr(Csr::Scause))?;
         let pc = hart.get(Reg::Csr(Csr::Sepc))?;
         match cause {
@@ -72,7 +72,7 @@ impl Firmware {
                 match word {
                     Fetched::Word(word) if self.emulate(hart, word)? => {
                         leave(hart, pc.wrapping_add(4))?;
-                        Ok(Answer::Done)
+                        Ok(TrapResult::Done)
                     }
                     Fetched::Word(word) => Ok(stop(
                         hart,
@@ -110,6 +110,6 @@ fn leave(hart: &mut dyn Hart, pc: u64) -> io::Result<()> {
     Return::from_trap(hart, pc)?.take(hart)
 }
 
-fn stop(hart: &dyn Hart, what: String) -> Answer {
-    Answer::Stop(StopReason::HartFault { hart: hart.id(), what, dump: crate::vcpu::dump(hart) })
+fn stop(hart: &dyn Hart, what: String) -> TrapResult {
+    TrapResult::Stop(StopReason::HartFault { hart: hart.id(), what, dump: crate::vcpu::dump(hart) })
 }

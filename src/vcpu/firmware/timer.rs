@@ -12,13 +12,13 @@ use std::time::{Duration, Instant};
 
 use crate::vcpu::Control;
 use crate::vcpu::hart::{Hart, Reg};
-use crate::vcpu::witness::{Note, Witness};
+use crate::vcpu::observer::{ExitObserver, HartEvent};
 
 /// The timers of all harts of a machine.
 pub struct UserTimer {
     shared: Arc<Shared>,
     hz: u64,
-    witness: Option<Arc<dyn Witness>>,
+    observer: Option<Arc<dyn ExitObserver>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -36,7 +36,7 @@ struct State {
 }
 
 impl UserTimer {
-    /// Timers for `harts` harts whose `time` has `hz` ticks a second. What happens is told to `witness`.
+    /// Timers for `harts` harts whose `time` has `hz` ticks a second. What happens is told to `observer`.
     ///
     /// # Errors
     /// The host has no thread left.
@@ -44,7 +44,7 @@ impl UserTimer {
         harts: u32,
         hz: u64,
         control: &Arc<Control>,
-        witness: Option<Arc<dyn Witness>>,
+        observer: Option<Arc<dyn ExitObserver>>,
     ) -> io::Result<Self> {
         let state = State { deadlines: (0..harts).map(|_| None).collect(), ended: false };
         let due = (0..harts).map(|_| AtomicBool::new(false)).collect();
@@ -52,13 +52,13 @@ impl UserTimer {
         let (mine, control) = (Arc::clone(&shared), Arc::clone(control));
         let thread =
             thread::Builder::new().name("timer".into()).spawn(move || mine.run(&control))?;
-        Ok(Self { shared, hz: hz.max(1), witness, thread: Some(thread) })
+        Ok(Self { shared, hz: hz.max(1), observer, thread: Some(thread) })
     }
 
     /// Sets the hart's timer to the tick `at` of its `time`, and takes its interrupt back; false where the guest has to do that.
     pub(super) fn set(&self, hart: &mut dyn Hart, at: u64) -> io::Result<bool> {
         let id = hart.id();
-        self.tell(id, Note::TimerSet);
+        self.tell(id, HartEvent::TimerSet);
         let now = hart.get(Reg::Time)?;
         let is_taken_back = hart.set_timer_pending(false)?;
         // Too far away for the host's clock is never.
@@ -87,14 +87,14 @@ impl UserTimer {
         if !due.is_some_and(|due| due.swap(false, SeqCst)) {
             return Ok(());
         }
-        self.tell(id, Note::TimerFired);
+        self.tell(id, HartEvent::TimerFired);
         hart.set_timer_pending(true)?;
         Ok(())
     }
 
-    fn tell(&self, hart: u32, note: Note) {
-        if let Some(witness) = &self.witness {
-            witness.note(hart, note);
+    fn tell(&self, hart: u32, note: HartEvent) {
+        if let Some(observer) = &self.observer {
+            observer.note(hart, note);
         }
     }
 }

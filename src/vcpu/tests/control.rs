@@ -261,11 +261,11 @@ fn a_held_hart_is_visited_on_its_own_thread_and_none_enters_the_guest() {
             hart.set(Reg::X(5), 7 + u64::from(hart.id())).unwrap();
             thread::current().name().map(str::to_owned)
         };
-        assert_eq!(run.control.visit(id, errand).flatten().unwrap(), format!("vcpu{id}"));
-        let value = run.control.visit(id, |hart| hart.get(Reg::X(5)).unwrap());
+        assert_eq!(run.control.run_on(id, errand).flatten().unwrap(), format!("vcpu{id}"));
+        let value = run.control.run_on(id, |hart| hart.get(Reg::X(5)).unwrap());
         assert_eq!(value, Some(7 + u64::from(id)));
     }
-    assert_eq!(run.control.visit(2, |_| ()), None, "there is no hart 2");
+    assert_eq!(run.control.run_on(2, |_| ()), None, "there is no hart 2");
     assert_eq!(run.count(0, &Event::Entered) + run.count(1, &Event::Entered), 0);
     // One of them, then both.
     run.control.release(Some(&[1]));
@@ -275,9 +275,9 @@ fn a_held_hart_is_visited_on_its_own_thread_and_none_enters_the_guest() {
     run.diaries[0].await_event(&Event::Entered, 1);
     run.control.hold_one(0);
     run.diaries[0].await_event(&Event::Settled, 2);
-    assert_eq!(run.control.visit(0, |hart| hart.id()), Some(0));
+    assert_eq!(run.control.run_on(0, |hart| hart.id()), Some(0));
     run.control.stop(StopReason::Requested);
-    assert_eq!(run.control.visit(0, |_| ()), None, "nobody visits when all is over");
+    assert_eq!(run.control.run_on(0, |_| ()), None, "nobody visits when all is over");
     assert!(!run.control.await_held());
     assert_eq!(run.end(), StopReason::Requested);
 }
@@ -295,7 +295,7 @@ fn a_hold_and_a_pause_do_not_end_each_other() {
     let pause = run.control.pause().unwrap();
     run.control.release(None);
     assert!(run.control.is_paused());
-    assert_eq!(run.control.visit(0, |hart| hart.id()), Some(0), "a paused one is visited as well");
+    assert_eq!(run.control.run_on(0, |hart| hart.id()), Some(0), "a paused one is visited as well");
     assert_eq!(run.count(0, &Event::Entered), 1);
     drop(pause);
     run.diaries[0].await_event(&Event::Entered, 2);
@@ -312,7 +312,7 @@ fn a_pause_that_begins_during_anothers_outlives_it() {
     let owners = run.control.pause().unwrap();
     drop(visitors);
     assert!(run.control.is_paused());
-    assert_eq!(run.control.visit(0, |hart| hart.id()), Some(0));
+    assert_eq!(run.control.run_on(0, |hart| hart.id()), Some(0));
     assert_eq!(run.count(0, &Event::Entered), 1);
     drop(owners);
     run.diaries[0].await_event(&Event::Entered, 2);
@@ -326,7 +326,7 @@ fn a_visitor_whose_machine_ends_does_not_wait() {
         let run = machine(&[&[]]);
         run.control.hold();
         let control = Arc::clone(&run.control);
-        let visitor = thread::spawn(move || while control.visit(0, |_| ()).is_some() {});
+        let visitor = thread::spawn(move || while control.run_on(0, |_| ()).is_some() {});
         run.control.stop(StopReason::Requested);
         visitor.join().unwrap();
         assert_eq!(run.end(), StopReason::Requested);
@@ -340,7 +340,7 @@ fn a_hart_that_sleeps_is_visited_and_sleeps_on() {
     run.diaries[0].await_event(&ASLEEP, 1);
     run.control.hold();
     assert!(run.control.await_held());
-    assert_eq!(run.control.visit(0, |hart| hart.id()), Some(0));
+    assert_eq!(run.control.run_on(0, |hart| hart.id()), Some(0));
     run.control.release(None);
     assert_eq!(run.count(0, &Event::Entered), 1, "it sleeps on");
     run.control.wake();

@@ -35,7 +35,7 @@ mod stats;
 pub use control::{BalloonControl, BalloonTooLarge};
 use pages::{List, PAGE};
 use reports::Reports;
-use settings::{Settings, f};
+use settings::{BalloonSettings, f};
 use stats::{MAX_BYTES, numbers};
 
 /// The catalog's entry.
@@ -114,9 +114,9 @@ struct Balloon {
 }
 
 fn build(options: &Options, wiring: Wiring) -> Built {
-    let settings = Settings::parse(options)
+    let settings = BalloonSettings::parse(options)
         .map_err(|source| BuildError::Option { model: MODEL.name, source })?;
-    let Settings { pages, features, stats_every } = settings;
+    let BalloonSettings { pages, features, stats_every } = settings;
     let optional = [f::STATS_VQ, f::PAGE_REPORTING].iter().filter(|bit| features & **bit != 0);
     let failed = |what| move |source| BuildError::Host { model: MODEL.name, what, source };
     let target = wiring.balloon.as_ref().map_or(pages, |control| control.begin(pages));

@@ -11,7 +11,7 @@ pub(super) mod f {
     pub(in super::super) const PAGE_REPORTING: u64 = 1 << 5;
 }
 
-pub(super) struct Settings {
+pub(super) struct BalloonSettings {
     /// The first target, in pages of 4 KiB.
     pub(super) pages: u32,
     /// What is offered to the driver.
@@ -20,7 +20,7 @@ pub(super) struct Settings {
     pub(super) stats_every: Option<Duration>,
 }
 
-impl Settings {
+impl BalloonSettings {
     pub(super) fn parse(options: &Options) -> Result<Self, OptionError> {
         let mib = options.parsed::<u32>("size", "a number of MiB")?.unwrap_or(0);
         let Some(pages) = mib.checked_mul((1 << 20) / 4096) else {

@@ -20,14 +20,14 @@ mod backend;
 mod config;
 mod feature;
 mod request;
+mod settings;
 pub mod testing;
-mod wish;
 
 pub use backend::{DiskBackend, DiskCache, DiskDone, DiskFormat, DiskOp, DiskPlan, DiskRequest};
 
 use config::Config;
 use request::{HEADER, ID_BYTES, Limits, Status, Verdict, judge, room};
-use wish::{Wish, derived_id};
+use settings::{BlkSettings, derived_id};
 
 /// The catalog's entry.
 pub(crate) const MODEL: Model = Model {
@@ -121,28 +121,33 @@ struct State {
 
 fn build(options: &Options, wiring: Wiring) -> Built {
     let bad = |source| BuildError::Option { model: MODEL.name, source };
-    let wish = Wish::read(options).map_err(bad)?;
+    let settings = BlkSettings::read(options).map_err(bad)?;
     let disk = wiring
         .host
-        .disk(&wish.plan, Arc::clone(&wiring.memory))
+        .disk(&settings.plan, Arc::clone(&wiring.memory))
         .map_err(|source| BuildError::End { model: MODEL.name, source })?;
     let host = |what| move |source| BuildError::Host { model: MODEL.name, what, source };
-    let limiter = Limiter::new(wish.bps, wish.iops).map_err(host("timer"))?;
+    let limiter = Limiter::new(settings.bps, settings.iops).map_err(host("timer"))?;
     let again = TimerFd::new().map_err(|error| host("timer")(error.into()))?;
-    VirtioMmio::create(Box::new(Blk::new(&wish, disk, limiter, again)), wiring)
+    VirtioMmio::create(Box::new(Blk::new(&settings, disk, limiter, again)), wiring)
 }
 
 impl Blk {
-    fn new(wish: &Wish, disk: Box<dyn DiskBackend>, limiter: Limiter, again: TimerFd) -> Self {
-        let is_read_only = wish.plan.is_read_only;
+    fn new(
+        settings: &BlkSettings,
+        disk: Box<dyn DiskBackend>,
+        limiter: Limiter,
+        again: TimerFd,
+    ) -> Self {
+        let is_read_only = settings.plan.is_read_only;
         let access = if is_read_only { feature::RO } else { feature::WRITABLE };
-        let queues = if wish.queues > 1 { feature::MQ } else { 0 };
-        let config = Config::new(disk.size(), wish.queues, SEG_MAX);
+        let queues = if settings.queues > 1 { feature::MQ } else { 0 };
+        let config = Config::new(disk.size(), settings.queues, SEG_MAX);
         Self {
-            queue_sizes: vec![QUEUE_SIZE; wish.queues.into()].into(),
+            queue_sizes: vec![QUEUE_SIZE; settings.queues.into()].into(),
             features: feature::ALWAYS | access | queues,
             is_read_only,
-            id: wish.serial.unwrap_or_else(|| derived_id(disk.file_name())),
+            id: settings.serial.unwrap_or_else(|| derived_id(disk.file_name())),
             disk,
             limiter,
             again,
@@ -400,10 +405,11 @@ mod tests {
         let disk = MemoryDisk::new(8).unwrap();
         let host = disk.clone();
         let rig = Rig::build(|wiring| {
-            let wish = Wish::read(&Options::parse("blk,path=disk,queues=2").unwrap()).unwrap();
-            let end = host.open(&wish.plan, Arc::clone(&wiring.memory));
+            let settings =
+                BlkSettings::read(&Options::parse("blk,path=disk,queues=2").unwrap()).unwrap();
+            let end = host.open(&settings.plan, Arc::clone(&wiring.memory));
             let limiter = Limiter::new(None, None).unwrap();
-            let mut blk = Blk::new(&wish, end, limiter, TimerFd::new().unwrap());
+            let mut blk = Blk::new(&settings, end, limiter, TimerFd::new().unwrap());
             blk.free.truncate(2);
             VirtioMmio::create(Box::new(blk), wiring).unwrap()
         });
@@ -436,9 +442,9 @@ mod tests {
 
     #[test]
     fn without_a_host_there_is_no_disk() {
-        let wish = Wish::read(&Options::parse("blk,path=a").unwrap()).unwrap();
+        let settings = BlkSettings::read(&Options::parse("blk,path=a").unwrap()).unwrap();
         let memory = Arc::new(GuestMemoryMmap::new());
-        let error = crate::host::NoHost.disk(&wish.plan, memory).err().unwrap();
+        let error = crate::host::NoHost.disk(&settings.plan, memory).err().unwrap();
         assert_eq!(error.to_string(), "Cannot open disk a: this host has no disks");
     }
 }

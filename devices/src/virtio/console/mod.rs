@@ -3,7 +3,7 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `wish.rs` | what a user asks for |
+//! | `settings.rs` | what a user asks for |
 //! | `port.rs` | a port: bytes in both directions |
 //! | `control.rs` | what driver and device tell each other about ports |
 //!
@@ -25,17 +25,17 @@ use crate::options::Options;
 
 mod control;
 mod port;
-mod wish;
+mod settings;
 
 use control::{Message, Talk, event};
 use port::Port;
-use wish::Wish;
+use settings::ConsoleSettings;
 
 /// The catalog's entry.
 pub(crate) const MODEL: Model = Model {
     name: "console",
     summary: "virtio console: a second console, hvc0 in Linux, and named ports",
-    keys: wish::KEYS,
+    keys: settings::KEYS,
     placement: Placement::Slot,
     irqs: 1,
     shares_ram: false,
@@ -79,11 +79,11 @@ struct Console {
 }
 
 fn build(options: &Options, wiring: Wiring) -> Built {
-    let wish =
-        Wish::read(options).map_err(|source| BuildError::Option { model: MODEL.name, source })?;
+    let settings = ConsoleSettings::read(options)
+        .map_err(|source| BuildError::Option { model: MODEL.name, source })?;
     let failed = |source| BuildError::Host { model: MODEL.name, what: "event descriptors", source };
     let mut ports = Vec::new();
-    for (number, end) in (0..).zip(wish.ends) {
+    for (number, end) in (0..).zip(settings.ends) {
         let backend = wiring
             .host
             .console(&end.to)

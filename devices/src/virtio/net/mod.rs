@@ -42,7 +42,7 @@ mod transmit;
 pub use backend::{NetBackend, NetworkEnd};
 pub use counters::{Counter, Counters};
 pub use header::{HEADER, MAX_FRAME, MIN_FRAME, Offloads, bit};
-pub use settings::{Rates, Settings};
+pub use settings::{NetSettings, Rates};
 pub(super) use settings::{mac_of, parse_mac};
 
 use control::Order;
@@ -102,7 +102,7 @@ pub struct Net {
 }
 
 fn build(options: &Options, wiring: Wiring) -> Built {
-    let settings = Settings::parse(options)
+    let settings = NetSettings::parse(options)
         .map_err(|source| BuildError::Option { model: MODEL.name, source })?;
     let end = settings::end(options)?;
     let in_kernel = settings::in_kernel(options)
@@ -125,7 +125,7 @@ fn build(options: &Options, wiring: Wiring) -> Built {
 }
 
 /// The card's address: the user's, else the one that the other end has to have, else one that is made of its identity.
-fn address(settings: &Settings, end: Option<&dyn NetBackend>) -> [u8; 6] {
+fn address(settings: &NetSettings, end: Option<&dyn NetBackend>) -> [u8; 6] {
     let needed = end.and_then(NetBackend::address);
     if let (Some(wanted), Some(needed)) = (settings.mac, needed)
         && wanted != needed
@@ -149,7 +149,7 @@ impl Net {
     ///
     /// # Errors
     /// The host has no timers left.
-    pub fn new(backend: Box<dyn NetBackend>, settings: &Settings) -> io::Result<Self> {
+    pub fn new(backend: Box<dyn NetBackend>, settings: &NetSettings) -> io::Result<Self> {
         Self::with_queues(vec![backend], settings)
     }
 
@@ -159,7 +159,7 @@ impl Net {
     /// The host has no timers left.
     pub fn with_queues(
         backends: Vec<Box<dyn NetBackend>>,
-        settings: &Settings,
+        settings: &NetSettings,
     ) -> io::Result<Self> {
         let mac = address(settings, backends.first().map(AsRef::as_ref));
         let mtu = settings.mtu.unwrap_or(0).to_le_bytes();

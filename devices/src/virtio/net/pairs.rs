@@ -11,7 +11,7 @@ use super::counters::Counters;
 use super::header::Offloads;
 use super::port::Port;
 use super::receive::Receiver;
-use super::settings::Settings;
+use super::settings::NetSettings;
 use super::transmit::Transmitter;
 use crate::device::{Interest, Source};
 use crate::virtio::{Limiter, VirtioError, Work};
@@ -46,7 +46,7 @@ impl Pairs {
     /// The host has no timers left.
     pub(super) fn new(
         backends: Vec<Box<dyn NetBackend>>,
-        settings: &Settings,
+        settings: &NetSettings,
         mac: [u8; 6],
     ) -> io::Result<Self> {
         let counters = Arc::default();

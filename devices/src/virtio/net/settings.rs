@@ -75,7 +75,7 @@ const MIN_MTU: u16 = 68;
 
 /// A network device as it was asked for, but for its other end.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Settings {
+pub struct NetSettings {
     /// The MAC address; none for one made from the other end's identity.
     pub mac: Option<[u8; 6]>,
     /// The MTU that the driver is told.
@@ -113,7 +113,7 @@ impl Rates {
     }
 }
 
-impl Settings {
+impl NetSettings {
     pub(super) fn parse(options: &Options) -> Result<Self, OptionError> {
         let expected = "a number from 68 to 65535";
         let mtu = options.parsed::<u16>("mtu", expected)?;

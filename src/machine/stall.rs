@@ -3,17 +3,17 @@
 
 use std::time::Duration;
 
-use super::vm::{Counters, Vm};
+use super::hypervisor::{Counters, Vm};
 use crate::vcpu::Control;
 
 /// How often the guest is looked at.
 const PERIOD: Duration = Duration::from_secs(1);
 
 /// How many looks in a row must find the guest waiting.
-const STILL: u32 = 5;
+const STALLED_LOOKS: u32 = 5;
 
 /// How many looks there are at most. A guest that is busy without interrupts for so long has its reasons.
-const LOOKS: u32 = 300;
+const MAX_LOOKS: u32 = 300;
 
 /// KVM's counters that tell: 1 while a hart waits inside the kernel (`wfi`), and how often it came out of the guest.
 const BLOCKING: &str = "blocking";
@@ -21,24 +21,24 @@ const EXITS: &str = "exits";
 
 /// What a look says.
 #[derive(Debug, PartialEq, Eq)]
-enum Sight {
+enum Progress {
     /// The guest has set up interrupts: all is well.
-    Fine,
+    HasInterrupts,
     /// It may still do so.
-    Open,
+    Undecided,
     /// It has had time, and waits.
-    Stuck,
+    Stalled,
 }
 
 /// How often in a row the guest was found waiting.
 #[derive(Default)]
-struct Patience(u32);
+struct StallCounter(u32);
 
-impl Patience {
+impl StallCounter {
     /// One more look. `harts` are KVM's counters of each.
-    fn look(&mut self, has_set_up: bool, harts: &[Vec<(String, u64)>]) -> Sight {
+    fn look(&mut self, has_set_up: bool, harts: &[Vec<(String, u64)>]) -> Progress {
         if has_set_up {
-            return Sight::Fine;
+            return Progress::HasInterrupts;
         }
         let count = |hart: &[(String, u64)], name: &str| {
             hart.iter().find(|(found, _)| found == name).map(|(_, value)| *value)
@@ -47,16 +47,16 @@ impl Patience {
         // A hart that the guest has not started yet waits for nothing.
         let rests = |hart: &Vec<_>| waits(hart) || count(hart, EXITS) == Some(0);
         self.0 = if harts.iter().any(waits) && harts.iter().all(rests) { self.0 + 1 } else { 0 };
-        if self.0 >= STILL { Sight::Stuck } else { Sight::Open }
+        if self.0 >= STALLED_LOOKS { Progress::Stalled } else { Progress::Undecided }
     }
 }
 
 /// What is looked at.
-pub(super) struct Watch {
+pub(super) struct StallWatch {
     counters: Vec<Box<dyn Counters>>,
 }
 
-impl Watch {
+impl StallWatch {
     /// A watch over a guest whose harts do not run yet: later the kernel would hand the counters out only when they come out. `None` where
     /// there is no in-kernel controller.
     pub(super) fn new(vm: &dyn Vm) -> Option<Self> {
@@ -66,17 +66,17 @@ impl Watch {
 
     /// Looks at the guest until it has set up interrupts, or waits without, or ends; and says so once where it waits.
     pub(super) fn look_on(self, vm: &dyn Vm, control: &Control) {
-        let mut patience = Patience::default();
-        for _ in 0..LOOKS {
+        let mut patience = StallCounter::default();
+        for _ in 0..MAX_LOOKS {
             if control.ends_within(PERIOD) {
                 return;
             }
             let harts: Option<Vec<_>> = self.counters.iter().map(|hart| hart.read().ok()).collect();
             let (Some(has_set_up), Some(harts)) = (vm.has_set_up_irqchip(), harts) else { return };
             match patience.look(has_set_up, &harts) {
-                Sight::Open => {}
-                Sight::Fine => return,
-                Sight::Stuck => {
+                Progress::Undecided => {}
+                Progress::HasInterrupts => return,
+                Progress::Stalled => {
                     log::warn!(
                         "The guest waits and has set up no interrupt of a device. If it has no driver for the AIA, as Linux before 6.10, FreeBSD and RT-Thread have none, use --irqchip plic"
                     );
@@ -97,41 +97,41 @@ mod tests {
 
     #[test]
     fn a_guest_that_waits_without_interrupts_is_noticed_after_some_looks() {
-        let mut patience = Patience::default();
+        let mut patience = StallCounter::default();
         // The second hart was never started.
         let harts = [hart(1, 500), hart(0, 0)];
-        for _ in 1..STILL {
-            assert_eq!(patience.look(false, &harts), Sight::Open);
+        for _ in 1..STALLED_LOOKS {
+            assert_eq!(patience.look(false, &harts), Progress::Undecided);
         }
-        assert_eq!(patience.look(false, &harts), Sight::Stuck);
+        assert_eq!(patience.look(false, &harts), Progress::Stalled);
     }
 
     #[test]
     fn a_guest_that_works_or_is_taken_out_is_none_that_waits() {
-        let mut patience = Patience::default();
+        let mut patience = StallCounter::default();
         for busy in [vec![hart(0, 9)], vec![hart(1, 9), hart(0, 9)], vec![hart(0, 0)], vec![]] {
-            for _ in 0..2 * STILL {
-                assert_eq!(patience.look(false, &busy), Sight::Open, "{busy:?}");
+            for _ in 0..2 * STALLED_LOOKS {
+                assert_eq!(patience.look(false, &busy), Progress::Undecided, "{busy:?}");
             }
         }
-        for _ in 1..STILL {
-            assert_eq!(patience.look(false, &[hart(1, 9)]), Sight::Open);
+        for _ in 1..STALLED_LOOKS {
+            assert_eq!(patience.look(false, &[hart(1, 9)]), Progress::Undecided);
         }
-        assert_eq!(patience.look(false, &[hart(0, 9)]), Sight::Open);
-        assert_eq!(patience.look(false, &[hart(1, 9)]), Sight::Open, "it begins anew");
+        assert_eq!(patience.look(false, &[hart(0, 9)]), Progress::Undecided);
+        assert_eq!(patience.look(false, &[hart(1, 9)]), Progress::Undecided, "it begins anew");
     }
 
     #[test]
     fn a_guest_that_has_set_up_interrupts_may_wait() {
-        let mut patience = Patience::default();
-        assert_eq!(patience.look(true, &[hart(1, 9)]), Sight::Fine);
+        let mut patience = StallCounter::default();
+        assert_eq!(patience.look(true, &[hart(1, 9)]), Progress::HasInterrupts);
     }
 
     #[test]
     fn counters_that_kvm_does_not_have_say_nothing() {
-        let mut patience = Patience::default();
-        for _ in 0..2 * STILL {
-            assert_eq!(patience.look(false, &[vec![("halted".into(), 1)]]), Sight::Open);
+        let mut patience = StallCounter::default();
+        for _ in 0..2 * STALLED_LOOKS {
+            assert_eq!(patience.look(false, &[vec![("halted".into(), 1)]]), Progress::Undecided);
         }
     }
 }

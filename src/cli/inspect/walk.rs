@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use crate::trace::live::{Landing, Walk};
+use crate::inspect::{Landing, Walk};
 
 /// The walk, for people.
 pub(super) fn text(walk: &Walk) -> String {
@@ -85,7 +85,7 @@ fn place(landing: &Landing) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::trace::live::WalkStep;
+    use crate::inspect::WalkStep;
 
     fn walk() -> Walk {
         let step = |level, addr, entry, is_leaf| WalkStep {

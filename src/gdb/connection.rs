@@ -22,12 +22,12 @@ const BACKLOG: i32 = 1;
 
 /// Where debuggers connect.
 #[derive(Debug)]
-pub(super) enum Door {
+pub(super) enum DebugListener {
     Tcp(TcpListener),
     Unix(Listening),
 }
 
-impl Door {
+impl DebugListener {
     /// # Errors
     /// [`Error::Host`] where the port is taken or the address is not this host's; for a path see [`Listening::open`].
     pub(super) fn open(at: &GdbAddress) -> Result<Self, Error> {
@@ -81,7 +81,7 @@ impl Door {
     }
 }
 
-impl AsFd for Door {
+impl AsFd for DebugListener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
             Self::Tcp(listener) => listener.as_fd(),
@@ -92,12 +92,12 @@ impl AsFd for Door {
 
 /// Gets the thread `gdb` out of a wait, one for the debugger included.
 #[derive(Debug)]
-pub(super) struct Bell {
+pub(super) struct Wakeup {
     fd: OwnedFd,
     rung: AtomicBool,
 }
 
-impl Bell {
+impl Wakeup {
     /// # Errors
     /// The host has no descriptors left.
     pub(super) fn new() -> io::Result<Self> {
@@ -105,36 +105,36 @@ impl Bell {
         Ok(Self { fd, rung: AtomicBool::new(false) })
     }
 
-    pub(super) fn ring(&self) {
+    pub(super) fn notify(&self) {
         self.rung.store(true, Ordering::SeqCst);
         // Full means that it is readable already.
         let _ = rustix::io::write(&self.fd, &1_u64.to_ne_bytes());
     }
 
     /// Makes it silent; whoever does looks for the reason afterwards.
-    pub(super) fn silence(&self) {
+    pub(super) fn clear(&self) {
         let _ = rustix::io::read(&self.fd, &mut [0_u8; 8]);
         self.rung.store(false, Ordering::SeqCst);
     }
 }
 
-impl AsFd for Bell {
+impl AsFd for Wakeup {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
 }
 
-/// A connection. Reading never waits; writing waits for the debugger until the bell rings.
+/// A connection. Reading never waits; writing waits for the debugger until the wakeup rings.
 #[derive(Debug)]
-pub(super) struct Wire {
+pub(super) struct RspConnection {
     fd: OwnedFd,
     out: Vec<u8>,
-    bell: Arc<Bell>,
+    wakeup: Arc<Wakeup>,
 }
 
-impl Wire {
-    pub(super) fn new(fd: OwnedFd, bell: Arc<Bell>) -> Self {
-        Self { fd, out: Vec::with_capacity(BATCH), bell }
+impl RspConnection {
+    pub(super) fn new(fd: OwnedFd, wakeup: Arc<Wakeup>) -> Self {
+        Self { fd, out: Vec::with_capacity(BATCH), wakeup }
     }
 
     /// Reads what has come: nothing (`None`) where that is nothing yet.
@@ -165,12 +165,12 @@ impl Wire {
     }
 
     fn await_room(&self) -> io::Result<()> {
-        if self.bell.rung.load(Ordering::SeqCst) {
+        if self.wakeup.rung.load(Ordering::SeqCst) {
             let what = "the machine cannot wait for a debugger that does not read";
             return Err(io::Error::new(io::ErrorKind::TimedOut, what));
         }
         let mut fds =
-            [PollFd::new(&self.fd, PollFlags::OUT), PollFd::new(&self.bell, PollFlags::IN)];
+            [PollFd::new(&self.fd, PollFlags::OUT), PollFd::new(&self.wakeup, PollFlags::IN)];
         match poll(&mut fds, None) {
             Ok(_) | Err(Errno::INTR) => Ok(()),
             Err(error) => Err(error.into()),
@@ -178,7 +178,7 @@ impl Wire {
     }
 }
 
-impl Connection for Wire {
+impl Connection for RspConnection {
     type Error = io::Error;
 
     fn write(&mut self, byte: u8) -> io::Result<()> {
@@ -191,7 +191,7 @@ impl Connection for Wire {
     }
 }
 
-impl AsFd for Wire {
+impl AsFd for RspConnection {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }

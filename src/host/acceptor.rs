@@ -22,7 +22,7 @@ const REST: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
 /// The socket. One thread at a time lets people in.
 #[derive(Debug)]
-pub(crate) struct Gate {
+pub(crate) struct Acceptor {
     listening: Listening,
     /// Made at the beginning: when it is needed there may be no descriptor for it.
     timer: OwnedFd,
@@ -32,7 +32,7 @@ pub(crate) struct Gate {
     is_told: AtomicBool,
 }
 
-impl Gate {
+impl Acceptor {
     /// Makes the socket and its file; `backlog` may wait to be let in.
     ///
     /// # Errors
@@ -52,8 +52,8 @@ impl Gate {
         self.listening.path()
     }
 
-    /// What is readable when there is a reason to call [`Gate::admit`]. May be another one after each call.
-    pub(crate) fn attention(&self) -> RawFd {
+    /// What is readable when there is a reason to call [`Acceptor::admit`]. May be another one after each call.
+    pub(crate) fn fd(&self) -> RawFd {
         if self.rests.load(Relaxed) { self.timer.as_raw_fd() } else { self.listening.as_raw_fd() }
     }
 

@@ -1,4 +1,4 @@
-//! Questions over a socket, and walks through page tables.
+//! Queries over a socket, and walks through page tables.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use rvmm_devices::Bus;
 
-use super::{Answer, Connection, Landing, Question, Reception, Stages, Stat, Subject, Walk};
+use super::{Connection, Inspectable, InspectionServer, Landing, Query, Reply, Stages, Stat, Walk};
 use crate::config::Unassigned;
 use crate::io_loop::{IoLoop, IoThread};
 use crate::trace::Places;
@@ -17,20 +17,20 @@ use crate::vcpu::testing::{RAM, UART, world};
 
 struct Echo;
 
-impl Subject for Echo {
-    fn answer(&self, question: Question) -> Answer {
-        match question {
-            Question::Stat => Answer::Stat(Stat { name: "web".into(), ..Stat::default() }),
-            question => Answer::Error(question.line()),
+impl Inspectable for Echo {
+    fn answer(&self, query: Query) -> Reply {
+        match query {
+            Query::Stat => Reply::Stat(Stat { name: "web".into(), ..Stat::default() }),
+            query => Reply::Error(query.line()),
         }
     }
 }
 
 /// The I/O loop of a machine without devices, which lets in everybody who comes to `path`.
-fn reception(path: &Path) -> IoThread {
-    let reception = Reception::open(path, Arc::new(Echo)).unwrap();
+fn server(path: &Path) -> IoThread {
+    let server = InspectionServer::open(path, Arc::new(Echo)).unwrap();
     let mut io = IoLoop::new(Arc::new(Bus::new(Vec::new()).unwrap())).unwrap();
-    io.watch_visits(Arc::new(reception)).unwrap();
+    io.watch_external(Arc::new(server)).unwrap();
     io.spawn().unwrap()
 }
 
@@ -38,12 +38,12 @@ fn reception(path: &Path) -> IoThread {
 fn questions_are_answered_one_after_the_other() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("web-1.sock");
-    let served = reception(&path);
+    let served = server(&path);
     let mut connection = Connection::to(&path).unwrap();
-    for question in [Question::Registers, Question::Walk { address: u64::MAX, hart: 3 }] {
-        assert_eq!(connection.ask(question).unwrap(), Answer::Error(question.line()));
+    for query in [Query::Registers, Query::Walk { address: u64::MAX, hart: 3 }] {
+        assert_eq!(connection.ask(query).unwrap(), Reply::Error(query.line()));
     }
-    let Answer::Stat(stat) = connection.ask(Question::Stat).unwrap() else { panic!("no counters") };
+    let Reply::Stat(stat) = connection.ask(Query::Stat).unwrap() else { panic!("no counters") };
     assert_eq!(stat.name, "web");
     served.stop(Duration::ZERO).unwrap();
     assert!(!path.exists(), "the socket's file goes with it");
@@ -54,14 +54,14 @@ fn what_is_no_question_gets_a_sentence_and_the_door() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("web-1.sock");
     let questions = ["no\n", "walk\n", "walk 0xzz\n", "stat now\n", "\n", &"x".repeat(400)];
-    let served = reception(&path);
-    for question in questions {
+    let served = server(&path);
+    for query in questions {
         let mut stream = UnixStream::connect(&path).unwrap();
-        stream.write_all(question.as_bytes()).unwrap();
+        stream.write_all(query.as_bytes()).unwrap();
         let mut answer = String::new();
         // What was not read by then is lost with a reset, after the answer.
         let _ = stream.read_to_string(&mut answer);
-        assert!(answer.starts_with("{\"error\":\"Questions are stat"), "{question:?}: {answer}");
+        assert!(answer.starts_with("{\"error\":\"Queries are stat"), "{query:?}: {answer}");
         assert_eq!(answer.lines().count(), 1);
     }
     served.stop(Duration::ZERO).unwrap();
@@ -71,16 +71,16 @@ fn what_is_no_question_gets_a_sentence_and_the_door() {
 fn visitors_are_bounded_and_a_place_that_is_left_is_free() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("web-1.sock");
-    let served = reception(&path);
+    let served = server(&path);
     let mut guests: Vec<_> = (0..8).map(|_| Connection::to(&path).unwrap()).collect();
     for guest in &mut guests {
-        guest.ask(Question::Stat).unwrap();
+        guest.ask(Query::Stat).unwrap();
     }
     let mut late = Connection::to(&path).unwrap();
-    assert!(late.ask(Question::Stat).is_err());
+    assert!(late.ask(Query::Stat).is_err());
     drop(guests);
     // A place is free when its thread has seen that nobody is there any more.
-    while Connection::to(&path).unwrap().ask(Question::Stat).is_err() {
+    while Connection::to(&path).unwrap().ask(Query::Stat).is_err() {
         thread::yield_now();
     }
     served.stop(Duration::ZERO).unwrap();

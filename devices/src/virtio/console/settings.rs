@@ -36,11 +36,11 @@ pub(super) struct End {
 }
 
 /// The ports, the console first.
-pub(super) struct Wish {
+pub(super) struct ConsoleSettings {
     pub(super) ends: Vec<End>,
 }
 
-impl Wish {
+impl ConsoleSettings {
     pub(super) fn read(options: &Options) -> Result<Self, OptionError> {
         let mut ends = Vec::new();
         if let Some(to) = options.get("to") {

@@ -6,7 +6,7 @@ use rvmm_boot::fdt::{
     Board, Chosen, Cpu, DeviceNode, Irqchip as Controller, Isa, MmuType, PlicContexts,
 };
 
-use super::vm::{CpuFacts, Irqchip};
+use super::hypervisor::{CpuFacts, Irqchip};
 use crate::error::Error;
 use crate::layout::{self, IRQ_SOURCES, Span};
 

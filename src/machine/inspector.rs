@@ -1,4 +1,4 @@
-//! A running machine as those see it who look at it from outside: what it counts, its registers, its page tables.
+//! A running machine as those see it who look at it from context: what it counts, its registers, its page tables.
 
 use std::process;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -7,18 +7,18 @@ use std::time::Instant;
 use rvmm_devices::Bus;
 
 use super::build::Board;
-use super::vm::{Counters, SHIM_SLOT, Vm};
-use crate::trace::Places;
-use crate::trace::live::{
-    Answer, DeviceCount, HartCount, HartRegisters, Question, Stages, Stat, Subject, Walk,
+use super::hypervisor::{Counters, SHIM_SLOT, Vm};
+use crate::inspect::{
+    DeviceCount, HartCount, HartRegisters, Inspectable, Query, Reply, Stages, Stat, Walk,
 };
+use crate::trace::Places;
 use crate::vcpu::firmware::shim;
 use crate::vcpu::hart::{Csr, Reg};
 use crate::vcpu::{Control, World, registers};
 
-/// Answers questions about one machine, over all its lives. A question holds the lock, so that nobody takes a life apart that
+/// Answers questions about one machine, over all its lives. A query holds the lock, so that nobody takes a life apart that
 /// is being looked at.
-pub(super) struct Sight {
+pub(super) struct Inspector {
     name: String,
     now: Mutex<Option<Life>>,
 }
@@ -34,7 +34,7 @@ struct Life {
     control: Arc<Control>,
 }
 
-impl Sight {
+impl Inspector {
     pub(super) fn new(name: &str) -> Self {
         Self { name: name.into(), now: Mutex::default() }
     }
@@ -102,43 +102,43 @@ impl Life {
         (0..self.harts).map(read).collect()
     }
 
-    fn walk(&self, hart: u32, address: u64) -> Answer {
+    fn walk(&self, hart: u32, address: u64) -> Reply {
         let satp = match self.vm.reg(hart, Reg::Csr(Csr::Satp)) {
             Ok(satp) => satp,
             Err(error) => {
-                return Answer::Error(format!("Cannot read satp of hart {hart}: {error}"));
+                return Reply::Error(format!("Cannot read satp of hart {hart}: {error}"));
             }
         };
         let places = Places::of(&self.bus);
         let address_bits = self.vm.address_bits();
         let shim = self.world.firmware.is_some().then_some((SHIM_SLOT, shim::PAGE));
         let stages = Stages { ram: &self.world.ram, shim, places: &places, address_bits };
-        Answer::Walk(Walk::of(stages, hart, satp, address))
+        Reply::Walk(Walk::of(stages, hart, satp, address))
     }
 
     /// Calls `look` while all harts are out of the guest. A machine that somebody has paused, or pauses meanwhile, stays paused.
-    fn paused(&self, look: impl FnOnce() -> Answer) -> Answer {
+    fn paused(&self, look: impl FnOnce() -> Reply) -> Reply {
         let Some(_pause) = self.control.pause() else { return gone() };
         look()
     }
 }
 
-impl Subject for Sight {
-    fn answer(&self, question: Question) -> Answer {
+impl Inspectable for Inspector {
+    fn answer(&self, query: Query) -> Reply {
         let now = self.lock();
         let Some(life) = now.as_ref() else { return gone() };
-        match question {
-            Question::Stat => Answer::Stat(self.stat(life)),
-            Question::Registers => life.paused(|| Answer::Registers(life.registers())),
-            Question::Walk { hart, .. } if hart >= life.harts => Answer::Error(format!(
+        match query {
+            Query::Stat => Reply::Stat(self.stat(life)),
+            Query::Registers => life.paused(|| Reply::Registers(life.registers())),
+            Query::Walk { hart, .. } if hart >= life.harts => Reply::Error(format!(
                 "There is no hart {hart} (the last one is {})",
                 life.harts - 1
             )),
-            Question::Walk { address, hart } => life.paused(|| life.walk(hart, address)),
+            Query::Walk { address, hart } => life.paused(|| life.walk(hart, address)),
         }
     }
 }
 
-fn gone() -> Answer {
-    Answer::Error("The machine is starting, restarting or ending: ask again".into())
+fn gone() -> Reply {
+    Reply::Error("The machine is starting, restarting or ending: ask again".into())
 }

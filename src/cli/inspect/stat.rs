@@ -11,7 +11,7 @@ use rustix::termios::isatty;
 use super::{Request, ask, connect, ended, gone, harmless, refuse};
 use crate::cli::output;
 use crate::error::EXIT_OK;
-use crate::trace::live::{Answer, Question, Stat};
+use crate::inspect::{Query, Reply, Stat};
 
 /// The time between two looks.
 const STEP: Duration = Duration::from_secs(1);
@@ -43,8 +43,8 @@ pub(in crate::cli) fn watch(request: &Request) -> u8 {
     let is_terminal = isatty(io::stdout());
     let mut before: Option<Stat> = None;
     loop {
-        let now = match connection.ask(Question::Stat) {
-            Ok(Answer::Stat(stat)) => stat,
+        let now = match connection.ask(Query::Stat) {
+            Ok(Reply::Stat(stat)) => stat,
             // Between two lives; the counters begin anew.
             Ok(_) => {
                 before = None;
@@ -150,7 +150,7 @@ pub(super) fn table(now: &Stat, before: Option<&Stat>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::trace::live::{DeviceCount, HartCount};
+    use crate::inspect::{DeviceCount, HartCount};
 
     fn stat(age_s: u64, exits: u64, reads: u64) -> Stat {
         let counters = [("exits", exits), ("halt_wait_ns", age_s * 500_000_000)];

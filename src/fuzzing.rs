@@ -1,14 +1,14 @@
 //! What fuzzers play against this crate, by name (`fuzz/fuzz_targets`); the tests here play what fuzzers have found and what proptest
 //! makes up. What they play against `devices` and `boot` is in those crates' tests.
 
-pub use crate::gdb::testing::play as gdb_packets;
-pub use crate::trace::play_report as trace_report;
+pub use crate::gdb::testing::run_packets as gdb_packets;
+pub use crate::trace::report_from_bytes as trace_report;
 
 /// Plays from these bytes.
-pub type Play = fn(&[u8]);
+pub type FuzzTarget = fn(&[u8]);
 
 /// The fuzz targets that play these, by name.
-pub const TARGETS: [(&str, Play); 2] =
+pub const TARGETS: [(&str, FuzzTarget); 2] =
     [("gdb_packets", gdb_packets), ("trace_report", trace_report)];
 
 #[cfg(test)]

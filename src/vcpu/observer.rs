@@ -1,5 +1,5 @@
 //! Somebody who is told of everything that the harts of a machine go through, one exit at a time, with the registers at hand: how
-//! the labs tell what happens in their own words. It costs system calls at every exit; without a witness there is nothing.
+//! the labs tell what happens in their own words. It costs system calls at every exit; without a observer there is nothing.
 
 use std::io;
 use std::sync::Arc;
@@ -8,18 +8,18 @@ use super::exit::{Exit, Fault, SystemEvent};
 use super::hart::{Hart, Kick, Reg};
 
 /// Who is told.
-pub trait Witness: Send + Sync {
+pub trait ExitObserver: Send + Sync {
     /// The hart has left the guest and nothing has been answered yet. Its registers are as the guest left them: the program
     /// counter is at the instruction that made it leave.
-    fn exit(&self, hart: &dyn Hart, seen: &Seen);
+    fn exit(&self, hart: &dyn Hart, seen: &ExitRecord);
 
     /// Something else happened to hart `hart`.
-    fn note(&self, hart: u32, note: Note);
+    fn note(&self, hart: u32, note: HartEvent);
 }
 
 /// What is no exit by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Note {
+pub enum HartEvent {
     /// The guest set its timer, which user space drives.
     TimerSet,
     /// The timer's interrupt was raised.
@@ -29,7 +29,7 @@ pub enum Note {
 /// An exit, copied: see [`Exit`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the fields are those of Exit")]
-pub enum Seen {
+pub enum ExitRecord {
     MmioRead { addr: u64, len: usize },
     MmioWrite { addr: u64, len: usize, value: u64 },
     Sbi { extension: u64, function: u64, args: [u64; 6] },
@@ -41,7 +41,7 @@ pub enum Seen {
     Unknown(u32),
 }
 
-impl Seen {
+impl ExitRecord {
     fn of(exit: &Exit<'_>) -> Self {
         match exit {
             Exit::MmioRead { addr, data } => Self::MmioRead { addr: *addr, len: data.len() },
@@ -62,19 +62,19 @@ impl Seen {
     }
 }
 
-/// A hart whose exits are told to a witness before anybody answers them.
-pub(crate) struct Witnessed {
+/// A hart whose exits are told to a observer before anybody answers them.
+pub(crate) struct ObservedHart {
     hart: Box<dyn Hart>,
-    witness: Arc<dyn Witness>,
+    observer: Arc<dyn ExitObserver>,
 }
 
-impl Witnessed {
-    pub(crate) fn new(hart: Box<dyn Hart>, witness: Arc<dyn Witness>) -> Self {
-        Self { hart, witness }
+impl ObservedHart {
+    pub(crate) fn new(hart: Box<dyn Hart>, observer: Arc<dyn ExitObserver>) -> Self {
+        Self { hart, observer }
     }
 }
 
-impl Hart for Witnessed {
+impl Hart for ObservedHart {
     fn id(&self) -> u32 {
         self.hart.id()
     }
@@ -84,13 +84,13 @@ impl Hart for Witnessed {
     }
 
     fn enter(&mut self) -> io::Result<Exit<'_>> {
-        let seen = Seen::of(&self.hart.enter()?);
-        self.witness.exit(self.hart.as_ref(), &seen);
-        Ok(self.hart.exit())
+        let seen = ExitRecord::of(&self.hart.enter()?);
+        self.observer.exit(self.hart.as_ref(), &seen);
+        Ok(self.hart.last_exit())
     }
 
-    fn exit(&mut self) -> Exit<'_> {
-        self.hart.exit()
+    fn last_exit(&mut self) -> Exit<'_> {
+        self.hart.last_exit()
     }
 
     fn settle(&mut self) -> io::Result<()> {

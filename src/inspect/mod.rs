@@ -5,19 +5,19 @@
 //!
 //! | file | what is in it |
 //! |---|---|
-//! | `answer.rs` | what can be asked, and what comes back: a line each way |
-//! | `server.rs` | [`Reception`]: the machine's end |
+//! | `query.rs` | what can be asked, and what comes back: a line each way |
+//! | `server.rs` | [`InspectionServer`]: the machine's end |
 //! | `client.rs` | the asker's end: which machines there are, and the connection to one |
-//! | `steps.rs` | [`Walk`]: an address through both stages of translation |
+//! | `walk.rs` | [`Walk`]: an address through both stages of translation |
 
-mod answer;
 mod client;
+mod query;
 mod server;
-mod steps;
 #[cfg(test)]
 mod tests;
+mod walk;
 
-pub use answer::{Answer, DeviceCount, HartCount, HartRegisters, Question, Stat, Subject};
 pub use client::{Connection, socket_for};
-pub use server::Reception;
-pub use steps::{Landing, Stages, Walk, WalkStep};
+pub use query::{DeviceCount, HartCount, HartRegisters, Inspectable, Query, Reply, Stat};
+pub use server::InspectionServer;
+pub use walk::{Landing, Stages, Walk, WalkStep};

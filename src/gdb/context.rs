@@ -1,6 +1,6 @@
-//! What a debugger shares with the harts of one life of the guest: which breakpoints are planted, and who came to one.
+//! What a debugger shares with the harts of one life of the guest: which breakpoints are inserted, and who came to one.
 //!
-//! The lock here is held for moments and never while the control's is taken. Planting and lifting are the debugger's, while all
+//! The lock here is held for moments and never while the control's is taken. Inserting and removing are the debugger's, while all
 //! harts are held; harts only look.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::spots::Spots;
+use super::breakpoints::SoftwareBreakpoints;
 use crate::memory::{GuestRam, RamError};
 use crate::vcpu::hart::{Csr, Hart, Reg};
 use crate::vcpu::walk::translate;
@@ -21,7 +21,7 @@ const MOST: usize = 1000;
 
 /// Why a hart stands still.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Came {
+pub(super) enum StopCause {
     /// It has come to a breakpoint, at the address that the debugger knows it by.
     Breakpoint,
     /// Its step is done.
@@ -31,7 +31,7 @@ pub(super) enum Came {
 }
 
 /// One life's breakpoints.
-pub(crate) struct Post {
+pub(crate) struct DebugContext {
     pub(super) control: Arc<Control>,
     pub(super) ram: Arc<GuestRam>,
     state: Mutex<State>,
@@ -47,13 +47,13 @@ pub(crate) type SyncCode = Box<dyn Fn() -> io::Result<()> + Send + Sync>;
 
 #[derive(Default)]
 struct State {
-    spots: Spots,
+    inserted: SoftwareBreakpoints,
     /// The debugger's breakpoints: virtual address, and where it led when they were set.
     breakpoints: BTreeMap<u64, u64>,
-    /// Where harts that step may arrive: (guest-physical address, hart).
+    /// Where harts that step may report_stop: (guest-physical address, hart).
     steps: BTreeSet<(u64, u32)>,
     /// In the order of coming, each hart once: it waits from then on.
-    came: Vec<(u32, Came)>,
+    came: Vec<(u32, StopCause)>,
 }
 
 impl State {
@@ -63,8 +63,8 @@ impl State {
     }
 }
 
-impl Post {
-    /// The post of a life whose `ebreak`s come out for somebody else as well where `has_others` is set.
+impl DebugContext {
+    /// The context of a life whose `ebreak`s come out for somebody else as well where `has_others` is set.
     ///
     /// # Errors
     /// The host has no descriptors left.
@@ -78,7 +78,7 @@ impl Post {
         Ok(Self { control, ram, state: Mutex::default(), wake, sync_code, has_others })
     }
 
-    /// Makes what was planted and lifted visible to all harts, which are held.
+    /// Makes what was inserted and removed visible to all harts, which are held.
     ///
     /// # Errors
     /// What the kernel says, which no guest causes.
@@ -96,10 +96,10 @@ impl Post {
         if state.breakpoints.len() >= MOST && !state.breakpoints.contains_key(&va) {
             return Ok(false);
         }
-        state.spots.plant(&self.ram, addr)?;
+        state.inserted.insert(&self.ram, addr)?;
         let before = state.breakpoints.insert(va, addr);
         if let Some(before) = before.filter(|before| *before != addr) {
-            self.lift(&mut state, before);
+            self.remove(&mut state, before);
         }
         Ok(true)
     }
@@ -108,37 +108,37 @@ impl Post {
     pub(super) fn unset(&self, va: u64) {
         let mut state = self.lock();
         if let Some(addr) = state.breakpoints.remove(&va) {
-            self.lift(&mut state, addr);
+            self.remove(&mut state, addr);
         }
     }
 
     /// Has `hart`, which steps, stop at `addr` too. False where no memory is.
     pub(super) fn step_to(&self, addr: u64, hart: u32) -> bool {
         let mut state = self.lock();
-        let is_there = state.spots.plant(&self.ram, addr).is_ok();
+        let is_there = state.inserted.insert(&self.ram, addr).is_ok();
         if is_there {
             state.steps.insert((addr, hart));
         }
         is_there
     }
 
-    /// Ends all steps, and plants again what was lifted for one.
+    /// Ends all steps, and plants again what was removed for one.
     pub(super) fn end_steps(&self) {
         let mut state = self.lock();
         for (addr, _) in std::mem::take(&mut state.steps) {
-            self.lift(&mut state, addr);
+            self.remove(&mut state, addr);
         }
         for addr in state.breakpoints.values().copied().collect::<Vec<_>>() {
             // It was memory when it was set.
-            let _ = state.spots.plant(&self.ram, addr);
+            let _ = state.inserted.insert(&self.ram, addr);
         }
     }
 
-    /// Takes the breakpoint at `addr` out of memory until [`Post::end_steps`]; false where none is there.
-    pub(super) fn lift_for_step(&self, addr: u64) -> bool {
+    /// Takes the breakpoint at `addr` out of memory until [`DebugContext::end_steps`]; false where none is there.
+    pub(super) fn remove_for_step(&self, addr: u64) -> bool {
         let mut state = self.lock();
-        let is_there = state.spots.has(addr);
-        state.spots.lift(&self.ram, addr);
+        let is_there = state.inserted.has(addr);
+        state.inserted.remove(&self.ram, addr);
         is_there
     }
 
@@ -146,7 +146,7 @@ impl Post {
     /// that address.
     pub(super) fn is_alias(&self, va: u64, addr: u64) -> bool {
         let state = self.lock();
-        state.spots.has(addr) && state.breakpoints.get(&va) != Some(&addr)
+        state.inserted.has(addr) && state.breakpoints.get(&va) != Some(&addr)
     }
 
     /// Whether there is any breakpoint.
@@ -157,7 +157,7 @@ impl Post {
     /// Takes all breakpoints out of memory for good.
     pub(super) fn clear(&self) {
         let mut state = self.lock();
-        state.spots.lift_all(&self.ram);
+        state.inserted.remove_all(&self.ram);
         *state = State::default();
     }
 
@@ -168,7 +168,7 @@ impl Post {
     pub(super) fn read(&self, addr: u64, bytes: &mut [u8]) -> Result<(), RamError> {
         let state = self.lock();
         self.ram.read(addr, bytes)?;
-        state.spots.hide(addr, bytes);
+        state.inserted.hide(addr, bytes);
         Ok(())
     }
 
@@ -177,26 +177,26 @@ impl Post {
     /// # Errors
     /// As [`GuestRam::write`].
     pub(super) fn write(&self, addr: u64, bytes: &[u8]) -> Result<(), RamError> {
-        self.lock().spots.write(&self.ram, addr, bytes)
+        self.lock().inserted.write(&self.ram, addr, bytes)
     }
 
     /// Says that `hart` is where it was to be.
-    pub(super) fn arrive(&self, hart: u32, how: Came) {
+    pub(super) fn report_stop(&self, hart: u32, how: StopCause) {
         self.lock().came.push((hart, how));
         // Full means that it is readable already.
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 
     /// Who came to a breakpoint, and forgets it: the first one counts, the others are still there when they go on.
-    pub(super) fn take_arrival(&self) -> Option<(u32, Came)> {
+    pub(super) fn take_stop(&self) -> Option<(u32, StopCause)> {
         let _ = rustix::io::read(&self.wake, &mut [0_u8; 8]);
         let came = std::mem::take(&mut self.lock().came);
         came.first().copied()
     }
 
-    fn lift(&self, state: &mut State, addr: u64) {
+    fn remove(&self, state: &mut State, addr: u64) {
         if !state.is_wanted(addr) {
-            state.spots.lift(&self.ram, addr);
+            state.inserted.remove(&self.ram, addr);
         }
     }
 
@@ -206,26 +206,26 @@ impl Post {
     }
 }
 
-impl AsFd for Post {
+impl AsFd for DebugContext {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.wake.as_fd()
     }
 }
 
-impl Debugger for Post {
+impl Debugger for DebugContext {
     fn claims(&self, hart: &dyn Hart, pc: u64) -> io::Result<bool> {
         let satp = hart.get(Reg::Csr(Csr::Satp))?;
         let Ok(addr) = translate(&self.ram, satp, pc) else { return Ok(false) };
         let state = self.lock();
-        if !state.spots.has(addr) {
+        if !state.inserted.has(addr) {
             return Ok(false);
         }
         let how = if state.breakpoints.get(&pc) == Some(&addr) {
-            Some(Came::Breakpoint)
+            Some(StopCause::Breakpoint)
         } else if state.steps.contains(&(addr, hart.id())) {
-            Some(Came::Step)
+            Some(StopCause::Step)
         } else if state.breakpoints.values().any(|at| *at == addr) {
-            Some(Came::Alias)
+            Some(StopCause::Alias)
         } else {
             None
         };
@@ -233,7 +233,7 @@ impl Debugger for Post {
         match how {
             Some(how) => {
                 self.control.hold();
-                self.arrive(hart.id(), how);
+                self.report_stop(hart.id(), how);
             }
             // Another hart's step ends here.
             None => self.control.hold_one(hart.id()),

@@ -4,7 +4,7 @@ use std::io;
 
 use super::output;
 use crate::error::{EXIT_HOST, EXIT_OK};
-use crate::trace::live::{Answer, Connection, HartRegisters, Question};
+use crate::inspect::{Connection, HartRegisters, Query, Reply};
 
 mod stat;
 mod walk;
@@ -14,7 +14,7 @@ pub(super) use stat::watch;
 /// What is asked, and of which machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Request {
-    pub(super) question: Question,
+    pub(super) query: Query,
     /// A name or a process; the only machine where nothing is said.
     pub(super) target: Option<String>,
     /// The answer as it came.
@@ -24,13 +24,13 @@ pub(super) struct Request {
 /// Asks once, prints the answer, and gives the exit code.
 pub(super) fn ask(request: &Request) -> u8 {
     let answer = connect(request.target.as_deref())
-        .and_then(|mut connection| question(&mut connection, request.question));
+        .and_then(|mut connection| query(&mut connection, request.query));
     let text = answer.and_then(|answer| match answer {
-        Answer::Error(what) => Err(what),
+        Reply::Error(what) => Err(what),
         answer if request.json => json(&answer),
-        Answer::Registers(harts) => Ok(harts.iter().map(registers).collect()),
-        Answer::Walk(walk) => Ok(walk::text(&walk)),
-        Answer::Stat(stat) => Ok(stat::table(&stat, None)),
+        Reply::Registers(harts) => Ok(harts.iter().map(registers).collect()),
+        Reply::Walk(walk) => Ok(walk::text(&walk)),
+        Reply::Stat(stat) => Ok(stat::table(&stat, None)),
     });
     match text {
         Ok(text) => output::show(&harmless(&text)),
@@ -42,8 +42,8 @@ fn connect(target: Option<&str>) -> Result<Connection, String> {
     Connection::open(target)
 }
 
-fn question(connection: &mut Connection, question: Question) -> Result<Answer, String> {
-    connection.ask(question).map_err(|error| gone(&error))
+fn query(connection: &mut Connection, query: Query) -> Result<Reply, String> {
+    connection.ask(query).map_err(|error| gone(&error))
 }
 
 fn gone(error: &io::Error) -> String {
@@ -55,12 +55,12 @@ fn refuse(what: &str) -> u8 {
     EXIT_HOST
 }
 
-fn json(answer: &Answer) -> Result<String, String> {
+fn json(answer: &Reply) -> Result<String, String> {
     let text = match answer {
-        Answer::Stat(stat) => serde_json::to_string_pretty(stat),
-        Answer::Registers(harts) => serde_json::to_string_pretty(harts),
-        Answer::Walk(walk) => serde_json::to_string_pretty(walk),
-        Answer::Error(what) => serde_json::to_string_pretty(what),
+        Reply::Stat(stat) => serde_json::to_string_pretty(stat),
+        Reply::Registers(harts) => serde_json::to_string_pretty(harts),
+        Reply::Walk(walk) => serde_json::to_string_pretty(walk),
+        Reply::Error(what) => serde_json::to_string_pretty(what),
     };
     text.map(|text| text + "\n").map_err(|error| format!("Cannot print the answer: {error}"))
 }

@@ -6,9 +6,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::super::names::Places;
 use crate::layout::{self, Span};
 use crate::memory::{GuestRam, PAGE};
+use crate::trace::Places;
 use crate::vcpu::walk::{Step, WalkError, walk};
 
 /// What the second stage has.

@@ -8,14 +8,14 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::answer::{Answer, Question};
+use super::query::{Query, Reply};
 use crate::host::remove_dead;
 
 /// The longest answer, in bytes: 512 harts with all their registers have less than one.
-const LONGEST: u64 = 8 << 20;
+const MAX_LINE: u64 = 8 << 20;
 
 /// How long a machine may take for an answer.
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// The folder of sockets: `rvmm` in the user's runtime folder (XDG Base Directory Specification), `/run/rvmm` for who has none.
 fn folder() -> Option<PathBuf> {
@@ -108,8 +108,8 @@ impl Connection {
     }
 
     fn over(stream: UnixStream) -> io::Result<Self> {
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(TIMEOUT))?;
+        stream.set_write_timeout(Some(TIMEOUT))?;
         Ok(Self { reader: BufReader::new(stream) })
     }
 
@@ -117,10 +117,10 @@ impl Connection {
     ///
     /// # Errors
     /// The machine is gone (`UnexpectedEof`, `BrokenPipe`, `ConnectionReset`), or says what makes no sense.
-    pub fn ask(&mut self, question: Question) -> io::Result<Answer> {
-        self.reader.get_mut().write_all(format!("{}\n", question.line()).as_bytes())?;
+    pub fn ask(&mut self, query: Query) -> io::Result<Reply> {
+        self.reader.get_mut().write_all(format!("{}\n", query.line()).as_bytes())?;
         let mut line = Vec::new();
-        self.reader.by_ref().take(LONGEST).read_until(b'\n', &mut line)?;
+        self.reader.by_ref().take(MAX_LINE).read_until(b'\n', &mut line)?;
         if line.is_empty() {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }

@@ -11,7 +11,7 @@ use crate::virtio::Limit;
 const MAX_QUEUES: u16 = 8;
 
 /// What the options ask for.
-pub(super) struct Wish {
+pub(super) struct BlkSettings {
     pub(super) plan: DiskPlan,
     /// What the guest is told that the disk is called, where the user says so.
     pub(super) serial: Option<[u8; ID_BYTES]>,
@@ -20,7 +20,7 @@ pub(super) struct Wish {
     pub(super) iops: Option<Limit>,
 }
 
-impl Wish {
+impl BlkSettings {
     pub(super) fn read(options: &Options) -> Result<Self, OptionError> {
         let path = options.get("path").unwrap_or_default();
         if path.is_empty() {

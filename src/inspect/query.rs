@@ -1,15 +1,15 @@
-//! Questions and answers: one line of text each way. The answer is JSON; the question is short enough to be typed
+//! Queries and answers: one line of text each way. The answer is JSON; the query is short enough to be typed
 //! (`echo regs | nc -U SOCKET`).
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::steps::Walk;
+use super::walk::Walk;
 
 /// What can be asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Question {
+pub enum Query {
     /// The counters.
     Stat,
     /// The registers of all harts. The machine is paused for that.
@@ -23,8 +23,8 @@ pub enum Question {
     },
 }
 
-impl Question {
-    /// The question as a line, without its end.
+impl Query {
+    /// The query as a line, without its end.
     #[must_use]
     pub fn line(self) -> String {
         match self {
@@ -34,10 +34,10 @@ impl Question {
         }
     }
 
-    /// The question that a line is.
+    /// The query that a line is.
     pub(super) fn read(line: &str) -> Option<Self> {
         let mut words = line.split_ascii_whitespace();
-        let question = match words.next()? {
+        let query = match words.next()? {
             "stat" => Self::Stat,
             "regs" => Self::Registers,
             "walk" => {
@@ -51,21 +51,21 @@ impl Question {
             }
             _ => return None,
         };
-        words.next().is_none().then_some(question)
+        words.next().is_none().then_some(query)
     }
 }
 
 /// What comes back.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Answer {
-    /// To [`Question::Stat`].
+pub enum Reply {
+    /// To [`Query::Stat`].
     Stat(Stat),
-    /// To [`Question::Registers`].
+    /// To [`Query::Registers`].
     Registers(Vec<HartRegisters>),
-    /// To [`Question::Walk`].
+    /// To [`Query::Walk`].
     Walk(Walk),
-    /// The question makes no sense, or the machine is just restarting or ending. A sentence.
+    /// The query makes no sense, or the machine is just restarting or ending. A sentence.
     Error(String),
 }
 
@@ -122,7 +122,7 @@ pub struct HartRegisters {
 }
 
 /// A machine as those who answer see it.
-pub trait Subject: Send + Sync {
-    /// The answer to a question. May pause the machine for a moment; waits for nothing else.
-    fn answer(&self, question: Question) -> Answer;
+pub trait Inspectable: Send + Sync {
+    /// The answer to a query. May pause the machine for a moment; waits for nothing else.
+    fn answer(&self, query: Query) -> Reply;
 }

@@ -13,12 +13,12 @@ use crate::memory::{GuestRam, RamError};
 
 const C_EBREAK: [u8; 2] = 0x9002_u16.to_le_bytes();
 
-/// The planted breakpoints: address, and the two bytes that were there.
+/// The inserted breakpoints: address, and the two bytes that were there.
 #[derive(Debug, Default)]
-pub(super) struct Spots(BTreeMap<u64, [u8; 2]>);
+pub(super) struct SoftwareBreakpoints(BTreeMap<u64, [u8; 2]>);
 
-impl Spots {
-    /// Whether one is planted at `addr`.
+impl SoftwareBreakpoints {
+    /// Whether one is inserted at `addr`.
     pub(super) fn has(&self, addr: u64) -> bool {
         self.0.contains_key(&addr)
     }
@@ -27,7 +27,7 @@ impl Spots {
     ///
     /// # Errors
     /// There is no memory; or it is lost, and with it what stood there.
-    pub(super) fn plant(&mut self, ram: &GuestRam, addr: u64) -> Result<(), RamError> {
+    pub(super) fn insert(&mut self, ram: &GuestRam, addr: u64) -> Result<(), RamError> {
         if self.has(addr) {
             return Ok(());
         }
@@ -39,7 +39,7 @@ impl Spots {
     }
 
     /// Restores what was there, unless the guest has written something else meanwhile.
-    pub(super) fn lift(&mut self, ram: &GuestRam, addr: u64) {
+    pub(super) fn remove(&mut self, ram: &GuestRam, addr: u64) {
         let Some(before) = self.0.remove(&addr) else { return };
         let mut now = [0; 2];
         if ram.read(addr, &mut now).is_ok() && now == C_EBREAK {
@@ -49,9 +49,9 @@ impl Spots {
     }
 
     /// Restores all.
-    pub(super) fn lift_all(&mut self, ram: &GuestRam) {
+    pub(super) fn remove_all(&mut self, ram: &GuestRam) {
         for addr in self.0.keys().copied().collect::<Vec<_>>() {
-            self.lift(ram, addr);
+            self.remove(ram, addr);
         }
     }
 
@@ -60,13 +60,13 @@ impl Spots {
         let end = addr.saturating_add(bytes.len() as u64);
         for (at, before) in self.0.range(addr.saturating_sub(1)..end) {
             let halves = (*at..).zip(C_EBREAK.iter().zip(before));
-            let mut seen = halves.filter_map(|(at, (planted, before))| {
+            let mut seen = halves.filter_map(|(at, (inserted, before))| {
                 let index = usize::try_from(at.checked_sub(addr)?).ok()?;
-                Some((index, *planted, *before))
+                Some((index, *inserted, *before))
             });
             let is_ours = seen
                 .clone()
-                .all(|(index, planted, _)| bytes.get(index).is_none_or(|byte| *byte == planted));
+                .all(|(index, inserted, _)| bytes.get(index).is_none_or(|byte| *byte == inserted));
             if is_ours {
                 for (index, _, before) in seen.by_ref() {
                     if let Some(byte) = bytes.get_mut(index) {
@@ -77,7 +77,7 @@ impl Spots {
         }
     }
 
-    /// Writes `bytes` as if there were no breakpoints, which stay planted.
+    /// Writes `bytes` as if there were no breakpoints, which stay inserted.
     ///
     /// # Errors
     /// As [`GuestRam::write`].
@@ -91,11 +91,11 @@ impl Spots {
         let covered: Vec<u64> =
             self.0.range(addr.saturating_sub(1)..end).map(|(at, _)| *at).collect();
         for at in &covered {
-            self.lift(ram, *at);
+            self.remove(ram, *at);
         }
         let written = ram.write(addr, bytes);
         for at in covered {
-            self.plant(ram, at)?;
+            self.insert(ram, at)?;
         }
         written
     }
@@ -122,52 +122,52 @@ mod tests {
 
     #[test]
     fn what_is_planted_is_in_memory_but_not_shown_and_is_gone_when_lifted() {
-        let (ram, mut spots) = (ram(), Spots::default());
-        spots.plant(&ram, AT + 2).unwrap();
-        spots.plant(&ram, AT + 2).unwrap();
-        assert!(spots.has(AT + 2) && !spots.has(AT));
+        let (ram, mut inserted) = (ram(), SoftwareBreakpoints::default());
+        inserted.insert(&ram, AT + 2).unwrap();
+        inserted.insert(&ram, AT + 2).unwrap();
+        assert!(inserted.has(AT + 2) && !inserted.has(AT));
         assert_eq!(bytes(&ram), [1, 2, 0x02, 0x90, 5, 6, 7, 8]);
         for (from, to) in [(0, 8), (2, 4), (3, 4), (0, 3), (3, 8), (4, 8), (0, 2)] {
             let mut seen = bytes(&ram)[from..to].to_vec();
-            spots.hide(AT + from as u64, &mut seen);
+            inserted.hide(AT + from as u64, &mut seen);
             assert_eq!(seen, [1, 2, 3, 4, 5, 6, 7, 8][from..to], "{from}..{to}");
         }
-        spots.lift(&ram, AT + 2);
-        spots.lift(&ram, AT + 2);
+        inserted.remove(&ram, AT + 2);
+        inserted.remove(&ram, AT + 2);
         assert_eq!(bytes(&ram), [1, 2, 3, 4, 5, 6, 7, 8]);
     }
 
     #[test]
     fn what_is_written_over_a_breakpoint_is_what_is_restored() {
-        let (ram, mut spots) = (ram(), Spots::default());
-        spots.plant(&ram, AT).unwrap();
-        spots.plant(&ram, AT + 4).unwrap();
-        spots.write(&ram, AT + 1, &[9; 4]).unwrap();
+        let (ram, mut inserted) = (ram(), SoftwareBreakpoints::default());
+        inserted.insert(&ram, AT).unwrap();
+        inserted.insert(&ram, AT + 4).unwrap();
+        inserted.write(&ram, AT + 1, &[9; 4]).unwrap();
         assert_eq!(bytes(&ram), [0x02, 0x90, 9, 9, 0x02, 0x90, 7, 8]);
-        spots.lift_all(&ram);
+        inserted.remove_all(&ram);
         assert_eq!(bytes(&ram), [1, 9, 9, 9, 9, 6, 7, 8]);
     }
 
     #[test]
     fn what_the_guest_has_written_over_a_breakpoint_stays() {
-        let (ram, mut spots) = (ram(), Spots::default());
-        spots.plant(&ram, AT).unwrap();
+        let (ram, mut inserted) = (ram(), SoftwareBreakpoints::default());
+        inserted.insert(&ram, AT).unwrap();
         ram.write(AT, &[7, 7]).unwrap();
         let mut seen = bytes(&ram);
-        spots.hide(AT, &mut seen);
+        inserted.hide(AT, &mut seen);
         assert_eq!(seen[..2], [7, 7]);
-        spots.lift_all(&ram);
+        inserted.remove_all(&ram);
         assert_eq!(bytes(&ram)[..2], [7, 7]);
     }
 
     #[test]
     fn where_no_memory_is_nothing_is_planted() {
-        let (ram, mut spots) = (ram(), Spots::default());
-        assert_eq!(spots.plant(&ram, RAM.end() - 1), Err(RamError::NotRam));
-        assert_eq!(spots.plant(&ram, u64::MAX), Err(RamError::NotRam));
-        assert!(!spots.has(RAM.end() - 1));
+        let (ram, mut inserted) = (ram(), SoftwareBreakpoints::default());
+        assert_eq!(inserted.insert(&ram, RAM.end() - 1), Err(RamError::NotRam));
+        assert_eq!(inserted.insert(&ram, u64::MAX), Err(RamError::NotRam));
+        assert!(!inserted.has(RAM.end() - 1));
         let mut last = [1];
-        spots.hide(u64::MAX, &mut last);
+        inserted.hide(u64::MAX, &mut last);
         assert_eq!(last, [1]);
     }
 }
