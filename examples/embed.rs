@@ -1,7 +1,7 @@
-//! rvmm as a library: two machines in one process, each with a console of its own.
+//! rvmm as a library: two machines in one process, each with its own console.
 //!
-//! `embed KERNEL` boots KERNEL twice, at the same time, waits until both guests have powered off and prints what each
-//! of them wrote to its UART.
+//! `embed KERNEL` boots KERNEL twice in parallel, waits until both guests have powered off and prints the UART output of
+//! each.
 
 use std::error::Error;
 use std::io::{PipeReader, Read, pipe};

@@ -1,4 +1,4 @@
-//! The power button from outside: SIGTERM presses it once, and a guest that does not power off in time is stopped.
+//! The host's side of the power button: SIGTERM presses it once, and a guest that does not power off in time is stopped.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -11,32 +11,32 @@ use rustix::time::{
 };
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// A machine's button, over all lives of its guest. Its descriptor is readable once a guest that was asked to power off
-/// has had its time.
+/// A machine's power button, which is kept across reboots of the guest. Its descriptor is readable once the grace period after
+/// a press has expired.
 #[derive(Debug)]
 pub struct Button {
     presses: EventFd,
     timer: OwnedFd,
-    patience: Duration,
+    grace: Duration,
     was_pressed: AtomicBool,
 }
 
 impl Button {
-    /// A button; a guest has `patience` (more than nothing) to power off after it was pressed.
+    /// Creates a button; the guest has `grace` (greater than zero) to power off after a press.
     ///
     /// # Errors
     /// The host has no descriptors left.
-    pub fn new(patience: Duration) -> io::Result<Self> {
+    pub fn new(grace: Duration) -> io::Result<Self> {
         let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
         Ok(Self {
             presses: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             timer: timerfd_create(TimerfdClockId::Monotonic, flags)?,
-            patience,
+            grace,
             was_pressed: AtomicBool::new(false),
         })
     }
 
-    /// The device's end: readable after a press.
+    /// A descriptor for the device: readable after a press.
     ///
     /// # Errors
     /// The host has no descriptors left.
@@ -44,20 +44,20 @@ impl Button {
         self.presses.try_clone()
     }
 
-    /// Presses the button, and gives the guest its time. False where that was done before, or cannot be: the caller ends the
-    /// machine then.
+    /// Presses the button and starts the grace period. False if it was pressed before, or the press fails: then the caller stops
+    /// the machine.
     pub fn press(&self) -> bool {
         if self.was_pressed.swap(true, Ordering::SeqCst) {
             return false;
         }
         let none = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let Ok(it_value) = Timespec::try_from(self.patience) else { return false };
+        let Ok(it_value) = Timespec::try_from(self.grace) else { return false };
         let timer = Itimerspec { it_interval: none, it_value };
         let is_set = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &timer).is_ok();
         is_set && self.presses.write(1).is_ok()
     }
 
-    /// Whether the guest has had its time; true once.
+    /// True once after the grace period has expired.
     #[must_use]
     pub fn is_over(&self) -> bool {
         rustix::io::read(&self.timer, &mut [0_u8; 8]).is_ok()
@@ -77,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_press_is_one_and_the_second_is_not() {
+    fn only_the_first_press_counts() {
         let button = Button::new(Duration::from_secs(3600)).unwrap();
         let device = button.device_end().unwrap();
         assert!(device.read().is_err());
@@ -88,9 +88,9 @@ mod tests {
     }
 
     #[test]
-    fn the_time_of_a_guest_that_was_asked_runs_out() {
+    fn the_grace_period_expires_once_after_a_press() {
         let button = Button::new(Duration::from_millis(1)).unwrap();
-        assert!(!button.is_over(), "nobody was asked");
+        assert!(!button.is_over(), "not pressed");
         assert!(button.press());
         let mut fds = [PollFd::new(&button.timer, PollFlags::IN)];
         assert_eq!(poll(&mut fds, None).unwrap(), 1);

@@ -1,4 +1,4 @@
-//! What a user asks for: plain data, validated once, the same for the command line, a file and the API.
+//! The configuration of a machine: plain data, validated once, the same for the command line, a file and the API.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -21,7 +21,7 @@ pub use trace::{TraceConfig, TraceFormat};
 pub use valid::ValidConfig;
 pub(crate) use valid::quoted;
 
-/// A whole machine.
+/// The configuration of a whole machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct VmConfig {
@@ -33,28 +33,28 @@ pub struct VmConfig {
     pub hugepages: bool,
     /// The harts.
     pub cpus: CpuConfig,
-    /// What is loaded and where it starts.
+    /// The files to load and the entry point.
     pub boot: BootConfig,
     /// The interrupt controller.
     pub irqchip: IrqchipChoice,
-    /// Where the first UART's other end is.
+    /// The backend of the first UART.
     pub serial: SerialConfig,
-    /// Further devices and options of the board's own, as `NAME,key=value,...`.
+    /// Further devices and options of the built-in ones, as `NAME,key=value,...`.
     pub devices: Vec<String>,
-    /// What a guest's reset request does.
+    /// The effect of a guest's reset request.
     pub on_reset: OnReset,
-    /// What an access to an address without memory and device does.
+    /// The effect of an access to an address without memory and device.
     pub unassigned: Unassigned,
-    /// How the guest's calls of SBI 0.1 are answered.
+    /// The implementation of the guest's SBI 0.1 calls.
     pub sbi_v01: SbiV01,
-    /// Who keeps the guest's timer.
+    /// The implementation of the guest's timer.
     pub timer: TimerChoice,
-    /// Seconds that a guest with a power button (the device `input`) has to power off after SIGTERM; 0 is none: it is
-    /// stopped at once.
+    /// Seconds that a guest with a power button (the device `input`) has to power off after SIGTERM; with 0 it is stopped
+    /// at once.
     pub grace_s: u32,
-    /// Where every exit is recorded, if anywhere.
+    /// The trace of every exit; `None` for no trace.
     pub trace: Option<TraceConfig>,
-    /// Where a debugger may connect; none where nothing is said.
+    /// The address a debugger connects to; `None` for no debugger.
     pub gdb: Option<GdbConfig>,
 }
 
@@ -62,7 +62,7 @@ pub struct VmConfig {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CpuConfig {
-    /// How many harts, 1 to what KVM allows. 0 is taken as 1.
+    /// Number of harts, from 1 to KVM's limit. 0 is taken as 1.
     pub count: u32,
     /// Extensions to switch off or on, in order.
     pub isa: Vec<KnobChange>,
@@ -74,7 +74,7 @@ pub struct CpuConfig {
     pub affinity: Vec<(u32, u32)>,
     /// The privilege mode in which the boot hart starts.
     pub mode: StartMode,
-    /// CSRs of machine mode that a guest without a trap vector finds.
+    /// Machine-mode CSRs that a guest without a trap vector can access.
     pub csrs: Vec<CsrValue>,
 }
 
@@ -100,7 +100,7 @@ pub struct CpuId {
     pub imp: Option<u64>,
 }
 
-/// What is loaded and where the boot hart starts.
+/// The files to load and the entry point of the boot hart.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct BootConfig {
@@ -108,17 +108,17 @@ pub struct BootConfig {
     pub kernel: Option<PathBuf>,
     /// The initial RAM disk.
     pub initrd: InitrdConfig,
-    /// The kernel's command line, taken as given.
+    /// The kernel's command line, passed on as it is.
     pub cmdline: String,
-    /// A device tree to use instead of the generated one; where the initrd lies is written into it.
+    /// Device tree to use instead of the generated one; the initrd's address is written into it.
     pub dtb: Option<PathBuf>,
-    /// Where to write the device tree that the guest gets.
+    /// File to write the guest's device tree to.
     pub dump_dtb: Option<PathBuf>,
-    /// Where the device tree is put, a multiple of 8, instead of high in RAM.
+    /// Address of the device tree, a multiple of 8, instead of high in RAM.
     pub dtb_addr: Option<u64>,
     /// Flat binaries at fixed guest-physical addresses.
     pub load: Vec<LoadConfig>,
-    /// Where the boot hart starts, if not at the start of an `Image` or the lowest address of an ELF file.
+    /// Entry point of the boot hart, if not the start of an `Image` or the lowest address of an ELF file.
     pub entry: Option<u64>,
 }
 
@@ -129,9 +129,9 @@ pub enum InitrdConfig {
     /// None.
     #[default]
     None,
-    /// A file, passed on unread.
+    /// A file, passed on as it is.
     File(PathBuf),
-    /// The built-in prompt: an initramfs made on the fly around this static executable of rvmm.
+    /// The built-in prompt: an initramfs generated at run time around this static executable of rvmm.
     Builtin(PathBuf),
 }
 
@@ -145,11 +145,11 @@ pub struct LoadConfig {
     pub addr: u64,
 }
 
-/// Which interrupt controller the guest gets.
+/// The guest's interrupt controller.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum IrqchipChoice {
-    /// The in-kernel AIA where the host has it, else the PLIC.
+    /// The in-kernel AIA if the host has it, else the PLIC.
     #[default]
     Auto,
     /// In-kernel AIA (APLIC and IMSICs), or an error.
@@ -162,47 +162,47 @@ pub enum IrqchipChoice {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum StartMode {
-    /// VS: a kernel's.
+    /// VS, the mode of a kernel.
     #[default]
     Supervisor,
-    /// VU: every privileged instruction of the guest is a trap that rvmm sees.
+    /// VU: every privileged instruction of the guest traps to rvmm.
     User,
 }
 
-/// How the calls of SBI 0.1 (legacy console, timer, shutdown; numbers 0 to 8) are answered.
+/// The implementation of the SBI 0.1 calls (legacy console, timer, shutdown; numbers 0 to 8).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SbiV01 {
-    /// By the host's kernel where it can; else by breakpoints in the guest's code, unless that is a Linux kernel.
+    /// The host's kernel if it can; else breakpoints in the guest's code, unless that is a Linux kernel.
     #[default]
     Auto,
-    /// By the host's kernel, or an error.
+    /// The host's kernel, or an error.
     Kernel,
-    /// By breakpoints in the guest's code.
+    /// Breakpoints in the guest's code.
     Patch,
-    /// The guest's code stays as it is.
+    /// None; the guest's code is not changed.
     Off,
 }
 
-/// Who keeps the guest's timer.
+/// The implementation of the guest's timer.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TimerChoice {
     /// KVM, or the hardware.
     #[default]
     Kernel,
-    /// rvmm: every call that sets it comes out, and every interrupt is raised from here.
+    /// rvmm: every call that sets it is an exit, and rvmm raises every interrupt.
     User,
 }
 
-/// The other end of the first UART.
+/// The backend of the first UART.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum SerialConfig {
     /// Standard input and output.
     #[default]
     Stdio,
-    /// Nothing: output vanishes.
+    /// None: output is discarded.
     Null,
     /// Output to a file, created or truncated.
     File(PathBuf),
@@ -210,15 +210,15 @@ pub enum SerialConfig {
     Pty,
     /// A Unix socket that rvmm listens on, one client at a time.
     Unix(PathBuf),
-    /// A Unix socket that somebody else listens on: another machine's serial line.
+    /// A Unix socket that another program listens on: another machine's serial line, for example.
     Connect(PathBuf),
 }
 
 impl SerialConfig {
-    /// Takes `stdio`, `null`, `pty`, `file:PATH`, `unix:PATH` or `connect:PATH`.
+    /// Parses `stdio`, `null`, `pty`, `file:PATH`, `unix:PATH` or `connect:PATH`.
     ///
     /// # Errors
-    /// What is wrong with the text.
+    /// The reason for which the text is invalid.
     pub fn parse(text: &OsStr) -> Result<Self, &'static str> {
         let bytes = text.as_bytes();
         let path =
@@ -227,7 +227,7 @@ impl SerialConfig {
             b"stdio" => return Ok(Self::Stdio),
             b"null" => return Ok(Self::Null),
             b"pty" => return Ok(Self::Pty),
-            b"file:" | b"unix:" | b"connect:" => return Err("the path behind the ':' is missing"),
+            b"file:" | b"unix:" | b"connect:" => return Err("the path after the ':' is missing"),
             _ => {}
         }
         if let Some(path) = path(b"file:") {
@@ -236,26 +236,26 @@ impl SerialConfig {
         path(b"unix:")
             .map(Self::Unix)
             .or_else(|| path(b"connect:").map(Self::Connect))
-            .ok_or("it is none of stdio, null, pty, file:PATH, unix:PATH and connect:PATH")
+            .ok_or("it is not one of stdio, null, pty, file:PATH, unix:PATH and connect:PATH")
     }
 }
 
-/// What a guest's reset request (SBI SRST reboot, syscon reboot) does.
+/// The effect of a guest's reset request (SBI SRST reboot, syscon reboot).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnReset {
-    /// The machine is rebuilt from the files and starts again.
+    /// The machine is rebuilt from the files and restarts.
     #[default]
     Restart,
     /// rvmm exits.
     Exit,
 }
 
-/// What an access to an address without memory and device does.
+/// The effect of an access to an address without memory and device.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Unassigned {
-    /// Reads give zero, writes vanish.
+    /// Reads return zero, writes are ignored.
     #[default]
     Zero,
     /// The guest takes the access fault that hardware would raise.
@@ -264,50 +264,50 @@ pub enum Unassigned {
     Stop,
 }
 
-/// RAM of a machine where nothing is said: 512 MiB.
+/// Default RAM of a machine, in bytes: 512 MiB.
 pub const DEFAULT_MEM: u64 = 512 << 20;
 
-/// The least RAM of a machine, in bytes: 16 MiB.
+/// Minimum RAM of a machine, in bytes: 16 MiB.
 pub const MIN_MEM: u64 = 16 << 20;
 
-/// RAM comes in multiples of this many bytes: 4 KiB, a page.
+/// Granularity of RAM, in bytes: 4 KiB, a page.
 pub const MEM_STEP: u64 = 4 << 10;
 
-/// RAM in huge pages comes in multiples of this many bytes: 2 MiB, a page of the second level in every RISC-V translation mode.
+/// Granularity of RAM in huge pages, in bytes: 2 MiB, a page of the second level in every RISC-V translation mode.
 pub const HUGE_MEM_STEP: u64 = 2 << 20;
 
-/// The most RAM, in bytes: what lies between its base and the end of the 56-bit physical addresses that the page tables
+/// Maximum RAM, in bytes: from its base to the end of the 56-bit physical addresses that the page tables
 /// of Sv39, Sv48 and Sv57 hold (Privileged specification, chapter 12). The host's limit is lower.
 pub const MAX_MEM: u64 = (1 << 56) - RAM_BASE;
 
-/// The most harts: what the PLIC's window has contexts for, and QEMU's `virt` too. KVM's limit may be lower.
+/// Maximum number of harts: the contexts in the PLIC's window, and the limit of QEMU's `virt`. KVM's limit may be lower.
 pub const MAX_CPUS: u32 = 512;
 
-/// The longest name of a machine, in bytes.
+/// Maximum length of a machine's name, in bytes.
 pub const MAX_NAME: usize = 64;
 
-/// The longest path of a Unix socket, in bytes: `sun_path` has 108, the last is NUL (unix(7)).
+/// Maximum length of a Unix socket's path, in bytes: `sun_path` has 108, the last is NUL (unix(7)).
 pub const MAX_SOCKET_PATH: usize = 107;
 
-/// Command line of a kernel where nothing is said: what Linux says before its driver of the UART is there goes out by SBI's debug console,
-/// a call for each message. Without that it comes later, each character at the price of two exits, and not at all from a kernel that dies before.
+/// Default command line of a kernel. Until its UART driver is ready, Linux prints through the SBI debug console, one call for each
+/// message. Without that these messages are printed later, at two exits for each character, and a kernel that dies before prints none.
 pub const DEFAULT_CMDLINE: &str = "earlycon=sbi console=ttyS0";
 
-/// Seconds that a guest has to power off where nothing is said.
+/// Default of the seconds that a guest has to power off.
 pub const DEFAULT_GRACE_S: u32 = 10;
 
 impl VmConfig {
-    /// Whether the machine has a device of this model besides those that every machine has.
+    /// True if the machine has a device of this model besides the built-in ones.
     #[must_use]
     pub fn has_device(&self, model: &str) -> bool {
         self.devices.iter().any(|text| text.split(',').next() == Some(model))
     }
 
-    /// How long a guest may take to power off after SIGTERM; `None` where it has no power button, or is given no time.
+    /// Time that a guest has to power off after SIGTERM; `None` if it has no power button or no time.
     #[must_use]
     pub fn power_off_patience(&self) -> Option<Duration> {
-        let is_asked = self.grace_s > 0 && self.has_device("input");
-        is_asked.then(|| Duration::from_secs(self.grace_s.into()))
+        let has_grace = self.grace_s > 0 && self.has_device("input");
+        has_grace.then(|| Duration::from_secs(self.grace_s.into()))
     }
 }
 

@@ -1,5 +1,4 @@
-//! What can go wrong between the command line and the guest's last instruction: one variant per stage, and the exit
-//! code of each.
+//! Errors between the command line and the guest's last instruction: one variant per stage, and the exit code of each.
 
 use std::io;
 use std::path::PathBuf;
@@ -8,44 +7,44 @@ use rvmm_boot::BootError;
 
 use crate::machine::hypervisor::VmError;
 
-/// Why a machine could not be built or could not go on. `Display` is one line; the sources are chained.
+/// An error that keeps a machine from being built or from running on. `Display` is one line; the sources are chained.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The configuration contradicts itself or asks for what rvmm does not have.
+    /// The configuration contradicts itself, or requests something that rvmm does not support.
     #[error("{0}")]
     Config(String),
     /// A kernel, initrd, device tree or flat binary cannot be used.
     #[error(transparent)]
     Boot(#[from] BootError),
-    /// A file of the user's cannot be opened, read or written.
+    /// A user's file cannot be opened, read or written.
     #[error("Cannot {verb} {}: {source}", path.display())]
     File {
-        /// What was tried: `open`, `write`, ...
+        /// The operation: `open`, `write`, ...
         verb: &'static str,
         /// The file.
         path: PathBuf,
-        /// Why it failed.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// Guest memory cannot be had.
+    /// Guest memory is not available.
     #[error("{what}")]
     Memory {
-        /// The whole sentence.
+        /// The whole message.
         what: String,
         /// The kernel's error.
         #[source]
         source: Option<io::Error>,
     },
-    /// The hypervisor refused.
+    /// The hypervisor refused an operation.
     #[error(transparent)]
     Vm(#[from] VmError),
-    /// A device cannot be made.
+    /// A device cannot be created.
     #[error("{0}")]
     Device(String),
     /// The terminal, a socket or the event loop failed.
     #[error("{what}")]
     Host {
-        /// The whole sentence.
+        /// The whole message.
         what: String,
         /// The kernel's error.
         #[source]
@@ -53,13 +52,13 @@ pub enum Error {
     },
 }
 
-/// The exit code of a clean end: the guest powered off, or the user stopped it.
+/// Exit code of a clean end: the guest powered off, or the user stopped it.
 pub const EXIT_OK: u8 = 0;
 /// The host could not provide something (KVM, memory, a device).
 pub const EXIT_HOST: u8 = 1;
 /// The command line, the configuration or a file given is wrong.
 pub const EXIT_USAGE: u8 = 2;
-/// The guest came to a documented stop (see [`crate::vcpu::stop::StopReason`]).
+/// The guest stopped abnormally, for a documented reason (see [`crate::vcpu::stop::StopReason`]).
 pub const EXIT_GUEST: u8 = 3;
 
 impl Error {
@@ -79,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_no_host_could_do_is_a_mistake_and_what_this_one_refuses_is_not() {
+    fn a_request_that_no_host_can_meet_is_a_usage_error_and_a_refusal_of_this_host_is_not() {
         assert_eq!(Error::from(VmError::mistake("--isa: no such thing")).exit_code(), EXIT_USAGE);
         assert_eq!(Error::from(VmError::new("no AIA here")).exit_code(), EXIT_HOST);
     }

@@ -1,13 +1,13 @@
-//! What fuzzers play against this crate, by name (`fuzz/fuzz_targets`); the tests here play what fuzzers have found and what proptest
-//! makes up. What they play against `devices` and `boot` is in those crates' tests.
+//! The fuzz targets of this crate, by name (`fuzz/fuzz_targets`); the tests here run them with saved inputs and with those of
+//! proptest. The fuzz targets of `devices` and `boot` are in those crates' tests.
 
 pub use crate::gdb::testing::run_packets as gdb_packets;
 pub use crate::trace::report_from_bytes as trace_report;
 
-/// Plays from these bytes.
+/// Runs a fuzz target on an input.
 pub type FuzzTarget = fn(&[u8]);
 
-/// The fuzz targets that play these, by name.
+/// The fuzz targets, by name.
 pub const TARGETS: [(&str, FuzzTarget); 2] =
     [("gdb_packets", gdb_packets), ("trace_report", trace_report)];
 
@@ -20,7 +20,7 @@ mod tests {
 
     use super::*;
 
-    /// `fuzz/seeds/TARGET.txt`: an input a line, in hexadecimal.
+    /// The inputs in `fuzz/seeds/TARGET.txt`: one per line, in hexadecimal.
     fn seeds(target: &str) -> Vec<Vec<u8>> {
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("fuzz/seeds/{target}.txt"));
         let text = fs::read_to_string(&file).unwrap();
@@ -30,7 +30,7 @@ mod tests {
     }
 
     #[test]
-    fn every_seed_of_the_fuzzers_is_played() {
+    fn every_seed_of_the_fuzzers_passes() {
         for (name, target) in TARGETS {
             let seeds = seeds(name);
             assert!(!seeds.is_empty(), "no seeds of {name}");
@@ -38,7 +38,7 @@ mod tests {
         }
     }
 
-    /// An input of a fuzzer with some of its bytes changed, or bytes that nobody wrote.
+    /// A saved input with some of its bytes changed, or random bytes.
     fn input(target: &str) -> impl Strategy<Value = Vec<u8>> {
         let changes = prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..8);
         let changed =

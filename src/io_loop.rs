@@ -1,10 +1,10 @@
-//! The I/O thread: the only epoll set of a machine. It watches what the devices ask for and what the command asks for.
+//! The I/O thread, with the only epoll set of a machine. It watches the descriptors of the devices and of the command.
 //!
-//! The contract with a device is [`rvmm_devices::MmioDevice`]'s: it is asked for its sources at the start and after every
-//! `ready`, and what has changed is applied. The set is level-triggered. A descriptor that nobody lists is not in the set, so
-//! a hang-up that nobody handles costs nothing; one that is listed, reports only a hang-up or an error, and is listed the same
-//! afterwards, is taken out until the device changes its mind. A device that is reset closes descriptors on a hart's thread, and the set
-//! has their numbers until it is asked again: where another descriptor gets such a number first, the closed one is forgotten.
+//! The contract with a device is [`rvmm_devices::MmioDevice`]'s: the loop reads its list of sources at the start and after every
+//! `ready`, and applies the changes. The set is level-triggered. A descriptor that no device lists is not in the set, so
+//! an unhandled hang-up costs nothing; one that reports only a hang-up or an error, and is still listed unchanged afterwards, is
+//! removed until the device changes its list. A device reset closes descriptors on a hart's thread, and their numbers stay in the
+//! set until the list is read again: if another descriptor gets such a number first, the closed one is removed.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -29,19 +29,19 @@ mod watch;
 pub use running::IoThread;
 use running::{Failure, Shared};
 pub use watch::EventSource;
-use watch::{Meaning, ReadyEvent, Watch, WatchedSource};
+use watch::{Origin, ReadyEvent, Watch, WatchedSource};
 
-/// Events taken from the kernel at once.
+/// Limit of the events of one epoll_wait(2).
 const BATCH: usize = 32;
 
-/// A source that a device lists, and its place in the epoll set; none where the set does not hold it.
+/// A source that a device lists, and its ID in the epoll set; none if it is not in the set.
 #[derive(Debug)]
 struct Listed {
     source: Source,
     id: Option<SubscriberId>,
 }
 
-/// The loop before it runs. Nothing is watched until [`IoLoop::spawn`].
+/// The loop before it runs. No descriptor is watched until [`IoLoop::spawn`].
 pub struct IoLoop {
     bus: Arc<Bus>,
     manager: EventManager<Watch>,
@@ -55,19 +55,19 @@ pub struct IoLoop {
     shared: Arc<Shared>,
 }
 
-/// Who is told, in one line, that the thread has ended although nobody has ended it.
+/// Receives the reason, in one line, if the thread ends without [`IoThread::stop`].
 pub type OnFailure = Box<dyn FnOnce(String) + Send>;
 
 impl IoLoop {
-    /// How long a machine that is told to end lets its devices hand over what the guest has written.
+    /// Time-out for the devices' pending output when a machine is stopped.
     pub const DRAIN: Duration = Duration::from_secs(1);
-    /// The same where it ends by itself: nobody waits for that, and who reads slowly is to have all of it. A signal cuts it short.
+    /// The same when a machine stops by itself: that is not urgent, and a slow reader gets all output. A signal shortens it.
     pub const LONG_DRAIN: Duration = Duration::from_secs(5);
 
-    /// A loop over the devices of `bus`.
+    /// Creates a loop for the devices of `bus`.
     ///
     /// # Errors
-    /// What the kernel says when it has no descriptors left.
+    /// The error of the system call if the host has no descriptors left.
     pub fn new(bus: Arc<Bus>) -> io::Result<Self> {
         let manager = EventManager::new_with_capacity(BATCH).map_err(io::Error::other)?;
         let shared = Arc::new(Shared::new()?);
@@ -84,17 +84,18 @@ impl IoLoop {
             shared,
         };
         let wake = new.shared.wake.as_raw_fd();
-        new.watch(Meaning::Wake, wake, Interest::Read)?;
+        new.watch(Origin::Wake, wake, Interest::Read)?;
         Ok(new)
     }
 
     /// Takes over the process's signals, once for all loops: SIGTERM, SIGINT, SIGHUP and SIGQUIT no longer end it, SIGTSTP
-    /// no longer stops it, SIGXFSZ becomes a write error, SIGWINCH tells a console of a new size. What comes before a loop watches is kept.
+    /// no longer stops it, SIGXFSZ becomes a write error, SIGWINCH reports a new size to a console. Signals before a loop watches
+    /// them stay pending.
     ///
-    /// Only for a program that is the machine and nothing else, before it changes the terminal.
+    /// Only for a program whose sole purpose is the machine, before it changes the terminal.
     ///
     /// # Errors
-    /// `AlreadyExists` where somebody in this process has them.
+    /// `AlreadyExists` if they are taken already.
     pub fn take_signals() -> io::Result<Signals> {
         signals::watch(&[
             libc::SIGTERM,
@@ -108,39 +109,39 @@ impl IoLoop {
         ])
     }
 
-    /// Serves `signals`: SIGTERM, SIGINT, SIGHUP and SIGQUIT call `stop`; SIGTSTP gives the terminal back while the process is
-    /// stopped, SIGCONT takes it again. One loop at a time may.
+    /// Handles `signals`: SIGTERM, SIGINT, SIGHUP and SIGQUIT call `stop`; SIGTSTP restores the terminal while the process is
+    /// stopped, SIGCONT sets it to raw mode again. Only one loop at a time may do so.
     ///
     /// # Errors
-    /// What epoll says.
+    /// Those of epoll.
     pub fn watch_signals(&mut self, signals: Signals, stop: StopRequest) -> io::Result<()> {
-        self.watch(Meaning::Signal, signals.as_raw_fd(), Interest::Read)?;
+        self.watch(Origin::Signal, signals.as_raw_fd(), Interest::Read)?;
         self.signals = Some((signals, stop));
         Ok(())
     }
 
-    /// Has the first SIGTERM press `button` instead, and ends the machine when the guest has had its time.
+    /// Makes the first SIGTERM press the power button instead, and stops the machine if the guest does not power off in time.
     ///
     /// # Errors
-    /// What epoll says.
+    /// Those of epoll.
     pub fn watch_button(&mut self, button: Arc<Button>) -> io::Result<()> {
-        self.watch(Meaning::ShutdownTimeout, button.as_raw_fd(), Interest::Read)?;
+        self.watch(Origin::ShutdownTimeout, button.as_raw_fd(), Interest::Read)?;
         self.button = Some(button);
         Ok(())
     }
 
-    /// Calls `source` when somebody comes.
+    /// Calls `source` when its descriptor is readable.
     ///
     /// # Errors
-    /// What epoll says.
+    /// Those of epoll.
     pub fn watch_external(&mut self, source: Arc<dyn EventSource>) -> io::Result<()> {
         let fd = source.fd();
-        let id = self.watch(Meaning::External, fd, Interest::Read)?;
+        let id = self.watch(Origin::External, fd, Interest::Read)?;
         self.external = Some(WatchedSource { source, fd, id });
         Ok(())
     }
 
-    /// Calls `failed` where epoll fails or the thread panics: no device gets any input from then on, and no kick comes to one.
+    /// Calls `failed` if epoll fails or the thread panics: from then on no device gets input or notifications.
     pub fn watch_failure(&mut self, failed: OnFailure) {
         self.failed = Some(failed);
     }
@@ -148,13 +149,13 @@ impl IoLoop {
     /// Starts the thread, named `io`.
     ///
     /// # Errors
-    /// What the kernel says when it has no threads left.
+    /// The error of the system call if the host has no threads left.
     pub fn spawn(mut self) -> io::Result<IoThread> {
         let shared = Arc::clone(&self.shared);
         let failure = Failure(self.failed.take());
         let body = move || match self.run() {
             Ok(()) => failure.none(),
-            Err(error) => failure.tell(format!("The I/O thread cannot go on: {error}")),
+            Err(error) => failure.report(format!("The I/O thread failed: {error}")),
         };
         let thread = thread::Builder::new().name("io".into()).spawn(body)?;
         Ok(IoThread { shared, thread: Some(thread) })
@@ -170,40 +171,40 @@ impl IoLoop {
             let mut ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
             let batch = std::mem::take(&mut *ready);
             drop(ready);
-            for (meaning, only_hang_up) in batch {
-                self.serve(meaning, only_hang_up);
+            for (origin, only_hang_up) in batch {
+                self.serve(origin, only_hang_up);
             }
-            // Counted when it is over: who sees the count finds everything served.
+            // Counted at the end: when the count is visible, all events are served.
             self.shared.turns.fetch_add(1, Ordering::Release);
         }
     }
 
-    /// How long the next turn may wait: -1 is for ever. `None` when the loop is over: it was told so, and no device owes
-    /// the host any output, or the time for that is up.
+    /// Time-out of the next turn; -1 for none. `None` if the loop is over: it was stopped, and no device has pending output,
+    /// or the time-out for that is over.
     fn timeout_ms(&self) -> Option<i32> {
         let Some(deadline) = self.shared.deadline() else { return Some(-1) };
-        let is_owing = |listed: &Listed| listed.id.is_some() && listed.source.interest.writes();
-        if !self.listed.iter().flatten().any(is_owing) {
+        let has_output = |listed: &Listed| listed.id.is_some() && listed.source.interest.writes();
+        if !self.listed.iter().flatten().any(has_output) {
             return None;
         }
         let left = deadline.saturating_duration_since(Instant::now());
-        // Rounded up, or the last millisecond would be spent spinning.
+        // Rounded up, since the loop would spin for the last millisecond.
         let left_ms = left.as_nanos().div_ceil(1_000_000);
         (left_ms > 0).then(|| i32::try_from(left_ms).unwrap_or(i32::MAX))
     }
 
-    fn serve(&mut self, meaning: Meaning, only_hang_up: bool) {
-        match meaning {
-            Meaning::Wake => {
-                // Refused means that it was read already.
+    fn serve(&mut self, origin: Origin, only_hang_up: bool) {
+        match origin {
+            Origin::Wake => {
+                // Fails if it was read already.
                 let _ = self.shared.wake.read();
             }
-            Meaning::Signal => self.serve_signals(),
-            Meaning::ShutdownTimeout => self.end_grace(),
-            Meaning::External => self.serve_visits(),
-            Meaning::Device { index, source } => {
+            Origin::Signal => self.serve_signals(),
+            Origin::ShutdownTimeout => self.end_shutdown(),
+            Origin::External => self.serve_external(),
+            Origin::Device { index, source } => {
                 let is_listed = |listed: &Listed| listed.source == source && listed.id.is_some();
-                // An earlier event of the same batch may have changed the device's mind.
+                // An earlier event of the same batch may have changed the device's list.
                 if !self.listed.get(index).is_some_and(|list| list.iter().any(is_listed)) {
                     return;
                 }
@@ -219,37 +220,37 @@ impl IoLoop {
     fn serve_signals(&mut self) {
         let Some((signals, stop)) = self.signals.as_ref() else { return };
         for signal in signals.take() {
-            self.obey(signal, stop);
+            self.handle_signal(signal, stop);
         }
     }
 
-    fn obey(&self, signal: i32, stop: &StopRequest) {
+    fn handle_signal(&self, signal: i32, stop: &StopRequest) {
         match signal {
             libc::SIGTSTP => terminal::suspend(),
             libc::SIGCONT => terminal::resume(),
             libc::SIGXFSZ => {}
             libc::SIGWINCH => terminal::resized(),
             _ => {
-                // Where the guest is gone already, somebody does not take what it has written.
-                self.shared.hurry(Self::DRAIN);
+                // If the guest has stopped already, the loop is waiting for a slow reader of its output.
+                self.shared.shorten(Self::DRAIN);
                 if signal == libc::SIGTERM && self.button.as_ref().is_some_and(|b| b.press()) {
                     info!("SIGTERM presses the power button");
                 } else {
-                    info!("Signal {signal} asks for an end");
+                    info!("Stopping the machine on signal {signal}");
                     stop();
                 }
             }
         }
     }
 
-    fn end_grace(&self) {
+    fn end_shutdown(&self) {
         if self.button.as_ref().is_some_and(|button| button.is_over()) {
-            warn!("The guest has not powered off in time: it is stopped");
+            warn!("The guest has not powered off in time: stopping the machine");
             let _ = self.signals.as_ref().map(|(_, stop)| stop());
         }
     }
 
-    fn serve_visits(&mut self) {
+    fn serve_external(&mut self) {
         let Some(WatchedSource { source, fd, .. }) = &self.external else { return };
         source.ready();
         if source.fd() == *fd {
@@ -258,18 +259,18 @@ impl IoLoop {
         let Some(WatchedSource { source, id, .. }) = self.external.take() else { return };
         self.unwatch(Some(id));
         if let Err(error) = self.watch_external(source) {
-            warn!("Nobody can look at this machine any more: {error}");
+            warn!("Inspection socket no longer available: {error}");
         }
     }
 
-    /// Makes the epoll set hold what the device lists now.
+    /// Updates the epoll set to the sources that the device lists now.
     fn sync(&mut self, index: usize) {
         let wanted = self.bus.with_device(index, |device| device.sources()).unwrap_or_default();
         let Some(listed) = self.listed.get_mut(index) else { return };
         if listed.iter().map(|listed| &listed.source).eq(&wanted) {
             return;
         }
-        // What is gone leaves first: a new source may have the same descriptor.
+        // Old sources are removed first: a new one may have the same descriptor.
         let stays: HashSet<&Source> = wanted.iter().collect();
         let (kept, gone): (Vec<_>, Vec<_>) =
             std::mem::take(listed).into_iter().partition(|listed| stays.contains(&listed.source));
@@ -286,8 +287,8 @@ impl IoLoop {
     }
 
     fn watch_source(&mut self, index: usize, source: Source) -> Option<SubscriberId> {
-        let meaning = Meaning::Device { index, source };
-        let result = self.watch(meaning, source.fd, source.interest);
+        let origin = Origin::Device { index, source };
+        let result = self.watch(origin, source.fd, source.interest);
         result
             .inspect_err(|error| {
                 warn!("Cannot watch descriptor {} of device {index}: {error}", source.fd)
@@ -295,7 +296,7 @@ impl IoLoop {
             .ok()
     }
 
-    /// Takes a source out of the set that would report the same hang-up again and again.
+    /// Removes a source from the set that would report the same hang-up over and over.
     fn mute(&mut self, index: usize, source: Source) {
         let listed = self.listed.get_mut(index).into_iter().flatten();
         let id =
@@ -303,27 +304,22 @@ impl IoLoop {
         self.unwatch(id);
     }
 
-    fn watch(
-        &mut self,
-        meaning: Meaning,
-        fd: RawFd,
-        interest: Interest,
-    ) -> io::Result<SubscriberId> {
-        let mut added = self.add(meaning, fd, interest);
+    fn watch(&mut self, origin: Origin, fd: RawFd, interest: Interest) -> io::Result<SubscriberId> {
+        let mut added = self.add(origin, fd, interest);
         if matches!(added, Err(event_manager::Error::FdAlreadyRegistered)) {
             self.forget_closed(fd);
-            added = self.add(meaning, fd, interest);
+            added = self.add(origin, fd, interest);
         }
         added.map_err(io::Error::other)
     }
 
     fn add(
         &mut self,
-        meaning: Meaning,
+        origin: Origin,
         fd: RawFd,
         interest: Interest,
     ) -> event_manager::Result<SubscriberId> {
-        let id = self.manager.add_subscriber(Watch { meaning, ready: Arc::clone(&self.ready) });
+        let id = self.manager.add_subscriber(Watch { origin, ready: Arc::clone(&self.ready) });
         let events = match interest {
             Interest::Read => EventSet::IN,
             Interest::Write => EventSet::OUT,
@@ -334,8 +330,8 @@ impl IoLoop {
         added.map(|()| id).inspect_err(|_| self.unwatch(Some(id)))
     }
 
-    /// Forgets a descriptor of this number that a device has closed without being asked for its sources since, as on a hart's
-    /// thread in a reset: another device has the number now.
+    /// Removes a descriptor of this number that a device has closed since its list was last read, as a reset does on a hart's
+    /// thread: another descriptor has the number now.
     fn forget_closed(&mut self, fd: RawFd) {
         for index in 0..self.listed.len() {
             let has_it = |listed: &&mut Listed| listed.source.fd == fd && listed.id.is_some();
@@ -350,7 +346,7 @@ impl IoLoop {
     }
 
     fn unwatch(&mut self, id: Option<SubscriberId>) {
-        // The descriptor may be closed, and with that out of the set; the event manager forgets it in any case.
+        // A closed descriptor is no longer in the epoll set; the event manager removes its entry in any case.
         let _ = id.map(|id| self.manager.remove_subscriber(id));
     }
 }
@@ -361,10 +357,10 @@ impl std::fmt::Debug for IoLoop {
     }
 }
 
-/// Whether epoll can watch a descriptor; it refuses files and devices that are always ready (epoll_ctl(2), EPERM).
+/// True if epoll can watch a descriptor; it refuses files and devices that are always ready (epoll_ctl(2), EPERM).
 ///
 /// # Errors
-/// What else the kernel says.
+/// Other errors of epoll.
 pub(crate) fn accepts(fd: BorrowedFd<'_>) -> io::Result<bool> {
     let event = EpollEvent::new(EventSet::IN, 0);
     match Epoll::new()?.ctl(ControlOperation::Add, fd.as_raw_fd(), event) {

@@ -11,7 +11,7 @@ pub struct Span {
 }
 
 impl Span {
-    /// The first address behind the span.
+    /// The first address after the span.
     #[must_use]
     pub const fn end(self) -> u64 {
         self.base + self.size
@@ -21,9 +21,9 @@ impl Span {
 /// One row of the map.
 #[derive(Debug, Clone, Copy)]
 pub struct Row {
-    /// What lies there; for a device, the name of its model in the catalog.
+    /// Name of the region; for a device, that of its model in the catalog.
     pub name: &'static str,
-    /// Where it lies.
+    /// Its addresses.
     pub span: Span,
     /// Interrupt source at the APLIC or PLIC; 0 for none.
     pub irq: u32,
@@ -33,7 +33,7 @@ const fn row(name: &'static str, base: u64, size: u64, irq: u32) -> Row {
     Row { name, span: Span { base, size }, irq }
 }
 
-/// Everything that has a fixed place below RAM, in ascending order.
+/// All regions with a fixed address below RAM, in ascending order.
 pub const MAP: &[Row] = &[
     row("power", 0x0010_0000, 0x1000, 0),
     row("rtc", 0x0010_1000, 0x1000, 11),
@@ -47,14 +47,14 @@ pub const MAP: &[Row] = &[
     row("pci-mmio", 0x4000_0000, 0x4000_0000, 0),
 ];
 
-/// Where RAM begins.
+/// Start address of RAM.
 pub const RAM_BASE: u64 = 0x8000_0000;
 
-/// The windows for devices without a fixed place (virtio-mmio and the like), [`SLOT_SIZE`] bytes each. QEMU's `virt` has the first
+/// The windows for devices without a fixed address (virtio-mmio and the like), [`SLOT_SIZE`] bytes each. QEMU's `virt` has the first
 /// eight.
 pub const SLOTS: Span = Span { base: 0x1000_1000, size: SLOT_COUNT as u64 * SLOT_SIZE };
 
-/// How many windows there are in [`SLOTS`].
+/// Number of windows in [`SLOTS`].
 pub const SLOT_COUNT: usize = 32;
 
 /// Size of one window of [`SLOTS`].
@@ -63,36 +63,36 @@ pub const SLOT_SIZE: u64 = 0x1000;
 /// Interrupt sources of both irqchips: 1 to this number (QEMU's `virt` has 95 and 96; PCI takes 32 to 35).
 pub const IRQ_SOURCES: u32 = 95;
 
-/// The row called `name`.
+/// The row named `name`.
 #[must_use]
 pub fn find(name: &str) -> Option<&'static Row> {
     MAP.iter().find(|row| row.name == name)
 }
 
-/// The span of the row called `name`.
+/// The span of the row named `name`.
 ///
 /// # Errors
-/// There is no such row: a slip in the source that calls this.
+/// There is no such row: a bug of the caller.
 pub(crate) fn span(name: &str) -> Result<Span, crate::error::Error> {
     find(name).map(|row| row.span).ok_or_else(|| {
-        crate::error::Error::Config(format!("The memory map has no row called {name}"))
+        crate::error::Error::Config(format!("The memory map has no row named {name}"))
     })
 }
 
-/// The interrupt sources that a slot may get, in order: all that no row and no PCI pin holds.
+/// Interrupt sources for slots, in order: all that neither a row nor a PCI pin uses.
 pub fn slot_irqs() -> impl Iterator<Item = u32> {
     (1..=IRQ_SOURCES)
         .filter(|irq| !(32..=35).contains(irq) && MAP.iter().all(|row| row.irq != *irq))
 }
 
-/// The last interrupt source that anything holds in a machine with devices in the first `slots` slots.
+/// The highest interrupt source in use in a machine with devices in the first `slots` slots.
 #[must_use]
 pub fn last_source(slots: usize) -> u32 {
     let fixed = MAP.iter().map(|row| row.irq);
     fixed.chain(slot_irqs().take(slots)).max().unwrap_or(IRQ_SOURCES)
 }
 
-/// How many interrupt sources are in use in a machine with devices that interrupt in `slots` slots.
+/// Number of interrupt sources in use in a machine with interrupting devices in `slots` slots.
 #[must_use]
 pub fn sources_in_use(slots: usize) -> u32 {
     let fixed = MAP.iter().filter(|row| row.irq != 0).count();
@@ -108,7 +108,7 @@ mod tests {
         assert_eq!([0, 1, 28, usize::MAX].map(sources_in_use), [2, 3, 30, IRQ_SOURCES]);
     }
 
-    /// Linux puts a source on any identity; a guest that takes its number for one has the first 31 sources.
+    /// Linux maps a source to any IMSIC identity; a guest that uses the source's number as the identity has the first 31 sources.
     #[test]
     fn up_to_31_interrupts_no_source_has_a_number_above_31() {
         for slots in 0..=28 {
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn every_slot_has_an_interrupt_that_nothing_else_holds() {
+    fn every_slot_has_an_interrupt_that_nothing_else_uses() {
         let irqs: Vec<u32> = slot_irqs().collect();
         assert!(irqs.len() as u64 >= SLOTS.size / SLOT_SIZE);
         for irq in irqs {
@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_source_is_that_of_the_devices_that_there_are() {
+    fn the_last_source_depends_on_the_slots_in_use() {
         assert_eq!([0, 1, 9, 10].map(last_source), [11, 11, 11, 12]);
         let all = slot_irqs().take(32).max().unwrap();
         assert_eq!(last_source(32), all);

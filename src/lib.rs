@@ -1,4 +1,35 @@
 //! rvmm, a virtual machine monitor for RISC-V Linux hosts.
+//!
+//! The crate is the command, [`cli::main`], and a library with the entry point [`machine::Machine`]. Two more crates use neither
+//! KVM nor `unsafe`: [`rvmm_boot`] turns files into bytes at guest-physical addresses, [`rvmm_devices`] has the device
+//! models and the bus. In boot order:
+//!
+//! 1. **Parse.** [`cli`] parses the command line. `run` is one of its verbs; others are `doctor`, a report on the host, and the
+//!    exercises of [`labs`]. As process 1 of a guest, the same executable is that guest's [`init`] instead.
+//! 2. **Configure.** The flags, a JSON file or an embedding program fill in a [`config::VmConfig`], which is plain data.
+//!    [`config::VmConfig::validate`] checks everything that needs neither files nor the host. Failures are [`error::Error`]s.
+//! 3. **Build.** [`machine::Machine::build`] opens the user's files, KVM and the console ([`terminal`]), and builds a board: the
+//!    state of one run of the guest, from reset to stop. `machine/build.rs` has the steps in their order: RAM ([`memory`]), VM,
+//!    harts, interrupt controller, devices at the addresses of [`layout`], files and device tree, the boot hart's registers.
+//! 4. **KVM.** [`kvm`] has all ioctls of KVM. It implements the traits [`machine::hypervisor::Hypervisor`],
+//!    [`machine::hypervisor::Vm`] and [`vcpu::hart::Hart`], which are all that other modules know of KVM, so that they build and
+//!    are tested on any architecture.
+//! 5. **Boot files.** [`rvmm_boot`] checks kernel, initrd and command line, assigns their addresses, and writes the device tree. The
+//!    kernel file is mapped copy-on-write into guest RAM.
+//! 6. **Devices.** [`rvmm_devices::CATALOG`] lists the models. `host` opens their backends: disks, taps, sockets, vhost, and
+//!    programs such as virtiofsd. Interrupt lines lead to the in-kernel AIA, or to the PLIC of rvmm.
+//! 7. **Harts.** [`vcpu::spawn_hart`] starts one thread per hart, `vcpuN`. It enters the guest with KVM_RUN, and
+//!    [`vcpu::dispatch()`] handles each [`vcpu::exit::Exit`]: an access to the [bus](rvmm_devices::Bus), an SBI call, a trap for
+//!    the guest, or the end. [`vcpu::Control`] starts, pauses and stops harts from other threads.
+//! 8. **I/O.** The thread `io` runs the [`io_loop`], which has the only epoll set: console input, the queues of virtio devices
+//!    (ioeventfd, without an exit), the RTC's alarm, [`signals`] and the power [`button`].
+//! 9. **End.** The first [`vcpu::stop::StopReason`] ends all threads. A reset drops the board and builds the next one from the
+//!    same files; any other reason is the result of [`machine::Machine::run`], and the command's exit code.
+//!
+//! A running machine can be observed: `gdb` serves a debugger, [`trace`] records every exit, and [`inspect`] replies to queries on a
+//! Unix socket. Without a trace the run loop is compiled without recording.
+//!
+//! `docs/architecture.md` has the threads, the order of locks, and the reasons for the design.
 
 pub mod button;
 pub mod cli;

@@ -1,4 +1,4 @@
-//! The rvmm command: a thin shell over the crate. As the first process of a guest it is the guest's init.
+//! The rvmm command: a thin layer over the crate. As process 1 of a guest it is the guest's init.
 
 use std::env;
 use std::process::ExitCode;

@@ -1,4 +1,4 @@
-//! Ring 3: a balloon whose target changes while Debian's guest computes, through the library.
+//! Ring 3: changes of a balloon's target through the library while a Debian guest computes.
 
 #![allow(
     clippy::expect_used,
@@ -53,7 +53,7 @@ impl Shell {
     }
 
     fn ask(&mut self, command: &str) -> String {
-        // Marks that are typed in two halves appear whole only where the shell prints them.
+        // Marks that are typed in two halves appear complete only in the output of the shell.
         let line = format!("echo st''art; {command}; echo do''ne\n");
         self.keys.write_all(line.as_bytes()).expect("the console takes keys");
         self.expect("start\n");
@@ -61,14 +61,14 @@ impl Shell {
     }
 }
 
-/// Bytes of this process that are in memory; the guest's are the most of them.
+/// Resident memory of this process in bytes, most of which is the guest's.
 fn resident() -> u64 {
     let text = fs::read_to_string("/proc/self/statm").expect("statm");
     let pages: u64 = text.split(' ').nth(1).expect("a second number").parse().expect("a number");
     pages * 4096
 }
 
-/// Waits until the guest has given so many bytes.
+/// Waits until the guest has released this number of bytes.
 fn until_given(balloon: &BalloonControl, bytes: u64) {
     let limit = Instant::now() + harness::LIMIT;
     while balloon.actual() != bytes {
@@ -94,7 +94,7 @@ fn balloon_to_half_and_back(irqchip: &str) {
     let mut shell = Shell { keys, output, seen: String::new() };
     shell.expect("own initramfs is up\n");
 
-    // Something to compute whose result is known, over and over, and memory that was used once.
+    // A repeated computation with a known result, and memory that was used once.
     shell.ask("seq 1 20000 >/known; sha256sum </known >/expected; echo 0 >/rounds; : >/wrong");
     shell.ask(
         "(while :; do sha256sum </known | cmp -s - /expected || echo wrong >>/wrong; \

@@ -1,4 +1,4 @@
-//! Ring 2: calls of SBI 0.1 and a timer that user space drives, found in a guest's file and answered.
+//! Ring 2: SBI 0.1 calls and a timer in user space, by patching a guest's file.
 
 #![allow(
     clippy::expect_used,
@@ -14,7 +14,7 @@ use std::fs;
 
 use harness::{Session, guest, host, rvmm};
 
-/// The guest `calls`, as a file that is looked through.
+/// Starts the guest `calls` from an ELF file, which rvmm searches for calls.
 fn calls(arguments: &[&str]) -> Session {
     rvmm(&["--no-initrd", "--mem", "64M"]).args(arguments).kernel(&guest("calls.elf")).start()
 }
@@ -28,7 +28,7 @@ fn passes(mut session: Session, name: &str) -> String {
 }
 
 #[test]
-fn calls_of_the_old_sbi_are_answered_and_what_only_looks_like_one_stays() {
+fn calls_of_the_legacy_sbi_are_patched_and_lookalikes_are_not() {
     let Some(host) = host() else { return };
     for irqchip in &host.irqchips {
         for choice in ["auto", "patch"] {
@@ -41,7 +41,7 @@ fn calls_of_the_old_sbi_are_answered_and_what_only_looks_like_one_stays() {
 }
 
 #[test]
-fn without_patches_nobody_answers_the_old_calls_and_the_rest_is_the_same() {
+fn without_patches_legacy_calls_fail_and_the_rest_is_the_same() {
     if host().is_none() {
         return;
     }
@@ -50,7 +50,7 @@ fn without_patches_nobody_answers_the_old_calls_and_the_rest_is_the_same() {
 }
 
 #[test]
-fn where_patches_are_asked_for_and_nothing_is_found_that_is_said() {
+fn patches_that_find_nothing_are_reported() {
     if host().is_none() {
         return;
     }
@@ -71,7 +71,7 @@ fn where_patches_are_asked_for_and_nothing_is_found_that_is_said() {
 }
 
 #[test]
-fn a_timer_of_user_space_loses_no_interrupt_that_another_hart_sends() {
+fn a_timer_in_user_space_loses_no_interrupt_from_another_hart() {
     let Some(host) = host() else { return };
     for irqchip in &host.irqchips {
         let arguments =

@@ -1,4 +1,4 @@
-//! The command from outside: what it prints where, and how it ends. Runs on any machine.
+//! The command line: output, errors and exit codes. Runs on any machine.
 
 #![allow(clippy::expect_used, clippy::panic, reason = "tests may panic: that is how a test fails")]
 
@@ -21,7 +21,7 @@ fn stderr(output: &Output) -> &str {
     std::str::from_utf8(&output.stderr).expect("UTF-8")
 }
 
-/// The text of a command that succeeds and has nothing to complain about.
+/// The output of a command that succeeds without warnings.
 fn text(args: &[&str]) -> String {
     let output = rvmm(args);
     assert_eq!(output.status.code(), Some(0), "{args:?}: {}", stderr(&output));
@@ -29,7 +29,7 @@ fn text(args: &[&str]) -> String {
     stdout(&output).to_owned()
 }
 
-/// The message of a command that is refused as a mistake of the user's.
+/// The message of a command that is refused as a usage error.
 fn mistake(args: &[&str]) -> String {
     let output = rvmm(args);
     assert_eq!(output.status.code(), Some(2), "{args:?}: {}", stderr(&output));
@@ -40,7 +40,7 @@ fn mistake(args: &[&str]) -> String {
     message.to_owned()
 }
 
-/// Gives `input` to a program; `None`, said aloud, where the program is not installed.
+/// Passes `input` to a program; `None`, with a message, if the program is not installed.
 fn checked_by(program: &str, args: &[&str], input: &str) -> Option<Output> {
     let file = tempfile::NamedTempFile::new().expect("a temporary file");
     std::fs::write(file.path(), input).expect("a temporary file");
@@ -73,7 +73,7 @@ fn the_version_is_one_line() {
 }
 
 #[test]
-fn a_reader_that_has_seen_enough_is_no_error() {
+fn a_reader_that_closes_early_is_not_an_error() {
     let mut child = Command::new(env!("CARGO_BIN_EXE_rvmm"))
         .arg("man")
         .stdout(Stdio::piped())
@@ -86,7 +86,7 @@ fn a_reader_that_has_seen_enough_is_no_error() {
 }
 
 #[test]
-fn a_full_disk_under_standard_output_is_said() {
+fn a_full_disk_under_standard_output_is_reported() {
     let full = std::fs::OpenOptions::new().write(true).open("/dev/full");
     let Ok(full) = full else {
         return skip("there is no /dev/full");
@@ -98,7 +98,7 @@ fn a_full_disk_under_standard_output_is_said() {
 }
 
 #[test]
-fn whoever_reads_a_line_of_a_long_text_hears_nothing_of_the_rest() {
+fn reading_only_one_line_of_a_long_text_gives_no_error() {
     for args in
         [&["man"][..], &["completions", "bash"], &["--help"], &["lab", "h_1_0", "--picture"]]
     {
@@ -121,7 +121,7 @@ fn a_pipe_that_does_not_block_gets_all_of_a_text() {
     let (mut reader, writer) = std::io::pipe().expect("a pipe");
     rustix::fs::fcntl_setfl(&writer, rustix::fs::OFlags::NONBLOCK).expect("a mode");
     let expected = text(&["completions", "bash"]);
-    // Full before the program starts: it has to wait.
+    // The pipe is full before the program starts: it has to wait.
     let filler = vec![b'x'; 4096];
     let mut filled = 0;
     while let Ok(count) = rustix::io::write(&writer, &filler) {
@@ -143,7 +143,7 @@ fn a_pipe_that_does_not_block_gets_all_of_a_text() {
 }
 
 #[test]
-fn every_output_that_finds_no_room_is_said_in_one_line() {
+fn every_output_to_a_full_disk_is_reported_in_one_line() {
     let Ok(full) = std::fs::OpenOptions::new().write(true).open("/dev/full") else {
         return skip("there is no /dev/full");
     };
@@ -197,7 +197,7 @@ fn mistakes_end_with_code_2_and_one_line_that_names_flag_and_value() {
 }
 
 #[test]
-fn a_machine_that_does_not_run_is_not_found_and_dead_sockets_are_cleared_away() {
+fn a_machine_that_does_not_run_is_not_found_and_stale_sockets_are_removed() {
     let folder = tempfile::tempdir().expect("a folder");
     let sockets = folder.path().join("rvmm");
     std::fs::create_dir(&sockets).expect("a folder");
@@ -297,7 +297,7 @@ fn the_doctor_ends_with_a_verdict_that_its_exit_code_repeats() {
 }
 
 #[test]
-fn a_machine_of_another_kind_is_told_so() {
+fn an_unsupported_architecture_is_reported() {
     if std::env::consts::ARCH == "riscv64" {
         return skip("this machine is a RISC-V one");
     }
@@ -307,7 +307,7 @@ fn a_machine_of_another_kind_is_told_so() {
 }
 
 #[test]
-fn the_users_files_are_judged_before_the_host_is() {
+fn the_users_files_are_checked_before_the_host() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let missing = folder.path().join("Image");
     let missing = missing.to_str().expect("UTF-8");
@@ -320,7 +320,7 @@ fn the_users_files_are_judged_before_the_host_is() {
 }
 
 #[test]
-fn an_extension_that_nobody_knows_is_a_mistake() {
+fn an_unknown_extension_is_a_usage_error() {
     if std::env::consts::ARCH != "riscv64" {
         return skip("KVM's names are looked up on RISC-V only");
     }

@@ -1,4 +1,4 @@
-//! Ring 2: the guest's console from outside: pipes, terminals, files, sockets; slow readers, no readers, slow guests.
+//! Ring 2: the guest's console on pipes, terminals, files, sockets; with slow readers, no readers, slow guests.
 
 #![allow(
     clippy::expect_used,
@@ -25,7 +25,7 @@ fn machine(name: &str, cmdline: &str) -> Launch {
     rvmm(&["--mem", "64M", "--no-initrd", "--cmdline", cmdline]).kernel(&guest(name))
 }
 
-/// What the guest `flood` says all in all.
+/// The complete output of the guest `flood`.
 fn whole_flood(count: usize) -> Vec<u8> {
     let text = flood(count);
     let sum = checksum(&text);
@@ -35,7 +35,7 @@ fn whole_flood(count: usize) -> Vec<u8> {
     all
 }
 
-/// Fails with the place of the first difference, not with megabytes of text.
+/// Fails with the position of the first difference, not with megabytes of text.
 fn assert_same(got: &[u8], expected: &[u8]) {
     let same = got.iter().zip(expected).take_while(|(a, b)| a == b).count();
     assert!(
@@ -47,11 +47,11 @@ fn assert_same(got: &[u8], expected: &[u8]) {
     );
 }
 
-/// Reads as a program does that has better things to do, to the end.
+/// Reads slowly to the end.
 fn read_slowly(mut pipe: impl Read) -> Vec<u8> {
     let mut all = Vec::new();
     let mut buffer = [0; 100_000];
-    // Long enough for every buffer on the way to fill up.
+    // Long enough to fill every buffer in between.
     thread::sleep(Duration::from_millis(500));
     loop {
         match pipe.read(&mut buffer).expect("a pipe") {
@@ -67,7 +67,7 @@ fn a_slow_reader_gets_ten_megabytes_byte_for_byte() {
     if one_host("aia").is_none() {
         return;
     }
-    // More than every buffer on the way takes; a byte through the UART is two exits.
+    // More than all buffers in between hold; each byte through the UART is two exits.
     for (via, count) in [("uart", 130_000), ("dbcn", 10_000_000)] {
         let arguments = format!("bytes={count} via={via}");
         let mut session = machine("flood", &arguments).no_input().unread().start();
@@ -78,7 +78,7 @@ fn a_slow_reader_gets_ten_megabytes_byte_for_byte() {
 }
 
 #[test]
-fn a_reader_that_goes_away_costs_output_and_nothing_else() {
+fn a_reader_that_closes_loses_output_and_nothing_else() {
     if one_host("aia").is_none() {
         return;
     }
@@ -95,7 +95,7 @@ fn a_reader_that_goes_away_costs_output_and_nothing_else() {
 }
 
 #[test]
-fn a_guest_that_reads_slowly_gets_all_that_was_typed() {
+fn a_guest_that_reads_slowly_gets_all_input() {
     if one_host("aia").is_none() {
         return;
     }
@@ -110,7 +110,7 @@ fn a_guest_that_reads_slowly_gets_all_that_was_typed() {
 }
 
 #[test]
-fn input_that_comes_before_the_guest_listens_is_kept() {
+fn input_before_the_guest_reads_is_kept() {
     if one_host("aia").is_none() {
         return;
     }
@@ -123,7 +123,7 @@ fn input_that_comes_before_the_guest_listens_is_kept() {
 }
 
 #[test]
-fn a_null_console_swallows_everything() {
+fn a_null_console_discards_everything() {
     if one_host("aia").is_none() {
         return;
     }
@@ -133,7 +133,7 @@ fn a_null_console_swallows_everything() {
 }
 
 #[test]
-fn a_file_gets_the_output_and_nothing_of_what_it_held() {
+fn a_file_gets_the_output_and_loses_its_old_contents() {
     if one_host("aia").is_none() {
         return;
     }
@@ -147,7 +147,7 @@ fn a_file_gets_the_output_and_nothing_of_what_it_held() {
 }
 
 #[test]
-fn a_full_disk_costs_output_and_nothing_else() {
+fn a_full_disk_loses_output_and_nothing_else() {
     if one_host("aia").is_none() {
         return;
     }
@@ -170,11 +170,11 @@ fn a_pty_carries_the_console_both_ways() {
     }
     let mut session = machine("reboot", "").args(&["--serial", "pty"]).start();
     let path = announced_pty(&session);
-    // Not as the controlling terminal of the tests, which would end with it.
+    // Not as the controlling terminal of the tests: closing it would end them.
     let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NOCTTY | rustix::fs::OFlags::CLOEXEC;
     let terminal = rustix::fs::open(path, flags, rustix::fs::Mode::empty()).expect("the pty");
     let mut terminal = fs::File::from(terminal);
-    // A person's terminal program would do that: no echo, no editing.
+    // As a terminal program does: no echo, no line editing.
     let mut settings = rustix::termios::tcgetattr(&terminal).expect("tcgetattr");
     settings.make_raw();
     rustix::termios::tcsetattr(&terminal, rustix::termios::OptionalActions::Now, &settings)
@@ -186,20 +186,20 @@ fn a_pty_carries_the_console_both_ways() {
     assert_eq!(session.output(), b"");
 }
 
-/// Tells the guest `reboot` to end, until it has: what is typed while a machine starts anew is lost with the old one.
+/// Sends `reboot`'s power-off key until the guest has ended: input during a reboot is lost.
 fn power_off(stream: &mut (impl Read + Write)) {
-    // Refused once it is gone.
+    // Fails once it has ended.
     while stream.write_all(b"p").is_ok() && comes(stream, "reboot: what next?\n") {}
 }
 
-/// Reads byte by byte until `text` has come; false where the other end goes before that.
+/// Reads byte by byte until `text`; false if the other end closes before that.
 fn comes(stream: &mut impl Read, text: &str) -> bool {
     let mut seen = Vec::new();
     while !seen.ends_with(text.as_bytes()) {
         let mut byte = [0];
         match stream.read(&mut byte) {
             Ok(1) => seen.push(byte[0]),
-            // What a socket and a terminal say whose other end has gone.
+            // The errors of a socket and of a terminal whose other end is closed.
             Ok(_) => return false,
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return false,
             Err(error) if error.raw_os_error() == Some(libc::EIO) => return false,
@@ -230,9 +230,9 @@ fn is_raw(settings: &Termios) -> bool {
     !settings.local_modes.intersects(LocalModes::ICANON | LocalModes::ECHO)
 }
 
-/// Starts the guest on a terminal, lets `act` bring it to its end, and looks at the terminal's settings.
+/// Starts the guest on a terminal, ends it with `act`, and checks the terminal's settings.
 fn on_terminal(launch: Launch, wait_for: &str, code: i32, act: impl FnOnce(&mut Session)) {
-    // A machine that never starts leaves the settings alone; they are compared with those from before the start.
+    // The settings are compared with those from before the start, which a machine that never starts does not change.
     let mut session = launch.on_terminal().start();
     session.expect(wait_for);
     assert!(is_raw(&session.settings()), "the terminal is not raw while the guest runs");

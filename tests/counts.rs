@@ -1,4 +1,4 @@
-//! Ring 1: how `scripts/test` counts what the test runner says, on logs like those that it keeps.
+//! Ring 1: how `scripts/test` counts the results in logs of the test runner.
 
 #![allow(
     clippy::expect_used,
@@ -12,7 +12,7 @@ mod harness;
 use std::path::Path;
 use std::process::{Command, Output};
 
-/// What `scripts/test` makes of a log: its last line, and whether it is content; or `None`, said aloud, where there is no bash.
+/// The verdict of `scripts/test` on a log: its last line, and true for success; `None`, with a message, without bash.
 fn counted(log: &str) -> Option<(String, bool)> {
     if !Path::new("/bin/bash").exists() {
         harness::skip("there is no bash");
@@ -36,14 +36,14 @@ fn log(lines: &str, passed: u32, failed: u32, ignored: u32) -> String {
 }
 
 #[test]
-fn a_test_that_says_skipped_or_is_ignored_is_not_counted_as_passed() {
+fn a_skipped_or_ignored_test_is_not_counted_as_passed() {
     let lines = "test a_b ... ok\nskipped: c::d_e: no AIA\ntest c::d_e ... ok\ntest f ... skipped: g: a: b\nok\nleft out: h: no dtc";
     let Some(counts) = counted(&log(lines, 5, 0, 1)) else { return };
     assert_eq!(counts, ("3 passed, 0 failed, 3 skipped\n".to_owned(), true));
 }
 
 #[test]
-fn what_a_guest_or_a_lab_says_is_no_skipped_test() {
+fn output_of_a_guest_or_a_lab_is_not_a_skipped_test() {
     let lines =
         "lab h_2_0 (passthrough): skipped: this host has no flash\nskipped:\nskipped: all of it";
     let Some(counts) = counted(&log(lines, 2, 0, 0)) else { return };

@@ -1,6 +1,6 @@
-//! Ring 3: a Debian that nobody here wrote, from its disk, by its own firmware, boot menu and init.
+//! Ring 3: an unmodified Debian, booted from its disk by its own firmware, boot menu and init.
 //!
-//! The disk is `scripts/debian`'s. Guests only read it and keep what they change in their memory.
+//! `scripts/debian` creates the disk. Guests only read it and keep their changes in memory.
 
 #![allow(
     clippy::expect_used,
@@ -20,20 +20,20 @@ use std::thread::{self, JoinHandle};
 
 use harness::{Session, debian, one_host, rvmm};
 
-/// A port of the host that leads back to the guest's ssh.
-const DETOUR: u32 = 1022;
+/// A port of the host that is forwarded to the guest's sshd.
+const FORWARDED: u32 = 1022;
 
-/// A machine with Debian's disk as its first.
+/// A machine with Debian's disk as its first disk.
 fn machine(irqchip: &str) -> harness::Launch {
     let disk = debian().disk;
     rvmm(&["--mem", "512M", "--irqchip", irqchip]).path("--disk=", &disk, ",ro=on")
 }
 
-/// A program of the host that connects to port 22 of the guest's vsock, and gives the guest that stream at port [`DETOUR`] of the host.
-/// So ssh comes from outside, and no client of it is needed there. Ends with the bytes that the guest's sshd has said.
+/// Forwards the guest's connection to vsock port [`FORWARDED`] of the host back to the guest's vsock port 22, so that sshd is
+/// reached from outside without an ssh client on the host. Returns the number of bytes from sshd.
 fn lead_to_ssh(path: &Path) -> JoinHandle<u64> {
     let mut detour = path.as_os_str().to_owned();
-    detour.push(format!("_{DETOUR}"));
+    detour.push(format!("_{FORWARDED}"));
     let listener = UnixListener::bind(PathBuf::from(detour)).expect("a socket of the host");
     let path = path.to_owned();
     thread::spawn(move || {
@@ -56,13 +56,13 @@ fn lead_to_ssh(path: &Path) -> JoinHandle<u64> {
     })
 }
 
-/// Debian knows that it is in a machine, and so its ssh listens on the vsock without a word in any file.
+/// Checks ssh over vsock: Debian's sshd listens there without configuration, because systemd detects the virtual machine.
 fn look_at_ssh(session: &mut Session, detour: JoinHandle<u64>) {
     let key = "mkdir -p -m 700 ~/.ssh && ssh-keygen -q -t ed25519 -N '' -f ~/.ssh/id_ed25519 && \
                cp ~/.ssh/id_ed25519.pub ~/.ssh/authorized_keys && echo made";
     assert_eq!(session.ask(key), "made\n");
     let ssh = format!(
-        "ssh -q -o StrictHostKeyChecking=no -o BatchMode=yes -p {DETOUR} vsock/2 'echo $((6*7)) on $(hostname)'"
+        "ssh -q -o StrictHostKeyChecking=no -o BatchMode=yes -p {FORWARDED} vsock/2 'echo $((6*7)) on $(hostname)'"
     );
     assert_eq!(session.ask(&ssh), "42 on rvmm-debian\n");
     assert!(detour.join().expect("ssh came by") > 0);
@@ -77,7 +77,7 @@ fn debians_u_boot_reaches_its_prompt_and_starts_debian_by_its_menu_with_ssh_over
         let detour = lead_to_ssh(&sockets);
         let machine = machine(irqchip).path("--vsock=", &sockets, "");
         let mut session = machine.kernel(&debian().firmware).start();
-        // It waits for two seconds, which a busy host may miss: a key that has come before counts, too.
+        // It waits for two seconds, which a busy host may miss: a key that was sent before counts as well.
         session.expect("Net:");
         session.send("\n");
         session.expect("Hit any key to stop autoboot");

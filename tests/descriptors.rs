@@ -1,5 +1,5 @@
-//! Ring 1: sockets on a host that has no descriptors left for a while. In a process of its own, because all of that process has
-//! none left then.
+//! Ring 1: sockets on a host that temporarily has no file descriptors left. In a separate process, because that affects the
+//! whole process.
 
 #![allow(
     clippy::expect_used,
@@ -29,7 +29,7 @@ use rvmm::terminal;
 use rvmm_devices::{Bus, ConsoleBackend, Port};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-/// Lines of the log that say that nobody can be let in.
+/// Counts the log lines about connections that cannot be accepted.
 struct Complaints;
 
 static COMPLAINTS: AtomicUsize = AtomicUsize::new(0);
@@ -40,7 +40,7 @@ impl Log for Complaints {
     }
 
     fn log(&self, record: &Record<'_>) {
-        if record.args().to_string().contains("Nobody can be let in") {
+        if record.args().to_string().contains("Cannot accept connections on") {
             COMPLAINTS.fetch_add(1, SeqCst);
         }
     }
@@ -48,18 +48,18 @@ impl Log for Complaints {
     fn flush(&self) {}
 }
 
-/// One test at a time: they take all descriptors.
+/// Serializes the tests: they use up all descriptors.
 fn alone() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    // The second test finds it there.
+    // It is already set in the second test.
     let _ = log::set_logger(&Complaints);
     log::set_max_level(LevelFilter::Warn);
     COMPLAINTS.store(0, SeqCst);
     turn
 }
 
-/// All descriptors that this process may have.
+/// Holds all free descriptors of this process.
 struct Hoard {
     _files: Vec<File>,
     before: Rlimit,
@@ -80,7 +80,7 @@ impl Drop for Hoard {
     }
 }
 
-/// A socket that can be connected when no more can be made.
+/// A socket that can be connected when no more can be created.
 struct Caller(OwnedFd);
 
 impl Caller {
@@ -103,7 +103,7 @@ impl Inspectable for Empty {
 }
 
 #[test]
-fn a_visitor_who_comes_while_the_host_has_no_descriptors_is_let_in_when_it_has() {
+fn a_connection_without_free_descriptors_is_accepted_later() {
     let _turn = alone();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("web-1.sock");
@@ -111,7 +111,7 @@ fn a_visitor_who_comes_while_the_host_has_no_descriptors_is_let_in_when_it_has()
     let mut io = IoLoop::new(Arc::new(Bus::new(Vec::new()).unwrap())).unwrap();
     io.watch_external(Arc::new(reception)).unwrap();
     let io = io.spawn().unwrap();
-    // Kept: the descriptor of one who leaves is free at a moment that nobody knows.
+    // Kept open: the time at which the descriptor of a closed connection becomes free is unknown.
     let mut clients = Vec::new();
     for round in 1..=2 {
         let caller = Caller::new();
@@ -122,9 +122,9 @@ fn a_visitor_who_comes_while_the_host_has_no_descriptors_is_let_in_when_it_has()
         while io.turns() < before + 3 {
             thread::sleep(Duration::from_millis(1));
         }
-        // The first turn finds the client, and each one after that a second that is over: nobody spins.
+        // The first turn finds the client, and each one after that follows a back-off of a second: the loop does not spin.
         assert!(began.elapsed() >= Duration::from_secs(1), "{:?}", began.elapsed());
-        assert_eq!(COMPLAINTS.load(SeqCst), round, "one line for each trouble");
+        assert_eq!(COMPLAINTS.load(SeqCst), round, "one line for each shortage");
         drop(hoard);
         client.write_all(b"stat\n").unwrap();
         let mut answer = String::new();
@@ -135,7 +135,7 @@ fn a_visitor_who_comes_while_the_host_has_no_descriptors_is_let_in_when_it_has()
     io.stop(Duration::ZERO).unwrap();
 }
 
-/// Attends to the console when it asks for it, and gives the descriptor by which it did.
+/// Waits for the console's descriptor, processes its event, and returns the descriptor.
 fn attend(console: &mut dyn ConsoleBackend, epoll: &Epoll) -> RawFd {
     let fd = console.ports().attention.expect("somebody can come");
     let event = EpollEvent::new(EventSet::IN, 0);
@@ -147,7 +147,7 @@ fn attend(console: &mut dyn ConsoleBackend, epoll: &Epoll) -> RawFd {
 }
 
 #[test]
-fn a_user_of_the_console_who_comes_while_the_host_has_no_descriptors_is_let_in_when_it_has() {
+fn a_console_connection_without_free_descriptors_is_accepted_later() {
     let _turn = alone();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("console");
@@ -170,11 +170,11 @@ fn a_user_of_the_console_who_comes_while_the_host_has_no_descriptors_is_let_in_w
     attend(console.as_mut(), &epoll);
     assert_ne!(console.ports().output, Port::Closed);
     assert_eq!(console.ports().attention, Some(socket));
-    // As before: a second user is told that the place is taken.
+    // As before: a second user gets the message that the console is in use.
     let second = second.call(&path);
     attend(console.as_mut(), &epoll);
     let mut told = String::new();
     BufReader::new(&second).read_line(&mut told).unwrap();
-    assert!(told.contains("somebody else"), "{told}");
+    assert!(told.contains("another client"), "{told}");
     drop(user);
 }

@@ -15,7 +15,7 @@ use std::process::Command;
 
 use harness::{guest, host};
 
-/// Cargo builds the examples for a test run, next to the folder of the tests.
+/// The example, which Cargo builds for a test run, next to the folder of the tests.
 fn example() -> PathBuf {
     let mut path = std::env::current_exe().expect("the path of this test");
     path.pop();

@@ -1,6 +1,5 @@
-//! The exercises of the labs' pages, as a student meets them: each command, as the English page has it, is content with the solution of
-//! `guests/labs/solutions`, and neither with the lab's own guest, nor with one that does nothing, nor with the solution of the page's
-//! other exercise.
+//! The exercises of the labs' pages: each command of the English page accepts the solution of `guests/labs/solutions`, and
+//! neither the lab's own guest, nor one that does nothing, nor the solution of the page's other exercise.
 
 #![allow(
     clippy::expect_used,
@@ -33,13 +32,13 @@ fn of(lab: &str) -> Vec<(usize, String)> {
     exercises(&page.unwrap_or_else(|error| panic!("{}: {error}", path.display())))
 }
 
-/// What the files of an exercise's solution are called, without an ending.
+/// The name of the files of an exercise's solution, without extension.
 fn name(lab: &str, number: usize) -> String {
     format!("{}_{number}", lab.replace('-', "_"))
 }
 
-/// Whether the command is content with a student's files; if not, what it said, and the guest. It runs in an empty folder but for
-/// them, with this rvmm first in PATH.
+/// Ok if the command accepts a student's files; otherwise its output and the guest's. It runs in a folder with only these
+/// files, with this rvmm first in PATH.
 fn accepts(command: &str, files: &[(&str, &[u8])]) -> Result<(), String> {
     let folder = tempfile::tempdir().expect("a folder");
     for (name, bytes) in files {
@@ -67,7 +66,7 @@ fn accepts(command: &str, files: &[(&str, &[u8])]) -> Result<(), String> {
     ))
 }
 
-/// Why an exercise cannot be solved on this host, which its command says, too.
+/// The reason why an exercise cannot be solved on this host, which its command reports as well.
 fn obstacle(name: &str) -> Option<&'static str> {
     let (sign, why) = match name {
         "h_2_0_2" => ("Sv39", "this host has no Sv48"),
@@ -79,7 +78,7 @@ fn obstacle(name: &str) -> Option<&'static str> {
     String::from_utf8_lossy(&doctor.output()).contains(sign).then_some(why)
 }
 
-/// The solution of an exercise, and of its kernel where it has one of its own.
+/// The solution of an exercise, and its kernel if it has one.
 fn solution(lab: &str, number: usize) -> (Vec<u8>, Vec<u8>) {
     let name = name(lab, number);
     let mine = fs::read(guest(&format!("labs/{name}"))).expect("a solution");
@@ -87,7 +86,7 @@ fn solution(lab: &str, number: usize) -> (Vec<u8>, Vec<u8>) {
     (mine, fs::read(kernel).unwrap_or_default())
 }
 
-/// Tries each exercise of a lab with its solution, and with what is none.
+/// Runs each exercise of a lab with its solution, and with wrong ones.
 fn judge(lab: &str, irqchip: &str) {
     let Some(_) = one_host(irqchip) else { return };
     let own = Lab::find(lab).and_then(Lab::payload).expect("a lab with a guest");
@@ -109,7 +108,7 @@ fn judge(lab: &str, irqchip: &str) {
             is_content(own, own).is_err(),
             "{lab} {number} takes the lab's own guest:\n{command}"
         );
-        // Of h_1_0 that is the lab's own.
+        // In h_1_0 the lab's own guest does nothing.
         let takes_nothing = own != nothing && is_content(nothing, nothing).is_ok();
         assert!(!takes_nothing, "{lab} {number} takes a guest that does nothing:\n{command}");
         for other in exercises.iter().map(|(other, _)| *other).filter(|other| other != number) {
@@ -125,7 +124,7 @@ fn every_exercise_has_a_solution_and_every_solution_an_exercise() {
     let wanted: BTreeSet<String> = LABS
         .iter()
         .flat_map(|lab| of(lab.name).into_iter().map(|(number, _)| name(lab.name, number)))
-        // A kernel that somebody has built is no file of ours.
+        // Its solution is a kernel that the student builds.
         .filter(|name| name != "linux_smp_2")
         .collect();
     let files = fs::read_dir(root().join("guests/labs/solutions")).expect("the solutions");
@@ -139,52 +138,52 @@ fn every_exercise_has_a_solution_and_every_solution_an_exercise() {
 }
 
 #[test]
-fn the_exercises_of_h_1_0_tell_a_solution_from_none() {
+fn the_exercises_of_h_1_0_accept_only_solutions() {
     judge("h_1_0", "aia");
 }
 
 #[test]
-fn the_exercises_of_simple_hv_tell_a_solution_from_none() {
+fn the_exercises_of_simple_hv_accept_only_solutions() {
     judge("simple_hv", "plic");
 }
 
 #[test]
-fn the_exercises_of_h_2_0_tell_a_solution_from_none() {
+fn the_exercises_of_h_2_0_accept_only_solutions() {
     judge("h_2_0", "aia");
 }
 
 #[test]
-fn the_exercises_of_h_3_0_tell_a_solution_from_none() {
+fn the_exercises_of_h_3_0_accept_only_solutions() {
     judge("h_3_0", "plic");
 }
 
 #[test]
-fn the_exercises_of_h_4_0_tell_a_solution_from_none() {
+fn the_exercises_of_h_4_0_accept_only_solutions() {
     judge("h_4_0", "aia");
 }
 
 #[test]
-fn the_exercises_of_rvm_1_tell_a_solution_from_none() {
+fn the_exercises_of_rvm_1_accept_only_solutions() {
     judge("rvm-1", "plic");
 }
 
 #[test]
-fn the_exercises_of_rvm_2_tell_a_solution_from_none() {
+fn the_exercises_of_rvm_2_accept_only_solutions() {
     judge("rvm-2", "plic");
 }
 
 #[test]
-fn the_exercises_of_smp_tell_a_solution_from_none() {
+fn the_exercises_of_smp_accept_only_solutions() {
     judge("smp", "aia");
 }
 
 #[test]
-fn the_exercises_of_two_vms_tell_a_solution_from_none() {
+fn the_exercises_of_two_vms_accept_only_solutions() {
     judge("two-vms", "plic");
 }
 
 #[test]
-fn the_exercises_of_dtb_tell_a_solution_from_none() {
+fn the_exercises_of_dtb_accept_only_solutions() {
     judge("dtb", "aia");
 }
 

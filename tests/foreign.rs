@@ -1,4 +1,4 @@
-//! Ring 3: guests that nobody here wrote, from the crates registry (`guests/foreign`, built by `scripts/foreign`).
+//! Ring 3: third-party guests from the crates registry (`guests/foreign`, built by `scripts/foreign`).
 
 #![allow(
     clippy::expect_used,
@@ -16,10 +16,10 @@ use std::time::Duration;
 
 use harness::{Launch, Session, blank_fat, foreign, one_host, rvmm};
 
-/// How long ArceOS may take from one line to the next: some ten times what it does.
+/// Time-out from one line of ArceOS to the next: about ten times its usual time.
 const PATIENCE: Duration = Duration::from_secs(240);
 
-/// A machine with a flat binary where QEMU's firmware would start it.
+/// A machine with a flat binary at the address where QEMU's firmware would start it.
 fn machine(irqchip: &str, program: &Path) -> Launch {
     rvmm(&["--mem", "128M", "--no-initrd", "--irqchip", irqchip, "--entry", "0x80200000"]).path(
         "--load=",
@@ -28,10 +28,10 @@ fn machine(irqchip: &str, program: &Path) -> Launch {
     )
 }
 
-/// Starts ArceOS until its threads have run, and gives what it said before them.
+/// Starts ArceOS, waits until its threads have run, and returns its output before that.
 ///
-/// KVM 6.12 now and then forgets a call of set_timer (see `runtime::time::set_timer`). ArceOS calls once on each hart and waits for
-/// ever then, which is a fault of neither of the two that are tested here.
+/// KVM 6.12 sometimes loses a call of set_timer (see `runtime::time::set_timer`). ArceOS calls it once on each hart and then waits
+/// for ever, which is a bug of neither rvmm nor ArceOS.
 fn start_arceos(irqchip: &str, program: &Path, disk: &Path) -> (Session, String) {
     for _ in 0..3 {
         let machine = machine(irqchip, program).args(&["--cpus", "2"]);
@@ -93,7 +93,7 @@ fn the_test_suite_of_rustsbi_finds_the_calls_as_the_specification_has_them() {
         for word in ["Failed", "Unexpected", "Accepted", "Partial", "NotExist", "FAIL"] {
             assert!(!output.contains(word), "{word}: {output}");
         }
-        // KVM has no suspend without which the suite's cases of HSM wait for ever (-2: not supported).
+        // KVM has no HSM suspend, without which the suite's HSM cases wait for ever (-2: not supported).
         let left_out = "hsm: left out: a suspend that keeps no state answers -2";
         assert!(output.contains("hsm: Pass") || output.contains(left_out), "{output}");
     }

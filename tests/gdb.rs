@@ -1,5 +1,5 @@
-//! Ring 3: Debian's gdb-multiarch on guests: a bare-metal one with all its symbols, and Debian's kernel from its first instruction to a
-//! user's shell.
+//! Ring 3: Debian's gdb-multiarch on guests: a bare-metal one with symbols, and Debian's kernel from its first instruction to a
+//! shell in user space.
 
 #![allow(
     clippy::expect_used,
@@ -20,10 +20,10 @@ use std::path::{Path, PathBuf};
 use harness::{Launch, STOP_LIMIT, Session, guest, kernel, one_host, rvmm};
 use rustix::process::Signal;
 
-/// Where the machine loads a kernel: RAM, and 2 MiB.
+/// Load address of a kernel: 2 MiB above the start of RAM.
 const KERNEL: u64 = 0x8020_0000;
 
-/// A GDB that has connected.
+/// A connected GDB.
 struct Gdb(Session);
 
 impl Gdb {
@@ -31,7 +31,7 @@ impl Gdb {
         let gdb = Launch::new("gdb-multiarch").args(&["-nx", "-q"]).path("", file, "").start();
         let mut gdb = Self(gdb);
         gdb.0.expect("(gdb) ");
-        // Of 2 seconds, GDB takes an answer that comes later for one to its next question.
+        // With the default of 2 seconds, GDB takes a late reply for the reply to its next request.
         for setting in [
             "pagination off",
             "confirm off",
@@ -46,7 +46,7 @@ impl Gdb {
         gdb
     }
 
-    /// Types a command and gives what comes of it.
+    /// Types a command and returns its output.
     fn say(&mut self, command: &str) -> String {
         self.0.send(&format!("{command}\n"));
         self.answer()
@@ -56,7 +56,7 @@ impl Gdb {
         self.0.expect("(gdb) ")
     }
 
-    /// Types a command whose answer has this in it.
+    /// Types a command and checks that its output contains this text.
     #[track_caller]
     fn check(&mut self, command: &str, part: &str) -> String {
         let said = self.say(command);
@@ -73,7 +73,7 @@ impl Gdb {
     }
 }
 
-/// A socket in a folder of its own.
+/// A socket in a separate folder.
 fn socket() -> (tempfile::TempDir, PathBuf) {
     let folder = tempfile::tempdir().expect("a folder");
     let socket = folder.path().join("gdb");
@@ -104,7 +104,7 @@ fn gdb_finds_functions_arguments_and_variables_and_changes_them() {
     }
     let threads = gdb.say("info threads");
     assert!(threads.contains("(hart 0)") && threads.contains("(hart 1)"), "{threads}");
-    // One instruction after the other; each is somewhere else.
+    // One instruction after the other, each at a different address.
     let mut places = vec![KERNEL];
     for _ in 0..5 {
         gdb.say("stepi");
@@ -143,7 +143,7 @@ fn gdb_finds_functions_arguments_and_variables_and_changes_them() {
 }
 
 #[test]
-fn breakpoints_of_the_guests_own_stay_the_guests() {
+fn breakpoints_of_the_guest_are_delivered_to_the_guest() {
     if one_host("plic").is_none() {
         return;
     }
@@ -152,14 +152,14 @@ fn breakpoints_of_the_guests_own_stay_the_guests() {
     let mut gdb = Gdb::connect(&guest("fault.debug"), &socket);
     gdb.check("break guest_main", "Breakpoint 1 at");
     gdb.check("continue", "Breakpoint 1, ");
-    // It has a hundred of them, and looks whether they are there.
+    // It executes a hundred of them, and checks that they are in memory.
     gdb.check("continue", "exited normally");
     session.expect("PASS fault\n");
     assert_eq!(session.exit_code(), 0);
 }
 
 #[test]
-fn a_gdb_that_is_killed_leaves_the_guest_whole_and_another_one_ends_it() {
+fn a_killed_gdb_leaves_the_guest_intact_and_another_one_ends_it() {
     if one_host("aia").is_none() {
         return;
     }
@@ -181,7 +181,7 @@ fn a_gdb_that_is_killed_leaves_the_guest_whole_and_another_one_ends_it() {
     assert!(!String::from_utf8_lossy(&session.output()).contains("smp"));
 }
 
-/// Kernel symbols by name, from the guest's own list.
+/// Kernel symbols by name, from the guest's /proc/kallsyms.
 fn ask_symbols(session: &mut Session, names: &[&str]) -> Vec<(String, u64)> {
     let list = session.ask(&format!("grep -wE '({})$' /proc/kallsyms", names.join("|")));
     let symbols: Vec<(String, u64)> = list
@@ -230,7 +230,7 @@ fn gdb_debugs_debians_kernel_to_its_user_space_and_from_its_first_instruction() 
     let elf = folder.path().join("kernel.elf");
     symbols::write(&elf, of("_start"), 64 << 20, &symbols);
 
-    // A system call of a shell's: the shell waits for the debugger, and gets its answer afterwards.
+    // A system call of the shell: the shell stops for the debugger, and gets its result afterwards.
     let mut gdb = Gdb::connect(&elf, &socket);
     gdb.check("x/s linux_banner", "Linux version");
     gdb.check("break *__riscv_sys_newuname", "Breakpoint 1 at");
@@ -260,7 +260,7 @@ fn gdb_debugs_debians_kernel_to_its_user_space_and_from_its_first_instruction() 
     session.send("poweroff -f\n");
     assert_eq!(session.exit_code(), 0);
 
-    // Again, from the start: by physical addresses as long as there are no page tables.
+    // Again, from the start: with physical addresses until there are page tables.
     let mut session = linux(&initrd, &socket, "");
     session.expect_error("rvmm: The guest waits for a debugger at unix:");
     let mut gdb = Gdb::connect(&elf, &socket);
@@ -275,7 +275,7 @@ fn gdb_debugs_debians_kernel_to_its_user_space_and_from_its_first_instruction() 
     assert_eq!(gdb.value("$pc"), of("start_kernel"), "met by its virtual address");
     assert_ne!(gdb.value("$satp"), 0);
     gdb.say("delete");
-    // Behind the two instructions that ftrace writes at the start of every function later on, over any breakpoint there.
+    // After the two instructions at the start of every function that ftrace later overwrites, with any breakpoint there.
     let behind = of("kernel_init") + 8;
     gdb.check(&format!("break *{behind:#x}"), "Breakpoint 2 at");
     gdb.check("continue", "Breakpoint 2, 0x");

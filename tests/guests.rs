@@ -1,4 +1,4 @@
-//! Ring 2: every guest of `guests/` under rvmm, with every interrupt controller that the host can give.
+//! Ring 2: every guest of `guests/` under rvmm, with every interrupt controller that the host supports.
 
 #![allow(
     clippy::expect_used,
@@ -15,14 +15,14 @@ mod harness_tests;
 use harness::{Host, STOP_LIMIT, Session, guest, host, rvmm};
 use rustix::process::Signal;
 
-/// A machine with this guest, of 64 MiB where nothing else is said.
+/// A machine with this guest, by default of 64 MiB.
 fn start(name: &str, irqchip: &str, arguments: &[&str]) -> Session {
     let mem: &[&str] = if arguments.contains(&"--mem") { &[] } else { &["--mem", "64M"] };
     let usual = rvmm(&["--no-initrd", "--irqchip", irqchip]).args(mem);
     usual.args(arguments).kernel(&guest(name)).start()
 }
 
-/// The guest has passed all of its checks and powered off.
+/// Checks that the guest passes all of its checks and powers off.
 fn passes(mut session: Session, name: &str) {
     session.expect(&format!("PASS {name}\n"));
     assert_eq!(session.exit_code(), 0);
@@ -34,7 +34,7 @@ fn no_failure(session: &Session) {
     assert!(!output.contains("FAIL"), "a check of the guest failed");
 }
 
-/// Runs the guest with each interrupt controller, with and without what `arguments` say.
+/// Runs the guest with each interrupt controller, with these arguments.
 fn passes_everywhere(host: &Host, name: &str, arguments: &[&str]) {
     for irqchip in &host.irqchips {
         passes(start(name, irqchip, arguments), name);
@@ -76,14 +76,14 @@ fn auto_takes_the_best_interrupt_controller_that_the_host_has() {
     passes(session, "hello");
 }
 
-/// An rvmm that has this many devices with an interrupt besides the UART and the clock.
+/// Starts rvmm with this number of devices with an interrupt besides the UART and the RTC.
 fn start_with_devices(irqchip: &str, count: usize) -> Session {
     let device = ["--device", "rng"].repeat(count);
     start("hello", irqchip, &device)
 }
 
 #[test]
-fn a_machine_has_as_many_interrupts_as_devices_whatever_controller_the_host_has() {
+fn a_machine_has_as_many_interrupts_as_devices_with_any_controller() {
     let Some(host) = host() else { return };
     let usual = host.irqchips[0];
     let session = start_with_devices("auto", 28);
@@ -103,7 +103,7 @@ fn a_machine_has_as_many_interrupts_as_devices_whatever_controller_the_host_has(
 }
 
 #[test]
-fn a_guest_that_waits_without_a_driver_for_the_aia_is_told_of() {
+fn a_guest_that_waits_without_an_aia_driver_is_reported() {
     let Some(host) = host() else { return };
     for irqchip in &host.irqchips {
         let mut session = start("wfi", irqchip, &["--cpus", "2"]);
@@ -120,7 +120,7 @@ fn a_guest_that_waits_without_a_driver_for_the_aia_is_told_of() {
 }
 
 #[test]
-fn a_forced_aia_on_a_host_without_says_why_it_cannot_be() {
+fn a_forced_aia_on_a_host_without_one_is_refused_with_the_reason() {
     let Some(host) = host() else { return };
     if host.irqchips.contains(&"aia") {
         return harness::skip("this host has AIA (the host without is HOST_IRQCHIP=plic)");
@@ -153,7 +153,7 @@ fn with_unassigned_stop_the_machine_stops_with_a_register_dump() {
         assert_eq!(session.exit_code(), 3);
         let errors = session.all_errors();
         assert!(
-            errors.contains("Hart 0 loaded from 0x8, where neither memory nor a device is"),
+            errors.contains("Hart 0 loaded from 0x8, which is neither memory nor a device"),
             "{errors}"
         );
         for register in ["pc ", "ra ", "sp ", "a0 ", "t6 ", "sepc ", "scause ", "stval ", "satp "] {
@@ -163,7 +163,7 @@ fn with_unassigned_stop_the_machine_stops_with_a_register_dump() {
 }
 
 #[test]
-fn sbi_calls_are_answered_whatever_their_arguments() {
+fn sbi_calls_with_any_arguments_are_answered() {
     let Some(host) = host() else { return };
     passes_everywhere(host, "sbi", &[]);
 }
@@ -185,7 +185,7 @@ fn the_debug_console_reads_what_is_typed_and_a_suspended_machine_wakes() {
     }
 }
 
-/// The guest suspends itself four times, the last time until something is typed.
+/// The guest suspends itself four times, the last time until there is input.
 fn is_woken(session: &mut Session) {
     for by in ["0, woken by its timer", "1, woken by its timer", "2, woken by an interrupt"] {
         session.expect(&format!("PASS sbi: suspend {by}\n"));
@@ -197,7 +197,7 @@ fn is_woken(session: &mut Session) {
 }
 
 #[test]
-fn input_wakes_a_suspended_machine_whose_guest_has_never_asked_for_any() {
+fn input_wakes_a_suspended_machine_whose_guest_has_never_read_any() {
     let Some(host) = host() else { return };
     if host.linux < (6, 14) {
         return harness::skip("this host's kernel has no SBI SUSP (Linux 6.14 has)");
@@ -224,9 +224,9 @@ fn interrupts_reach_the_hart_through_both_controllers() {
 }
 
 #[test]
-fn harts_that_wait_are_woken_wherever_their_threads_are_by_then() {
+fn waiting_harts_are_woken_on_any_host_cpu() {
     let Some(host) = host() else { return };
-    // Threads go from one CPU of the host to another when they will, so more than one round.
+    // The host migrates threads at arbitrary times, so more than one round.
     for _ in 0..5 {
         passes_everywhere(host, "irq", &["--cpus", "4"]);
     }
@@ -241,7 +241,7 @@ fn harts_start_stop_and_interrupt_each_other() {
 }
 
 #[test]
-fn what_hardware_would_refuse_is_an_access_fault_that_the_guest_survives() {
+fn invalid_accesses_are_access_faults_that_the_guest_survives() {
     let Some(host) = host() else { return };
     passes_everywhere(host, "fault", &[]);
     passes_everywhere(host, "fault", &["--unassigned", "fault"]);
@@ -271,7 +271,7 @@ fn a_reset_gives_a_new_machine() {
 }
 
 #[test]
-fn a_machine_that_resets_for_ever_keeps_nothing() {
+fn a_machine_that_resets_repeatedly_leaks_nothing() {
     let Some(host) = host() else { return };
     let mut session = start("reboot", host.irqchips[0], &[]);
     let reset = |session: &mut Session| {
@@ -309,7 +309,7 @@ fn with_no_reboot_a_reset_ends_rvmm() {
 }
 
 #[test]
-fn a_guest_that_ends_because_of_a_failure_ends_rvmm_with_code_3() {
+fn a_guest_that_reports_a_failure_ends_rvmm_with_code_3() {
     let Some(host) = host() else { return };
     for (wish, code, said) in
         [("q", 0, ""), ("f", 3, "failure 42"), ("p", 0, ""), ("F", 3, "a system failure")]
@@ -324,7 +324,7 @@ fn a_guest_that_ends_because_of_a_failure_ends_rvmm_with_code_3() {
 }
 
 #[test]
-fn timers_wake_every_hart_and_a_machine_asleep_stops_when_told_to() {
+fn timers_wake_every_hart_and_a_sleeping_machine_can_be_stopped() {
     let Some(host) = host() else { return };
     for irqchip in &host.irqchips {
         for (cpus, signal) in [("1", Signal::TERM), ("4", Signal::TERM), ("4", Signal::INT)] {
@@ -353,7 +353,7 @@ fn a_trap_without_a_vector_is_a_documented_stop() {
         let mut session = start("hostile", irqchip, &["--cmdline", "end=vector"]);
         session.expect("hostile: a trap whose vector is nowhere\n");
         if host.linux >= (6, 14) {
-            // The kernel itself raises the fault, again and again: the hart spins, and can be stopped.
+            // KVM itself raises the fault repeatedly: the hart spins, and can be stopped.
             session.signal(Signal::TERM);
             assert_eq!(session.exit_code_within(STOP_LIMIT), 0);
             continue;
@@ -366,7 +366,7 @@ fn a_trap_without_a_vector_is_a_documented_stop() {
 }
 
 #[test]
-fn a_hart_that_spins_in_traps_stops_when_told_to() {
+fn a_hart_that_spins_in_traps_can_be_stopped() {
     let Some(host) = host() else { return };
     for irqchip in &host.irqchips {
         let mut session = start("hostile", irqchip, &["--cmdline", "end=spin"]);

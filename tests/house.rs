@@ -1,5 +1,5 @@
-//! Ring 1: what a machine can hold of the house rules. Each rule is a function from a file to complaints; the second half of
-//! this file shows every rule a made-up file that it must complain about, and one that it must not.
+//! Ring 1: the house rules that can be checked automatically. Each rule is a function from a file to complaints; the tests
+//! here also apply every rule to a made-up file with a violation, and to one without.
 
 #![allow(
     clippy::expect_used,
@@ -38,7 +38,7 @@ fn holds(rule: Rule) {
     assert!(complaints.is_empty(), "\n{}\n", complaints.join("\n"));
 }
 
-/// What the rule says about a file that does not exist.
+/// Number of complaints of the rule about a made-up file.
 fn complaints(rule: Rule, path: &str, text: &str) -> usize {
     rule(&File::new(path, text)).len()
 }
@@ -79,7 +79,7 @@ fn files_have_400_lines_of_production_code_at_most() {
 }
 
 #[test]
-fn files_begin_by_saying_what_they_are() {
+fn files_begin_with_a_description() {
     holds(rules::first_line);
     refuses(rules::first_line, "src/a.rs", "use std::io;\n//! Late\n");
     refuses(rules::first_line, "src/a.rs", "//!\n//! Late\n");
@@ -87,7 +87,7 @@ fn files_begin_by_saying_what_they_are() {
 }
 
 #[test]
-fn arrows_point_one_way() {
+fn dependencies_have_one_direction() {
     holds(rules::arrows);
     refuses(rules::arrows, "boot/src/a.rs", "use rvmm_devices::Bus;\n");
     refuses(rules::arrows, "devices/src/a.rs", "fn f() { rvmm_boot::place(); }\n");
@@ -108,7 +108,7 @@ fn arrows_point_one_way() {
 }
 
 #[test]
-fn one_outside_crate_lives_in_one_room() {
+fn an_external_crate_is_used_in_one_place() {
     holds(rules::crates);
     refuses(rules::crates, "src/machine/build.rs", "use kvm_ioctls::Kvm;\n");
     refuses(rules::crates, "src/machine/build.rs", "let x = kvm_bindings::KVM_API_VERSION;\n");
@@ -125,7 +125,7 @@ fn one_outside_crate_lives_in_one_room() {
 }
 
 #[test]
-fn names_say_something() {
+fn names_have_a_meaning() {
     holds(rules::names);
     for path in
         ["src/util.rs", "src/common/mod.rs", "devices/src/misc.rs", "src/vcpu/exit_handler.rs"]
@@ -153,7 +153,7 @@ fn names_say_something() {
 }
 
 #[test]
-fn unsafe_code_is_rare_and_says_why_it_is_sound() {
+fn unsafe_code_is_rare_and_justified() {
     holds(rules::unsafe_code);
     refuses(rules::unsafe_code, "src/kvm/a.rs", "fn f() {\n    unsafe { g() }\n}\n");
     refuses(rules::unsafe_code, "src/kvm/a.rs", "unsafe impl Send for A {}\n");
@@ -169,7 +169,7 @@ fn unsafe_code_is_rare_and_says_why_it_is_sound() {
 }
 
 #[test]
-fn the_architecture_is_asked_for_in_one_place() {
+fn the_architecture_is_checked_in_one_place() {
     holds(rules::architecture);
     refuses(rules::architecture, "src/main.rs", "#[cfg(target_arch = \"riscv64\")]\nfn f() {}\n");
     refuses(
@@ -199,7 +199,7 @@ fn nothing_is_left_for_later() {
 }
 
 #[test]
-fn scripts_say_what_they_do_and_stop_at_errors() {
+fn scripts_have_a_description_and_stop_at_errors() {
     holds(rules::scripts);
     let head = "#!/usr/bin/env bash\n# Does it.\n";
     refuses(rules::scripts, "scripts/a", head);
@@ -211,7 +211,7 @@ fn scripts_say_what_they_do_and_stop_at_errors() {
 }
 
 #[test]
-fn no_path_of_somebodys_machine_is_written_down() {
+fn no_file_contains_a_path_of_a_developers_machine() {
     holds(rules::paths);
     for folder in ["home", "Users", "work"] {
         refuses(rules::paths, "scripts/a", &format!("cd /{folder}/somebody\n"));
@@ -220,7 +220,7 @@ fn no_path_of_somebodys_machine_is_written_down() {
 }
 
 #[test]
-fn the_map_points_at_what_is_there() {
+fn links_in_the_documentation_exist() {
     holds(rules::links);
     refuses(rules::links, "README.md", "see [here](src/nowhere.rs)\n");
     refuses(rules::links, "docs/a.md", "see [here](nowhere.md)\n");
@@ -233,7 +233,7 @@ fn the_map_points_at_what_is_there() {
     accepts(rules::links, "docs/a.md", "[a](../src/lib.rs#L3)\n");
 }
 
-/// What the two languages of a lab's page do not have in common: everything that is typed or printed is the same.
+/// The differences between the two languages of a lab's page in text that is typed or printed.
 fn differences(english: &str, chinese: &str) -> Vec<String> {
     let (theirs, ours) = (page::blocks(chinese), page::blocks(english));
     let pairs = ours.iter().zip(&theirs).filter(|((_, ours), (_, theirs))| ours != theirs);
@@ -291,7 +291,7 @@ fn a_page_whose_translation_has_another_command_is_found() {
 }
 
 #[test]
-fn a_test_that_has_nothing_to_run_on_says_so() {
+fn a_test_that_cannot_run_is_reported_as_skipped() {
     holds(rules::skipped);
     let test = |body: &str| format!("#[test]\nfn a_b_c() {{\n    {body}\n}}\nfn f() {{}}\n");
     refuses(rules::skipped, "src/a.rs", &test("if !g() {\n        return;\n    }"));

@@ -1,5 +1,5 @@
-//! Ring 2: a host that has nothing to do sleeps, whatever guests it had. Its own /proc/stat calls a CPU idle that never sleeps, so the
-//! measure is taken from outside: the CPU time of the QEMU that is this host.
+//! Ring 2: an idle host sleeps after any guest. Its own /proc/stat counts a CPU that never sleeps as idle, so the CPU time of
+//! the QEMU that runs this host is measured.
 
 #![allow(
     clippy::expect_used,
@@ -22,10 +22,10 @@ use harness::{Host, STOP_LIMIT, Session, guest, host, rvmm, skip};
 use rustix::process::{Pid, Signal};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-/// How long the host is looked at.
+/// Duration of a measurement.
 const WHILE: Duration = Duration::from_secs(4);
 
-/// Seconds of CPU time that this host has taken from the machine below, where that can be asked (`scripts/host`).
+/// Seconds of CPU time that this host has used of the machine below, if available (`scripts/host`).
 fn cpu_time() -> Option<f64> {
     let address = std::env::var("RVMM_HOST_CPU_TIME").ok()?;
     let mut answer = String::new();
@@ -33,7 +33,7 @@ fn cpu_time() -> Option<f64> {
     Some(answer.trim().parse::<f64>().unwrap() / 100.0)
 }
 
-/// CPUs of the machine below that are busy with this host while `what` is done: 1 for one all the time.
+/// Average number of CPUs of the machine below that are busy with this host during `what`.
 fn busy_while(what: impl FnOnce()) -> f64 {
     let (start, before) = (Instant::now(), cpu_time().unwrap());
     what();
@@ -49,7 +49,7 @@ fn work() {
     }
 }
 
-/// A guest that has set a timer and says `wfi: armed`.
+/// A guest that has set a timer and prints `wfi: armed`.
 fn armed(arguments: &[&str]) -> Session {
     let usual = ["--no-initrd", "--mem", "64M", "--cmdline", "end=armed"];
     let session = rvmm(&usual).args(arguments).kernel(&guest("wfi")).start();
@@ -87,7 +87,7 @@ fn reboots(_: &Host) {
     assert_eq!(session.exit_code(), 0);
 }
 
-/// Its hart's thread has been on every CPU and ends on the last one.
+/// Moves the hart's thread to every CPU, and ends the guest on the last one.
 fn moves(host: &Host) {
     let mut session = armed(&[]);
     let thread = hart_thread(&session);
@@ -101,14 +101,14 @@ fn moves(host: &Host) {
     assert_eq!(session.exit_code(), 0);
 }
 
-/// What ends a guest, and what runs one to that end.
+/// The way in which a guest ends, and a function that runs a guest until then.
 type End = (&'static str, fn(&Host));
 
 #[test]
-fn the_host_sleeps_after_a_guest_that_had_set_a_timer() {
+fn the_host_is_idle_after_a_guest_that_had_set_a_timer() {
     let Some(host) = host() else { return };
     if cpu_time().is_none() {
-        return skip("nobody tells how much CPU time this host takes (scripts/host does)");
+        return skip("the CPU time of this host is not available (scripts/host provides it)");
     }
     let busy = busy_while(work);
     let ends: [End; 4] = [

@@ -1,4 +1,4 @@
-//! Ring 2: every form in which a kernel can be given, and every file that is none.
+//! Ring 2: every supported form of a kernel, and files that are not kernels.
 
 #![allow(
     clippy::expect_used,
@@ -38,7 +38,7 @@ fn every_form_of_a_kernel_boots() {
 }
 
 #[test]
-fn the_verb_run_is_the_same_as_none() {
+fn the_subcommand_run_is_the_default() {
     if host().is_none() {
         return;
     }
@@ -47,14 +47,14 @@ fn the_verb_run_is_the_same_as_none() {
 }
 
 #[test]
-fn a_flat_binary_beside_a_kernel_lies_where_it_was_put() {
+fn a_flat_binary_beside_a_kernel_is_at_its_address() {
     if host().is_none() {
         return;
     }
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("flat");
     fs::write(&file, [0x5a; 10_000]).expect("a file");
-    // The guest `reboot` finds memory that is not clear.
+    // The guest `reboot` detects memory that is not zero.
     let mut session =
         small(&[]).kernel(&guest("reboot")).path("--load=", &file, "@0x8100_0000").start();
     session.expect("FAIL reboot: memory: memory at 0x81000000: got 5a5a5a5a5a5a5a5a");
@@ -63,7 +63,7 @@ fn a_flat_binary_beside_a_kernel_lies_where_it_was_put() {
 }
 
 #[test]
-fn the_tree_that_is_dumped_is_a_tree_and_boots_as_one_of_the_users_own() {
+fn a_dumped_tree_is_valid_and_boots_as_the_users_tree() {
     if host().is_none() {
         return;
     }
@@ -80,7 +80,7 @@ fn the_tree_that_is_dumped_is_a_tree_and_boots_as_one_of_the_users_own() {
     passes(small(&[]).kernel(&guest("hello")).args(&["--dtb"]).path("", &tree, "").start());
 }
 
-/// A program for any address: says F on the UART and powers off by SBI.
+/// A position-independent program: prints F on the UART and powers off through SBI.
 const FIRMWARE: [u32; 12] = [
     0x0000_0417, // auipc s0, 0
     0x1000_02b7, // lui t0, 0x10000
@@ -118,7 +118,7 @@ fn firmware_in_a_flash_is_executed_in_place() {
 }
 
 #[test]
-fn an_elf_file_whose_entry_is_nowhere_runs_from_its_lowest_address() {
+fn an_elf_file_with_an_invalid_entry_runs_from_its_lowest_address() {
     if host().is_none() {
         return;
     }
@@ -137,7 +137,7 @@ fn an_elf_file_whose_entry_is_nowhere_runs_from_its_lowest_address() {
 }
 
 #[test]
-fn a_tree_of_the_users_own_is_held_against_the_machine() {
+fn a_users_tree_is_compared_with_the_machine() {
     if host().is_none() {
         return;
     }
@@ -146,15 +146,15 @@ fn a_tree_of_the_users_own_is_held_against_the_machine() {
     passes(small(&[]).kernel(&guest("hello")).args(&["--dump-dtb"]).path("", &tree, "").start());
     let other =
         |mem: &str| rvmm(&["--mem", mem, "--no-initrd"]).no_input().path("--dtb=", &tree, "");
-    refused(other("32M").kernel(&guest("hello")), "tree.dtb", "names memory at 0x80000000");
+    refused(other("32M").kernel(&guest("hello")), "tree.dtb", "describes memory at 0x80000000");
     let mut session = other("128M").kernel(&guest("hello")).start();
     session.expect("PASS hello\n");
     assert_eq!(session.exit_code(), 0);
     let errors = session.all_errors();
-    assert!(errors.contains("names 64M of memory, and the machine has 128M"), "{errors}");
+    assert!(errors.contains("describes 64M of memory, but the machine has 128M"), "{errors}");
 }
 
-/// Where there is a dtc it must find nothing to complain about. (The trees of every board go through dtc in ring 1.)
+/// Checks that dtc, if installed, has no warnings. (Ring 1 checks the trees of every board with dtc.)
 fn warnings_of_dtc(tree: &Path) {
     match Command::new("dtc").args(["-I", "dtb", "-O", "dts", "-o", "/dev/null"]).arg(tree).output()
     {
@@ -163,7 +163,7 @@ fn warnings_of_dtc(tree: &Path) {
     }
 }
 
-/// rvmm refuses what it was given: exit code 2 and one line, which names the file and says `words`.
+/// Checks that rvmm refuses its arguments: exit code 2 and one line with the name of the file and `words`.
 fn refused(launch: Launch, file: &str, words: &str) {
     let mut session = launch.start();
     assert_eq!(session.exit_code(), 2, "{}", session.errors());
@@ -217,7 +217,7 @@ fn files_that_are_no_kernel_are_refused_in_one_line() {
 }
 
 #[test]
-fn things_that_are_no_file_are_refused_in_one_line() {
+fn paths_that_are_not_regular_files_are_refused_in_one_line() {
     if host().is_none() {
         return;
     }
@@ -233,7 +233,7 @@ fn things_that_are_no_file_are_refused_in_one_line() {
 }
 
 #[test]
-fn a_hundred_gibibytes_of_nothing_are_refused_without_being_read() {
+fn a_sparse_file_of_a_hundred_gibibytes_is_refused_without_being_read() {
     if host().is_none() {
         return;
     }
@@ -282,7 +282,7 @@ fn the_memory_that_a_refusal_asks_for_is_enough() {
 }
 
 #[test]
-fn a_disk_file_that_shrinks_under_the_guest_is_a_documented_stop_at_worst() {
+fn a_kernel_file_that_shrinks_under_the_guest_is_at_worst_a_documented_stop() {
     if host().is_none() {
         return;
     }
@@ -290,7 +290,7 @@ fn a_disk_file_that_shrinks_under_the_guest_is_a_documented_stop_at_worst() {
     let path = folder.path().join("kernel");
     let mut image = fs::read(guest("reboot")).expect("a guest");
     image.resize(8 << 20, 0);
-    // The header must say so, or what lies behind the image would be other memory.
+    // The header has to give the size, or the guest would use the memory after the image.
     let size = (image.len() as u64).to_le_bytes();
     image[16..24].copy_from_slice(&size);
     fs::write(&path, image).expect("a file");
@@ -301,7 +301,7 @@ fn a_disk_file_that_shrinks_under_the_guest_is_a_documented_stop_at_worst() {
         .open(&path)
         .and_then(|file| file.set_len(4096))
         .expect("a shorter file");
-    // The guest may have met the missing page by itself.
+    // The guest may have hit the missing page already.
     let _ = session.try_send(b"c");
     let code = session.exit_code();
     assert!(code == 2 || code == 3, "exit code {code}: {}", session.errors());

@@ -53,7 +53,7 @@ fn every_lab_prints_what_its_grader_looks_for() {
     ] {
         assert!(text.contains(&format!("lab {name}: passed")), "{name}: {text}");
     }
-    // Only root can have the host's flash, and only where there is one.
+    // Only root has access to the host's flash, and only if there is one.
     let is_there = text.contains("lab h_2_0 (passthrough): passed");
     assert!(is_there || text.contains("lab h_2_0 (passthrough): skipped: "), "{text}");
 }
@@ -75,23 +75,23 @@ fn a_lab_explains_every_exit() {
 }
 
 #[test]
-fn what_is_explained_leaves_the_guests_lines_whole() {
+fn explanations_leave_the_guests_lines_intact() {
     let Some(_) = host() else { return };
     let mut session = lab(&["rvm-1", "--explain", "--check"]);
     assert_eq!(session.exit_code(), 0, "{}", session.all_errors());
     let text = text(&session);
     assert!(text.contains("  1. U         puts an ebreak"), "{text}");
-    // The line's bytes come by one call, which is explained once.
+    // The line's bytes are sent by one call, which is explained once.
     assert_eq!(text.matches(", a7 = 0x1.").count(), 1, "{text}");
     assert!(text.contains("[INFO][GUEST] Hello, world!\n"), "{text}");
 }
 
 #[test]
-fn a_payload_of_a_students_own_is_judged_as_the_labs_is() {
+fn a_students_payload_is_graded_as_the_labs_is() {
     let Some(_) = host() else { return };
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("skernel2");
-    // csrr a1,mhartid; ld a0,64(zero); then one runs the labs' own shutdown, one an instruction that does not exist.
+    // csrr a1,mhartid; ld a0,64(zero); then one executes the labs' own shutdown, one an undefined instruction.
     let start = [0xf3, 0x25, 0x40, 0xf1, 0x03, 0x35, 0x00, 0x04];
     for (end, code) in [(vec![0xa1, 0x48, 0x73, 0, 0, 0], 0), (vec![0, 0], 3)] {
         fs::write(&path, [&start[..], &end].concat()).expect("a payload");
@@ -132,7 +132,7 @@ fn the_same_exercise_runs_by_plain_flags() {
             .args(&["--csr", "mhartid=0x1234", "--device", "const,addr=0x40,value=0x6688"])
             .start();
     assert_eq!(session.exit_code(), 0, "{}", session.all_errors());
-    // Without the CSR the machine says what is missing.
+    // Without the CSR option the machine reports what is missing.
     let mut session =
         rvmm(&["--mem", "16M", "--load", &load, "--entry", "0x80200000", "--mode", "vu"]).start();
     assert_eq!(session.exit_code(), 3);
@@ -162,13 +162,13 @@ fn linux_starts_at_another_address_with_its_tree_at_another() {
     .path("--dump-dtb=", &tree, "")
     .no_input()
     .start();
-    // Without a root file system it ends there, with all its devices found.
+    // Without a root file system it panics, after it has found all its devices.
     session.expect("Kernel panic - not syncing: VFS: Unable to mount root fs");
     drop(session);
     assert!(fs::metadata(&tree).expect("a tree").len() > 1000);
 }
 
-/// ASCII's acknowledgement, which is a byte of its own between the guests of two-vms.
+/// The ASCII acknowledgement, which the guests of two-vms send as a separate byte.
 const ACK: u8 = 6;
 
 /// The files of two-vms, with their paths in a folder.
@@ -209,11 +209,11 @@ fn two_machines_from_two_files_talk_over_a_line() {
     let Some(_) = host() else { return };
     let folder = tempfile::tempdir().expect("a folder");
     let pair = Pair::new(&folder);
-    // Nobody listens yet.
+    // The other machine does not listen yet.
     let mut early = pair.start("right");
     assert_eq!(early.exit_code(), 1);
     assert!(
-        early.all_errors().contains("start the machine that listens there first"),
+        early.all_errors().contains("start the machine that listens on it first"),
         "{}",
         early.all_errors()
     );
@@ -230,18 +230,18 @@ fn two_machines_from_two_files_talk_over_a_line() {
 
 /// The left machine of two-vms alone, with the test at the other end of its line.
 #[test]
-fn a_line_that_lost_its_front_does_not_count_and_one_that_is_not_acknowledged_is_sent_again() {
+fn an_incomplete_line_is_ignored_and_an_unacknowledged_one_is_sent_again() {
     let Some(_) = host() else { return };
     let folder = tempfile::tempdir().expect("a folder");
     let mut left = Pair::new(&folder).start("left");
     let other = left.connect(&folder.path().join("link.sock"));
     let mut other = BufReader::new(other);
-    // What was sent before anybody listened is lost, the front of a line, too.
+    // Bytes that were sent before there was a reader are lost, including the start of a line.
     next_line(&mut other);
     assert_eq!(next_line(&mut other), b"\x02hello from left\n");
     other.get_mut().write_all(b"m nobody\n\x02hello from the test\n").expect("room");
     left.expect("got over the line: hello from the test\n");
-    // The lines that went out before the answer have nothing in front.
+    // The lines sent before the reply have no prefix.
     let answer = loop {
         let line = next_line(&mut other);
         if line.first() == Some(&ACK) {
@@ -256,9 +256,9 @@ fn a_line_that_lost_its_front_does_not_count_and_one_that_is_not_acknowledged_is
 }
 
 #[test]
-fn a_guest_with_a_vector_of_its_own_gets_its_traps_itself() {
+fn a_guest_with_its_own_vector_handles_its_traps_itself() {
     let Some(_) = host() else { return };
-    // The guest for faults has a vector and causes breakpoints and illegal instructions of its own.
+    // The guest `fault` has its own vector and causes breakpoints and illegal instructions.
     let mut session =
         rvmm(&["--no-initrd", "--mem", "64M", "--sbi-v01", "patch", "--csr", "mhartid=1"])
             .kernel(&guest("fault"))

@@ -1,5 +1,5 @@
-//! Ring 3: Debian's kernel under rvmm, to the built-in prompt and to an initramfs of one's own, with every interrupt
-//! controller that the host can give. A boot takes a quarter of a minute in an emulated host, so each one checks much.
+//! Ring 3: Debian's kernel under rvmm, to the built-in prompt and to a user's initramfs, with every interrupt
+//! controller that the host supports. A boot takes a quarter of a minute in an emulated host, so each one checks much.
 
 #![allow(
     clippy::expect_used,
@@ -21,8 +21,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use harness::{Launch, STOP_LIMIT, host, kernel, one_host, rvmm};
 use rustix::process::Signal;
 
-/// Bytes of console output that must come through a slow reader unharmed, in a long run and in others. Each is an exit, and a
-/// million take two minutes where the host is emulated.
+/// Bytes of console output that have to pass a slow reader unchanged, in a long run and in others. Each is an exit, and a
+/// million take two minutes in an emulated host.
 const FLOOD: (usize, usize) = (10_000_000, 500_000);
 
 /// A machine of 512 MiB with Debian's kernel.
@@ -38,7 +38,7 @@ fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock").as_secs()
 }
 
-/// Boots to the prompt and looks at everything that the machine shows.
+/// Boots to the prompt and checks the properties of the machine.
 fn look_around(irqchip: &str, cpus: &str) {
     let mut session = machine(irqchip, cpus).start();
     let greeting = format!("on {cpus} harts");
@@ -52,13 +52,13 @@ fn look_around(irqchip: &str, cpus: &str) {
     assert!(cpuinfo.contains("rv64imafdc"), "{cpuinfo}");
     assert!(cpuinfo.contains("mmu\t\t: sv"), "{cpuinfo}");
 
-    // All of the 512 MiB but what the kernel takes for itself: its image, an entry per page, the harts' own areas.
+    // 512 MiB minus the kernel's own memory: its image, an entry per page, the per-CPU areas.
     let total = session.ask("sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo");
     let megabytes = number(&total) / 1024;
     assert!((400..512).contains(&megabytes), "MemTotal says {megabytes} MiB of 512");
     assert_eq!(session.ask("cat /proc/cmdline"), "earlycon=sbi console=ttyS0\n");
 
-    // The clock: both the device and the time that the kernel took from it at boot.
+    // The RTC, and the time that the kernel has read from it at boot.
     for command in ["cat /sys/class/rtc/rtc0/since_epoch", "date +%s"] {
         let seconds = number(&session.ask(command));
         assert!(
@@ -76,7 +76,7 @@ fn look_around(irqchip: &str, cpus: &str) {
     let complaints = log::complaints(&session.ask("dmesg -r"));
     assert!(complaints.is_empty(), "the kernel complains:\n{}", complaints.join("\n"));
 
-    // In place: the same process, a new machine.
+    // A reboot: the same process, a new machine.
     session.send("reboot\n");
     session.expect("rvmm: Linux ");
     session.expect("rvmm# ");
@@ -115,7 +115,7 @@ fn four_harts_come_up_with_a_plic_where_the_host_has_aia() {
     look_around("plic", "4");
 }
 
-/// Boots to an initramfs of one's own, types into its shell, and powers off from there.
+/// Boots to a user's initramfs, types into its shell, and powers off from there.
 fn own_initramfs(irqchip: &str, cpus: &str) {
     let folder = tempfile::tempdir().expect("a folder");
     let initrd = initramfs::build(folder.path(), &[], &[]);
@@ -134,7 +134,7 @@ fn own_initramfs(irqchip: &str, cpus: &str) {
 #[test]
 fn a_kernel_without_the_memory_that_it_needs_says_so() {
     let Some(_) = host() else { return };
-    // Enough for its image, and nothing for its tables of pages: it dies long before its driver of the UART is there.
+    // Enough for its image, but not for its page tables: it panics long before its UART driver starts.
     let mut session = rvmm(&["--mem", "64M"]).kernel(&kernel()).start();
     session.expect("Kernel panic - not syncing: ");
     session.signal(Signal::TERM);
@@ -156,7 +156,7 @@ fn a_flood_reaches_a_slow_reader_byte_for_byte_and_an_idle_machine_stops() {
     let mut output = session.take_output();
     read_until(&mut output, b"own initramfs is up\r\n");
     read_until(&mut output, b"begin\n");
-    // Long enough for every buffer on the way to fill up.
+    // Long enough to fill every buffer in between.
     std::thread::sleep(Duration::from_secs(1));
     let mut got = vec![0; count];
     for piece in got.chunks_mut(100_000) {
@@ -167,13 +167,13 @@ fn a_flood_reaches_a_slow_reader_byte_for_byte_and_an_idle_machine_stops() {
     assert!(got == data, "only the first {same} bytes are right");
     read_until(&mut output, b"end\n");
 
-    // Nothing runs in the guest now but a shell that waits.
+    // Only a waiting shell runs in the guest now.
     read_until(&mut output, b"# ");
     session.signal(Signal::TERM);
     assert_eq!(session.exit_code_within(STOP_LIMIT), 0);
 }
 
-/// Reads byte by byte until `text` has come.
+/// Reads byte by byte until `text`.
 fn read_until(stream: &mut impl Read, text: &[u8]) {
     let mut seen = Vec::new();
     while !seen.ends_with(text) {

@@ -1,7 +1,7 @@
-//! Ring 3: load that Debian's own programs make, and what it meets: killed machines, full and failing disks, drivers that let go
-//! of their devices, reboots.
+//! Ring 3: load by Debian's own programs, combined with killed machines, full and failing disks, drivers that are unbound,
+//! reboots.
 //!
-//! The guest is Debian's disk with a shell as process 1. In a long run (`scripts/test long`) everything happens more often.
+//! The guest is Debian's disk with a shell as process 1. A long run (`scripts/test long`) has more repetitions.
 
 #![allow(
     clippy::expect_used,
@@ -34,7 +34,7 @@ fn boot(irqchip: &str, modules: &str, arguments: &[String]) -> Session {
 }
 
 fn set_up(mut session: Session, modules: &str) -> Session {
-    // What a new shell says, and an old one did not.
+    // Only a new shell prints this.
     session.expect("job control turned off");
     session.expect("# ");
     session.ask(&format!(
@@ -50,8 +50,7 @@ fn on_the_host(script: &str) {
     assert!(output.status.success(), "{script}: {said}");
 }
 
-/// Debian's disk as a folder of the host, for programs that the host does not have; a tmpfs of 8 MiB; a device that fails when
-/// it is told to.
+/// Debian's disk mounted on the host, for programs that the host lacks; a tmpfs of 8 MiB; a device that fails on demand.
 struct Lab {
     at: tempfile::TempDir,
     server: Option<Child>,
@@ -91,7 +90,7 @@ impl Lab {
         "/dev/mapper/rvmm-flaky"
     }
 
-    /// Gives the device its table: `linear` passes everything on, `error` nothing, `flakey` fails from the first moment on.
+    /// Sets the device-mapper table: `linear` passes all requests on, `error` none, `flakey` fails at once.
     fn dm(&self, command: &str, target: &str) {
         let device = fs::read_to_string(self.small().join("name")).expect("a loop device");
         let device = device.trim();
@@ -137,7 +136,7 @@ impl Drop for Lab {
     }
 }
 
-/// A sparse file of so many MiB.
+/// A sparse file of this size in MiB.
 fn blank(path: &Path, mib: u64) {
     File::create(path).and_then(|file| file.set_len(mib << 20)).expect("a sparse file");
 }
@@ -160,7 +159,7 @@ fn fio_finds_what_it_wrote_to_raw_and_qcow2_disks_also_after_the_machine_was_kil
     let mut session = boot(host.irqchips[0], "virtio_blk", &disks);
     let written = session.ask(&format!("{jobs} >/tmp/out && echo verified || cat /tmp/out"));
     assert_eq!(written, "verified\n");
-    // The other half of both disks is being written when the machine dies.
+    // The other half of both disks is being written when the machine is killed.
     session.send(
         "fio --minimal --direct=1 --rw=randwrite --bs=4k --offset=64M --size=32M --ioengine=libaio --iodepth=16 --loops=100 \
          --name=raw --filename=/dev/vdb --name=qcow2 --filename=/dev/vdc >/dev/null & sleep 3; echo under''way\n",
@@ -178,7 +177,7 @@ fn fio_finds_what_it_wrote_to_raw_and_qcow2_disks_also_after_the_machine_was_kil
     assert_eq!(session.exit_code(), 0);
 }
 
-/// Every disk, network, folder and whatever else a machine can have.
+/// Arguments for every kind of device.
 fn everything(lab: &Lab, shared: &Path) -> Vec<String> {
     let full = lab.small().join("full.img");
     blank(&full, 32);
@@ -205,7 +204,7 @@ const MODULES: &str = "virtio_blk virtio_net virtio_rng virtio_balloon virtio_co
 fn meet_a_full_disk(session: &mut Session, lab: &Lab) {
     let fill = "dd if=/dev/urandom of=/dev/vdb bs=64k count=256 oflag=direct 2>&1 | grep -o 'Input/output error'";
     assert_eq!(session.ask(fill), "Input/output error\n");
-    // What is there can be read, and what was once written can be written again.
+    // Existing blocks can be read, and allocated blocks can be written again.
     let works = "dd if=/dev/vdb of=/dev/null bs=64k count=16 iflag=direct 2>/dev/null && dd if=/dev/zero of=/dev/vdb bs=64k count=16 oflag=direct 2>/dev/null && echo works";
     assert_eq!(session.ask(works), "works\n");
     on_the_host(&format!("mount -o remount,size=64m {}", lab.small().display()));
@@ -213,7 +212,7 @@ fn meet_a_full_disk(session: &mut Session, lab: &Lab) {
 }
 
 fn meet_a_failing_disk(session: &mut Session, lab: &Lab) {
-    // Each time elsewhere, and to the medium: the host keeps what it has read and takes what is written.
+    // Each time at another offset, and with fsync: the host caches reads and buffers writes.
     let try_both = |at: u32| {
         format!(
             "for way in 'if=/dev/vdc of=/dev/null iflag=direct skip={at}' 'if=/dev/zero of=/dev/vdc conv=fsync seek={at}'; do \
@@ -230,7 +229,7 @@ fn meet_a_failing_disk(session: &mut Session, lab: &Lab) {
 fn send_both_ways(session: &mut Session, address: &str) {
     let seconds = by_length(10, 1);
     for way in ["", "-R"] {
-        // The server takes one client at a time, and a moment between two of them.
+        // The server accepts one client at a time, with a short pause between two of them.
         let run = format!("iperf3 -c {address} {way} -t {seconds} -f k >/tmp/said 2>&1");
         let said = session
             .ask(&format!("for n in $(seq 60); do {run} && break; sleep 1; done; cat /tmp/said"));
@@ -242,14 +241,14 @@ fn send_both_ways(session: &mut Session, address: &str) {
     }
 }
 
-/// What gives the guest's cards their addresses, anew where a driver has come again.
+/// Sets the addresses of the guest's network cards, also after a driver has been bound again.
 const PLUG_IN: &str = "for n in eth0 eth1; do ip link set $n up; done; ip addr replace 192.0.2.102/30 dev eth0; \
                        ip addr replace 10.0.2.15/24 dev eth1";
 
-/// Every driver but the root disk's lets go of its device and takes it again, again and again, while all of them work.
+/// Unbinds and binds every driver except the root disk's repeatedly, while all devices are in use.
 fn reset_everything(session: &mut Session) {
     let times = by_length(100, 4);
-    // All end when the file does.
+    // All jobs end when the file is deleted.
     session.ask("touch /tmp/go; mkdir -p /w");
     for work in [
         "dd if=/dev/vdd of=/dev/null bs=64k count=64 iflag=direct",
@@ -258,7 +257,7 @@ fn reset_everything(session: &mut Session) {
         "ping -c 20 -i 0.01 -s 1400 192.0.2.101",
         "iperf3 -c 192.0.2.101 -t 1",
     ] {
-        // A connection whose network card goes away waits for a quarter of an hour.
+        // A connection over a network card that is removed waits for a quarter of an hour.
         session.ask(&format!(
             "(while [ -e /tmp/go ]; do timeout -s KILL 10 {work} >/dev/null 2>&1; sleep 0.05; done) & true"
         ));

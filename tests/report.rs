@@ -1,5 +1,5 @@
-//! The report of a trace, in a browser: what a person sees, without a line on the console. The trace is one of Debian's kernel,
-//! of which exits were left out until it was small.
+//! The report of a trace in a browser: its visible content, without console messages. The trace is one of Debian's kernel,
+//! reduced by leaving out exits.
 
 #![allow(
     clippy::expect_used,
@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 
 use harness::{Launch, rvmm, skip};
 
-/// Browsers of the family that the flags below belong to.
+/// Browsers that support the flags below.
 const BROWSERS: [&str; 4] =
     ["chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"];
 
@@ -31,7 +31,7 @@ fn browser() -> Option<PathBuf> {
     found
 }
 
-/// Has the browser show `page`, and gives what it printed and complained about.
+/// Shows `page` in the browser, and returns its standard output and error.
 fn show(browser: &Path, page: &Path, flags: &[&str]) -> (String, String) {
     let profile = tempfile::tempdir().expect("a folder");
     let usual = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"];
@@ -69,7 +69,7 @@ fn a_browser_shows_the_report_light_and_dark_and_has_nothing_to_complain_about()
     let folder = tempfile::tempdir().expect("a folder");
     let page = report(folder.path());
     let (dom, errors) = show(&browser, &page, &["--dump-dom"]);
-    for part in ["Time line", "By kind", "The ten slowest", "What they are", "serial LSR"] {
+    for part in ["Time line", "By kind", "The ten slowest", "Explanations", "serial LSR"] {
         assert!(dom.contains(part), "no {part}");
     }
     assert!(!errors.contains("CONSOLE"), "{errors}");
@@ -88,7 +88,7 @@ fn a_browser_shows_the_report_light_and_dark_and_has_nothing_to_complain_about()
 }
 
 #[test]
-fn the_browsers_complaints_would_be_seen() {
+fn errors_in_the_browser_would_be_found() {
     let Some(browser) = browser() else { return };
     let folder = tempfile::tempdir().expect("a folder");
     let page = folder.path().join("page.html");

@@ -1,5 +1,5 @@
-//! Ring 1: the console from outside, without a guest: a process that echoes through the UART, the I/O thread and the console
-//! of standard input and output, on terminals, pipes and files.
+//! Ring 1: the console without a guest: a process that echoes through the UART, the I/O thread and the console on standard
+//! input and output, on terminals, pipes and files.
 
 #![allow(
     clippy::expect_used,
@@ -33,20 +33,20 @@ use rvmm::terminal::{self, StopRequest};
 use rvmm_devices::{Bus, Claim, Model, Options, Wiring};
 use vmm_sys_util::signal::register_signal_handler;
 
-/// Far more than anything here takes, so that only a hang fails.
+/// Time-out far above the usual times, so that only a hang fails.
 const LONG: Duration = Duration::from_secs(60);
 const LIMIT: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
 
 /// Set for the process that echoes; `panic` makes it panic at the first byte.
 const ECHO: &str = "RVMM_TEST_ECHO";
 
-/// The test that is the process that echoes.
-const THIS_TEST: &str = "this_process_echoes_only_where_it_is_told_to";
+/// The test that runs as the process that echoes.
+const THIS_TEST: &str = "this_process_echoes_only_on_request";
 
-/// What the process that echoes says when its console is open.
+/// Message of the process that echoes when its console is open.
 const READY: &[u8] = b"echo: ready\n";
 
-/// What the process says when somebody presses its power button.
+/// Message of the process when its power button is pressed.
 const PRESSED: &[u8] = b"pressed";
 
 /// The data register and the line status of a 16550.
@@ -77,17 +77,17 @@ fn send(bus: &Bus, byte: u8) {
 }
 
 #[test]
-fn this_process_echoes_only_where_it_is_told_to() {
+fn this_process_echoes_only_on_request() {
     match std::env::var(ECHO) {
         Ok(mode) => echo(&mode),
         Err(error) => assert_eq!(error, std::env::VarError::NotPresent),
     }
 }
 
-/// The process that the tests here start: what a machine does, with a loop in the place of a hart.
+/// The process that the tests start: like a machine, with a loop instead of a hart.
 fn echo(mode: &str) {
     if mode == "job" {
-        jobs::take_a_turn_when_told();
+        jobs::come_to_foreground_on_request();
     } else if io::stdin().is_terminal() {
         setsid().unwrap();
         rustix::process::ioctl_tiocsctty(io::stdin()).unwrap();
@@ -134,8 +134,8 @@ fn echo(mode: &str) {
     io.stop(IoLoop::DRAIN).unwrap();
 }
 
-/// Has programs started from here find signals at their defaults that this process was started to ignore (by `nohup`, say): one
-/// with a handler is at its default behind execve(2).
+/// Sets signals that this process ignores (after `nohup`, for example) to their defaults for started programs: a signal with
+/// a handler has its default action after execve(2).
 fn give_default_signals() {
     extern "C" fn drop_it(_: c_int, _: *mut libc::siginfo_t, _: *mut c_void) {}
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
@@ -148,7 +148,7 @@ fn give_default_signals() {
     }
 }
 
-/// Starts the process that echoes, by the command `through` where there is one.
+/// Starts the process that echoes, through the command `through` if given.
 fn start(through: &[&str], mode: &str, input: impl Into<Stdio>, output: impl Into<Stdio>) -> Child {
     static ONCE: Once = Once::new();
     ONCE.call_once(give_default_signals);
@@ -156,7 +156,7 @@ fn start(through: &[&str], mode: &str, input: impl Into<Stdio>, output: impl Int
     let words = through.iter().map(OsString::from).chain([exe.into()]).collect::<Vec<_>>();
     Command::new(&words[0])
         .args(&words[1..])
-        // One thread: with more the test runner says on standard output, after a minute, that a test takes long.
+        // One thread: with more, the test runner prints after a minute that a test takes long.
         .args(["--exact", THIS_TEST, "--nocapture", "--quiet", "--test-threads=1"])
         .env(ECHO, mode)
         .stdin(input)
@@ -170,7 +170,7 @@ fn pid(child: &Child) -> Pid {
     Pid::from_child(child)
 }
 
-/// What comes out of the process, as far as no test has taken it.
+/// The output of the process that no test has consumed yet.
 struct Output<R> {
     reader: R,
     rest: Vec<u8>,
@@ -181,12 +181,12 @@ impl<R: Read + AsFd> Output<R> {
         Self { reader, rest: Vec::new() }
     }
 
-    /// Waits for `text` and takes everything up to its end.
+    /// Waits for `text` and consumes the output up to its end.
     fn until(&mut self, text: &[u8]) {
         self.line_until(text);
     }
 
-    /// Waits for these texts in any order, and takes everything.
+    /// Waits for these texts in any order, and consumes all output.
     fn until_all(&mut self, texts: &[&[u8]]) {
         let found =
             |rest: &[u8], text: &[u8]| rest.windows(text.len()).any(|window| window == text);
@@ -196,7 +196,7 @@ impl<R: Read + AsFd> Output<R> {
         self.rest.clear();
     }
 
-    /// Waits for `text` and gives what comes before it.
+    /// Waits for `text` and returns the output before it.
     fn line_until(&mut self, text: &[u8]) -> String {
         let found = |rest: &[u8]| rest.windows(text.len()).position(|window| window == text);
         let at = loop {
@@ -220,7 +220,7 @@ impl<R: Read + AsFd> Output<R> {
     }
 }
 
-/// A terminal with the process that echoes on it; ready, and the terminal raw.
+/// A terminal with the process that echoes, which is ready, in raw mode.
 struct OnTerminal {
     keyboard: File,
     screen: Output<File>,
@@ -251,7 +251,7 @@ impl OnTerminal {
             .intersects(LocalModes::ICANON | LocalModes::ECHO)
     }
 
-    /// It ends, with success or without, and the terminal is as it was.
+    /// Checks that it ends, with success or not, and that the terminal's settings are restored.
     fn ends(mut self, well: bool) {
         let (deadline, mut status) = (Instant::now() + LONG, None);
         while status.is_none() {
@@ -285,7 +285,7 @@ fn a_signal_ends_it_and_the_terminal_is_restored() {
 }
 
 #[test]
-fn the_first_sigterm_presses_the_power_button_and_the_second_ends_the_machine() {
+fn the_first_sigterm_presses_the_power_button_and_the_second_stops_the_machine() {
     let mut child = start(&[], "long grace", File::open("/dev/null").unwrap(), Stdio::piped());
     let mut output = Output::new(child.stdout.take().unwrap());
     output.until(READY);
@@ -306,7 +306,7 @@ fn a_guest_that_does_not_power_off_in_time_is_stopped() {
 }
 
 #[test]
-fn another_signal_does_not_ask_the_guest() {
+fn another_signal_stops_without_the_guest() {
     let mut child = start(&[], "long grace", File::open("/dev/null").unwrap(), Stdio::piped());
     let mut output = Output::new(child.stdout.take().unwrap());
     output.until(READY);
@@ -322,7 +322,7 @@ fn a_panic_restores_the_terminal() {
 }
 
 #[test]
-fn a_pipe_is_echoed_byte_for_byte_and_rvmms_keys_mean_nothing_in_it() {
+fn a_pipe_is_echoed_byte_for_byte_including_rvmms_keys() {
     let mut child = start(&[], "echo", Stdio::piped(), Stdio::piped());
     let (mut input, mut output) =
         (child.stdin.take().unwrap(), Output::new(child.stdout.take().unwrap()));
@@ -336,7 +336,7 @@ fn a_pipe_is_echoed_byte_for_byte_and_rvmms_keys_mean_nothing_in_it() {
     }
     typing.join().unwrap().unwrap();
     assert!(output.rest == text);
-    // The input has ended; the machine has not.
+    // The input has ended, but not the machine.
     kill_process(pid(&child), Signal::TERM).unwrap();
     assert!(child.wait().unwrap().success());
 }
@@ -362,14 +362,14 @@ fn a_file_is_echoed_into_a_file() {
 }
 
 #[test]
-fn without_an_input_and_without_a_reader_it_goes_on_until_it_is_told() {
+fn without_input_and_without_a_reader_it_runs_until_it_is_stopped() {
     let mut child = start(&[], "echo", File::open("/dev/null").unwrap(), Stdio::piped());
     let mut output = Output::new(child.stdout.take().unwrap());
     output.until(READY);
     drop(output);
     assert!(child.try_wait().unwrap().is_none());
     kill_process(pid(&child), Signal::TERM).unwrap();
-    // Its own last line has no reader either, which is the test library's affair, not the console's.
+    // Its last line has no reader either, which affects the test library, not the console.
     let status = child.wait().unwrap();
     assert!(status.code().is_some(), "{status}");
 }

@@ -1,4 +1,4 @@
-//! Rings 2 and 3: seeing what a machine does. Traces of a tiny guest and of Debian's kernel, and looks at a kernel that runs.
+//! Rings 2 and 3: traces of a tiny guest and of Debian's kernel, and inspection of a running kernel.
 
 #![allow(
     clippy::expect_used,
@@ -16,7 +16,7 @@ use std::path::Path;
 use harness::{Launch, Session, guest, host, kernel, one_host, rvmm};
 use serde_json::Value;
 
-/// What a command prints that succeeds.
+/// The output of a command that succeeds.
 fn printed(launch: Launch) -> String {
     let mut session = launch.no_input().start();
     let code = session.exit_code();
@@ -25,7 +25,7 @@ fn printed(launch: Launch) -> String {
     text
 }
 
-/// The exits of a trace, in the fields that both formats have, and what the trace says of itself at its end.
+/// The exits of a trace, with the fields of both formats, and the summary at its end.
 fn exits(file: &Path) -> (Vec<Value>, Value) {
     let text = fs::read_to_string(file).expect("the trace");
     let all: Vec<Value> = match serde_json::from_str::<Vec<Value>>(&text) {
@@ -43,7 +43,7 @@ fn number(value: &Value) -> u64 {
     value.as_u64().unwrap_or_else(|| panic!("not a number: {value}"))
 }
 
-/// Times that can be: each hart goes back after it left, and leaves after it went back.
+/// Checks the order of times: each entry of a hart into the guest is after its exit, and each exit after its entry.
 fn in_order(exits: &[Value], hart: u64) {
     let mut last = 0;
     for exit in exits.iter().filter(|exit| exit["hart"] == hart) {
@@ -98,7 +98,7 @@ fn a_boot_of_linux_is_traced_over_a_reboot_and_becomes_a_report() {
     let mut session =
         linux(&["--name", "traced"], |rvmm| rvmm.path("--trace=", &file, ",ring=262144"));
     session.send("reboot\n");
-    // The shell may ask for another command before it is ended.
+    // The shell may print another prompt before it ends.
     session.expect("rvmm: Linux ");
     session.expect("rvmm# ");
     session.send("poweroff\n");
@@ -116,7 +116,7 @@ fn a_boot_of_linux_is_traced_over_a_reboot_and_becomes_a_report() {
     }
 }
 
-/// With `console=ttyS0` alone a boot makes more than two exits for each character: a look at LSR, and THR.
+/// With `console=ttyS0` alone a boot makes more than two exits for each character: a read of LSR, and a write of THR.
 #[test]
 fn a_boot_makes_at_most_one_exit_for_each_character_and_loses_none() {
     let Some(host) = host() else { return };
@@ -132,7 +132,7 @@ fn a_boot_makes_at_most_one_exit_for_each_character_and_loses_none() {
     assert_eq!(end["all_lost"], 0, "{end}");
     let (exits, bytes) = (exits.len(), output.len());
     assert!(bytes > 8000 && exits <= bytes, "{exits} exits for {bytes} bytes: {output}");
-    // On either side of the change from one console to the other, of which Linux tells on both.
+    // Before and after the change from one console to the other, which Linux reports on both.
     for once in
         ["Linux version", "Kernel command line: ", " is a 16550A", "Run /init as init process"]
     {
@@ -141,7 +141,7 @@ fn a_boot_makes_at_most_one_exit_for_each_character_and_loses_none() {
 }
 
 #[test]
-fn a_running_kernel_is_looked_at_and_goes_on() {
+fn a_running_kernel_is_inspected_and_continues() {
     let Some(_) = one_host("aia") else { return };
     let folder = tempfile::tempdir().expect("a folder");
     let ask = |arguments: &[&str]| printed(rvmm(arguments).env("XDG_RUNTIME_DIR", folder.path()));
@@ -181,7 +181,7 @@ fn a_running_kernel_is_looked_at_and_goes_on() {
         "{text}"
     );
 
-    // The kernel's trap vector is mapped whatever the hart does just now.
+    // The kernel's trap vector is always mapped.
     let vector = register(0, "stvec") & !3;
     let address = format!("{vector:#x}");
     let walk = json(&["walk", &address, "--json"]);
@@ -199,7 +199,7 @@ fn a_running_kernel_is_looked_at_and_goes_on() {
     assert!(text.contains("guest-physical address") && text.contains("slot 0"), "{text}");
     assert!(ask(&["walk", "0"]).contains("page fault"));
 
-    // It has been paused seven times, and goes on.
+    // It has been paused seven times, and continues.
     assert_eq!(session.ask("echo $((6*7))"), "42\n");
     assert!(number(&json(&["stat", "--json"])["harts"][0]["counters"]["exits"]) > exits);
     session.send("poweroff\n");
@@ -207,5 +207,9 @@ fn a_running_kernel_is_looked_at_and_goes_on() {
     assert_eq!(fs::read_dir(folder.path().join("rvmm")).expect("a folder").count(), 0);
     let mut none = rvmm(&["stat"]).env("XDG_RUNTIME_DIR", folder.path()).no_input().start();
     assert_eq!(none.exit_code(), 1);
-    assert!(none.all_errors().contains("No machine of this user runs"), "{}", none.all_errors());
+    assert!(
+        none.all_errors().contains("No machine of this user is running"),
+        "{}",
+        none.all_errors()
+    );
 }

@@ -1,5 +1,5 @@
-//! Ring 3: Debian's own drivers, and the host's kernel behind rvmm's network card and sockets. The guest's program is this very
-//! test, started there. Then a guest whose rings make no sense to that kernel.
+//! Ring 3: Debian's own drivers, with the host's vhost as backend of rvmm's network card and sockets. The guest's program is
+//! this test itself, started there. Then a guest with rings that are invalid for vhost.
 
 #![allow(
     clippy::expect_used,
@@ -30,20 +30,20 @@ use harness::{Host, LIMIT, Session, flood, guest, host, kernel, rvmm};
 use streams::{GUEST_PORT, HOST_PORT, STREAMS, bytes, connect, send_and_take_back, serve};
 use vsock::{VMADDR_CID_ANY, VsockListener};
 
-/// The guest's address, which nobody else takes.
+/// The guest's CID, not used by other tests.
 const CID: u32 = 52_052;
 
-/// Nodes of the kernel's vhost.
+/// The device nodes of vhost.
 const NODES: [&str; 2] = ["/dev/vhost-net", "/dev/vhost-vsock"];
 
-/// What a process has open, by path.
+/// Number of open files of a process with this path.
 fn open_files(session: &Session, path: &str) -> usize {
     let folder = format!("/proc/{}/fd", session.pid().as_raw_nonzero());
     let files = fs::read_dir(folder).expect("the process lives").flatten();
     files.filter(|file| fs::read_link(file.path()).is_ok_and(|to| to == Path::new(path))).count()
 }
 
-/// The host connects to the guest, and sends what is in the guest's file `/data`.
+/// Connects from the host to the guest, and sends the contents of the guest's file `/data`.
 fn send_over_tcp(session: &mut Session, there: &str, all: Vec<u8>) {
     let address = format!("{there}:5000");
     let sender = thread::spawn(move || {
@@ -63,7 +63,7 @@ fn send_over_tcp(session: &mut Session, there: &str, all: Vec<u8>) {
     assert_eq!(sums.next(), sums.next(), "what came is not what was sent");
 }
 
-/// Streams from the host, then from the guest, all of which come back.
+/// Runs streams from the host, then from the guest; all data is echoed.
 fn talk_over_sockets(session: &mut Session) {
     let listener = VsockListener::bind_with_cid_port(VMADDR_CID_ANY, HOST_PORT).expect("a port");
     let server = thread::spawn(move || {
@@ -81,7 +81,7 @@ fn talk_over_sockets(session: &mut Session) {
     server.join().expect("every stream came");
 }
 
-/// The host, where its kernel has the nodes and this process may make taps.
+/// The host, if its kernel has the nodes and this process may create taps.
 fn host_with_vhost() -> Option<&'static Host> {
     let host = host()?;
     if let Some(missing) = NODES.iter().find(|path| !Path::new(path).exists()) {
@@ -125,7 +125,7 @@ fn a_guest_and_its_host_talk_through_the_kernels_vhost_both_ways() {
         network::pull_the_cable(&mut session, &tap);
         talk_over_sockets(&mut session);
 
-        // The driver goes, which resets the card, and comes again.
+        // Unbinds the driver, which resets the card, and binds it again.
         session.ask("rmmod virtio_net && insmod /modules/virtio_net.ko");
         network::set_up_guest(&mut session, &here, &there);
 
@@ -141,14 +141,14 @@ fn a_guest_and_its_host_talk_through_the_kernels_vhost_both_ways() {
     }
 }
 
-/// Sends frames to everybody behind a tap, ten a second, until `is_over`.
+/// Sends broadcast frames through a tap, ten per second, until `is_over`.
 fn chatter(here: &str, everybody: &str, is_over: Arc<AtomicBool>) -> thread::JoinHandle<()> {
     let socket = UdpSocket::bind((here, 0)).expect("a socket");
     socket.set_broadcast(true).expect("a right of every socket");
     let everybody = format!("{everybody}:5000");
     thread::spawn(move || {
         while !is_over.load(Ordering::Relaxed) {
-            // While nobody takes them the tap's queue is full.
+            // Without a reader the tap's queue is full.
             let _ = socket.send_to(b"anybody there?", &everybody);
             thread::sleep(Duration::from_millis(100));
         }
@@ -156,7 +156,7 @@ fn chatter(here: &str, everybody: &str, is_over: Arc<AtomicBool>) -> thread::Joi
 }
 
 #[test]
-fn rings_that_make_no_sense_to_the_kernel_cost_the_guest_that_device_and_nothing_else() {
+fn rings_that_are_invalid_for_the_kernel_break_only_that_device() {
     let Some(host) = host_with_vhost() else { return };
     let tap = "rvmmnonsense";
     let sockets = format!("backend=kernel,cid={}", CID + 1);

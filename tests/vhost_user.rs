@@ -1,4 +1,4 @@
-//! Ring 3: Debian's own daemons behind rvmm's devices, and Debian's own drivers before them.
+//! Ring 3: Debian's own vhost-user daemons as backends, with Debian's own drivers in the guest.
 
 #![allow(
     clippy::expect_used,
@@ -27,16 +27,16 @@ use rustix::process::{Pid, Signal, kill_process};
 /// Modules for a network and a disk; virtiofs is in Debian's kernel.
 const MODULES: &[&str] = &["virtio_mmio", "virtio_net", "virtio_blk", "crc32c_generic", "ext4"];
 
-/// Where the daemons are.
+/// The paths of the daemons.
 const DAEMONS: [&str; 3] =
     ["/usr/libexec/virtiofsd", "/usr/bin/passt", "/usr/bin/qemu-storage-daemon"];
 
-/// Files in the shared folder.
+/// Number of files in the shared folder.
 fn files() -> usize {
     harness::by_length(10_000, 200)
 }
 
-/// The host, where it has the daemons.
+/// The host, if it has the daemons.
 fn with_daemons(host: Option<&'static Host>) -> Option<&'static Host> {
     let host = host?;
     if let Some(missing) = DAEMONS.iter().find(|path| !Path::new(path).exists()) {
@@ -101,7 +101,7 @@ fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
     }
 }
 
-/// Processes of this name that `parent` has started, and theirs.
+/// Descendant processes of `parent` with this name.
 fn children(parent: Pid, name: &str) -> Vec<Pid> {
     let all = fs::read_dir("/proc").expect("/proc").flatten();
     let stat = |entry: fs::DirEntry| fs::read_to_string(entry.path().join("stat")).ok();
@@ -109,7 +109,7 @@ fn children(parent: Pid, name: &str) -> Vec<Pid> {
         let (head, tail) = stat.rsplit_once(')')?;
         let (pid, name) = head.split_once(" (")?;
         let mut tail = tail.split_whitespace();
-        // A zombie is no process any more.
+        // Ignores zombies.
         let state = tail.next()?.to_owned();
         let of = tail.next()?.parse::<i32>().ok()?;
         (state != "Z")
@@ -136,7 +136,7 @@ fn boot(irqchip: &str, arguments: &[&str]) -> (Session, tempfile::TempDir) {
     (session, folder)
 }
 
-/// Folders: one for both sides with many files, one that the guest only reads.
+/// Two folders: a shared one with many files, and one that is read-only for the guest.
 fn folders(at: &Path) -> (PathBuf, PathBuf) {
     let (work, read) = (at.join("work"), at.join("read"));
     fs::create_dir_all(work.join("many")).expect("a folder");
@@ -183,7 +183,7 @@ fn check_network(session: &mut Session, forwarded: u16) {
         let mut all = Vec::new();
         stream.read_to_end(&mut all).expect("the guest's bytes");
         stream.write_all(&all).expect("the guest reads");
-        // passt drops what it has not passed on yet when both sides have said their last.
+        // passt drops pending data when both sides have closed.
         let _ = is_done.recv();
         all.len()
     });
@@ -195,7 +195,7 @@ fn check_network(session: &mut Session, forwarded: u16) {
     let sums: Vec<&str> = sums.lines().filter(|line| line.ends_with("  -")).collect();
     assert!(sums.len() == 2 && sums[0] == sums[1], "what came back is not what was sent: {sums:?}");
 
-    // The other way: a port of the host leads to the guest.
+    // The other direction: a forwarded port of the host.
     session.ask(
         "sleep 1000 | nc -l -p 7000 >/got & until netstat -ltn | grep -q :7000; do sleep 1; done",
     );
@@ -211,7 +211,7 @@ fn check_disk(session: &mut Session, storage: &mut Storage) {
     assert_eq!(written, read);
     assert!(written.starts_with("32768\n"), "{written}");
 
-    // Its program dies while the guest writes, and another takes its place: nothing of it is seen in the guest.
+    // Its daemon is killed while the guest writes, and another one replaces it: the guest does not notice.
     session.send("dd if=/m/file of=/m/copy bs=4k conv=fsync 2>/dev/null; echo copi''ed\n");
     storage.kill();
     session.expect_error("vhost-user-blk");
@@ -245,7 +245,7 @@ fn a_guest_has_folders_a_network_and_a_disk_through_debians_daemons() {
         check_network(&mut session, port);
         check_disk(&mut session, &mut storage);
         check_folders(&mut session, &work);
-        // The folders' program dies: the machine lives.
+        // The folders' daemon is killed: the machine continues.
         for daemon in children(session.pid(), "virtiofsd") {
             let _ = kill_process(daemon, Signal::KILL);
         }
@@ -259,7 +259,7 @@ fn a_guest_has_folders_a_network_and_a_disk_through_debians_daemons() {
 }
 
 #[test]
-fn a_guest_that_restarts_has_its_folder_again_and_nothing_outlives_rvmm() {
+fn a_guest_that_restarts_has_its_folder_again_and_no_process_outlives_rvmm() {
     let Some(host) = with_daemons(one_host("plic")) else { return };
     let folder = tempfile::tempdir().expect("a folder");
     let share = format!("--share=work={}", folder.path().display());
@@ -267,7 +267,7 @@ fn a_guest_that_restarts_has_its_folder_again_and_nothing_outlives_rvmm() {
     let mount =
         "mkdir /w; mount -t virtiofs work /w; echo $(date) >>/w/lives; cat /w/lives | wc -l";
     assert_eq!(session.ask(mount).trim(), "1");
-    // The driver lets go of its device and takes it again.
+    // Unbinds the driver and binds it again.
     let again = "umount /w; cd /sys/bus/virtio/drivers/virtiofs; for d in virtio*; do echo $d >unbind; echo $d >bind; done; cd /; mount -t virtiofs work /w; cat /w/lives | wc -l";
     assert_eq!(session.ask(again).trim(), "1");
     session.send("reboot -f\n");
@@ -283,7 +283,7 @@ fn a_guest_that_restarts_has_its_folder_again_and_nothing_outlives_rvmm() {
 }
 
 #[test]
-fn what_cannot_be_served_is_refused_in_one_line() {
+fn devices_that_cannot_be_served_are_refused_in_one_line() {
     let Some(_) = with_daemons(host()) else { return };
     let folder = tempfile::tempdir().expect("a folder");
     let dead = folder.path().join("dead.sock");

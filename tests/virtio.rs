@@ -1,5 +1,5 @@
-//! Ring 3: Debian's own drivers against rvmm's virtio devices. Each device interrupts on both hosts; what else there is to know of disks
-//! has nothing to do with interrupts.
+//! Ring 3: Debian's own drivers on rvmm's virtio devices. Interrupts of each device are tested on both hosts; the other tests of
+//! disks do not depend on interrupts.
 
 #![allow(
     clippy::expect_used,
@@ -68,7 +68,7 @@ fn debians_driver_draws_random_numbers_through_both_controllers() {
     }
 }
 
-/// A file of so many bytes that holds nothing yet.
+/// An empty file of this size in bytes.
 fn blank(folder: &Path, bytes: u64) -> std::path::PathBuf {
     let path = folder.join("disk.img");
     File::create(&path).and_then(|file| file.set_len(bytes)).expect("a sparse file");
@@ -76,7 +76,7 @@ fn blank(folder: &Path, bytes: u64) -> std::path::PathBuf {
 }
 
 #[test]
-fn a_disk_holds_a_file_system_tells_its_name_and_grows_while_the_guest_runs() {
+fn a_disk_holds_a_file_system_has_a_serial_and_grows_while_the_guest_runs() {
     let Some(host) = host() else { return };
     let folder = tempfile::tempdir().expect("a folder");
     for irqchip in host.usual_irqchip() {
@@ -93,7 +93,7 @@ fn a_disk_holds_a_file_system_tells_its_name_and_grows_while_the_guest_runs() {
         let made = session.ask(
             "dd if=/dev/urandom of=/m/file bs=64k count=128 2>/dev/null; sync; md5sum </m/file",
         );
-        // Nothing of the guest's page cache: what the disk gives is what was written.
+        // Bypasses the guest's page cache: the data has to be on the disk.
         let read = session.ask("umount /m; echo 3 >/proc/sys/vm/drop_caches; mount -o ro /dev/vda /m; md5sum </m/file; umount /m");
         assert_eq!(made, read);
         assert_eq!(made.len(), 36, "{made}");
@@ -111,7 +111,7 @@ fn a_disk_holds_a_file_system_tells_its_name_and_grows_while_the_guest_runs() {
 }
 
 #[test]
-fn what_a_guest_has_synced_outlives_a_killed_machine() {
+fn synced_data_survives_a_killed_machine() {
     let Some(host) = one_host("plic") else { return };
     let folder = tempfile::tempdir().expect("a folder");
     let path = blank(folder.path(), 16 << 20);
@@ -129,7 +129,7 @@ fn what_a_guest_has_synced_outlives_a_killed_machine() {
 }
 
 #[test]
-fn a_file_system_in_a_qcow2_image_outlives_a_killed_machine() {
+fn a_file_system_in_a_qcow2_image_survives_a_killed_machine() {
     let Some(host) = one_host("plic") else { return };
     let folder = tempfile::tempdir().expect("a folder");
     let path = blank_image(folder.path(), 256 << 20);
@@ -142,7 +142,7 @@ fn a_file_system_in_a_qcow2_image_outlives_a_killed_machine() {
     );
     let made = session.ask("dd if=/dev/urandom of=/m/file bs=64k count=128 2>/dev/null; dd if=/dev/urandom of=/m/gone bs=64k count=64 2>/dev/null; rm /m/gone; sync; md5sum </m/file");
     assert_eq!(made.len(), 36, "{made}");
-    // Under way when the machine dies.
+    // In progress when the machine is killed.
     session.send("dd if=/dev/zero of=/m/more bs=64k count=640 conv=fsync & echo go''ing\n");
     session.expect("going\r\n");
     session.signal(Signal::KILL);
@@ -157,7 +157,7 @@ fn a_file_system_in_a_qcow2_image_outlives_a_killed_machine() {
 }
 
 #[test]
-fn a_disk_that_is_only_read_refuses_and_one_in_use_is_not_opened_twice() {
+fn a_read_only_disk_refuses_writes_and_one_in_use_is_not_opened_twice() {
     let Some(host) = one_host("plic") else { return };
     let folder = tempfile::tempdir().expect("a folder");
     let path = blank(folder.path(), 1 << 20);
@@ -179,7 +179,7 @@ fn a_disk_that_is_only_read_refuses_and_one_in_use_is_not_opened_twice() {
 }
 
 #[test]
-fn a_file_that_shrinks_gives_io_errors_and_the_guest_lives() {
+fn a_file_that_shrinks_gives_io_errors_and_the_guest_continues() {
     let Some(host) = one_host("plic") else { return };
     let folder = tempfile::tempdir().expect("a folder");
     let path = blank(folder.path(), 8 << 20);
@@ -190,7 +190,7 @@ fn a_file_that_shrinks_gives_io_errors_and_the_guest_lives() {
         .open(&path)
         .and_then(|file| file.set_len(1 << 20))
         .expect("a shorter file");
-    // The kernel is told of the new size with the first request that fails, and finds nothing behind the end from then on.
+    // The kernel gets the new size with the first request that fails, and ends there from then on.
     let lost = "dmesg -n 1; dd if=/dev/vda bs=4k skip=1024 count=1 2>/dev/null | wc -c";
     assert_eq!(session.ask(lost), "0\n");
     assert_eq!(session.ask("dd if=/dev/vda bs=4k count=1 2>/dev/null | wc -c"), "4096\n");
@@ -226,7 +226,7 @@ fn the_power_button_is_pressed_by_a_signal_and_a_second_one_stops() {
         let modules = &["virtio_mmio", "virtio_input", "evdev"];
         let (mut session, _folder) = boot(irqchip, modules, &["--power-button", "--grace", "60"]);
         assert_eq!(session.ask("cat /sys/class/input/input0/name"), "rvmm power button\n");
-        // Only who has the device open is told.
+        // Only a process with the device open gets the event.
         session.send("exec 3</dev/input/event0; echo wait''ing; dd bs=24 count=4 <&3 2>/dev/null | xxd -p -c 24; echo press''ed\n");
         session.expect("waiting\r\n");
         session.signal(Signal::TERM);
@@ -244,12 +244,12 @@ fn the_power_button_is_pressed_by_a_signal_and_a_second_one_stops() {
 }
 
 #[test]
-fn a_balloon_takes_what_it_is_told_to_and_the_guest_goes_on() {
+fn a_balloon_reaches_its_target_and_the_guest_continues() {
     let Some(host) = host() else { return };
     let modules = &["virtio_mmio", "virtio_balloon"];
     for irqchip in host.usual_irqchip() {
         let (mut session, _folder) = boot(irqchip, modules, &["--device", "balloon,size=64"]);
-        // 64 MiB are 16,384 pages; the driver takes them by itself, in its own time.
+        // 64 MiB are 16,384 pages; the driver inflates them asynchronously.
         let inflated = "until [ $(sed -n 's/balloon_inflate //p' /proc/vmstat) -ge 16384 ]; do sleep 1; done; echo inflated";
         assert_eq!(session.ask(inflated), "inflated\n");
         assert_eq!(
@@ -260,7 +260,7 @@ fn a_balloon_takes_what_it_is_told_to_and_the_guest_goes_on() {
     }
 }
 
-/// The pseudo terminal that rvmm names, as it comes out of a terminal program: raw.
+/// The pseudo terminal that rvmm reports, in raw mode as a terminal program sets it.
 fn terminal_of(session: &Session) -> File {
     session.expect_error("The console of the device console is ");
     let path = session.expect_error("\n");
@@ -275,7 +275,7 @@ fn terminal_of(session: &Session) -> File {
 }
 
 #[test]
-fn a_second_console_and_named_ports_go_their_own_ways() {
+fn a_second_console_and_named_ports_are_separate() {
     let Some(host) = host() else { return };
     let folder = tempfile::tempdir().expect("a folder");
     for irqchip in host.usual_irqchip() {

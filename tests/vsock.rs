@@ -1,4 +1,4 @@
-//! Ring 3: streams between programs of a Debian guest and of its host. The guest's program is this very test, started there.
+//! Ring 3: streams between programs of a Debian guest and of its host. The guest's program is this test itself, started there.
 
 #![allow(
     clippy::expect_used,
@@ -24,8 +24,8 @@ use std::thread;
 use harness::{checksum, flood, host, kernel, rvmm};
 use streams::{GUEST_PORT, HOST_PORT, STREAMS, bytes, serve};
 
-/// Connects to a port of the guest as any program of the host does. A guest that does not answer within two seconds has the
-/// stream closed without a word.
+/// Connects to a port of the guest like any host program. If the guest does not answer within two seconds, the stream is
+/// closed without a reply.
 fn connect(path: &Path) -> UnixStream {
     loop {
         let mut stream = UnixStream::connect(path).expect("rvmm listens");
@@ -40,7 +40,7 @@ fn connect(path: &Path) -> UnixStream {
 }
 
 #[test]
-fn streams_carry_every_byte_both_ways_whoever_begins() {
+fn streams_carry_every_byte_both_ways_from_either_side() {
     if streams::is_inside() {
         return streams::guests_side();
     }

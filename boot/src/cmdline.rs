@@ -1,8 +1,8 @@
-//! The kernel command line, as a type that RISC-V Linux can take as it is.
+//! The kernel command line, as a type that RISC-V Linux uses unchanged.
 //!
-//! Linux cuts a command line that is too long without a word, stops at a NUL, and splits words at every byte
-//! that its `isspace` knows, 0xa0 included, which is inside many UTF-8 letters (lib/ctype.c). So only
-//! printable ASCII is let through, and only as much of it as fits.
+//! Linux silently truncates a command line that is too long, stops at a NUL, and splits words at every byte
+//! for which its `isspace` is true, including 0xa0, which is part of many UTF-8 letters (lib/ctype.c). So only
+//! printable ASCII is accepted, and only as much of it as fits.
 
 use std::fmt;
 
@@ -10,11 +10,11 @@ use linux_loader::cmdline;
 
 use crate::error::BootError;
 
-/// The most bytes that RISC-V Linux keeps of its command line, the NUL at the end included
+/// Maximum number of bytes that RISC-V Linux keeps of its command line, the NUL at the end included
 /// (`COMMAND_LINE_SIZE` in arch/riscv/include/uapi/asm/setup.h).
 pub const COMMAND_LINE_SIZE: usize = 1024;
 
-/// A kernel command line: printable ASCII, at most [`COMMAND_LINE_SIZE`] bytes with its NUL; exactly the
+/// A kernel command line: printable ASCII, at most [`COMMAND_LINE_SIZE`] bytes with its NUL; the
 /// text that was given.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Cmdline(String);
@@ -41,12 +41,12 @@ impl Cmdline {
     }
 
     /// The same command line with the kernel parameter `key=value` added, before any ` -- ` that starts the
-    /// arguments of init. A value with spaces has to stand in double quotes.
+    /// arguments of init. A value with spaces has to be in double quotes.
     ///
     /// # Errors
-    /// [`BootError::Cmdline`] when it is then too long, or the key or the value cannot be written.
+    /// [`BootError::Cmdline`] if the result is too long, or the key or the value cannot be represented.
     pub fn with(&self, key: &str, value: &str) -> Result<Self, BootError> {
-        // The space keeps a ` -- ` at the very start from being taken for a parameter.
+        // With the space, a `-- ` at the very start is not taken for a parameter.
         let text = format!(" {}", self.0);
         let added = cmdline::Cmdline::try_from(&text, COMMAND_LINE_SIZE).and_then(|mut cmdline| {
             cmdline.insert(key, value)?;
@@ -55,7 +55,7 @@ impl Cmdline {
         let reason = match added {
             Ok(text) => return Self::new(&text.to_string_lossy()),
             Err(cmdline::Error::TooLarge | cmdline::Error::InvalidCapacity) => format!(
-                "{key}={value} does not fit any more: RISC-V Linux keeps only {} bytes (shorten it)",
+                "{key}={value} no longer fits: RISC-V Linux keeps only {} bytes (shorten it)",
                 COMMAND_LINE_SIZE - 1
             ),
             Err(error) => format!("{:?} cannot be added: {error:?}", format!("{key}={value}")),
@@ -69,7 +69,7 @@ impl Cmdline {
         &self.0
     }
 
-    /// Whether the kernel is given the parameter `key`, with a value or without one. As for Linux, `-` and
+    /// True if the kernel gets the parameter `key`, with a value or without one. As for Linux, `-` and
     /// `_` are the same in it, and what follows ` -- ` is not for the kernel.
     #[must_use]
     pub fn has_key(&self, key: &str) -> bool {
@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn what_linux_would_stop_or_split_at_is_refused_by_name() {
+    fn characters_that_linux_would_stop_or_split_at_are_refused_by_name() {
         assert_eq!(
             message("console=ttyS0\nroot=/dev/vda"),
             "Cannot use this kernel command line: \
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_in_quotes_or_for_init_is_told_apart() {
+    fn a_key_in_quotes_or_for_init_is_not_the_kernels() {
         let cmdline =
             Cmdline::new("a=\"x root=/dev/vda\" \"b=c d\" log-buf-len=1M -- root=1").unwrap();
         assert!(!cmdline.has_key("root"));
@@ -199,14 +199,14 @@ mod tests {
     fn a_parameter_that_does_not_fit_is_refused() {
         let full = Cmdline::new(&"x".repeat(1020)).unwrap();
         let error = full.with("root", "/dev/vda").unwrap_err().to_string();
-        assert!(error.contains("does not fit any more") && error.contains("1023"), "{error}");
+        assert!(error.contains("no longer fits") && error.contains("1023"), "{error}");
         let error = Cmdline::default().with("a b", "c").unwrap_err().to_string();
         assert!(error.contains("\"a b=c\" cannot be added"), "{error}");
     }
 
     proptest! {
         #[test]
-        fn whatever_is_accepted_is_what_linux_keeps(text in "\\PC{0,80}", n in 0_usize..20) {
+        fn linux_keeps_every_accepted_command_line(text in "\\PC{0,80}", n in 0_usize..20) {
             let text = text.repeat(n);
             let fine = text.len() < COMMAND_LINE_SIZE && text.bytes().all(|b| (b' '..=b'~').contains(&b));
             match Cmdline::new(&text) {

@@ -2,8 +2,8 @@
 //! (Documentation/driver-api/early-userspace/buffer-format.rst).
 //!
 //! An entry is a header of 110 bytes (a magic and thirteen numbers of eight hexadecimal digits), the name with
-//! a NUL, and the data, each padded to a multiple of four. Linux passes silently over entries that it cannot
-//! make, such as files in folders that do not exist; so what would be passed over is refused here.
+//! a NUL, and the data, each padded to a multiple of four. Linux silently skips entries that it cannot
+//! create, such as files in folders that do not exist; such entries are refused here.
 
 use std::collections::BTreeSet;
 
@@ -23,14 +23,14 @@ const TRAILER: &str = "TRAILER!!!";
 
 /// Writes an initramfs: folders, files, symbolic links and device nodes, in the order given.
 ///
-/// Paths are relative to the root (`dev/console`); folders have to be given before what is in them.
+/// Paths are relative to the root (`dev/console`); folders have to be added before their contents.
 /// Everything belongs to root, and nothing depends on the clock: the same calls give the same bytes.
 #[derive(Debug, Default)]
 pub struct Cpio {
     pieces: Vec<Source>,
     /// The bytes of `pieces` together.
     pieces_len: u64,
-    /// What comes after `pieces`.
+    /// The bytes after `pieces`.
     tail: Vec<u8>,
     folders: BTreeSet<String>,
     names: BTreeSet<String>,
@@ -45,7 +45,7 @@ pub enum Node {
     Block,
 }
 
-/// The numbers of an entry that differ between kinds.
+/// The header fields that depend on the kind of entry.
 #[derive(Default)]
 struct Entry {
     mode: u32,
@@ -55,7 +55,7 @@ struct Entry {
 }
 
 impl Cpio {
-    /// An archive with nothing in it.
+    /// An empty archive.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -64,7 +64,7 @@ impl Cpio {
     /// Adds a folder. `mode` holds the permission bits (0o7777).
     ///
     /// # Errors
-    /// [`BootError::Cpio`] for a path or a mode that the format or Linux cannot take.
+    /// [`BootError::Cpio`] for a path or a mode that the format or Linux does not support.
     pub fn dir(&mut self, path: &str, mode: u32) -> Result<&mut Self, BootError> {
         let entry = Entry { mode: FOLDER | permissions(path, mode)?, links: 2, ..Entry::default() };
         self.entry(path, &entry)?;
@@ -72,7 +72,7 @@ impl Cpio {
         Ok(self)
     }
 
-    /// Adds a file with the bytes of `data`, which are not read before the archive is used.
+    /// Adds a file with the bytes of `data`, which are read only when the archive is used.
     ///
     /// # Errors
     /// As [`Cpio::dir`], and for a file of 4 GiB or more.
@@ -130,7 +130,7 @@ impl Cpio {
         self.entry(path, &Entry { mode, links: 1, len: 0, device })
     }
 
-    /// Ends the archive and gives it as an initrd whose files are still files; `name` is for messages.
+    /// Ends the archive and returns it as an initrd whose files are not yet read; `name` is for messages.
     #[must_use]
     pub fn into_initrd(mut self, name: &str) -> Initrd {
         self.header(TRAILER, &Entry { links: 1, ..Entry::default() });
@@ -138,7 +138,7 @@ impl Cpio {
         Initrd::from_sources(name, self.pieces)
     }
 
-    /// Ends the archive and gives all its bytes.
+    /// Ends the archive and returns all its bytes.
     ///
     /// # Errors
     /// [`BootError::Changed`] when a file can no longer be read.
@@ -162,13 +162,13 @@ impl Cpio {
         }
         let odd = |part: &str| matches!(part, "" | "." | "..");
         if path.split('/').any(odd) || path == TRAILER {
-            return Err(refuse(path, "its path is not a plain relative one"));
+            return Err(refuse(path, "its path is not a plain relative path"));
         }
         if path.rsplit_once('/').is_some_and(|(folder, _)| !self.folders.contains(folder)) {
             return Err(refuse(path, "the folder it is in was not added before it"));
         }
         if !self.names.insert(path.into()) {
-            return Err(refuse(path, "there is one of this name already"));
+            return Err(refuse(path, "there already is an entry of this name"));
         }
         self.header(path, entry);
         Ok(self)
@@ -189,7 +189,7 @@ impl Cpio {
         self.pad();
     }
 
-    /// Fills up to a multiple of four bytes from the start of the archive.
+    /// Pads to a multiple of four bytes from the start of the archive.
     fn pad(&mut self) {
         while !(self.pieces_len + self.tail.len() as u64).is_multiple_of(4) {
             self.tail.push(0);

@@ -1,9 +1,9 @@
 //! ELF files with physical addresses: 64-bit, little-endian, RISC-V (gABI chapters 4 and 5).
 //!
-//! Bare-metal programs, teaching kernels and boot loaders such as U-Boot come as ELF files. Each PT_LOAD
-//! segment goes to its `p_paddr`, and the guest starts at the lowest of these: QEMU's `virt` does not look at
-//! `e_entry`, and files of guests that were written for it name 0 there, or a virtual address. Linux's own `vmlinux` is linked at virtual
-//! addresses with nothing that says where it is to be loaded, so it is refused with a hint at the `Image`.
+//! Bare-metal programs, teaching kernels and boot loaders such as U-Boot are ELF files. Each PT_LOAD segment
+//! is loaded at its `p_paddr`, and the guest starts at the lowest of these: QEMU's `virt` ignores `e_entry`,
+//! and files of guests that were written for it have 0 or a virtual address there. Linux's `vmlinux` is linked
+//! at virtual addresses and has no load address, so it is refused with a hint at the `Image`.
 
 use elf::abi;
 use elf::endian::AnyEndian;
@@ -19,18 +19,18 @@ use crate::source::{Segment, Source};
 /// The length of a 64-bit program header in bytes.
 const PHDR_LEN: u64 = 56;
 
-/// From here on up are the kernel's virtual addresses in every RISC-V MMU mode.
+/// Start of the kernel half of the virtual address space in every RISC-V MMU mode.
 const KERNEL_HALF: u64 = 1 << 63;
 
 const DAMAGED: &str = "(the file is damaged: copy or build it again)";
 
-/// Whether a file that starts with `head` is an ELF file of any kind.
+/// True if a file that starts with `head` is an ELF file of any kind.
 #[must_use]
 pub fn is_elf(head: &[u8]) -> bool {
     head.starts_with(&abi::ELFMAGIC)
 }
 
-/// Checks an ELF file and makes its segments, sorted by address.
+/// Checks an ELF file and creates its segments, sorted by address.
 pub(crate) fn open(file: &KernelFile<'_>) -> Result<(Format, Vec<Segment>), BootError> {
     let unusable = |reason| file.unusable(reason);
     let header = file_header(&file.head).map_err(unusable)?;
@@ -49,12 +49,12 @@ pub(crate) fn open(file: &KernelFile<'_>) -> Result<(Format, Vec<Segment>), Boot
     Ok((format, loads.iter().map(segment).collect()))
 }
 
-/// The file header, if it is that of a program for a 64-bit little-endian RISC-V machine.
+/// Parses the file header and checks that it is that of a program for a 64-bit little-endian RISC-V machine.
 fn file_header(head: &[u8]) -> Result<FileHeader<AnyEndian>, String> {
     let cut_short = || "it is an ELF file cut short inside its header (copy it again)".to_string();
     let (ident, tail) = head.split_at_checked(abi::EI_NIDENT).ok_or_else(cut_short)?;
     let ident = parse_ident::<AnyEndian>(ident).map_err(|_| {
-        format!("it is an ELF file of no known class, byte order or version {DAMAGED}")
+        format!("it is an ELF file of unknown class, byte order or version {DAMAGED}")
     })?;
     let header = FileHeader::parse_tail(ident, tail).map_err(|_| cut_short())?;
     let machine = match (header.e_machine, header.class, header.endianness) {
@@ -75,12 +75,12 @@ fn is_program(header: FileHeader<AnyEndian>) -> Result<FileHeader<AnyEndian>, St
         abi::ET_EXEC | abi::ET_DYN => return Ok(header),
         abi::ET_REL => "an object file (link it first)",
         abi::ET_CORE => "a core dump (give the program itself)",
-        _ => "an ELF file that is no program (give a linked one)",
+        _ => "an ELF file that is not a program (give a linked one)",
     };
     Err(format!("it is {what}"))
 }
 
-/// Where the program headers stand in the file.
+/// The position of the program headers in the file.
 struct Table {
     offset: u64,
     len: usize,
@@ -102,7 +102,7 @@ fn table(header: &FileHeader<AnyEndian>, file_len: u64) -> Result<Table, String>
     }
 }
 
-/// The headers of all segments that take memory, by physical address.
+/// The headers of all non-empty PT_LOAD segments, sorted by physical address.
 fn loads(header: &FileHeader<AnyEndian>, table: &[u8]) -> Vec<ProgramHeader> {
     let table = ParsingTable::new(header.endianness, header.class, table);
     let takes_memory = |ph: &ProgramHeader| ph.p_type == abi::PT_LOAD && ph.p_memsz != 0;
@@ -111,7 +111,7 @@ fn loads(header: &FileHeader<AnyEndian>, table: &[u8]) -> Vec<ProgramHeader> {
     loads
 }
 
-/// Checks that the segments are in the file and in nobody's way.
+/// Checks that the segments are inside the file and do not overlap.
 fn check(loads: &[ProgramHeader], file_len: u64) -> Result<(), String> {
     let Some(first) = loads.first() else {
         return Err("it is an ELF file without anything to load (link it first)".into());
@@ -120,7 +120,7 @@ fn check(loads: &[ProgramHeader], file_len: u64) -> Result<(), String> {
     let is_unplaced = first.p_paddr == 0 && first.p_vaddr >= KERNEL_HALF;
     if is_unplaced || loads.iter().any(is_virtual) {
         return Err(format!(
-            "it is a vmlinux linked at the virtual address {:#x}, which does not say where to load it \
+            "it is a vmlinux linked at the virtual address {:#x}, without a load address \
              (give the Image made from it: arch/riscv/boot/Image)",
             first.p_vaddr
         ));
@@ -148,8 +148,8 @@ fn check(loads: &[ProgramHeader], file_len: u64) -> Result<(), String> {
     Ok(())
 }
 
-/// The guest-physical address of the first instruction: the lowest one loaded. Where that is no code, or zeros that are not in
-/// the file, no guest can start there, and `e_entry` counts, which is virtual by the specification.
+/// The guest-physical address of the first instruction: the lowest one loaded. If that is not code, or zeros that are not in
+/// the file, no guest can start there, and `e_entry` is used, which is virtual by the specification.
 fn entry(header: &FileHeader<AnyEndian>, loads: &[ProgramHeader]) -> Option<u64> {
     let is_code = |ph: &ProgramHeader| ph.p_flags & abi::PF_X != 0;
     let lowest = loads.first().filter(|ph| ph.p_filesz > 0);
@@ -160,7 +160,7 @@ fn entry(header: &FileHeader<AnyEndian>, loads: &[ProgramHeader]) -> Option<u64>
     }
 }
 
-/// The guest-physical address of `e_entry`, and the segment with it in its contents, if there is one.
+/// The guest-physical address of `e_entry`, and the segment whose contents include it, if there is one.
 fn named_entry<'a>(
     header: &FileHeader<AnyEndian>,
     loads: &'a [ProgramHeader],

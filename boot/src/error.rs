@@ -1,4 +1,4 @@
-//! What can go wrong before a guest runs: one enum, each message one line that says what to do.
+//! Errors before a guest runs: one enum, each message one line with advice.
 
 use std::fmt;
 use std::io;
@@ -8,19 +8,19 @@ use thiserror::Error;
 
 use crate::region::Region;
 
-/// Why the files or numbers a user gave cannot become a guest.
+/// The reason why a guest cannot be built from the user's files and numbers.
 ///
-/// Every message is one line: what happened, to what, and (in parentheses) what to do. The cause, where
+/// Every message is one line: what happened, to what, and (in parentheses) what to do. The cause, if
 /// there is one, is the error's `source()` and is not repeated in the message.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum BootError {
-    /// The file could not be opened at all.
+    /// The file could not be opened.
     #[error("Cannot open {path}")]
     Open {
         /// The file.
         path: FileName,
-        /// What the operating system said.
+        /// The operating system's error.
         source: io::Error,
     },
     /// The file was open, but reading it failed.
@@ -28,17 +28,17 @@ pub enum BootError {
     Read {
         /// The file.
         path: FileName,
-        /// What the operating system said.
+        /// The operating system's error.
         source: io::Error,
     },
-    /// The file is not what its flag needs: wrong kind of file, wrong format, or damaged.
+    /// The file is unsuitable for its option: wrong kind of file, wrong format, or damaged.
     #[error("Cannot use {path} as {role}: {reason}")]
     Unusable {
         /// The file.
         path: FileName,
-        /// What it was given for.
+        /// Its purpose.
         role: Role,
-        /// What it is instead, then what to do in parentheses.
+        /// A description of the file, then advice in parentheses.
         reason: String,
     },
     /// The compressed data inside a kernel file is damaged.
@@ -48,19 +48,19 @@ pub enum BootError {
         path: FileName,
         /// The name of the compression format.
         format: &'static str,
-        /// What the decoder said.
+        /// The decoder's error.
         source: io::Error,
     },
-    /// A file grew shorter or failed between being opened and being copied into guest memory.
+    /// A file became shorter or unreadable between being opened and being copied into guest memory.
     #[error("Cannot read a kernel or initrd file any more (was it changed while rvmm started?)")]
     Changed {
-        /// What the operating system said.
+        /// The operating system's error.
         source: io::Error,
     },
-    /// The kernel command line cannot be handed to Linux as it is.
+    /// Linux would not use the kernel command line unchanged.
     #[error("Cannot use this kernel command line: {reason}")]
     Cmdline {
-        /// What is wrong with it, then what to do in parentheses.
+        /// The fault, then advice in parentheses.
         reason: String,
     },
     /// A name, a path or a size that the cpio format cannot hold.
@@ -68,29 +68,29 @@ pub enum BootError {
     Cpio {
         /// The path inside the archive.
         name: FileName,
-        /// What is wrong with it.
+        /// The fault.
         reason: &'static str,
     },
-    /// There is less guest memory than the kernel, the initrd and the device tree take.
+    /// Guest memory is too small for the kernel, the initrd and the device tree.
     #[error(
         "Cannot fit {what} into {} of guest memory (give at least --mem {})",
         Size(*available),
         Size(*needed)
     )]
     TooLittleMemory {
-        /// What has to fit, in words.
+        /// The pieces to place, in words.
         what: String,
-        /// Bytes of guest memory there are.
+        /// Size of guest memory in bytes.
         available: u64,
-        /// Bytes of guest memory with which the same request works; a multiple of 2 MiB.
+        /// Sufficient size of guest memory in bytes; a multiple of 2 MiB.
         needed: u64,
     },
-    /// The memory that a user's own device tree names is too little.
+    /// The memory in a device tree supplied by the user is too small.
     #[error(
-        "Cannot fit {what} into {named}, the memory that the device tree names (name more there)"
+        "Cannot fit {what} into {named}, the memory in the device tree (change its memory nodes)"
     )]
     TooLittleNamed {
-        /// What has to fit, in words.
+        /// The pieces to place, in words.
         what: String,
         /// The ranges of memory, in words.
         named: String,
@@ -102,14 +102,14 @@ pub enum BootError {
     Overlap {
         /// The piece with the lower address.
         first: String,
-        /// Where it would be.
+        /// Its addresses.
         first_at: Region,
         /// The piece with the higher address.
         second: String,
-        /// Where it would be.
+        /// Its addresses.
         second_at: Region,
     },
-    /// A piece with a fixed address does not lie in guest memory.
+    /// A piece with a fixed address is not in guest memory.
     #[error(
         "Cannot load {what} at {at}: guest memory is {ram} (choose an address inside it{})",
         more.map_or(String::new(), |more| format!(", or give --mem {}", Size(more)))
@@ -117,38 +117,38 @@ pub enum BootError {
     OutsideRam {
         /// The piece.
         what: String,
-        /// Where it would be.
+        /// Its addresses.
         at: Region,
         /// The ranges of guest memory, in words.
         ram: String,
-        /// Bytes of guest memory with which the address works, if any does; a multiple of 2 MiB.
+        /// Size of guest memory in bytes with which the address is valid, if there is one; a multiple of 2 MiB.
         more: Option<u64>,
     },
-    /// The guest would start at an address where there is nothing.
+    /// The guest would start at an address without contents.
     #[error("Cannot start the guest at {entry:#x}: {reason}")]
     Entry {
         /// The guest-physical address of the first instruction.
         entry: u64,
-        /// What is wrong with it, then what to do in parentheses.
+        /// The fault, then advice in parentheses.
         reason: String,
     },
-    /// The caller asked for something that no board can be: a fault of the program, not of its user.
+    /// The caller's request is invalid: a bug of the program, not a mistake of its user.
     #[error("Cannot lay out the guest: {0}")]
     Layout(String),
-    /// The description of the board cannot be written down as a device tree.
+    /// The description of the board cannot be written as a device tree.
     #[error("Cannot describe the board: {0}")]
     Board(String),
     /// The device tree writer refused a name or a value.
     #[error("Cannot write the device tree at {at}")]
     Tree {
-        /// The node or property in question.
+        /// The path of the node or property.
         at: String,
-        /// What the writer said.
+        /// The writer's error.
         source: vm_fdt::Error,
     },
 }
 
-/// What a file was given for; it completes the sentence "Cannot use FILE as ...".
+/// The purpose of a file; completes the sentence "Cannot use FILE as ...".
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Role {
     /// `--kernel`.
@@ -172,8 +172,8 @@ impl fmt::Display for Role {
     }
 }
 
-/// A path as it may be printed: control characters are escaped, so that a hostile name can neither
-/// break the line nor reach the terminal.
+/// A path that is safe to print: control characters are escaped, so that a hostile name can neither
+/// break the line nor control the terminal.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct FileName(PathBuf);
 
@@ -205,7 +205,7 @@ fn printable(text: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     Ok(())
 }
 
-/// A number of bytes in the largest unit that needs no fraction: `512M`, `1G`, `1234`.
+/// A number of bytes, printed in the largest unit that needs no fraction: `512M`, `1G`, `1234`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Size(pub u64);
 

@@ -1,8 +1,8 @@
-//! What a file that cannot boot is instead, and what to do about it.
+//! Descriptions of files that cannot boot, with advice.
 
 use crate::source::{le_u16, le_u32};
 
-/// A magic number, what it is the magic of, and what to do with such a file.
+/// A magic number, the kind of file that has it, and advice for such a file.
 struct Magic {
     at: usize,
     bytes: &'static [u8],
@@ -19,7 +19,7 @@ const DISK: &str = "take the kernel out of it: rvmm boots a kernel file, not a d
 const PACKAGE: &str = "unpack it and give the kernel inside";
 const DOWNLOAD: &str = "was it a download that failed?";
 
-/// First match wins, so that the longer and more telling magics come first.
+/// The first match wins, so the longer and more specific magics come first.
 const MAGICS: &[Magic] = &[
     magic(0x202, b"HdrS", "an x86 bzImage", "give an Image built for riscv64"),
     magic(0x38, b"ARM\x64", "an arm64 Image", "give an Image built for riscv64"),
@@ -61,8 +61,8 @@ const MAGICS: &[Magic] = &[
     magic(0x1fe, b"\x55\xaa", "a disk image with a boot sector", DISK),
 ];
 
-/// Says in a few words what a file of `len` bytes that starts with `head` is, then what to do in
-/// parentheses. It completes the sentence "Cannot use FILE as a kernel: ...".
+/// Describes a file of `len` bytes that starts with `head` in a few words, with advice in parentheses.
+/// Completes the sentence "Cannot use FILE as a kernel: ...".
 #[must_use]
 pub fn describe(head: &[u8], len: u64) -> String {
     if len == 0 || head.is_empty() {
@@ -85,13 +85,13 @@ pub fn describe(head: &[u8], len: u64) -> String {
     if len < crate::image::HEADER_LEN as u64 {
         return format!("it is {len} bytes long, too short for a kernel (copy it again)");
     }
-    "it has the magic of no kernel \
+    "it has no kernel's magic \
      (give a RISC-V Image, or place a flat binary with --load FILE@ADDR --entry ADDR)"
         .into()
 }
 
 /// An EFI zboot image (Linux drivers/firmware/efi/libstub/zboot-header.S): a program that unpacks the
-/// `Image` it carries, which firmware has to run; so the advice is how to take the `Image` out.
+/// `Image` inside it and that firmware has to run; so the advice is how to extract the `Image`.
 fn zboot(head: &[u8]) -> String {
     let name = head.get(24..56).and_then(|name| name.split(|byte| *byte == 0).next());
     let name = name.and_then(|name| std::str::from_utf8(name).ok()).unwrap_or_default();
@@ -119,7 +119,7 @@ fn pe(head: &[u8]) -> Option<String> {
     let start = usize::try_from(le_u32(head, 0x3c)?).ok()?;
     let pe = head.strip_prefix(b"MZ").and_then(|_| head.get(start..))?;
     let machine = match le_u16(pe.strip_prefix(b"PE\0\0")?, 0)? {
-        // x86's boot header says more.
+        // The x86 boot header is more specific.
         0x8664 | 0x014c if head.get(0x202..0x206) == Some(b"HdrS") => return None,
         0x8664 => "x86-64",
         0x014c => "32-bit x86",

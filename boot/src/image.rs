@@ -1,10 +1,10 @@
 //! The Linux RISC-V `Image` header, Documentation/arch/riscv/boot-image-header.rst.
 //!
 //! The header is 64 bytes at the start of the file. Its magic is the second one ("RSC\x05" at 0x38); the
-//! first is deprecated and not looked at. `image_size` counts the BSS, which is not in the file, so it and
-//! not the length of the file says how much memory the kernel takes. Kernels with an EFI stub carry a PE
-//! header as well; it is read for the two things that the `Image` header does not say: whether the kernel is
-//! a 64-bit one, and how long the file has to be.
+//! first is deprecated and ignored. `image_size` includes the BSS, which is not in the file, so it and not
+//! the length of the file is the kernel's size in memory. Kernels with an EFI stub have a PE header as well;
+//! it is read for the two facts that the `Image` header lacks: if the kernel is 64-bit, and the minimum
+//! length of the file.
 
 use crate::error::BootError;
 use crate::kernel::{Format, KernelFile};
@@ -16,26 +16,26 @@ pub const HEADER_LEN: usize = 64;
 /// RISC-V Linux has to be loaded at a multiple of this (2 MiB, one PMD) from the start of RAM.
 pub const ALIGN: u64 = 2 << 20;
 
-/// No kernel is larger than this, and none is loaded further from the start of RAM.
+/// Upper bound of the size of a kernel and of its offset from the start of RAM.
 pub(crate) const ABSURD: u64 = 1 << 40;
 
 /// PE machine number of 32-bit RISC-V (PE format, "Machine Types").
 const PE_RISCV32: u16 = 0x5032;
 
-/// Whether a file that starts with `head` has the magic of a RISC-V `Image` ("RSC\x05" at 0x38).
+/// True if a file that starts with `head` has the magic of a RISC-V `Image` ("RSC\x05" at 0x38).
 #[must_use]
 pub fn is_image(head: &[u8]) -> bool {
     head.get(0x38..0x3c) == Some(b"RSC\x05")
 }
 
-/// What an `Image` says about itself.
+/// The fields of an `Image` header that are used.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) struct Header {
     /// Distance in bytes from the start of RAM at which the image has to be loaded.
     pub(crate) text_offset: u64,
-    /// Bytes of memory that the running kernel takes, BSS included; 0 when the header does not say.
+    /// Size of the kernel in memory in bytes, BSS included; 0 if unknown.
     pub(crate) image_size: u64,
-    /// How many bytes the file has to have at least.
+    /// Minimum length of the file in bytes.
     file_len: u64,
 }
 
@@ -43,7 +43,7 @@ impl Header {
     /// Reads the header from the first bytes of a file for which [`is_image`] holds.
     ///
     /// # Errors
-    /// What is wrong with it, then what to do in parentheses.
+    /// The fault, then advice in parentheses.
     pub(crate) fn parse(head: &[u8]) -> Result<Self, String> {
         let field =
             |at| le_u64(head, at).ok_or("it is cut short inside its header (copy it again)");
@@ -53,7 +53,7 @@ impl Header {
         }
         if text_offset >= ABSURD || !text_offset.is_multiple_of(ALIGN) {
             return Err(format!(
-                "its header asks for the load offset {text_offset:#x}, which is no multiple of 2 MiB \
+                "its header asks for the load offset {text_offset:#x}, which is not a multiple of 2 MiB \
                  below 1 TiB (the file is damaged: copy or build it again)"
             ));
         }
@@ -71,11 +71,11 @@ impl Header {
         Ok(Self { text_offset, image_size, file_len })
     }
 
-    /// Makes the segment of an image whose contents are `source`. A file that is longer than its header's
-    /// `image_size` is loaded whole all the same.
+    /// Creates the segment of an image whose contents are `source`. A file that is longer than its header's
+    /// `image_size` is nevertheless loaded completely.
     ///
     /// # Errors
-    /// As [`Header::parse`]: the image is cut short.
+    /// As [`Header::parse`]: the image is truncated.
     pub(crate) fn segment(&self, source: Source) -> Result<(Format, Segment), String> {
         let len = source.len();
         if len < self.file_len {
@@ -90,7 +90,7 @@ impl Header {
     }
 }
 
-/// Makes the segment of an uncompressed image: the whole file.
+/// Creates the segment of an uncompressed image: the whole file.
 pub(crate) fn open(file: &KernelFile<'_>) -> Result<(Format, Segment), BootError> {
     let source = Source::File { file: file.file.clone(), offset: 0, len: file.len };
     Header::parse(&file.head)
@@ -98,7 +98,7 @@ pub(crate) fn open(file: &KernelFile<'_>) -> Result<(Format, Segment), BootError
         .map_err(|reason| file.unusable(reason))
 }
 
-/// The few facts of a PE header that matter here (PE format, "COFF File Header", "Section Table").
+/// The fields of a PE header that are used (PE format, "COFF File Header", "Section Table").
 #[derive(Clone, Copy)]
 struct Pe {
     machine: u16,
@@ -107,7 +107,7 @@ struct Pe {
 }
 
 impl Pe {
-    /// Reads the PE header of a kernel with an EFI stub; `None` when there is none in `head`.
+    /// Reads the PE header of a kernel with an EFI stub; `None` if `head` has none.
     fn parse(head: &[u8]) -> Option<Self> {
         let start = usize::try_from(le_u32(head, 0x3c)?).ok()?;
         let pe = head.starts_with(b"MZ").then(|| head.get(start..)).flatten()?;

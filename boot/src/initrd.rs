@@ -1,11 +1,11 @@
-//! The initrd: a file of any content, or the pieces of an archive made on the fly.
+//! The initrd: a file of any content, or the pieces of a generated archive.
 
 use std::path::Path;
 
 use crate::error::{BootError, FileName, Role};
 use crate::source::Source;
 
-/// What stands at `linux,initrd-start`: one file, or the pieces that [`crate::Cpio`] put together.
+/// The contents of the initrd: one file, or the pieces of a [`crate::Cpio`] archive.
 #[derive(Clone, Debug)]
 pub struct Initrd {
     name: FileName,
@@ -13,7 +13,7 @@ pub struct Initrd {
 }
 
 impl Initrd {
-    /// Opens an initrd file. Its contents are the guest's affair; rvmm asks only that there are any.
+    /// Opens an initrd file. Its contents are not checked, except that it is not empty.
     ///
     /// # Errors
     /// [`BootError::Open`], or [`BootError::Unusable`] for an empty file and for everything that is not a
@@ -23,19 +23,19 @@ impl Initrd {
         Ok(Self { name: path.into(), sources: vec![source] })
     }
 
-    /// An initrd of `sources` one after the other, without gaps; `name` is for messages.
+    /// An initrd of these consecutive `sources`, without gaps; `name` is for messages.
     #[must_use]
     pub fn from_sources(name: &str, sources: Vec<Source>) -> Self {
         Self { name: name.into(), sources }
     }
 
-    /// The name of the file, or what it is, as it may be printed.
+    /// The name of the file, or a description, safe to print.
     #[must_use]
     pub fn name(&self) -> &FileName {
         &self.name
     }
 
-    /// Its pieces, to be placed one directly after the other.
+    /// Its pieces, to be placed consecutively without gaps.
     #[must_use]
     pub fn sources(&self) -> &[Source] {
         &self.sources
@@ -47,7 +47,7 @@ impl Initrd {
         self.sources.iter().fold(0, |sum, source| sum.saturating_add(source.len()))
     }
 
-    /// Whether it has no bytes at all.
+    /// True if it has no bytes.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0

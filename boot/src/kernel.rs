@@ -1,4 +1,4 @@
-//! A kernel file: found out by magic, held open, described as segments.
+//! A kernel file: detected by its magic, kept open, described as segments.
 
 use std::fmt;
 use std::fs::File;
@@ -12,10 +12,10 @@ use crate::error::{BootError, FileName, Role};
 use crate::source::{Segment, open_regular, unusable};
 use crate::{elf, foreign, image};
 
-/// How many bytes at the start of a file decide what it is.
+/// Number of bytes at the start of a file that determine its format.
 pub(crate) const HEAD_LEN: usize = 36 << 10;
 
-/// What kind of kernel it is, with what that kind says about where it wants to be.
+/// The format of a kernel, with the addresses in its header.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Format {
     /// A Linux RISC-V `Image` (Documentation/arch/riscv/boot-image-header.rst). Its one segment's address
@@ -23,20 +23,20 @@ pub enum Format {
     Image {
         /// Distance in bytes from the start of RAM; a multiple of 2 MiB.
         text_offset: u64,
-        /// Bytes of memory that the header says the running kernel takes, BSS included (0: unknown).
+        /// Size of the kernel in memory in bytes as given by the header, BSS included (0: unknown).
         image_size: u64,
     },
     /// An ELF file. Its segments' addresses are guest-physical.
     Elf {
-        /// The guest-physical address of the first instruction, which is in one of the segments' contents; none where the
-        /// file names no such address and has nothing at its lowest one.
+        /// The guest-physical address of the first instruction, which is in one of the segments' contents; `None` if the
+        /// file gives no such address and has no contents at its lowest one.
         entry: Option<u64>,
-        /// What the file itself names as its entry, as it stands there: it may be virtual, or nowhere.
+        /// The file's entry field, unchanged: it may be virtual or outside of all segments.
         e_entry: u64,
     },
 }
 
-/// A kernel that can boot: its file is open, its headers are checked, none of its contents is copied
+/// A kernel that can boot: its file is open, its headers are checked, its contents are not copied
 /// (unless it was compressed).
 #[derive(Clone, Debug)]
 pub struct Kernel {
@@ -49,12 +49,12 @@ pub struct Kernel {
 
 impl Kernel {
     /// Opens a kernel file of any format that can boot: a RISC-V `Image`, an `Image` inside gzip or zstd,
-    /// or a 64-bit little-endian RISC-V ELF file with physical addresses. `limit` is the most bytes that a
-    /// compressed kernel may unpack to; the size of guest memory is the natural choice.
+    /// or a 64-bit little-endian RISC-V ELF file with physical addresses. `limit` is the maximum size in bytes of
+    /// a decompressed kernel; the size of guest memory is the natural choice.
     ///
     /// # Errors
-    /// Everything else is refused with one line that says what the file is and what to do, after at most a
-    /// few reads: [`BootError::Open`], [`BootError::Read`], [`BootError::Unusable`], [`BootError::Unpack`].
+    /// Any other file is refused after at most a few reads, with one line that describes it and gives advice:
+    /// [`BootError::Open`], [`BootError::Read`], [`BootError::Unusable`], [`BootError::Unpack`].
     pub fn open(path: &Path, limit: u64) -> Result<Self, BootError> {
         let (file, len) = open_regular(path, Role::Kernel)?;
         if len == 0 {
@@ -80,26 +80,26 @@ impl Kernel {
         Err(file.unusable(foreign::describe(&file.head, file.len)))
     }
 
-    /// The name of the file, as it may be printed.
+    /// The name of the file, safe to print.
     #[must_use]
     pub fn name(&self) -> &FileName {
         &self.name
     }
 
-    /// What kind of kernel it is.
+    /// The format of the kernel.
     #[must_use]
     pub fn format(&self) -> Format {
         self.format
     }
 
-    /// What the file was compressed with, if it was.
+    /// The compression of the file, if any.
     #[must_use]
     pub fn compression(&self) -> Option<Compression> {
         self.compression
     }
 
-    /// Bytes of the file behind its compressed contents, which are not unpacked; 0 where there are none, and where they are
-    /// padding with zeros.
+    /// Bytes of the file after its compressed contents, which are ignored; 0 if there are none, or if they are zero
+    /// padding.
     #[must_use]
     pub fn left_out(&self) -> u64 {
         self.left_out
@@ -126,7 +126,7 @@ impl fmt::Display for Kernel {
     }
 }
 
-/// A regular file on its way to becoming a [`Kernel`].
+/// A regular file that is being opened as a [`Kernel`].
 pub(crate) struct KernelFile<'a> {
     pub(crate) path: &'a Path,
     pub(crate) file: Arc<File>,
@@ -137,7 +137,7 @@ pub(crate) struct KernelFile<'a> {
 }
 
 impl KernelFile<'_> {
-    /// The error for a file that is no kernel: what it is, then what to do in parentheses.
+    /// The error for a file that is not a kernel: a description of it, then advice in parentheses.
     pub(crate) fn unusable(&self, reason: String) -> BootError {
         unusable(self.path, Role::Kernel, reason)
     }

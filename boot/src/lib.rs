@@ -1,18 +1,18 @@
 //! Kernel, initrd, command line and device tree: files in, bytes at addresses out.
 //!
-//! What stands in guest memory before the first instruction is decided here, and nothing else is:
-//! this crate knows no KVM, no threads and no terminal, and it never writes guest memory itself. It
-//! reads the files a user named, refuses what cannot boot in one line, decides who goes where, and
-//! hands back a list of [`Blob`]s that the caller maps or copies. In boot order:
+//! This crate decides the contents of guest memory before the first instruction, and nothing else: it
+//! uses no KVM, no threads and no terminal, and it never writes guest memory itself. It reads the
+//! user's files, refuses those that cannot boot with a one-line error, assigns the addresses, and
+//! returns a list of [`Blob`]s that the caller maps or copies. In boot order:
 //!
-//! 1. [`Kernel::open`] finds out by magic what a kernel file is ([`image`], [`elf`], [`compressed`])
-//!    and, when it is none that can boot, says what it is instead ([`foreign`]).
-//! 2. [`Initrd::open`] takes an initrd file as it is; [`Cpio`] writes one on the fly.
-//! 3. [`Cmdline::new`] checks the kernel command line against what RISC-V Linux takes.
-//! 4. [`place()`] gives every piece its guest-physical address.
-//! 5. [`fdt::build`] writes the device tree of a [`fdt::Board`], or [`fdt::GivenTree`] is a user's own.
+//! 1. [`Kernel::open`] detects the format of a kernel file by its magic ([`image`], [`elf`], [`compressed`])
+//!    and, for a file that cannot boot, reports what it is instead ([`foreign`]).
+//! 2. [`Initrd::open`] takes an initrd file as it is; [`Cpio`] generates one.
+//! 3. [`Cmdline::new`] checks the kernel command line against the limits of RISC-V Linux.
+//! 4. [`place()`] assigns a guest-physical address to every piece.
+//! 5. [`fdt::build`] writes the device tree of a [`fdt::Board`], and [`fdt::GivenTree`] is a tree supplied by the user.
 //!
-//! Every error is a [`BootError`]: one line, with what to do.
+//! Every error is a [`BootError`]: one line, with advice.
 #![forbid(unsafe_code)]
 
 pub mod cmdline;

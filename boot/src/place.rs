@@ -1,13 +1,13 @@
-//! Where everything goes: pure arithmetic from sizes to guest-physical addresses.
+//! The layout of guest memory: pure arithmetic from sizes to guest-physical addresses.
 //!
-//! Three kinds of piece have an address of their own: an `Image` (the start of RAM plus its text offset), the
-//! segments of an ELF file, and flat files. The device tree and the initrd are then put as high as they go, so
-//! that they are out of the way of a kernel that grows upwards, but within the first GiB of RAM if there is
-//! room: there QEMU's `virt` keeps them too, and a guest that maps one GiB page sees everything. They start on
-//! 2 MiB boundaries where there is room, so that the rest of RAM can still be mapped with huge pages.
+//! Three kinds of piece have a fixed address: an `Image` (the start of RAM plus its text offset), the
+//! segments of an ELF file, and flat files. The device tree and the initrd are then placed as high as possible,
+//! so that they do not obstruct a kernel that grows upwards, but within the first GiB of RAM if there is
+//! room: QEMU's `virt` places them there too, and a guest that maps one GiB page sees everything. They start on
+//! 2 MiB boundaries if there is room, so that the rest of RAM can still be mapped with huge pages.
 //!
-//! A device tree of at most 2 MiB needs no more care: wherever it starts, it ends within the 4 MiB from the
-//! 2 MiB boundary below, which is what Linux maps of it (arch/riscv/mm/init.c, create_fdt_early_page_table).
+//! A device tree of at most 2 MiB has no further constraints: wherever it starts, it ends within 4 MiB of the
+//! 2 MiB boundary below, which Linux maps (arch/riscv/mm/init.c, create_fdt_early_page_table).
 
 use std::path::Path;
 
@@ -38,7 +38,7 @@ pub struct Load {
 }
 
 impl Load {
-    /// Opens a flat file that is to stand at the guest-physical address `address`.
+    /// Opens a flat file that is to be loaded at the guest-physical address `address`.
     ///
     /// # Errors
     /// [`BootError::Open`], or [`BootError::Unusable`] for an empty file and for everything that is not a
@@ -49,14 +49,14 @@ impl Load {
     }
 }
 
-/// What has to be placed, and where there is room.
+/// The pieces to place, and the memory for them.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Request<'a> {
     /// The ranges of guest RAM, in ascending order, without overlap; each base and size a multiple of
     /// 4 KiB, the first base a multiple of 2 MiB.
     pub ram: &'a [Region],
-    /// Where in it the device tree and the initrd may lie, in ascending order: what a user's own tree names as memory.
-    /// Empty: everywhere.
+    /// The parts of `ram` that the device tree and the initrd may use, in ascending order: the memory in a tree supplied by
+    /// the user. Empty: all of it.
     pub memory: &'a [Region],
     /// The kernel, if there is one.
     pub kernel: Option<&'a Kernel>,
@@ -64,27 +64,27 @@ pub struct Request<'a> {
     pub roms: &'a [Region],
     /// Flat files at fixed addresses.
     pub loads: &'a [Load],
-    /// `--entry`: the guest-physical address of the first instruction. Without it the kernel says where it
-    /// starts; without a kernel it is the address of the first load. It is needed where there is neither.
+    /// `--entry`: the guest-physical address of the first instruction. By default that of the kernel, or,
+    /// without a kernel, the address of the first load. Required if there is neither.
     pub entry: Option<u64>,
     /// The initrd, if there is one.
     pub initrd: Option<&'a Initrd>,
-    /// The length of the device tree in bytes, or more; at most [`fdt::MAX_LEN`].
+    /// An upper bound of the length of the device tree in bytes; at most [`fdt::MAX_LEN`].
     pub fdt_len: u64,
-    /// The address of the device tree, a multiple of 8, where the user wants it somewhere.
+    /// The address of the device tree, a multiple of 8, if the user has fixed it.
     pub fdt_at: Option<u64>,
 }
 
 /// One piece that the caller maps or copies into guest RAM.
 #[derive(Clone, Debug)]
 pub struct Blob<'a> {
-    /// What it is, for messages: the name of its file.
+    /// Its name for messages: that of its file.
     pub name: String,
     /// Its guest-physical address.
     pub address: u64,
     /// Its contents.
     pub source: &'a Source,
-    /// Bytes of memory that belong to it, at least `source.len()`; the rest has to be zero.
+    /// Its size in memory in bytes, at least `source.len()`; the rest has to be zero.
     pub mem_len: u64,
 }
 
@@ -96,7 +96,7 @@ impl Blob<'_> {
     }
 }
 
-/// Where everything goes. No two of the blobs and the device tree share a byte, and all of them lie in RAM.
+/// The addresses of all pieces. The blobs and the device tree do not overlap, and all of them are in RAM.
 #[derive(Clone, Debug)]
 pub struct Placement<'a> {
     /// The guest-physical address of the first instruction.
@@ -105,19 +105,18 @@ pub struct Placement<'a> {
     pub kernel: Option<Region>,
     /// The initrd's bytes, from a page boundary on: `linux,initrd-start` and `-end`.
     pub initrd: Option<Region>,
-    /// The device tree, from a page boundary on where the user has not placed it: its address (for a1) and [`Request::fdt_len`].
+    /// The device tree, page-aligned unless the user has fixed its address: its address (for a1) and [`Request::fdt_len`].
     pub fdt: Region,
-    /// Everything except the device tree, ready to be mapped or copied; sorted by address.
+    /// All pieces except the device tree, ready to be mapped or copied; sorted by address.
     pub blobs: Vec<Blob<'a>>,
 }
 
-/// Gives every piece its address.
+/// Assigns an address to every piece.
 ///
 /// # Errors
-/// [`BootError::TooLittleMemory`] says how much memory works, [`BootError::Overlap`] and
-/// [`BootError::OutsideRam`] name the pieces with fixed addresses that are in the way,
-/// [`BootError::Entry`] refuses an entry where nothing is, [`BootError::Layout`] a request that breaks
-/// the rules of [`Request`].
+/// [`BootError::TooLittleMemory`] with a sufficient memory size, [`BootError::Overlap`] and
+/// [`BootError::OutsideRam`] with the pieces whose fixed addresses conflict, [`BootError::Entry`] for an
+/// entry without contents, [`BootError::Layout`] for a request that breaks the rules of [`Request`].
 pub fn place<'a>(request: &Request<'a>) -> Result<Placement<'a>, BootError> {
     let start = check(request)?;
     let mut blobs = fixed_blobs(request, start);
@@ -138,7 +137,7 @@ pub fn place<'a>(request: &Request<'a>) -> Result<Placement<'a>, BootError> {
     Ok(Placement { entry, kernel, initrd, fdt, blobs })
 }
 
-/// Checks the rules of [`Request`] and gives the start of RAM.
+/// Checks the rules of [`Request`] and returns the start of RAM.
 fn check(request: &Request<'_>) -> Result<u64, BootError> {
     let Some(first) = request.ram.first().filter(|first| first.base.is_multiple_of(HUGE_PAGE))
     else {
@@ -149,7 +148,7 @@ fn check(request: &Request<'_>) -> Result<u64, BootError> {
         let pages = region.base.is_multiple_of(PAGE) && region.size.is_multiple_of(PAGE);
         let ends = region.base.checked_add(region.size).filter(|_| pages && region.base >= end);
         end = ends.ok_or_else(|| {
-            BootError::Layout(format!("the RAM at {region} is out of order or not in pages"))
+            BootError::Layout(format!("the RAM at {region} is out of order or not page-aligned"))
         })?;
     }
     if request.fdt_len == 0 || request.fdt_len > fdt::MAX_LEN {
@@ -162,7 +161,7 @@ fn check(request: &Request<'_>) -> Result<u64, BootError> {
     Ok(first.base)
 }
 
-/// The pieces whose addresses are given: the kernel's and the flat files.
+/// The pieces with fixed addresses: those of the kernel and the flat files.
 fn fixed_blobs<'a>(request: &Request<'a>, start: u64) -> Vec<Blob<'a>> {
     let kernel = request.kernel.into_iter().flat_map(move |kernel| {
         let base = kernel_base(kernel, start);
@@ -187,7 +186,7 @@ fn image<'a>(request: &Request<'a>) -> Option<&'a Kernel> {
     request.kernel.filter(|kernel| matches!(kernel.format(), Format::Image { .. }))
 }
 
-/// What the addresses of a kernel's segments are relative to.
+/// The address that those of a kernel's segments are relative to.
 fn kernel_base(kernel: &Kernel, start: u64) -> u64 {
     match kernel.format() {
         Format::Image { .. } => start,
@@ -195,7 +194,7 @@ fn kernel_base(kernel: &Kernel, start: u64) -> u64 {
     }
 }
 
-/// From a kernel's lowest to its highest address.
+/// The range from a kernel's lowest to its highest address.
 fn extent(kernel: &Kernel, start: u64) -> Region {
     let base = kernel_base(kernel, start);
     let regions = kernel.segments().iter().map(|s| Region::new(base + s.address, s.mem_len));
@@ -204,12 +203,12 @@ fn extent(kernel: &Kernel, start: u64) -> Region {
     Region::new(low, high.saturating_sub(low))
 }
 
-/// Checks that the pieces with fixed addresses are in RAM and not in each other's way.
+/// Checks that the pieces with fixed addresses are in RAM and do not overlap.
 fn check_fixed(request: &Request<'_>, start: u64, blobs: &[Blob<'_>]) -> Result<(), BootError> {
     for blob in blobs {
         let at = blob.region();
         let ram = request.ram.iter().find(|ram| ram.contains(at.base));
-        // An Image has no address of its own: it only needs more RAM.
+        // An Image has no absolute address: it only needs more RAM.
         let is_image = image(request).is_some_and(|kernel| extent(kernel, start).base == at.base);
         match ram {
             Some(ram) if ram.encloses(at) => {}
@@ -230,7 +229,7 @@ fn check_fixed(request: &Request<'_>, start: u64, blobs: &[Blob<'_>]) -> Result<
     Ok(())
 }
 
-/// Checks a device tree whose address is given.
+/// Checks a device tree with a fixed address.
 fn check_tree(request: &Request<'_>, blobs: &[Blob<'_>]) -> Result<(), BootError> {
     let Some(base) = request.fdt_at else { return Ok(()) };
     let at = Region::new(base, request.fdt_len);
@@ -256,14 +255,14 @@ fn check_tree(request: &Request<'_>, blobs: &[Blob<'_>]) -> Result<(), BootError
 
 fn outside_ram(request: &Request<'_>, what: String, at: Region, blobs: &[Blob<'_>]) -> BootError {
     let ram: Vec<String> = request.ram.iter().map(ToString::to_string).collect();
-    // Nothing lies below RAM, however much there is, nor where no machine has any.
+    // More memory does not help for an address below RAM or above any machine's RAM.
     let start = request.ram.first().map_or(0, |ram| ram.base);
     let enough = enough(request, blobs);
     let more = (at.base >= start && enough <= image::ABSURD).then_some(enough);
     BootError::OutsideRam { what, at, ram: ram.join(", "), more }
 }
 
-/// The address of the first instruction, which has to be in the contents of some piece, or in flash.
+/// The address of the first instruction, which has to be in the contents of a piece or in flash.
 fn entry(request: &Request<'_>, start: u64, blobs: &[Blob<'_>]) -> Result<u64, BootError> {
     let entry = match (request.entry, request.kernel.map(Kernel::format)) {
         (Some(entry), _) | (None, Some(Format::Elf { entry: Some(entry), .. })) => entry,
@@ -280,14 +279,14 @@ fn entry(request: &Request<'_>, start: u64, blobs: &[Blob<'_>]) -> Result<u64, B
     let reason = if !is_rom && !blobs.iter().any(holds) {
         "nothing is loaded there (give --entry an address inside a loaded file, or a flash with mode=map)"
     } else if entry % 2 != 0 {
-        "instructions stand at even addresses (give --entry one)"
+        "instructions have even addresses (give --entry one)"
     } else {
         return Ok(entry);
     };
     Err(BootError::Entry { entry, reason: reason.into() })
 }
 
-/// Places the device tree and the initrd around the fixed pieces, at the nicest place that has room.
+/// Places the device tree and the initrd around the fixed pieces, at the first choice that has room.
 fn float(
     request: &Request<'_>,
     start: u64,
@@ -304,7 +303,7 @@ fn float(
         let fixed = request.fdt_at.map(|base| Region::new(base, request.fdt_len));
         fixed.into_iter().for_each(|region| free.take(region));
         let initrd_len = request.initrd.map_or(0, Initrd::len);
-        // The larger one first: then two pieces find room whenever there is any.
+        // The larger one first: then both fit whenever there is room for both.
         let initrd_first = align == PAGE && initrd_len > request.fdt_len;
         let before = if initrd_first { Some(free.take_highest(initrd_len, align)?) } else { None };
         let fdt = match fixed {
@@ -320,8 +319,8 @@ fn float(
     })
 }
 
-/// What the device tree and the initrd have to stay clear of. An `Image` keeps whole 2 MiB pages for itself,
-/// and what is below it: old kernels do not map that.
+/// The memory that the device tree and the initrd may not use. An `Image` reserves whole 2 MiB pages, and
+/// the memory below it, which old kernels do not map.
 fn reserved<'b>(
     request: &Request<'_>,
     start: u64,
@@ -334,7 +333,7 @@ fn reserved<'b>(
     blobs.iter().map(Blob::region).chain(image)
 }
 
-/// The error that says with how much memory the request works.
+/// The error with a memory size that is sufficient for the request.
 fn too_little(request: &Request<'_>, blobs: &[Blob<'_>]) -> BootError {
     let start = request.ram.first().map_or(0, |ram| ram.base);
     if !request.memory.is_empty() && blobs.iter().all(|blob| in_ram(request, blob)) {
@@ -351,8 +350,8 @@ fn too_little(request: &Request<'_>, blobs: &[Blob<'_>]) -> BootError {
     }
 }
 
-/// So much memory, in one piece from the start of RAM on, is enough: what has an address of its own, and the rest behind it.
-/// A multiple of 2 MiB, which is a size for huge pages too.
+/// A sufficient size of RAM in one range: up to the end of the pieces with fixed addresses, and the rest after them.
+/// A multiple of 2 MiB, which also suits huge pages.
 fn enough(request: &Request<'_>, blobs: &[Blob<'_>]) -> u64 {
     let start = request.ram.first().map_or(0, |ram| ram.base);
     let tree = request.fdt_at.map(|base| base.saturating_add(request.fdt_len));
@@ -369,7 +368,7 @@ fn in_ram(request: &Request<'_>, blob: &Blob<'_>) -> bool {
     request.ram.iter().any(|ram| ram.encloses(blob.region()))
 }
 
-/// What has to be placed, in words.
+/// The pieces to place, in words.
 fn pieces(request: &Request<'_>, start: u64) -> String {
     let named = |what: &str, len| (what.to_string(), len);
     let kernel = request.kernel.map(|kernel| named("kernel", extent(kernel, start).size));

@@ -1,4 +1,4 @@
-//! Ranges of guest-physical addresses, and what is left of them.
+//! Ranges of guest-physical addresses, and an allocator over them.
 
 use std::fmt;
 
@@ -25,20 +25,20 @@ impl Region {
         self.base.saturating_add(self.size)
     }
 
-    /// Whether `address` is one of the range's.
+    /// True if `address` is in the range.
     #[must_use]
     pub const fn contains(self, address: u64) -> bool {
         self.base <= address && address - self.base < self.size
     }
 
-    /// Whether every address of `other` is one of this range's too.
+    /// True if `other` lies completely inside this range.
     #[must_use]
     pub fn encloses(self, other: Self) -> bool {
         let fits = |offset| self.size.checked_sub(other.size).is_some_and(|room| offset <= room);
         other.base.checked_sub(self.base).is_some_and(fits)
     }
 
-    /// Whether the two ranges have an address in common.
+    /// True if the two ranges have an address in common.
     #[must_use]
     pub const fn overlaps(self, other: Self) -> bool {
         self.size != 0 && other.size != 0 && self.base < other.end() && other.base < self.end()
@@ -57,13 +57,13 @@ impl fmt::Display for Region {
 pub(crate) struct Free(Vec<Region>);
 
 impl Free {
-    /// Everything in `ram` below `ceiling`.
+    /// The parts of `ram` below `ceiling`.
     pub(crate) fn new(ram: &[Region], ceiling: u64) -> Self {
         let below = |r: &Region| Region::new(r.base, r.end().min(ceiling).saturating_sub(r.base));
         Self(ram.iter().map(below).collect())
     }
 
-    /// Takes `used` out.
+    /// Removes `used`.
     pub(crate) fn take(&mut self, used: Region) {
         let rest = |free: Region| {
             let low = used.base.clamp(free.base, free.end());
@@ -73,7 +73,7 @@ impl Free {
         self.0 = self.0.iter().copied().flat_map(rest).filter(|part| part.size != 0).collect();
     }
 
-    /// Takes `size` bytes from a multiple of `align` on out of the highest range that has them.
+    /// Allocates `size` bytes at a multiple of `align` from the highest range that has room for them.
     pub(crate) fn take_highest(&mut self, size: u64, align: u64) -> Option<Region> {
         let fit = |free: &Region| {
             let base = free.size.checked_sub(size)? + free.base;
@@ -86,7 +86,7 @@ impl Free {
     }
 }
 
-/// `value` rounded up to a multiple of `align`, as far as there is one.
+/// `value` rounded up to a multiple of `align`; saturates.
 pub(crate) const fn round_up(value: u64, align: u64) -> u64 {
     match value.checked_next_multiple_of(align) {
         Some(rounded) => rounded,
@@ -112,7 +112,7 @@ mod tests {
         let (low, high) = (Region::new(0, 16), Region::new(16, 16));
         assert!(!low.overlaps(high) && !high.overlaps(low));
         assert!(low.overlaps(Region::new(15, 1)));
-        assert!(!low.overlaps(Region::new(8, 0)), "an empty range is in nobody's way");
+        assert!(!low.overlaps(Region::new(8, 0)), "an empty range overlaps nothing");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Where bytes come from: part of an open file, which can be mapped, or memory; and how files are opened.
+//! Sources of bytes: part of an open file, which can be mapped, or memory; and how files are opened.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -8,17 +8,17 @@ use std::sync::Arc;
 
 use crate::error::{BootError, FileName, Role};
 
-/// Bytes on their way into guest memory.
+/// Contents to be mapped or copied into guest memory.
 #[derive(Clone, Debug)]
 pub enum Source {
     /// `len` bytes of an open regular file from `offset` on. The file is kept open so that the caller can
-    /// map it (privately, copy on write) instead of reading it; it may change under the guest's feet.
+    /// map it (privately, copy on write) instead of reading it; it may change while the guest runs.
     File {
         /// The file, open for reading.
         file: Arc<File>,
-        /// Where the bytes start in the file.
+        /// The file offset of the first byte.
         offset: u64,
-        /// How many bytes.
+        /// Number of bytes.
         len: u64,
     },
     /// Bytes in memory.
@@ -26,7 +26,7 @@ pub enum Source {
 }
 
 impl Source {
-    /// All bytes of a regular file, of any content but not empty; for [`crate::Cpio::file`].
+    /// Opens a regular file of any content that is not empty; for [`crate::Cpio::file`].
     ///
     /// # Errors
     /// [`BootError::Open`], or [`BootError::Unusable`] for an empty file and for everything that is not a
@@ -35,7 +35,7 @@ impl Source {
         Self::open_as(path, Role::Data)
     }
 
-    /// As [`Source::open`], with what the file is for.
+    /// As [`Source::open`], with the purpose of the file for messages.
     pub(crate) fn open_as(path: &Path, role: Role) -> Result<Self, BootError> {
         let (file, len) = open_regular(path, role)?;
         if len == 0 {
@@ -53,16 +53,16 @@ impl Source {
         }
     }
 
-    /// Whether there are no bytes at all.
+    /// True if there are no bytes.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Fills `buf` from `offset` (relative to the source, in bytes) on.
+    /// Fills `buf` with the bytes from `offset` (relative to the source) on.
     ///
     /// # Errors
-    /// [`BootError::Changed`] when fewer bytes are there than the source had when it was opened, or when
+    /// [`BootError::Changed`] if the file has become shorter than it was when it was opened, or if
     /// `offset + buf.len()` is past [`Source::len`].
     pub fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), BootError> {
         let end = offset.checked_add(buf.len() as u64).filter(|end| *end <= self.len());
@@ -84,20 +84,20 @@ impl Source {
     }
 }
 
-/// A piece of a kernel and the memory it wants.
+/// A piece of a kernel and its place in memory.
 #[derive(Clone, Debug)]
 pub struct Segment {
-    /// Where it wants to be: relative to the start of RAM for an `Image`, a guest-physical address for an
-    /// ELF file ([`crate::kernel::Format`] says which).
+    /// Its address: relative to the start of RAM for an `Image`, guest-physical for an ELF file (see
+    /// [`crate::kernel::Format`]).
     pub address: u64,
     /// Its contents.
     pub source: Source,
-    /// Bytes of memory it takes, at least `source.len()`; the rest (BSS) is zero when the guest starts.
+    /// Size in memory in bytes, at least `source.len()`; the rest (BSS) is zero when the guest starts.
     pub mem_len: u64,
 }
 
-/// Opens a regular file for reading and gives its length in bytes, without ever waiting for anybody: a
-/// FIFO without a writer is refused, not waited for, and a device is not even opened.
+/// Opens a regular file for reading and returns it with its length in bytes. Never blocks: a FIFO without a
+/// writer is refused, not waited for, and a device is not opened.
 ///
 /// # Errors
 /// [`BootError::Open`] when the operating system refuses, [`BootError::Unusable`] when it is a folder, a
@@ -107,7 +107,7 @@ pub(crate) fn open_regular(path: &Path, role: Role) -> Result<(File, u64), BootE
     check_regular(path, role, &fs::metadata(path).map_err(cannot_open)?)?;
     let mut options = OpenOptions::new();
     let file = options.read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(cannot_open)?;
-    // Once more, now that nobody can exchange the file behind the name.
+    // Again on the open file, which can no longer be replaced.
     let metadata = file.metadata().map_err(cannot_open)?;
     check_regular(path, role, &metadata)?;
     Ok((file, metadata.len()))
@@ -129,22 +129,22 @@ fn check_regular(path: &Path, role: Role, metadata: &fs::Metadata) -> Result<(),
     Err(unusable(path, role, format!("it is {what} (give a regular file)")))
 }
 
-/// The error for a file that is not what its flag needs.
+/// The error for a file that is unsuitable for its option.
 pub(crate) fn unusable(path: &Path, role: Role, reason: String) -> BootError {
     BootError::Unusable { path: FileName::from(path), role, reason }
 }
 
-/// The little-endian number of 2 bytes at `at`, if `bytes` reach that far.
+/// The little-endian number of 2 bytes at `at`, if `bytes` are long enough.
 pub(crate) fn le_u16(bytes: &[u8], at: usize) -> Option<u16> {
     bytes.get(at..)?.first_chunk().copied().map(u16::from_le_bytes)
 }
 
-/// The little-endian number of 4 bytes at `at`, if `bytes` reach that far.
+/// The little-endian number of 4 bytes at `at`, if `bytes` are long enough.
 pub(crate) fn le_u32(bytes: &[u8], at: usize) -> Option<u32> {
     bytes.get(at..)?.first_chunk().copied().map(u32::from_le_bytes)
 }
 
-/// The little-endian number of 8 bytes at `at`, if `bytes` reach that far.
+/// The little-endian number of 8 bytes at `at`, if `bytes` are long enough.
 pub(crate) fn le_u64(bytes: &[u8], at: usize) -> Option<u64> {
     bytes.get(at..)?.first_chunk().copied().map(u64::from_le_bytes)
 }

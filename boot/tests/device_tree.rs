@@ -22,9 +22,9 @@ use rvmm_boot::fdt::{
 use rvmm_boot::{Region, fdt::DeviceNode};
 use samples::{AIA, Folder, PLIC, Work, board};
 
-/// Runs dtc on a file; gives what it printed. A warning fails the test.
+/// Runs dtc on a file and returns its output. A warning fails the test.
 fn dtc(file: &Path, from: &str, to: &str) -> Vec<u8> {
-    // Text that came from a blob has numbers where dtc wants references.
+    // Text made from a blob has numbers where dtc expects references.
     let checks = if from == "dts" { "-q" } else { "-Wnode_name_vs_property_name" };
     let output = Command::new("dtc").args(["-I", from, "-O", to, checks]).arg(file).output();
     let output = output.expect("dtc is missing: apt-get install -y device-tree-compiler");
@@ -40,7 +40,7 @@ fn text(blob: &[u8]) -> String {
     String::from_utf8(dtc(&file, "dtb", "dts")).unwrap()
 }
 
-/// A blob as a list of what is in it.
+/// A blob as a list of its items.
 fn items(blob: &[u8]) -> Vec<Item<'_>> {
     let mut items = Vec::new();
     blob::walk(blob, |item| items.push(item)).unwrap();
@@ -63,7 +63,7 @@ fn value<'a>(blob: &'a [u8], path: &str, name: &str) -> Option<&'a [u8]> {
     found
 }
 
-/// A user's own tree, as it is in its file.
+/// Opens a tree supplied by the user and returns its blob.
 fn open(path: &Path) -> Vec<u8> {
     GivenTree::open(path).unwrap().blob().to_vec()
 }
@@ -87,7 +87,7 @@ fn a_firmware_that_adds_to_the_tree_where_it_lies_has_room_for_it() {
     let blob = fdt::build(&board(AIA)).unwrap();
     let word = |at: usize| u32::from_be_bytes(blob[at..at + 4].try_into().unwrap()) as usize;
     let (total, strings, strings_len) = (word(4), word(12), word(32));
-    assert_eq!(total, blob.len(), "a reader is told of the room");
+    assert_eq!(total, blob.len(), "the free space counts");
     assert_eq!(total, strings + strings_len + 8192);
     assert!(blob[strings + strings_len..].iter().all(|byte| *byte == 0));
 }
@@ -213,10 +213,10 @@ fn a_device_can_refer_to_others_by_label() {
     assert_eq!(cells(&blob, serial, "msi-parent"), phandle(&format!("{soc}28000000")));
     assert_eq!(cells(&blob, serial, "a-chip"), phandle(&format!("{soc}d000000")));
     assert_eq!(cells(&blob, "/reboot", "regmap"), phandle("/soc/test@100000"));
-    assert_eq!(value(&blob, "/soc/rtc@101000", "phandle"), None, "nobody refers to the clock");
+    assert_eq!(value(&blob, "/soc/rtc@101000", "phandle"), None, "nothing refers to the clock");
 }
 
-/// What building a board says after `change`.
+/// The error of building a board after `change`.
 fn fault(irqchip: Irqchip, change: impl FnOnce(&mut Board)) -> String {
     let mut board = board(irqchip);
     change(&mut board);
@@ -226,7 +226,7 @@ fn fault(irqchip: Irqchip, change: impl FnOnce(&mut Board)) -> String {
 }
 
 #[test]
-fn a_board_that_cannot_be_is_refused_by_name() {
+fn an_invalid_board_is_refused_by_name() {
     let cannot = "Cannot describe the board: ";
     assert_eq!(fault(AIA, |b| b.cpus.clear()), format!("{cannot}it has no hart or no memory"));
     assert_eq!(
@@ -265,14 +265,14 @@ fn a_board_that_cannot_be_is_refused_by_name() {
 }
 
 #[test]
-fn a_name_that_no_tree_can_hold_is_refused_with_its_place() {
+fn an_invalid_name_is_refused_with_its_path() {
     let odd = |b: &mut Board| b.devices[1].node.properties.push(Property::empty("odd name"));
     assert_eq!(fault(AIA, odd), "Cannot write the device tree at /soc/rtc@101000/odd name");
     let nul = |b: &mut Board| b.chosen.bootargs = "a\0b".into();
     assert_eq!(fault(AIA, nul), "Cannot write the device tree at /chosen/bootargs");
 }
 
-/// What opening a blob as a user's own tree says.
+/// The error of opening a blob as a tree supplied by the user.
 fn refusal(bytes: &[u8]) -> String {
     let folder = Folder::new();
     let path = folder.write("user.dtb", bytes);
@@ -283,7 +283,7 @@ fn refusal(bytes: &[u8]) -> String {
     rest.unwrap_or_else(|| panic!("{error}")).to_string()
 }
 
-/// A sound blob with one number of its header replaced.
+/// A valid blob with one field of its header replaced.
 fn with_header(at: usize, value: u32) -> Vec<u8> {
     let mut blob = fdt::build(&board(PLIC)).unwrap();
     blob[at..at + 4].copy_from_slice(&value.to_be_bytes());
@@ -316,7 +316,7 @@ fn a_users_tree_is_taken_verbatim() {
     let empty = raw(&tokens(&[1, 0, 2, 9]), &[]);
     assert_eq!(open(&folder.write("b.dtb", &empty)), empty, "no memory, no chosen");
     let padded = [empty.as_slice(), &[0; 100]].concat();
-    assert_eq!(open(&folder.write("c.dtb", &padded)), empty, "what follows is not it");
+    assert_eq!(open(&folder.write("c.dtb", &padded)), empty, "data after the end is ignored");
 }
 
 #[test]
@@ -348,7 +348,7 @@ fn a_file_that_is_no_tree_is_refused() {
 fn a_header_that_lies_is_refused() {
     for total in [0, 39, 1 << 20, u32::MAX] {
         assert!(
-            refusal(&with_header(4, total)).starts_with("the total size is not that of the file")
+            refusal(&with_header(4, total)).starts_with("the total size does not fit the file")
         );
     }
     for at in [8, 36] {
@@ -373,10 +373,10 @@ fn a_structure_that_lies_is_refused() {
     let faulty = |cells: &[u32], strings: &[u8]| refusal(&raw(&tokens(cells), strings));
     assert!(faulty(&[], &[]).starts_with("the structure block is cut short"));
     assert!(faulty(&[1, 0, 2], &[]).starts_with("the structure block is cut short"));
-    assert!(faulty(&[1, 0, 9], &[]).starts_with("there is no node, no property and no end"));
-    assert!(faulty(&[1, 0, 5], &[]).starts_with("there is no node, no property and no end"));
-    assert!(faulty(&[2], &[]).starts_with("a node ends that never began"));
-    assert!(faulty(&[1, 0, 2, 1, 0, 2, 9], &[]).starts_with("the tree goes on after its root"));
+    assert!(faulty(&[1, 0, 9], &[]).starts_with("there is an invalid token"));
+    assert!(faulty(&[1, 0, 5], &[]).starts_with("there is an invalid token"));
+    assert!(faulty(&[2], &[]).starts_with("there is a node end without a beginning"));
+    assert!(faulty(&[1, 0, 2, 1, 0, 2, 9], &[]).starts_with("the root node is not followed"));
     assert!(faulty(&[3, 0, 0], b"a\0").starts_with("there is a property outside of all nodes"));
     assert!(faulty(&[1, 0, 3, 0, 0], b"a").starts_with("a property's name is not"), "no NUL");
     assert!(faulty(&[1, 0, 3, 0, 9], b"a\0").starts_with("a property's name is not"), "outside");
@@ -387,7 +387,7 @@ fn a_structure_that_lies_is_refused() {
     let huge = [1, 0, 3, u32::MAX, 0, 2, 9];
     assert!(faulty(&huge, b"a\0").starts_with("the structure block is cut short"), "huge property");
     assert!(faulty(&[1, 0x6161_6161, 0x6161_6161], &[]).starts_with("the structure block is cut"));
-    assert!(faulty(&[1, 0x61ff_6100, 2, 9], &[]).starts_with("a node's name is no text"));
+    assert!(faulty(&[1, 0x61ff_6100, 2, 9], &[]).starts_with("a node's name is not UTF-8"));
 }
 
 #[test]
@@ -406,7 +406,7 @@ fn nodes_may_be_nested_64_deep_and_not_deeper() {
 
 #[test]
 fn the_slowest_tree_is_checked_within_a_second() {
-    // As many properties as fit, each with a name as long as is looked for.
+    // As many properties as fit, each with a name of the maximum length.
     let mut strings = vec![b'a'; 255];
     strings.push(0);
     let mut cells = vec![1, 0];

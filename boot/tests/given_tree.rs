@@ -1,4 +1,4 @@
-//! A user's own device tree: held against the machine, corrected, given room.
+//! A device tree supplied by the user: compared with the machine, completed, given free space.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -18,7 +18,7 @@ use rvmm_boot::fdt::{self, Board, GivenTree};
 use rvmm_boot::{Kernel, Region, Request, place};
 use samples::{AIA, Folder, MIB2, PLIC, RAM, board, image};
 
-/// Bytes of room behind what is used of a tree.
+/// Number of unused bytes at the end of a tree.
 const ROOM: usize = 8192;
 
 fn given(bytes: &[u8]) -> GivenTree {
@@ -26,7 +26,7 @@ fn given(bytes: &[u8]) -> GivenTree {
     GivenTree::open(&folder.write("user.dtb", bytes)).unwrap()
 }
 
-/// Source through dtc, which leaves no room behind a tree.
+/// Compiles source with dtc, which leaves no free space at the end of the tree.
 fn compiled(source: &str) -> Vec<u8> {
     let folder = Folder::new();
     let file = folder.write("user.dts", source.as_bytes());
@@ -36,7 +36,7 @@ fn compiled(source: &str) -> Vec<u8> {
     output.stdout
 }
 
-/// The board's own tree as a user has it who went through dtc.
+/// The board's tree, decompiled and compiled again with dtc.
 fn dumped(board: &Board) -> Vec<u8> {
     let folder = Folder::new();
     let file = folder.write("tree.dtb", &fdt::build(board).unwrap());
@@ -54,7 +54,7 @@ fn word(blob: &[u8], at: usize) -> u32 {
     u32::from_be_bytes(blob[at..at + 4].try_into().unwrap())
 }
 
-/// The bytes behind the last block that is used.
+/// The bytes after the last block.
 fn room(blob: &[u8]) -> &[u8] {
     let block = |at: usize, len: usize| (word(blob, at) + word(blob, len)) as usize;
     &blob[block(8, 36).max(block(12, 32))..]
@@ -69,16 +69,16 @@ fn has_room(blob: &[u8]) {
 #[test]
 fn a_tree_that_went_through_dtc_has_room_for_a_firmware_again() {
     let bytes = dumped(&board(AIA));
-    assert_eq!(room(&bytes).len(), 0, "dtc takes it away");
+    assert_eq!(room(&bytes).len(), 0, "dtc removes it");
     let completed = given(&bytes).completed(None);
     has_room(&completed);
-    assert_eq!(items(&completed), items(&bytes), "and nothing else is changed");
+    assert_eq!(items(&completed), items(&bytes), "nothing else is changed");
     let generated = fdt::build(&board(AIA)).unwrap();
-    assert_eq!(given(&generated).completed(None), generated, "who has room needs no more");
+    assert_eq!(given(&generated).completed(None), generated, "it needs no more");
 }
 
 #[test]
-fn the_initrd_that_a_tree_names_is_the_one_that_is_loaded() {
+fn the_initrd_in_a_tree_is_replaced_by_the_one_that_is_loaded() {
     let mut board = board(PLIC);
     let bytes = dumped(&board);
     let tree = given(&bytes);
@@ -96,11 +96,11 @@ fn the_initrd_that_a_tree_names_is_the_one_that_is_loaded() {
     };
     assert_eq!(sorted(&completed), sorted(&expected), "no other property is touched");
     let len = completed.len();
-    assert_eq!(tree.completed(Some(Region::new(u64::MAX, 0))).len(), len, "wherever it lies");
+    assert_eq!(tree.completed(Some(Region::new(u64::MAX, 0))).len(), len, "at any address");
 }
 
 #[test]
-fn a_tree_that_names_no_initrd_is_told_of_the_one_that_is_loaded() {
+fn a_tree_without_an_initrd_gets_the_one_that_is_loaded() {
     let initrd = Region::new(0x8800_0000, 0x3000);
     for source in [
         "/dts-v1/; / { a { b = <1>; }; chosen { bootargs = \"x\"; c { }; }; d { }; };",
@@ -123,7 +123,7 @@ fn a_tree_that_names_no_initrd_is_told_of_the_one_that_is_loaded() {
     }
 }
 
-/// What is said of a board's tree beside another machine.
+/// The warnings for a board's tree on a changed machine.
 fn compared(theirs: &Board, change: impl FnOnce(&mut Board)) -> Result<Vec<String>, String> {
     let tree = given(&dumped(theirs));
     let mut ours = theirs.clone();
@@ -131,7 +131,7 @@ fn compared(theirs: &Board, change: impl FnOnce(&mut Board)) -> Result<Vec<Strin
     tree.compare(&ours).map_err(|error| error.to_string())
 }
 
-/// The one sentence that is said, after the file's name.
+/// The only warning, after the file's name.
 fn warning(change: impl FnOnce(&mut Board)) -> String {
     let said = compared(&board(AIA), change).unwrap();
     let [only] = said.as_slice() else { panic!("{said:?}") };
@@ -147,12 +147,12 @@ fn a_tree_of_the_same_machine_fits() {
 }
 
 #[test]
-fn memory_that_the_machine_has_not_is_refused_with_both_ranges() {
+fn memory_that_the_machine_lacks_is_refused_with_both_ranges() {
     let error = compared(&board(AIA), |ours| ours.memory = vec![Region::new(RAM, 256 << 20)]);
     let error = error.unwrap_err();
     assert!(
         error.ends_with(
-            "it names memory at 0x80000000..0xa0000000, and the machine's is \
+            "it describes memory at 0x80000000..0xa0000000, but the machine's is \
              0x80000000..0x90000000 (change --mem, or the tree)"
         ),
         "{error}"
@@ -163,31 +163,34 @@ fn memory_that_the_machine_has_not_is_refused_with_both_ranges() {
 fn less_memory_than_the_machine_has_is_a_warning_with_both_sizes() {
     assert_eq!(
         warning(|ours| ours.memory = vec![Region::new(RAM, 1 << 30)]),
-        "names 512M of memory, and the machine has 1G: the guest does not see the rest"
+        "describes 512M of memory, but the machine has 1G: the guest does not see the rest"
     );
     let nothing = given(&compiled("/dts-v1/; / { };")).compare(&board(AIA)).unwrap();
-    assert!(nothing[0].contains("names no memory, and the machine's is 0x80000000..0xa0000000"));
-    assert!(nothing[1].contains("names no harts, and the machine has 2 (--cpus)"), "{nothing:?}");
+    assert!(
+        nothing[0].contains("describes no memory, but the machine's is 0x80000000..0xa0000000")
+    );
+    assert!(
+        nothing[1].contains("describes no harts, but the machine has 2 (--cpus)"),
+        "{nothing:?}"
+    );
     assert_eq!(nothing.len(), 2, "{nothing:?}");
 }
 
 #[test]
 fn other_harts_than_the_machines_are_a_warning_and_no_boot_hart_is_refused() {
     let cut = |ours: &mut Board| ours.cpus.truncate(1);
-    assert_eq!(warning(cut), "names 2 harts, and the machine has 1 (--cpus)");
+    assert_eq!(warning(cut), "describes 2 harts, but the machine has 1 (--cpus)");
     let mut theirs = board(AIA);
     theirs.cpus.remove(0);
     let error = compared(&theirs, |ours| *ours = board(AIA)).unwrap_err();
     assert!(
-        error.ends_with(
-            "hart 0, at which the guest starts, is none of the 1 that it names (change the tree)"
-        ),
+        error.ends_with("boot hart 0 is not among the 1 that it describes (change the tree)"),
         "{error}"
     );
     theirs = board(AIA);
     theirs.cpus[1].hartid = 7;
     let said = given(&dumped(&theirs)).compare(&board(AIA)).unwrap();
-    assert!(said[0].ends_with("names other harts than 0 to 1, and the machine has 2 (--cpus)"));
+    assert!(said[0].ends_with("describes other harts than 0 to 1, but the machine has 2 (--cpus)"));
 }
 
 #[test]
@@ -199,7 +202,7 @@ fn extensions_that_the_harts_lack_are_a_warning() {
             }
         }
     };
-    let what = "names extensions that the machine's harts lack: ";
+    let what = "describes extensions that the machine's harts lack: ";
     assert_eq!(warning(without(&["zba", "sstc"])), format!("{what}sstc, zba"));
     let more = |ours: &mut Board| ours.cpus[0].isa.extensions.push("v".into());
     assert_eq!(
@@ -223,14 +226,14 @@ fn extensions_that_the_harts_lack_are_a_warning() {
 fn another_clock_or_interrupt_controller_is_a_warning() {
     assert_eq!(
         warning(|ours| ours.timebase_frequency = 4_000_000),
-        "names a timebase of 10000000 Hz, and the host's is 4000000 Hz: the guest's clock is wrong"
+        "describes a timebase of 10000000 Hz, but the host's is 4000000 Hz: the guest's clock is wrong"
     );
     assert_eq!(
         warning(|ours| ours.irqchip = PLIC),
-        "names an AIA, and the machine has a PLIC (--irqchip): no interrupt will come"
+        "describes an AIA, but the machine has a PLIC (--irqchip): the guest gets no interrupts"
     );
     let said = compared(&board(PLIC), |ours| ours.irqchip = AIA).unwrap();
-    assert!(said[0].contains("names a PLIC, and the machine has an AIA"), "{said:?}");
+    assert!(said[0].contains("describes a PLIC, but the machine has an AIA"), "{said:?}");
 }
 
 #[test]
@@ -246,7 +249,7 @@ fn what_is_disabled_does_not_count_and_cells_of_one_are_read() {
     let ranges = [Region::new(0x8800_0000, 1 << 20), Region::new(0x9000_0000, 16 << 20)];
     assert_eq!(tree.memory(), ranges);
     let said = tree.compare(&board(AIA)).unwrap();
-    assert!(said[0].contains("names 17M of memory, and the machine has 512M"), "{said:?}");
+    assert!(said[0].contains("describes 17M of memory, but the machine has 512M"), "{said:?}");
     assert_eq!(said.len(), 1, "the harts are the machine's: {said:?}");
 }
 
@@ -275,7 +278,7 @@ fn tree_and_initrd_lie_in_the_memory_that_the_tree_names() {
     assert_eq!(
         error,
         "Cannot fit kernel (2M) + initrd (3M) + device tree (9K) into 0x80000000..0x80400000, \
-         the memory that the device tree names (name more there)"
+         the memory in the device tree (change its memory nodes)"
     );
 }
 
@@ -283,7 +286,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn a_correction_is_corrected_again(first in any::<(u64, u64)>(), second in any::<(u64, u64)>()) {
+    fn a_completed_tree_can_be_completed_again(first in any::<(u64, u64)>(), second in any::<(u64, u64)>()) {
         let tree = given(&fdt::build(&board(PLIC)).unwrap());
         let (first, second) = (Region::new(first.0, first.1), Region::new(second.0, second.1));
         let once = given(&tree.completed(Some(first)));

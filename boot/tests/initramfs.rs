@@ -1,4 +1,4 @@
-//! The initramfs made on the fly, read back by a second reader of the format.
+//! The generated initramfs, read back by an independent reader of the format.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -17,7 +17,7 @@ use rvmm_boot::cpio::Node;
 use rvmm_boot::{Cpio, Initrd, Source};
 use samples::Folder;
 
-/// What an archive says about one of its entries.
+/// One entry of an archive.
 #[derive(Debug, Eq, PartialEq)]
 struct Entry {
     name: String,
@@ -27,7 +27,7 @@ struct Entry {
     data: Vec<u8>,
 }
 
-/// Reads an archive as Linux does: header, name and data, each from a multiple of four on.
+/// Reads an archive as Linux does: header, name and data, each aligned to four bytes.
 fn read(archive: &[u8]) -> Vec<Entry> {
     let mut entries = Vec::new();
     let mut at = 0;
@@ -132,18 +132,18 @@ fn a_file_on_disk_stays_a_file_and_gives_the_same_archive() {
     }
 }
 
-/// Why an entry is refused.
+/// The error of adding an entry.
 fn refusal(add: impl FnOnce(&mut Cpio) -> Result<(), rvmm_boot::BootError>) -> String {
     let mut cpio = system(&bytes(b""));
     add(&mut cpio).unwrap_err().to_string()
 }
 
 #[test]
-fn what_linux_would_pass_over_is_refused_by_name() {
+fn entries_that_linux_would_skip_are_refused_by_name() {
     let dir = |path: &str| refusal(|cpio| cpio.dir(path, 0o755).map(drop));
     for path in ["", "/", "/etc", "etc/", "a//b", ".", "..", "dev/../etc", "./etc", "TRAILER!!!"] {
         let expected =
-            format!("Cannot put {path} into the initramfs: its path is not a plain relative one");
+            format!("Cannot put {path} into the initramfs: its path is not a plain relative path");
         assert_eq!(dir(path), expected);
     }
     assert_eq!(
@@ -154,7 +154,7 @@ fn what_linux_would_pass_over_is_refused_by_name() {
         dir("init/x").ends_with("the folder it is in was not added before it"),
         "a file is none"
     );
-    assert!(dir("init").ends_with("there is one of this name already"));
+    assert!(dir("init").ends_with("there already is an entry of this name"));
     assert!(dir(&"x".repeat(4096)).ends_with("its path is longer than 4095 bytes or holds a NUL"));
     assert!(dir("a\0b").ends_with("its path is longer than 4095 bytes or holds a NUL"));
     assert!(dir("a\nb\0").starts_with("Cannot put a\\nb\\u{0} into"));

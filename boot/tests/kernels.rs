@@ -1,4 +1,4 @@
-//! Kernel files: what boots, what is refused and in which words.
+//! Kernel files: those that boot, and the error messages for the others.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -28,7 +28,7 @@ const LIMIT: u64 = 64 << 20;
 
 const RISCV64: u16 = 0x5064;
 
-/// Why a file is refused: within a second, in one line, without its name.
+/// The error for a file, without its name; checks that it comes quickly and has one line.
 fn refusal_at(path: &Path) -> String {
     let work = Work::begin();
     let error = Kernel::open(path, LIMIT).unwrap_err().to_string();
@@ -38,7 +38,7 @@ fn refusal_at(path: &Path) -> String {
     rest.unwrap_or_else(|| panic!("{error}")).to_string()
 }
 
-/// Why these bytes are refused.
+/// The error for a file of these bytes.
 fn refusal(bytes: &[u8]) -> String {
     let folder = Folder::new();
     refusal_at(&folder.write("kernel", bytes))
@@ -101,7 +101,7 @@ fn what_follows_a_compressed_image_is_left_out_and_counted() {
     }
 }
 
-/// Both kinds of image, compressed by `pack` in pieces of 64 KiB with `between` before and behind each.
+/// Both kinds of image, compressed by `pack` in pieces of 64 KiB with `between` before and after each.
 fn in_pieces(pack: fn(&[u8]) -> Vec<u8>, between: &[u8]) -> [(Vec<u8>, Vec<u8>); 2] {
     [image(MIB2, 8 << 20, 300_000), efi_image(RISCV64, 300_064, 300_000)].map(|bytes| {
         let pieces = bytes.chunks(1 << 16).flat_map(|piece| [pack(piece), between.to_vec()]);
@@ -160,9 +160,9 @@ fn damage_in_a_later_member_or_frame_is_found() {
 }
 
 #[test]
-fn a_window_that_zstd_takes_without_being_told_is_taken() {
+fn the_largest_default_window_of_zstd_is_accepted() {
     let bytes = image(MIB2, 0, 50_000);
-    // No content size, no checksum, a window of 128 MiB: as `zstd --ultra -22` makes of a pipe. One raw block.
+    // No content size, no checksum, a window of 128 MiB, as `zstd --ultra -22` writes for a pipe. One raw block.
     let mut packed = vec![0x28, 0xb5, 0x2f, 0xfd, 0, 17 << 3];
     packed.extend(&((bytes.len() as u32) << 3 | 1).to_le_bytes()[..3]);
     packed.extend(&bytes);
@@ -182,7 +182,7 @@ fn an_elf_file_is_loaded_by_its_physical_addresses() {
     assert_eq!(contents(&kernel.segments()[0]), [0x5a; 0x800]);
 }
 
-/// Where an ELF file with these segments starts.
+/// The entry point of an ELF file with these segments.
 fn entry(e_entry: u64, loads: &[Load], change: impl FnOnce(&mut Vec<u8>)) -> Option<u64> {
     let mut bytes = elf(e_entry, loads, 0x3000);
     change(&mut bytes);
@@ -193,7 +193,7 @@ fn entry(e_entry: u64, loads: &[Load], change: impl FnOnce(&mut Vec<u8>)) -> Opt
     entry
 }
 
-/// Writes `value` into the program header with this index: to its p_flags, its p_vaddr.
+/// Writes `value` to p_flags of the program header with this index.
 fn set_flags(bytes: &mut [u8], index: usize, value: u32) {
     let at = 64 + 56 * index + 4;
     bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
@@ -219,11 +219,11 @@ fn an_elf_file_starts_at_its_lowest_load_address_whatever_it_names() {
 }
 
 #[test]
-fn where_nothing_can_run_at_the_lowest_address_an_elf_file_starts_at_the_entry_it_names() {
+fn an_elf_file_without_code_at_its_lowest_address_starts_at_its_entry() {
     let loads = [Load(RAM, 0x1000, 0x800, 0x800), Load(RAM + 0x1000, 0x2000, 0x800, 0x800)];
     let only_data = |bytes: &mut Vec<u8>| set_flags(bytes, 0, 4);
     assert_eq!(entry(RAM + 0x1010, &loads, only_data), Some(RAM + 0x1010));
-    assert_eq!(entry(0, &loads, only_data), Some(RAM), "there is no other");
+    assert_eq!(entry(0, &loads, only_data), Some(RAM), "there is no other address");
     let virtual_code = |bytes: &mut Vec<u8>| {
         set_flags(bytes, 0, 4);
         set_vaddr(bytes, 1, 0xffff_ffc0_8020_0000);
@@ -231,7 +231,7 @@ fn where_nothing_can_run_at_the_lowest_address_an_elf_file_starts_at_the_entry_i
     assert_eq!(entry(0xffff_ffc0_8020_0010, &loads, virtual_code), Some(RAM + 0x1010));
     let zeros = [Load(RAM, 0x1000, 0, 0x800), loads[1]];
     assert_eq!(entry(RAM + 0x1010, &zeros, |_| ()), Some(RAM + 0x1010));
-    assert_eq!(entry(0, &zeros, |_| ()), None, "neither: only --entry helps");
+    assert_eq!(entry(0, &zeros, |_| ()), None, "neither is usable");
 }
 
 #[test]
@@ -281,7 +281,7 @@ fn empty_and_short_and_blank_files_are_refused() {
 fn a_file_without_any_magic_is_refused_with_a_hint_at_flat_binaries() {
     assert_eq!(
         refusal(&[0x13; 5000]),
-        "it has the magic of no kernel (give a RISC-V Image, \
+        "it has no kernel's magic (give a RISC-V Image, \
          or place a flat binary with --load FILE@ADDR --entry ADDR)"
     );
 }
@@ -385,14 +385,14 @@ fn files_for_other_flags_and_other_programs_are_refused_by_name() {
 }
 
 #[test]
-fn an_image_header_that_cannot_be_is_refused() {
+fn an_invalid_image_header_is_refused() {
     let damaged = "the file is damaged: copy or build it again)";
     for offset in [1, 4096, MIB2 + 1, 1 << 40, u64::MAX] {
         assert_eq!(
             refusal(&image(offset, 0, 100)),
             format!(
                 "its header asks for the load offset {offset:#x}, \
-                 which is no multiple of 2 MiB below 1 TiB ({damaged}"
+                 which is not a multiple of 2 MiB below 1 TiB ({damaged}"
             )
         );
     }
@@ -475,7 +475,7 @@ fn damaged_compressed_files_are_refused() {
 }
 
 #[test]
-fn a_compressed_file_that_goes_on_without_contents_is_given_up_on() {
+fn a_compressed_file_of_many_empty_pieces_is_refused() {
     let folder = Folder::new();
     // In zstd, zeros are empty blocks.
     let holes = folder.sparse("zeros.zst", &zstd(b"")[..6], 60 << 20);
@@ -512,11 +512,11 @@ fn elf_files_for_other_machines_are_refused_by_machine() {
     big_endian[5] = 2;
     big_endian[18..20].copy_from_slice(&[0, 243]);
     assert_eq!(refusal(&big_endian), format!("it is an ELF file for big-endian RISC-V {advice}"));
-    assert!(change(4, 7).starts_with("it is an ELF file of no known class, byte order or version"));
-    assert!(change(6, 7).starts_with("it is an ELF file of no known class, byte order or version"));
+    assert!(change(4, 7).starts_with("it is an ELF file of unknown class, byte order or version"));
+    assert!(change(6, 7).starts_with("it is an ELF file of unknown class, byte order or version"));
     assert_eq!(change(16, 1), "it is an object file (link it first)");
     assert_eq!(change(16, 4), "it is a core dump (give the program itself)");
-    assert!(change(16, 9).starts_with("it is an ELF file that is no program"));
+    assert!(change(16, 9).starts_with("it is an ELF file that is not a program"));
 }
 
 #[test]
@@ -524,8 +524,8 @@ fn a_vmlinux_is_refused_with_a_hint_at_the_image() {
     let at = 0xffff_ffff_8000_0000;
     assert_eq!(
         refusal(&elf(at, &[Load(at, 0x1000, 0x800, 0x1000)], 0x3000)),
-        "it is a vmlinux linked at the virtual address 0xffffffff80000000, which does not say where \
-         to load it (give the Image made from it: arch/riscv/boot/Image)"
+        "it is a vmlinux linked at the virtual address 0xffffffff80000000, without a load address \
+         (give the Image made from it: arch/riscv/boot/Image)"
     );
     let mut unplaced = elf(at, &[Load(0, 0x1000, 0x800, 0x1000)], 0x3000);
     unplaced[64 + 16..64 + 24].copy_from_slice(&u64::to_le_bytes(at));
@@ -591,7 +591,7 @@ fn a_file_that_shrinks_after_it_was_opened_is_noticed() {
 }
 
 #[test]
-fn the_kernels_of_the_setup_script_open_if_they_are_there() {
+fn the_kernels_of_the_setup_script_open() {
     let cache = std::env::var_os("XDG_CACHE_HOME").map(std::path::PathBuf::from);
     let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache"));
     let Some(folder) = cache.or_else(home).map(|cache| cache.join("rvmm/kernels")) else {

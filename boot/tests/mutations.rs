@@ -1,4 +1,4 @@
-//! Damaged kernel files of every format: opened or refused, never a panic, never a long wait.
+//! Damaged kernel files of every format: opened or refused, without a panic and within bounded time.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -17,7 +17,7 @@ use proptest::sample::Index;
 use rvmm_boot::{Kernel, Region, Request, place};
 use samples::{Folder, Load, MIB2, RAM, Work, efi_image, elf, gzip, image, zstd};
 
-/// Guest memory, and so the most that a kernel may unpack to.
+/// Size of guest memory, and so the maximum size of a decompressed kernel.
 const MEM: u64 = 16 << 20;
 
 /// A change to a file: some bytes, some numbers, its length.
@@ -64,7 +64,7 @@ impl Damage {
     }
 }
 
-/// Opens and places a kernel file; checks what holds for every answer.
+/// Opens and places a kernel file; checks the invariants of every result.
 fn try_out(file: &[u8]) -> Result<(), TestCaseError> {
     let folder = Folder::new();
     let path = folder.write("kernel", file);
@@ -102,7 +102,7 @@ fn try_out(file: &[u8]) -> Result<(), TestCaseError> {
     Ok(())
 }
 
-/// A body that is worth compressing, with long and short matches.
+/// A compressible body, with long and short matches.
 fn body() -> Vec<u8> {
     let mut file = image(MIB2, 1 << 20, 3000);
     for i in 0..3000_u32 {

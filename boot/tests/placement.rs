@@ -1,4 +1,4 @@
-//! Who goes where in guest memory.
+//! The layout of guest memory.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -17,7 +17,7 @@ use samples::{Folder, MIB2, RAM, elf, image, u_boot};
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
-/// Files for a request, without contents where those do not matter.
+/// Files for a request, without contents if those are irrelevant.
 struct Parts {
     folder: Folder,
     ram: Vec<Region>,
@@ -30,7 +30,7 @@ struct Parts {
 }
 
 impl Parts {
-    /// A guest with this much memory in one piece and nothing to put into it.
+    /// A guest with this much memory in one range, and no files.
     fn new(mem: u64) -> Self {
         let ram = vec![Region::new(RAM, mem)];
         let folder = Folder::new();
@@ -89,7 +89,7 @@ impl Parts {
         })
     }
 
-    /// Why there is no placement, with the folder's name taken out.
+    /// The error of the placement, without the folder's name.
     fn refusal(&self) -> String {
         let folder = format!("{}", self.folder.path("").display());
         let error = self.place().unwrap_err().to_string();
@@ -213,7 +213,7 @@ fn pieces_outside_of_memory_are_refused() {
     assert!(refusal.starts_with("Cannot load kernel at 0x10000..0x10009: guest memory is"));
 }
 
-/// The memory that an error asks for.
+/// The memory size in an error.
 fn needed(error: &BootError) -> u64 {
     let BootError::TooLittleMemory { needed, .. } = error else { panic!("{error}") };
     *needed
@@ -242,7 +242,7 @@ fn a_kernel_or_an_initrd_of_absurd_size_is_refused_with_its_figure() {
     let parts = Parts::new(512 * MIB).image(MIB, (1 << 40) - 1);
     assert!(parts.refusal().contains("give at least --mem 1048580M"), "{}", parts.refusal());
     let mut parts = Parts::new(512 * MIB).image(MIB, MIB);
-    // Longer than any file, and than all addresses together.
+    // Longer than any file, and than the address space.
     let file = std::fs::File::open(parts.folder.path("kernel")).unwrap();
     let huge = Source::File { file: file.into(), offset: 0, len: u64::MAX };
     parts.initrd = Some(Initrd::from_sources("huge", vec![huge.clone(), huge]));
@@ -250,7 +250,7 @@ fn a_kernel_or_an_initrd_of_absurd_size_is_refused_with_its_figure() {
 }
 
 #[test]
-fn an_entry_where_nothing_is_is_refused() {
+fn an_entry_where_nothing_is_loaded_is_refused() {
     let mut parts = Parts::new(64 * MIB).image(MIB, 3 * MIB);
     for entry in [0, RAM, RAM + 4 * MIB, RAM + 64 * MIB, u64::MAX] {
         parts.entry = Some(entry);
@@ -265,12 +265,12 @@ fn an_entry_where_nothing_is_is_refused() {
     parts.entry = Some(RAM + MIB2 + 1);
     assert_eq!(
         parts.refusal(),
-        "Cannot start the guest at 0x80200001: instructions stand at even addresses (give --entry one)"
+        "Cannot start the guest at 0x80200001: instructions have even addresses (give --entry one)"
     );
 }
 
 #[test]
-fn an_entry_of_the_users_wins_over_the_files_own_and_rescues_one_without() {
+fn the_users_entry_takes_precedence_over_that_of_the_file() {
     let at = RAM + MIB2;
     let zeros_first =
         [samples::Load(RAM, 0x1000, 0, 0x800), samples::Load(at, 0x1000, 0x800, 0x800)];
@@ -323,7 +323,7 @@ fn a_request_against_the_rules_is_refused() {
     refusal(|parts| parts.kernel = None);
 }
 
-/// Checks what [`Placement`] promises.
+/// Checks the guarantees of [`Placement`].
 fn assert_sound(parts: &Parts, placement: &Placement<'_>) -> Result<(), TestCaseError> {
     let mut regions: Vec<Region> = placement.blobs.iter().map(|blob| blob.region()).collect();
     regions.push(placement.fdt);
@@ -375,7 +375,7 @@ proptest! {
     }
 
     #[test]
-    fn the_memory_that_is_proposed_works_wherever_the_user_puts_things(
+    fn the_proposed_memory_size_is_sufficient_for_any_addresses(
         mem in 4_u64..40,
         load in (0_u64..80 * MIB, 1_usize..3_000_000),
         tree in prop::option::of(0_u64..80 * MIB),
@@ -385,11 +385,11 @@ proptest! {
         parts.fdt_at = tree.map(|offset| RAM + offset / 8 * 8);
         let more = match parts.place() {
             Err(BootError::TooLittleMemory { needed, .. }) => needed,
-            Err(BootError::OutsideRam { more, .. }) => more.expect("all of it is above RAM's start"),
+            Err(BootError::OutsideRam { more, .. }) => more.expect("all pieces are above the start of RAM"),
             _ => return Ok(()),
         };
         prop_assert!(more > mem * MIB && more % MIB2 == 0);
-        // Two pieces that the user has put into each other's way stay there.
+        // More memory does not help against overlapping fixed addresses.
         match parts.mem(more).place() {
             Ok(_) | Err(BootError::Overlap { .. }) => {}
             Err(error) => prop_assert!(false, "{error}"),
@@ -418,7 +418,7 @@ proptest! {
 }
 
 #[test]
-fn a_device_tree_goes_where_the_user_wants_it_and_the_rest_stays_out_of_its_way() {
+fn a_device_tree_at_a_users_address_overlaps_nothing() {
     let mut parts = Parts::new(128 * MIB).image(6 * MIB, 6 * MIB).initrd(MIB2);
     parts.fdt_at = Some(RAM + 126 * MIB + 8);
     let placement = parts.place().unwrap();

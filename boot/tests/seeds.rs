@@ -1,4 +1,4 @@
-//! Inputs of a user that fuzzers have found worth keeping (`fuzz/seeds`), and those that proptest makes up.
+//! User inputs saved from fuzzing (`fuzz/seeds`), and inputs that proptest generates.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -13,7 +13,7 @@ use std::path::Path;
 
 use proptest::prelude::*;
 
-/// `fuzz/seeds/TARGET.txt`: an input a line, in hexadecimal.
+/// The inputs in `fuzz/seeds/TARGET.txt`: one per line, in hexadecimal.
 fn seeds(target: &str) -> Vec<Vec<u8>> {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../fuzz/seeds/{target}.txt"));
     let text = std::fs::read_to_string(&file).unwrap();
@@ -32,7 +32,7 @@ fn every_seed_of_the_fuzzers_is_opened_or_refused() {
 
 proptest! {
     #[test]
-    fn bytes_that_nobody_wrote_are_opened_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+    fn random_bytes_are_opened_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
         for (_, target) in opened::TARGETS {
             target(&bytes);
         }

@@ -1,8 +1,8 @@
-//! The bus: from a guest-physical address to the device that answers there.
+//! The MMIO bus: dispatches an access to the device at its guest-physical address.
 //!
-//! The map is built once and never changes, so finding a device takes no lock: a look at the one
-//! found last, else a binary search over a few entries. Each device has its own lock, held for one access; registers that a
-//! device answers without it come first.
+//! The map is built once and never changes, so finding a device takes no lock: first the one
+//! found last, else a binary search over a few entries. Each device has its own lock, held for one access; registers
+//! that need no lock ([`Unlocked`]) are tried first.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,12 +12,12 @@ use thiserror::Error;
 
 use crate::device::{Access, AccessError, MmioDevice, RegisterName, SerialLine, Unlocked};
 
-/// Unassigned addresses that are logged, each once; a guest that tries more is noted once more.
+/// Maximum number of unassigned addresses that are logged, each once; one last line says that there are more.
 const LOGGED_ADDRESSES: usize = 64;
 
-/// Every device of a machine, by address.
+/// All devices of a machine, by address.
 pub struct Bus {
-    /// The bases of the slots, in order and side by side: what every access searches.
+    /// The bases of the slots, sorted and contiguous for the search.
     bases: Box<[u64]>,
     slots: Box<[BusSlot]>,
     /// The slot that was found last: accesses come in runs, and one comparison is cheaper than the search.
@@ -27,29 +27,29 @@ pub struct Bus {
     logged: LoggedAddresses,
 }
 
-/// Who answered an access.
+/// The outcome of an access.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Claim {
-    /// The device at that address.
+    /// The device at that address did it.
     Device,
-    /// The device at that address has no such access: a read gave zeroes, a write had no effect.
+    /// The device at that address refused it: a read returned zeroes, a write had no effect.
     Refused,
-    /// Nobody: a read gave zeroes, a write had no effect.
+    /// No device has that address: a read returned zeroes, a write had no effect.
     Unassigned,
 }
 
-/// What a guest has done that no device answered, since the machine was built.
+/// Numbers of a guest's failed accesses since the machine was built.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct BusCounters {
     /// Accesses that a device refused.
     pub refused: u64,
-    /// Reads where there is no device.
+    /// Reads of addresses without a device.
     pub unassigned_reads: u64,
-    /// Writes where there is no device.
+    /// Writes to addresses without a device.
     pub unassigned_writes: u64,
 }
 
-/// A place on the bus, described.
+/// A snapshot of a device on the bus.
 #[derive(Debug, Clone, Copy)]
 pub struct Slot {
     /// The index for [`Bus::with_device`].
@@ -66,11 +66,11 @@ pub struct Slot {
     pub writes: u64,
     /// Accesses that it refused.
     pub refused: u64,
-    /// What its registers are called.
+    /// Names of its registers.
     pub registers: RegisterName,
 }
 
-/// Why devices do not fit on a bus.
+/// An error in the placement of devices on a bus.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum BusError {
     /// Two devices claim the same addresses.
@@ -104,7 +104,7 @@ struct BusSlot {
     size: u64,
     name: &'static str,
     registers: RegisterName,
-    /// These two are written with the device's lock held, unless there are registers without one.
+    /// These two are written with the device's lock held, unless there are registers without a lock.
     reads: AtomicU64,
     writes: AtomicU64,
     refused: AtomicU64,
@@ -124,7 +124,7 @@ impl Bus {
     /// A bus with these devices at these bases.
     ///
     /// # Errors
-    /// [`BusError`] if two overlap, or one has no size or does not fit below 2^64.
+    /// [`BusError`] if two overlap, or one has size zero or does not fit below 2^64.
     pub fn new(mut devices: Vec<(u64, Box<dyn MmioDevice>)>) -> Result<Self, BusError> {
         devices.sort_by_key(|(base, _)| *base);
         let slots = devices
@@ -152,13 +152,13 @@ impl Bus {
         })
     }
 
-    /// Reads `data.len()` bytes at a guest-physical address; fills `data` whoever answers.
+    /// Reads `data.len()` bytes at a guest-physical address; fills `data` in every case.
     pub fn read(&self, addr: u64, data: &mut [u8]) -> Claim {
         let Some((slot, offset)) = self.find(addr) else {
             data.fill(0);
             return self.unassigned(addr, &self.unassigned_reads);
         };
-        let access = slot.ends(offset, data.len()).and_then(|()| slot.read(offset, data));
+        let access = slot.check_end(offset, data.len()).and_then(|()| slot.read(offset, data));
         let Err(refusal) = access else { return Claim::Device };
         data.fill(0);
         slot.refuse(refusal, addr, data.len())
@@ -169,12 +169,12 @@ impl Bus {
         let Some((slot, offset)) = self.find(addr) else {
             return self.unassigned(addr, &self.unassigned_writes);
         };
-        let access = slot.ends(offset, data.len()).and_then(|()| slot.write(offset, data));
+        let access = slot.check_end(offset, data.len()).and_then(|()| slot.write(offset, data));
         let Err(refusal) = access else { return Claim::Device };
         slot.refuse(refusal, addr, data.len())
     }
 
-    /// Calls `f` with the line of the serial port at a guest-physical address, as one write of the device; `None` where no serial port is.
+    /// Calls `f` with the line of the serial port at a guest-physical address, counted as one write; `None` if there is no serial port.
     pub fn serial_line<R>(&self, addr: u64, f: impl FnOnce(&mut dyn SerialLine) -> R) -> Option<R> {
         let (slot, _) = self.find(addr)?;
         let mut device = slot.lock();
@@ -190,7 +190,7 @@ impl Bus {
         }
     }
 
-    /// The places on the bus, in order of address.
+    /// The devices on the bus, in order of address.
     pub fn devices(&self) -> impl ExactSizeIterator<Item = Slot> {
         self.slots.iter().enumerate().map(|(index, slot)| Slot {
             index,
@@ -213,8 +213,8 @@ impl Bus {
         self.slots.get(index).map(|slot| f(slot.lock().as_mut()))
     }
 
-    /// Tells the device in this slot that a source may be ready ([`MmioDevice::ready`]), and drives the interrupt that comes
-    /// of it when the device's lock is free again.
+    /// Calls [`MmioDevice::ready`] of the device in this slot, and drives the resulting interrupt after releasing the
+    /// device's lock.
     pub fn ready(&self, index: usize, token: u32) {
         let undriven = self.with_device(index, |device| {
             device.ready(token);
@@ -225,7 +225,7 @@ impl Bus {
         }
     }
 
-    /// What a guest has done that no device answered.
+    /// Numbers of the guest's failed accesses.
     pub fn counters(&self) -> BusCounters {
         BusCounters {
             refused: self.slots.iter().map(|slot| slot.refused.load(Relaxed)).sum(),
@@ -241,7 +241,7 @@ impl Bus {
         Claim::Unassigned
     }
 
-    /// The slot that has this address, and the offset in there.
+    /// Finds the slot with this address, and the offset in it.
     #[inline]
     fn find(&self, addr: u64) -> Option<(&BusSlot, u64)> {
         if let Some(slot) = self.slots.get(self.last.load(Relaxed)) {
@@ -265,7 +265,7 @@ impl Bus {
     }
 }
 
-/// One more, for a counter that only one thread writes at a time: an atomic addition would cost more.
+/// Increments a counter that only one thread writes at a time: cheaper than an atomic addition.
 #[inline]
 fn count(counter: &AtomicU64) {
     counter.store(counter.load(Relaxed).wrapping_add(1), Relaxed);
@@ -292,8 +292,8 @@ impl BusSlot {
         })
     }
 
-    /// Whether an access that begins at this offset also ends in the slot.
-    fn ends(&self, offset: u64, width: usize) -> Access {
+    /// Checks that an access that begins at this offset also ends in the slot.
+    fn check_end(&self, offset: u64, width: usize) -> Access {
         let room = self.size.wrapping_sub(offset);
         if width as u64 <= room { Ok(()) } else { Err(AccessError::PastEnd) }
     }
@@ -321,7 +321,7 @@ impl BusSlot {
     }
 
     fn lock(&self) -> MutexGuard<'_, Box<dyn MmioDevice>> {
-        // A device that panicked in a test must not take the whole bus with it.
+        // A device that panicked in a test must not block the whole bus.
         self.device.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -345,9 +345,9 @@ impl LoggedAddresses {
             return;
         }
         let mut sorted = self.sorted.lock().unwrap_or_else(PoisonError::into_inner);
-        let Err(place) = sorted.binary_search(&addr) else { return };
+        let Err(position) = sorted.binary_search(&addr) else { return };
         if sorted.len() < LOGGED_ADDRESSES {
-            sorted.insert(place, addr);
+            sorted.insert(position, addr);
             warn!("Guest access at {addr:#x}, where there is no device");
         } else if !self.full.swap(true, Relaxed) {
             warn!("Further addresses without a device are not logged");
@@ -422,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn registers_without_a_lock_answer_while_somebody_works_on_the_device() {
+    fn registers_without_a_lock_work_while_the_device_is_locked() {
         struct Two(AtomicU64);
         impl Unlocked for Two {
             fn read(&self, offset: u64, data: &mut [u8]) -> bool {
@@ -463,13 +463,13 @@ mod tests {
         let bus = Bus::new(vec![(0x1000, Box::new(device))]).unwrap();
         let answer = bus.with_device(0, |_| (read(&bus, 0x1002), bus.write(0x1002, &[9])));
         assert_eq!(answer, Some(((Claim::Device, [7]), Claim::Device)));
-        assert_eq!(bus.write(0x1003, &[9]), Claim::Device, "the device answers the others");
+        assert_eq!(bus.write(0x1003, &[9]), Claim::Device, "the device serves the others");
         assert_eq!(read(&bus, 0x1003), (Claim::Device, [9]));
         assert_eq!(two.0.load(Relaxed), 2, "both writes were offered");
     }
 
     #[test]
-    fn where_there_is_no_device_reads_give_zero_and_are_counted() {
+    fn reads_without_a_device_return_zero_and_are_counted() {
         let bus = Bus::new(vec![cells(0x1000, "a", 4), cells(0x1008, "b", 4)]).unwrap();
         for addr in [0, 0xfff, 0x1004, 0x1007, 0x100c, u64::MAX] {
             assert_eq!(read(&bus, addr), (Claim::Unassigned, [0; 8]), "at {addr:#x}");
@@ -482,7 +482,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_read_gives_zeroes_whatever_the_device_left_there() {
+    fn a_refused_read_returns_zeroes_whatever_the_device_wrote() {
         let bus = Bus::new(vec![cells(0x1000, "a", 8)]).unwrap();
         assert_eq!(read(&bus, 0x1000), (Claim::Refused, [0; 2]));
         assert_eq!(bus.write(0x1004, &[1]), Claim::Refused);
@@ -497,7 +497,7 @@ mod tests {
         assert_eq!(bus.write(0x1002, &[9; 4]), Claim::Refused);
         assert_eq!(read(&bus, 0x1000), (Claim::Device, [1, 2, 3, 4]));
         assert_eq!(read(&bus, 0x1004), (Claim::Device, [1, 2, 3, 4]));
-        // Not the device decides that: this one would answer.
+        // The bus decides that, not the device: this one would return data.
         let bus = Bus::new(vec![cells(0x1000, "a", 3)]).unwrap();
         assert_eq!(read(&bus, 0x1000), (Claim::Refused, [0; 4]));
     }

@@ -1,4 +1,4 @@
-//! The one list of devices, what each takes, and how it is built.
+//! The list of all device models: options, requirements and constructor of each.
 
 use std::io;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use crate::rtc::{Clock, WallClock};
 use crate::virtio::balloon::BalloonControl;
 use crate::virtio::{DmaMemory, GuestMemoryMmap};
 
-/// Every device that rvmm can build. A new one adds its file and a line here.
+/// Every device model of rvmm. A new one adds its file and a line here.
 pub const CATALOG: &[Model] = &[
     crate::serial::MODEL,
     crate::serial::UART,
@@ -39,7 +39,7 @@ pub const CATALOG: &[Model] = &[
     crate::virtio::vhost_user::vsock::MODEL,
 ];
 
-/// A device that was built, or why it was not.
+/// The result of building a device.
 pub type Built = Result<Box<dyn MmioDevice>, BuildError>;
 
 /// A kind of device: its name, its options, what it needs from the board, and its constructor.
@@ -49,16 +49,16 @@ pub struct Model {
     pub name: &'static str,
     /// One line for the help, without a full stop.
     pub summary: &'static str,
-    /// The options it takes; each does something.
+    /// The options it takes; none is without effect.
     pub keys: &'static [Key],
-    /// Where the board puts it.
+    /// The way the board chooses its address.
     pub placement: Placement,
-    /// How many interrupt lines it drives: 0 or 1.
+    /// Number of interrupt lines it drives: 0 or 1.
     pub irqs: u32,
-    /// Another program does its work, and needs guest RAM as memory that can be shared.
+    /// True if another program implements it, which needs guest RAM to be shared memory.
     pub shares_ram: bool,
-    /// Builds one from options whose keys are known to be in `keys`; callers use
-    /// [`Model::create`], which sees to that.
+    /// Builds one from options whose keys are all in `keys`; callers use
+    /// [`Model::create`], which checks that.
     pub build: fn(&Options, Wiring) -> Built,
 }
 
@@ -67,54 +67,54 @@ pub struct Model {
 pub struct Key {
     /// The name, left of `=`.
     pub name: &'static str,
-    /// What the value is, for the help: `SECONDS`.
+    /// Placeholder of the value in the help: `SECONDS`.
     pub value: &'static str,
     /// One line for the help, without a full stop.
     pub help: &'static str,
 }
 
-/// The option that a device with [`Placement::Slot`] takes beside its own: which slot it stands in. The board reads it.
+/// The option for the slot of a device with [`Placement::Slot`], in addition to the model's own. The board evaluates it.
 pub const SLOT: Key = Key {
     name: "slot",
     value: "N",
-    help: "the slot to stand in, 0 to 31 (default: the first that is free)",
+    help: "the slot on the board, 0 to 31 (default: the first free one)",
 };
 
-/// Where the board puts a device.
+/// The way the board chooses a device's address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Placement {
     /// At the address that the board's map has under the model's name; at most one in a machine.
     Fixed,
-    /// In the slot of the board's map that its option [`SLOT`] names, else in the next free one; as many as there are slots.
+    /// In the slot of the board's map given by its option [`SLOT`], else in the next free one; at most one per slot.
     Slot,
-    /// Where its option `addr` says; as many as there is room for.
+    /// At the address of its option `addr`; any number, as long as they do not overlap.
     Asked,
 }
 
-/// What a device is connected to. Handed over by value: host ends have one owner.
+/// The connections of a device to the board and the host. Passed by value: backends have one owner.
 pub struct Wiring {
-    /// The device's interrupt line; [`NoIrq`] where the model has none.
+    /// The device's interrupt line; [`NoIrq`] if the model has none.
     pub irq: Arc<dyn IrqLine>,
-    /// The host's end of the console; without one, output is swallowed and no input comes.
+    /// The backend of the console; without one, output is discarded and there is no input.
     pub console: Option<Box<dyn ConsoleBackend>>,
-    /// Who is told that the guest wants to power off or reset.
+    /// Receives the guest's requests to power off or reset.
     pub power: Arc<dyn PowerSwitch>,
     /// The time of day.
     pub clock: Arc<dyn Clock>,
-    /// Guest RAM, for devices that reach into it.
+    /// Guest RAM, for devices that do DMA.
     pub memory: Arc<dyn DmaMemory>,
-    /// Who opens the host's ends of devices.
+    /// Opens the backends of devices.
     pub host: Arc<dyn Host>,
-    /// Who can put the host's memory into the device's address range.
+    /// Maps host memory into the device's address range.
     pub window: Arc<dyn Window>,
-    /// Readable when somebody presses the guest's power button; without one nobody does.
+    /// Readable when the guest's power button is pressed; without one it never is.
     pub power_button: Option<EventFd>,
-    /// Who sets the balloon's target while the guest runs; without one it stays as it was built.
+    /// Changes the balloon's target while the guest runs; without one the target stays as configured.
     pub balloon: Option<BalloonControl>,
 }
 
 impl Wiring {
-    /// Wiring without an interrupt, without a console, RAM and host, on the host's clock.
+    /// Wiring without an interrupt, console, RAM or host, with the host's clock.
     #[must_use]
     pub fn new(power: Arc<dyn PowerSwitch>) -> Self {
         Self {
@@ -131,7 +131,7 @@ impl Wiring {
     }
 }
 
-/// Why a device could not be built.
+/// An error while building a device.
 #[derive(Debug, Error)]
 pub enum BuildError {
     /// No model has this name.
@@ -142,39 +142,39 @@ pub enum BuildError {
         /// The names of the catalog.
         known: String,
     },
-    /// An option cannot be used.
+    /// An option is invalid.
     #[error("Device {model}")]
     Option {
         /// The model's name.
         model: &'static str,
-        /// What is wrong with it.
+        /// The error of the option.
         #[source]
         source: OptionError,
     },
-    /// The host's end of the device cannot be had.
+    /// The backend of the device is not available.
     #[error("Device {model}")]
     End {
         /// The model's name.
         model: &'static str,
-        /// What was to be had, and why it cannot be.
+        /// The backend, and the reason.
         #[source]
         source: HostError,
     },
-    /// The host refused something that the device needs.
+    /// The host failed to create a resource of the device.
     #[error("Device {model}: cannot create its {what}")]
     Host {
         /// The model's name.
         model: &'static str,
-        /// What was to be created.
+        /// The resource.
         what: &'static str,
-        /// The host's answer.
+        /// The host's error.
         #[source]
         source: io::Error,
     },
 }
 
 impl Model {
-    /// The model with this name.
+    /// Returns the model with this name.
     ///
     /// # Errors
     /// [`BuildError::UnknownModel`], which lists the known ones.
@@ -185,7 +185,7 @@ impl Model {
         })
     }
 
-    /// Whether every option is one that the model takes, or the board on its behalf.
+    /// Checks that every option is one of the model or, for a device in a slot, [`SLOT`].
     ///
     /// # Errors
     /// [`OptionError::UnknownKey`], which lists the known ones.
@@ -197,8 +197,8 @@ impl Model {
     /// Builds a device of this model.
     ///
     /// # Errors
-    /// An option that the model does not know or cannot use, or a descriptor that the host does not
-    /// grant.
+    /// [`BuildError`] for an unknown or invalid option, a backend that is not available, or a resource
+    /// that the host cannot create.
     pub fn create(&self, options: &Options, wiring: Wiring) -> Built {
         self.check(options).map_err(|source| BuildError::Option { model: self.name, source })?;
         (self.build)(options, wiring)

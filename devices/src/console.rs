@@ -1,50 +1,50 @@
-//! The host's end of a guest's console, as a device sees it.
+//! The interface between a console device and its backend on the host.
 
 use std::io;
 use std::os::fd::RawFd;
 
-/// Where a console device's bytes go and come from: a terminal, a pipe, a pty, a socket, a file.
+/// The backend of a console device: a terminal, a pipe, a pty, a socket, a file.
 ///
-/// Nothing here may block: both directions return [`io::ErrorKind::WouldBlock`] instead. `write` is
+/// No method may block: both directions return [`io::ErrorKind::WouldBlock`] instead. `write` is
 /// called by vCPU threads and by the I/O thread; `read` and `attend` by the I/O thread only; never
-/// two at a time.
+/// concurrently.
 ///
-/// A backend whose peer comes and goes (socket, pty) says so through [`ports`](Self::ports), which
-/// the device asks after every call. Two rules keep the epoll set right, where a new descriptor can
-/// get an old one's number: descriptors are closed only in `read` and `attend` (a `write` that
+/// A backend whose peer connects and disconnects (socket, pty) reports it through [`ports`](Self::ports), which
+/// the device calls after every other call. Two rules keep the epoll set correct, as a new descriptor can
+/// get the number of a closed one: descriptors are closed only in `read` and `attend` (a `write` that
 /// finds the peer gone reports [`Port::Closed`] for output from then on, and leaves the closing to
-/// the I/O thread, which sees the hang-up), and no call both closes one and opens one.
+/// the I/O thread, which gets the hang-up), and no call both closes one and opens one.
 pub trait ConsoleBackend: Send {
-    /// The two directions as they are now, and the descriptor of the backend's own business.
+    /// The current state of the two directions, and the descriptor of the backend's own events.
     fn ports(&self) -> Ports;
 
-    /// Takes input for the guest: at most `buffer.len()` bytes (at least 1), as many as are there.
+    /// Reads input for the guest: at most `buffer.len()` bytes (at least 1), as many as are available.
     ///
-    /// `Ok(0)` is the end of the input: the device does not ask again until
+    /// `Ok(0)` is the end of the input: the device does not read again until
     /// [`attend`](Self::attend) has run.
     ///
     /// # Errors
-    /// `WouldBlock` if there is nothing yet, `Interrupted` to be asked again; anything else counts
+    /// `WouldBlock` if there is no input yet, `Interrupted` to be called again; anything else counts
     /// as the end of the input.
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
 
-    /// Takes output of the guest: at most `bytes.len()` bytes (at least 1), and says how many it
-    /// took.
+    /// Writes output of the guest: at most `bytes.len()` bytes (at least 1), and returns the number
+    /// written.
     ///
     /// # Errors
-    /// `WouldBlock` if there is no room now: the device keeps the bytes, and holds the guest back
-    /// when it has too many. `Interrupted` to be asked again. Anything else, and `Ok(0)`: these
+    /// `WouldBlock` if there is no room now: the device keeps the bytes, and throttles the guest
+    /// when it has too many. `Interrupted` to be called again. Anything else, and `Ok(0)`: these
     /// bytes are dropped and counted; after `BrokenPipe`, `ConnectionReset`, `NotConnected` or
-    /// the system's `EIO` the device does not ask again until [`attend`](Self::attend) has run.
+    /// the system's `EIO` the device does not write again until [`attend`](Self::attend) has run.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize>;
 
-    /// Columns and rows of the terminal, where the backend is one.
+    /// Columns and rows of the terminal, if the backend is one.
     fn size(&self) -> Option<(u16, u16)> {
         None
     }
 
-    /// The descriptor in [`Ports::attention`] is readable: a client wants in, a pty has to be
-    /// looked at again.
+    /// The descriptor in [`Ports::attention`] is readable: a client connects, or a pty has to be
+    /// checked again.
     fn attend(&mut self) {}
 }
 
@@ -55,23 +55,23 @@ pub struct Ports {
     pub input: Port,
     /// Bytes from the guest.
     pub output: Port,
-    /// A descriptor, other than those of the two directions, whose readability means
-    /// [`ConsoleBackend::attend`].
+    /// A descriptor, other than those of the two directions, on whose readability
+    /// [`ConsoleBackend::attend`] is called.
     pub attention: Option<RawFd>,
 }
 
 /// One direction of a console.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Port {
-    /// Nobody is there: no input comes, output is dropped and counted.
+    /// No peer: there is no input, output is dropped and counted.
     Closed,
-    /// Never waits: a regular file, `/dev/null` (epoll takes neither).
+    /// Never blocks: a regular file, `/dev/null` (epoll accepts neither).
     Always,
-    /// Ready when epoll says so. Both directions may name the same descriptor.
+    /// Ready when epoll reports it. Both directions may have the same descriptor.
     Poll(RawFd),
 }
 
-/// A console that swallows all output and never has input: `--serial null`.
+/// A console that discards all output and never has input: `--serial null`.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct NullConsole;
 

@@ -1,6 +1,6 @@
-//! A constant: addresses that read as a value and take no writes.
+//! A constant: read-only addresses that hold a fixed value.
 //!
-//! What an exercise puts where a guest expects something, and the smallest device there is: every load from it is a trap that
+//! Exercises put it where a guest expects a value. It is the smallest device: every load from it is an exit that
 //! the hypervisor answers. It has no specification and no node in the device tree.
 
 use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
@@ -10,10 +10,10 @@ use crate::options::{OptionError, Options};
 /// The catalog's entry.
 pub(crate) const MODEL: Model = Model {
     name: "const",
-    summary: "addresses that read as a number and take no writes",
+    summary: "read-only addresses that hold a fixed number",
     keys: &[
         Key { name: "addr", value: "ADDR", help: "guest-physical address (needed)" },
-        Key { name: "value", value: "NUMBER", help: "what is read, up to 64 bits (needed)" },
+        Key { name: "value", value: "NUMBER", help: "the value, up to 64 bits (needed)" },
     ],
     placement: Placement::Asked,
     irqs: 0,
@@ -21,7 +21,7 @@ pub(crate) const MODEL: Model = Model {
     build,
 };
 
-/// Bytes that it takes up, which is what one load reads at most.
+/// Size in bytes: that of the widest load.
 const SIZE: usize = 8;
 
 #[derive(Debug)]
@@ -49,7 +49,7 @@ impl MmioDevice for Constant {
         |offset, _| (offset < SIZE as u64).then_some("VALUE")
     }
 
-    /// Any part of the value, little-endian as memory is.
+    /// Reads any part of the value, little-endian.
     fn read(&mut self, offset: u64, data: &mut [u8]) -> Access {
         let start = usize::try_from(offset).map_err(|_| AccessError::NoRegister)?;
         let end = start.checked_add(data.len()).ok_or(AccessError::NoRegister)?;

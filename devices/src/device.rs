@@ -1,5 +1,5 @@
-//! The seam between a device model and the rest of the machine: what a chip answers to, and what it
-//! says about itself.
+//! The interface between a device model and the rest of the machine: register accesses, event sources,
+//! and the device tree description.
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -9,14 +9,14 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::irq::StatusPin;
 
-/// How an access ended: done, or refused without any effect on the device.
+/// The result of an access: done, or refused without any effect on the device.
 pub type Access = Result<(), AccessError>;
 
-/// Why a device refused an access.
+/// The reason for which a device refuses an access.
 ///
 /// Small and `Copy`: the bus knows the address and the width, and refusals are guest-triggered, so
-/// they must stay cheap. A refused access has changed nothing; the bus gives the guest zeroes for a
-/// read and drops a write.
+/// they must stay cheap. A refused access has changed nothing; the bus returns zeroes to the guest for
+/// a read and drops a write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Error)]
 pub enum AccessError {
     /// The register exists, but not for an access of this many bytes.
@@ -28,24 +28,24 @@ pub enum AccessError {
     /// Nothing is implemented at this offset.
     #[error("No register at this offset")]
     NoRegister,
-    /// A write to a register that can only be read.
+    /// Write to a read-only register.
     #[error("Register is read-only")]
     ReadOnly,
-    /// A read of a register that can only be written.
+    /// Read of a write-only register.
     #[error("Register is write-only")]
     WriteOnly,
-    /// The access begins inside the device and ends past it. Only the bus says this.
+    /// The access begins inside the device and ends past it. Only the bus returns this.
     #[error("Access reaches past the end of the device")]
     PastEnd,
 }
 
 /// The name of the register at an offset (bytes from the device's base), as its specification spells it, for a read or a
-/// write; `None` where there is none. For people only, so it needs no device and no lock.
+/// write; `None` if there is none. Only for logs and traces, so it needs no device and no lock.
 pub type RegisterName = fn(offset: u64, is_write: bool) -> Option<&'static str>;
 
 /// A device with registers in guest-physical memory.
 ///
-/// A device does not know its address or its interrupt number; it holds neither the bus nor the
+/// A device knows neither its address nor its interrupt number, and holds no reference to the bus or the
 /// machine. It is called by vCPU threads (`read`, `write`) and by the I/O thread (`sources`,
 /// `ready`), always under the bus's lock for this device, and must not block in any of them.
 ///
@@ -54,16 +54,16 @@ pub type RegisterName = fn(offset: u64, is_write: bool) -> Option<&'static str>;
 /// One thread owns the only epoll set, level-triggered. It calls [`sources`](Self::sources) once
 /// the device is built, and again after every [`ready`](Self::ready), and applies the difference.
 /// So a device whose interest changes on a vCPU thread (its FIFO is full: stop reading; output is
-/// stuck: wait for room) owns an eventfd, lists it in its sources, and writes it; the `ready` that
-/// follows makes the loop look again. So does one that closes a listed descriptor there, in a reset; until then the loop
-/// may see the number in use by another device, and knows whose it is by the lists. A descriptor that comes in place of a closed one of its
-/// number has another token, unless the loop has looked between the two. `ready` may be called without cause (a stale event in
+/// blocked: wait for room) owns an eventfd, lists it in its sources, and writes it; after the `ready` that
+/// follows, the loop updates its set. The same applies if a reset on a vCPU thread closes a listed descriptor; until the update the loop
+/// may see the number reused by another device, and finds its owner by the lists. A new descriptor with the number of a closed one must have
+/// another token, unless the loop has updated its set in between. `ready` may be called without cause (a stale event in
 /// the same epoll batch, an error or hang-up condition): it must check, not assume. A source that
 /// reports only `EPOLLHUP`/`EPOLLERR` counts as ready.
 ///
-/// A source with an interest in writing is a debt: bytes that the guest has handed over and the
-/// host has not taken. A machine that ends gives such devices a bounded time to pay it (keep
-/// polling while any device lists one).
+/// A source with an interest in writing means pending output: bytes that the guest has sent and the
+/// host has not accepted. When the machine stops, such devices get a bounded time to write it (the loop
+/// keeps polling while any device lists one).
 pub trait MmioDevice: Send {
     /// The model's name, as in the catalog (`serial`) and in logs.
     fn name(&self) -> &'static str;
@@ -75,7 +75,7 @@ pub trait MmioDevice: Send {
     /// [`size`](Self::size)); little-endian.
     ///
     /// # Errors
-    /// An [`AccessError`] if the chip has no such access; `data` is then unspecified and the bus
+    /// An [`AccessError`] if the device does not support the access; `data` is then unspecified and the bus
     /// clears it.
     fn read(&mut self, offset: u64, data: &mut [u8]) -> Access;
 
@@ -83,28 +83,28 @@ pub trait MmioDevice: Send {
     /// [`size`](Self::size)); little-endian.
     ///
     /// # Errors
-    /// An [`AccessError`] if the chip has no such access; nothing has changed then.
+    /// An [`AccessError`] if the device does not support the access; nothing has changed then.
     fn write(&mut self, offset: u64, data: &[u8]) -> Access;
 
-    /// Puts every guest-visible register back to its value after power-on, and the interrupt line
+    /// Resets every guest-visible register to its value after power-on, and drives the interrupt line
     /// low.
     fn reset(&mut self);
 
-    /// What the device's registers are called.
+    /// Returns the function that names the device's registers.
     fn register_names(&self) -> RegisterName {
         |_, _| None
     }
 
-    /// How the device appears in the device tree, without `reg` and `interrupts` (the board adds
+    /// The device's node in the device tree, without `reg` and `interrupts` (the board adds
     /// those), or `None`.
     fn fdt(&self) -> Option<FdtDesc>;
 
-    /// The line of a serial port, for a firmware that shares it with the guest's driver.
+    /// The line of a serial port, which the SBI debug console shares with the guest's driver.
     fn serial_line(&mut self) -> Option<&mut dyn SerialLine> {
         None
     }
 
-    /// What the I/O loop has to watch now. See the contract above.
+    /// The descriptors for the I/O loop to watch now. See the contract above.
     fn sources(&self) -> Vec<Source> {
         Vec::new()
     }
@@ -114,73 +114,73 @@ pub trait MmioDevice: Send {
         let _ = token;
     }
 
-    /// The interrupt whose level [`ready`](Self::ready) has changed and not driven: whoever called it drives it, once the device's lock
-    /// is given back.
+    /// The interrupt whose level [`ready`](Self::ready) has changed but not driven: the caller drives it after releasing the
+    /// device's lock.
     fn undriven(&mut self) -> Option<Arc<StatusPin>> {
         None
     }
 
-    /// Registers that are answered without the device's lock. Asked once.
+    /// The registers that can be accessed without the device's lock. Called once.
     fn unlocked(&self) -> Option<Arc<dyn Unlocked>> {
         None
     }
 
-    /// Registers that only wake somebody: the board may have the kernel write to their descriptors instead of calling
-    /// [`write`](Self::write), which does the same. Asked once.
+    /// The registers that only signal an eventfd: the board may register them with the kernel (ioeventfd) instead of calling
+    /// [`write`](Self::write), which has the same effect. Called once.
     fn doorbells(&self) -> Vec<Doorbell<'_>> {
         Vec::new()
     }
 }
 
-/// A serial port's line past its registers: many bytes in one access. They keep their order with those that go through the registers.
+/// A serial port's line, bypassing its registers: many bytes in one access. They keep their order with those sent through the registers.
 pub trait SerialLine {
-    /// Sends bytes, as many as the line takes now, in order; says how many. The guest's driver is held back with them.
+    /// Sends bytes in order, as many as the line accepts now, and returns their number. They count for the flow control of the driver.
     fn send(&mut self, bytes: &[u8]) -> usize;
 
-    /// Takes received bytes, as many as are there, at most `buffer.len()`; says how many. Who takes listens: from the first call on
-    /// input is asked for from the host.
+    /// Reads received bytes, as many as are available, at most `buffer.len()`, and returns their number. The first call enables input
+    /// from the host.
     fn take(&mut self, buffer: &mut [u8]) -> usize;
 
-    /// Whether [`take`](Self::take) would get something now. Who asks listens, too.
+    /// Returns true if [`take`](Self::take) would return bytes now. Enables input, too.
     fn has_input(&mut self) -> bool;
 }
 
-/// Registers of a device that a hart reaches while somebody else works on the device, for whom it would have to wait otherwise. The
-/// device answers them itself, too ([`MmioDevice::read`], [`MmioDevice::write`]), in the same way.
+/// Registers of a device that a hart can access while another thread holds the device's lock. The
+/// device also implements them itself ([`MmioDevice::read`], [`MmioDevice::write`]), with the same effect.
 pub trait Unlocked: Send + Sync {
-    /// Fills `data` with what is at `offset`; false, and nothing has happened, where the device has to be asked.
+    /// Reads `data.len()` bytes at `offset`; returns false, without any effect, if the access needs the device.
     fn read(&self, offset: u64, data: &mut [u8]) -> bool;
 
-    /// Writes `data` at `offset`; false, and nothing has happened, where the device has to be asked.
+    /// Writes `data` at `offset`; returns false, without any effect, if the access needs the device.
     fn write(&self, offset: u64, data: &[u8]) -> bool;
 }
 
 /// A file descriptor that the I/O loop watches for a device.
 ///
-/// The descriptor stays the device's: the loop neither reads nor closes it. One descriptor appears
+/// The device keeps the descriptor: the loop neither reads nor closes it. One descriptor appears
 /// at most once per device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Source {
-    /// The descriptor; one that epoll accepts (never a regular file).
+    /// The descriptor; epoll must accept it (never a regular file).
     pub fd: RawFd,
-    /// Comes back in [`MmioDevice::ready`]; unique within the device.
+    /// The argument of [`MmioDevice::ready`]; unique within the device.
     pub token: u32,
-    /// What to wait for.
+    /// The conditions to wait for.
     pub interest: Interest,
 }
 
-/// A register of four bytes that only wakes somebody where one value is written to it.
+/// A register of four bytes that only signals an eventfd when a certain value is written to it (ioeventfd).
 #[derive(Debug, Clone, Copy)]
 pub struct Doorbell<'a> {
     /// Bytes from the device's base.
     pub offset: u64,
-    /// The value that rings it.
+    /// The value that signals the eventfd.
     pub value: u32,
-    /// What is written to then.
+    /// The eventfd.
     pub event: &'a EventFd,
 }
 
-/// What to wait for on a descriptor.
+/// The conditions to wait for on a descriptor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Interest {
     /// Readable (`EPOLLIN`).
@@ -203,13 +203,13 @@ impl Interest {
         }
     }
 
-    /// Whether readability is of interest.
+    /// Returns true if readability is of interest.
     #[must_use]
     pub fn reads(self) -> bool {
         matches!(self, Self::Read | Self::ReadWrite)
     }
 
-    /// Whether writability is of interest.
+    /// Returns true if writability is of interest.
     #[must_use]
     pub fn writes(self) -> bool {
         matches!(self, Self::Write | Self::ReadWrite)
@@ -228,11 +228,11 @@ pub struct FdtDesc {
     pub compatible: Vec<&'static str>,
     /// Further properties, in order.
     pub properties: Vec<FdtProperty>,
-    /// Nodes without `reg` that go with the device, beside it in the tree.
+    /// Nodes without `reg` that belong to the device, its siblings in the tree.
     pub companions: Vec<FdtCompanion>,
 }
 
-/// A node without `reg` that goes with a device: `poweroff { compatible = "syscon-poweroff"; regmap
+/// A node without `reg` that belongs to a device: `poweroff { compatible = "syscon-poweroff"; regmap
 /// = <&device>; ... }`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FdtCompanion {
@@ -268,7 +268,7 @@ impl FdtProperty {
 /// The value of a device tree property.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FdtValue {
-    /// A property whose presence is the message.
+    /// No value: a boolean property, true by its presence.
     Empty,
     /// Cells of 32 bits.
     U32(Vec<u32>),
@@ -278,7 +278,7 @@ pub enum FdtValue {
     ThisDevice,
 }
 
-/// The offset, if it is that of a 32-bit access to a chip whose registers are all 32 bits wide.
+/// Returns the offset, if it is valid for a 32-bit access to a device whose registers are all 32 bits wide.
 ///
 /// # Errors
 /// [`AccessError::Width`] or [`AccessError::Misaligned`].
@@ -290,11 +290,11 @@ pub(crate) fn register32(offset: u64, width: usize) -> Result<u64, AccessError> 
     }
 }
 
-/// Reads 32-bit registers: one, or by an access of 8 bytes two, the one at the lower offset first, as QEMU's `virt` board splits it. Of
-/// two registers one may refuse: its half is zero then.
+/// Reads 32-bit registers: one, or two for an access of 8 bytes, the lower offset first, as QEMU's `virt` board splits it. If one
+/// of two registers refuses, its half is zero.
 ///
 /// # Errors
-/// [`AccessError::Width`], [`AccessError::Misaligned`], or why all of them refused.
+/// [`AccessError::Width`], [`AccessError::Misaligned`], or the first error if all registers refuse.
 pub(crate) fn read_words(
     offset: u64,
     data: &mut [u8],
@@ -314,10 +314,10 @@ pub(crate) fn read_words(
     Ok(())
 }
 
-/// Writes 32-bit registers: one, or by an access of 8 bytes two, the one at the lower offset first. Of two registers one may refuse.
+/// Writes 32-bit registers: one, or two for an access of 8 bytes, the lower offset first. One of two registers may refuse.
 ///
 /// # Errors
-/// [`AccessError::Width`], [`AccessError::Misaligned`], or why all of them refused.
+/// [`AccessError::Width`], [`AccessError::Misaligned`], or the first error if all registers refuse.
 pub(crate) fn write_words(
     offset: u64,
     data: &[u8],
@@ -333,7 +333,7 @@ pub(crate) fn write_words(
     }
 }
 
-/// The two registers of an access of 8 bytes; `None` for one of 4.
+/// The offsets of the two registers of an access of 8 bytes; `None` for one of 4.
 fn halves_of(offset: u64, width: usize) -> Result<Option<(u64, u64)>, AccessError> {
     if width == 8 && offset.is_multiple_of(8) {
         return Ok(Some((offset, offset | 4)));

@@ -1,11 +1,11 @@
 //! Flash memory: a file of the host, or the host's own flash, that the guest reads as memory.
 //!
-//! Three ways to the same bytes, which is what there is to learn of it. `map`: they are guest memory from the start, no load comes
-//! here. `lazy`: the first load of each page comes here and is answered; from then on the page is guest memory. `passthrough`: as
+//! Three modes give access to the same bytes, for comparison in exercises. `map`: they are guest memory from the start, no load exits.
+//! `lazy`: the first load of each page exits and is emulated; from then on the page is guest memory. `passthrough`: as
 //! `map`, but the bytes are the host's physical memory (/dev/mem).
 //!
-//! It can only be read: a store comes here in every mode and is refused. The commands of CFI (JEDEC 68.01), with which a driver
-//! would program the chip, are left out, so the device tree calls it a ROM (`mtd-rom`).
+//! It is read-only: a store exits in every mode and is refused. The commands of CFI (JEDEC 68.01), with which a driver
+//! programs the chip, are not implemented, so the device tree calls it a ROM (`mtd-rom`).
 
 use std::io;
 use std::path::PathBuf;
@@ -30,19 +30,19 @@ pub(crate) const MODEL: Model = Model {
         Key {
             name: "file",
             value: "PATH",
-            help: "what is in it (needed but for mode=passthrough)",
+            help: "the contents (needed, except with mode=passthrough)",
         },
         Key {
             name: "mode",
             value: "map|lazy|passthrough",
-            help: "how the guest gets at it (default map)",
+            help: "how the guest reads it (default map)",
         },
         Key {
             name: "host",
             value: "ADDR",
             help: "passthrough: the host's physical address (default addr)",
         },
-        Key { name: "size", value: "BYTES", help: "passthrough: how much of it (default 32 MiB)" },
+        Key { name: "size", value: "BYTES", help: "passthrough: its size (default 32 MiB)" },
     ],
     placement: Placement::Asked,
     irqs: 0,
@@ -50,55 +50,55 @@ pub(crate) const MODEL: Model = Model {
     build,
 };
 
-/// Memory is shown to a guest in pages of this many bytes.
+/// Size in bytes of the pages that are mapped into the guest.
 const PAGE: u64 = 4096;
 
-/// The most that a flash holds: two banks of QEMU's `virt`.
+/// Maximum size of a flash: two banks of QEMU's `virt`.
 pub const MAX_SIZE: u64 = 64 << 20;
 
-/// What is taken of the host's flash where nothing is said: one bank of QEMU's `virt`.
+/// Default size of the host's flash: one bank of QEMU's `virt`.
 const HOST_SIZE: u64 = 32 << 20;
 
-/// Where the bytes of a flash are.
+/// The source of a flash's contents.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FlashPlan {
-    /// In a file; at most [`MAX_SIZE`] bytes, read as zero behind its end up to a whole page.
+    /// A file of at most [`MAX_SIZE`] bytes, padded with zeroes to a whole page.
     File(PathBuf),
-    /// In the host's physical memory.
+    /// The host's physical memory.
     Physical {
-        /// Where, a multiple of 4096.
+        /// Its address, a multiple of 4096.
         addr: u64,
-        /// How much, a multiple of 4096, at most [`MAX_SIZE`].
+        /// Its size, a multiple of 4096, at most [`MAX_SIZE`].
         size: u64,
     },
 }
 
-/// The bytes of a flash, on the host. They stay mapped as long as the value lives.
+/// The contents of a flash on the host. They stay mapped until the value is dropped.
 pub trait FlashMemory: Send {
-    /// How many there are: a multiple of 4096, at least one page.
+    /// Size in bytes: a multiple of 4096, at least one page.
     fn size(&self) -> u64;
 
-    /// Copies those from `offset` on.
+    /// Copies the bytes from `offset` on.
     ///
     /// # Errors
-    /// The file cannot be read, or is not that long any more.
+    /// The file cannot be read, or has become shorter.
     fn read(&self, offset: u64, data: &mut [u8]) -> io::Result<()>;
 
-    /// Where the first one is in this process.
+    /// Address of the first byte in this process.
     fn host_address(&self) -> u64;
 }
 
-/// A device's own address range, seen by the one who can put memory there.
+/// A device's own address range, into which memory can be mapped.
 pub trait Window: Send + Sync {
-    /// Lets the guest read `len` bytes of this process's memory from `host_address` at `offset` of the device's range, without a
-    /// call to the device; stores still come to it. All three are multiples of 4096.
+    /// Maps `len` bytes of this process's memory from `host_address` on read-only at `offset` of the device's range: loads no longer
+    /// exit, stores still reach the device. All three are multiples of 4096.
     ///
     /// # Errors
-    /// The hypervisor refuses: too many pieces, or something is there already.
+    /// The hypervisor refuses: too many memory slots, or the range is already mapped.
     fn show(&self, offset: u64, host_address: u64, len: u64) -> io::Result<()>;
 }
 
-/// A window through which nothing can be shown: every access comes to the device.
+/// A window into which nothing can be mapped: every access reaches the device.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct NoWindow;
 
@@ -111,8 +111,8 @@ impl Window for NoWindow {
 struct Flash {
     memory: Box<dyn FlashMemory>,
     window: Arc<dyn Window>,
-    /// Which pages are to be shown at their first load; none where all are shown already.
-    hidden: Vec<bool>,
+    /// True for each page to be mapped at its first load; empty if all are mapped.
+    unmapped: Vec<bool>,
 }
 
 fn build(options: &Options, wiring: Wiring) -> Built {
@@ -120,12 +120,12 @@ fn build(options: &Options, wiring: Wiring) -> Built {
     let plan = plan(options).map_err(refused)?;
     let memory =
         wiring.host.flash(&plan).map_err(|source| BuildError::End { model: MODEL.name, source })?;
-    let mut flash = Flash { memory, window: wiring.window, hidden: Vec::new() };
+    let mut flash = Flash { memory, window: wiring.window, unmapped: Vec::new() };
     if options.get("mode") == Some("lazy") {
-        flash.hidden = vec![true; usize::try_from(flash.memory.size() / PAGE).unwrap_or(0)];
+        flash.unmapped = vec![true; usize::try_from(flash.memory.size() / PAGE).unwrap_or(0)];
     } else {
-        let shown = flash.window.show(0, flash.memory.host_address(), flash.memory.size());
-        shown.map_err(|source| BuildError::Host { model: MODEL.name, what: "memory", source })?;
+        let mapped = flash.window.show(0, flash.memory.host_address(), flash.memory.size());
+        mapped.map_err(|source| BuildError::Host { model: MODEL.name, what: "memory", source })?;
     }
     Ok(Box::new(flash))
 }
@@ -141,16 +141,16 @@ fn plan(options: &Options) -> Result<FlashPlan, OptionError> {
     let file = options.get("file").filter(|file| !file.is_empty());
     match (options.get("mode").unwrap_or("map"), file) {
         ("map" | "lazy", None) => {
-            Err(options.bad("file", "a path (without one only mode=passthrough)"))
+            Err(options.bad("file", "a path (needed, except with mode=passthrough)"))
         }
         ("map" | "lazy", Some(_)) if host.is_some() => {
-            Err(options.bad("host", "for mode=passthrough alone"))
+            Err(options.bad("host", "allowed (only with mode=passthrough)"))
         }
         ("map" | "lazy", Some(_)) if size.is_some() => {
-            Err(options.bad("size", "for mode=passthrough alone"))
+            Err(options.bad("size", "allowed (only with mode=passthrough)"))
         }
         ("map" | "lazy", Some(file)) => Ok(FlashPlan::File(file.into())),
-        ("passthrough", Some(_)) => Err(options.bad("file", "for mode=map and mode=lazy alone")),
+        ("passthrough", Some(_)) => Err(options.bad("file", "allowed with mode=passthrough")),
         ("passthrough", None) => {
             let addr = host.or(addr).ok_or_else(|| options.bad("addr", page))?;
             match size.unwrap_or(HOST_SIZE) {
@@ -163,19 +163,19 @@ fn plan(options: &Options) -> Result<FlashPlan, OptionError> {
 }
 
 impl Flash {
-    /// Shows the page of `offset` from now on, once. Where that cannot be, its loads go on coming here.
-    fn show(&mut self, offset: u64) {
+    /// Maps the page of `offset`, once. If that fails, its loads continue to exit.
+    fn map_page(&mut self, offset: u64) {
         let index = usize::try_from(offset / PAGE).unwrap_or(usize::MAX);
-        let Some(hidden) = self.hidden.get_mut(index).filter(|hidden| **hidden) else { return };
-        *hidden = false;
+        let Some(page) = self.unmapped.get_mut(index).filter(|page| **page) else { return };
+        *page = false;
         let at = offset / PAGE * PAGE;
         if let Err(error) =
             self.window.show(at, self.memory.host_address().saturating_add(at), PAGE)
         {
             warn!(
-                "Device flash cannot show page {at:#x} to the guest, and answers each load itself: {error}"
+                "Cannot map page {at:#x} of device flash into the guest, every load exits instead: {error}"
             );
-            self.hidden.clear();
+            self.unmapped.clear();
         }
     }
 }
@@ -198,11 +198,11 @@ impl MmioDevice for Flash {
         if end.is_none_or(|end| end > self.memory.size()) {
             return Err(AccessError::NoRegister);
         }
-        // What the host has lost reads as zero, as an erased cell might.
+        // Bytes that the host cannot read any more are zero.
         if self.memory.read(offset, data).is_err() {
             data.fill(0);
         }
-        self.show(offset);
+        self.map_page(offset);
         Ok(())
     }
 
@@ -229,28 +229,29 @@ mod tests {
     use super::*;
     use crate::testing::{MemoryHost, wiring};
 
-    /// Remembers what was shown; refuses from the `room`-th piece on.
-    struct Pane {
-        shown: Mutex<Vec<(u64, u64)>>,
+    /// Records the mappings; refuses more than `room` of them.
+    struct Mappings {
+        mapped: Mutex<Vec<(u64, u64)>>,
         room: usize,
     }
 
-    impl Window for Pane {
+    impl Window for Mappings {
         fn show(&self, offset: u64, _: u64, len: u64) -> io::Result<()> {
-            let mut shown = self.shown.lock().unwrap();
-            if shown.len() == self.room {
+            let mut mapped = self.mapped.lock().unwrap();
+            if mapped.len() == self.room {
                 return Err(io::ErrorKind::OutOfMemory.into());
             }
-            shown.push((offset, len));
+            mapped.push((offset, len));
             Ok(())
         }
     }
 
-    fn made(text: &str, room: usize) -> (Built, Arc<Pane>) {
-        let pane = Arc::new(Pane { shown: Mutex::default(), room });
+    fn made(text: &str, room: usize) -> (Built, Arc<Mappings>) {
+        let window = Arc::new(Mappings { mapped: Mutex::default(), room });
         let host = MemoryHost::with_flash(&[b"pfld".as_slice(), &[0; 8192]].concat());
-        let wiring = Wiring { window: Arc::<Pane>::clone(&pane), host: Arc::new(host), ..wiring() };
-        (MODEL.create(&Options::parse(text).unwrap(), wiring), pane)
+        let wiring =
+            Wiring { window: Arc::<Mappings>::clone(&window), host: Arc::new(host), ..wiring() };
+        (MODEL.create(&Options::parse(text).unwrap(), wiring), window)
     }
 
     fn word(device: &mut dyn MmioDevice, offset: u64) -> Result<[u8; 4], AccessError> {
@@ -259,40 +260,40 @@ mod tests {
     }
 
     #[test]
-    fn a_mapped_flash_is_guest_memory_from_the_start_and_takes_no_stores() {
-        let (device, pane) = made("flash,addr=0x22000000,file=x", 9);
+    fn a_mapped_flash_is_guest_memory_from_the_start_and_refuses_stores() {
+        let (device, window) = made("flash,addr=0x22000000,file=x", 9);
         let mut device = device.unwrap();
-        assert_eq!(*pane.shown.lock().unwrap(), [(0, 3 * PAGE)]);
+        assert_eq!(*window.mapped.lock().unwrap(), [(0, 3 * PAGE)]);
         assert_eq!(word(device.as_mut(), 0), Ok(*b"pfld"));
         assert_eq!(device.write(0, &[1]), Err(AccessError::ReadOnly));
         assert_eq!(word(device.as_mut(), 3 * PAGE - 2), Err(AccessError::NoRegister));
-        assert_eq!(pane.shown.lock().unwrap().len(), 1);
+        assert_eq!(window.mapped.lock().unwrap().len(), 1);
     }
 
     #[test]
-    fn a_lazy_flash_answers_the_first_load_of_a_page_and_shows_the_page_then() {
-        let (device, pane) = made("flash,addr=0x22000000,file=x,mode=lazy", 9);
+    fn a_lazy_flash_emulates_the_first_load_of_a_page_and_then_maps_the_page() {
+        let (device, window) = made("flash,addr=0x22000000,file=x,mode=lazy", 9);
         let mut device = device.unwrap();
-        assert!(pane.shown.lock().unwrap().is_empty());
+        assert!(window.mapped.lock().unwrap().is_empty());
         for offset in [0, 4, 2 * PAGE + 8, 0] {
             word(device.as_mut(), offset).unwrap();
         }
-        assert_eq!(*pane.shown.lock().unwrap(), [(0, PAGE), (2 * PAGE, PAGE)]);
+        assert_eq!(*window.mapped.lock().unwrap(), [(0, PAGE), (2 * PAGE, PAGE)]);
     }
 
     #[test]
-    fn a_lazy_flash_that_cannot_be_shown_goes_on_answering() {
-        let (device, pane) = made("flash,addr=0x22000000,file=x,mode=lazy", 1);
+    fn a_lazy_flash_that_cannot_be_mapped_emulates_every_load() {
+        let (device, window) = made("flash,addr=0x22000000,file=x,mode=lazy", 1);
         let mut device = device.unwrap();
         for _ in 0..2 {
             assert_eq!(word(device.as_mut(), 0), Ok(*b"pfld"));
             assert_eq!(word(device.as_mut(), PAGE), Ok([0; 4]));
         }
-        assert_eq!(pane.shown.lock().unwrap().len(), 1);
+        assert_eq!(window.mapped.lock().unwrap().len(), 1);
     }
 
     #[test]
-    fn a_mapped_flash_that_cannot_be_shown_is_not_built() {
+    fn mode_map_fails_if_the_flash_cannot_be_mapped() {
         assert!(made("flash,addr=0x22000000,file=x", 0).0.is_err());
     }
 

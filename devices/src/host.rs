@@ -1,5 +1,5 @@
-//! What devices need from the host beyond a console: files, networks, sockets. Opened by whoever knows the host, used by the
-//! device that asked.
+//! Resources of the host that devices use: disks, networks, sockets, consoles, flash memory. An implementation of [`Host`] opens
+//! them.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -17,12 +17,12 @@ use crate::virtio::net::{NetBackend, NetworkEnd};
 use crate::virtio::vhost_kernel::KernelQueues;
 use crate::virtio::vhost_user::{Daemon, Service};
 
-/// Opens the host's ends of devices. A host that has none of a kind refuses by itself.
+/// Opens the backends of devices. Every method by default returns an error that the host has no such backend.
 pub trait Host: Send + Sync {
-    /// Opens a disk, which reaches guest RAM through `memory`.
+    /// Opens a disk, which accesses guest RAM through `memory`.
     ///
     /// # Errors
-    /// The file cannot be opened, cannot be a disk, or is in use.
+    /// The file cannot be opened, is not usable as a disk, or is in use.
     fn disk(
         &self,
         plan: &DiskPlan,
@@ -35,16 +35,16 @@ pub trait Host: Send + Sync {
     /// Connects a network device.
     ///
     /// # Errors
-    /// There is no such network, or it is not for this user.
+    /// The network does not exist, or the user has no permission for it.
     fn network(&self, end: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError> {
         let _ = end;
-        Err(HostError::mistake("Cannot connect a network: this host has none"))
+        Err(HostError::mistake("Cannot connect a network: this host has no networks"))
     }
 
-    /// Connects a network device with `pairs` pairs of queues, an end for each; they are all of the same network.
+    /// Connects a network device with `pairs` queue pairs; returns a backend for each, all of the same network.
     ///
     /// # Errors
-    /// As for [`network`](Self::network); and a network that has one queue has no more.
+    /// As for [`network`](Self::network); or the network has only one queue pair.
     fn network_queues(
         &self,
         end: &NetworkEnd,
@@ -52,86 +52,86 @@ pub trait Host: Send + Sync {
     ) -> Result<Vec<Box<dyn NetBackend>>, HostError> {
         if pairs > 1 {
             return Err(HostError::mistake(format!(
-                "Cannot connect a network with {pairs} pairs of queues: it has one (leave queues={pairs} away)"
+                "Cannot connect a network with {pairs} queue pairs: it has one (leave out queues={pairs})"
             )));
         }
         Ok(vec![self.network(end)?])
     }
 
-    /// Opens a console's other end: `stdio`, `null`, `pty`, `file:PATH` or `unix:PATH`. Each has one user at a time; one that
-    /// was let go is handed out again as it was left.
+    /// Opens a console backend: `stdio`, `null`, `pty`, `file:PATH` or `unix:PATH`. Each has one user at a time; a released one
+    /// keeps its state for the next user.
     ///
     /// # Errors
-    /// It is none of these, cannot be had, or is in use.
+    /// It is none of these, is not available, or is in use.
     fn console(&self, to: &str) -> Result<Box<dyn ConsoleBackend>, HostError> {
-        Err(HostError::mistake(format!("Cannot open {to}: there are no consoles here")))
+        Err(HostError::mistake(format!("Cannot open {to}: this host has no consoles")))
     }
 
-    /// Makes a Unix socket at `path` that its owner alone may connect to, and listens on it. One that nobody listens on any
-    /// more is taken over, anything else of that name is left alone.
+    /// Listens on a new Unix socket at `path` that only its owner may connect to. Replaces a socket without a
+    /// listener, but no other file.
     ///
     /// # Errors
-    /// No socket can be made there, or a program listens there already.
+    /// The socket cannot be created, or a program already listens on it.
     fn listen(&self, path: &Path) -> Result<Box<dyn Listener>, HostError> {
-        let what = format!("Cannot listen on {}: there are no sockets here", path.display());
+        let what = format!("Cannot listen on {}: this host has no sockets", path.display());
         Err(HostError::mistake(what))
     }
 
-    /// The queues of a socket device that the kernel works on, in `memory`: it is the guest of this CID from now on.
+    /// Opens the kernel's vsock backend (vhost-vsock) for the guest with this CID, with queues in `memory`.
     ///
     /// # Errors
-    /// The kernel has no such thing, or not for this user; or the CID is somebody's.
+    /// The kernel does not support it, the user has no permission, or the CID is in use.
     fn kernel_sockets(
         &self,
         guest_cid: u32,
         memory: Arc<dyn DmaMemory>,
     ) -> Result<Box<dyn KernelQueues>, HostError> {
         let _ = memory;
-        let what = format!("Cannot use CID {guest_cid}: there is no vhost here");
+        let what = format!("Cannot use CID {guest_cid}: this host has no vhost");
         Err(HostError::mistake(what))
     }
 
-    /// Maps the bytes of a flash memory, to be read.
+    /// Maps the contents of a flash memory read-only.
     ///
     /// # Errors
-    /// The file or the host's memory cannot be opened, or is not a flash's size.
+    /// The file or the host's memory cannot be opened, or its size is not valid for a flash.
     fn flash(&self, plan: &FlashPlan) -> Result<Box<dyn FlashMemory>, HostError> {
         let _ = plan;
-        Err(HostError::mistake("Cannot map flash memory: this host has none"))
+        Err(HostError::mistake("Cannot map flash memory: this host has no flash"))
     }
 
-    /// Connects to the Unix socket at `path`, which is no symbolic link, without waiting for who listens there.
+    /// Connects to the Unix socket at `path`, which must not be a symbolic link, without waiting for the listener.
     ///
     /// # Errors
-    /// Nobody listens there, or too many wait already (`WouldBlock`).
+    /// There is no listener, or its backlog is full (`WouldBlock`).
     fn connect(&self, path: &Path) -> io::Result<UnixStream> {
         let _ = path;
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// Starts a program that serves a device as vhost-user's back end, and connects to it.
+    /// Starts a program that implements a device as a vhost-user back end, and connects to it.
     ///
     /// # Errors
-    /// The program is not there, or cannot be started.
+    /// The program is not installed, or cannot be started.
     fn serve(&self, service: &Service) -> Result<(UnixStream, Box<dyn Daemon>), HostError> {
         let what = match service {
             Service::Folder { path, .. } => format!("share {}", path.display()),
             Service::Network { .. } => "connect a network".to_owned(),
         };
-        Err(HostError::mistake(format!("Cannot {what}: no programs are started here")))
+        Err(HostError::mistake(format!("Cannot {what}: this host starts no programs")))
     }
 }
 
-/// A Unix socket that is listened on; dropping it removes its file. Readable (epoll) while somebody waits to be let in.
+/// A listening Unix socket; dropping it removes its file. Readable (epoll) while a connection waits to be accepted.
 pub trait Listener: AsRawFd + Send {
-    /// Lets the next one in, without waiting for one.
+    /// Accepts the next connection, without waiting for one.
     ///
     /// # Errors
-    /// `WouldBlock` where nobody waits; else what the system says.
+    /// `WouldBlock` if no connection waits; else the error of the system.
     fn accept(&self) -> io::Result<UnixStream>;
 }
 
-/// Why a host's end could not be had: the whole sentence for the user.
+/// An error of a backend that is not available; displayed as a complete message for the user.
 #[derive(Debug, Error)]
 #[error("{what}")]
 pub struct HostError {
@@ -141,24 +141,24 @@ pub struct HostError {
 }
 
 impl HostError {
-    /// What was asked for can never be had: the user has to ask for something else.
+    /// The request can never be fulfilled: the user has to change it.
     pub fn mistake(what: impl Into<String>) -> Self {
         Self { what: what.into(), source: None }
     }
 
-    /// The host refuses, with its answer.
+    /// The host failed, with its error.
     pub fn refused(what: impl Into<String>, source: io::Error) -> Self {
         Self { what: what.into(), source: Some(source) }
     }
 
-    /// The sentence, and the host's answer where the host refused; none where the user has to ask for something else.
+    /// The message, and the host's error if the host failed; none if the user has to change the request.
     #[must_use]
     pub fn into_parts(self) -> (String, Option<io::Error>) {
         (self.what, self.source)
     }
 }
 
-/// A host without anything.
+/// A host without any backends.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct NoHost;
 

@@ -1,28 +1,28 @@
-//! Interrupt lines: a wire with a level, and a device's end of it.
+//! Level-triggered interrupt lines, and a device's pin on its line.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 
 use vmm_sys_util::eventfd::EventFd;
 
-/// A wire into an interrupt controller.
+/// A level-triggered input of an interrupt controller.
 ///
-/// The level is the truth: there are no edges to lose, a pulse is two levels. `set_level` may be
+/// Only the level counts: there are no edges to lose, a pulse is two levels. `set_level` may be
 /// called from any thread and with a device's lock held, so it must neither block nor call a
 /// device. Setting the level that the line already has does nothing.
 pub trait IrqLine: Send + Sync {
     /// Drives the line high (interrupt requested) or low.
     fn set_level(&self, high: bool);
 
-    /// Has the host's kernel raise the line whenever somebody writes to `event`, which nobody else may read from now on. Who answers
-    /// for the line lowers it as ever, without knowing whether it is high. False, and nothing has changed, where that cannot be had.
+    /// Makes the host's kernel raise the line on each write to `event` (an irqfd), which nothing else may read from now on. The device
+    /// still lowers the line, without knowing its level. Returns false, without any effect, if the kernel cannot do that.
     fn raise_by(&self, event: &EventFd) -> bool {
         let _ = event;
         false
     }
 }
 
-/// A line that leads nowhere, for a device without an interrupt.
+/// An unconnected line, for a device without an interrupt.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct NoIrq;
 
@@ -30,23 +30,23 @@ impl IrqLine for NoIrq {
     fn set_level(&self, _high: bool) {}
 }
 
-/// A device's end of its line: remembers what it drives, so that the line is touched only when the
+/// A device's pin on its line: remembers the level, so that the line is driven only when the
 /// level changes.
 ///
-/// A line may cost a system call; a device derives its level after every access.
+/// Driving a line may cost a system call; a device derives its level after every access.
 pub struct IrqPin {
     line: Arc<dyn IrqLine>,
     high: bool,
 }
 
 impl IrqPin {
-    /// A pin on `line`, which is taken to be low, as every line is after power-on.
+    /// A pin on `line`, which must be low, as every line is after power-on.
     #[must_use]
     pub fn new(line: Arc<dyn IrqLine>) -> Self {
         Self { line, high: false }
     }
 
-    /// Drives the level, if it is not the one driven already.
+    /// Drives the level, if it differs from the current one.
     pub fn set(&mut self, high: bool) {
         if self.high != high {
             self.high = high;
@@ -54,8 +54,8 @@ impl IrqPin {
         }
     }
 
-    /// Drives the level low, whatever it was: for a reset, after which nobody's memory of it
-    /// counts.
+    /// Drives the line low whatever the remembered level: for a reset, after which the two may
+    /// differ.
     pub fn reset(&mut self) {
         self.high = false;
         self.line.set_level(false);
@@ -68,61 +68,61 @@ impl IrqPin {
     }
 }
 
-/// A register of interrupt bits and the line that follows it: high while a bit is set. Both sides reach it without the device's
-/// lock: whoever works on the device may hold that for as long as it takes to copy a request's data, and the hart that an
-/// interrupt wakes asks at once why.
+/// An interrupt status register and its line, which is high while a bit is set. Both the device and the harts access it without the
+/// device's lock: the I/O thread may hold that for as long as it takes to copy a request's data, and the hart that an
+/// interrupt wakes reads the cause at once.
 ///
-/// Whoever changes the level drives it afterwards. Several may do so at the same time: each looks again when it is done, so
-/// the last one leaves the line as it has to be. In between it may be high for a moment too long, which a driver takes for
-/// an interrupt without a cause.
+/// The thread that changes the level drives it afterwards. Several may do so concurrently: each rechecks the register when it is done, so
+/// the last one leaves the line at the correct level. In between the line may be high for a moment too long, which a driver sees as
+/// a spurious interrupt.
 ///
-/// Somebody else may raise the line, too ([`IrqLine::raise_by`]), without a word to the register. Their bits are said to be set as
-/// long as they may: a driver that looks for a cause finds one, and what it acknowledges lowers the line. What they do between a
-/// driver's acknowledgement and its look at the device is seen by that look; later, it interrupts again.
+/// The kernel may raise the line, too ([`IrqLine::raise_by`]), without changing the register. Its bits read as set as
+/// long as it may do so: a driver that reads the cause finds one, and its acknowledgement lowers the line. An event between a
+/// driver's acknowledgement and its check of the queues is found by that check; a later one interrupts again.
 pub struct StatusPin {
     line: Arc<dyn IrqLine>,
     status: AtomicU32,
-    /// Bits of those who raise the line by themselves.
-    others: AtomicU32,
+    /// Bits for which the kernel raises the line.
+    external: AtomicU32,
 }
 
 impl StatusPin {
-    /// A register without a bit set, and its pin on `line`, which is taken to be low, as every line is after power-on.
+    /// A register without a bit set, and its pin on `line`, which must be low, as every line is after power-on.
     #[must_use]
     pub fn new(line: Arc<dyn IrqLine>) -> Self {
-        Self { line, status: AtomicU32::new(0), others: AtomicU32::new(0) }
+        Self { line, status: AtomicU32::new(0), external: AtomicU32::new(0) }
     }
 
     /// The bits that are set, or may be.
     #[must_use]
     pub fn status(&self) -> u32 {
-        self.status.load(SeqCst) | self.others.load(SeqCst)
+        self.status.load(SeqCst) | self.external.load(SeqCst)
     }
 
-    /// From now on others raise the line by themselves for these bits, or nobody does where there are none. Who ends that has to
-    /// [`drive`](Self::drive) the line afterwards.
+    /// Sets the bits for which the kernel raises the line from now on; 0 for none, after which the caller has to
+    /// [`drive`](Self::drive) the line.
     pub fn share(&self, bits: u32) {
-        self.others.store(bits, SeqCst);
+        self.external.store(bits, SeqCst);
     }
 
-    /// Sets bits. True where none was: somebody has to [`drive`](Self::drive) the line now.
+    /// Sets bits. Returns true if none was set: the caller has to [`drive`](Self::drive) the line.
     #[must_use]
     pub fn raise(&self, bits: u32) -> bool {
         bits != 0 && self.status.fetch_or(bits, SeqCst) == 0
     }
 
-    /// Clears bits. True where none is left and the line may be high: somebody has to [`drive`](Self::drive) it now.
+    /// Clears bits. Returns true if none is left and the line may be high: the caller has to [`drive`](Self::drive) it.
     #[must_use]
     pub fn clear(&self, bits: u32) -> bool {
         let before = self.status.fetch_and(!bits, SeqCst);
-        before & !bits == 0 && (before != 0 || bits & self.others.load(SeqCst) != 0)
+        before & !bits == 0 && (before != 0 || bits & self.external.load(SeqCst) != 0)
     }
 
     fn is_high(&self) -> bool {
         self.status.load(SeqCst) != 0
     }
 
-    /// Drives the level that follows from the bits.
+    /// Drives the line to the level of the register.
     pub fn drive(&self) {
         loop {
             let high = self.is_high();
@@ -142,7 +142,7 @@ mod tests {
 
     use super::*;
 
-    /// A line that notes its level, and lets another thread in at the worst moments.
+    /// A line that records its level, and yields to other threads at the worst moments.
     #[derive(Default)]
     struct Slow {
         level: Mutex<bool>,
@@ -159,12 +159,12 @@ mod tests {
     }
 
     #[test]
-    fn a_line_is_driven_only_where_the_level_was_another() {
+    fn a_line_is_driven_only_when_its_level_changes() {
         let line = Arc::new(Slow::default());
         let pin = StatusPin::new(Arc::clone(&line) as Arc<dyn IrqLine>);
         assert!(!pin.clear(u32::MAX) && !pin.raise(0));
         assert!(pin.raise(1) && !pin.raise(1) && !pin.raise(2));
-        assert!(!*line.level.lock().unwrap(), "nobody has driven it yet");
+        assert!(!*line.level.lock().unwrap(), "not driven yet");
         pin.drive();
         assert!(*line.level.lock().unwrap());
         assert_eq!(line.calls.load(Relaxed), 1);
@@ -176,13 +176,13 @@ mod tests {
     }
 
     #[test]
-    fn what_others_may_have_raised_reads_as_set_and_is_lowered_when_acknowledged() {
+    fn bits_the_kernel_may_raise_read_as_set_and_acknowledging_lowers_the_line() {
         let line = Arc::new(Slow::default());
         let pin = StatusPin::new(Arc::clone(&line) as Arc<dyn IrqLine>);
         pin.share(1);
         assert_eq!(pin.status(), 1);
         assert!(pin.clear(1) && pin.clear(3), "whether it is high or not");
-        assert!(!pin.clear(2) && !pin.clear(0), "that is not theirs");
+        assert!(!pin.clear(2) && !pin.clear(0), "not one of the kernel's bits");
         assert!(pin.raise(2) && !pin.clear(1), "a bit is left");
         assert_eq!(pin.status(), 3);
         assert!(pin.clear(3));
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn however_two_threads_race_the_line_ends_as_the_register_says() {
+    fn however_two_threads_race_the_line_ends_at_the_level_of_the_register() {
         for _ in 0..2_000 {
             let line = Arc::new(Slow::default());
             let pin = Arc::new(StatusPin::new(Arc::clone(&line) as Arc<dyn IrqLine>));

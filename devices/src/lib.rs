@@ -1,32 +1,32 @@
-//! Device models of rvmm: the chips of a RISC-V board and the bus they sit on.
+//! Device models of rvmm: the devices of a RISC-V board and its MMIO bus.
 //!
-//! Nothing here knows KVM, addresses, threads or the command line, and nothing is unsafe: the crate
-//! builds and tests on any machine. A device is an [`MmioDevice`]; it drives an [`IrqLine`], and
-//! gets everything else it needs from the host in its [`Wiring`]. [`CATALOG`] is the one list of
-//! them.
+//! The crate depends on neither KVM, addresses, threads nor the command line, and has no unsafe code:
+//! it builds and tests on any machine. A device is an [`MmioDevice`]; it drives an [`IrqLine`], and
+//! gets everything else it needs from the host in its [`Wiring`]. [`CATALOG`] is the list of all
+//! devices.
 //!
-//! | file | what is in it |
+//! | file | contents |
 //! |---|---|
-//! | `device.rs` | [`MmioDevice`], refusals, the I/O loop's contract, device tree descriptions |
-//! | `irq.rs` | [`IrqLine`], and a device's end of it |
-//! | `bus.rs` | [`Bus`]: from an address to a device |
+//! | `device.rs` | [`MmioDevice`], access errors, the I/O loop's contract, device tree descriptions |
+//! | `irq.rs` | [`IrqLine`], and a device's pin on it |
+//! | `bus.rs` | [`Bus`]: dispatches accesses to devices by address |
 //! | `catalog.rs`, `options.rs` | [`CATALOG`], [`Model`], `NAME,key=value` |
-//! | `console.rs` | [`ConsoleBackend`]: the host's end of a console |
-//! | `host.rs` | [`Host`]: who opens disks, networks, sockets |
+//! | `console.rs` | [`ConsoleBackend`]: the backend of a console |
+//! | `host.rs` | [`Host`]: opens disks, networks, sockets |
 //! | `serial.rs` | NS16550A UART |
 //! | `rtc.rs` | Goldfish real-time clock |
 //! | `power.rs` | SiFive test finisher: poweroff and reset |
-//! | `plic.rs` | SiFive PLIC, for hosts without an in-kernel interrupt controller |
-//! | `constant.rs`, `flash.rs` | a number and a file where a guest reads them |
-//! | `reserved.rs` | what the kernel's interrupt controller leaves of its addresses |
+//! | `plic/` | SiFive PLIC, for hosts without an in-kernel interrupt controller |
+//! | `constant.rs`, `flash.rs` | a constant and a flash memory that the guest reads |
+//! | `reserved.rs` | registers that the kernel's interrupt controller leaves to user space |
 //! | `virtio/` | virtio: transport, queues, and a file per device |
-//! | `testing.rs` | recorders for tests, of this crate and of others |
+//! | `testing.rs` | test doubles, for this crate and others |
 //!
 //! # Locks
 //!
 //! The bus has one lock per device. With it held, a device may drive its line, which may take the
 //! PLIC's own lock, which may drive a hart's line. Never the other way: a line calls no device, and
-//! the PLIC calls nothing but harts' lines.
+//! the PLIC calls only harts' lines.
 #![forbid(unsafe_code)]
 
 pub mod bus;

@@ -1,11 +1,11 @@
-//! A console device's link to its backend: output that waits, input that is asked for, and what
+//! A console device's link to its backend: queued output, requested input, and the descriptors that
 //! epoll has to watch for both.
 //!
-//! Output goes into a queue that a vCPU thread never waits for. It is written to the backend in
-//! bursts: by the vCPU thread when the device says that the guest looks at the line
-//! ([`Link::flush`]) or a burst is full, else by the I/O thread within [`FLUSH_AFTER`]. A backend
-//! without room makes the queue wait for `EPOLLOUT`; from [`HELD_FROM`] bytes on the link says that
-//! it holds the guest back.
+//! Output goes into a queue, so that a vCPU thread never waits. It is written to the backend in
+//! bursts: by the vCPU thread when the guest reads the state of the line
+//! ([`Link::flush`]) or a burst is full, else by the I/O thread within [`FLUSH_AFTER`]. If the backend
+//! has no room, the queue waits for `EPOLLOUT`; from [`HELD_FROM`] bytes on the link is busy
+//! ([`Link::is_held`]), which throttles the guest.
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
@@ -25,59 +25,59 @@ const TOKEN_INPUT: u32 = 2;
 const TOKEN_OUTPUT: u32 = 3;
 const TOKEN_ATTENTION: u32 = 4;
 
-/// The last token that the link uses; the device's own come behind it.
+/// The last token that the link uses; those of the device follow.
 pub(crate) const LAST_TOKEN: u32 = TOKEN_ATTENTION;
 
-/// Bytes that are written at once without waiting for the guest to look at the line.
+/// Bytes in the queue from which on it is written without waiting for the guest to read the state of the line.
 const BURST: usize = 64;
 
-/// How long output may wait for more of it, if the guest neither fills a burst nor looks.
+/// Maximum time that output waits for more, if the guest neither fills a burst nor reads the state of the line.
 pub(crate) const FLUSH_AFTER: Duration = Duration::from_millis(10);
 
-/// Bytes in the queue from which on the guest is held back, and down to which it stays so.
+/// Bytes in the queue from which on the guest is throttled, and down to which it stays so.
 pub(crate) const HELD_FROM: usize = 4096;
 const HELD_DOWN_TO: usize = 2048;
 
-/// Bytes in the queue beyond which more are dropped: room for a guest that writes although it is
-/// held back, as Linux's console does after 10 ms.
+/// Bytes in the queue beyond which more are dropped: room for a guest that writes although the line is
+/// busy, as Linux's console does after 10 ms.
 pub(crate) const QUEUE_MAX: usize = 64 * 1024;
 
-/// Room in the device's FIFO from which on input is asked for again after the FIFO was full, so
-/// that a guest reading byte by byte does not wake the I/O thread for each.
+/// Room in the device's FIFO from which on input is read again after the FIFO was full, so
+/// that a guest reading byte by byte does not wake the I/O thread for each byte.
 const RESUME_ROOM: usize = 32;
 
 /// The link; owned by the device, under its lock.
 pub(crate) struct Link {
-    /// Who speaks, in the log.
+    /// The device's name in the log.
     name: &'static str,
 
     backend: Box<dyn ConsoleBackend>,
-    /// Written by vCPU threads when what epoll has to watch has changed.
+    /// Written by vCPU threads when the set of descriptors to watch has changed.
     kick: EventFd,
-    /// Fires when output has waited long enough.
+    /// Expires when output has waited for [`FLUSH_AFTER`].
     timer: TimerFd,
     timer_armed: bool,
 
     queue: VecDeque<u8>,
     held: bool,
-    /// The backend had no room; the I/O thread waits for it.
+    /// The backend had no room; the I/O thread waits until it has.
     blocked: bool,
     output_ended: bool,
     input_wanted: bool,
     input_ended: bool,
-    /// What the I/O thread knows: input wanted, output blocked.
+    /// The state that the I/O thread has seen: input wanted, output blocked.
     announced: (bool, bool),
     counters: Counters,
-    /// That output is lost has been said.
+    /// The loss of output has been logged.
     warned: bool,
 }
 
 /// Bytes of output that never reached the backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 struct Counters {
-    /// Nobody was there, or writing failed.
+    /// Dropped without a peer, or because writing failed.
     lost: u64,
-    /// The guest wrote on and on while it was held back.
+    /// Dropped because the guest wrote while the line was busy.
     overrun: u64,
 }
 
@@ -101,11 +101,11 @@ impl Link {
         })
     }
 
-    /// Takes a byte of output. Called by vCPU threads.
+    /// Queues a byte of output. Called by vCPU threads.
     pub(crate) fn push(&mut self, byte: u8) {
         if self.queue.len() >= QUEUE_MAX {
             if self.counters.overrun == 0 {
-                warn!("{}: the guest ignores that the line is busy: output dropped", self.name);
+                warn!("{}: the guest sends although the line is busy: output dropped", self.name);
             }
             self.counters.overrun += 1;
             return;
@@ -120,8 +120,8 @@ impl Link {
         }
     }
 
-    /// Takes bytes of output, as many as may be added without holding the guest back, and says how many. What comes as one goes out at
-    /// once, but for a single byte, which waits for more like those of [`push`](Self::push). Called by vCPU threads.
+    /// Queues bytes of output, as many as fit without throttling the guest, and returns their number. Writes them at once, except for
+    /// a single byte, which waits for more as with [`push`](Self::push). Called by vCPU threads.
     pub(crate) fn send(&mut self, bytes: &[u8]) -> usize {
         let taken = bytes.get(..self.output_room()).unwrap_or(bytes);
         match *taken {
@@ -132,34 +132,34 @@ impl Link {
         taken.len()
     }
 
-    /// How many bytes of output may be added without holding the guest back.
+    /// Number of bytes of output that fit without throttling the guest.
     pub(crate) fn output_room(&self) -> usize {
         HELD_FROM.saturating_sub(self.queue.len())
     }
 
-    /// Takes output, at most [`output_room`](Self::output_room) bytes, and writes what the backend takes.
+    /// Queues output, at most [`output_room`](Self::output_room) bytes, and writes as much as the backend accepts.
     pub(crate) fn extend(&mut self, bytes: &[u8]) {
         self.queue.extend(bytes);
         self.flush();
     }
 
-    /// Columns and rows of the terminal at the other end, where it is one.
+    /// Columns and rows of the terminal, if the backend is one.
     pub(crate) fn size(&self) -> Option<(u16, u16)> {
         self.backend.size()
     }
 
-    /// Somebody is at the other end, or it is one that needs nobody.
+    /// True if a peer is connected, or the backend needs none.
     pub(crate) fn is_connected(&self) -> bool {
         let ports = self.backend.ports();
         ports.input != Port::Closed || ports.output != Port::Closed
     }
 
-    /// Whether there is output that [`flush`](Self::flush) could write.
+    /// True if there is output that [`flush`](Self::flush) could write.
     pub(crate) fn can_flush(&self) -> bool {
         !self.blocked && !self.queue.is_empty()
     }
 
-    /// Writes what the backend takes. Called by any thread; costs nothing if there is nothing to
+    /// Writes as much output as the backend accepts. Called by any thread; free if there is nothing to
     /// do.
     pub(crate) fn flush(&mut self) {
         if self.can_flush() {
@@ -168,17 +168,17 @@ impl Link {
         }
     }
 
-    /// No output waits.
+    /// True if no output is queued.
     pub(crate) fn is_empty(&self) -> bool {
         self.queue.is_empty()
     }
 
-    /// The guest has to wait before it sends more.
+    /// True if the line is busy: the guest has to wait before it sends more.
     pub(crate) fn is_held(&self) -> bool {
         self.held
     }
 
-    /// Tells the link how many bytes of input the device can take now. Called by any thread.
+    /// Sets the number of bytes of input that the device can accept now. Called by any thread.
     pub(crate) fn set_room(&mut self, room: usize) {
         if room == 0 {
             self.input_wanted = false;
@@ -188,7 +188,7 @@ impl Link {
         self.announce();
     }
 
-    /// What the I/O loop has to watch now.
+    /// The descriptors for the I/O loop to watch now.
     pub(crate) fn sources(&self) -> Vec<Source> {
         let ports = self.backend.ports();
         let read = |fd, token| Source { fd, token, interest: Interest::Read };
@@ -213,8 +213,8 @@ impl Link {
         sources
     }
 
-    /// A source may be ready: writes what waits, and reads at most `buffer.len()` bytes of input,
-    /// if input is wanted. Called by the I/O thread only. Returns the bytes read.
+    /// Processes a source that may be ready: writes queued output, and reads at most `buffer.len()` bytes of
+    /// input, if input is wanted. Called by the I/O thread only. Returns the bytes read.
     pub(crate) fn ready<'b>(&mut self, token: u32, buffer: &'b mut [u8]) -> &'b [u8] {
         match token {
             // Drained; empty if the event was stale.
@@ -228,12 +228,12 @@ impl Link {
         }
         self.write_out();
         let read = self.read_in(buffer);
-        // The loop asks for the sources after this: it need not be told.
+        // The loop calls `sources` after this: no kick is needed.
         self.announced = self.wanted_lines();
         buffer.get(..read).unwrap_or_default()
     }
 
-    /// Reads input into `buffer`, as much as is there and fits.
+    /// Reads input into `buffer`, as much as is available and fits.
     fn read_in(&mut self, buffer: &mut [u8]) -> usize {
         let mut filled = 0;
         while self.input_wanted && !self.input_ended {
@@ -248,11 +248,11 @@ impl Link {
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) => {
-                    info!("{}: the console's input has ended: {error}", self.name);
+                    info!("{}: console input has ended: {error}", self.name);
                     self.input_ended = true;
                 }
             }
-            // What can be polled tells when there is more.
+            // Epoll reports when a pollable port has more.
             if port != Port::Always {
                 break;
             }
@@ -260,7 +260,7 @@ impl Link {
         filled
     }
 
-    /// Writes the queue to the backend until one of them has no more.
+    /// Writes the queue to the backend until the queue is empty or the backend is full.
     fn write_out(&mut self) {
         self.blocked = false;
         while let (bytes @ [_, ..], _) = self.queue.as_slices() {
@@ -280,24 +280,24 @@ impl Link {
             }
         }
         self.held &= self.queue.len() > HELD_DOWN_TO;
-        // A port that says it never waits, and does: nothing to poll, so it is asked again in time.
+        // `Port::Always` should never block. There is nothing to poll, so the timer retries.
         if self.blocked && self.backend.ports().output == Port::Always {
             self.arm_timer();
         }
     }
 
-    /// Drops the output that waits: nobody takes it.
+    /// Drops the queued output.
     #[cold]
     fn lose(&mut self, error: Option<io::Error>) {
         if let Some(error) = error {
-            // Not the kind: the library has no stable one for the hang-up of a terminal.
+            // By number: the standard library has no stable error kind for the hang-up of a terminal.
             self.output_ended |= error.raw_os_error() == Some(EIO)
                 || matches!(
                     error.kind(),
                     ErrorKind::BrokenPipe | ErrorKind::ConnectionReset | ErrorKind::NotConnected
                 );
             if !std::mem::replace(&mut self.warned, true) {
-                warn!("{}: the console takes no output, which is dropped: {error}", self.name);
+                warn!("{}: cannot write to the console, output is dropped: {error}", self.name);
             }
         }
         self.counters.lost += self.queue.len() as u64;
@@ -308,7 +308,7 @@ impl Link {
         (self.input_wanted && !self.input_ended, self.blocked)
     }
 
-    /// Wakes the I/O thread if what it has to watch has changed.
+    /// Wakes the I/O thread if the descriptors to watch have changed.
     fn announce(&mut self) {
         let wanted_lines = self.wanted_lines();
         if self.announced != wanted_lines {
@@ -319,11 +319,11 @@ impl Link {
     }
 
     fn arm_timer(&mut self) {
-        // A valid timer and a valid time: the kernel has no reason to refuse.
+        // Cannot fail with a valid timer and a valid time.
         self.timer_armed = self.timer.reset(FLUSH_AFTER, None).is_ok();
     }
 
-    /// Setting the timer takes back its expiry: it is never read, and so a stale event cannot
+    /// Setting the timer clears its expiry: it is never read, and so a stale event cannot
     /// block.
     fn disarm_timer(&mut self) {
         self.timer_armed = self.timer.clear().is_err();
@@ -331,18 +331,18 @@ impl Link {
 }
 
 impl Drop for Link {
-    /// Gives the backend a last chance to take what waits, without waiting for it.
+    /// Offers the queued output to the backend a last time, without waiting.
     fn drop(&mut self) {
         self.write_out();
         let Counters { lost, overrun } = self.counters;
         let dropped = lost + overrun + self.queue.len() as u64;
         if dropped != 0 {
-            info!("{}: {dropped} bytes of output had nowhere to go", self.name);
+            info!("{}: {dropped} bytes of console output were dropped", self.name);
         }
     }
 }
 
-/// The system's error for a terminal whose other end is gone; the same on every Linux.
+/// The error for a terminal whose peer is gone; the same on every Linux.
 const EIO: i32 = 5;
 
 #[cfg(test)]
@@ -359,7 +359,7 @@ mod tests {
         bytes.iter().for_each(|byte| link.push(*byte));
     }
 
-    /// What is watched beyond the link's own two descriptors and the console's attention.
+    /// The sources other than the link's own two descriptors and the console's attention.
     fn watched(link: &Link) -> Vec<(u32, Interest)> {
         let console = |source: &Source| matches!(source.token, TOKEN_INPUT | TOKEN_OUTPUT);
         let sources = link.sources();
@@ -367,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn a_burst_goes_out_at_once_and_less_waits_for_a_look_or_the_timer() {
+    fn a_full_burst_is_written_at_once_and_less_waits_for_a_flush_or_the_timer() {
         let (mut link, console) = link();
         push(&mut link, &[b'a'; BURST - 1]);
         assert_eq!(console.writes(), 0);
@@ -384,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn output_without_room_waits_for_the_console_and_holds_the_guest() {
+    fn output_without_room_waits_for_the_console_and_throttles_the_guest() {
         let (mut link, console) = link();
         console.set_room(Some(10));
         push(&mut link, &[b'x'; HELD_FROM + 9]);
@@ -395,7 +395,7 @@ mod tests {
         assert_eq!(link.kick.read().unwrap(), 1, "one wake for the change, none for the bytes");
         let writes = console.writes();
         link.flush();
-        assert_eq!(console.writes(), writes, "nobody asks a console without room");
+        assert_eq!(console.writes(), writes, "no write to a console without room");
 
         console.set_room(Some(HELD_FROM - HELD_DOWN_TO - 1));
         link.ready(TOKEN_OUTPUT, &mut []);
@@ -411,7 +411,7 @@ mod tests {
     }
 
     #[test]
-    fn more_than_the_queue_takes_is_dropped_and_counted() {
+    fn output_beyond_the_size_of_the_queue_is_dropped_and_counted() {
         let (mut link, console) = link();
         console.set_room(Some(0));
         push(&mut link, &[b'x'; QUEUE_MAX + 3]);
@@ -422,13 +422,13 @@ mod tests {
     }
 
     #[test]
-    fn a_closed_console_costs_bytes_and_never_holds_the_guest() {
+    fn output_to_a_broken_pipe_is_dropped_and_never_throttles_the_guest() {
         let (mut link, console) = link();
         console.fail_writes(Some(ErrorKind::BrokenPipe));
         push(&mut link, &[b'x'; 10 * BURST]);
         assert!(!link.is_held() && link.is_empty());
         assert_eq!(link.counters.lost, 10 * BURST as u64);
-        assert_eq!(console.writes(), 1, "a pipe that broke is not asked again");
+        assert_eq!(console.writes(), 1, "no further write to a broken pipe");
         console.fail_writes(None);
         link.ready(TOKEN_ATTENTION, &mut []);
         push(&mut link, &[b'y'; BURST]);
@@ -436,7 +436,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_disk_costs_bytes_until_there_is_room() {
+    fn output_to_a_full_disk_is_dropped_until_there_is_room() {
         let (mut link, console) = link();
         console.fail_writes(Some(ErrorKind::StorageFull));
         push(&mut link, &[b'x'; 2 * BURST]);
@@ -463,12 +463,12 @@ mod tests {
     fn input_is_watched_while_there_is_room_and_resumes_with_half_of_it() {
         let (mut link, console) = link();
         console.type_in(b"abc");
-        assert_eq!(link.ready(TOKEN_INPUT, &mut [0; 8]), b"", "nobody has asked for input");
+        assert_eq!(link.ready(TOKEN_INPUT, &mut [0; 8]), b"", "input is not wanted");
         link.set_room(64);
         assert_eq!(watched(&link), [(TOKEN_INPUT, Interest::Read)]);
         assert_eq!(link.ready(TOKEN_KICK, &mut [0; 2]), b"ab");
         link.set_room(64);
-        assert!(link.kick.read().is_err(), "what the loop knows wakes nobody");
+        assert!(link.kick.read().is_err(), "no kick without a change");
         link.set_room(0);
         assert_eq!(watched(&link), []);
         link.set_room(RESUME_ROOM - 1);
@@ -478,7 +478,7 @@ mod tests {
     }
 
     #[test]
-    fn after_the_end_of_the_input_nobody_asks_until_a_peer_is_there() {
+    fn after_the_end_of_the_input_nothing_is_read_until_a_peer_connects() {
         let (mut link, console) = link();
         console.end_input();
         link.set_room(64);
@@ -489,14 +489,14 @@ mod tests {
     }
 
     #[test]
-    fn what_still_waits_at_the_end_is_offered_once_more() {
+    fn dropping_the_link_writes_the_queued_output() {
         let (mut link, console) = link();
         push(&mut link, b"bye");
         drop(link);
         assert_eq!(console.output(), b"bye");
     }
 
-    /// A file: never waits, and epoll does not take it.
+    /// A file: never blocks, and epoll does not accept it.
     struct File(&'static [u8]);
 
     impl ConsoleBackend for File {
@@ -526,7 +526,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_that_says_it_never_waits_and_does_is_asked_again_in_time() {
+    fn a_port_that_blocks_although_it_should_not_is_retried_by_the_timer() {
         let mut link = Link::new("test", Box::new(File(b""))).unwrap();
         push(&mut link, &[b'x'; BURST]);
         assert!(link.blocked && link.timer_armed);

@@ -1,6 +1,6 @@
-//! The registers of an NS16550A as a state machine: `vm-superio`'s, and what drivers miss in them.
+//! The registers of an NS16550A as a state machine: those of `vm-superio`, with additions for drivers.
 //!
-//! See `serial.rs`, whose device this is the inside of: it connects the line.
+//! Used by the device in `serial.rs`, which connects the line.
 
 use std::convert::Infallible;
 use std::io::{Sink, sink};
@@ -10,14 +10,14 @@ use vm_superio::serial::{NoEvents, Serial as Registers};
 
 use crate::device::AccessError;
 
-/// Bytes that the receive FIFO holds (`vm-superio`'s).
+/// Size in bytes of the receive FIFO (`vm-superio`'s).
 pub(crate) const FIFO: usize = 64;
 
-/// So many looks for input, each right after another, mean that the guest polls. A driver that only
-/// waits for the transmitter looks once and then sends.
+/// Number of reads without input, each directly after another, from which on the guest counts as polling. A driver
+/// that only waits for the transmitter reads LSR once and then sends.
 const POLLS: u8 = 16;
 
-/// Line status: what a driver looks at before and after every byte.
+/// Line status: read by drivers before and after every byte.
 pub(crate) const LSR: u8 = 5;
 
 mod reg {
@@ -33,8 +33,8 @@ mod reg {
     pub(super) const SCR: u8 = 7;
 }
 
-/// The data sheet's name of the register at `offset`. With DLAB the first two are the divisor's bytes, DLL and DLM: who
-/// only sees an access does not know.
+/// The data sheet's name of the register at `offset`. With DLAB the first two are the divisor's bytes, DLL and DLM, which
+/// the access alone does not show.
 pub(crate) fn register_name(offset: u64, is_write: bool) -> Option<&'static str> {
     Some(match u8::try_from(offset).ok()? {
         reg::DATA if is_write => "THR",
@@ -70,35 +70,35 @@ mod bit {
     pub(super) const LSR_TEMT: u8 = 1 << 6;
 }
 
-/// All that the guest can see.
+/// The guest-visible state.
 pub(crate) struct State {
     /// DLL, DLM, LCR, MCR, MSR, SCR and the receive FIFO.
     registers: Registers<NoTrigger, NoEvents, Sink>,
-    /// IER, LCR and MCR once more: out of `registers` they come only with DLAB in the way, or with
-    /// a copy of everything.
+    /// Copies of IER, LCR and MCR: reading them from `registers` depends on DLAB, or needs a copy of
+    /// the whole state.
     ier: u8,
     lcr: u8,
     mcr: u8,
     /// FCR's enable bit.
     fifo_enabled: bool,
-    /// The interrupt of an empty transmitter is due: set when it becomes empty or the interrupt is
+    /// The interrupt of an empty transmitter is pending: set when it becomes empty or the interrupt is
     /// enabled, cleared when IIR reports it.
-    thr_empty_due: bool,
-    /// The line takes no more: THRE and TEMT are clear.
+    thr_empty_pending: bool,
+    /// The line accepts no more bytes: THRE and TEMT are clear.
     held: bool,
-    /// Nothing is on its way: TEMT is set.
+    /// All output has been sent: TEMT is set.
     idle: bool,
-    /// The guest takes input.
-    listening: bool,
-    /// Looks for input that found none and came right after another.
+    /// The guest receives input.
+    receives: bool,
+    /// Number of reads without input that directly followed another one.
     polls: u8,
-    /// The last access was a look for input that found none.
+    /// The last access was a read without input.
     polled: bool,
-    /// The interrupt or the room for input may be another than when it was last asked.
+    /// The interrupt or the room for input may have changed since the last [`take_changed`](Self::take_changed).
     changed: bool,
 }
 
-/// `vm-superio` announces edges; the line follows [`State::interrupts`] instead.
+/// Ignores the edges of `vm-superio`; the line follows [`State::interrupts`] instead.
 #[derive(Debug)]
 struct NoTrigger;
 
@@ -118,29 +118,29 @@ impl State {
             lcr: 0x03,
             mcr: 0x08,
             fifo_enabled: false,
-            thr_empty_due: false,
+            thr_empty_pending: false,
             held: false,
             idle: true,
-            listening: false,
+            receives: false,
             polls: 0,
             polled: false,
             changed: true,
         }
     }
 
-    /// The guest reads a register.
+    /// Reads a register for the guest.
     pub(crate) fn read(&mut self, register: u8) -> u8 {
         if register == LSR {
             return self.read_lsr();
         }
         let polled = std::mem::take(&mut self.polled);
         match register {
-            reg::DATA if !self.divisor_shown() => {
-                self.looks_for_input(polled, self.data_ready());
+            reg::DATA if !self.is_dlab_set() => {
+                self.note_poll(polled, self.data_ready());
                 self.changed = true;
                 self.registers.read(reg::DATA)
             }
-            reg::IER if !self.divisor_shown() => self.ier,
+            reg::IER if !self.is_dlab_set() => self.ier,
             reg::IIR_FCR => self.read_iir(),
             reg::LCR => self.lcr,
             reg::MCR => self.mcr,
@@ -148,22 +148,22 @@ impl State {
         }
     }
 
-    /// The guest writes a register. Returns the byte that it sends, if it does; [`set_line`] has to
-    /// follow then.
+    /// Writes a register for the guest. Returns the byte that it sends, if any; the caller then has to
+    /// call [`set_line`].
     ///
     /// [`set_line`]: Self::set_line
     pub(crate) fn write(&mut self, register: u8, value: u8) -> Result<Option<u8>, AccessError> {
         self.polled = false;
         self.changed |= register != reg::SCR;
         match register {
-            reg::DATA if !self.divisor_shown() => {
-                self.thr_empty_due = !self.held;
-                if !self.looped() {
+            reg::DATA if !self.is_dlab_set() => {
+                self.thr_empty_pending = !self.held;
+                if !self.is_loopback() {
                     return Ok(Some(value));
                 }
                 self.set(reg::DATA, value);
             }
-            reg::IER if !self.divisor_shown() => self.write_ier(value & bit::IER_ALL),
+            reg::IER if !self.is_dlab_set() => self.write_ier(value & bit::IER_ALL),
             reg::IIR_FCR => self.write_fcr(value),
             reg::LCR => {
                 self.lcr = value;
@@ -172,7 +172,7 @@ impl State {
             reg::MCR => {
                 self.mcr = value & bit::MCR_ALL;
                 self.set(reg::MCR, self.mcr);
-                self.listening |= self.mcr & bit::MCR_RTS != 0;
+                self.receives |= self.mcr & bit::MCR_RTS != 0;
             }
             LSR | reg::MSR => return Err(AccessError::ReadOnly),
             other => self.set(other, value),
@@ -180,18 +180,18 @@ impl State {
         Ok(None)
     }
 
-    /// What the line is at: `held` if it takes no more, `idle` if nothing is on its way.
+    /// Sets the state of the line: `held` if it accepts no more bytes, `idle` if all output has been sent.
     pub(crate) fn set_line(&mut self, held: bool, idle: bool) {
         if held != self.held {
-            self.thr_empty_due = !held;
+            self.thr_empty_pending = !held;
             self.changed = true;
         }
         (self.held, self.idle) = (held, idle);
     }
 
-    /// Bytes of input that can be taken from the line now.
+    /// Number of bytes of input that fit now.
     pub(crate) fn room(&self) -> usize {
-        if self.listening && !self.looped() { self.registers.fifo_capacity() } else { 0 }
+        if self.receives && !self.is_loopback() { self.registers.fifo_capacity() } else { 0 }
     }
 
     /// Puts input into the FIFO, at most [`room`](Self::room) bytes.
@@ -202,11 +202,11 @@ impl State {
         }
     }
 
-    /// Takes received bytes past the registers, at most `buffer.len()`, and listens from now on; says how many they were.
+    /// Reads received bytes, bypassing the registers, at most `buffer.len()`, and returns their number. Enables input from now on.
     pub(crate) fn take(&mut self, buffer: &mut [u8]) -> usize {
-        self.listening = true;
+        self.receives = true;
         self.changed = true;
-        // `vm-superio` gives the divisor instead while the guest sets it.
+        // With DLAB `vm-superio` would return the divisor.
         self.set(reg::LCR, self.lcr & !bit::LCR_DLAB);
         let mut taken = 0;
         for byte in buffer {
@@ -220,22 +220,22 @@ impl State {
         taken
     }
 
-    /// Whether the next [`take_changed`](Self::take_changed) says yes.
+    /// True if the next [`take_changed`](Self::take_changed) returns true.
     pub(crate) fn is_changed(&self) -> bool {
         self.changed
     }
 
-    /// Whether the interrupt or the room for input may be another than at the last call.
+    /// Returns true if the interrupt or the room for input may have changed since the last call.
     pub(crate) fn take_changed(&mut self) -> bool {
         std::mem::take(&mut self.changed)
     }
 
-    /// Whether an interrupt is enabled and due: the level of the interrupt line.
+    /// True if an interrupt is enabled and pending: the level of the interrupt line.
     pub(crate) fn interrupts(&self) -> bool {
         self.cause() != bit::IIR_NONE
     }
 
-    /// The guest reads LSR. No line errors, no break: data ready and the transmitter are all there is.
+    /// Reads LSR. There are no line errors and no break, only data ready and the transmitter's bits.
     #[inline]
     pub(crate) fn read_lsr(&mut self) -> u8 {
         let polled = std::mem::take(&mut self.polled);
@@ -244,7 +244,7 @@ impl State {
             (true, _) => data,
             (false, false) => data | bit::LSR_THRE,
             (false, true) => {
-                self.looks_for_input(polled, data != 0);
+                self.note_poll(polled, data != 0);
                 data | bit::LSR_THRE | bit::LSR_TEMT
             }
         }
@@ -253,7 +253,7 @@ impl State {
     fn read_iir(&mut self) -> u8 {
         let cause = self.cause();
         if cause == bit::IIR_THRI {
-            self.thr_empty_due = false;
+            self.thr_empty_pending = false;
             self.changed = true;
         }
         if self.fifo_enabled { cause | bit::IIR_FIFO } else { cause }
@@ -264,9 +264,9 @@ impl State {
         self.ier = value;
         self.set(reg::IER, value);
         if rising & bit::IER_THRI != 0 {
-            self.thr_empty_due = !self.held;
+            self.thr_empty_pending = !self.held;
         }
-        self.listening |= rising & bit::IER_RDI != 0;
+        self.receives |= rising & bit::IER_RDI != 0;
     }
 
     fn write_fcr(&mut self, value: u8) {
@@ -276,8 +276,8 @@ impl State {
         }
     }
 
-    /// Drops what is in the receive FIFO, as a driver does when it takes over, and waits until that
-    /// driver listens.
+    /// Clears the receive FIFO, as a driver does when it starts, and stops input until the driver
+    /// receives.
     fn clear_fifo(&mut self) {
         self.set(reg::LCR, self.lcr & !bit::LCR_DLAB);
         for _ in 0..FIFO {
@@ -285,51 +285,51 @@ impl State {
         }
         self.set(reg::LCR, self.lcr);
         self.polls = 0;
-        self.listening = self.ier & bit::IER_RDI != 0 || self.mcr & bit::MCR_RTS != 0;
+        self.receives = self.ier & bit::IER_RDI != 0 || self.mcr & bit::MCR_RTS != 0;
     }
 
-    /// The guest looks for input, and `polled` says whether that is what it did just before, too.
-    fn looks_for_input(&mut self, polled: bool, found: bool) {
+    /// Counts a read for input; `polled` is true if the previous access was one, too.
+    fn note_poll(&mut self, polled: bool, found: bool) {
         self.polled = !found;
-        if polled && !found && !self.listening {
+        if polled && !found && !self.receives {
             self.polls += 1;
-            self.listening = self.polls >= POLLS;
-            self.changed |= self.listening;
+            self.receives = self.polls >= POLLS;
+            self.changed |= self.receives;
         }
     }
 
-    /// The interrupt that IIR reports: the most urgent one that is enabled and due.
+    /// The interrupt that IIR reports: the most urgent one that is enabled and pending.
     fn cause(&self) -> u8 {
         if self.ier & bit::IER_RDI != 0 && self.data_ready() {
             bit::IIR_RDI
-        } else if self.ier & bit::IER_THRI != 0 && self.thr_empty_due {
+        } else if self.ier & bit::IER_THRI != 0 && self.thr_empty_pending {
             bit::IIR_THRI
         } else {
             bit::IIR_NONE
         }
     }
 
-    /// Writes a register of `vm-superio`; that fails only if its sink or its trigger does, and
-    /// these do not.
+    /// Writes a register of `vm-superio`; that fails only if its sink or its trigger fails, which
+    /// these never do.
     fn set(&mut self, register: u8, value: u8) {
         drop(self.registers.write(register, value));
     }
 
-    /// Whether there is received data.
+    /// True if there is received data.
     pub(crate) fn data_ready(&self) -> bool {
         self.registers.fifo_capacity() < FIFO
     }
 
-    fn divisor_shown(&self) -> bool {
+    fn is_dlab_set(&self) -> bool {
         self.lcr & bit::LCR_DLAB != 0
     }
 
-    fn looped(&self) -> bool {
+    fn is_loopback(&self) -> bool {
         self.mcr & bit::MCR_LOOP != 0
     }
 }
 
-/// The register that an access of `width` bytes at this offset reaches.
+/// The register of an access of `width` bytes at this offset.
 #[inline]
 pub(crate) fn register(offset: u64, width: usize) -> Result<u8, AccessError> {
     match width {
@@ -342,7 +342,7 @@ pub(crate) fn register(offset: u64, width: usize) -> Result<u8, AccessError> {
     register.filter(|&register| register <= reg::SCR).ok_or(AccessError::NoRegister)
 }
 
-/// Whether reading this register shows the guest how far its output is.
-pub(crate) fn shows_output(register: u8) -> bool {
+/// True if the register shows the guest the state of its output.
+pub(crate) fn reports_transmitter(register: u8) -> bool {
     matches!(register, LSR | reg::IIR_FCR)
 }

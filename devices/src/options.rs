@@ -1,4 +1,4 @@
-//! The text of `--device NAME,key=value,...`, taken apart.
+//! Parser for `--device NAME,key=value,...`.
 
 use std::str::FromStr;
 
@@ -8,17 +8,17 @@ use crate::catalog::Key;
 
 /// A device's name and its options, in the order given.
 ///
-/// Values may hold anything but a comma; there is no quoting.
+/// Values may contain any character but a comma; there is no quoting.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Options {
     name: String,
     pairs: Vec<(String, String)>,
 }
 
-/// What is wrong with a device's options.
+/// An error in a device's options.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum OptionError {
-    /// Nothing stands before the first comma.
+    /// There is no name before the first comma.
     #[error("Missing device name in {text:?} (expected NAME,key=value,...)")]
     NoName {
         /// The text as given.
@@ -50,27 +50,27 @@ pub enum OptionError {
         /// `known: a, b`, or that there are none.
         known: String,
     },
-    /// The value cannot be used.
+    /// The value is invalid.
     #[error("Option {key}={value:?} is not {expected}")]
     BadValue {
         /// The key.
         key: &'static str,
         /// The value as given.
         value: String,
-        /// What it should have been: `a number of seconds`.
+        /// The expected kind of value: `a number of seconds`.
         expected: &'static str,
     },
 }
 
 impl Options {
-    /// The options of a device that was given none.
+    /// A device without options.
     #[must_use]
     pub fn none(name: &str) -> Self {
         Self { name: name.to_owned(), pairs: Vec::new() }
     }
 
-    /// Takes `NAME,key=value,...` apart. Which keys exist is the model's to say:
-    /// [`check`](Self::check).
+    /// Parses `NAME,key=value,...`. Unknown keys are only found by [`check`](Self::check),
+    /// with those of the model.
     ///
     /// # Errors
     /// [`OptionError`] for a text without a name, with an empty part, without `=`, or with a key
@@ -105,16 +105,16 @@ impl Options {
         &self.name
     }
 
-    /// The value of a key, as given.
+    /// Returns the value of a key, as given.
     #[must_use]
     pub fn get(&self, key: &str) -> Option<&str> {
         self.pairs.iter().find(|(name, _)| name == key).map(|(_, value)| value.as_str())
     }
 
-    /// The value of a key, parsed; `expected` says what it is meant to be: `a number of seconds`.
+    /// Returns the value of a key, parsed; `expected` names the kind of value: `a number of seconds`.
     ///
     /// # Errors
-    /// [`OptionError::BadValue`] if it is there and does not parse.
+    /// [`OptionError::BadValue`] if it is given and does not parse.
     pub fn parsed<T: FromStr>(
         &self,
         key: &'static str,
@@ -124,10 +124,10 @@ impl Options {
         value.parse().map(Some).map_err(|_| self.bad(key, expected))
     }
 
-    /// The value of a key as a number of up to 64 bits: decimal, or hexadecimal behind `0x`; underscores may stand in it.
+    /// Returns the value of a key as a number of up to 64 bits: decimal, or hexadecimal after `0x`; underscores are ignored.
     ///
     /// # Errors
-    /// [`OptionError::BadValue`] if it is there and is none.
+    /// [`OptionError::BadValue`] if it is given and is no such number.
     pub fn number(&self, key: &'static str) -> Result<Option<u64>, OptionError> {
         let Some(text) = self.get(key) else { return Ok(None) };
         let plain = text.replace('_', "");
@@ -139,7 +139,7 @@ impl Options {
         number.map(Some).ok_or_else(|| self.bad(key, "a number (decimal, or 0x and hexadecimal)"))
     }
 
-    /// Whether a key is `on` or `off`; `default` where it is not given.
+    /// Returns true if a key is `on`, false if it is `off`; `default` if it is not given.
     ///
     /// # Errors
     /// [`OptionError::BadValue`] if it is anything else.
@@ -152,14 +152,14 @@ impl Options {
         }
     }
 
-    /// The error for a value that cannot be used.
+    /// The error for an invalid value.
     #[must_use]
     pub fn bad(&self, key: &'static str, expected: &'static str) -> OptionError {
         let value = self.get(key).unwrap_or_default().to_owned();
         OptionError::BadValue { key, value, expected }
     }
 
-    /// Whether every key given is one of `keys`.
+    /// Checks that every key given is one of `keys`.
     ///
     /// # Errors
     /// [`OptionError::UnknownKey`], which lists the known ones.
@@ -182,8 +182,8 @@ mod tests {
     use super::*;
 
     const KEYS: &[Key] = &[
-        Key { name: "path", value: "FILE", help: "Where" },
-        Key { name: "size", value: "N", help: "How much" },
+        Key { name: "path", value: "FILE", help: "The file" },
+        Key { name: "size", value: "N", help: "Its size" },
     ];
 
     fn message(text: &str) -> String {
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_and_its_options_come_apart() {
+    fn a_text_is_parsed_into_a_name_and_its_options() {
         let options = Options::parse("blk,path=/a=b c,size=").unwrap();
         assert_eq!(options.name(), "blk");
         assert_eq!(options.get("path"), Some("/a=b c"));
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_said_with_the_text_that_is() {
+    fn errors_quote_the_text_that_is_wrong() {
         assert_eq!(message(""), "Missing device name in \"\" (expected NAME,key=value,...)");
         assert_eq!(
             message(",a=b"),
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn a_value_of_the_wrong_kind_is_named_with_what_it_should_be() {
+    fn the_error_for_a_bad_value_names_the_expected_kind() {
         let options = Options::parse("blk,size=-1").unwrap();
         assert_eq!(options.parsed::<i8>("size", "a small number"), Ok(Some(-1)));
         assert_eq!(options.parsed::<i8>("path", "a small number"), Ok(None));
@@ -242,7 +242,7 @@ mod tests {
         }
 
         #[test]
-        fn what_was_put_together_comes_apart(value in "[^,]*", other in "[^,]*") {
+        fn parsing_returns_the_values_of_the_text(value in "[^,]*", other in "[^,]*") {
             let options = Options::parse(&format!("n,a={value},b={other}")).unwrap();
             prop_assert_eq!(options.get("a"), Some(value.as_str()));
             prop_assert_eq!(options.get("b"), Some(other.as_str()));

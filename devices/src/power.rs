@@ -25,18 +25,18 @@ pub(crate) const MODEL: Model = Model {
     build,
 };
 
-/// Is told what the guest wants of its board's power.
+/// Receives the guest's power requests.
 pub trait PowerSwitch: Send + Sync {
-    /// Takes note of the request. Called on a vCPU thread with the device's lock held: must not
-    /// block, and the guest may still run some instructions, and ask again, before the machine
-    /// acts on it; the first request counts.
+    /// Records the request. Called on a vCPU thread with the device's lock held: must not
+    /// block, and the guest may still run some instructions, and repeat the request, before the
+    /// machine acts on it; the first request counts.
     fn request(&self, request: PowerRequest);
 }
 
-/// What a guest wants of its board's power.
+/// A guest's power request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PowerRequest {
-    /// Power off; all is well.
+    /// Power off without an error.
     Off,
     /// Reset the board.
     Reset,
@@ -45,7 +45,7 @@ pub enum PowerRequest {
 }
 
 mod reg {
-    /// Finisher: the low 16 bits say what to do, the high 16 bits carry a code.
+    /// Finisher: the low 16 bits are the request, the high 16 bits a code.
     pub(super) const FINISHER: u64 = 0;
 }
 
@@ -55,13 +55,13 @@ mod finisher {
     pub(super) const RESET: u16 = 0x7777;
 }
 
-/// The device. Its register reads as zero, keeps nothing, and takes writes of 2 or 4 bytes.
+/// The device. Its register reads as zero, stores nothing, and accepts writes of 2 or 4 bytes.
 pub struct Power {
     switch: Arc<dyn PowerSwitch>,
 }
 
 impl Power {
-    /// A finisher that tells `switch` what the guest wants.
+    /// A finisher that passes the guest's requests to `switch`.
     #[must_use]
     pub fn new(switch: Arc<dyn PowerSwitch>) -> Self {
         Self { switch }
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn each_of_the_finisher_s_values_asks_for_its_own() {
+    fn each_value_of_the_finisher_makes_its_request() {
         assert_eq!(requests(&[(0, &0x5555_u32.to_le_bytes())]), [PowerRequest::Off]);
         assert_eq!(requests(&[(0, &0x7777_u32.to_le_bytes())]), [PowerRequest::Reset]);
         assert_eq!(requests(&[(0, &0x002a_3333_u32.to_le_bytes())]), [PowerRequest::Fail(42)]);
@@ -164,13 +164,13 @@ mod tests {
     }
 
     #[test]
-    fn half_a_word_is_enough_and_means_code_zero() {
+    fn a_write_of_two_bytes_has_code_zero() {
         assert_eq!(requests(&[(0, &0x5555_u16.to_le_bytes())]), [PowerRequest::Off]);
         assert_eq!(requests(&[(0, &0x3333_u16.to_le_bytes())]), [PowerRequest::Fail(0)]);
     }
 
     #[test]
-    fn other_values_offsets_and_widths_ask_for_nothing() {
+    fn other_values_offsets_and_widths_make_no_request() {
         let off = 0x5555_5555_5555_5555_u64.to_le_bytes();
         for width in [0, 1, 3, 5, 8] {
             assert_eq!(requests(&[(0, &off[..width])]), [], "{width} bytes");

@@ -1,11 +1,11 @@
-//! A range of addresses whose registers are all reserved: they read as zero and take any write.
+//! A range of addresses whose registers are all reserved: they read as zero and ignore writes.
 //!
-//! The kernel's half of a device leaves the reserved registers of its range to user space. To the guest they are still
-//! registers (AIA specification 1.0, section 4.5: reserved ones are read-only zeros), not addresses where nothing is.
+//! An in-kernel device leaves the reserved registers of its range to user space. To the guest they are still
+//! registers (AIA specification 1.0, section 4.5: reserved ones are read-only zeros), not unassigned addresses.
 
 use crate::device::{Access, FdtDesc, MmioDevice};
 
-/// The registers that are left of a device whose others somebody else serves.
+/// The reserved registers of a device whose other registers the kernel implements.
 #[derive(Debug)]
 pub struct Reserved {
     name: &'static str,
@@ -13,7 +13,7 @@ pub struct Reserved {
 }
 
 impl Reserved {
-    /// What is left of the device `name`, which takes up `size` bytes.
+    /// The reserved registers of the device `name`, whose range is `size` bytes.
     #[must_use]
     pub fn new(name: &'static str, size: u64) -> Self {
         Self { name, size }
@@ -40,7 +40,7 @@ impl MmioDevice for Reserved {
 
     fn reset(&mut self) {}
 
-    /// Whoever serves the others describes the device.
+    /// None: the implementation of the other registers describes the device.
     fn fdt(&self) -> Option<FdtDesc> {
         None
     }

@@ -1,12 +1,13 @@
 //! Goldfish real-time clock (`google,goldfish-rtc`): the time of day in nanoseconds, and one alarm.
 //!
-//! Source: "Goldfish virtual hardware", section Timer/RTC, and what Linux's `rtc-goldfish` does.
-//! All registers are 32 bits wide; an access of 8 bytes reaches two, the lower first, as on QEMU's `virt`. A 64-bit time is read low half first: that latches the high
-//! half. It is written high half first: the low half takes effect (for the alarm, arms it).
+//! Source: "Goldfish virtual hardware", section Timer/RTC, and the behaviour of Linux's `rtc-goldfish`.
+//! All registers are 32 bits wide; an access of 8 bytes accesses two, the lower first, as on QEMU's `virt`. A 64-bit time is
+//! read low half first, which latches the high half. It is written high half first: writing the low half takes effect (for the
+//! alarm, arms it).
 //!
-//! The guest may set the clock; that moves an offset of this device, never the host's clock. An
-//! armed alarm waits on the host's monotonic timer and is checked against the clock when that
-//! fires: after a step of the host's clock it is late by at most [`RECHECK`], and never early.
+//! The guest may set the clock; that changes an offset in this device, never the host's clock. An
+//! armed alarm uses a timer on the host's monotonic clock and is checked against the time of day when that
+//! expires: after a step of the host's clock it is late by at most [`RECHECK`], and never early.
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -30,7 +31,7 @@ pub(crate) const MODEL: Model = Model {
     keys: &[Key {
         name: "offset",
         value: "SECONDS",
-        help: "What the guest's clock shows at power-on, relative to the host's; may be negative",
+        help: "the guest's clock at power-on, relative to the host's; may be negative",
     }],
     placement: Placement::Fixed,
     irqs: 1,
@@ -65,7 +66,7 @@ fn register_name(offset: u64, _: bool) -> Option<&'static str> {
 
 const TOKEN_ALARM: u32 = 0;
 
-/// The longest time that an armed alarm goes without a look at the clock.
+/// The longest time between checks of the clock for an armed alarm.
 pub const RECHECK: Duration = Duration::from_secs(60);
 
 /// Nanoseconds in a second.
@@ -77,7 +78,7 @@ pub trait Clock: Send + Sync {
     fn now_ns(&self) -> u64;
 }
 
-/// The host's time of day; it follows the host's clock when that is set.
+/// The host's time of day; setting the host's clock changes it.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct WallClock;
 
@@ -100,14 +101,14 @@ pub struct Rtc {
     state: State,
 }
 
-/// All that the guest can see.
+/// The guest-visible state.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct State {
-    /// What is added to the clock, modulo 2^64 nanoseconds.
+    /// Offset from the clock, modulo 2^64 nanoseconds.
     offset: u64,
-    /// The half of the last time read that `TIME_HIGH` gives.
+    /// The latched high half of the time, returned by `TIME_HIGH`.
     time_high: u32,
-    /// When the alarm fires, in the guest's time.
+    /// The time of the alarm, by the guest's clock.
     alarm: u64,
     alarm_armed: bool,
     irq_enabled: bool,
@@ -231,17 +232,17 @@ impl Rtc {
         self.clock.now_ns().wrapping_add(self.state.offset)
     }
 
-    /// Replaces one half of the time. Only with the low half, written last, is the new time whole, so
-    /// that the alarm can be held against it.
+    /// Replaces one half of the time. The new time is only complete with the low half, written last, so
+    /// the caller then checks the alarm.
     fn set_time(&mut self, change: impl FnOnce([u32; 2]) -> [u32; 2]) {
         let now = self.now();
         let new = whole(change(halves(now)));
         self.state.offset = self.state.offset.wrapping_add(new.wrapping_sub(now));
     }
 
-    /// Fires the alarm if its time has come; otherwise makes the timer wait for it.
+    /// Fires the alarm if its time is reached; otherwise sets the timer for it.
     ///
-    /// The timer is set anew on every call: that also takes back an expiry, so that it is never
+    /// Every call sets the timer: that also clears an expiry, so that it is never
     /// read, and a stale event can never block.
     fn check_alarm(&mut self) {
         let left = self.state.alarm.saturating_sub(self.now());
@@ -250,11 +251,11 @@ impl Rtc {
             self.state.irq_pending = true;
         }
         let wait = match self.state.alarm_armed {
-            true => until_next_look(left),
+            true => until_next_check(left),
             false => Duration::ZERO,
         };
         if let Err(error) = self.timer.reset(wait, None) {
-            // A valid timer and a valid time: the kernel has no reason to refuse.
+            // Not expected with a valid timer and a valid time.
             warn!("{}: cannot set the alarm's timer: {error}", MODEL.name);
         }
     }
@@ -277,8 +278,8 @@ impl State {
     }
 }
 
-/// How long to wait before the clock is looked at again, for an alarm that is so many nanoseconds off.
-fn until_next_look(left: u64) -> Duration {
+/// Time until the next check of the clock, for an alarm in `left` nanoseconds.
+fn until_next_check(left: u64) -> Duration {
     Duration::from_nanos(left).min(RECHECK)
 }
 
@@ -374,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn an_offset_moves_the_clock_either_way_and_stays_over_a_reset() {
+    fn an_offset_moves_the_clock_either_way_and_survives_a_reset() {
         for (options, nanos) in [("rtc,offset=3600", 3600 * NANOS), ("rtc,offset=-1", -NANOS)] {
             let mut board = board(options);
             let expected = START.wrapping_add_signed(nanos);
@@ -405,25 +406,25 @@ mod tests {
     }
 
     #[test]
-    fn an_alarm_fires_when_its_time_has_come_and_not_before() {
+    fn an_alarm_fires_at_its_time_and_not_before() {
         let mut board = board("rtc");
         board.set_alarm(START + 1_000_000);
         assert_eq!(board.read(reg::ALARM_STATUS), 1);
-        // The timer fires by the host's clock; the guest's has not moved.
+        // The timer expires by the host's monotonic clock; the guest's clock has not advanced.
         assert_eq!(turn(board.rtc.as_mut(), 1000).unwrap(), 1);
         assert!(!board.irq.is_high());
         board.clock.advance_ns(1_000_000);
         assert_eq!(turn(board.rtc.as_mut(), 1000).unwrap(), 1);
         assert!(board.irq.is_high());
         assert_eq!(board.read(reg::ALARM_STATUS), 0);
-        // One alarm is one interrupt, and the loop sleeps again.
+        // One alarm is one interrupt, and the loop is idle again.
         assert_eq!(turn(board.rtc.as_mut(), 10).unwrap(), 0);
     }
 
     #[test]
-    fn a_distant_alarm_is_held_against_the_clock_again_and_again() {
-        assert_eq!(until_next_look(1), Duration::from_nanos(1));
-        assert_eq!(until_next_look(u64::MAX), RECHECK);
+    fn a_distant_alarm_is_checked_against_the_clock_periodically() {
+        assert_eq!(until_next_check(1), Duration::from_nanos(1));
+        assert_eq!(until_next_check(u64::MAX), RECHECK);
     }
 
     #[test]
@@ -457,7 +458,7 @@ mod tests {
         let later = START + 7200 * 1_000_000_000;
         let [low, high] = halves(later);
         board.write(reg::TIME_HIGH, high);
-        assert!(!board.irq.is_high(), "half a time is none");
+        assert!(!board.irq.is_high(), "the time is not complete");
         board.write(reg::TIME_LOW, low);
         assert!(board.irq.is_high());
     }
@@ -475,7 +476,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reset_takes_the_alarm_and_the_interrupt_back() {
+    fn a_reset_clears_the_alarm_and_the_interrupt() {
         let mut board = board("rtc");
         board.set_alarm(START);
         board.set_alarm(START + 1_000_000);
@@ -515,7 +516,7 @@ mod tests {
         board.rtc.write(reg::ALARM_LOW, &alarm.to_le_bytes()).unwrap();
         board.rtc.read(reg::ALARM_LOW, &mut data).unwrap();
         assert_eq!(u64::from_le_bytes(data), alarm);
-        // The alarm's status, and a register that can only be written.
+        // The alarm's status, and a write-only register.
         board.rtc.read(reg::ALARM_STATUS, &mut data).unwrap();
         assert_eq!(data, [0; 8]);
     }

@@ -1,20 +1,20 @@
 //! NS16550A UART: the board's serial port.
 //!
 //! Source: National Semiconductor PC16550D data sheet; the registers, the loopback, and the receive
-//! FIFO are those of `vm-superio`. What is added here, because that model only has edges and an
-//! ever-ready line: the interrupt as a level (RX data or an empty transmitter, IIR with one cause
-//! at a time and in order), THRE and TEMT that tell whether the host keeps up, and the FIFO bits of
-//! FCR and IIR by which drivers know a 16550A.
+//! FIFO are those of `vm-superio`. That model only has interrupt edges and a transmitter that is always
+//! ready, so this file adds: the interrupt as a level (RX data or an empty transmitter, IIR with one cause
+//! at a time and in order), THRE and TEMT that reflect the backend's state, and the FIFO bits of
+//! FCR and IIR by which drivers detect a 16550A.
 //!
-//! Registers are one byte each, at consecutive addresses (`reg-shift` 0). An access of 2, 4 or 8 bytes reaches the
-//! register at its own address and no other, as on QEMU's `virt`: of a store the low byte counts, a load gives the
-//! register in its low byte and zeroes above. As the line has no noise there are no receive errors, and as nothing is wired to the
-//! modem inputs they never change: neither of those interrupts occurs. The receive interrupt comes
-//! with the first byte whatever the trigger level. Baud rate and word length are kept and have no
-//! effect. Clearing the transmit FIFO does nothing: what the guest has sent is on its way.
+//! Registers are one byte each, at consecutive addresses (`reg-shift` 0). An access of 2, 4 or 8 bytes accesses only the
+//! register at its own address, as on QEMU's `virt`: a store writes its low byte, a load returns the
+//! register in its low byte and zeroes above. There are no receive errors, and the modem inputs are not connected and
+//! never change: neither of those interrupts occurs. The receive interrupt is raised
+//! with the first byte whatever the trigger level. Baud rate and word length are stored and have no
+//! effect. Clearing the transmit FIFO does nothing: bytes that the guest has written are sent.
 //!
-//! Input is taken from the host only once the guest listens: it has enabled the receive interrupt,
-//! raised RTS, polls for data, or asks its firmware for some. Before that a driver would throw it away when it starts, and a
+//! Input is read from the host only once the guest receives: it has enabled the receive interrupt,
+//! raised RTS, polls for data, or reads through the SBI debug console. Before that a driver would discard it when it starts, and a
 //! script piped into a booting guest would lose its first lines.
 
 use std::sync::Arc;
@@ -26,7 +26,7 @@ use crate::device::{
 };
 use crate::irq::{IrqLine, IrqPin};
 use crate::link::Link;
-use crate::ns16550::{FIFO, LSR, State, register, register_name, shows_output};
+use crate::ns16550::{FIFO, LSR, State, register, register_name, reports_transmitter};
 use crate::options::Options;
 
 /// The catalog's entry.
@@ -40,10 +40,10 @@ pub(crate) const MODEL: Model = Model {
     build,
 };
 
-/// The catalog's entry for further ones.
+/// The catalog's entry for additional ports.
 pub(crate) const UART: Model = Model {
     name: "uart",
-    summary: "NS16550A serial port beside the board's own, for a line to another machine or program",
+    summary: "additional NS16550A serial port, connected to another machine or program",
     keys: &[Key {
         name: "to",
         value: "WHERE",
@@ -55,10 +55,10 @@ pub(crate) const UART: Model = Model {
     build: build_uart,
 };
 
-/// Bytes that a guest may send after it has seen THRE. Many times that fit once the line is busy.
+/// Bytes that a guest may send after it has read THRE. The queue has room for many times that when the line is busy.
 const TX_FIFO: u32 = 64;
 
-/// The clock of QEMU's `virt` board, from which drivers compute a divisor, in Hz.
+/// The clock of QEMU's `virt` board, from which drivers compute the divisor, in Hz.
 const CLOCK_FREQUENCY_HZ: u32 = 3_686_400;
 
 /// The device.
@@ -78,7 +78,7 @@ fn build(_: &Options, wiring: Wiring) -> Built {
 fn build_uart(options: &Options, wiring: Wiring) -> Built {
     let to = options.get("to").ok_or_else(|| BuildError::Option {
         model: UART.name,
-        source: options.bad("to", "a console's other end (write to=unix:PATH)"),
+        source: options.bad("to", "a console backend (write to=unix:PATH)"),
     })?;
     let backend = wiring.host.console(to);
     let backend = backend.map_err(|source| BuildError::End { model: UART.name, source })?;
@@ -104,7 +104,7 @@ impl MmioDevice for Serial {
     }
 
     fn read(&mut self, offset: u64, data: &mut [u8]) -> Access {
-        // Nearly every access of a driver is a look at LSR, and most find nothing to be done.
+        // Fast path: most accesses of a driver read LSR and have no further effect.
         if offset == u64::from(LSR)
             && let [data] = data
             && !self.link.can_flush()
@@ -152,7 +152,7 @@ impl MmioDevice for Serial {
             properties: vec![
                 FdtProperty::cells("clock-frequency", &[CLOCK_FREQUENCY_HZ]),
                 FdtProperty::cells("fifo-size", &[TX_FIFO]),
-                // THRE means that the FIFO is empty: a driver may fill all of it then, where Linux would send 16 bytes.
+                // THRE means that the FIFO is empty: a driver may fill all of it then; by default Linux would send 16 bytes.
                 FdtProperty::cells("tx-threshold", &[0]),
             ],
             companions: Vec::new(),
@@ -178,7 +178,7 @@ impl MmioDevice for Serial {
 }
 
 impl SerialLine for Serial {
-    /// Whatever the registers are at: a divisor that is being set, or loopback, is the driver's business.
+    /// Sends whatever the state of the registers: DLAB and loopback only affect the driver's accesses.
     fn send(&mut self, bytes: &[u8]) -> usize {
         let taken = self.link.send(bytes);
         self.sync_line();
@@ -199,15 +199,15 @@ impl SerialLine for Serial {
 }
 
 impl Serial {
-    /// Tells the registers what the line is at.
+    /// Passes the state of the line to the registers.
     fn sync_line(&mut self) {
         self.state.set_line(self.link.is_held(), self.link.is_empty());
     }
 
-    /// Reads a register, whatever follows from it.
+    /// Reads any register, with all effects.
     #[inline(never)]
     fn read_any(&mut self, register: u8) -> u8 {
-        if shows_output(register) && self.link.can_flush() {
+        if reports_transmitter(register) && self.link.can_flush() {
             self.link.flush();
             self.sync_line();
         }
@@ -216,7 +216,7 @@ impl Serial {
         value
     }
 
-    /// Derives from the registers what the link may take and the level of the interrupt line.
+    /// Derives the room for input and the level of the interrupt line from the registers.
     #[inline(never)]
     fn sync(&mut self) {
         if !self.state.take_changed() {

@@ -1,6 +1,6 @@
-//! Stand-ins for what devices are connected to, for tests here and in other rooms.
+//! Test doubles for everything that devices are connected to, for tests here and in other crates.
 //!
-//! Each is a handle: a clone is the same thing, so a test keeps one and hands the other over.
+//! Each is a handle: clones share their state, so a test keeps one and passes the other on.
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
@@ -27,7 +27,7 @@ pub use host::MemoryHost;
 pub use skip::{leave_out, skip};
 pub use told::told;
 
-/// An interrupt line that remembers its level and how often it changed.
+/// An interrupt line that records its level and the number of changes.
 #[derive(Debug, Clone, Default)]
 pub struct TestIrq(Arc<(AtomicBool, AtomicUsize)>);
 
@@ -38,7 +38,7 @@ impl TestIrq {
         self.0.0.load(SeqCst)
     }
 
-    /// How often the level has changed.
+    /// Number of changes of the level.
     #[must_use]
     pub fn changes(&self) -> usize {
         self.0.1.load(SeqCst)
@@ -53,12 +53,12 @@ impl IrqLine for TestIrq {
     }
 }
 
-/// A power switch that writes down what it is asked.
+/// A power switch that records the requests.
 #[derive(Debug, Clone, Default)]
 pub struct FakePower(Arc<Mutex<Vec<PowerRequest>>>);
 
 impl FakePower {
-    /// Everything asked so far.
+    /// All requests so far.
     #[must_use]
     pub fn requests(&self) -> Vec<PowerRequest> {
         lock(&self.0).clone()
@@ -71,7 +71,7 @@ impl PowerSwitch for FakePower {
     }
 }
 
-/// A clock that stands still until it is told otherwise.
+/// A clock that only the test advances.
 #[derive(Debug, Clone, Default)]
 pub struct ManualClock(Arc<AtomicU64>);
 
@@ -81,7 +81,7 @@ impl ManualClock {
         self.0.store(now, SeqCst);
     }
 
-    /// Moves the time on, by nanoseconds.
+    /// Advances the time, by nanoseconds.
     pub fn advance_ns(&self, by: u64) {
         self.0.fetch_add(by, SeqCst);
     }
@@ -93,9 +93,9 @@ impl Clock for ManualClock {
     }
 }
 
-/// A console in memory: the test types, reads the output, and decides how much room there is.
+/// A console in memory: the test types input, reads the output, and limits the room for output.
 ///
-/// Its descriptors are true to epoll: one is readable while there is input, one writable while
+/// Its descriptors work with epoll: one is readable while there is input, one writable while
 /// there is room.
 #[derive(Debug, Clone)]
 pub struct MemoryConsole(Arc<Mutex<Memory>>);
@@ -106,16 +106,16 @@ struct Memory {
     input: VecDeque<u8>,
     input_ended: bool,
     output: Vec<u8>,
-    /// Bytes that a reader still makes room for; `None` for no limit.
+    /// Bytes of output that still fit; `None` for no limit.
     room: Option<usize>,
     failure: Option<ErrorKind>,
     writes: usize,
     size: Option<(u16, u16)>,
-    /// Its counter is not zero while there is input.
+    /// Readable: the counter is not zero while there is input.
     readable: EventFd,
-    /// Its counter is at the limit while there is no room.
+    /// Writable: the counter is at its limit while there is no room.
     writable: EventFd,
-    /// Its counter is not zero after a connection came or went.
+    /// The counter is not zero after the peer connected or disconnected.
     attention: EventFd,
 }
 
@@ -123,7 +123,7 @@ impl MemoryConsole {
     /// A connected console without input and with unlimited room.
     ///
     /// # Errors
-    /// The system's, if there are no descriptors left.
+    /// The system has no descriptors left.
     pub fn new() -> io::Result<Self> {
         let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         Ok(Self(Arc::new(Mutex::new(Memory {
@@ -146,12 +146,12 @@ impl MemoryConsole {
         self.change(|memory| memory.input.extend(bytes));
     }
 
-    /// Ends the input, after what has been typed.
+    /// Ends the input, after the bytes typed so far.
     pub fn end_input(&self) {
         self.change(|memory| memory.input_ended = true);
     }
 
-    /// Bytes typed that the guest's device has not taken.
+    /// Number of bytes typed that the device has not read.
     #[must_use]
     pub fn unread(&self) -> usize {
         lock(&self.0).input.len()
@@ -163,35 +163,35 @@ impl MemoryConsole {
         lock(&self.0).output.clone()
     }
 
-    /// How many writes there were, with success or without.
+    /// Number of writes, successful or not.
     #[must_use]
     pub fn writes(&self) -> usize {
         lock(&self.0).writes
     }
 
-    /// Makes room for so many further bytes of output; `None` for any number.
+    /// Sets the room for further output in bytes; `None` for no limit.
     pub fn set_room(&self, room: Option<usize>) {
         self.change(|memory| memory.room = room);
     }
 
-    /// Makes every write fail in this way; `None` for no longer.
+    /// Makes every write fail with this error; `None` for none.
     pub fn fail_writes(&self, kind: Option<ErrorKind>) {
         self.change(|memory| memory.failure = kind);
     }
 
-    /// The peer goes away.
+    /// Disconnects the peer.
     pub fn hang_up(&self) {
         self.change(|memory| memory.connected = false);
         drop(lock(&self.0).attention.write(1));
     }
 
-    /// A peer is there again.
+    /// Connects a peer again.
     pub fn connect(&self) {
         self.change(|memory| memory.connected = true);
         drop(lock(&self.0).attention.write(1));
     }
 
-    /// Changes the state and makes the descriptors tell it.
+    /// Changes the state and updates the descriptors.
     fn change<R>(&self, change: impl FnOnce(&mut Memory) -> R) -> R {
         let mut memory = lock(&self.0);
         let result = change(&mut memory);
@@ -203,7 +203,7 @@ impl MemoryConsole {
 }
 
 impl MemoryConsole {
-    /// Makes the console a terminal of so many columns and rows.
+    /// Makes the console a terminal with this number of columns and rows.
     pub fn set_size(&self, size: (u16, u16)) {
         self.change(|memory| memory.size = Some(size));
     }
@@ -260,7 +260,7 @@ impl ConsoleBackend for MemoryConsole {
     }
 }
 
-/// A window behind which nobody looks: everything can be shown.
+/// A window that accepts every mapping and does nothing.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct OpenWindow;
 
@@ -270,7 +270,7 @@ impl Window for OpenWindow {
     }
 }
 
-/// Wiring with a line, a power switch, a clock and a host that are of no interest, and no console.
+/// Wiring with test doubles for the line, the power switch, the clock and the host, and no console.
 #[must_use]
 pub fn wiring() -> Wiring {
     Wiring {
@@ -282,17 +282,17 @@ pub fn wiring() -> Wiring {
     }
 }
 
-/// Hands an event of a device's source over as the I/O thread does: the interrupt is driven afterwards.
+/// Dispatches an event to a device as the I/O thread does: the interrupt is driven afterwards.
 pub fn hand_over(device: &mut dyn MmioDevice, token: u32) {
     device.ready(token);
     let _ = device.undriven().map(|pin| pin.drive());
 }
 
-/// One turn of an I/O loop that has only this device: waits up to `timeout_ms` milliseconds for its
-/// sources, and calls it for each that is ready. Returns how many were: 0 means that the loop sleeps.
+/// Runs one turn of an I/O loop with only this device: waits up to `timeout_ms` milliseconds for its
+/// sources, and calls it for each that is ready. Returns their number: 0 means that the loop is idle.
 ///
 /// # Errors
-/// The system's, above all if epoll does not take one of the sources.
+/// An error of epoll, above all if it does not accept one of the sources.
 pub fn turn(device: &mut dyn MmioDevice, timeout_ms: i32) -> io::Result<usize> {
     let epoll = Epoll::new()?;
     for source in device.sources() {
@@ -307,7 +307,7 @@ pub fn turn(device: &mut dyn MmioDevice, timeout_ms: i32) -> io::Result<usize> {
     let mut events = [EpollEvent::default(); 16];
     let count = loop {
         match epoll.wait(timeout_ms, &mut events) {
-            // Work that the kernel does for io_uring in this thread interrupts it.
+            // io_uring's task work in this thread interrupts the wait.
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             result => break result?,
         }

@@ -1,4 +1,4 @@
-//! What every device promises, held against every model of the catalog and the PLIC.
+//! The requirements on every device, checked for every model of the catalog and the PLIC.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 use std::collections::HashSet;
@@ -15,14 +15,14 @@ use rvmm_devices::{
 
 const WIDTHS: [usize; 4] = [1, 2, 4, 8];
 
-/// A device that has just been built, and what it is connected to.
+/// A newly built device and its connections.
 struct Built {
     device: Box<dyn MmioDevice>,
     irq: TestIrq,
     console: MemoryConsole,
 }
 
-/// The least that a model has to be told.
+/// The minimal options of a model.
 fn least(model: &Model) -> String {
     match model.name {
         "net" => "net,tap=tap0".into(),
@@ -58,7 +58,7 @@ fn build(model: &Model) -> Built {
     Built { device, irq, console }
 }
 
-/// A path that no other test uses; the file goes with the device.
+/// A path for one test only; the device deletes the file.
 fn socket_path() -> String {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let name = format!("rvmm-conformance-{}-{}", std::process::id(), COUNT.fetch_add(1, Relaxed));
@@ -74,7 +74,7 @@ fn devices() -> Vec<Built> {
     devices
 }
 
-/// Offsets worth a look: all of a small device; of a large one its edges and the seams of its map.
+/// Offsets to access: all of a small device; of a large one its edges and the boundaries in its register map.
 fn offsets(device: &dyn MmioDevice) -> Vec<u64> {
     let size = device.size();
     let seams = [0, 0x1000, 0x2000, 0x20_0000, 0x20_1000, 0x20_3000, size.saturating_sub(0x100)];
@@ -120,7 +120,7 @@ fn an_unknown_model_is_refused_with_the_known_ones() {
 }
 
 #[test]
-fn every_model_builds_with_the_least_options_and_answers_to_its_name() {
+fn every_model_builds_with_minimal_options_and_has_its_name() {
     for model in CATALOG {
         let device = build(model).device;
         assert_eq!(device.name(), model.name);
@@ -133,7 +133,7 @@ fn every_register_that_can_be_read_has_a_name() {
     for Built { mut device, .. } in devices() {
         let name = device.register_names();
         for (offset, width, data) in registers(device.as_mut()) {
-            // Eight bytes may reach two registers, of which one can be read.
+            // Eight bytes may cover two registers of which only one is readable.
             let second = || name(offset.wrapping_add(4), false).filter(|_| width == 8);
             let named = name(offset, false).or_else(second);
             assert!(data.is_none() || named.is_some(), "{} {offset:#x}/{width}", device.name());
@@ -168,7 +168,7 @@ fn an_unknown_key_is_refused_with_the_known_ones() {
 }
 
 #[test]
-fn a_value_of_nonsense_is_refused_and_not_a_panic() {
+fn an_invalid_value_is_refused_without_a_panic() {
     for model in CATALOG {
         for key in model.keys {
             for value in ["", "\0", "-", "99999999999999999999999", "🦀", "%s", " 1"] {
@@ -181,7 +181,7 @@ fn a_value_of_nonsense_is_refused_and_not_a_panic() {
 }
 
 #[test]
-fn a_register_reads_the_same_until_somebody_writes() {
+fn a_register_reads_the_same_until_it_is_written() {
     for mut built in devices() {
         let (first, second) = (registers(built.device.as_mut()), registers(built.device.as_mut()));
         assert!(first == second, "{}", built.device.name());
@@ -231,7 +231,7 @@ fn the_line_of_a_new_device_is_low() {
 }
 
 #[test]
-fn sources_are_what_epoll_takes_and_a_new_device_lets_the_loop_sleep() {
+fn sources_are_valid_for_epoll_and_a_new_device_is_idle() {
     for mut built in devices() {
         let sources = built.device.sources();
         let distinct = |key: fn(&rvmm_devices::Source) -> i64| {
@@ -246,7 +246,7 @@ fn sources_are_what_epoll_takes_and_a_new_device_lets_the_loop_sleep() {
 }
 
 #[test]
-fn an_event_without_cause_does_no_harm() {
+fn a_spurious_event_is_harmless() {
     for mut built in devices() {
         for token in (0..10).chain([u32::MAX]) {
             hand_over(built.device.as_mut(), token);
@@ -262,7 +262,7 @@ fn the_tree_names_each_device_and_its_companions() {
         let Some(fdt) = built.device.fdt() else { continue };
         assert!(!fdt.compatible.is_empty(), "{}", built.device.name());
         assert!(!fdt.name.contains('@') && !fdt.name.is_empty(), "{}", fdt.name);
-        // What goes into slots is told apart by its address.
+        // Devices in slots differ by their address.
         let is_told_apart = matches!(fdt.name, "virtio_mmio" | "serial");
         assert!(names.insert(fdt.name) || is_told_apart, "{} twice", fdt.name);
         let board_s =

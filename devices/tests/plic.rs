@@ -1,4 +1,4 @@
-//! The PLIC against the words of its specification, and against a model that is too simple to be wrong.
+//! The PLIC compared with its specification and with a simple model.
 #![allow(
     clippy::unwrap_used,
     clippy::indexing_slicing,
@@ -22,7 +22,7 @@ fn pending(word: u64) -> u64 {
     0x1000 + word * 4
 }
 
-/// Of the supervisor context of a hart, which is context `2 * hart + 1`.
+/// The enable register of the supervisor context of a hart, which is context `2 * hart + 1`.
 fn enable(hart: usize, word: u64) -> u64 {
     0x2080 + hart as u64 * 0x100 + word * 4
 }
@@ -35,7 +35,7 @@ fn claim(hart: usize) -> u64 {
     threshold(hart) + 4
 }
 
-/// A PLIC with the harts' lines and the devices' ends of theirs.
+/// A PLIC with the lines to the harts and those of the devices.
 struct Board {
     plic: Plic,
     harts: Vec<TestIrq>,
@@ -176,13 +176,13 @@ fn a_source_enabled_for_two_harts_interrupts_both_and_one_gets_it() {
     assert_eq!(board.read(claim(2)), 33);
     assert_eq!(high(&board), [false; 3]);
     assert_eq!(board.read(claim(0)), 0);
-    // The other hart has it enabled as well, and so may complete it.
+    // The other hart has it enabled as well, so it may complete it.
     board.write(claim(0), 33);
     assert_eq!(high(&board), [true, false, true]);
 }
 
 #[test]
-fn a_completion_of_what_was_not_claimed_or_is_not_enabled_is_ignored() {
+fn a_completion_of_an_unclaimed_or_disabled_source_is_ignored() {
     let mut board = board(2);
     board.enable(0, 10, 1);
     board.set(10, true);
@@ -271,7 +271,7 @@ fn a_reset_forgets_all_but_the_levels_of_the_lines() {
     assert_eq!(board.read(claim(0)), 10);
     board.plic.reset();
     assert!(!board.harts[0].is_high());
-    // Its device is reset, too, and lowers its line, before the guest touches anything.
+    // Its device is reset as well, and lowers its line before the guest's first access.
     board.set(11, false);
     for offset in [priority(10), enable(0, 0), threshold(0), claim(0)] {
         assert_eq!(board.read(offset), 0, "at {offset:#x}");
@@ -352,7 +352,7 @@ fn lines_and_registers_are_used_from_many_threads() {
     assert!(!board.harts[0].is_high());
 }
 
-/// The specification, one sentence per line.
+/// A direct transcription of the specification.
 struct Model {
     level: Vec<bool>,
     pending: Vec<bool>,
@@ -403,7 +403,7 @@ impl Model {
         let candidates = Self::sources().filter(|&source| {
             self.pending[source] && self.enabled[hart][source] && self.priority[source] > 0
         });
-        // Of equal ones max_by_key takes the last.
+        // max_by_key returns the last maximum.
         let best = candidates.rev().max_by_key(|&source| self.priority[source]).unwrap_or(0);
         if best != 0 {
             self.pending[best] = false;
@@ -433,7 +433,7 @@ enum Step {
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    // Few sources, so that they meet; at the edges of words.
+    // Few sources, so that they collide; at the boundaries of words.
     let source =
         prop_oneof![Just(1_u32), Just(2), Just(31), Just(32), Just(63), Just(64), Just(70)];
     let hart = 0_usize..3;
@@ -498,7 +498,7 @@ fn bits(set: &[bool], word: usize) -> u32 {
 
 proptest! {
     #[test]
-    fn every_sequence_of_steps_ends_where_the_model_ends(
+    fn any_sequence_of_steps_matches_the_model(
         steps in prop::collection::vec(step(), 1..80)
     ) {
         let (mut board, mut model) = (board(3), Model::new(3));

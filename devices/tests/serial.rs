@@ -1,4 +1,4 @@
-//! The serial port as a guest's driver and a host's console see it.
+//! The serial port from the side of the guest's driver and of the host's console.
 #![allow(
     clippy::unwrap_used,
     clippy::indexing_slicing,
@@ -40,7 +40,7 @@ const RTS: u8 = 2;
 const LOOP: u8 = 0x10;
 const NO_INT: u8 = 1;
 
-/// Bytes that a guest may send after it has seen THRE.
+/// Number of bytes that a guest may send after it has read THRE.
 const TX_FIFO: usize = 64;
 
 struct Board {
@@ -59,7 +59,7 @@ fn board() -> Board {
     Board { uart: uart(Some(Box::new(console.clone())), &irq), irq, console }
 }
 
-/// A board whose guest takes input.
+/// A board whose guest reads input.
 fn listening() -> Board {
     let mut board = board();
     board.write(IER, RDI);
@@ -82,8 +82,8 @@ impl Board {
         self.uart.write(register, &[value]).unwrap();
     }
 
-    /// Sends bytes as a driver does that waits for THRE before each burst; gives up, and says how
-    /// many went, when the line is busy.
+    /// Sends bytes like a driver that waits for THRE before each burst; stops when the line is busy and
+    /// returns the number of bytes sent.
     fn send(&mut self, bytes: &[u8]) -> usize {
         for (count, burst) in bytes.chunks(TX_FIFO).enumerate() {
             if self.read(LSR) & THRE == 0 {
@@ -95,13 +95,13 @@ impl Board {
         bytes.len()
     }
 
-    /// Runs the I/O loop until it sleeps; a loop that does not within 100 turns spins.
+    /// Runs the I/O loop until it is idle; fails after 100 turns.
     fn settle(&mut self) {
         let turns = (0..100).take_while(|_| turn(self.uart.as_mut(), 0).unwrap() != 0).count();
         assert!(turns < 100, "the I/O loop spins");
     }
 
-    /// Reads as long as LSR says that there is something.
+    /// Reads as long as LSR reports data.
     fn receive(&mut self) -> Vec<u8> {
         let mut bytes = Vec::new();
         while self.read(LSR) & DR != 0 {
@@ -123,7 +123,7 @@ fn registers_have_their_values_after_power_on() {
 }
 
 #[test]
-fn of_a_wide_store_the_low_byte_counts_and_a_wide_load_is_zero_above_it() {
+fn a_wide_store_writes_its_low_byte_and_a_wide_load_is_zero_extended() {
     for width in [1, 2, 4, 8] {
         let mut board = board();
         board.uart.write(DATA, &[b'H', 0xff, 0xff, 0xff, 1, 2, 3, 4][..width]).unwrap();
@@ -152,7 +152,7 @@ fn a_wide_access_reaches_no_register_but_its_own() {
 }
 
 #[test]
-fn accesses_that_are_no_load_or_store_or_reach_no_register_are_refused() {
+fn accesses_of_invalid_width_or_offset_are_refused() {
     let mut uart = board().uart;
     for register in 0..8 {
         for width in [0, 3, 5, 6, 7] {
@@ -194,7 +194,7 @@ fn scratch_line_control_and_divisor_read_back() {
 }
 
 #[test]
-fn output_reaches_the_console_when_the_guest_looks_at_the_line() {
+fn output_reaches_the_console_when_the_guest_reads_lsr() {
     for looks_at in [LSR, IIR] {
         let mut board = board();
         b"hello".iter().for_each(|byte| board.write(DATA, *byte));
@@ -206,7 +206,7 @@ fn output_reaches_the_console_when_the_guest_looks_at_the_line() {
 }
 
 #[test]
-fn output_of_a_guest_that_never_looks_arrives_soon_all_the_same() {
+fn output_of_a_guest_that_never_reads_lsr_is_sent_by_a_timer() {
     let mut board = board();
     b"hello".iter().for_each(|byte| board.write(DATA, *byte));
     while board.console.output().is_empty() {
@@ -264,7 +264,7 @@ fn one_cause_is_reported_at_a_time_and_receiving_comes_first() {
 
 #[test]
 fn masking_and_unmasking_loses_no_interrupt() {
-    // Linux's console masks IER around each message; input that came meanwhile must not wait.
+    // Linux's console masks IER around each message; input that arrives meanwhile must not be delayed.
     let mut board = listening();
     board.write(IER, 0);
     board.console.type_in(b"a");
@@ -275,7 +275,7 @@ fn masking_and_unmasking_loses_no_interrupt() {
 }
 
 #[test]
-fn a_storm_of_masking_ends_in_the_right_level_and_wakes_nobody() {
+fn toggling_the_mask_ends_in_the_right_level_without_wakeups() {
     let mut board = listening();
     for turn in 0..100_000_u32 {
         board.write(IER, [0, RDI, THRI, RDI | THRI][turn as usize % 4]);
@@ -288,7 +288,7 @@ fn a_storm_of_masking_ends_in_the_right_level_and_wakes_nobody() {
 
 #[test]
 fn drivers_find_a_16550a_and_nothing_more() {
-    // What tells the models apart: FIFO bits in IIR, and that nothing hides behind DLAB or 0xbf.
+    // The differences between the models: FIFO bits in IIR, and no registers behind DLAB or 0xbf.
     let mut board = board();
     board.write(IER, 0x0f);
     assert_eq!(board.read(IER), 0x0f);
@@ -319,7 +319,7 @@ fn open_as_linux_does(board: &mut Board) {
         board.read(register);
     }
     board.write(LCR, 3);
-    // Does enabling the interrupt on an empty transmitter raise it, twice?
+    // The test for a missing interrupt when it is enabled with an empty transmitter, done twice.
     board.write(IER, THRI);
     assert_eq!(board.read(IIR) & 0x0f, 0x02);
     board.write(IER, 0);
@@ -346,10 +346,10 @@ fn linux_opens_the_port_and_finds_no_bug() {
 }
 
 #[test]
-fn what_was_typed_before_the_driver_started_is_not_lost() {
+fn input_from_before_the_driver_started_is_kept() {
     let mut board = board();
     board.console.type_in(b"root\nls\n");
-    // The boot's messages: each ends with a look at the line.
+    // Boot messages, each of which ends with a read of LSR.
     for _ in 0..1000 {
         board.write(IER, 0);
         assert_eq!(board.send(b"message\r\n"), 9);
@@ -387,7 +387,7 @@ fn a_guest_that_polls_between_dots_gets_its_input() {
 }
 
 #[test]
-fn raising_rts_is_listening() {
+fn raising_rts_starts_the_input() {
     let mut board = board();
     board.console.type_in(b"a");
     board.settle();
@@ -429,7 +429,7 @@ fn a_paste_waits_in_the_host_and_arrives_whole() {
 }
 
 #[test]
-fn a_full_fifo_is_asked_to_be_refilled_when_half_of_it_is_free() {
+fn a_full_fifo_is_refilled_when_half_of_it_is_free() {
     let mut board = listening();
     board.console.type_in(&[b'x'; 100]);
     board.settle();
@@ -443,7 +443,7 @@ fn a_full_fifo_is_asked_to_be_refilled_when_half_of_it_is_free() {
 }
 
 #[test]
-fn the_end_of_the_input_lets_the_loop_sleep() {
+fn after_the_end_of_the_input_the_loop_is_idle() {
     let mut board = listening();
     board.console.type_in(b"bye");
     board.console.end_input();
@@ -455,7 +455,7 @@ fn the_end_of_the_input_lets_the_loop_sleep() {
 }
 
 #[test]
-fn a_new_client_is_heard_after_the_last_one_hung_up() {
+fn a_new_client_is_read_after_the_last_one_has_disconnected() {
     let mut board = listening();
     board.console.hang_up();
     board.settle();
@@ -507,7 +507,7 @@ fn the_transmit_interrupt_comes_back_with_the_room() {
 }
 
 #[test]
-fn a_stalled_reader_shows_in_temt_before_it_shows_in_thre() {
+fn a_stalled_reader_clears_temt_before_thre() {
     let mut board = board();
     board.console.set_room(Some(0));
     board.send(b"x");
@@ -515,11 +515,11 @@ fn a_stalled_reader_shows_in_temt_before_it_shows_in_thre() {
 }
 
 #[test]
-fn a_guest_that_looks_at_a_busy_line_again_and_again_makes_no_system_calls() {
+fn polling_a_busy_line_makes_no_system_calls() {
     let mut board = board();
     board.console.set_room(Some(0));
     board.send(&[b'x'; 5000]);
-    // The timer that the first bytes have set fires once more.
+    // The timer that the first bytes have set expires once more.
     std::thread::sleep(Duration::from_millis(20));
     board.settle();
     let writes = board.console.writes();
@@ -546,7 +546,7 @@ fn a_guest_that_ignores_a_busy_line_loses_its_own_bytes_only() {
 }
 
 #[test]
-fn a_closed_console_never_holds_the_guest_back() {
+fn a_closed_console_never_blocks_the_guest() {
     for kind in [ErrorKind::BrokenPipe, ErrorKind::StorageFull, ErrorKind::Other] {
         let mut board = board();
         board.console.fail_writes(Some(kind));
@@ -557,7 +557,7 @@ fn a_closed_console_never_holds_the_guest_back() {
 }
 
 #[test]
-fn a_console_that_closes_while_it_is_full_lets_the_guest_go() {
+fn a_console_that_closes_while_it_is_full_unblocks_the_guest() {
     let mut board = board();
     board.console.set_room(Some(0));
     board.send(&[b'x'; 10_000]);
@@ -568,7 +568,7 @@ fn a_console_that_closes_while_it_is_full_lets_the_guest_go() {
 }
 
 #[test]
-fn looped_bytes_come_back_and_reach_nobody_else() {
+fn looped_bytes_are_received_and_not_sent_to_the_console() {
     let mut board = listening();
     board.console.type_in(b"input");
     board.write(MCR, LOOP);
@@ -598,7 +598,7 @@ fn a_reset_loses_no_output() {
 }
 
 #[test]
-fn a_reset_takes_the_interrupt_and_the_input_back() {
+fn a_reset_clears_the_interrupt_and_the_input() {
     let mut board = listening();
     board.console.type_in(b"a");
     board.settle();
@@ -612,7 +612,7 @@ fn a_reset_takes_the_interrupt_and_the_input_back() {
 }
 
 #[test]
-fn a_port_without_a_console_swallows_all() {
+fn a_port_without_a_console_discards_output() {
     let mut uart = uart(None, &TestIrq::default());
     for _ in 0..100_000 {
         uart.write(DATA, b"x").unwrap();
@@ -621,14 +621,14 @@ fn a_port_without_a_console_swallows_all() {
 }
 
 #[test]
-fn the_tree_says_what_the_driver_needs() {
+fn the_node_has_the_properties_for_the_driver() {
     let fdt = board().uart.fdt().unwrap();
     assert_eq!((fdt.name, fdt.compatible), ("serial", vec!["ns16550a"]));
     let names: Vec<_> = fdt.properties.iter().map(|property| property.name).collect();
     assert_eq!(names, ["clock-frequency", "fifo-size", "tx-threshold"]);
 }
 
-/// A socket with a peer that is as slow as it likes.
+/// A socket with a slow peer.
 struct Socket(UnixStream);
 
 impl ConsoleBackend for Socket {
@@ -646,7 +646,7 @@ impl ConsoleBackend for Socket {
     }
 }
 
-/// Runs an I/O thread and a guest's thread on one port until the guest is done and all is written.
+/// Runs an I/O thread and a guest's thread on one port until the guest has finished and all is written.
 fn with_io_thread(uart: Box<dyn MmioDevice>, guest: impl FnOnce(&Mutex<Box<dyn MmioDevice>>)) {
     let uart = Mutex::new(uart);
     let done = std::sync::atomic::AtomicBool::new(false);
@@ -700,7 +700,7 @@ fn a_megabyte_through_a_slow_socket_arrives_byte_for_byte() {
 }
 
 #[test]
-fn a_socket_that_is_full_one_way_is_read_the_other_way() {
+fn a_socket_with_blocked_output_is_still_read() {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
     let fd = ours.as_raw_fd();
@@ -723,7 +723,7 @@ fn a_socket_that_is_full_one_way_is_read_the_other_way() {
 }
 
 #[test]
-fn a_socket_whose_peer_is_gone_is_left_alone() {
+fn a_socket_without_a_peer_is_no_longer_polled() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
     let mut uart = uart(Some(Box::new(Socket(ours))), &TestIrq::default());
@@ -739,7 +739,7 @@ fn a_socket_whose_peer_is_gone_is_left_alone() {
 
 proptest! {
     #[test]
-    fn whatever_the_guest_does_the_line_is_what_iir_says(
+    fn the_interrupt_line_always_matches_iir(
         steps in prop::collection::vec((0_u8..4, 0_u64..8, any::<u8>()), 0..300)
     ) {
         let mut board = board();
@@ -763,13 +763,13 @@ proptest! {
     }
 }
 
-/// The line past the registers, as firmware uses it.
+/// The serial line without registers, as used by firmware (SBI).
 fn line(board: &mut Board) -> &mut dyn SerialLine {
     board.uart.serial_line().unwrap()
 }
 
 #[test]
-fn what_goes_past_the_registers_is_one_write_and_keeps_its_place() {
+fn output_of_firmware_is_one_write_and_keeps_its_order() {
     let mut board = board();
     board.write(DATA, b'a');
     assert_eq!(line(&mut board).send(&[b'b'; 1000]), 1000);
@@ -781,7 +781,7 @@ fn what_goes_past_the_registers_is_one_write_and_keeps_its_place() {
 }
 
 #[test]
-fn single_bytes_past_the_registers_wait_for_more_of_them() {
+fn single_bytes_of_firmware_are_combined() {
     let mut board = board();
     for byte in [b'x'; TX_FIFO] {
         assert_eq!(board.console.writes(), 0);
@@ -792,7 +792,7 @@ fn single_bytes_past_the_registers_wait_for_more_of_them() {
 }
 
 #[test]
-fn a_slow_reader_holds_back_what_goes_past_the_registers_and_loses_nothing() {
+fn a_slow_reader_blocks_output_of_firmware_and_loses_nothing() {
     let mut board = board();
     board.console.set_room(Some(100));
     let sent: Vec<u8> = (0..=255).cycle().take(20_000).collect();
@@ -812,7 +812,7 @@ fn a_slow_reader_holds_back_what_goes_past_the_registers_and_loses_nothing() {
 }
 
 #[test]
-fn a_divisor_or_loopback_is_nothing_to_firmware() {
+fn firmware_ignores_the_divisor_latch_and_loopback() {
     for (register, value) in [(LCR, DLAB), (MCR, LOOP)] {
         let mut board = listening();
         board.console.type_in(b"in");
@@ -827,7 +827,7 @@ fn a_divisor_or_loopback_is_nothing_to_firmware() {
 }
 
 #[test]
-fn a_guest_that_asks_its_firmware_for_input_gets_it() {
+fn a_guest_gets_input_through_its_firmware() {
     let mut board = board();
     board.console.type_in(&[b'k'; 200]);
     board.settle();

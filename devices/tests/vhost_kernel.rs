@@ -1,4 +1,4 @@
-//! Devices whose queues the host's kernel works on, against a driver and a kernel in memory.
+//! vhost devices with a driver and a kernel in memory.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 use std::error::Error;
@@ -14,7 +14,7 @@ use rvmm_devices::virtio::vhost_kernel::testing::FakeKernel;
 use rvmm_devices::{Host, HostError, IrqLine, Model, Options};
 use vmm_sys_util::eventfd::EventFd;
 
-/// A host whose networks have as many queues as are asked for.
+/// A host whose networks have the requested number of queues.
 #[derive(Default, Clone)]
 struct Networks(Arc<Mutex<Vec<MemoryNet>>>);
 
@@ -34,7 +34,7 @@ fn try_build(text: &str, host: Arc<dyn Host>) -> Result<Rig, String> {
     try_build_on(text, host, &Arc::default())
 }
 
-/// A line that the kernel raises for the first events that it is given, as many as it takes.
+/// A line that the kernel raises for the first events that are attached to it, up to its limit.
 #[derive(Default)]
 struct Shared {
     line: Mutex<Option<Arc<dyn IrqLine>>>,
@@ -43,7 +43,7 @@ struct Shared {
 }
 
 impl Shared {
-    /// The kernel does what it does for the events that have come.
+    /// Processes the pending events as the kernel does.
     fn run(&self) {
         for _ in self.events.lock().unwrap().iter().filter(|event| event.read().is_ok()) {
             self.set_level(true);
@@ -76,7 +76,7 @@ fn try_build_on(text: &str, host: Arc<dyn Host>, line: &Arc<Shared>) -> Result<R
     built.map_err(|error| error.source().map_or(error.to_string(), ToString::to_string))
 }
 
-/// A network card with `text` as its further options, its ends, and the kernel at each of them.
+/// A network card with the additional options `text`, its backends, and the kernel at each of them.
 fn card(text: &str) -> (Rig, Vec<MemoryNet>, Vec<FakeKernel>) {
     let host = Networks::default();
     let rig = try_build(&format!("net,tap=t0,vhost=on{text}"), Arc::new(host.clone())).unwrap();
@@ -102,7 +102,7 @@ fn the_kernel_gets_queues_and_kicks_and_its_interrupts_are_levels() {
     let (mut rig, _, kernels) = card("");
     let kernel = &kernels[0];
     rig.start(bit::MRG_RXBUF | bit::CSUM | bit::MAC | bit::CTRL_VQ | feature::EVENT_IDX);
-    // Of the device's features the kernel hears of one, and of the transport's.
+    // The kernel gets one of the device's features, and those of the transport.
     let taken = bit::MRG_RXBUF | feature::EVENT_IDX | feature::VERSION_1;
     assert_eq!(kernel.taken(), Some(taken));
     let rings = kernel.rings();
@@ -129,8 +129,8 @@ fn the_kernel_gets_queues_and_kicks_and_its_interrupts_are_levels() {
 }
 
 #[test]
-fn where_the_kernel_raises_the_line_itself_the_driver_finds_a_cause_and_lowers_it() {
-    // All of the events, or those of the first queue only: the I/O loop sees to the others.
+fn a_line_raised_by_the_kernel_has_a_cause_and_is_lowered_by_the_driver() {
+    // All of the events, or those of the first queue only: the I/O loop handles the others.
     for takes in [2, 1] {
         let line = Arc::new(Shared { takes, ..Shared::default() });
         let host = Networks::default();
@@ -150,7 +150,7 @@ fn where_the_kernel_raises_the_line_itself_the_driver_finds_a_cause_and_lowers_i
                 assert!(rig.irq.is_high());
                 assert_eq!(rig.acknowledge(), 1);
             }
-            // What the device has to say itself comes beside it, and an acknowledgement of one is none of the other.
+            // The device's own causes are independent: acknowledging one does not acknowledge the other.
             net.set_link(rig.read(0x104) >> 16 & 1 == 0);
             call(0);
             line.run();
@@ -165,7 +165,7 @@ fn where_the_kernel_raises_the_line_itself_the_driver_finds_a_cause_and_lowers_i
             rig.write(0x70, 0);
             assert_eq!((rig.irq.is_high(), rig.read(0x60)), (false, 0), "a reset ends it");
         }
-        // A device that is broken says only why.
+        // A broken device reports only the configuration change.
         rig.start(0);
         call(0);
         line.run();
@@ -182,7 +182,7 @@ fn where_the_kernel_raises_the_line_itself_the_driver_finds_a_cause_and_lowers_i
 }
 
 #[test]
-fn what_the_kernel_does_not_have_is_not_offered() {
+fn features_that_the_kernel_lacks_are_not_offered() {
     let (mut rig, _, _) = card("");
     let offered = rig.offered();
     assert_eq!(
@@ -216,7 +216,7 @@ impl Host for Old {
 }
 
 #[test]
-fn commands_link_and_configuration_stay_the_devices() {
+fn commands_link_and_configuration_stay_with_the_device() {
     let (mut rig, nets, _) = card(",mac=02:00:00:00:00:07,mtu=1400");
     let mut config = [0; 12];
     rig.device.read(0x100, &mut config[..8]).unwrap();
@@ -234,7 +234,7 @@ fn commands_link_and_configuration_stay_the_devices() {
     nets[0].set_link(false);
     rig.run();
     assert_eq!((rig.acknowledge(), rig.read(0x104) >> 16 & 1), (2, 0));
-    // Frames are the kernel's: nothing is read or sent here, whatever comes.
+    // The kernel handles frames: the device neither reads nor sends any.
     nets[0].arrive([0; HEADER], &[0; 60]);
     rig.add(0, &[Buffer::Write(2000)]);
     rig.add(1, &[Buffer::Read(&[0; 72])]);
@@ -279,7 +279,7 @@ fn a_queue_is_reset_alone_and_the_other_goes_on() {
 }
 
 #[test]
-fn each_pair_has_its_own_end_and_only_those_of_the_driver_work() {
+fn each_pair_has_its_own_backend_and_only_those_in_use_run() {
     let (mut rig, nets, kernels) = card(",queues=3");
     rig.start(bit::MQ | bit::CTRL_VQ);
     for (pair, kernel) in (0..).zip(&kernels) {
@@ -297,7 +297,7 @@ fn each_pair_has_its_own_end_and_only_those_of_the_driver_work() {
     rig.write(0x70, 0);
     assert!(kernels.iter().all(|kernel| kernel.stops() == [vec![0, 1]]));
 
-    // A driver that knows of one pair has its commands in the third queue, before and after one that knows of all.
+    // A driver without multiqueue has its control queue at index 2, before and after a driver with multiqueue.
     for features in [bit::CTRL_VQ | bit::CTRL_RX, bit::MQ | bit::CTRL_VQ | bit::CTRL_RX] {
         rig.start(features);
         let control = if features & bit::MQ == 0 { 2 } else { 6 };
@@ -309,7 +309,7 @@ fn each_pair_has_its_own_end_and_only_those_of_the_driver_work() {
 }
 
 #[test]
-fn a_kernel_that_cannot_go_on_costs_the_device_until_a_reset() {
+fn an_error_of_the_kernel_stops_the_device_until_a_reset() {
     let (mut rig, nets, kernels) = card("");
     rig.start(0);
     kernels[0].with_queue(1, |queue| queue.error.write(1).unwrap()).unwrap();
@@ -319,7 +319,7 @@ fn a_kernel_that_cannot_go_on_costs_the_device_until_a_reset() {
     assert_eq!(rig.acknowledge() & 2, 2, "the driver is told");
     rig.start(0);
 
-    // What was said before a reset does not count after it.
+    // Settings from before a reset have no effect after it.
     kernels[0].with_queue(1, |queue| queue.error.write(1).unwrap()).unwrap();
     rig.start(0);
     assert_eq!(rig.status(), status::RUNNING);
@@ -332,7 +332,7 @@ fn a_kernel_that_cannot_go_on_costs_the_device_until_a_reset() {
         while turn(rig.device.as_mut(), 0).unwrap() > 0 {}
         assert_eq!(rig.status() & status::NEEDS_RESET != 0, broken);
     }
-    // Without its offloads the kernel would hand over frames that this driver cannot take.
+    // Without its offloads the kernel would deliver frames that this driver cannot process.
     nets[0].fail(Some(ErrorKind::Other));
     assert!(rig.negotiate(bit::GUEST_CSUM));
     assert!(rig.set_up(0) && rig.set_up(1));
@@ -342,16 +342,16 @@ fn a_kernel_that_cannot_go_on_costs_the_device_until_a_reset() {
 }
 
 #[test]
-fn what_would_look_at_each_frame_does_not_go_with_the_kernel() {
+fn options_that_need_every_frame_are_refused_with_the_kernel() {
     let build = |text: &str| try_build(text, Arc::new(MemoryHost::default()));
     for (text, part) in [
         ("net,tap=a,vhost=yes", "on or off"),
-        ("net,tap=a,vhost=on,pin=on", "pin=\"on\" is not of use with vhost=on"),
+        ("net,tap=a,vhost=on,pin=on", "pin=\"on\" is not possible with vhost=on"),
         ("net,tap=a,vhost=on,rx_bps=1000", "rx_bps"),
         ("net,tap=a,vhost=on,tx_bps=1000", "tx_bps"),
         ("net,tap=a,vhost=on,rx_pps=1000", "rx_pps"),
         ("net,tap=a,vhost=on,tx_pps=1000", "tx_pps"),
-        ("vsock,backend=kernel,path=v", "path=\"v\" is not of use with backend=kernel"),
+        ("vsock,backend=kernel,path=v", "path=\"v\" is not possible with backend=kernel"),
         ("vsock,backend=user,path=v", "unix or kernel"),
         ("vsock,backend=kernel,cid=2", "from 3"),
         ("vsock,backend=unix", "a path"),
@@ -364,20 +364,20 @@ fn what_would_look_at_each_frame_does_not_go_with_the_kernel() {
     struct Bare;
     impl Host for Bare {}
     let refused = try_build("vsock,backend=kernel", Arc::new(Bare)).err().unwrap();
-    assert!(refused.contains("no vhost here"), "{refused}");
+    assert!(refused.contains("this host has no vhost"), "{refused}");
 }
 
 #[test]
 fn sockets_in_the_kernel_have_their_cid_and_start_and_stop_together() {
     let (mut rig, kernel) = sockets();
     assert_eq!((rig.read(8), rig.read(0x100), rig.read(0x104)), (19, 7, 0));
-    // Streams, and messages where the kernel has them; no queue is reset alone.
+    // Streams, and SEQPACKET if the kernel has it; no queue reset.
     assert_eq!(rig.offered(), 3 | feature::TRANSPORT & !feature::RING_RESET);
     for _ in 0..3 {
         rig.start(3 | feature::EVENT_IDX);
         assert_eq!(kernel.taken(), Some(2 | feature::EVENT_IDX | feature::VERSION_1));
         assert_eq!(numbers(&kernel), [0, 1]);
-        // Buffers for events stay with the device.
+        // The event queue stays with the device.
         rig.add(2, &[Buffer::Write(8)]);
         rig.kick(2);
         assert_eq!(rig.take_used(2), None);

@@ -1,4 +1,4 @@
-//! Devices that another program serves, against a peer that does as it should, and against others.
+//! vhost-user devices with a correct peer and with faulty ones.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 use std::fs::File;
@@ -38,7 +38,7 @@ const INFLIGHT: u64 = 1 << 12;
 const FLUSH: u64 = 1 << 9;
 const MQ: u64 = 1 << 12;
 
-/// A disk of four queues and some sectors.
+/// A disk with four queues and some sectors.
 fn disk() -> Traits {
     let mut traits = Traits::default();
     traits.features |= FLUSH | MQ;
@@ -67,7 +67,7 @@ fn place() -> Place {
     Place { _folder: folder, path }
 }
 
-/// Takes in what the peer hears, up to and with the last queue's start.
+/// Collects the peer's requests, up to and including the start of the last queue.
 fn holdings(heard: &Receiver<Heard>, queues: usize) -> (Holdings, Vec<u32>) {
     let (mut holdings, mut requests) = (Holdings::default(), Vec::new());
     while holdings.queues.len() < queues || !holdings.queues.iter().all(|queue| queue.enabled) {
@@ -78,8 +78,7 @@ fn holdings(heard: &Receiver<Heard>, queues: usize) -> (Holdings, Vec<u32>) {
     (holdings, requests)
 }
 
-/// Serves the next request of queue 0 as a peer would: the buffers that are read come back, in capitals, in those that are
-/// written.
+/// Serves the next request of queue 0 as a peer would: copies the readable buffers, in capitals, to the writable ones.
 fn shout(holdings: &Holdings, done: u16) {
     let [table, used, available] = holdings.queues[0].addresses;
     let word = |bytes: Vec<u8>| u16::from_le_bytes(bytes.try_into().unwrap());
@@ -156,7 +155,7 @@ fn a_reset_returns_when_the_peer_has_stopped_and_a_queue_can_be_reset_alone() {
         let all = heard.try_iter().filter(|heard| heard.request == GET_VRING_BASE);
         all.map(|heard| heard.word(0)).collect()
     };
-    // The peer notes what it has heard after it has answered.
+    // The peer records a request after its reply.
     let mut stopped = Vec::new();
     while stopped.is_empty() {
         stopped = stops(&heard);
@@ -182,7 +181,7 @@ fn a_reset_returns_when_the_peer_has_stopped_and_a_queue_can_be_reset_alone() {
     holdings(&heard, 2);
 }
 
-/// Answers as it should until the device has asked for everything that it asks for when it is built.
+/// Replies correctly to all requests that a device makes when it is built.
 fn greet(stream: &UnixStream, traits: &Traits, last: u32) {
     loop {
         let heard = hear(stream).unwrap();
@@ -195,7 +194,7 @@ fn greet(stream: &UnixStream, traits: &Traits, last: u32) {
     }
 }
 
-/// A device, and its peer's end of the connection.
+/// A device, and the peer's end of the connection.
 fn build_by_hand(listener: &UnixListener, text: &str, traits: &Traits) -> (Rig, UnixStream) {
     let (listener, traits) = (listener.try_clone().unwrap(), traits.clone());
     let peer = thread::spawn(move || {
@@ -209,14 +208,14 @@ fn build_by_hand(listener: &UnixListener, text: &str, traits: &Traits) -> (Rig, 
     (build(text), peer.join().unwrap())
 }
 
-/// Memory in which a peer notes what it works on.
+/// An in-flight buffer.
 fn notes() -> File {
     let file = File::from(memfd_create("notes", MemfdFlags::CLOEXEC).unwrap());
     ftruncate(&file, 8192).unwrap();
     file
 }
 
-/// Answers the question for such memory.
+/// Replies to GET_INFLIGHT_FD with this buffer.
 fn lend(stream: &UnixStream, file: &File) {
     let heard = hear(stream).unwrap();
     assert_eq!(heard.request, GET_INFLIGHT_FD);
@@ -226,7 +225,7 @@ fn lend(stream: &UnixStream, file: &File) {
     stream.send_with_fd(&bytes[..], file.as_raw_fd()).unwrap();
 }
 
-/// Serves a device that is being started by hand, up to and with the start of its queue.
+/// Serves a device that is being started, up to and including the start of its queue.
 fn serve_start(rig: &mut Rig, stream: &UnixStream, traits: &Traits) -> Vec<Heard> {
     let mut all = Vec::new();
     loop {
@@ -243,7 +242,7 @@ fn serve_start(rig: &mut Rig, stream: &UnixStream, traits: &Traits) -> Vec<Heard
     }
 }
 
-/// A peer that took longer than a hart waits is heard by the I/O loop.
+/// Waits until the I/O loop has received the reply of a peer that was slower than the time-out of a hart.
 fn await_reset(rig: &mut Rig) {
     while rig.status() != 0 {
         turn(rig.device.as_mut(), 10_000).unwrap();
@@ -251,7 +250,7 @@ fn await_reset(rig: &mut Rig) {
 }
 
 #[test]
-fn a_peer_that_comes_again_goes_on_where_the_used_ring_says() {
+fn a_peer_that_reconnects_continues_at_the_used_index() {
     let place = place();
     let listener = UnixListener::bind(&place.path).unwrap();
     let mut traits = disk();
@@ -263,7 +262,7 @@ fn a_peer_that_comes_again_goes_on_where_the_used_ring_says() {
     vm_memory::Bytes::write_obj(&rig.memory, 5_u16, vm_memory::GuestAddress(used + 2)).unwrap();
     drop(peer);
     listener.set_nonblocking(true).unwrap();
-    // The device has grown meanwhile.
+    // The device's size has changed meanwhile.
     traits.config[..8].copy_from_slice(&2000_u64.to_le_bytes());
     let peer = loop {
         turn(rig.device.as_mut(), 10_000).unwrap();
@@ -277,7 +276,7 @@ fn a_peer_that_comes_again_goes_on_where_the_used_ring_says() {
     assert_eq!((base.word(0), base.word(1)), (0, 5));
     assert_eq!(rig.status(), status::RUNNING, "the driver has not noticed");
     assert_eq!((rig.read(0x100), rig.acknowledge()), (2000, 2), "but for the size");
-    // The driver resets it, and begins at the beginning.
+    // After a reset by the driver, the ring starts at 0.
     let answering = thread::spawn(move || {
         greet(&peer, &disk(), GET_VRING_BASE);
         peer
@@ -292,7 +291,7 @@ fn a_peer_that_comes_again_goes_on_where_the_used_ring_says() {
 }
 
 #[test]
-fn a_peer_that_takes_long_to_stop_is_waited_for_by_the_driver_and_not_by_its_hart() {
+fn a_slow_peer_delays_the_drivers_reset_and_not_its_hart() {
     let place = place();
     let listener = UnixListener::bind(&place.path).unwrap();
     let traits = disk();
@@ -314,7 +313,7 @@ fn a_peer_that_takes_long_to_stop_is_waited_for_by_the_driver_and_not_by_its_har
 }
 
 #[test]
-fn what_a_peer_notes_outlives_it_and_not_the_drivers_reset() {
+fn the_inflight_buffer_survives_the_peer_but_not_a_reset() {
     let place = place();
     let listener = UnixListener::bind(&place.path).unwrap();
     let mut traits = disk();
@@ -352,7 +351,7 @@ fn what_a_peer_notes_outlives_it_and_not_the_drivers_reset() {
     assert_eq!(bytes, [0; 5]);
 }
 
-/// A host whose programs are threads of the test.
+/// A host whose peers are threads of the test.
 #[derive(Default)]
 struct Programs(Mutex<Vec<UnixStream>>);
 
@@ -366,7 +365,7 @@ impl Host for Programs {
 }
 
 #[test]
-fn a_program_that_ends_takes_its_device_with_it_and_nothing_else() {
+fn a_peer_that_exits_breaks_only_its_device() {
     let programs = Arc::new(Programs::default());
     let host: Arc<dyn Host> = Arc::clone(&programs) as _;
     let mut rig = Rig::build(|wiring| create("fs,tag=home,path=/", Wiring { host, ..wiring }));
@@ -379,7 +378,7 @@ fn a_program_that_ends_takes_its_device_with_it_and_nothing_else() {
     assert!(rig.irq.is_high());
     assert_eq!(rig.acknowledge(), 2);
     rig.run();
-    // A driver that tries again is told again.
+    // A driver that tries again gets the same error.
     rig.write(0x70, 0);
     assert_eq!(rig.status(), 0);
     assert!(rig.negotiate(0) && rig.set_up(0));
@@ -389,11 +388,11 @@ fn a_program_that_ends_takes_its_device_with_it_and_nothing_else() {
     }
 }
 
-/// What a hostile peer does instead of answering one request as it should.
-type Spite = fn(&UnixStream, &Heard);
+/// The reaction of a hostile peer to one request.
+type Fault = fn(&UnixStream, &Heard);
 
-/// Builds a disk before a peer that answers `request` with spite, and gives the error's text.
-fn refusal(request: u32, protocol: u64, spite: Spite) -> String {
+/// Builds a disk with a peer that replies to `request` with `fault`, and returns the error's text.
+fn refusal(request: u32, protocol: u64, fault: Fault) -> String {
     let place = place();
     let listener = UnixListener::bind(&place.path).unwrap();
     let mut traits = disk();
@@ -402,8 +401,8 @@ fn refusal(request: u32, protocol: u64, spite: Spite) -> String {
         let (stream, _) = listener.accept().unwrap();
         while let Ok(heard) = hear(&stream) {
             if heard.request == request {
-                spite(&stream, &heard);
-                // Its end is not to be noticed before its answer is.
+                fault(&stream, &heard);
+                // Its reply has to be processed before the end of the connection.
                 while hear(&stream).is_ok() {}
                 return;
             }
@@ -431,8 +430,8 @@ fn say(stream: &UnixStream, bytes: &[u8]) {
 }
 
 #[test]
-fn a_peer_that_makes_no_sense_is_no_peer() {
-    let spites: &[(u32, &str, Spite)] = &[
+fn a_peer_with_invalid_replies_is_refused() {
+    let faults: &[(u32, &str, Fault)] = &[
         (GET_FEATURES, "closed", |s, _| close(s)),
         (GET_FEATURES, "closed", |s, h| {
             say(s, &answer(h.request, &[0; 8])[..5]);
@@ -445,48 +444,48 @@ fn a_peer_that_makes_no_sense_is_no_peer() {
         (GET_FEATURES, "virtio 1", |s, h| {
             say(s, &answer(h.request, &[0; 8]));
         }),
-        (GET_FEATURES, "no answer", |s, _| say(s, &[0; 12])),
-        (GET_FEATURES, "no answer", |s, _| say(s, &[0xff; 64])),
-        (GET_FEATURES, "no sense", |s, h| say(s, &answer(h.request, &[0; 4]))),
-        (GET_FEATURES, "no sense", |s, h| say(s, &answer(h.request, &[0; 16]))),
-        (GET_FEATURES, "no sense", |s, h| say(s, &answer(h.request, &[0; 500]))),
-        (GET_FEATURES, "out of turn", |s, _| say(s, &answer(GET_CONFIG, &[0; 8]))),
-        (GET_FEATURES, "out of turn", |s, _| say(s, &answer(SET_MEM_TABLE, &[0; 8]))),
-        (GET_PROTOCOL_FEATURES, "tell the device's configuration", |s, h| {
+        (GET_FEATURES, "invalid reply header", |s, _| say(s, &[0; 12])),
+        (GET_FEATURES, "invalid reply header", |s, _| say(s, &[0xff; 64])),
+        (GET_FEATURES, "is invalid", |s, h| say(s, &answer(h.request, &[0; 4]))),
+        (GET_FEATURES, "is invalid", |s, h| say(s, &answer(h.request, &[0; 16]))),
+        (GET_FEATURES, "is invalid", |s, h| say(s, &answer(h.request, &[0; 500]))),
+        (GET_FEATURES, "unexpected reply", |s, _| say(s, &answer(GET_CONFIG, &[0; 8]))),
+        (GET_FEATURES, "unexpected reply", |s, _| say(s, &answer(SET_MEM_TABLE, &[0; 8]))),
+        (GET_PROTOCOL_FEATURES, "provide the configuration space", |s, h| {
             say(s, &answer(h.request, &[0; 8]));
         }),
-        (GET_QUEUE_NUM, "no sense", |s, h| say(s, &answer(h.request, &[]))),
-        (GET_CONFIG, "no sense", |s, h| say(s, &answer(h.request, &[]))),
-        (GET_CONFIG, "no sense", |s, h| say(s, &answer(h.request, &[0; 72]))),
-        (GET_CONFIG, "no sense", |s, h| say(s, &answer(h.request, &h.payload[..71]))),
-        (GET_CONFIG, "no sense", |s, h| {
+        (GET_QUEUE_NUM, "is invalid", |s, h| say(s, &answer(h.request, &[]))),
+        (GET_CONFIG, "is invalid", |s, h| say(s, &answer(h.request, &[]))),
+        (GET_CONFIG, "is invalid", |s, h| say(s, &answer(h.request, &[0; 72]))),
+        (GET_CONFIG, "is invalid", |s, h| say(s, &answer(h.request, &h.payload[..71]))),
+        (GET_CONFIG, "is invalid", |s, h| {
             say(s, &answer(h.request, &[&h.payload[..], &[0; 1]].concat()));
         }),
-        (GET_CONFIG, "no sense", |s, h| say(s, &answer(h.request, &vec![0; 1 << 20]))),
+        (GET_CONFIG, "is invalid", |s, h| say(s, &answer(h.request, &vec![0; 1 << 20]))),
     ];
-    for (index, (request, part, spite)) in spites.iter().enumerate() {
-        let refused = refusal(*request, 0, *spite);
+    for (index, (request, part, fault)) in faults.iter().enumerate() {
+        let refused = refusal(*request, 0, *fault);
         assert!(refused.contains(part), "{index}: {refused}");
     }
 }
 
 #[test]
-fn notes_that_are_no_memory_of_the_right_size_are_refused() {
+fn an_inflight_buffer_of_the_wrong_size_is_refused() {
     let with_file = |heard: &Heard, size: u64, offset: u64| {
         let payload = [&size.to_ne_bytes()[..], &offset.to_ne_bytes(), &[0; 8]].concat();
         answer(heard.request, &payload)
     };
     let refused = refusal(GET_INFLIGHT_FD, INFLIGHT, |s, h| say(s, &answer(h.request, &[0; 24])));
-    assert!(refused.contains("no memory"), "{refused}");
+    assert!(refused.contains("no usable memory"), "{refused}");
     let refused = refusal(GET_INFLIGHT_FD, INFLIGHT, |s, h| say(s, &answer(h.request, &[0; 25])));
-    assert!(refused.contains("no sense"), "{refused}");
+    assert!(refused.contains("is invalid"), "{refused}");
     let place = |size, offset, file: &dyn AsRawFd| {
         let (near, far) = UnixStream::pair().unwrap();
         let heard = Heard { request: GET_INFLIGHT_FD, flags: 0, payload: vec![], fds: vec![] };
         near.send_with_fd(&with_file(&heard, size, offset)[..], file.as_raw_fd()).unwrap();
         far
     };
-    // The same bytes reach a device by way of a peer that repeats them.
+    // A peer that forwards the same bytes to a device.
     for (size, offset, is_memory) in [
         (8193, 0, true),
         (1, 8192, true),
@@ -507,15 +506,15 @@ fn notes_that_are_no_memory_of_the_right_size_are_refused() {
                 rvmm_devices::virtio::vhost_user::testing::answer(answer.request, &answer.payload);
             stream.send_with_fd(&bytes[..], answer.fds[0].as_raw_fd()).unwrap();
         });
-        assert!(refused.contains("no memory"), "{size} {offset}: {refused}");
+        assert!(refused.contains("no usable memory"), "{size} {offset}: {refused}");
     }
 }
 
-/// What one test's hostile peer passes on.
+/// The socket with the bytes that the hostile peer of one test forwards.
 static SHARED: Mutex<Option<UnixStream>> = Mutex::new(None);
 
 #[test]
-fn a_peer_that_turns_hostile_is_dropped_and_looked_for_again() {
+fn a_peer_that_turns_hostile_is_dropped_and_reconnected() {
     let turns: &[fn(&UnixStream)] = &[
         |peer| say(peer, &[0xff; 4096]),
         |peer| say(peer, &answer(GET_FEATURES, &[0; 8])),
@@ -543,7 +542,7 @@ fn a_peer_that_turns_hostile_is_dropped_and_looked_for_again() {
             }
         };
         peer.set_nonblocking(false).unwrap();
-        // One that comes again as another device is not taken.
+        // A peer that reconnects as another device is refused.
         let mut other = disk();
         other.features &= !FLUSH;
         let mut requests = 0;
@@ -560,7 +559,7 @@ fn a_peer_that_turns_hostile_is_dropped_and_looked_for_again() {
 }
 
 #[test]
-fn interrupts_of_a_device_that_does_not_run_reach_nobody() {
+fn interrupts_of_a_stopped_device_are_dropped() {
     let place = place();
     let heard = serve_at(&place.path, disk()).unwrap();
     let mut rig = build(&format!("vhost-user-blk,socket={}", place.path.display()));

@@ -1,4 +1,4 @@
-//! What every virtio device promises against its driver: the transport and the queues, with a device that only echoes.
+//! The transport and the queues of every virtio device, tested with a device that only echoes.
 #![allow(
     clippy::unwrap_used,
     clippy::indexing_slicing,
@@ -19,10 +19,10 @@ use rvmm_devices::{Interest, Source};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// What the echo device was told, for the test to look at.
+/// The calls that the echo device has received.
 type Journal = Arc<Mutex<Vec<String>>>;
 
-/// Copies what a request reads to what it writes. Queue 1 keeps its requests until queue 0 says `release`.
+/// Copies the readable buffers of a request to its writable ones. Queue 1 keeps its requests until queue 0 gets `release`.
 struct Echo {
     journal: Journal,
     kept: Vec<Chain>,
@@ -70,7 +70,7 @@ impl VirtioDevice for Echo {
     }
 
     fn write_config(&mut self, offset: usize, data: &[u8]) {
-        // Only the first half is the driver's.
+        // The driver can write only the first half.
         for (byte, value) in self.config[..6].iter_mut().skip(offset).zip(data) {
             *byte = *value;
         }
@@ -109,7 +109,7 @@ impl VirtioDevice for Echo {
 
     fn reset(&mut self) {
         self.note("reset");
-        // What it keeps is not dropped, to see that an old chain does no harm in a new life.
+        // The chains are kept, to test that an old chain is harmless after a reset.
     }
 
     fn sources(&self) -> Vec<Source> {
@@ -131,7 +131,7 @@ fn started(features: u64) -> Rig {
     rig
 }
 
-/// The device answers a request after all, or after a reset.
+/// Checks that the device completes a request.
 fn works(rig: &mut Rig) {
     assert_eq!(rig.ask(0, &[Buffer::Read(b"still?"), Buffer::Write(9)]).unwrap(), b"still?");
 }
@@ -141,7 +141,7 @@ fn recovers(rig: &mut Rig) {
     works(rig);
 }
 
-/// The device has stopped, told the driver, and works again after a reset.
+/// Checks that the device has stopped, has reported that to the driver, and works again after a reset.
 fn is_broken_until_reset(rig: &mut Rig) {
     assert_eq!(rig.status() & status::NEEDS_RESET, status::NEEDS_RESET, "no NEEDS_RESET");
     assert_eq!(rig.acknowledge() & 2, 2, "no configuration interrupt");
@@ -151,10 +151,10 @@ fn is_broken_until_reset(rig: &mut Rig) {
 }
 
 #[test]
-fn the_registers_introduce_the_device() {
+fn the_registers_identify_the_device() {
     let mut rig = rig();
     assert_eq!([0, 4, 8].map(|register| rig.read(register)), [0x7472_6976, 2, 42]);
-    // "QEMU": drivers for its machine take no other vendor.
+    // "QEMU": drivers for its machine accept no other vendor.
     assert_eq!(rig.read(0xc), 0x554d_4551);
     assert_eq!(rig.offered(), 0b101 | feature::TRANSPORT);
     let sizes = [0, 1, 2, u32::MAX].map(|queue| {
@@ -172,7 +172,7 @@ fn registers_take_aligned_words_and_pairs_of_them() {
         assert!(rig.device.read(offset, &mut vec![0; width]).is_err(), "{offset:#x} {width}");
         assert!(rig.device.write(offset, &vec![0; width]).is_err(), "{offset:#x} {width}");
     }
-    // Write-only, read-only, and not there.
+    // Write-only, read-only, and nonexistent.
     for offset in [0x14, 0x20, 0x24, 0x30, 0x38, 0x50, 0x64, 0x80, 0xa4, 0x18, 0xf8] {
         assert!(rig.device.read(offset, &mut [0; 4]).is_err(), "{offset:#x}");
     }
@@ -182,7 +182,7 @@ fn registers_take_aligned_words_and_pairs_of_them() {
 }
 
 #[test]
-fn a_driver_of_version_1_is_told_about_once_and_gets_nowhere() {
+fn a_driver_of_version_1_is_refused_and_logged_once() {
     for (register, name) in [(0x28, "GuestPageSize"), (0x3c, "QueueAlign"), (0x40, "QueuePFN")] {
         let mut rig = rig();
         let lines = told(|| {
@@ -199,11 +199,11 @@ fn a_driver_of_version_1_is_told_about_once_and_gets_nowhere() {
 }
 
 #[test]
-fn features_that_are_refused_are_told_about_once() {
+fn features_that_are_refused_are_logged_once() {
     let mut rig = rig();
     let lines = told(|| (0..3).for_each(|_| assert!(!rig.negotiate_only(0b101))));
     assert_eq!(lines.len(), 1, "{lines:?}");
-    assert!(lines[0].contains("does not take VIRTIO_F_VERSION_1"), "{lines:?}");
+    assert!(lines[0].contains("does not accept VIRTIO_F_VERSION_1"), "{lines:?}");
     let lines = told(|| (0..3).for_each(|_| assert!(!rig.negotiate(0b10))));
     assert_eq!(lines.len(), 1, "{lines:?}");
     assert!(lines[0].contains("not offered (0x2)"), "{lines:?}");
@@ -216,10 +216,10 @@ fn eight_bytes_are_two_registers_as_on_qemus_virt() {
     let mut pair = [0; 8];
     rig.device.read(0, &mut pair).unwrap();
     assert_eq!(u64::from_le_bytes(pair), 0x2_7472_6976, "MagicValue and Version");
-    // QueueSel with the register behind it, which can only be read.
+    // QueueSel with the next register, which is read-only.
     rig.device.write(0x30, &[1, 0, 0, 0, 9, 9, 9, 9]).unwrap();
     assert_eq!(rig.read(0x34), 8);
-    // QueueSizeMax is the second of two, the first can only be written.
+    // QueueSizeMax is the second of two registers, the first is write-only.
     rig.device.read(0x30, &mut pair).unwrap();
     assert_eq!(pair, [0, 0, 0, 0, 8, 0, 0, 0]);
 }
@@ -232,7 +232,7 @@ fn shared_memory_regions_do_not_exist() {
 }
 
 #[test]
-fn the_configuration_ends_in_zeroes_and_takes_only_what_is_the_drivers() {
+fn the_configuration_ends_in_zeroes_and_only_the_drivers_part_is_writable() {
     let mut rig = rig();
     let mut bytes = [0xee; 8];
     rig.device.read(0x100 + 8, &mut bytes).unwrap();
@@ -248,7 +248,7 @@ fn the_configuration_ends_in_zeroes_and_takes_only_what_is_the_drivers() {
 }
 
 #[test]
-fn features_that_were_not_offered_are_not_agreed_to() {
+fn features_that_were_not_offered_are_refused() {
     let mut rig = rig();
     assert!(rig.negotiate(0b101 | feature::EVENT_IDX));
     for features in [0b10, 1 << 33, 1 << 63] {
@@ -258,7 +258,7 @@ fn features_that_were_not_offered_are_not_agreed_to() {
 }
 
 #[test]
-fn a_legacy_driver_is_not_agreed_to() {
+fn a_legacy_driver_is_refused() {
     let mut rig = rig();
     for value in [1, 3] {
         rig.write(0x70, value);
@@ -347,7 +347,7 @@ fn seventy_thousand_requests_wrap_the_indices() {
     for round in 0..70_000_u32 {
         let slot = (round % 8) as u16;
         rig.set_descriptor(table, slot, (buffer, 8, WRITE, 0));
-        // The driver wants to hear of each.
+        // The driver wants an interrupt for each.
         let event = GuestAddress(rig.rings(0)[1] + 4 + 2 * u64::from(QUEUE_SIZE));
         rig.memory.write_obj(round as u16, event).unwrap();
         rig.make_available(0, slot);
@@ -359,7 +359,7 @@ fn seventy_thousand_requests_wrap_the_indices() {
 }
 
 #[test]
-fn interrupts_are_left_out_where_the_driver_says_so() {
+fn interrupts_are_suppressed_as_the_driver_requests() {
     let mut rig = started(0);
     let [_, driver, _] = rig.rings(0);
     rig.memory.write_obj(1_u16, GuestAddress(driver)).unwrap();
@@ -386,7 +386,7 @@ fn a_queue_is_frozen_while_the_device_works() {
 }
 
 #[test]
-fn a_queue_that_is_no_queue_does_not_start() {
+fn an_invalid_queue_does_not_start() {
     let outside = RAM + RAM_SIZE;
     let cases: [(u64, u64); 12] = [
         (0x38, 0),
@@ -465,7 +465,7 @@ fn an_answer_from_before_a_reset_does_not_reach_the_new_driver() {
 }
 
 #[test]
-fn a_reset_is_complete_and_costs_nothing_however_often() {
+fn repeated_resets_are_complete_and_leak_nothing() {
     let mut rig = started(0);
     works(&mut rig);
     for _ in 0..10_000 {
@@ -487,14 +487,14 @@ fn a_change_of_the_configuration_is_announced() {
 }
 
 #[test]
-fn a_device_that_gives_up_says_so() {
+fn a_device_that_fails_needs_a_reset() {
     let mut rig = started(0);
     rig.add(0, &[Buffer::Read(b"give up")]);
     rig.kick(0);
     is_broken_until_reset(&mut rig);
 }
 
-/// Makes one descriptor chain by hand: descriptors of the queue's table, from entry 0 on.
+/// Makes a chain of raw descriptors available, which start at entry 0 of the queue's table.
 fn offer(rig: &mut Rig, descriptors: &[(u64, u32, u16, u16)]) {
     let [table, ..] = rig.rings(0);
     for (index, descriptor) in (0..).zip(descriptors) {
@@ -505,10 +505,10 @@ fn offer(rig: &mut Rig, descriptors: &[(u64, u32, u16, u16)]) {
 }
 
 #[test]
-fn a_chain_that_is_none_comes_back_empty() {
+fn an_invalid_chain_is_returned_empty() {
     let out = RAM + RAM_SIZE;
     let chains: &[&[(u64, u32, u16, u16)]] = &[
-        // Loops: onto itself, of two, and a next outside the table.
+        // A loop of one, of two, and a next outside the table.
         &[(RAM, 1, NEXT, 0)],
         &[(RAM, 1, NEXT, 1), (RAM, 1, NEXT, 0)],
         &[(RAM, 1, NEXT, QUEUE_SIZE)],
@@ -550,7 +550,7 @@ fn a_chain_of_a_queues_size_is_served_and_a_longer_one_is_not() {
 }
 
 #[test]
-fn empty_buffers_are_passed_over() {
+fn empty_buffers_are_skipped() {
     let mut rig = started(0);
     let buffers = [
         Buffer::Read(b""),
@@ -574,7 +574,7 @@ fn offer_indirect(rig: &mut Rig, table: &[(u64, u32, u16, u16)], len: u32, flags
 }
 
 #[test]
-fn indirect_tables_are_taken_where_they_were_negotiated() {
+fn indirect_tables_are_used_if_negotiated() {
     let mut rig = started(feature::INDIRECT_DESC);
     rig.memory.write_slice(b"indirect", GuestAddress(RAM + 0x4_0000)).unwrap();
     let table = [(RAM + 0x4_0000, 8, NEXT, 2), (0, 0, 0, 0), (RAM + 0x4_1000, 16, WRITE, 0)];
@@ -586,7 +586,7 @@ fn indirect_tables_are_taken_where_they_were_negotiated() {
 }
 
 #[test]
-fn indirect_tables_that_are_none_come_back_empty() {
+fn invalid_indirect_tables_are_returned_empty() {
     let one = [(RAM + 0x4_0000, 8, WRITE, 0)];
     let nested = [(RAM + 0x4_0000, 16, INDIRECT, 0)];
     let looped = [(RAM + 0x4_0000, 8, NEXT, 0)];
@@ -630,7 +630,7 @@ fn a_head_outside_the_table_breaks_the_ring() {
 }
 
 #[test]
-fn an_available_index_that_runs_away_breaks_the_ring() {
+fn an_available_index_too_far_ahead_breaks_the_ring() {
     for index in [QUEUE_SIZE + 1, 0x8000, 0xffff] {
         let mut rig = started(0);
         let [_, driver, _] = rig.rings(0);
@@ -659,7 +659,7 @@ fn kicks_before_the_start_and_without_requests_do_nothing() {
 }
 
 #[test]
-fn rings_that_lie_over_each_other_hurt_the_guest_alone() {
+fn overlapping_rings_harm_only_the_guest() {
     let mut rig = rig();
     assert!(rig.negotiate(feature::EVENT_IDX));
     rig.set_up(0);
@@ -678,9 +678,9 @@ fn rings_that_lie_over_each_other_hurt_the_guest_alone() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
-    /// Whatever lies in the rings, the device comes to rest, and works after a reset.
+    /// With any contents of the rings, the device becomes idle, and works after a reset.
     #[test]
-    fn no_ring_of_any_content_does_harm(
+    fn rings_of_any_content_are_harmless(
         features in prop::sample::select(vec![0, feature::EVENT_IDX, feature::INDIRECT_DESC, feature::EVENT_IDX | feature::INDIRECT_DESC]),
         descriptors in prop::collection::vec((0_u64..0x90_0000, 0_u32..0x2_0000, 0_u16..8, 0_u16..20), 16),
         heads in prop::collection::vec(0_u16..18, 16),
@@ -699,7 +699,7 @@ proptest! {
         recovers(&mut rig);
     }
 
-    /// Whatever a driver writes into the registers, the device comes to rest, and works after a reset.
+    /// After any register writes, the device becomes idle, and works after a reset.
     #[test]
     fn no_sequence_of_register_writes_does_harm(
         writes in prop::collection::vec(
@@ -718,7 +718,7 @@ proptest! {
     }
 }
 
-/// Serves both its queues whenever its own descriptor is ready.
+/// Processes both its queues whenever its file descriptor is ready.
 struct Greedy(EventFd);
 
 impl VirtioDevice for Greedy {
@@ -768,7 +768,7 @@ impl VirtioDevice for Greedy {
 }
 
 #[test]
-fn what_a_pass_leaves_in_any_queue_is_looked_at_again_without_a_kick() {
+fn requests_left_by_a_pass_are_served_without_a_kick() {
     let event = EventFd::new(EFD_NONBLOCK).unwrap();
     let mut rig = Rig::new(Box::new(Greedy(event.try_clone().unwrap())));
     rig.start(0);

@@ -1,4 +1,4 @@
-//! The memory balloon against its driver: pages that are given, pages that are not the guest's, and too many of them.
+//! The memory balloon with its driver: valid pages, pages outside of RAM, and too many of them.
 #![allow(
     clippy::unwrap_used,
     clippy::indexing_slicing,
@@ -19,7 +19,7 @@ const STATS_VQ: u64 = 1 << 1;
 const DEFLATE_ON_OOM: u64 = 1 << 2;
 const PAGE_REPORTING: u64 = 1 << 5;
 
-/// A page in the middle of RAM that no ring and no buffer of a test is in.
+/// A page in the middle of RAM without rings or buffers of a test.
 const FREE: u64 = RAM + (6 << 20);
 
 fn rig(options: &str) -> Rig {
@@ -65,7 +65,7 @@ fn the_options_are_the_features_and_the_target() {
 }
 
 #[test]
-fn pages_in_the_balloon_are_the_hosts_and_their_neighbours_are_not() {
+fn pages_in_the_balloon_are_released_and_their_neighbours_are_not() {
     let mut rig = started("balloon");
     let pages = [3, 1, 7, 2, 9].map(|n| FREE + n * 4096);
     (0..12).for_each(|n| mark(&rig, FREE + n * 4096));
@@ -76,14 +76,14 @@ fn pages_in_the_balloon_are_the_hosts_and_their_neighbours_are_not() {
         let page = FREE + n * 4096;
         assert_eq!(is_gone(&rig, page), pages.contains(&page), "page {n}");
     }
-    // Taken out again, also what was never in it.
+    // Deflates, also pages that were never in the balloon.
     assert_eq!(rig.ask(DEFLATE, &[Buffer::Read(&list([FREE, FREE + 4096]))]).unwrap(), b"");
     mark(&rig, FREE + 4096);
     assert!(!is_gone(&rig, FREE + 4096));
 }
 
 #[test]
-fn pages_that_are_no_ram_are_ignored() {
+fn pages_outside_of_ram_are_ignored() {
     let mut rig = started("balloon");
     mark(&rig, FREE);
     mark(&rig, RAM + RAM_SIZE - 4096);
@@ -97,7 +97,7 @@ fn pages_that_are_no_ram_are_ignored() {
 }
 
 #[test]
-fn lists_of_a_strange_length_come_back_unread() {
+fn lists_of_invalid_length_are_returned_unread() {
     let mut rig = started("balloon");
     mark(&rig, FREE);
     let numbers = list([FREE]);
@@ -120,7 +120,7 @@ fn lists_of_a_strange_length_come_back_unread() {
 }
 
 #[test]
-fn a_long_list_is_worked_off_in_turns() {
+fn a_long_list_is_processed_in_several_passes() {
     let mut rig = started("balloon");
     mark(&rig, FREE);
     let mut numbers = list(std::iter::repeat_n(FREE + 4096, 1 << 18));
@@ -148,7 +148,7 @@ fn a_long_list_is_worked_off_in_turns() {
 }
 
 #[test]
-fn a_guest_that_gives_its_own_rings_hurts_nobody_else() {
+fn a_guest_that_gives_its_own_rings_harms_only_itself() {
     let mut rig = started("balloon");
     let rings = rig.rings(INFLATE);
     rig.add(INFLATE, &[Buffer::Read(&list(rings))]);
@@ -162,7 +162,7 @@ fn a_guest_that_gives_its_own_rings_hurts_nobody_else() {
 }
 
 #[test]
-fn free_pages_that_are_reported_are_taken_whole() {
+fn free_pages_that_are_reported_are_released_whole() {
     for (options, queue) in [("balloon,reporting=on", 2), ("balloon,stats=3600,reporting=on", 3)] {
         let mut rig = started(options);
         (0..8).for_each(|n| mark(&rig, FREE + n * 4096));
@@ -175,7 +175,7 @@ fn free_pages_that_are_reported_are_taken_whole() {
         assert_eq!(rig.take_used(queue), Some((0, 0)));
         let gone: Vec<u64> = (0..8).filter(|n| is_gone(&rig, FREE + n * 4096)).collect();
         assert_eq!(gone, [0, 3, 4]);
-        // A range that is not all RAM is refused as a whole.
+        // A range that is not completely RAM is refused as a whole.
         mark(&rig, RAM + RAM_SIZE - 4096);
         rig.set_descriptor(table, 2, (RAM + RAM_SIZE - 4096, 8192, WRITE, 0));
         rig.make_available(queue, 2);
@@ -186,7 +186,7 @@ fn free_pages_that_are_reported_are_taken_whole() {
 }
 
 #[test]
-fn without_the_feature_the_queue_means_nothing() {
+fn without_the_feature_the_queue_is_ignored() {
     let mut rig = rig("balloon,reporting=on");
     rig.start(0);
     mark(&rig, FREE);
@@ -199,7 +199,7 @@ fn without_the_feature_the_queue_means_nothing() {
 }
 
 #[test]
-fn the_guest_is_asked_for_its_numbers_in_time() {
+fn the_guest_is_asked_for_statistics_periodically() {
     let mut rig = started("balloon,stats=1");
     let stats = [4_u16.to_le_bytes().as_slice(), &7_u64.to_le_bytes(), &[1, 2, 3]].concat();
     for _ in 0..2 {
@@ -210,7 +210,7 @@ fn the_guest_is_asked_for_its_numbers_in_time() {
             assert!(turn(rig.device.as_mut(), 10_000).unwrap() > 0, "nobody asks");
         }
     }
-    // A second buffer sends the first one back.
+    // A second buffer returns the first one.
     let first = rig.add(2, &[Buffer::Read(b"")]);
     let second = rig.add(2, &[Buffer::Read(&[0; 5000])]);
     rig.kick(2);
@@ -239,7 +239,7 @@ proptest! {
     }
 }
 
-/// A balloon whose target can be set, and who sets it.
+/// A balloon and the control for its target.
 fn controlled(options: &str) -> (Rig, BalloonControl) {
     let control = BalloonControl::new().unwrap();
     let options = Options::parse(options).unwrap();
@@ -270,7 +270,7 @@ fn a_target_that_is_set_while_the_guest_runs_is_announced_to_it() {
 }
 
 #[test]
-fn what_the_guest_says_that_it_has_given_can_be_read() {
+fn the_size_reported_by_the_guest_can_be_read() {
     let (mut rig, control) = controlled("balloon");
     rig.start(0);
     assert_eq!(control.actual(), 0);
@@ -283,7 +283,7 @@ fn what_the_guest_says_that_it_has_given_can_be_read() {
 }
 
 #[test]
-fn the_target_outlives_the_guest_and_has_a_limit() {
+fn the_target_survives_a_reboot_and_has_a_limit() {
     let (rig, control) = controlled("balloon,size=8");
     let refused = control.set_target(1 << 44).unwrap_err();
     assert!(refused.to_string().contains("17592186044416"), "{refused}");

@@ -1,4 +1,4 @@
-//! The block device against its driver: what it promises, and what a driver may do to it that none should (virtio 1.3, 5.2).
+//! The block device with correct and incorrect drivers (virtio 1.3, 5.2).
 #![allow(
     clippy::unwrap_used,
     clippy::indexing_slicing,
@@ -38,7 +38,7 @@ const F_MQ: u64 = 1 << 12;
 const SECTORS: usize = 64;
 const BLK: u64 = 0x100;
 
-/// A disk of [`SECTORS`] sectors, each filled with its number, and a driver that knows how to flush.
+/// A disk of [`SECTORS`] sectors, each filled with its number, and a driver with the flush feature.
 fn rig(options: &str) -> (Rig, MemoryDisk) {
     let (mut rig, disk) = stopped(options);
     rig.start(F_FLUSH);
@@ -80,7 +80,7 @@ fn segment(sector: u64, count: u32, flags: u32) -> [u8; 16] {
     segment
 }
 
-/// Makes a request and gives its status, which was not one before.
+/// Makes a request and returns its status; the byte holds no valid status before.
 fn status_of(rig: &mut Rig, buffers: &[Buffer<'_>]) -> u8 {
     let head = rig.add(0, buffers);
     rig.kick(0);
@@ -125,7 +125,7 @@ fn a_disk_describes_itself() {
 }
 
 #[test]
-fn a_disk_that_is_only_read_offers_nothing_else_and_refuses_the_rest() {
+fn a_read_only_disk_offers_only_reads_and_refuses_the_rest() {
     let (mut rig, disk) = rig(",ro=on,cache=none,format=qcow2,backing=on");
     let offered = rig.offered();
     assert_eq!(offered & 0x7fff, 0b000_0010_0110_0100);
@@ -150,11 +150,11 @@ fn a_disk_that_is_only_read_offers_nothing_else_and_refuses_the_rest() {
 }
 
 #[test]
-fn what_was_written_is_read_again_in_any_layout() {
+fn written_data_is_read_back_in_any_layout() {
     let (mut rig, disk) = rig("");
     let data: Vec<u8> = (0..2048_u32).map(|i| (i * 7) as u8).collect();
     let head = header(OUT, 5);
-    // Header, data and status meet in the middle of buffers.
+    // Buffers that contain parts of both header and data, or data and status.
     let (front, back) = data.split_at(1000);
     let first = [&head[9..], front].concat();
     assert_eq!(status_of(&mut rig, &[Read(&head[..9]), Read(&first), Read(back), Write(1)]), OK);
@@ -166,7 +166,7 @@ fn what_was_written_is_read_again_in_any_layout() {
 }
 
 #[test]
-fn a_range_that_is_not_inside_the_disk_is_refused_and_the_host_not_asked() {
+fn a_range_outside_of_the_disk_is_refused_without_the_host() {
     let (mut rig, disk) = rig("");
     let before = disk.bytes();
     let end = SECTORS as u64;
@@ -190,7 +190,7 @@ fn a_range_that_is_not_inside_the_disk_is_refused_and_the_host_not_asked() {
 }
 
 #[test]
-fn a_length_that_is_no_number_of_sectors_is_refused() {
+fn a_length_that_is_not_whole_sectors_is_refused() {
     let (mut rig, disk) = rig("");
     for bytes in [0, 1, 511, 513, 1023] {
         assert_eq!(transfer(&mut rig, IN, 0, bytes), IOERR, "{bytes}");
@@ -200,12 +200,12 @@ fn a_length_that_is_no_number_of_sectors_is_refused() {
 }
 
 #[test]
-fn a_header_that_is_none_is_an_error_and_more_of_it_is_data() {
+fn a_short_header_is_an_error_and_the_excess_of_a_long_one_is_data() {
     let (mut rig, disk) = rig("");
     assert_eq!(status_of(&mut rig, &[Write(1)]), IOERR);
     assert_eq!(status_of(&mut rig, &[Read(&[0; 15]), Write(513)]), IOERR);
     assert_eq!(status_of(&mut rig, &[Write(16), Write(512), Write(1)]), IOERR);
-    // One byte of data is no sector.
+    // One byte of data is not a sector.
     assert_eq!(status_of(&mut rig, &[Read(&header(OUT, 0)), Read(&[1]), Write(1)]), IOERR);
     assert_eq!(disk.journal(), Vec::<String>::new());
 }
@@ -217,7 +217,7 @@ fn a_request_without_room_for_a_status_comes_back_untouched() {
     assert_eq!(rig.ask(0, &[Read(&head), Read(&[0; 512])]).unwrap(), b"");
     assert_eq!(rig.ask(0, &[Read(&head), Read(&[0; 512]), Write(0)]).unwrap(), b"");
     assert_eq!(disk.journal(), Vec::<String>::new());
-    // The status is the last byte of whatever may be written.
+    // The status is the last writable byte.
     assert_eq!(status_of(&mut rig, &[Read(&head), Read(&[0; 512]), Write(7)]), OK);
     assert_eq!(status_of(&mut rig, &[Read(&header(IN, 0)), Write(513)]), OK);
     assert_eq!(disk.journal(), ["write 0+512", "read 0+512"]);
@@ -260,7 +260,7 @@ fn discard_and_write_zeroes_take_one_segment_of_bounded_size() {
 }
 
 #[test]
-fn a_range_larger_than_one_request_may_name_is_refused_on_a_disk_that_has_it() {
+fn a_range_above_the_limit_of_a_request_is_refused_inside_the_disk() {
     let (mut rig, disk) = rig("");
     disk.change(|bytes| bytes.resize(((1 << 15) + 1) * 512, 1));
     assert_eq!(transfer(&mut rig, IN, 0, 512), OK);
@@ -272,7 +272,7 @@ fn a_range_larger_than_one_request_may_name_is_refused_on_a_disk_that_has_it() {
 }
 
 #[test]
-fn a_host_that_takes_nothing_for_now_is_asked_again_though_nobody_kicks() {
+fn a_busy_host_is_retried_without_a_kick() {
     let (mut rig, disk) = rig("");
     disk.refuse(3);
     let head = rig.add(0, &[Read(&header(IN, 1)), Write(512), Write(1)]);
@@ -283,12 +283,12 @@ fn a_host_that_takes_nothing_for_now_is_asked_again_though_nobody_kicks() {
         assert_ne!(turn(rig.device.as_mut(), 60_000).unwrap(), 0, "nobody looks again");
         assert!(turns < 100, "nobody may spin");
     }
-    // At rest there is nothing to be done.
+    // An idle device has nothing to do.
     assert_eq!(turn(rig.device.as_mut(), 5).unwrap(), 0);
 }
 
 #[test]
-fn the_identity_is_20_bytes_at_most_and_the_users_where_given() {
+fn the_id_is_at_most_20_bytes_and_can_be_given_by_the_user() {
     let (mut one, _) = rig(",serial=twenty-bytes-exactly");
     let head = header(GET_ID, 0);
     assert_eq!(one.ask(0, &[Read(&head), Write(20), Write(1)]).unwrap(), b"twenty-bytes-exactly\0");
@@ -305,7 +305,7 @@ fn the_identity_is_20_bytes_at_most_and_the_users_where_given() {
     assert!(id.starts_with(b"rvmm-") && id[..20].iter().all(u8::is_ascii_graphic), "{id:?}");
 }
 
-/// Requests of a driver that acknowledges each interrupt, until a result is held back.
+/// Makes requests and acknowledges each interrupt, until a result is held back.
 fn until_held(rig: &mut Rig) {
     let is_held = |_| {
         rig.add(0, &[Read(&header(IN, 1)), Write(512), Write(1)]);
@@ -313,15 +313,15 @@ fn until_held(rig: &mut Rig) {
         assert!(rig.take_used(0).is_some());
         rig.acknowledge() == 0
     };
-    // A slow machine may end a hold before anybody looks; then it is tried again later.
+    // On a slow machine the hold may end before the check; then the caller tries again.
     assert!((0..8_000).any(is_held), "nothing is ever held back");
 }
 
 #[test]
-fn a_result_that_waits_for_others_interrupts_the_driver_in_the_end() {
+fn a_held_result_interrupts_the_driver_after_a_time_out() {
     let (mut rig, _) = rig("");
     until_held(&mut rig);
-    // The driver does nothing more; the timer is readable before long.
+    // The driver does nothing more; the timer expires soon.
     while rig.acknowledge() == 0 {
         turn(rig.device.as_mut(), 60_000).unwrap();
     }
@@ -329,7 +329,7 @@ fn a_result_that_waits_for_others_interrupts_the_driver_in_the_end() {
 }
 
 #[test]
-fn a_request_that_nobody_announces_while_results_wait_is_served() {
+fn a_request_without_a_kick_is_served_while_results_are_held() {
     let (mut rig, _) = rig("");
     until_held(&mut rig);
     rig.add(0, &[Read(&header(IN, 2)), Write(512), Write(1)]);
@@ -339,20 +339,20 @@ fn a_request_that_nobody_announces_while_results_wait_is_served() {
 }
 
 #[test]
-fn a_driver_that_resets_the_disk_while_results_wait_hears_nothing_of_them() {
+fn a_reset_while_results_are_held_drops_their_interrupt() {
     let (mut rig, _) = rig("");
     until_held(&mut rig);
     rig.write(0x70, 0);
     rig.start(F_FLUSH);
     rig.acknowledge();
-    // The timer of the hold that is over.
+    // The timer of the hold that has ended.
     while turn(rig.device.as_mut(), 5).unwrap() > 0 {}
     assert_eq!(rig.acknowledge(), 0);
     assert_eq!(transfer(&mut rig, IN, 1, 512), OK);
 }
 
 #[test]
-fn a_flush_may_have_anything_and_many_are_on_the_way_at_once() {
+fn a_flush_ignores_sector_and_data_and_many_are_in_flight_at_once() {
     let (mut rig, disk) = rig("");
     assert_eq!(status_of(&mut rig, &[Read(&header(FLUSH, 0)), Write(1)]), OK);
     assert_eq!(status_of(&mut rig, &[Read(&header(FLUSH, 77)), Read(&[1; 99]), Write(1)]), OK);
@@ -370,7 +370,7 @@ fn a_flush_may_have_anything_and_many_are_on_the_way_at_once() {
 }
 
 #[test]
-fn a_guest_that_writes_another_format_has_written_bytes() {
+fn an_image_header_written_by_a_guest_is_only_data() {
     let (mut rig, disk) = rig("");
     let mut qcow2 = b"QFI\xfb\0\0\0\x03".to_vec();
     qcow2.resize(512, 0);
@@ -411,7 +411,7 @@ fn a_disk_that_fails_halfway_is_an_error_and_works_again() {
 }
 
 #[test]
-fn after_a_reset_nothing_of_before_touches_memory_or_the_ring() {
+fn after_a_reset_old_requests_touch_neither_memory_nor_the_ring() {
     let (mut rig, disk) = rig("");
     disk.hold();
     let heads: Vec<u16> =
@@ -430,7 +430,7 @@ fn after_a_reset_nothing_of_before_touches_memory_or_the_ring() {
 }
 
 #[test]
-fn ten_thousand_lives_with_requests_on_the_way_keep_nothing() {
+fn ten_thousand_resets_with_requests_in_flight_leak_nothing() {
     let (mut rig, disk) = rig("");
     for _ in 0..10_000 {
         disk.hold();
@@ -440,7 +440,7 @@ fn ten_thousand_lives_with_requests_on_the_way_keep_nothing() {
     }
     assert_eq!(disk.waiting(), 0);
     disk.release();
-    // Slots leak nowhere: the lowest is still the first.
+    // No slots leak: the lowest one is still used first.
     disk.hold();
     drop(disk.journal());
     rig.add(0, &[Read(&header(IN, 1)), Write(512), Write(1)]);
@@ -512,7 +512,7 @@ fn a_driver_that_does_not_flush_gets_durable_writes() {
 }
 
 #[test]
-fn nothing_but_the_cache_mode_of_the_configuration_is_the_drivers() {
+fn only_the_cache_mode_in_the_configuration_is_writable() {
     let (mut rig, _) = rig("");
     for offset in 0..60 {
         rig.device.write(BLK + offset, &[0]).unwrap();
@@ -563,7 +563,7 @@ fn the_limit_holds_requests_back_and_loses_none() {
 }
 
 #[test]
-fn the_requests_of_eight_queues_are_on_the_way_at_once() {
+fn the_requests_of_eight_queues_are_in_flight_at_once() {
     let (mut rig, disk) = stopped(",queues=8");
     rig.start(F_FLUSH | F_MQ);
     disk.hold();
@@ -590,7 +590,7 @@ fn the_requests_of_eight_queues_are_on_the_way_at_once() {
 }
 
 #[test]
-fn data_may_lie_in_the_ring_itself_and_hurts_the_driver_only() {
+fn data_inside_the_ring_harms_only_the_driver() {
     let (mut rig, disk) = rig("");
     for ring in rig.rings(0) {
         let [table, ..] = rig.rings(0);
@@ -609,7 +609,7 @@ fn data_may_lie_in_the_ring_itself_and_hurts_the_driver_only() {
 }
 
 #[test]
-fn the_options_are_judged_and_the_refusal_says_what_to_do() {
+fn invalid_options_are_refused_with_advice() {
     for (options, part) in [
         ("blk", "path=\"\""),
         ("blk,path=", "the path of a file"),
@@ -623,7 +623,7 @@ fn the_options_are_judged_and_the_refusal_says_what_to_do() {
         ("blk,path=a,serial=twenty-one-bytes-long", "1 to 20"),
         ("blk,path=a,format=vmdk", "raw or qcow2"),
         ("blk,path=a,format=", "raw or qcow2"),
-        ("blk,path=a,backing=on", "it goes with format=qcow2"),
+        ("blk,path=a,backing=on", "add format=qcow2"),
         ("blk,path=a,format=qcow2,backing=perhaps", "on or off"),
     ] {
         let text = refusal(options);
@@ -666,7 +666,7 @@ proptest! {
 }
 
 #[test]
-fn a_driver_that_knows_nothing_of_version_1_has_its_disk_all_the_same() {
+fn a_driver_without_version_1_is_accepted() {
     let (mut rig, _) = stopped("");
     assert!(rig.negotiate_only(F_FLUSH), "it is refused");
     assert!(!rig.negotiate_only(F_FLUSH | 1 << 63), "what was not offered is taken");

@@ -1,4 +1,4 @@
-//! The console device against its driver and its other end: slow readers, much input, sizes, emergency writes.
+//! The console device with its driver and its backend: slow readers, much input, sizes, emergency writes.
 #![allow(
     clippy::unwrap_used,
     clippy::indexing_slicing,
@@ -56,7 +56,7 @@ fn started() -> (Rig, MemoryConsole) {
 }
 
 #[test]
-fn a_console_without_another_end_is_refused() {
+fn a_console_without_a_backend_is_refused() {
     for text in ["console", "console,to=nowhere"] {
         let options = Options::parse(text).unwrap();
         assert!(Model::find("console").unwrap().create(&options, wiring()).is_err(), "{text}");
@@ -95,7 +95,7 @@ fn a_slow_reader_holds_the_guest_back_and_loses_nothing() {
         while let Some((head, _)) = rig.take_used(TRANSMIT) {
             assert_eq!(head, heads[done]);
             done += 1;
-            // What has come back is with the other end, but for what its buffer holds.
+            // Returned bytes have reached the other end, except for those in its buffer.
             assert!(console.output().len() + 4096 >= done * 5000);
         }
     }
@@ -103,7 +103,7 @@ fn a_slow_reader_holds_the_guest_back_and_loses_nothing() {
 }
 
 #[test]
-fn nobody_at_the_other_end_does_not_stop_the_guest() {
+fn a_disconnected_backend_does_not_block_the_guest() {
     let (mut rig, console) = started();
     console.hang_up();
     for _ in 0..20 {
@@ -123,7 +123,7 @@ fn nobody_at_the_other_end_does_not_stop_the_guest() {
 }
 
 #[test]
-fn input_waits_outside_until_the_guest_has_room() {
+fn input_stays_in_the_host_until_the_guest_has_buffers() {
     let (mut rig, console) = started();
     console.type_in(&vec![b'k'; 10_000]);
     rig.run();
@@ -140,7 +140,7 @@ fn input_waits_outside_until_the_guest_has_room() {
     assert_eq!(rig.written(RECEIVE, large), vec![b'k'; 64]);
     assert_eq!(console.unread(), 10_000 - 69);
     assert_eq!(turn(rig.device.as_mut(), 0).unwrap(), 0, "the loop sleeps");
-    // A buffer is filled with what is there, however little.
+    // A buffer is returned with the available bytes, even if these are few.
     let head = rig.add(RECEIVE, &[Buffer::Write(20_000)]);
     rig.kick(RECEIVE);
     assert_eq!(rig.take_used(RECEIVE), Some((head, 4096)));
@@ -179,7 +179,7 @@ fn the_end_of_the_input_is_not_the_end_of_the_console() {
 }
 
 #[test]
-fn the_size_of_the_terminal_is_offered_where_there_is_one_and_followed() {
+fn the_terminal_size_is_offered_if_known_and_updated() {
     let console = MemoryConsole::new().unwrap();
     assert_eq!(rig_on(&console).offered() & 0xff_ffff, F_EMERG_WRITE);
     console.set_size((80, 24));
@@ -198,7 +198,7 @@ fn the_size_of_the_terminal_is_offered_where_there_is_one_and_followed() {
 }
 
 #[test]
-fn an_emergency_write_counts_only_where_it_was_negotiated() {
+fn an_emergency_write_is_ignored_unless_negotiated() {
     let (mut rig, console) = started();
     rig.write(0x108, u32::from(b'x'));
     rig.run();
@@ -206,7 +206,7 @@ fn an_emergency_write_counts_only_where_it_was_negotiated() {
     rig.start(F_EMERG_WRITE);
     rig.write(0x108, u32::from(b'!'));
     rig.device.write(0x108, b"?").unwrap();
-    // The rest of the configuration is not the driver's.
+    // The rest of the configuration is read-only.
     rig.write(0x100, u32::MAX);
     rig.device.write(0x109, b"z").unwrap();
     rig.ask(TRANSMIT, &[Buffer::Read(b".")]).unwrap();
@@ -215,7 +215,7 @@ fn an_emergency_write_counts_only_where_it_was_negotiated() {
 }
 
 #[test]
-fn a_reset_forgets_what_was_not_through() {
+fn a_reset_drops_pending_data() {
     let (mut rig, console) = started();
     console.set_room(Some(0));
     rig.add(TRANSMIT, &[Buffer::Read(&[b'o'; 30_000])]);
@@ -232,7 +232,7 @@ fn a_reset_forgets_what_was_not_through() {
 }
 
 #[test]
-fn output_outside_of_ram_is_refused_and_a_huge_one_does_not_keep_the_thread() {
+fn output_outside_of_ram_is_refused_and_a_huge_one_does_not_block_the_thread() {
     let (mut rig, console) = started();
     let table = rig.rings(TRANSMIT)[0];
     rig.set_descriptor(table, 0, (RAM + RAM_SIZE - 10, 20, 0, 0));
@@ -255,7 +255,7 @@ fn output_outside_of_ram_is_refused_and_a_huge_one_does_not_keep_the_thread() {
     assert_eq!(console.output().len() as u64, 8 * RAM_SIZE);
 }
 
-/// A host with a console for each name that is asked for.
+/// A host with a console for each requested name.
 #[derive(Clone, Default)]
 struct Consoles(Arc<Mutex<HashMap<String, MemoryConsole>>>);
 
@@ -283,7 +283,7 @@ const RESIZE: u16 = 5;
 const PORT_OPEN: u16 = 6;
 const PORT_NAME: u16 = 7;
 
-/// A device with ports, whose driver has not said that it is ready.
+/// A device with ports whose driver has not sent DEVICE_READY.
 fn ports(text: &str, features: u64) -> (Rig, Consoles) {
     let consoles = Consoles::default();
     let options = Options::parse(&format!("console,{text}")).unwrap();
@@ -302,7 +302,7 @@ fn say(rig: &mut Rig, id: u32, event: u16, value: u16) {
     assert_eq!(rig.ask(CONTROL_OUT, &[Buffer::Read(&message)]).unwrap(), b"");
 }
 
-/// What the device says, as far as it has something to say: id, event, value, and what is behind that.
+/// The device's control messages so far: id, event, value, and the data after these.
 fn said(rig: &mut Rig) -> Vec<(u32, u16, u16, Vec<u8>)> {
     let mut all = Vec::new();
     loop {
@@ -316,7 +316,7 @@ fn said(rig: &mut Rig) -> Vec<(u32, u16, u16, Vec<u8>)> {
     }
 }
 
-/// As Linux does it.
+/// Sends DEVICE_READY and PORT_READY as Linux does.
 fn all_ready(rig: &mut Rig, count: u32) {
     say(rig, u32::MAX, DEVICE_READY, 1);
     (0..count).for_each(|id| say(rig, id, PORT_READY, 1));
@@ -353,7 +353,7 @@ fn ports_are_announced_and_named_and_the_console_is_the_first() {
 }
 
 #[test]
-fn each_port_has_its_own_other_end_and_input_waits_until_it_is_open() {
+fn each_port_has_its_own_backend_and_input_waits_until_it_is_open() {
     let (mut rig, consoles) = ports("to=tty,port1=one=a,port2=two=b", F_MULTIPORT);
     all_ready(&mut rig, 3);
     for (queue, to) in [(1, "tty"), (5, "a"), (7, "b")] {
@@ -391,7 +391,7 @@ fn each_port_has_its_own_other_end_and_input_waits_until_it_is_open() {
 }
 
 #[test]
-fn a_driver_that_knows_no_ports_has_the_console_alone() {
+fn a_driver_without_multiport_has_only_the_console() {
     let (mut rig, consoles) = ports("to=tty,port1=one=a", F_SIZE);
     rig.ask(TRANSMIT, &[Buffer::Read(b"plain")]).unwrap();
     assert_eq!(consoles.at("tty").output(), b"plain");
@@ -409,7 +409,7 @@ fn a_driver_that_knows_no_ports_has_the_console_alone() {
 }
 
 #[test]
-fn a_terminal_that_changes_its_size_is_told_of_to_drivers_of_ports_too() {
+fn a_new_terminal_size_is_also_sent_to_drivers_with_ports() {
     let (mut rig, consoles) = ports("to=tty,port1=one=a", F_SIZE | F_MULTIPORT);
     all_ready(&mut rig, 2);
     consoles.at("tty").set_size((132, 50));
@@ -420,7 +420,7 @@ fn a_terminal_that_changes_its_size_is_told_of_to_drivers_of_ports_too() {
 }
 
 #[test]
-fn a_driver_that_talks_without_end_or_sense_costs_nothing() {
+fn endless_or_invalid_control_messages_cost_nothing() {
     let (mut rig, _consoles) = ports("to=tty,port1=one=a", F_MULTIPORT);
     say(&mut rig, 0, DEVICE_READY, 1);
     for _ in 0..2000 {
@@ -442,7 +442,7 @@ fn a_driver_that_talks_without_end_or_sense_costs_nothing() {
     say(&mut rig, 1, PORT_READY, 1);
     rig.add(CONTROL_IN, &[Buffer::Write(7)]);
     rig.kick(CONTROL_IN);
-    // What was left by `said` is filled first; what is too short comes back empty.
+    // Buffers left over from `said` are filled first; too short ones are returned empty.
     let taken: Vec<u32> =
         std::iter::from_fn(|| rig.take_used(CONTROL_IN)).map(|used| used.1).collect();
     assert!(taken.contains(&11) && taken.iter().all(|len| matches!(len, 0 | 8 | 11)), "{taken:?}");
@@ -451,7 +451,7 @@ fn a_driver_that_talks_without_end_or_sense_costs_nothing() {
 }
 
 #[test]
-fn ports_have_names_that_make_files_each_once() {
+fn port_names_are_valid_and_unique() {
     for (text, part) in [
         ("console,port1=agent", "NAME=WHERE"),
         ("console,port1==a", "NAME=WHERE"),

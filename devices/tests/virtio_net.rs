@@ -1,4 +1,4 @@
-//! The network device against a driver, friendly and hostile, and a network in memory.
+//! The network device with a correct and a hostile driver, and a network in memory.
 #![allow(
     clippy::unwrap_used,
     clippy::indexing_slicing,
@@ -27,9 +27,9 @@ const RX: u32 = 0;
 const TX: u32 = 1;
 const CTRL: u32 = 2;
 
-/// No offload, one buffer a frame.
+/// No offloads, one buffer per frame.
 const PLAIN: u64 = bit::MAC | bit::STATUS;
-/// What Linux takes.
+/// The features that Linux negotiates.
 const LINUX: u64 = PLAIN
     | bit::CSUM
     | bit::GUEST_CSUM
@@ -66,7 +66,7 @@ fn test(features: u64) -> Test {
 }
 
 #[test]
-fn a_card_has_the_address_that_its_other_end_needs() {
+fn a_card_has_the_mac_address_that_its_backend_needs() {
     let needed = [2, 1, 2, 3, 4, 5];
     let address = |mac, end: Option<[u8; 6]>| {
         let net = MemoryNet::new().unwrap();
@@ -89,12 +89,12 @@ fn a_card_has_the_address_that_its_other_end_needs() {
     let (address, lines) = address(Some(MAC), Some(needed));
     assert_eq!((address, lines.len()), (MAC, 1));
     assert!(
-        lines[0].contains("02:01:02:03:04:05") && lines[0].contains("leave mac= away"),
+        lines[0].contains("02:01:02:03:04:05") && lines[0].contains("leave out mac="),
         "{lines:?}"
     );
 }
 
-/// A frame of `len` bytes from `MAC`, each byte telling its place.
+/// A frame of `len` bytes from `MAC`, filled with a pattern.
 fn frame(len: usize) -> Vec<u8> {
     let mut frame: Vec<u8> = (0..len).map(|at| (at % 251) as u8).collect();
     let end = len.min(12);
@@ -114,20 +114,19 @@ fn header(flags: u8, gso_type: u8, words: [u16; 4]) -> [u8; HEADER] {
 
 const NO_HEADER: [u8; HEADER] = [0; HEADER];
 
-/// TCP over IPv4, to be cut.
+/// A virtio-net header of TCP over IPv4 with segmentation offload.
 fn segment() -> [u8; HEADER] {
     header(1, 1, [54, 1448, 34, 16])
 }
 
 impl Test {
-    /// Sends a frame as one buffer; it comes back whatever becomes of it.
+    /// Sends a frame as one buffer, which is returned in any case.
     fn send(&mut self, header: &[u8], frame: &[u8]) {
         let bytes: Vec<u8> = [header, frame].concat();
         assert_eq!(self.rig.ask(TX, &[Buffer::Read(&bytes)]), Some(Vec::new()));
     }
 
-    /// The next frame that came back: its header with the number of buffers, and its bytes. Buffers that came back as they were are
-    /// not part of any.
+    /// The next received frame: its header with the number of buffers, and its bytes. Skips buffers that were returned unused.
     fn received(&mut self) -> Option<(Vec<u8>, Vec<u8>)> {
         let mut parts = std::iter::from_fn(|| self.part()).filter(|part| !part.is_empty());
         let mut bytes = parts.next()?;
@@ -151,13 +150,13 @@ impl Test {
         self.rig.ask(CTRL, &[Buffer::Read(bytes), Buffer::Write(1)]).unwrap()
     }
 
-    /// What the device wants to hear of the network.
+    /// The events of the network that the device waits for.
     fn interest(&self) -> Option<Interest> {
         let sources = self.rig.device.sources();
         sources.iter().find(|source| source.token == 0).map(|source| source.interest)
     }
 
-    /// A frame still gets through in both directions, after a new start.
+    /// Checks that frames pass in both directions after a new start.
     fn works_after_a_reset(&mut self) {
         self.net.fail(None);
         self.rig.start(LINUX);
@@ -203,7 +202,7 @@ fn header_and_frame_may_be_split_anywhere() {
 }
 
 #[test]
-fn a_frame_that_makes_no_sense_is_dropped_and_counted() {
+fn an_invalid_frame_is_dropped_and_counted() {
     let mut test = test(LINUX);
     let large = frame(MAX_FRAME as usize + 1);
     let bad: [(&[u8], &[u8]); 12] = [
@@ -229,18 +228,18 @@ fn a_frame_that_makes_no_sense_is_dropped_and_counted() {
 }
 
 #[test]
-fn nothing_passes_to_the_network_that_was_not_negotiated() {
+fn offloads_that_were_not_negotiated_are_not_passed_on() {
     let mut test = test(PLAIN);
     test.send(&segment(), &frame(9000));
     test.send(&header(1, 0, [0, 0, 34, 16]), &frame(60));
     assert_eq!((test.net.sent().len(), test.counters.tx_malformed.get()), (0, 2));
-    // Flags without a meaning are nobody's request.
+    // Undefined flags are ignored.
     test.send(&header(0xfe, 0, [0, 0, 0, 0]), &frame(60));
     assert_eq!(test.net.sent(), [(NO_HEADER, frame(60))]);
 }
 
 #[test]
-fn a_frame_of_four_gibibytes_or_of_no_memory_comes_back() {
+fn a_frame_of_four_gibibytes_or_outside_of_ram_is_returned() {
     let mut test = test(LINUX);
     let [table, ..] = test.rig.rings(TX);
     let addr = test.rig.allocate(4096);
@@ -272,7 +271,7 @@ fn a_pinned_device_sends_under_its_own_address_only() {
 }
 
 #[test]
-fn without_room_a_frame_waits_and_none_is_lost() {
+fn frames_wait_while_the_network_is_full_and_none_is_lost() {
     let mut test = test(LINUX);
     test.net.set_full(true);
     for len in [60, 61, 62] {
@@ -354,7 +353,7 @@ fn a_large_frame_fills_several_buffers_which_the_driver_sees_at_once() {
 }
 
 #[test]
-fn buffers_that_a_frame_of_another_size_leaves_over_take_the_next_one() {
+fn buffers_left_over_by_a_frame_are_used_for_the_next_one() {
     let mut test = test(LINUX);
     let add = |test: &mut Test, count: usize| {
         for _ in 0..count {
@@ -375,7 +374,7 @@ fn buffers_that_a_frame_of_another_size_leaves_over_take_the_next_one() {
 }
 
 #[test]
-fn a_driver_that_looks_all_the_time_never_sees_a_part_of_a_frame() {
+fn a_polling_driver_never_sees_a_part_of_a_frame() {
     let mut test = test(LINUX);
     let [.., used] = test.rig.rings(RX);
     let memory = test.rig.memory.clone();
@@ -404,7 +403,7 @@ fn a_driver_that_looks_all_the_time_never_sees_a_part_of_a_frame() {
 }
 
 #[test]
-fn a_driver_that_listens_from_time_to_time_is_interrupted_for_frames_of_several_buffers() {
+fn an_event_index_inside_a_frame_of_several_buffers_interrupts() {
     let mut test = test(LINUX);
     let [_, available, _] = test.rig.rings(RX);
     for _ in 0..8 {
@@ -417,7 +416,7 @@ fn a_driver_that_listens_from_time_to_time_is_interrupted_for_frames_of_several_
     test.rig.run();
     assert_eq!(test.rig.acknowledge(), 1);
     assert_eq!(test.received().map(|(header, _)| header[10]), Some(5));
-    // And not again before that index comes round.
+    // And not again before that index is reached.
     test.net.arrive(NO_HEADER, &frame(60));
     test.rig.run();
     assert_eq!(test.rig.acknowledge(), 0);
@@ -425,7 +424,7 @@ fn a_driver_that_listens_from_time_to_time_is_interrupted_for_frames_of_several_
 }
 
 #[test]
-fn a_frame_larger_than_its_buffer_is_dropped_where_it_may_have_one_only() {
+fn a_frame_larger_than_its_only_buffer_is_dropped() {
     let mut test = test(PLAIN);
     test.rig.add(RX, &[Buffer::Write(100)]);
     test.rig.kick(RX);
@@ -453,7 +452,7 @@ fn without_buffers_the_network_is_not_watched_and_nothing_is_read() {
 }
 
 #[test]
-fn buffers_that_are_none_come_back_empty_and_cost_no_frame() {
+fn invalid_buffers_are_returned_empty_and_lose_no_frame() {
     let mut test = test(LINUX);
     let bad = [
         test.rig.add(RX, &[Buffer::Read(b"for reading")]),
@@ -470,7 +469,7 @@ fn buffers_that_are_none_come_back_empty_and_cost_no_frame() {
 }
 
 #[test]
-fn buffers_of_one_byte_never_promise_more_than_there_are() {
+fn the_number_of_buffers_in_a_header_is_exact_for_buffers_of_one_byte() {
     let mut test = test(LINUX);
     test.rig.add(RX, &[Buffer::Write(12)]);
     for _ in 0..15 {
@@ -488,13 +487,13 @@ fn buffers_of_one_byte_never_promise_more_than_there_are() {
 }
 
 #[test]
-fn buffers_without_room_between_others_come_back_and_the_frame_is_whole() {
+fn empty_buffers_between_others_are_returned_and_the_frame_is_complete() {
     let mut test = test(LINUX);
     for buffer in [Buffer::Write(32), Buffer::Read(b"x"), Buffer::Write(40)] {
         test.rig.add(RX, &[buffer]);
     }
     test.rig.kick(RX);
-    // The first attempt fails for want of buffers, with one of them gone back already.
+    // The first attempt fails for lack of buffers, after one of them has been returned.
     test.net.arrive(NO_HEADER, &frame(90));
     test.rig.run();
     let first: Vec<_> = (0..3).map_while(|_| test.rig.take_used(RX)).collect();
@@ -506,7 +505,7 @@ fn buffers_without_room_between_others_come_back_and_the_frame_is_whole() {
 }
 
 #[test]
-fn what_the_driver_does_not_take_is_dropped_and_not_given_to_it() {
+fn frames_with_offloads_that_the_driver_lacks_are_dropped() {
     let mut test = test(PLAIN);
     test.rig.add(RX, &[Buffer::Write(20_000)]);
     test.rig.kick(RX);
@@ -521,7 +520,7 @@ fn what_the_driver_does_not_take_is_dropped_and_not_given_to_it() {
 }
 
 #[test]
-fn offloads_follow_what_the_driver_takes() {
+fn offloads_follow_the_drivers_features() {
     let mut test = test(PLAIN);
     assert_eq!(test.net.offloads(), Offloads::default());
     test.rig.start(LINUX);
@@ -545,7 +544,7 @@ fn offloads_follow_what_the_driver_takes() {
 }
 
 #[test]
-fn the_host_hears_of_offloads_only_when_they_change() {
+fn the_host_gets_offloads_only_when_they_change() {
     let mut test = test(PLAIN);
     for _ in 0..100 {
         test.rig.start(PLAIN);
@@ -567,7 +566,7 @@ fn the_host_hears_of_offloads_only_when_they_change() {
 }
 
 #[test]
-fn commands_are_answered_and_those_that_are_none_with_an_error() {
+fn commands_are_answered_and_invalid_ones_with_an_error() {
     let mut test = test(LINUX);
     let table = |entries: u32, macs: usize| {
         [&[1, 0][..], &entries.to_le_bytes(), &vec![2; 6 * macs], &0_u32.to_le_bytes()].concat()
@@ -623,7 +622,7 @@ fn the_configuration_is_the_address_the_link_and_the_mtu() {
 }
 
 #[test]
-fn frames_beyond_the_mtu_do_not_reach_the_guest_unless_to_be_cut() {
+fn frames_above_the_mtu_do_not_reach_the_guest_unless_segmented() {
     let settings = NetSettings { mtu: Some(1000), ..NetSettings::default() };
     let mut test = test_with(&settings, LINUX);
     for _ in 0..3 {
@@ -654,7 +653,7 @@ fn a_network_that_is_gone_takes_the_link_down_and_the_guest_goes_on() {
 }
 
 #[test]
-fn a_cable_that_is_pulled_and_put_in_again_is_told_of() {
+fn a_link_that_goes_down_and_up_is_reported() {
     let mut test = test(LINUX);
     let carrier = |test: &mut Test| (test.rig.acknowledge() & 2, test.rig.read(0x104) >> 16 & 1);
     for (is_up, expected) in [(false, (2, 0)), (false, (0, 0)), (true, (2, 1)), (true, (0, 1))] {
@@ -669,7 +668,7 @@ fn a_cable_that_is_pulled_and_put_in_again_is_told_of() {
 }
 
 #[test]
-fn a_network_that_fails_for_ever_does_not_keep_the_loop_awake() {
+fn a_network_that_always_fails_does_not_keep_the_loop_awake() {
     let mut test = test(LINUX);
     test.rig.add(RX, &[Buffer::Write(2000)]);
     test.rig.kick(RX);
@@ -691,7 +690,7 @@ fn a_frame_that_the_host_refuses_is_counted_and_the_next_one_goes() {
 }
 
 #[test]
-fn a_reset_forgets_what_waits_and_a_new_driver_starts_afresh() {
+fn a_reset_drops_waiting_frames_and_the_new_driver_starts_clean() {
     let mut test = test(LINUX);
     test.net.set_full(true);
     test.rig.add(TX, &[Buffer::Read(&[&NO_HEADER[..], &frame(60)].concat())]);
@@ -733,7 +732,7 @@ fn rates(bps: u64, pps: u64) -> Rates {
 }
 
 #[test]
-fn a_limit_holds_frames_of_the_guest_back_until_its_time() {
+fn a_limit_delays_frames_of_the_guest() {
     let settings = NetSettings { tx: rates(100_000, 0), ..NetSettings::default() };
     let mut test = test_with(&settings, LINUX);
     let bytes = [&segment()[..], &frame(60_000)].concat();
@@ -752,7 +751,7 @@ fn a_limit_holds_frames_of_the_guest_back_until_its_time() {
 }
 
 #[test]
-fn a_limit_holds_frames_of_the_network_back_without_losing_one() {
+fn a_limit_delays_frames_of_the_network_without_loss() {
     let settings = NetSettings { rx: rates(0, 2), ..NetSettings::default() };
     let mut test = test_with(&settings, LINUX);
     for _ in 0..8 {
@@ -760,7 +759,7 @@ fn a_limit_holds_frames_of_the_network_back_without_losing_one() {
         test.net.arrive(NO_HEADER, &frame(60));
     }
     test.rig.kick(RX);
-    // The first one is paid for by the second, and so on.
+    // A frame is charged to the limit only before the next one is read.
     assert_eq!((test.net.waiting(), test.interest()), (5, None));
     while test.net.waiting() == 5 {
         turn(test.rig.device.as_mut(), 10_000).unwrap();
@@ -769,7 +768,7 @@ fn a_limit_holds_frames_of_the_network_back_without_losing_one() {
 }
 
 #[test]
-fn frames_without_sense_are_limited_like_others() {
+fn invalid_frames_count_against_the_limit() {
     let settings = NetSettings { tx: rates(1_000_000, 4), ..NetSettings::default() };
     let mut test = test_with(&settings, LINUX);
     for _ in 0..16 {
@@ -781,7 +780,7 @@ fn frames_without_sense_are_limited_like_others() {
 }
 
 #[test]
-fn options_become_the_other_end_and_what_a_driver_sees() {
+fn options_select_the_backend_and_the_configuration() {
     let built = |text: &str| {
         let host = MemoryHost::default();
         let options = Options::parse(text).unwrap();
@@ -811,17 +810,17 @@ fn options_become_the_other_end_and_what_a_driver_sees() {
     assert_eq!((rig.read(0x100) & 0xff, rig.offered() & bit::MTU), (2, 0));
     for (text, part) in [
         ("net", "tap=NAME or fd=N"),
-        ("net,tap=a,fd=3", "tap is given"),
+        ("net,tap=a,fd=3", "possible with tap"),
         ("net,fd=x", "descriptor"),
-        ("net,tap=a,mac=01:00:00:00:00:01", "one station"),
+        ("net,tap=a,mac=01:00:00:00:00:01", "unicast"),
         ("net,tap=a,mtu=67", "68 to 65535"),
         ("net,tap=a,mtu=65536", "68 to 65535"),
         ("net,tap=a,pin=yes", "on or off"),
         ("net,tap=a,rx_pps=0", "from 1"),
-        ("net,tap=a,queues=2", "it has one (leave queues=2 away)"),
+        ("net,tap=a,queues=2", "it has one (leave out queues=2)"),
         ("net,tap=a,queues=0", "from 1 to 8"),
         ("net,tap=a,queues=9", "from 1 to 8"),
-        ("net,fd=3,queues=2", "what one descriptor is"),
+        ("net,fd=3,queues=2", "a descriptor has one queue pair"),
     ] {
         let (rig, refusal, _) = built(text);
         assert!(rig.is_none() && refusal.contains(part), "{text}: {refusal}");
@@ -829,14 +828,14 @@ fn options_become_the_other_end_and_what_a_driver_sees() {
 }
 
 #[test]
-fn a_device_that_was_not_started_watches_nothing_of_the_network() {
+fn a_device_that_was_not_started_does_not_poll_the_network() {
     let net = MemoryNet::new().unwrap();
     let device = Net::new(Box::new(net.clone()), &NetSettings::default()).unwrap();
     net.arrive(NO_HEADER, &frame(60));
     assert!(device.sources().iter().all(|source| source.token != 0));
 }
 
-/// A device with so many pairs of queues, and the ends of them.
+/// A device with this number of queue pairs, and their backends.
 fn several(pairs: usize, settings: &NetSettings, features: u64) -> (Rig, Vec<MemoryNet>) {
     let nets: Vec<MemoryNet> = (0..pairs).map(|_| MemoryNet::new().unwrap()).collect();
     let end = |net: &MemoryNet| Box::new(net.clone()) as Box<dyn NetBackend>;
@@ -857,13 +856,13 @@ fn in_use(nets: &[MemoryNet]) -> Vec<bool> {
 }
 
 #[test]
-fn a_driver_says_how_many_pairs_of_queues_it_uses() {
+fn a_driver_selects_the_number_of_queue_pairs() {
     let (mut rig, nets) = several(4, &NetSettings::default(), LINUX | bit::MQ);
     assert_eq!(rig.offered() & bit::MQ, bit::MQ);
     assert_eq!(rig.read(0x108) & 0xffff, 4, "max_virtqueue_pairs");
     assert_eq!(in_use(&nets), [true, false, false, false]);
     let bytes = [&NO_HEADER[..], &frame(60)].concat();
-    // What comes too early waits.
+    // A frame that arrives too early waits.
     rig.add(7, &[Buffer::Read(&bytes)]);
     rig.add(6, &[Buffer::Write(2000)]);
     (6..8).for_each(|queue| rig.kick(queue));
@@ -888,7 +887,7 @@ fn a_driver_says_how_many_pairs_of_queues_it_uses() {
 }
 
 #[test]
-fn a_driver_that_knows_one_pair_finds_the_commands_behind_it() {
+fn without_multiqueue_the_control_queue_follows_the_first_pair() {
     let (mut rig, nets) = several(3, &NetSettings::default(), LINUX);
     assert_eq!(rig.ask(CTRL, &[Buffer::Read(&[0, 0, 1]), Buffer::Write(1)]).unwrap(), [0]);
     assert_eq!(use_pairs(&mut rig, CTRL, 2), [1], "it was not negotiated");
@@ -897,7 +896,7 @@ fn a_driver_that_knows_one_pair_finds_the_commands_behind_it() {
 }
 
 #[test]
-fn a_host_that_keeps_its_queues_as_they_are_is_believed() {
+fn a_host_that_refuses_the_queue_change_fails_the_command() {
     let (mut rig, nets) = several(3, &NetSettings::default(), LINUX | bit::MQ);
     nets[2].fail(Some(ErrorKind::PermissionDenied));
     assert_eq!(use_pairs(&mut rig, 6, 3), [1]);
@@ -908,7 +907,7 @@ fn a_host_that_keeps_its_queues_as_they_are_is_believed() {
 }
 
 #[test]
-fn a_limit_is_that_of_all_pairs_together() {
+fn a_limit_applies_to_all_pairs_together() {
     let settings = NetSettings { tx: rates(1_000_000, 4), ..NetSettings::default() };
     let (mut rig, nets) = several(2, &settings, LINUX | bit::MQ);
     assert_eq!(use_pairs(&mut rig, 4, 2), [0]);

@@ -1,4 +1,4 @@
-//! The socket device against its driver and against programs of the host, over real Unix sockets.
+//! The socket device with its driver and with programs of the host, over real Unix sockets.
 #![allow(
     clippy::unwrap_used,
     clippy::indexing_slicing,
@@ -22,7 +22,7 @@ use vm_memory::{Bytes, GuestAddress};
 const RX: u32 = 0;
 const TX: u32 = 1;
 const HEADER: usize = 44;
-/// Bytes of a buffer for received packets, header included, as Linux has them.
+/// Size of a receive buffer in bytes, header included, as in Linux.
 const RX_BUFFER: u32 = 4096;
 const HOST: u64 = 2;
 const GUEST: u64 = 3;
@@ -35,7 +35,7 @@ const RW: u16 = 5;
 const CREDIT_UPDATE: u16 = 6;
 const CREDIT_REQUEST: u16 = 7;
 
-/// A packet, with the fields that tests look at.
+/// A packet with the fields that the tests use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Packet {
     src: (u64, u32),
@@ -111,7 +111,7 @@ impl Guest {
         Self::with("")
     }
 
-    /// A guest without receive buffers, whose device has these further options.
+    /// A guest without receive buffers, and a device with these additional options.
     fn with(further: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let text = format!("vsock,path={}{further}", folder.path().join("s").display());
@@ -144,12 +144,12 @@ impl Guest {
         self.folder.path().join(name)
     }
 
-    /// A program of the host that the guest reaches at `port`.
+    /// A host program that listens for the guest's connections to `port`.
     fn listen(&self, port: u32) -> UnixListener {
         UnixListener::bind(self.path(&format!("s_{port}"))).unwrap()
     }
 
-    /// A program of the host that wants to the guest.
+    /// A host program that connects to the guest.
     fn call(&mut self, line: &[u8]) -> UnixStream {
         let mut stream = UnixStream::connect(self.path("s")).unwrap();
         stream.write_all(line).unwrap();
@@ -157,7 +157,7 @@ impl Guest {
         stream
     }
 
-    /// Sends bytes as one packet; false where the device did not take it.
+    /// Sends bytes as one packet; false if the device did not accept it.
     fn send_bytes(&mut self, bytes: &[u8]) -> bool {
         let table = self.rig.rings(TX)[0];
         self.rig.memory.write_slice(bytes, GuestAddress(self.send_at)).unwrap();
@@ -183,7 +183,7 @@ impl Guest {
         self.send(&Packet::new(op, ports.0, ports.1));
     }
 
-    /// The next packet that the device has sent; its buffer is made available again.
+    /// The next packet from the device; makes its buffer available again.
     fn receive(&mut self) -> Option<Packet> {
         let (head, len) = self.rig.take_used(RX)?;
         let at = self.receive_at + u64::from(head) * u64::from(RX_BUFFER);
@@ -202,7 +202,7 @@ impl Guest {
         self.receive().map(|packet| packet.op)
     }
 
-    /// All bytes that come over streams until nothing comes, and in how many packets.
+    /// All pending bytes of all streams, and the number of packets.
     fn read(&mut self) -> (Vec<u8>, usize) {
         let (mut all, mut packets) = (Vec::new(), 0);
         loop {
@@ -232,27 +232,27 @@ fn heard(stream: &mut UnixStream, count: usize) -> Vec<u8> {
 }
 
 #[test]
-fn the_device_says_who_the_guest_is() {
+fn the_configuration_has_the_guests_cid() {
     let mut guest = Guest::new();
     assert_eq!([8, 0x100, 0x104].map(|register| guest.rig.read(register)), [19, 3, 0]);
     assert_eq!(guest.rig.offered() & 0xff_ffff, 1, "streams and nothing else");
 }
 
 #[test]
-fn addresses_that_mean_others_and_a_missing_path_are_refused() {
+fn reserved_addresses_and_a_missing_path_are_refused() {
     for text in ["vsock", "vsock,path=", "vsock,path=/x,cid=2", "vsock,path=/x,cid=4294967295"] {
         let options = Options::parse(text).unwrap();
         assert!(Model::find("vsock").unwrap().create(&options, wiring()).is_err(), "{text}");
     }
-    // The greatest one is only refused for want of sockets here.
+    // The largest one is refused only because there are no sockets here.
     let options = Options::parse("vsock,path=/x,cid=4294967294").unwrap();
     let wiring = Wiring { host: Arc::new(NoHost), ..wiring() };
     let error = Model::find("vsock").unwrap().create(&options, wiring).err().unwrap();
-    assert!(format!("{error:?}").contains("no sockets here"), "{error:?}");
+    assert!(format!("{error:?}").contains("this host has no sockets"), "{error:?}");
 }
 
 #[test]
-fn a_guest_reaches_a_program_of_the_host() {
+fn a_guest_connects_to_a_program_of_the_host() {
     let mut guest = Guest::new();
     let listener = guest.listen(52);
     guest.send_op(REQUEST, (1000, 52));
@@ -277,7 +277,7 @@ fn a_guest_reaches_a_program_of_the_host() {
 }
 
 #[test]
-fn a_program_of_the_host_reaches_the_guest() {
+fn a_program_of_the_host_connects_to_the_guest() {
     let mut guest = Guest::new();
     let mut program = guest.call(b"CONNECT 80\nearly");
     let request = guest.receive().unwrap();
@@ -297,7 +297,7 @@ fn a_program_of_the_host_reaches_the_guest() {
 }
 
 #[test]
-fn a_guest_that_refuses_a_call_ends_it() {
+fn a_guest_that_refuses_a_connection_ends_it() {
     let mut guest = Guest::new();
     let mut program = guest.call(b"CONNECT 81\n");
     let request = guest.receive().unwrap();
@@ -307,7 +307,7 @@ fn a_guest_that_refuses_a_call_ends_it() {
 }
 
 #[test]
-fn callers_wait_until_the_guest_has_a_driver() {
+fn connections_wait_until_the_guest_has_a_driver() {
     let mut guest = Guest::new();
     guest.rig.write(0x70, 0);
     guest.rig.run();
@@ -321,7 +321,7 @@ fn callers_wait_until_the_guest_has_a_driver() {
 }
 
 #[test]
-fn a_port_where_nobody_is_is_refused() {
+fn a_port_without_a_listener_is_refused() {
     let mut guest = Guest::new();
     std::fs::create_dir(guest.path("s_2")).unwrap();
     std::fs::write(guest.path("s_3"), "a file").unwrap();
@@ -334,7 +334,7 @@ fn a_port_where_nobody_is_is_refused() {
 }
 
 #[test]
-fn what_is_unknown_is_answered_by_an_rst_and_leaves_no_trace() {
+fn packets_of_unknown_streams_are_answered_by_an_rst() {
     let mut guest = Guest::new();
     let _listener = guest.listen(52);
     for op in [0, RESPONSE, SHUTDOWN, RW, CREDIT_UPDATE, CREDIT_REQUEST, 8, u16::MAX] {
@@ -351,7 +351,7 @@ fn what_is_unknown_is_answered_by_an_rst_and_leaves_no_trace() {
 }
 
 #[test]
-fn packets_from_or_to_others_are_dropped() {
+fn packets_from_or_to_other_addresses_are_dropped() {
     let mut guest = Guest::new();
     let _listener = guest.listen(52);
     for (src, dst) in
@@ -383,7 +383,7 @@ fn a_header_may_be_split_but_not_be_short() {
 }
 
 #[test]
-fn a_length_that_is_not_there_is_no_packet() {
+fn a_packet_longer_than_its_buffers_is_dropped() {
     let mut guest = Guest::new();
     let listener = guest.listen(52);
     let mut program = guest.connect(&listener, 52);
@@ -393,11 +393,11 @@ fn a_length_that_is_not_there_is_no_packet() {
         guest.send(&Packet { len, payload, ..Packet::new(RW, 1000, 52) });
         assert_eq!(program.read(&mut [0; 8]).unwrap_err().kind(), ErrorKind::WouldBlock, "{len}");
     }
-    // A payload of 65,537 bytes that are all there is too much, too.
+    // A complete payload of 65,537 bytes is too long as well.
     let payload = vec![0; 65_537];
     guest.send(&Packet { len: 65_537, payload, ..Packet::new(RW, 1000, 52) });
     assert_eq!(program.read(&mut [0; 8]).unwrap_err().kind(), ErrorKind::WouldBlock);
-    // The payload's buffer crosses the end of RAM, or wraps.
+    // The payload's buffer crosses the end of RAM, or wraps around.
     let table = guest.rig.rings(TX)[0];
     for (addr, len) in [(RAM + RAM_SIZE - 10, 100), (u64::MAX - 10, 100), (0, 100)] {
         let header = Packet { len, ..Packet::new(RW, 1000, 52) }.bytes();
@@ -415,7 +415,7 @@ fn a_length_that_is_not_there_is_no_packet() {
 }
 
 #[test]
-fn a_program_that_does_not_read_holds_the_guest_back_and_one_over_the_limit_loses_its_stream() {
+fn a_program_that_does_not_read_blocks_the_guest_and_exceeding_the_credit_ends_the_stream() {
     let mut guest = Guest::new();
     let listener = guest.listen(52);
     let mut idle = guest.connect(&listener, 52);
@@ -423,7 +423,7 @@ fn a_program_that_does_not_read_holds_the_guest_back_and_one_over_the_limit_lose
     assert_eq!(guest.op(), Some(RESPONSE));
     let mut other = listener.accept().unwrap().0;
 
-    // Until the socket is full and nothing is confirmed any more.
+    // Until the socket is full and no more credit is given.
     let (chunk, mut sent, mut confirmed) = (vec![7; 16 << 10], 0_u32, 0);
     while sent - confirmed + chunk.len() as u32 <= 64 << 10 {
         guest.write((1000, 52), &chunk);
@@ -441,7 +441,7 @@ fn a_program_that_does_not_read_holds_the_guest_back_and_one_over_the_limit_lose
     }
     assert!(turn(guest.rig.device.as_mut(), 0).unwrap() == 0, "the loop sleeps meanwhile");
 
-    // What fits into the last of the buffer is right, and one byte more is not.
+    // The remaining buffer may be filled completely, but not exceeded by one byte.
     let rest = (64 << 10) - (sent - confirmed);
     guest.write((1000, 52), &vec![7; rest as usize]);
     assert_eq!(guest.op(), None);
@@ -456,7 +456,7 @@ fn a_program_that_does_not_read_holds_the_guest_back_and_one_over_the_limit_lose
 }
 
 #[test]
-fn what_was_held_back_goes_out_in_order_and_is_confirmed() {
+fn buffered_bytes_are_sent_in_order_and_credited() {
     let mut guest = Guest::new();
     let listener = guest.listen(52);
     let mut program = guest.connect(&listener, 52);
@@ -493,7 +493,7 @@ fn what_was_held_back_goes_out_in_order_and_is_confirmed() {
 }
 
 #[test]
-fn a_guest_gets_no_more_than_it_has_room_for() {
+fn a_guest_gets_no_more_than_its_credit() {
     let mut guest = Guest::new();
     let listener = guest.listen(52);
     guest.send(&Packet { buf_alloc: 100, ..Packet::new(REQUEST, 1000, 52) });
@@ -506,7 +506,7 @@ fn a_guest_gets_no_more_than_it_has_room_for() {
     assert_eq!(guest.op(), None);
     let credit =
         |fwd_cnt, buf_alloc| Packet { fwd_cnt, buf_alloc, ..Packet::new(CREDIT_UPDATE, 1000, 52) };
-    // A smaller buffer than what is in it is no room at all.
+    // A buffer size smaller than the bytes in it means no space.
     guest.send(&credit(40, 50));
     assert_eq!(guest.op(), None);
     guest.send(&credit(100, 60));
@@ -523,11 +523,11 @@ fn a_guest_gets_no_more_than_it_has_room_for() {
 }
 
 #[test]
-fn bytes_of_the_host_come_in_large_pieces() {
+fn bytes_of_the_host_arrive_in_large_packets() {
     let mut guest = Guest::new();
     let listener = guest.listen(52);
     let mut program = guest.connect(&listener, 52);
-    // As many as fit into the socket one by one, and then as many as fit at once.
+    // As many as fit into the socket byte by byte, and then as many as fit at once.
     (0..200).for_each(|_| program.write_all(b"x").unwrap());
     assert_eq!(guest.read(), (vec![b'x'; 200], 1));
     program.write_all(&[b'y'; 20_000]).unwrap();
@@ -559,7 +559,7 @@ fn a_guest_has_1023_streams_at_most() {
         }
     }
     assert_eq!((responses, refusals), (1023, 3000 - 1023));
-    // Callers of the host wait outside until there is room.
+    // Further connections of the host wait until a stream is free.
     let mut caller = guest.call(b"CONNECT 7\n");
     assert_eq!(guest.op(), None);
     guest.send_op(RST, (0, 52));
@@ -571,7 +571,7 @@ fn a_guest_has_1023_streams_at_most() {
 }
 
 #[test]
-fn a_call_that_the_guest_never_answers_ends_after_a_while() {
+fn a_connection_that_the_guest_never_answers_times_out() {
     let mut guest = Guest::with(",timeout=1");
     guest.supply(16);
     let mut program = guest.call(b"CONNECT 80\n");
@@ -591,7 +591,7 @@ fn a_call_that_the_guest_never_answers_ends_after_a_while() {
 }
 
 #[test]
-fn a_guest_that_is_starting_has_longer_than_a_few_seconds() {
+fn a_starting_guest_has_a_longer_time_out() {
     let mut guest = Guest::new();
     let program = guest.call(b"CONNECT 80\n");
     let silent = guest.call(b"CON");
@@ -600,7 +600,7 @@ fn a_guest_that_is_starting_has_longer_than_a_few_seconds() {
     while let Some(left) = early.checked_sub(start.elapsed()) {
         turn(guest.rig.device.as_mut(), left.as_millis() as i32).unwrap();
     }
-    // On a machine that was busy for longer than the device waits nothing is seen.
+    // If the machine was busy for longer than the device waits, this cannot be observed.
     if start.elapsed() < Duration::from_secs(25) {
         assert!(!is_closed(&program) && !is_closed(&silent));
     }
@@ -644,7 +644,7 @@ fn bytes_before_the_answer_or_after_the_end_end_the_stream() {
 }
 
 #[test]
-fn each_side_may_stop_to_send_and_go_on_to_read() {
+fn each_side_may_shut_down_sending_and_still_receive() {
     let mut guest = Guest::new();
     let listener = guest.listen(52);
     let mut program = guest.connect(&listener, 52);
@@ -672,7 +672,7 @@ fn each_side_may_stop_to_send_and_go_on_to_read() {
 }
 
 #[test]
-fn a_program_that_leaves_ends_the_stream_behind_its_last_bytes() {
+fn a_program_that_closes_ends_the_stream_after_its_last_bytes() {
     let mut guest = Guest::new();
     let listener = guest.listen(52);
     let mut program = guest.connect(&listener, 52);
@@ -685,7 +685,7 @@ fn a_program_that_leaves_ends_the_stream_behind_its_last_bytes() {
     guest.send_op(RST, (1000, 52));
     assert_eq!(guest.op(), None);
 
-    // A guest that says nothing is not waited for for ever.
+    // A guest that sends nothing is waited for only for a limited time.
     drop(guest.connect(&listener, 52));
     guest.rig.run();
     assert_eq!(guest.op(), Some(SHUTDOWN));
@@ -697,7 +697,7 @@ fn a_program_that_leaves_ends_the_stream_behind_its_last_bytes() {
 }
 
 #[test]
-fn callers_that_talk_nonsense_are_sent_away() {
+fn clients_with_invalid_requests_are_disconnected() {
     let mut guest = Guest::new();
     for line in [&b"GET / HTTP/1.1\r\n"[..], &[b'x'; 33], b"CONNECT 99999999999\n", b"\0\0\0\n"] {
         for _ in 0..50 {
@@ -709,11 +709,11 @@ fn callers_that_talk_nonsense_are_sent_away() {
 }
 
 #[test]
-fn a_guest_that_does_not_take_answers_is_not_listened_to() {
+fn a_guest_that_takes_no_replies_is_not_served() {
     let mut guest = Guest::without_buffers();
     let mut answered = 0;
     let mut taken = 0;
-    // Each packet wants an answer, and none can be given.
+    // Each packet needs a reply, and none can be sent.
     while guest.send_bytes(&Packet::new(RW, taken, 1).bytes()) {
         taken += 1;
         assert!(taken < 10_000, "the answers are kept without limit");
@@ -736,7 +736,7 @@ fn streams_wait_for_buffers_without_keeping_the_loop_awake() {
     let mut program = listener.accept().unwrap().0;
     program.write_all(&[5; 10_000]).unwrap();
     guest.rig.run();
-    // Asking, ending and asking again leaves nothing behind that waits for its turn.
+    // Connecting, resetting and connecting again leaves no stale entries in the send queue.
     for _ in 0..1000 {
         guest.send_op(REQUEST, (2000, 52));
         guest.send_op(RST, (2000, 52));
@@ -786,7 +786,7 @@ fn a_reset_ends_all_streams_and_the_device_works_again() {
 }
 
 #[test]
-fn a_reset_by_a_hart_has_the_loop_look_at_what_is_left() {
+fn a_reset_by_a_hart_wakes_the_loop() {
     let mut guest = Guest::new();
     let listener = guest.listen(52);
     let _program = guest.connect(&listener, 52);
@@ -797,7 +797,7 @@ fn a_reset_by_a_hart_has_the_loop_look_at_what_is_left() {
 }
 
 #[test]
-fn the_sockets_file_goes_with_the_device() {
+fn the_socket_file_is_deleted_with_the_device() {
     let guest = Guest::new();
     let Guest { rig, folder, .. } = guest;
     assert!(folder.path().join("s").exists());

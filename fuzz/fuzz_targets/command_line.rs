@@ -1,4 +1,4 @@
-//! Fuzzes a kernel command line, and the archive that paths of a user become.
+//! Fuzzes a kernel command line, and an archive with a user's paths.
 #![no_main]
 
 use rvmm_fuzz::opened;

@@ -1,4 +1,4 @@
-//! Fuzzes what a debugger sends.
+//! Fuzzes the packets of a debugger.
 #![no_main]
 
 use rvmm::fuzzing;

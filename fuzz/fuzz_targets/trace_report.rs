@@ -1,4 +1,4 @@
-//! Fuzzes trace files, and those of rvmm's own writer.
+//! Fuzzes trace files, including changed ones of rvmm's own writer.
 #![no_main]
 
 use rvmm::fuzzing;

@@ -1,6 +1,6 @@
 //! Fuzzes a hostile driver of the virtio device balloon.
 #![no_main]
 
-use rvmm_fuzz::play;
+use rvmm_fuzz::scenario;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| scenario::virtio(scenario::kind::Kind::Balloon, bytes));

@@ -1,4 +1,4 @@
-//! What the fuzz targets play: the same sources that the tests of ring 1 have.
+//! The code of the fuzz targets: the same sources as in the tests of ring 1.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

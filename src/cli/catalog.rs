@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use rvmm_devices::{CATALOG, Model, Placement, SLOT};
 
-/// Every model, where it goes, and its options.
+/// Every model, its placement, and its options.
 pub(super) fn listing() -> String {
     let mut text = String::from("Devices (--device NAME,KEY=VALUE,...):\n");
     // Writing into a String cannot fail.

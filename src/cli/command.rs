@@ -1,4 +1,4 @@
-//! The command line as clap knows it: every verb, every flag, its help text. Nothing else in rvmm sees these types.
+//! The command line as clap structs: every verb, every flag, its help text. Only `cli` uses these types.
 
 use std::path::PathBuf;
 
@@ -44,16 +44,16 @@ pub(super) enum Verb {
     /// Run a machine; the same as rvmm without a verb
     #[command(after_help = SHORT_END, after_long_help = EXAMPLES, override_usage = "rvmm run --kernel FILE [--mem SIZE] [FLAGS]")]
     Run(Box<RunArgs>),
-    /// Say what this host can do, and what to do about what it cannot
+    /// Report what this host supports, with advice for what is missing
     Doctor {
         /// Print JSON instead of text
         #[arg(long)]
         json: bool,
     },
-    /// Run an exercise of a course on virtualization, and see what it makes the hardware, KVM and rvmm do
+    /// Run an exercise of a course on virtualization, and see what the hardware, KVM and rvmm do
     #[command(after_help = "Example: rvmm lab simple_hv --explain")]
     Lab(Box<LabArgs>),
-    /// Make the image of a flash that holds one program, for the labs h_2_0 and h_4_0
+    /// Create a flash image with one program, for the labs h_2_0 and h_4_0
     #[command(after_help = "Example: rvmm mkpflash program.bin --output pflash.img")]
     Mkpflash {
         /// The program: a flat file
@@ -63,12 +63,12 @@ pub(super) enum Verb {
         #[arg(long, short, value_name = "FILE")]
         output: PathBuf,
     },
-    /// Work on traces of exits, which rvmm --trace FILE writes
+    /// Process traces of exits, which rvmm --trace FILE writes
     Trace {
         #[command(subcommand)]
         verb: TraceVerb,
     },
-    /// Show what a running machine does: exits by kind, harts and devices, each second
+    /// Show a running machine's activity, each second: exits by kind, harts and devices
     #[command(after_help = "Example: rvmm stat web")]
     Stat {
         #[command(flatten)]
@@ -80,13 +80,13 @@ pub(super) enum Verb {
         #[command(flatten)]
         machine: MachineArgs,
     },
-    /// Print where a virtual address of a running machine leads, through both stages of translation
+    /// Translate a virtual address of a running machine, and print both stages of the walk
     #[command(after_help = "Example: rvmm walk 0xffff_ffff_8000_0000 web --hart 1")]
     Walk {
         /// The virtual address
         #[arg(value_name = "ADDRESS", value_parser = size::address)]
         address: u64,
-        /// The hart whose page tables are meant
+        /// The hart whose page tables are used
         #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
         hart: u32,
         #[command(flatten)]
@@ -109,55 +109,55 @@ pub(super) enum Verb {
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
     /// The kernel: a RISC-V Image (plain, gzip or zstd) or an ELF file
-    #[arg(long, value_name = "FILE", help_heading = "What runs")]
+    #[arg(long, value_name = "FILE", help_heading = "Boot")]
     pub(super) kernel: Option<PathBuf>,
 
-    /// The whole machine from a JSON file, without any other flag
+    /// Read the whole configuration from a JSON file; no other flag may be given
     ///
-    /// Its keys are those of the library's VmConfig; rvmm logs as RVMM_LOG says.
-    #[arg(long, value_name = "FILE", help_heading = "What runs", exclusive = true)]
+    /// Its keys are those of the library's VmConfig; RVMM_LOG sets the log level.
+    #[arg(long, value_name = "FILE", help_heading = "Boot", exclusive = true)]
     pub(super) config: Option<PathBuf>,
 
-    /// Initial RAM disk, handed to the kernel as it is
-    #[arg(long, value_name = "FILE", help_heading = "What runs", conflicts_with = "no_initrd")]
+    /// Initial RAM disk, passed to the kernel as it is
+    #[arg(long, value_name = "FILE", help_heading = "Boot", conflicts_with = "no_initrd")]
     pub(super) initrd: Option<PathBuf>,
 
     /// No initial RAM disk, not even the built-in prompt
     ///
-    /// The built-in prompt comes where neither --initrd nor a disk is given, and neither root=, rdinit= nor noinitrd stands
-    /// in the kernel's command line.
-    #[arg(long, help_heading = "What runs")]
+    /// The built-in prompt is used if neither --initrd nor a disk is given, and the kernel's command line has neither root=,
+    /// rdinit= nor noinitrd.
+    #[arg(long, help_heading = "Boot")]
     pub(super) no_initrd: bool,
 
     /// The kernel's command line [default: earlycon=sbi console=ttyS0]
     ///
-    /// What is given replaces the default as a whole. earlycon=sbi shows what a kernel says before its console is up.
-    #[arg(long, value_name = "STR", help_heading = "What runs", allow_hyphen_values = true)]
+    /// It replaces the whole default. earlycon=sbi shows the messages of a kernel before its console is up.
+    #[arg(long, value_name = "STR", help_heading = "Boot", allow_hyphen_values = true)]
     pub(super) cmdline: Option<String>,
 
     /// Use this device tree instead of the generated one
     ///
-    /// Its command line counts: --cmdline cannot be given with it. rvmm writes into it where the initrd lies, and says where it
-    /// does not fit the machine.
-    #[arg(long, value_name = "FILE", help_heading = "What runs")]
+    /// Its command line is used: --cmdline cannot be given with it. rvmm writes the initrd's address into it, and reports where
+    /// it does not match the machine.
+    #[arg(long, value_name = "FILE", help_heading = "Boot")]
     pub(super) dtb: Option<PathBuf>,
 
-    /// Where the device tree is put [default: high in RAM]
-    #[arg(long, value_name = "ADDR", help_heading = "What runs", allow_negative_numbers = true, value_parser = size::address)]
+    /// Address of the device tree [default: high in RAM]
+    #[arg(long, value_name = "ADDR", help_heading = "Boot", allow_negative_numbers = true, value_parser = size::address)]
     pub(super) dtb_addr: Option<u64>,
 
-    /// Write the device tree that the guest gets to a file, and go on
-    #[arg(long, value_name = "FILE", help_heading = "What runs")]
+    /// Write the guest's device tree to a file, and continue
+    #[arg(long, value_name = "FILE", help_heading = "Boot")]
     pub(super) dump_dtb: Option<PathBuf>,
 
-    /// Put a flat binary at a guest-physical address; may be given several times
-    #[arg(long, value_name = "FILE@ADDR", help_heading = "What runs", value_parser = OsStringValueParser::new().try_map(value::load))]
+    /// Load a flat binary at a guest-physical address; may be given several times
+    #[arg(long, value_name = "FILE@ADDR", help_heading = "Boot", value_parser = OsStringValueParser::new().try_map(value::load))]
     pub(super) load: Vec<LoadConfig>,
 
-    /// Where hart 0 starts [default: an Image's first byte, an ELF file's lowest address]
+    /// Entry point of hart 0 [default: an Image's first byte, an ELF file's lowest address]
     ///
-    /// An address inside something that is loaded, or inside a flash (mode=map).
-    #[arg(long, value_name = "ADDR", help_heading = "What runs", allow_negative_numbers = true, value_parser = size::address)]
+    /// An address inside a loaded file, or inside a flash (mode=map).
+    #[arg(long, value_name = "ADDR", help_heading = "Boot", allow_negative_numbers = true, value_parser = size::address)]
     pub(super) entry: Option<u64>,
 
     /// Memory of the guest [default: 512M]
@@ -175,7 +175,7 @@ pub(super) struct RunArgs {
     pub(super) cpus: Option<u32>,
 
     /// The interrupt controller [default: auto]
-    #[arg(long, value_name = "WHICH", help_heading = "Machine", value_parser = choice::irqchip())]
+    #[arg(long, value_name = "CONTROLLER", help_heading = "Machine", value_parser = choice::irqchip())]
     pub(super) irqchip: Option<IrqchipChoice>,
 
     /// Name of the machine, for people and logs: letters, digits, '_' and '-' [default: rvmm]
@@ -184,8 +184,8 @@ pub(super) struct RunArgs {
 
     /// Extensions that differ from the host's: host,-v,-zicbom
     ///
-    /// -NAME switches one off: in KVM where KVM allows it, else it is hidden in the device tree, and the log says which.
-    /// +NAME insists on one. The host's own are the start.
+    /// -NAME switches one off: in KVM if KVM allows it, else it is hidden in the device tree, and the log says which.
+    /// +NAME requires one. The host's extensions are the default.
     #[arg(long, value_name = "LIST", help_heading = "Harts", allow_hyphen_values = true, value_parser = value::isa)]
     pub(super) isa: Option<List<KnobChange>>,
 
@@ -203,49 +203,49 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "LIST", help_heading = "Harts", value_parser = value::affinity)]
     pub(super) affinity: Option<List<(u32, u32)>>,
 
-    /// The other end of the serial line ttyS0: stdio, null, pty, file:PATH, unix:PATH or connect:PATH [default: stdio]
+    /// Backend of the serial line ttyS0: stdio, null, pty, file:PATH, unix:PATH or connect:PATH [default: stdio]
     ///
-    /// pty makes a pseudo terminal and prints its path; unix listens on a socket for one client at a time, connect is the other end of one.
+    /// pty creates a pseudo terminal and prints its path; unix listens on a socket for one client at a time, connect connects to one.
     #[arg(long, value_name = "WHERE", help_heading = "Devices", value_parser = OsStringValueParser::new().try_map(value::serial))]
     pub(super) serial: Option<SerialConfig>,
 
     /// A disk: a file or block device; may be given several times
     ///
-    /// The guest calls the first one vda. KEY=VALUE are those of --device blk: ro=on, cache=none, serial=TEXT, ... The
-    /// same as --device blk,path=PATH,KEY=VALUE; vhost-user=SOCKET is a disk that another program serves. With a disk there
-    /// is no built-in prompt: say what the root file system is with --cmdline 'console=ttyS0 root=/dev/vda'.
+    /// The first one is the guest's vda. KEY=VALUE are the options of --device blk: ro=on, cache=none, serial=TEXT, ... Short
+    /// for --device blk,path=PATH,KEY=VALUE; vhost-user=SOCKET is a disk that another program serves. With a disk there is no
+    /// built-in prompt: name the root file system with --cmdline 'console=ttyS0 root=/dev/vda'.
     #[arg(long, value_name = "PATH,KEY=VALUE", help_heading = "Devices", value_parser = value::disk)]
     pub(super) disk: Vec<String>,
 
     /// Connect the guest to a network: user, tap=NAME or vhost-user=SOCKET, with options; may be given several times
     ///
-    /// user needs no privileges and Debian's passt: user,forward=2222:22 leads port 2222 of the host to port 22 of the guest.
-    /// How a tap is made: docs/networks.md. A short form of --device net-user, net or vhost-user-net.
+    /// user needs Debian's passt and no privileges: user,forward=2222:22 forwards port 2222 of the host to port 22 of the guest.
+    /// For tap interfaces see docs/networks.md. Short for --device net-user, net or vhost-user-net.
     #[arg(long, value_name = "user|tap=NAME", help_heading = "Devices", value_parser = value::net)]
     pub(super) net: Vec<String>,
 
-    /// A virtio console, hvc0: to=WHERE; with port=NAME,path=PATH a named port beside it; may be given several times
+    /// A virtio console, hvc0: to=WHERE; with port=NAME,path=PATH a named port of it; may be given several times
     ///
-    /// WHERE is as for --serial. A program in the guest finds a port at /dev/virtio-ports/NAME, one on the host at the Unix
-    /// socket PATH (or port=NAME,to=WHERE). All of them are one --device console,to=WHERE,port1=NAME=unix:PATH,...
+    /// WHERE is as for --serial. A port is /dev/virtio-ports/NAME in the guest, and the Unix socket PATH on the host (or
+    /// port=NAME,to=WHERE). All --console together are one --device console,to=WHERE,port1=NAME=unix:PATH,...
     #[arg(long, value_name = "to=WHERE|port=NAME,path=PATH", help_heading = "Devices", value_parser = value::console)]
     pub(super) console: Vec<value::ConsoleEnd>,
 
     /// Share a folder of the host, through virtiofsd: mount -t virtiofs TAG /mnt in the guest; may be given several times
     ///
-    /// With :ro nothing can be changed in it. Short for --device fs,tag=TAG,path=PATH.
+    /// With :ro it is read-only. Short for --device fs,tag=TAG,path=PATH.
     #[arg(long, value_name = "TAG=PATH[:ro]", help_heading = "Devices", value_parser = value::share)]
     pub(super) share: Vec<String>,
 
-    /// Add a device, or set options of the board's own; may be given several times
+    /// Add a device, or set options of a built-in one; may be given several times
     ///
-    /// --device help lists all of them with their options.
+    /// --device help lists all devices with their options.
     #[arg(long, value_name = "NAME,KEY=VALUE", help_heading = "Devices")]
     pub(super) device: Vec<String>,
 
-    /// Connect programs in the guest and on the host by sockets: the guest's port N, and N of the host at PATH_N
+    /// Connect programs in the guest and on the host by sockets: the guest's port N, and the host's port N at PATH_N
     ///
-    /// rvmm listens on the Unix socket PATH: who connects and writes CONNECT N gets the guest's port N. With backend=kernel both
+    /// rvmm listens on the Unix socket PATH: a client that writes CONNECT N is connected to the guest's port N. With backend=kernel both
     /// sides use AF_VSOCK, the guest as CID N. Short for --device vsock,path=PATH and --device vsock,backend=kernel.
     #[arg(long, value_name = "PATH[,cid=N][,timeout=S]|backend=kernel[,cid=N]", help_heading = "Devices", value_parser = value::vsock)]
     pub(super) vsock: Option<String>,
@@ -258,57 +258,57 @@ pub(super) struct RunArgs {
     #[arg(long, help_heading = "Devices")]
     pub(super) list_devices: bool,
 
-    /// Exit when the guest asks for a reboot, instead of starting it again
+    /// Exit when the guest requests a reboot, instead of restarting it
     #[arg(long, help_heading = "Behaviour")]
     pub(super) no_reboot: bool,
 
-    /// What an access to an address without memory or device does [default: zero]
-    #[arg(long, value_name = "WHAT", help_heading = "Behaviour", value_parser = choice::unassigned())]
+    /// Effect of an access to an address without memory or device [default: zero]
+    #[arg(long, value_name = "EFFECT", help_heading = "Behaviour", value_parser = choice::unassigned())]
     pub(super) unassigned: Option<Unassigned>,
 
-    /// The mode in which hart 0 starts: vs (a kernel's) or vu (every privileged instruction is a trap that rvmm sees) [default: vs]
+    /// The mode in which hart 0 starts: vs (a kernel's) or vu (every privileged instruction traps to rvmm) [default: vs]
     #[arg(long, value_name = "MODE", help_heading = "Study", value_parser = choice::mode())]
     pub(super) mode: Option<StartMode>,
 
-    /// Give a guest without a trap vector a CSR of machine mode; may be given several times
+    /// Emulate a machine-mode CSR for a guest without a trap vector; may be given several times
     ///
-    /// NAME is mhartid, mvendorid and so on, or a number such as 0xf14. Until the guest sets stvec itself, rvmm emulates its
-    /// accesses; what it does not know stops the machine with a register dump.
+    /// NAME is mhartid, mvendorid and so on, or a number such as 0xf14. Accesses are emulated until the guest sets stvec itself;
+    /// any other trap stops the machine with a register dump.
     #[arg(long, value_name = "NAME=VALUE", help_heading = "Study", value_parser = value::csr)]
     pub(super) csr: Vec<CsrValue>,
 
-    /// Who answers the guest's calls of SBI 0.1: console, timer, shutdown [default: auto]
-    #[arg(long, value_name = "WHO", help_heading = "Study", value_parser = choice::sbi_v01())]
+    /// Implementation of the guest's SBI 0.1 calls: console, timer, shutdown [default: auto]
+    #[arg(long, value_name = "IMPLEMENTATION", help_heading = "Study", value_parser = choice::sbi_v01())]
     pub(super) sbi_v01: Option<SbiV01>,
 
-    /// Who keeps the guest's timer [default: kernel]
-    #[arg(long, value_name = "WHO", help_heading = "Study", value_parser = choice::timer())]
+    /// Implementation of the guest's timer [default: kernel]
+    #[arg(long, value_name = "IMPLEMENTATION", help_heading = "Study", value_parser = choice::timer())]
     pub(super) timer: Option<TimerChoice>,
 
     /// Seconds that a guest with a power button has to power off after SIGTERM [default: 10]
     ///
-    /// A second SIGTERM stops it at once, and so does the first one where SECONDS is 0.
+    /// A second SIGTERM stops it at once, and so does the first one if SECONDS is 0.
     #[arg(long, value_name = "SECONDS", help_heading = "Behaviour")]
     pub(super) grace: Option<u32>,
 
     /// Record every exit of every hart in a file; options: format=chrome, format=lines, pc=on, ring=N
     ///
-    /// Chrome's trace events, which Perfetto opens, or JSON lines where FILE ends in .jsonl; rvmm trace report FILE makes a page of
-    /// either. pc=on adds the program counter of every exit, for a system call each; ring=N is how many exits of a hart wait
-    /// for the writer. See docs/tracing.md.
+    /// Chrome's trace events, which Perfetto opens, or JSON lines if FILE ends in .jsonl; rvmm trace report FILE makes a page of
+    /// either. pc=on adds the program counter of every exit, which costs a system call each; ring=N is the number of exits in
+    /// the ring between a hart and the writer. See docs/tracing.md.
     #[arg(long, value_name = "FILE,KEY=VALUE", help_heading = "Behaviour", value_parser = value::trace)]
     pub(super) trace: Option<TraceConfig>,
 
-    /// Let a debugger connect: tcp:PORT, tcp:HOST:PORT or unix:PATH, with ,wait=off behind it or not
+    /// Accept a debugger at tcp:PORT, tcp:HOST:PORT or unix:PATH, optionally followed by ,wait=off
     ///
     /// The guest waits for it before its first instruction, or with wait=off runs until one connects. In gdb: target remote
-    /// :PORT. Whoever can connect owns the guest; without a HOST that is who has an account on this machine. See docs/debugging.md.
+    /// :PORT. Anyone who can connect controls the guest; without a HOST that is every user of this machine. See docs/debugging.md.
     #[arg(long, value_name = "WHERE[,wait=off]", help_heading = "Behaviour", value_parser = OsStringValueParser::new().try_map(value::gdb))]
     pub(super) gdb: Option<GdbConfig>,
 
-    /// What is logged to standard error: off, error, warn, info, debug or trace [default: warn]
+    /// Level of the log on standard error: off, error, warn, info, debug or trace [default: warn]
     ///
-    /// The environment variable RVMM_LOG says the same; this flag wins.
+    /// The environment variable RVMM_LOG sets it, too; this flag takes precedence.
     #[arg(long, value_name = "LEVEL", help_heading = "Behaviour", value_parser = value::level)]
     pub(super) log: Option<LevelFilter>,
 }

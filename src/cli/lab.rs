@@ -23,13 +23,13 @@ pub(super) fn list() -> String {
     text
 }
 
-/// Runs what was asked for, and gives the exit code.
+/// Runs the selected labs, and returns the exit code.
 pub(super) fn run(args: LabArgs, level: log::LevelFilter) -> u8 {
     logging::start(level);
     let plan = match plan(&args) {
         Ok(plan) => plan,
         Err(mistake) => {
-            output::complain(&mistake);
+            output::print_message(&mistake);
             return EXIT_USAGE;
         }
     };
@@ -37,7 +37,7 @@ pub(super) fn run(args: LabArgs, level: log::LevelFilter) -> u8 {
         return match save(&plan, path) {
             Ok(()) => EXIT_OK,
             Err(error) => {
-                output::complain(&output::chain(&error));
+                output::print_message(&output::chain(&error));
                 error.exit_code()
             }
         };
@@ -54,28 +54,28 @@ pub(super) fn run(args: LabArgs, level: log::LevelFilter) -> u8 {
     let mut worst = EXIT_OK;
     for (lab, variant) in plan {
         if args.explain || args.check {
-            let line = format!("== {}{}: {}\n", lab.name, shown(lab, variant), lab.question);
+            let line = format!("== {}{}: {}\n", lab.name, suffix(lab, variant), lab.question);
             worst = worst.max(output::show(&line));
         }
         if args.explain {
             let steps = numbered(labs::steps::steps(lab, variant));
             worst = worst.max(output::show(&format!("{}\n\n{steps}\n", lab.story)));
         }
-        worst = worst.max(one(lab, variant, &options, args.check));
+        worst = worst.max(run_one(lab, variant, &options, args.check));
     }
     worst
 }
 
-/// Prints the picture of the lab, where it is one.
+/// Prints the picture of the lab, if exactly one is selected.
 fn picture(plan: &[(&Lab, &Variant)]) -> u8 {
     let [(lab, variant)] = plan else {
-        output::complain("Cannot print the pictures of all labs at once (name one)");
+        output::print_message("Cannot print the pictures of all labs at once (name one)");
         return EXIT_USAGE;
     };
     match labs::picture::picture(lab, variant) {
         Some(svg) => output::show(&svg),
         None => {
-            output::complain(&format!("There is no picture of lab {}", lab.name));
+            output::print_message(&format!("Lab {} has no picture", lab.name));
             EXIT_USAGE
         }
     }
@@ -93,8 +93,8 @@ fn numbered(steps: &[Step]) -> String {
     text
 }
 
-fn one(lab: &Lab, variant: &Variant, options: &LabOptions, is_check: bool) -> u8 {
-    let name = format!("{}{}", lab.name, shown(lab, variant));
+fn run_one(lab: &Lab, variant: &Variant, options: &LabOptions, is_check: bool) -> u8 {
+    let name = format!("{}{}", lab.name, suffix(lab, variant));
     let stdout = output::Stdout::default();
     let outcome = labs::run(lab, variant, options, Box::new(stdout.clone()));
     let code = match outcome {
@@ -102,18 +102,18 @@ fn one(lab: &Lab, variant: &Variant, options: &LabOptions, is_check: bool) -> u8
         Ok(Outcome::Passed) => EXIT_OK,
         Ok(Outcome::Skipped(why)) => output::show(&format!("lab {name}: skipped: {why}\n")),
         Ok(Outcome::Failed(why)) => {
-            output::complain(&format!("Lab {name} failed: {why}"));
+            output::print_message(&format!("Lab {name} failed: {why}"));
             EXIT_GUEST
         }
         Err(error) => {
-            output::complain(&output::chain(&error));
+            output::print_message(&output::chain(&error));
             error.exit_code()
         }
     };
     code.max(stdout.end())
 }
 
-fn shown(lab: &Lab, variant: &Variant) -> String {
+fn suffix(lab: &Lab, variant: &Variant) -> String {
     if lab.variants.len() == 1 { String::new() } else { format!(" ({})", variant.name) }
 }
 
@@ -122,7 +122,7 @@ fn plan(args: &LabArgs) -> Result<Vec<(&'static Lab, &'static Variant)>, String>
     let names = || LABS.iter().map(|lab| lab.name).collect::<Vec<_>>().join(", ");
     let Some(name) = args.name.as_deref() else {
         return Err(format!(
-            "Which lab? (rvmm lab NAME, with NAME one of {}; rvmm lab --list says more)",
+            "The lab's name is missing (write rvmm lab NAME, with NAME one of {}; rvmm lab --list shows more)",
             names()
         ));
     };
@@ -136,10 +136,10 @@ fn plan(args: &LabArgs) -> Result<Vec<(&'static Lab, &'static Variant)>, String>
             .collect());
     }
     let lab = Lab::find(name).ok_or_else(|| {
-        format!("There is no lab {} (there are {}, and all)", crate::config::quoted(name), names())
+        format!("There is no lab {} (use one of {}, or all)", crate::config::quoted(name), names())
     })?;
     if let (Some(_), Some(_)) = (&args.kernel, lab.payload()) {
-        return Err(format!("Lab {name} boots no kernel (--payload FILE is another guest for it)"));
+        return Err(format!("Lab {name} boots no kernel (use --payload FILE for another guest)"));
     }
     let variant = lab.variant(args.variant.as_deref()).ok_or_else(|| {
         let known = lab.variants.iter().map(|variant| variant.name).collect::<Vec<_>>().join(", ");
@@ -155,7 +155,7 @@ fn save(plan: &[(&Lab, &Variant)], path: &Path) -> Result<(), Error> {
         _ => None,
     };
     let payload = payload.ok_or_else(|| {
-        Error::Config("Cannot save that: it is no single guest of rvmm's own".into())
+        Error::Config("Cannot save the guest: name one lab that has a guest of rvmm's own".into())
     })?;
     write_file(path, payload).map_err(|source| Error::File {
         verb: "write",
@@ -164,7 +164,7 @@ fn save(plan: &[(&Lab, &Variant)], path: &Path) -> Result<(), Error> {
     })
 }
 
-/// Makes the image of a flash with the program in `program` at `to`, as long as a whole bank.
+/// Writes a flash image with the program in `program` to `to`, as long as a whole bank.
 pub(super) fn make_flash(program: &Path, to: &Path) -> Result<(), Error> {
     let failed = |verb, path: &Path| {
         let path = PathBuf::from(path);
@@ -172,7 +172,7 @@ pub(super) fn make_flash(program: &Path, to: &Path) -> Result<(), Error> {
     };
     let bytes = labs::read(program)?;
     let image = labs::pflash::image(&bytes).map_err(|reason| {
-        Error::Config(format!("Cannot make a flash of {}: {reason}", program.display()))
+        Error::Config(format!("Cannot create a flash image of {}: {reason}", program.display()))
     })?;
     write_padded(to, &image, labs::pflash::SIZE as u64).map_err(failed("write", to))
 }
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn steps_are_numbered_and_say_who_hands_over_to_whom() {
+    fn steps_are_numbered_and_name_both_modes() {
         let lab = Lab::find("h_1_0").unwrap();
         let text = numbered(labs::steps::steps(lab, &lab.variants[0]));
         assert!(text.starts_with("  1. U -> HS   KVM_RUN"), "{text}");
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_is_none_is_refused_with_those_that_there_are() {
+    fn an_unknown_name_is_refused_with_the_known_ones() {
         for (name, variant) in [(None, None), (Some("h_9_0"), None), (Some("h_2_0"), Some("fast"))]
         {
             let mistake = plan(&args(name, variant)).err().unwrap();
@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flash_is_a_whole_bank_with_the_program_behind_its_header() {
+    fn a_flash_is_a_whole_bank_with_the_program_after_its_header() {
         let folder = tempfile::tempdir().unwrap();
         let (program, image) = (folder.path().join("app"), folder.path().join("flash"));
         std::fs::write(&program, b"program").unwrap();

@@ -1,4 +1,4 @@
-//! The log: one line per record on standard error, seconds since the start, never in anybody's way.
+//! The log: one line per record on standard error, with the seconds since the start. It never blocks.
 
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
@@ -10,30 +10,30 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::output::{line_end, push_escaped};
 
-/// The most bytes of a line. Not more than `PIPE_BUF` (pipe(7)): a pipe that polls as writable takes it without waiting.
+/// Maximum length of a line in bytes. Not more than `PIPE_BUF` (pipe(7)): a pipe that polls as writable takes it without blocking.
 const MOST: usize = 4096;
 
-/// The logger. Records come from the harts' threads too, which must not wait for a reader: a line for which standard
-/// error has no room is dropped, and the next one that fits says how many were.
+/// The logger. The harts' threads log, too, and must not wait for a reader: a line for which standard error has no room is
+/// dropped, and the next one that fits reports the number of dropped lines.
 #[derive(Debug)]
 struct Lines {
     start: Instant,
     dropped: AtomicU32,
 }
 
-/// Sends the crate's records of `level` and graver to standard error from now on. The first call in a process counts.
+/// Logs records of `level` and more severe ones to standard error from now on. Only the first call in a process counts.
 pub(super) fn start(level: LevelFilter) {
     log::set_max_level(level);
     if level != LevelFilter::Off {
         let lines = Lines { start: Instant::now(), dropped: AtomicU32::new(0) };
-        // A second logger is refused; then the first goes on.
+        // A second logger is refused, and the first one stays.
         let _ = log::set_boxed_logger(Box::new(lines));
     }
 }
 
 impl Log for Lines {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        // What that crate reports comes from a debugger, line by line as it sends packets.
+        // That crate logs every packet of a debugger.
         let is_asked_for =
             metadata.level() == Level::Trace || !metadata.target().starts_with("gdbstub");
         is_asked_for && metadata.level() <= log::max_level()
@@ -49,14 +49,14 @@ impl Log for Lines {
         }
         let dropped = self.dropped.swap(0, Ordering::Relaxed);
         let line = line(self.start.elapsed(), record, dropped, line_end());
-        // Where the log cannot be written, there is nowhere to say so.
+        // A failure to write the log cannot be reported anywhere.
         let _ = io::stderr().write_all(line.as_bytes());
     }
 
     fn flush(&self) {}
 }
 
-/// Whether standard error takes a line now.
+/// True if standard error has room for a line now.
 fn has_room() -> bool {
     let stderr = io::stderr();
     let mut fds = [PollFd::new(&stderr, PollFlags::OUT)];
@@ -64,7 +64,7 @@ fn has_room() -> bool {
     poll(&mut fds, Some(&now)).is_ok() && fds.iter().all(|fd| fd.revents().contains(PollFlags::OUT))
 }
 
-/// `rvmm 0.123 warn: message`; where the log is for developers, with the module that speaks.
+/// `rvmm 0.123 warn: message`; at the levels for developers, with the module that logs.
 fn line(elapsed: Duration, record: &Record<'_>, dropped: u32, end: &str) -> String {
     let mut line = format!("rvmm {:.3} {}", elapsed.as_secs_f64(), name(record.level()));
     // Writing into a String cannot fail.
@@ -72,8 +72,10 @@ fn line(elapsed: Duration, record: &Record<'_>, dropped: u32, end: &str) -> Stri
         let _ = write!(line, " {}", record.target().trim_start_matches("rvmm::"));
     }
     if dropped > 0 {
-        let _ =
-            write!(line, " ({dropped} lines before this one are lost: standard error was full)");
+        let _ = write!(
+            line,
+            " ({dropped} lines before this one were dropped: standard error was full)"
+        );
     }
     line.push_str(": ");
     push_escaped(&mut line, &record.args().to_string());
@@ -112,12 +114,12 @@ mod tests {
     }
 
     #[test]
-    fn a_debug_line_says_which_module_speaks() {
+    fn a_debug_line_names_the_module_that_logs() {
         assert_eq!(logged(Level::Debug, "x", 0), "rvmm 1.234 debug vcpu::run: x\r\n");
     }
 
     #[test]
-    fn what_a_guest_writes_into_a_message_cannot_reach_the_terminal() {
+    fn control_characters_of_a_guest_are_escaped() {
         assert_eq!(logged(Level::Info, "a\n\u{1b}[2Jb", 0), "rvmm 1.234 info: a\\n\\u{1b}[2Jb\r\n");
     }
 
@@ -128,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn lost_lines_are_counted_in_the_next() {
+    fn dropped_lines_are_counted_in_the_next() {
         assert!(logged(Level::Warn, "x", 3).contains("(3 lines before"));
     }
 }

@@ -1,4 +1,4 @@
-//! What is generated from the flags for other programs: the manual page and the completion scripts.
+//! Texts that are generated from the flags: the manual page and the completion scripts.
 
 use clap::CommandFactory;
 use clap_complete::Shell;

@@ -1,18 +1,18 @@
-//! The command: what stands on the command line becomes a [`ValidConfig`] or another task,
-//! the task is done, and its end becomes an exit code and at most one message.
+//! The command: parses the command line into a [`ValidConfig`] or another task, runs the task,
+//! and turns its result into an exit code and at most one message.
 //!
-//! | file | what is in it |
+//! | file | contents |
 //! |---|---|
 //! | `command.rs`, `verb.rs`, `texts.rs` | every verb and flag, as clap structs |
-//! | `value.rs`, `size.rs`, `choice.rs` | what flags take |
-//! | `usage.rs` | a mistake on the command line, in one line |
+//! | `value.rs`, `size.rs`, `choice.rs` | values of flags |
+//! | `usage.rs` | mistakes on the command line, one line each |
 //! | `run.rs` | the verb `run`, which is also the command without a verb |
 //! | `doctor/` | the verb `doctor` |
 //! | `lab.rs` | the verbs `lab` and `mkpflash` |
-//! | `live/` | the verbs `stat`, `regs` and `walk` |
+//! | `inspect/` | the verbs `stat`, `regs` and `walk` |
 //! | `catalog.rs` | `--list-devices` |
 //! | `manual.rs` | the manual page and the completion scripts |
-//! | `logging.rs`, `output.rs` | lines on standard error and standard output |
+//! | `logging.rs`, `output.rs` | the log; standard error and standard output |
 
 use std::env;
 use std::ffi::OsString;
@@ -45,7 +45,7 @@ mod verb;
 use command::{Cli, RunArgs, Verb};
 use verb::{LabArgs, MachineArgs, TraceVerb};
 
-/// What a command line asks for, free of everything that took it apart.
+/// The task of a command line, independent of clap.
 #[derive(Debug)]
 enum Task {
     /// Run a machine. Boxed: the other tasks are small.
@@ -54,23 +54,23 @@ enum Task {
     Doctor { json: bool },
     /// Run labs. Boxed, as above.
     Lab(Box<LabArgs>, LevelFilter),
-    /// Make the image of a flash.
+    /// Create the image of a flash.
     MakeFlash { program: PathBuf, output: PathBuf },
-    /// Make the report `output` of the trace `file`.
+    /// Write the report `output` of the trace `file`.
     Report { file: PathBuf, output: PathBuf },
-    /// Ask a running machine once.
+    /// Query a running machine once.
     Ask(inspect::Request),
-    /// Show a running machine.
+    /// Show a running machine until it ends.
     Watch(inspect::Request),
     /// Print a text: help, version, the catalog, the manual page, a completion script.
     Show(String),
 }
 
-/// Does what the command line `args` (the program's name first) asks for, and gives the exit code: see
-/// [`crate::error`]. Messages go to standard error, one line each, texts that were asked for to standard output.
+/// Runs the command line `args` (the program's name first) and returns the exit code: see [`crate::error`]. Messages
+/// are written to standard error, one line each, requested texts to standard output.
 #[must_use]
 pub fn main(args: impl Iterator<Item = OsString>) -> u8 {
-    // Clap's memory is given back before the machine is built: a guest should cost what a guest needs.
+    // Clap's memory is freed before the machine is built, so that it does not add to the memory of a running guest.
     match task(args, env::var_os("RVMM_LOG")) {
         Ok(Task::Run(config, level)) => run::run(*config, level),
         Ok(Task::Doctor { json }) => doctor::examine(json),
@@ -78,7 +78,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> u8 {
         Ok(Task::MakeFlash { program, output }) => match lab::make_flash(&program, &output) {
             Ok(()) => EXIT_OK,
             Err(error) => {
-                output::complain(&output::chain(&error));
+                output::print_message(&output::chain(&error));
                 error.exit_code()
             }
         },
@@ -87,13 +87,13 @@ pub fn main(args: impl Iterator<Item = OsString>) -> u8 {
         Ok(Task::Watch(request)) => inspect::watch(&request),
         Ok(Task::Show(text)) => output::show(&text),
         Err(mistake) => {
-            output::complain(&mistake);
+            output::print_message(&mistake);
             EXIT_USAGE
         }
     }
 }
 
-/// The task, or the mistake as one line.
+/// Parses the task; the error is the mistake as one line.
 fn task(args: impl Iterator<Item = OsString>, env_level: Option<OsString>) -> Result<Task, String> {
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
@@ -133,7 +133,7 @@ fn report(file: &Path, page: &Path) -> u8 {
     match trace::report(file, page) {
         Ok(()) => EXIT_OK,
         Err(error) => {
-            output::complain(&output::chain(&error));
+            output::print_message(&output::chain(&error));
             error.exit_code()
         }
     }

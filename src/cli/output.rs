@@ -1,4 +1,4 @@
-//! Lines for people: what was asked for on standard output, what went wrong on standard error.
+//! Output for users: requested texts on standard output, messages on standard error.
 
 use std::error::Error;
 use std::io::{self, ErrorKind, Write};
@@ -9,24 +9,27 @@ use rustix::termios::{OutputModes, tcgetattr};
 use crate::error::{EXIT_HOST, EXIT_OK};
 use crate::host::deliver;
 
-/// Prints a text that was asked for, and gives the exit code. A reader that has seen enough (`| head`) is no error.
+/// Prints a requested text, and returns the exit code. A reader that closes the pipe early (`| head`) is no error.
 pub(super) fn show(text: &str) -> u8 {
-    judge(deliver(io::stdout(), text.as_bytes()))
+    report_result(deliver(io::stdout(), text.as_bytes()))
 }
 
-/// Says what went wrong with standard output, and gives the exit code.
-fn judge(written: io::Result<()>) -> u8 {
+/// Reports an error of standard output, and returns the exit code.
+fn report_result(written: io::Result<()>) -> u8 {
     match written {
         Ok(()) => EXIT_OK,
         Err(error) if error.kind() == ErrorKind::BrokenPipe => EXIT_OK,
         Err(error) => {
-            complain(&format!("Cannot write to standard output: {}", plain(&error.to_string())));
+            print_message(&format!(
+                "Cannot write to standard output: {}",
+                plain(&error.to_string())
+            ));
             EXIT_HOST
         }
     }
 }
 
-/// Standard output for who goes on without it: what comes first between it and its reader is kept for the end.
+/// Standard output for a run that continues without it: the first error is kept for the end.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Stdout(Arc<Mutex<Option<io::Error>>>);
 
@@ -35,9 +38,9 @@ impl Stdout {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Says what went wrong, if anything did, and gives the exit code.
+    /// Reports the first error, if there was one, and returns the exit code.
     pub(super) fn end(&self) -> u8 {
-        judge(self.error().take().map_or(Ok(()), Err))
+        report_result(self.error().take().map_or(Ok(()), Err))
     }
 }
 
@@ -55,27 +58,26 @@ impl Write for Stdout {
     }
 }
 
-/// Prints a message on standard error; its lines are prefixed and cannot reach into the terminal.
-pub(super) fn complain(message: &str) {
+/// Prints a message on standard error; its lines are prefixed, and control characters escaped.
+pub(super) fn print_message(message: &str) {
     let mut text = String::new();
     for line in message.lines() {
         text.push_str("rvmm: ");
         push_escaped(&mut text, line);
         text.push_str(line_end());
     }
-    // There is nobody left to tell.
+    // A failure to write the message cannot be reported anywhere.
     let _ = deliver(io::stderr(), text.as_bytes());
 }
 
-/// How a line ends on standard error: while a terminal there is raw (a guest's console), it does not return the
-/// carriage by itself.
+/// The end of a line on standard error: a terminal in raw mode (a guest's console) needs a carriage return, too.
 pub(super) fn line_end() -> &'static str {
     let cooked =
         tcgetattr(io::stderr()).map(|modes| modes.output_modes.contains(OutputModes::OPOST));
     if cooked.unwrap_or(true) { "\n" } else { "\r\n" }
 }
 
-/// An error and its sources as one line: `A: B: C`, nothing twice.
+/// An error and its sources as one line: `A: B: C`, without repetitions.
 pub(super) fn chain(error: &dyn Error) -> String {
     let mut line = plain(&error.to_string());
     let mut source = error.source();
@@ -124,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn a_source_that_the_message_repeats_is_said_once() {
+    fn a_source_that_the_message_repeats_is_printed_once() {
         let source = io::Error::from_raw_os_error(2);
         let error = RvmmError::File { verb: "open", path: "/x".into(), source };
         assert_eq!(chain(&error), "Cannot open /x: No such file or directory");

@@ -1,4 +1,4 @@
-//! The verb `run`: flags become a configuration, the configuration a machine, the machine's end an exit code.
+//! The verb `run`: from flags to a configuration, from that to a machine, and from its stop reason to an exit code.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -16,17 +16,17 @@ use crate::inspect::socket_for;
 use crate::machine::{Machine, Parts};
 use crate::vcpu::stop::StopReason;
 
-/// This program's file, whatever became of its name since it was started (proc(5)).
+/// This program's file, even if it was renamed or deleted after the start (proc(5)).
 const THIS_PROGRAM: &str = "/proc/self/exe";
 
-/// Kernel parameters that name a root file system or an init of the user's own: where one stands, the built-in prompt
-/// would be in the way.
+/// Kernel parameters that name a root file system or an init of the user's own: with one of them the built-in prompt is not
+/// used.
 const OWN_ROOT: [&str; 3] = ["root", "rdinit", "noinitrd"];
 
 /// The level of the log without `--log` and `RVMM_LOG`.
 const DEFAULT_LEVEL: LevelFilter = LevelFilter::Warn;
 
-/// The configuration that the flags stand for. What no flag names has the library's default.
+/// The configuration that the flags describe. Everything else has the library's default.
 pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
     if let Some(path) = &args.config {
         return from_file(path);
@@ -42,11 +42,11 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
         csrs: args.csr,
     };
     if args.dtb.is_some() && args.cmdline.is_some() {
-        let what = "Cannot use --cmdline together with --dtb: the tree brings its own command line (write it there)";
+        let what = "Cannot use --cmdline together with --dtb: the tree has its own command line (write it there)";
         return Err(Error::Config(what.into()));
     }
     let cmdline = args.cmdline.unwrap_or(default.boot.cmdline);
-    // Disks come first, so that the first one given is the guest's first.
+    // Disks come first, so that the first `--disk` is the guest's vda.
     let mut devices: Vec<String> =
         args.disk.into_iter().chain(args.net).chain(args.share).chain(args.device).collect();
     let no_prompt = args.no_initrd || args.kernel.is_none() || devices.iter().any(|d| is_disk(d));
@@ -94,7 +94,7 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
 
 /// The machine that a JSON file describes.
 fn from_file(path: &Path) -> Result<ValidConfig, Error> {
-    /// No machine needs a longer one.
+    /// No configuration needs more bytes.
     const MOST: u64 = 1 << 20;
     let config: VmConfig = serde_json::from_slice(&read_small(path, MOST)?).map_err(|error| {
         Error::Config(format!("Cannot use --config {}: {error}", quoted(&path.to_string_lossy())))
@@ -106,12 +106,12 @@ fn list<T>(given: Option<List<T>>) -> Vec<T> {
     given.map(|list| list.0).unwrap_or_default()
 }
 
-/// Whether a `--device` is a disk, from which a guest may boot.
+/// True if a `--device` is a disk, from which a guest may boot.
 fn is_disk(device: &str) -> bool {
     matches!(device.split(',').next(), Some("blk" | "vhost-user-blk"))
 }
 
-/// The file given; else the built-in prompt, where nothing speaks against it.
+/// The given file; else the built-in prompt, unless `none` or the command line excludes it.
 fn initrd(file: Option<PathBuf>, none: bool, cmdline: &str) -> Result<InitrdConfig, Error> {
     if let Some(file) = file {
         return Ok(InitrdConfig::File(file));
@@ -139,35 +139,35 @@ pub(super) fn level(
     }
 }
 
-/// Runs the machine to its end, and gives the exit code.
+/// Runs the machine until it stops, and returns the exit code.
 pub(super) fn run(config: ValidConfig, level: LevelFilter) -> u8 {
     logging::start(level);
-    match live(config) {
+    match run_machine(config) {
         Ok(reason) => {
             if !matches!(reason, StopReason::PowerOff | StopReason::Requested) {
-                output::complain(&reason.to_string());
+                output::print_message(&reason.to_string());
             }
             reason.exit_code()
         }
         Err(error) => {
-            output::complain(&output::chain(&error));
+            output::print_message(&output::chain(&error));
             error.exit_code()
         }
     }
 }
 
-/// From the first system call for the machine to its end. The process is nothing but this machine, so its signals are too.
-fn live(config: ValidConfig) -> Result<StopReason, Error> {
+/// Builds and runs the machine. The process does nothing else, so the machine takes over its signals.
+fn run_machine(config: ValidConfig) -> Result<StopReason, Error> {
     let socket = socket_for(&config.name);
     let parts = Parts { signals: true, socket, ..Parts::default() };
     let machine = Machine::build_with(config.into_inner(), parts)?;
     if let Some(path) = machine.pty() {
-        output::complain(&format!("The console is {}", path.display()));
+        output::print_message(&format!("The console is {}", path.display()));
     }
     if let Some((address, waits)) = machine.debugger() {
-        let says =
-            if waits { "The guest waits for a debugger at" } else { "A debugger may connect at" };
-        output::complain(&format!("{says} {address}"));
+        let text =
+            if waits { "The guest waits for a debugger at" } else { "A debugger can connect to" };
+        output::print_message(&format!("{text} {address}"));
     }
     machine.run()
 }
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn what_only_looks_like_a_root_does_not_count() {
+    fn parameters_that_only_look_like_a_root_do_not_count() {
         for cmdline in ["nfsroot=1", "rootwait", "a=\"b root=c\"", "quiet -- root=x"] {
             assert!(matches!(of(cmdline), InitrdConfig::Builtin(_)), "{cmdline}");
         }
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn the_flag_beats_the_environment_and_the_environment_the_default() {
+    fn the_flag_precedes_the_environment_and_the_environment_the_default() {
         let env = || Some("debug".into());
         assert_eq!(level(Some(LevelFilter::Off), env()), Ok(LevelFilter::Off));
         assert_eq!(level(None, env()), Ok(LevelFilter::Debug));

@@ -1,18 +1,18 @@
-//! Numbers as people write them: `512M`, `2GiB`, `0x8020_0000`, `1_048_576`.
+//! Numbers as users write them: `512M`, `2GiB`, `0x8020_0000`, `1_048_576`.
 
-/// Reads a number of bytes, at least 1: decimal digits with an optional binary unit (`K`, `M`, `G`, `T`, in either case,
-/// with or without `B` or `iB`), or hexadecimal digits after `0x`. Underscores may stand between digits.
+/// Parses a number of bytes, at least 1: decimal digits with an optional binary unit (`K`, `M`, `G`, `T`, in either case,
+/// with or without `B` or `iB`), or hexadecimal digits after `0x`. Underscores may separate digits.
 ///
 /// # Errors
-/// Why it is none, and in parentheses what to write instead.
+/// The reason for which it is invalid, and in parentheses what to write instead.
 pub(super) fn size(text: &str) -> Result<u64, String> {
     match number(text)? {
-        0 => Err("nothing is too little (write a size such as 512M)".into()),
+        0 => Err("the size must be greater than zero (write 512M, for example)".into()),
         bytes => Ok(bytes),
     }
 }
 
-/// Reads a guest-physical address: as [`size`], but 0 is one.
+/// Parses a guest-physical address: as [`size`], but 0 is valid.
 ///
 /// # Errors
 /// As [`size`].
@@ -39,13 +39,13 @@ fn number(text: &str) -> Result<u64, String> {
     let value = parse_digits(digits, radix)?;
     value
         .and_then(|value| value.checked_mul(scale))
-        .ok_or_else(|| "it is larger than 64 bits hold".into())
+        .ok_or_else(|| "it does not fit in 64 bits".into())
 }
 
-/// The power of two that `unit`, written after `digits`, multiplies by.
+/// The exponent of the power of two that `unit`, written after `digits`, stands for.
 fn shift_of(digits: &str, unit: &str) -> Result<u32, String> {
     if unit.starts_with('.') || unit.starts_with(',') {
-        return Err("fractions are not taken (write 1536M instead of 1.5G)".into());
+        return Err("fractions are not supported (write 1536M instead of 1.5G)".into());
     }
     if digits.is_empty() {
         return Err("it does not begin with a digit (write 512M, 2G or 0x2000_0000)".into());
@@ -62,22 +62,22 @@ fn shift_of(digits: &str, unit: &str) -> Result<u32, String> {
     }
 }
 
-/// The value of `digits`; `None` if 64 bits are too few.
+/// The value of `digits`; `None` if it does not fit in 64 bits.
 fn parse_digits(digits: &str, radix: u32) -> Result<Option<u64>, String> {
     let mut value = Some(0_u64);
-    let mut between = false;
+    let mut after_digit = false;
     for c in digits.chars() {
         match c.to_digit(radix) {
             Some(digit) => {
                 let next = value.and_then(|value| value.checked_mul(u64::from(radix)));
                 value = next.and_then(|value| value.checked_add(u64::from(digit)));
-                between = true;
+                after_digit = true;
             }
-            None if c == '_' && between => between = false,
+            None if c == '_' && after_digit => after_digit = false,
             None => return Err("it is not a number (write 512M, 2G or 0x2000_0000)".into()),
         }
     }
-    if between {
+    if after_digit {
         Ok(value)
     } else {
         Err("it does not end in a digit (write 512M, 2G or 0x2000_0000)".into())
@@ -113,12 +113,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_size_is_refused_in_one_line() {
+    fn an_invalid_size_is_refused_in_one_line() {
         for (text, reason) in [
             ("", "missing"),
-            ("0", "too little"),
-            ("0G", "too little"),
-            ("0x0", "too little"),
+            ("0", "greater than zero"),
+            ("0G", "greater than zero"),
+            ("0x0", "greater than zero"),
             ("-5M", "negative"),
             ("--cpus", "negative"),
             ("M", "begin with a digit"),

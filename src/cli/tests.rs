@@ -31,7 +31,7 @@ fn mistake(args: &[&str]) -> String {
 }
 
 #[test]
-fn the_flags_of_the_command_are_sound() {
+fn the_flags_of_the_command_are_consistent() {
     Cli::command().debug_assert();
 }
 
@@ -79,7 +79,7 @@ fn consoles_and_ports_are_short_for_one_device() {
 }
 
 #[test]
-fn a_debugger_is_waited_for_unless_something_else_is_said() {
+fn the_guest_waits_for_a_debugger_by_default() {
     let with = |flag: &str| config(&["--kernel", "Image", "--gdb", flag]).gdb.clone().unwrap();
     let at = |text: &str| GdbAddress::Tcp(text.parse().unwrap());
     assert_eq!(with("tcp:1234"), GdbConfig { at: at("127.0.0.1:1234"), wait: true });

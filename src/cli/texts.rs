@@ -1,9 +1,9 @@
-//! What the help says besides the flags.
+//! The texts of the help besides the flags.
 
-/// What rvmm is, in a line.
+/// The description of rvmm, in a line.
 pub(super) const ABOUT: &str = "Runs virtual machines on RISC-V Linux hosts with KVM";
 
-/// The same at more length.
+/// The longer description.
 pub(super) const LONG_ABOUT: &str = "\
 Runs virtual machines on RISC-V Linux hosts with KVM.
 
@@ -19,10 +19,10 @@ Examples:
   Boot a kernel to the built-in prompt:
     rvmm --kernel Image --mem 512M
 
-  Four harts, an initramfs of one's own, a command line of one's own:
+  Four harts, an initramfs and a command line:
     rvmm --kernel Image --mem 2G --cpus 4 --initrd root.cpio --cmdline 'console=ttyS0 quiet'
 
-  A root file system on a disk, a second disk that is only read:
+  A root file system on a disk, a second disk that is read-only:
     rvmm --kernel Image --mem 1G --disk root.img --disk data.img,ro=on --cmdline 'console=ttyS0 root=/dev/vda rw'
 
   Run in the background, the console on a Unix socket:
@@ -31,25 +31,25 @@ Examples:
   A network without privileges, a shared folder (packages passt and virtiofsd):
     rvmm --kernel Image --mem 512M --net user,forward=2222:22 --share work=/srv/work
 
-  A network: a tap of one's own, made once by root:
+  A network through a tap interface, created once by root:
     sudo ip tuntap add tap0 mode tap user $USER && sudo ip link set tap0 up
     rvmm --kernel Image --mem 512M --net tap=tap0
 
-  Start a flat binary where RAM begins, and stop at the first wrong address:
+  Start a flat binary at the start of RAM, and stop at the first access without memory or device:
     rvmm --mem 64M --load hello.bin@0x8000_0000 --entry 0x8000_0000 --unassigned stop
 
   Hide the vector extension, switch SBI PMU off, pin hart 0 to host CPU 2:
     rvmm --kernel Image --mem 512M --isa host,-v --sbi -pmu --affinity 0=2
 
-  Record every exit, and have it explained; look at a machine that runs:
+  Record every exit and explain them in a report; inspect a running machine:
     rvmm --kernel Image --mem 512M --trace boot.json; rvmm trace report boot.json -o boot.html
     rvmm stat
 
-  Have a kernel wait for gdb, which connects with: target remote :1234
+  Start a kernel that waits for gdb, which connects with: target remote :1234
     rvmm --kernel Image --mem 512M --gdb tcp:1234
 
-  See what this host can do:
+  Show what this host supports:
     rvmm doctor
 
 Exit codes: 0 the guest powered off or was stopped, 1 the host lacks something (see rvmm doctor), 2 a mistake on the
-command line or in a file, 3 the guest came to a stop of its own making.";
+command line or in a file, 3 the guest stopped abnormally.";

@@ -1,4 +1,4 @@
-//! A mistake on the command line, as one line that names the flag, its value, and what to do.
+//! Mistakes on the command line, as one line that names the flag, its value, and what to do.
 
 use std::error::Error as _;
 
@@ -8,7 +8,7 @@ use clap::{CommandFactory, Error};
 use super::command::Cli;
 use crate::config::quoted;
 
-/// The mistake that clap found.
+/// Converts clap's error to one line.
 pub(super) fn line(error: &Error) -> String {
     let invalid = text(error, ContextKind::InvalidArg).unwrap_or_default();
     match error.kind() {
@@ -27,7 +27,7 @@ pub(super) fn line(error: &Error) -> String {
         ErrorKind::InvalidUtf8 => {
             "Cannot read the command line: a word other than a path is not UTF-8".into()
         }
-        // What clap adds later; its first line is the message.
+        // Kinds that clap adds later: the first line is the message.
         _ => {
             let text = error.render().to_string();
             let first = text.lines().next().unwrap_or_default();
@@ -41,7 +41,7 @@ fn unknown_flag(error: &Error, word: &str) -> String {
         return stray_word(word, None);
     }
     if word.chars().nth(1).is_some_and(|c| c.is_ascii_digit()) {
-        return format!("Cannot make sense of {} (no flag takes a negative number)", quoted(word));
+        return format!("Unexpected argument {} (no flag takes a negative number)", quoted(word));
     }
     let suggestion = text(error, ContextKind::SuggestedArg);
     match suggestion {
@@ -50,18 +50,18 @@ fn unknown_flag(error: &Error, word: &str) -> String {
     }
 }
 
-/// A word that is neither a flag nor a flag's value: a verb misspelt, or a kernel without its flag.
+/// A word that is neither a flag nor a flag's value: a misspelt verb, or a kernel without its flag.
 fn stray_word(word: &str, near: Option<String>) -> String {
     let word = quoted(word);
     match near {
         Some(near) => format!("Unknown verb {word} (did you mean {near}?)"),
         None => format!(
-            "Cannot make sense of {word} (a kernel is given with --kernel FILE; see rvmm --help)"
+            "Unexpected argument {word} (a kernel is given with --kernel FILE; see rvmm --help)"
         ),
     }
 }
 
-/// A value that is missing, or is none of those that the flag takes.
+/// A value that is missing or not one of the flag's values.
 fn unlisted_value(error: &Error, flag: &str) -> String {
     let known = text(error, ContextKind::ValidValue);
     match text(error, ContextKind::InvalidValue).filter(|value| !value.is_empty()) {
@@ -80,7 +80,7 @@ fn unlisted_value(error: &Error, flag: &str) -> String {
     }
 }
 
-/// A value that one of `value.rs` and `size.rs` refused.
+/// A value that `value.rs` or `size.rs` refused.
 fn bad_value(error: &Error, flag: &str) -> String {
     let value = text(error, ContextKind::InvalidValue).unwrap_or_default();
     if value.starts_with("--") {
@@ -95,7 +95,7 @@ fn conflict(error: &Error, invalid: &str) -> String {
     let prior = flag(&prior);
     match text(error, ContextKind::InvalidSubcommand) {
         Some(verb) if Cli::command().find_subcommand(&verb).is_some() => {
-            format!("Cannot use {prior} before the verb {verb} (a verb comes first)")
+            format!("Cannot use {prior} before the verb {verb} (put the verb first)")
         }
         Some(word) => stray_word(&word, None),
         None if prior == flag(invalid) => {
@@ -105,7 +105,7 @@ fn conflict(error: &Error, invalid: &str) -> String {
     }
 }
 
-/// A flag's own name: clap says `--mem <SIZE>`.
+/// A flag's own name: clap reports `--mem <SIZE>`.
 fn flag(usage: &str) -> &str {
     usage.split(' ').next().unwrap_or(usage)
 }

@@ -1,4 +1,4 @@
-//! What flags take besides numbers and paths: each function reads one kind of value, or says what is wrong with it.
+//! Values of flags other than numbers and paths: each function parses one kind, or returns the reason for which it is invalid.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -12,7 +12,7 @@ use crate::config::{
     TraceFormat, quoted,
 };
 
-/// A list as one flag gives it. (A bare `Vec` in clap's structs would mean a flag that is given several times.)
+/// A list in one flag's value. (A bare `Vec` in clap's structs is a flag that may be given several times.)
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct List<T>(pub(super) Vec<T>);
 
@@ -22,7 +22,7 @@ pub(super) fn cpus(text: &str) -> Result<u32, String> {
     number.ok_or_else(|| format!("it is not a number from 1 to {MAX_CPUS}"))
 }
 
-/// `--load FILE@ADDR`: the address stands behind the last `@`.
+/// `--load FILE@ADDR`: the address follows the last `@`.
 pub(super) fn load(text: OsString) -> Result<LoadConfig, String> {
     let bytes = text.as_bytes();
     let at = bytes.iter().rposition(|byte| *byte == b'@');
@@ -31,7 +31,7 @@ pub(super) fn load(text: OsString) -> Result<LoadConfig, String> {
         return Err("it is not of the form FILE@ADDR (write fw.bin@0x8000_0000)".into());
     };
     let addr = std::str::from_utf8(addr).map_err(|_| "its address is not a number".to_owned());
-    let addr = addr.and_then(address).map_err(|reason| format!("behind the '@', {reason}"))?;
+    let addr = addr.and_then(address).map_err(|reason| format!("after the '@', {reason}"))?;
     Ok(LoadConfig { file: OsStr::from_bytes(file).into(), addr })
 }
 
@@ -40,7 +40,7 @@ pub(super) fn csr(text: &str) -> Result<CsrValue, String> {
     let (name, value) =
         text.split_once('=').ok_or("it is not of the form NAME=VALUE (write mhartid=0x1234)")?;
     let number = CsrValue::number(name)?;
-    let value = address(value).map_err(|reason| format!("behind the '=', {reason}"))?;
+    let value = address(value).map_err(|reason| format!("after the '=', {reason}"))?;
     Ok(CsrValue { number, value })
 }
 
@@ -55,7 +55,7 @@ pub(super) fn disk(text: &str) -> Result<String, String> {
         return device(&text).map(|_| text);
     }
     if path.starts_with("path=") {
-        return Err("the path stands alone, before the first comma (write disk.img,ro=on)".into());
+        return Err("the path has no key before it (write disk.img,ro=on)".into());
     }
     let text = format!("blk,path={text}");
     device(&text)?;
@@ -82,13 +82,13 @@ pub(super) fn trace(text: &str) -> Result<TraceConfig, String> {
             Some(("pc", "on")) => trace.pc = true,
             Some(("pc", "off")) => trace.pc = false,
             Some(("ring", number)) => {
-                let number = number.parse().map_err(|_| "its ring is not a number of records")?;
+                let number = number.parse().map_err(|_| "its ring is not a number")?;
                 trace.ring = Some(number);
             }
             _ => {
                 let part = quoted(part);
                 return Err(format!(
-                    "it does not know {part} (format=chrome, format=lines, pc=on, pc=off, ring=N)"
+                    "unknown option {part} (use format=chrome, format=lines, pc=on, pc=off or ring=N)"
                 ));
             }
         }
@@ -101,7 +101,7 @@ pub(super) fn gdb(text: OsString) -> Result<GdbConfig, String> {
     GdbConfig::parse(&text).map_err(Into::into)
 }
 
-/// A device's text, of which names and keys are right.
+/// Parses a device's text, and checks its names and keys.
 fn device(text: &str) -> Result<Options, String> {
     let options = Options::parse(text).map_err(|error| error.to_string())?;
     let model = Model::find(options.name()).map_err(|error| error.to_string())?;
@@ -109,7 +109,7 @@ fn device(text: &str) -> Result<Options, String> {
     Ok(options)
 }
 
-/// `--net tap=NAME,KEY=VALUE,...`, `--net user,...`, `--net vhost-user=PATH,...`: the text of the device that it stands for.
+/// `--net tap=NAME,KEY=VALUE,...`, `--net user,...`, `--net vhost-user=PATH,...`: the text of the device that it is short for.
 pub(super) fn net(text: &str) -> Result<String, String> {
     if text == "user" || text.starts_with("user,") {
         let text = format!("net-{text}");
@@ -125,15 +125,15 @@ pub(super) fn net(text: &str) -> Result<String, String> {
     let text = format!("net,{text}");
     let options = device(&text)?;
     if options.get("tap").is_none() && options.get("fd").is_none() {
-        return Err("it names no other end (write tap=NAME or fd=N)".into());
+        return Err("it names no backend (write tap=NAME or fd=N)".into());
     }
     Ok(text)
 }
 
-/// `--vsock PATH[,cid=N]`, `--vsock backend=kernel,cid=N`: the text of the device that it stands for.
+/// `--vsock PATH[,cid=N]`, `--vsock backend=kernel,cid=N`: the text of the device that it is short for.
 pub(super) fn vsock(text: &str) -> Result<String, String> {
     let first = text.split(',').next().unwrap_or_default();
-    // A file of such a name is written ./cid=7.
+    // A file with such a name is written ./cid=7.
     let is_option = ["backend=", "cid="].iter().any(|key| first.starts_with(key));
     let text = if is_option { format!("vsock,{text}") } else { format!("vsock,path={text}") };
     let options = device(&text)?;
@@ -143,7 +143,7 @@ pub(super) fn vsock(text: &str) -> Result<String, String> {
     Ok(text)
 }
 
-/// One `--console`: the console itself where it has no port's name.
+/// One `--console`: the console itself if it names no port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct ConsoleEnd {
     pub(super) port: Option<String>,
@@ -168,17 +168,17 @@ pub(super) fn console(text: &str) -> Result<ConsoleEnd, String> {
     }
     let (port, to) = (end.0, end.1.ok_or(FORMS)?);
     if port.is_none() && text.starts_with("path=") {
-        return Err("a path goes with a port (write port=NAME,path=PATH, or to=unix:PATH)".into());
+        return Err("a path needs a port (write port=NAME,path=PATH, or to=unix:PATH)".into());
     }
     Ok(ConsoleEnd { port, to })
 }
 
-/// The device that all `--console` together are; none where there are none.
+/// The device that all `--console` together describe; `None` without any.
 pub(super) fn consoles(ends: &[ConsoleEnd]) -> Result<Option<String>, String> {
     let mut text = "console".to_owned();
     let (consoles, ports): (Vec<_>, Vec<_>) = ends.iter().partition(|end| end.port.is_none());
     if consoles.len() > 1 {
-        return Err("there is one console without port=NAME (name the others)".into());
+        return Err("there is only one console without port=NAME (name the others)".into());
     }
     for end in consoles {
         text.push_str(&format!(",to={}", end.to));
@@ -194,7 +194,7 @@ pub(super) fn consoles(ends: &[ConsoleEnd]) -> Result<Option<String>, String> {
     Ok(Some(text))
 }
 
-/// `--share TAG=PATH[:ro]`: the text of the device that it stands for.
+/// `--share TAG=PATH[:ro]`: the text of the device that it is short for.
 pub(super) fn share(text: &str) -> Result<String, String> {
     let Some((tag, path)) = text.split_once('=').filter(|(tag, _)| !tag.is_empty()) else {
         return Err(
@@ -206,7 +206,7 @@ pub(super) fn share(text: &str) -> Result<String, String> {
         None => (path, ""),
     };
     if path.is_empty() {
-        return Err("the folder is missing behind the '=' (write TAG=PATH)".into());
+        return Err("the folder is missing after the '=' (write TAG=PATH)".into());
     }
     if tag.contains(',') || path.contains(',') {
         return Err(
@@ -218,7 +218,7 @@ pub(super) fn share(text: &str) -> Result<String, String> {
     device(&text).map(|_| text)
 }
 
-/// `--isa host,-v,+zbb`: the host's extensions, which are the start anyway, then the changes.
+/// `--isa host,-v,+zbb`: the changes. `host` may come first and is the default anyway.
 pub(super) fn isa(text: &str) -> Result<List<KnobChange>, String> {
     match text {
         "host" => Ok(List(Vec::new())),
@@ -239,7 +239,7 @@ fn knob(text: &str) -> Result<KnobChange, String> {
     let (on, name) = match (text.strip_prefix('-'), text.strip_prefix('+')) {
         (Some(name), _) => (false, name),
         (_, Some(name)) => (true, name),
-        _ => return Err("an extension stands without its sign (write -NAME to switch it off, +NAME to switch it on)".into()),
+        _ => return Err("an extension is given without its sign (write -NAME to switch it off, +NAME to switch it on)".into()),
     };
     let good = |c: char| c.is_ascii_alphanumeric();
     if name.is_empty() || !name.chars().all(good) {
@@ -258,9 +258,9 @@ pub(super) fn cpu_id(text: &str) -> Result<CpuId, String> {
             "vendor" => &mut id.vendor,
             "arch" => &mut id.arch,
             "impl" => &mut id.imp,
-            _ => return Err("it names something else than vendor, arch and impl".into()),
+            _ => return Err("it has a key other than vendor, arch and impl".into()),
         };
-        let number = address(value).map_err(|reason| format!("behind {key}=, {reason}"))?;
+        let number = address(value).map_err(|reason| format!("after {key}=, {reason}"))?;
         if field.replace(number).is_some() {
             return Err(format!("{key} is given twice (leave one out)"));
         }
@@ -282,7 +282,7 @@ pub(super) fn affinity(text: &str) -> Result<List<(u32, u32)>, String> {
 
 /// `--log` and `RVMM_LOG`.
 pub(super) fn level(text: &str) -> Result<LevelFilter, String> {
-    text.parse().map_err(|_| "it is none of off, error, warn, info, debug and trace".into())
+    text.parse().map_err(|_| "it is not one of off, error, warn, info, debug and trace".into())
 }
 
 #[cfg(test)]
@@ -325,14 +325,14 @@ mod tests {
             assert!(load(text.into()).expect_err(text).contains("FILE@ADDR"), "{text}");
         }
         for text in ["a.bin@", "a.bin@here", "a.bin@-1"] {
-            assert!(load(text.into()).expect_err(text).contains("behind the '@'"), "{text}");
+            assert!(load(text.into()).expect_err(text).contains("after the '@'"), "{text}");
         }
         let text = OsStr::from_bytes(b"a@\xff");
         assert!(load(text.to_owned()).expect_err("not UTF-8").contains("not a number"));
     }
 
     #[test]
-    fn a_trace_is_a_file_and_what_is_wanted_of_it() {
+    fn a_trace_is_a_file_with_options() {
         let traced = trace("a.jsonl,pc=on,ring=4096").expect("a trace");
         assert_eq!(
             (traced.format(), traced.pc, traced.ring),
@@ -353,20 +353,20 @@ mod tests {
         for text in ["", ",ro=on"] {
             assert!(disk(text).expect_err(text).contains("missing"), "{text}");
         }
-        assert!(disk("path=a.img").expect_err("no path").contains("alone"));
+        assert!(disk("path=a.img").expect_err("a key").contains("no key"));
         assert!(disk("a.img,ro").expect_err("no pair").contains("key=value"));
         assert!(disk("a.img,path=b").expect_err("twice").contains("twice"));
     }
 
     #[test]
-    fn the_serial_line_has_five_other_ends() {
+    fn the_serial_line_has_five_backends_of_its_own() {
         assert_eq!(serial("stdio".into()), Ok(SerialConfig::Stdio));
         assert_eq!(serial("null".into()), Ok(SerialConfig::Null));
         assert_eq!(serial("pty".into()), Ok(SerialConfig::Pty));
         assert_eq!(serial("file:log:1".into()), Ok(SerialConfig::File("log:1".into())));
         assert_eq!(serial("unix:/run/s".into()), Ok(SerialConfig::Unix("/run/s".into())));
         for text in ["", "tcp:1", "stdio:", "STDIO", "file"] {
-            assert!(serial(text.into()).expect_err(text).contains("none of stdio"), "{text}");
+            assert!(serial(text.into()).expect_err(text).contains("not one of stdio"), "{text}");
         }
         for text in ["file:", "unix:"] {
             assert!(serial(text.into()).expect_err(text).contains("missing"), "{text}");
@@ -374,7 +374,7 @@ mod tests {
     }
 
     #[test]
-    fn a_network_is_a_device_of_that_name() {
+    fn a_network_is_short_for_a_device() {
         assert_eq!(net("tap=tap0"), Ok("net,tap=tap0".into()));
         assert_eq!(net("fd=3,mtu=9000"), Ok("net,fd=3,mtu=9000".into()));
         assert_eq!(net("user"), Ok("net-user".into()));
@@ -471,6 +471,6 @@ mod tests {
         assert_eq!(level("off"), Ok(LevelFilter::Off));
         assert_eq!(level("trace"), Ok(LevelFilter::Trace));
         assert_eq!(level("WARN"), Ok(LevelFilter::Warn));
-        assert!(level("loud").expect_err("no level").contains("none of off"));
+        assert!(level("loud").expect_err("no level").contains("not one of off"));
     }
 }

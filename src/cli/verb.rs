@@ -1,4 +1,4 @@
-//! The flags of the verbs other than `run`, as clap knows them.
+//! The flags of the verbs other than `run`, as clap structs.
 
 use std::path::PathBuf;
 
@@ -17,23 +17,23 @@ pub(super) struct LabArgs {
     #[arg(long)]
     pub(super) list: bool,
 
-    /// A way to run it; --list has them
+    /// A variant of the lab; --list shows them
     #[arg(long, value_name = "NAME")]
     pub(super) variant: Option<String>,
 
-    /// Tell of the lab's steps, and of the first exit at each place in the guest what the hardware, KVM and rvmm did
+    /// Print the lab's steps, and for the first exit at each place in the guest what the hardware, KVM and rvmm did
     #[arg(long)]
     pub(super) explain: bool,
 
-    /// Print the steps of the lab as a picture (SVG), and run nothing
+    /// Print the lab's steps as a picture (SVG) instead of running it
     #[arg(long, conflicts_with_all = ["explain", "check", "payload", "save", "kernel"])]
     pub(super) picture: bool,
 
-    /// Be a grader: say whether the lab passed; the exit code is 0 only if every line came that must
+    /// Grade the lab: print if it passed; the exit code is 0 only if every required line was printed
     #[arg(long)]
     pub(super) check: bool,
 
-    /// Run this flat file instead of the lab's own guest
+    /// Run this flat binary instead of the lab's own guest
     #[arg(long, value_name = "FILE")]
     pub(super) payload: Option<PathBuf>,
 
@@ -45,33 +45,33 @@ pub(super) struct LabArgs {
     #[arg(long, value_name = "FILE")]
     pub(super) kernel: Option<PathBuf>,
 
-    /// Seconds that a lab may take
+    /// Time limit of a lab in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 300)]
     pub(super) limit: u32,
 
-    /// What is logged to standard error, as for run
+    /// Level of the log on standard error, as for run
     #[arg(long, value_name = "LEVEL", value_parser = value::level)]
     pub(super) log: Option<LevelFilter>,
 }
 
 #[derive(Debug, Subcommand)]
 pub(super) enum TraceVerb {
-    /// Make one page of HTML of a trace: time lines, kinds, registers, the slowest exits, and what they are
+    /// Write a trace as one page of HTML: time lines, kinds, registers, and the slowest exits with explanations
     #[command(after_help = "Example: rvmm trace report exits.json -o exits.html")]
     Report {
         /// The trace
         #[arg(value_name = "FILE")]
         file: PathBuf,
-        /// The page; what is there is replaced
+        /// The page; an existing file is replaced
         #[arg(short, long, value_name = "FILE")]
         output: PathBuf,
     },
 }
 
-/// Which running machine is meant, and how the answer is printed.
+/// Selects a running machine and the format of the reply.
 #[derive(Debug, Args)]
 pub(super) struct MachineArgs {
-    /// Its name (--name) or its process; may be left out where there is only one
+    /// Its name (--name) or process ID; optional if only one is running
     #[arg(value_name = "MACHINE")]
     pub(super) machine: Option<String>,
     /// Print JSON instead of text, once

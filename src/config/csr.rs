@@ -1,8 +1,8 @@
-//! CSRs of machine mode, by name and number.
+//! Machine-mode CSRs, by name and number.
 
 use serde::{Deserialize, Serialize};
 
-/// A CSR and what it reads as.
+/// A CSR and its value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CsrValue {
@@ -35,10 +35,10 @@ const NAMES: [(&str, u16); 18] = [
 ];
 
 impl CsrValue {
-    /// The number of the CSR of this name, or that the text is: hexadecimal behind `0x`.
+    /// Parses the name of a CSR, or its number: hexadecimal after `0x`.
     ///
     /// # Errors
-    /// What is wrong with it: only CSRs of machine mode (bits 9 and 8 of the number) never reach the guest's own hardware.
+    /// The reason for which it is invalid. Only machine-mode CSRs (bits 9 and 8 of the number) are valid: the guest's hardware has none.
     pub fn number(name: &str) -> Result<u16, String> {
         if let Some((_, number)) = NAMES.iter().find(|(known, _)| *known == name) {
             return Ok(*number);
@@ -47,9 +47,9 @@ impl CsrValue {
         let number = digits.and_then(|digits| u16::from_str_radix(digits, 16).ok());
         match number.filter(|number| *number <= 0xfff) {
             Some(number) if number >> 8 & 3 == 3 => Ok(number),
-            Some(_) => Err(format!("CSR {name} is not one of machine mode: the guest has its own")),
+            Some(_) => Err(format!("CSR {name} is not a machine-mode CSR: the guest has its own")),
             None => Err(format!(
-                "there is no CSR of machine mode called {name} (write mhartid, or a number such as 0xf14)"
+                "there is no machine-mode CSR named {name} (write mhartid, or a number such as 0xf14)"
             )),
         }
     }
@@ -60,7 +60,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_and_numbers_of_machine_mode_are_known_and_no_others() {
+    fn only_names_and_numbers_of_machine_mode_are_accepted() {
         assert_eq!(CsrValue::number("mhartid"), Ok(0xf14));
         assert_eq!(CsrValue::number("0xf14"), Ok(0xf14));
         for name in ["", "sstatus", "0x100", "0x1000", "0x+f", "f14", "mhartid "] {

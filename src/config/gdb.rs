@@ -1,4 +1,4 @@
-//! Where a debugger connects, and whether the guest waits for it: the value of `--gdb`.
+//! The address a debugger connects to, and if the guest waits for it: the value of `--gdb`.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -8,18 +8,18 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-/// A machine's end for a debugger that speaks GDB's remote protocol.
+/// The settings of a machine's server for GDB's remote protocol.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GdbConfig {
-    /// Where rvmm listens.
+    /// The address rvmm listens on.
     pub at: GdbAddress,
-    /// Whether the guest waits before its first instruction until a debugger lets it go.
+    /// True if the guest waits before its first instruction until a debugger continues it.
     #[serde(default = "yes")]
     pub wait: bool,
 }
 
-/// Where a debugger connects. Whoever can connect there owns the guest.
+/// The address a debugger connects to. Anyone who can connect to it controls the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum GdbAddress {
@@ -30,18 +30,18 @@ pub enum GdbAddress {
 }
 
 const FORMS: &str =
-    "it is none of tcp:PORT, tcp:HOST:PORT and unix:PATH, with ,wait=off behind it or not";
+    "it is not one of tcp:PORT, tcp:HOST:PORT and unix:PATH, optionally followed by ,wait=off";
 
 fn yes() -> bool {
     true
 }
 
 impl GdbConfig {
-    /// Takes `tcp:PORT`, `tcp:HOST:PORT` or `unix:PATH`, each with `,wait=on` or `,wait=off` behind it or not. A HOST is
-    /// `localhost` or an address, one of IPv6 in brackets; without one it is 127.0.0.1.
+    /// Parses `tcp:PORT`, `tcp:HOST:PORT` or `unix:PATH`, each optionally followed by `,wait=on` or `,wait=off`. A HOST is
+    /// `localhost` or an address, an IPv6 address in brackets; the default is 127.0.0.1.
     ///
     /// # Errors
-    /// What is wrong with the text.
+    /// The reason for which the text is invalid.
     pub fn parse(text: &OsStr) -> Result<Self, &'static str> {
         let bytes = text.as_bytes();
         let (bytes, wait) = match bytes.iter().position(|byte| *byte == b',') {
@@ -49,27 +49,27 @@ impl GdbConfig {
             Some(at) => match bytes.split_at(at) {
                 (bytes, b",wait=on") => (bytes, true),
                 (bytes, b",wait=off") => (bytes, false),
-                _ => return Err("behind the ',' stands neither wait=on nor wait=off"),
+                _ => return Err("the option after the ',' is neither wait=on nor wait=off"),
             },
         };
         if let Some(path) = bytes.strip_prefix(b"unix:") {
             if path.is_empty() {
-                return Err("the path behind the ':' is missing");
+                return Err("the path after the ':' is missing");
             }
             return Ok(Self { at: GdbAddress::Unix(OsStr::from_bytes(path).into()), wait });
         }
-        let place = bytes.strip_prefix(b"tcp:").and_then(|place| std::str::from_utf8(place).ok());
-        Ok(Self { at: GdbAddress::Tcp(tcp(place.ok_or(FORMS)?)?), wait })
+        let text = bytes.strip_prefix(b"tcp:").and_then(|text| std::str::from_utf8(text).ok());
+        Ok(Self { at: GdbAddress::Tcp(tcp(text.ok_or(FORMS)?)?), wait })
     }
 }
 
-fn tcp(place: &str) -> Result<SocketAddr, &'static str> {
-    let (host, port) = place.rsplit_once(':').unwrap_or(("localhost", place));
+fn tcp(text: &str) -> Result<SocketAddr, &'static str> {
+    let (host, port) = text.rsplit_once(':').unwrap_or(("localhost", text));
     let port = port.parse().map_err(|_| "its port is not a number from 0 to 65535")?;
     let literal = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
     let host = match literal {
         "localhost" => Ok(IpAddr::V4(Ipv4Addr::LOCALHOST)),
-        // A name of the host's network would be asked for elsewhere, and may mean more than one address.
+        // Any other host name needs a resolver, and may have more than one address.
         literal => literal.parse().map_err(|_| "its host is neither localhost nor an address"),
     };
     Ok(SocketAddr::new(host?, port))
@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn a_place_is_a_port_an_address_with_a_port_or_a_path() {
+    fn an_address_is_a_port_a_host_with_a_port_or_a_path() {
         for (text, at, wait) in [
             ("tcp:1234", "tcp:127.0.0.1:1234", true),
             ("tcp:0,wait=off", "tcp:127.0.0.1:0", false),
@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_place_is_refused() {
+    fn invalid_addresses_are_refused() {
         for text in [
             "",
             "1234",

@@ -1,32 +1,32 @@
-//! Which slot of the memory map each device stands in.
+//! Assignment of devices to slots of the memory map.
 
 use rvmm_devices::{Model, Options, Placement};
 
 use crate::error::Error;
 use crate::layout::SLOT_COUNT;
 
-/// How many slots, from the first on, a configuration reaches into.
+/// Number of slots up to the last one that a configuration uses.
 ///
 /// # Errors
-/// As for [`assign`], and [`Error::Device`] for a text that is no device's.
+/// As for [`assign`], and [`Error::Device`] for a text that does not parse.
 pub(crate) fn reach(devices: &[String]) -> Result<usize, Error> {
     let devices: Result<Vec<_>, _> = devices.iter().map(|text| Options::parse(text)).collect();
     let devices = devices.map_err(|error| Error::Device(error.to_string()))?;
     Ok(assign(&devices)?.into_iter().flatten().max().map_or(0, |last| last + 1))
 }
 
-/// The slot of each device, in the order given; none where its place is elsewhere.
+/// The slot of each device, in the order given; `None` for a device outside the slots.
 ///
-/// Those that name one (`slot=N`) have it. The others take the lowest that are left, one after the other.
+/// A device that names a slot (`slot=N`) gets it. The others get the lowest free ones, in order.
 ///
 /// # Errors
-/// [`Error::Device`] for a model that does not exist, a number that is no slot's, a slot that two name, and more devices
-/// than slots.
+/// [`Error::Device`] for a model that does not exist, an invalid slot number, a slot that two devices name, and more
+/// devices than slots.
 pub(crate) fn assign(devices: &[Options]) -> Result<Vec<Option<usize>>, Error> {
     let mut taken: [Option<&str>; SLOT_COUNT] = [None; SLOT_COUNT];
     let mut named = Vec::with_capacity(devices.len());
     for options in devices {
-        let slot = asked(options)?;
+        let slot = named_slot(options)?;
         let place = slot.and_then(|slot| taken.get_mut(slot).map(|place| (slot, place)));
         if let Some((slot, place)) = place
             && let Some(other) = place.replace(options.name())
@@ -60,7 +60,7 @@ fn is_slotted(options: &Options) -> Result<bool, Error> {
 }
 
 /// The slot that a device names.
-fn asked(options: &Options) -> Result<Option<usize>, Error> {
+fn named_slot(options: &Options) -> Result<Option<usize>, Error> {
     if !is_slotted(options)? {
         return Ok(None);
     }
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn devices_stand_in_the_order_given_around_those_that_name_a_slot() {
+    fn devices_take_free_slots_in_the_order_given_around_those_that_name_one() {
         let all = slots(&[
             "rng",
             "rng,slot=0",

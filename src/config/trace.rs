@@ -1,4 +1,4 @@
-//! What a user asks for when exits are to be recorded.
+//! The settings of a trace.
 
 use std::path::PathBuf;
 
@@ -10,12 +10,11 @@ use serde::{Deserialize, Serialize};
 pub struct TraceConfig {
     /// The file, created or truncated.
     pub file: PathBuf,
-    /// Its format; by the file's name where nothing is said.
+    /// Its format; `None` derives it from the file's name.
     pub format: Option<TraceFormat>,
-    /// The program counter of every exit, for a system call each.
+    /// True to record the program counter of every exit, which costs a system call each.
     pub pc: bool,
-    /// Records that the ring of a hart holds, 64 bytes each, rounded up to a power of two; by the number of harts where nothing is
-    /// said.
+    /// Number of records in a hart's ring, 64 bytes each, rounded up to a power of two; `None` derives it from the number of harts.
     pub ring: Option<u32>,
 }
 
@@ -30,12 +29,12 @@ pub enum TraceFormat {
 }
 
 impl TraceConfig {
-    /// The fewest records of a ring.
+    /// Minimum number of records in a ring.
     pub const LEAST_RING: u32 = 64;
-    /// The most records of a ring: 64 MiB a hart.
+    /// Maximum number of records in a ring: 64 MiB per hart.
     pub const MOST_RING: u32 = 1 << 20;
 
-    /// The format: the one that was asked for; else lines for a name that ends in `.jsonl`, and Chrome's for all others.
+    /// The format: the one that is set; else lines for a name that ends in `.jsonl`, and Chrome's for all others.
     #[must_use]
     pub fn format(&self) -> TraceFormat {
         let is_lines = || self.file.extension().is_some_and(|extension| extension == "jsonl");

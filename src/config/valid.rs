@@ -1,4 +1,4 @@
-//! What of a configuration can be checked before a file is opened or the host is asked.
+//! Checks of a configuration that need neither files nor the host.
 
 use std::error::Error as StdError;
 use std::ops::Deref;
@@ -12,8 +12,7 @@ use super::{
 };
 use crate::error::Error;
 
-/// A configuration that was checked: it contradicts neither itself nor what rvmm has. Files, KVM and the host are not
-/// asked yet.
+/// A checked configuration: it is consistent and within rvmm's limits. Files, KVM and the host are not checked yet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ValidConfig(VmConfig);
 
@@ -26,7 +25,7 @@ impl Deref for ValidConfig {
 }
 
 impl ValidConfig {
-    /// The configuration, to be changed and checked again.
+    /// Returns the configuration, to be changed and checked again.
     #[must_use]
     pub fn into_inner(self) -> VmConfig {
         self.0
@@ -34,10 +33,10 @@ impl ValidConfig {
 }
 
 impl VmConfig {
-    /// Checks all that can be checked without opening a file or asking the host.
+    /// Checks everything that needs neither files nor the host.
     ///
     /// # Errors
-    /// [`Error::Config`] with the first thing that is wrong, its value, and what to do; [`Error::Device`] for a device
+    /// [`Error::Config`] with the first mistake, its value, and what to do; [`Error::Device`] for a device
     /// that is not in the catalog or an option that it does not take.
     pub fn validate(&self) -> Result<ValidConfig, Error> {
         let mut config = self.clone();
@@ -74,7 +73,7 @@ fn check_name(name: &str) -> Result<(), Error> {
 fn check_mem(mem: u64, hugepages: bool) -> Result<(), Error> {
     if mem < MIN_MEM {
         return refuse(format!(
-            "Cannot use --mem {}: a machine has at least {} (Linux wants 128M or more)",
+            "Cannot use --mem {}: a machine has at least {} (Linux needs 128M or more)",
             Size(mem),
             Size(MIN_MEM)
         ));
@@ -85,17 +84,17 @@ fn check_mem(mem: u64, hugepages: bool) -> Result<(), Error> {
             Size(mem)
         ));
     }
-    // No size is proposed here: what the next one is too little for shows when the files are open.
+    // No size is proposed here: the next one may be too small for the files, which are opened later.
     if hugepages && !mem.is_multiple_of(HUGE_MEM_STEP) {
         return refuse(format!(
-            "Cannot use --mem {} with --hugepages: it is not a multiple of {} (take one that is, or leave --hugepages out)",
+            "Cannot use --mem {} with --hugepages: it is not a multiple of {} (use one that is, or leave --hugepages out)",
             Size(mem),
             Size(HUGE_MEM_STEP)
         ));
     }
     if !mem.is_multiple_of(MEM_STEP) {
         return refuse(format!(
-            "Cannot use --mem {}: it is not a multiple of {} (take one that is, such as any number of M)",
+            "Cannot use --mem {}: it is not a multiple of {} (use one that is, such as any number of M)",
             Size(mem),
             Size(MEM_STEP)
         ));
@@ -228,7 +227,7 @@ impl GdbAddress {
     }
 }
 
-/// Names, keys and slots only: what another value may be is its model's to say, when it is built.
+/// Checks names, keys and slots only: a model checks its other values when it is built.
 fn check_devices(devices: &[String]) -> Result<(), Error> {
     let (mut fixed, mut all) = (Vec::new(), Vec::new());
     for text in devices {
@@ -253,7 +252,7 @@ fn check_devices(devices: &[String]) -> Result<(), Error> {
     slots::assign(&all).map(|_| ())
 }
 
-/// A user's text as it may stand in a message: in quotes, without control characters, not longer than a line.
+/// Quotes a user's text for a message: without control characters, not longer than a line.
 pub(crate) fn quoted(text: &str) -> String {
     const MOST: usize = 80;
     let mut out = String::from("'");
@@ -308,7 +307,7 @@ mod tests {
     fn firmware_in_a_flash_needs_an_entry_and_no_file() {
         let devices = vec!["flash,addr=0x20000000,file=CODE.fd".into()];
         let mut config = VmConfig { devices, ..VmConfig::default() };
-        let error = config.validate().expect_err("no place to start").to_string();
+        let error = config.validate().expect_err("no entry point").to_string();
         assert!(error.contains("--entry ADDR"), "{error}");
         config.boot.entry = Some(0x2000_0000);
         config.validate().expect("the flash is started");
@@ -330,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn any_number_of_pages_is_memory_and_huge_pages_want_theirs() {
+    fn memory_is_a_multiple_of_the_page_size_also_with_huge_pages() {
         let mut config = bootable();
         for mem in [33 << 20, 39 << 20, (64 << 20) + 4096] {
             config.mem = mem;
@@ -363,7 +362,7 @@ mod tests {
         assert!(refusal(|config| config.mem = 0).contains("--mem 0"));
         assert!(refusal(|config| config.mem = MIN_MEM - MEM_STEP).contains("at least 16M"));
         let odd = refusal(|config| config.mem = (17 << 20) + 1);
-        assert!(odd.contains("not a multiple of 4K (take one that is"), "{odd}");
+        assert!(odd.contains("not a multiple of 4K (use one that is"), "{odd}");
         assert!(refusal(|config| config.mem = u64::MAX).contains("56 bits"));
         let mut config = bootable();
         config.mem = MAX_MEM;
@@ -446,7 +445,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_is_quoted_short_and_harmless() {
+    fn a_quoted_text_is_short_and_has_no_control_characters() {
         assert_eq!(quoted("a\u{7}b"), "'a\\u{7}b'");
         let long = quoted(&"x".repeat(100_000));
         assert!(long.len() < 100 && long.ends_with("...'"), "{long}");

@@ -1,11 +1,11 @@
-//! Breakpoints in guest memory: a `c.ebreak` over the first half of an instruction, and what stood there before.
+//! Software breakpoints in guest memory: a `c.ebreak` over the first two bytes of an instruction, and the bytes it replaced.
 //!
-//! Two bytes are enough for instructions of every length, never lie on two pages, and leave the second half of a long
+//! Two bytes are enough for instructions of every length, never cross a page boundary, and leave the second half of a longer
 //! instruction alone. Every hart has `c.ebreak`: rvmm itself is compiled for hosts with compressed instructions.
 //!
-//! All addresses are guest-physical: a page may be mapped at several virtual ones, and the `ebreak` is in all of them. Who writes
-//! code over a breakpoint (the guest's own patching, a page that becomes another) has the last word: what is no longer our
-//! `ebreak` is neither shown nor restored as if it were.
+//! All addresses are guest-physical: a page may be mapped at several virtual addresses, and the `ebreak` appears at all of them.
+//! If the guest overwrites a breakpoint (it patches its own code, or reuses the page), its write wins: bytes that are no longer
+//! the inserted `ebreak` are neither hidden nor restored.
 
 use std::collections::BTreeMap;
 
@@ -13,20 +13,20 @@ use crate::memory::{GuestRam, RamError};
 
 const C_EBREAK: [u8; 2] = 0x9002_u16.to_le_bytes();
 
-/// The inserted breakpoints: address, and the two bytes that were there.
+/// The inserted breakpoints: address, and the two bytes they replaced.
 #[derive(Debug, Default)]
 pub(super) struct SoftwareBreakpoints(BTreeMap<u64, [u8; 2]>);
 
 impl SoftwareBreakpoints {
-    /// Whether one is inserted at `addr`.
+    /// True if a breakpoint is inserted at `addr`.
     pub(super) fn has(&self, addr: u64) -> bool {
         self.0.contains_key(&addr)
     }
 
-    /// Plants one; where there is one already, nothing changes.
+    /// Inserts a breakpoint, unless one is inserted there already.
     ///
     /// # Errors
-    /// There is no memory; or it is lost, and with it what stood there.
+    /// `addr` is not in RAM, or the memory is lost, and with it the original bytes.
     pub(super) fn insert(&mut self, ram: &GuestRam, addr: u64) -> Result<(), RamError> {
         if self.has(addr) {
             return Ok(());
@@ -38,24 +38,24 @@ impl SoftwareBreakpoints {
         Ok(())
     }
 
-    /// Restores what was there, unless the guest has written something else meanwhile.
+    /// Removes a breakpoint and restores the original bytes, unless the guest has overwritten it.
     pub(super) fn remove(&mut self, ram: &GuestRam, addr: u64) {
         let Some(before) = self.0.remove(&addr) else { return };
         let mut now = [0; 2];
         if ram.read(addr, &mut now).is_ok() && now == C_EBREAK {
-            // Memory that is lost needs no repair.
+            // Lost memory needs no restoring.
             let _ = ram.write(addr, &before);
         }
     }
 
-    /// Restores all.
+    /// Removes all breakpoints.
     pub(super) fn remove_all(&mut self, ram: &GuestRam) {
         for addr in self.0.keys().copied().collect::<Vec<_>>() {
             self.remove(ram, addr);
         }
     }
 
-    /// Makes of `bytes`, which were read at `addr`, what they would be without breakpoints.
+    /// Replaces breakpoints in `bytes`, which were read at `addr`, with the original bytes.
     pub(super) fn hide(&self, addr: u64, bytes: &mut [u8]) {
         let end = addr.saturating_add(bytes.len() as u64);
         for (at, before) in self.0.range(addr.saturating_sub(1)..end) {
@@ -64,10 +64,10 @@ impl SoftwareBreakpoints {
                 let index = usize::try_from(at.checked_sub(addr)?).ok()?;
                 Some((index, *inserted, *before))
             });
-            let is_ours = seen
+            let is_intact = seen
                 .clone()
                 .all(|(index, inserted, _)| bytes.get(index).is_none_or(|byte| *byte == inserted));
-            if is_ours {
+            if is_intact {
                 for (index, _, before) in seen.by_ref() {
                     if let Some(byte) = bytes.get_mut(index) {
                         *byte = before;
@@ -77,7 +77,7 @@ impl SoftwareBreakpoints {
         }
     }
 
-    /// Writes `bytes` as if there were no breakpoints, which stay inserted.
+    /// Writes `bytes` underneath the breakpoints, which stay inserted.
     ///
     /// # Errors
     /// As [`GuestRam::write`].
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_planted_is_in_memory_but_not_shown_and_is_gone_when_lifted() {
+    fn an_inserted_breakpoint_is_in_memory_but_hidden_and_gone_once_removed() {
         let (ram, mut inserted) = (ram(), SoftwareBreakpoints::default());
         inserted.insert(&ram, AT + 2).unwrap();
         inserted.insert(&ram, AT + 2).unwrap();
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_over_a_breakpoint_is_what_is_restored() {
+    fn bytes_written_over_a_breakpoint_are_those_that_are_restored() {
         let (ram, mut inserted) = (ram(), SoftwareBreakpoints::default());
         inserted.insert(&ram, AT).unwrap();
         inserted.insert(&ram, AT + 4).unwrap();
@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_guest_has_written_over_a_breakpoint_stays() {
+    fn bytes_that_the_guest_writes_over_a_breakpoint_stay() {
         let (ram, mut inserted) = (ram(), SoftwareBreakpoints::default());
         inserted.insert(&ram, AT).unwrap();
         ram.write(AT, &[7, 7]).unwrap();
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn where_no_memory_is_nothing_is_planted() {
+    fn outside_of_memory_no_breakpoint_is_inserted() {
         let (ram, mut inserted) = (ram(), SoftwareBreakpoints::default());
         assert_eq!(inserted.insert(&ram, RAM.end() - 1), Err(RamError::NotRam));
         assert_eq!(inserted.insert(&ram, u64::MAX), Err(RamError::NotRam));

@@ -1,4 +1,4 @@
-//! The sockets: where a debugger connects, and the connection as gdbstub writes to it.
+//! The sockets: the listener, and a connection as gdbstub writes to it.
 
 use std::io;
 use std::net::TcpListener;
@@ -15,12 +15,12 @@ use crate::config::GdbAddress;
 use crate::error::Error;
 use crate::host::Listening;
 
-/// Bytes that wait to be sent until there are so many.
+/// Size of the output buffer, which is sent when full or flushed.
 const BATCH: usize = 4096;
-/// Debuggers that may wait while another is served.
+/// Connections that may wait while another debugger is served.
 const BACKLOG: i32 = 1;
 
-/// Where debuggers connect.
+/// A listening socket for debuggers.
 #[derive(Debug)]
 pub(super) enum DebugListener {
     Tcp(TcpListener),
@@ -43,20 +43,20 @@ impl DebugListener {
         })
     }
 
-    /// Where it is: the port that was taken, where any would do.
+    /// Returns the bound address: for TCP with the actual port if port 0 was asked for.
     pub(super) fn address(&self) -> Result<GdbAddress, Error> {
         match self {
             Self::Unix(listening) => Ok(GdbAddress::Unix(listening.path().into())),
             Self::Tcp(listener) => {
                 listener.local_addr().map(GdbAddress::Tcp).map_err(|source| Error::Host {
-                    what: "Cannot find out on which port a debugger may connect".into(),
+                    what: "Cannot read the address of the listener for a debugger".into(),
                     source,
                 })
             }
         }
     }
 
-    /// Lets the next one in; nothing where nobody waits any more.
+    /// Accepts the next connection; `None` if none is waiting any more.
     ///
     /// # Errors
     /// The host has no descriptors left.
@@ -64,7 +64,7 @@ impl DebugListener {
         let accepted = match self {
             Self::Unix(listening) => listening.accept(),
             Self::Tcp(listener) => listener.accept().map(|(stream, _)| {
-                // Packets are small and answers are waited for.
+                // Packets are small, and each waits for its reply.
                 let _ = stream.set_nodelay(true);
                 stream.into()
             }),
@@ -90,11 +90,11 @@ impl AsFd for DebugListener {
     }
 }
 
-/// Gets the thread `gdb` out of a wait, one for the debugger included.
+/// Wakes the thread `gdb` from any wait, that for room in the socket's send buffer included.
 #[derive(Debug)]
 pub(super) struct Wakeup {
     fd: OwnedFd,
-    rung: AtomicBool,
+    is_notified: AtomicBool,
 }
 
 impl Wakeup {
@@ -102,19 +102,19 @@ impl Wakeup {
     /// The host has no descriptors left.
     pub(super) fn new() -> io::Result<Self> {
         let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Self { fd, rung: AtomicBool::new(false) })
+        Ok(Self { fd, is_notified: AtomicBool::new(false) })
     }
 
     pub(super) fn notify(&self) {
-        self.rung.store(true, Ordering::SeqCst);
-        // Full means that it is readable already.
+        self.is_notified.store(true, Ordering::SeqCst);
+        // A full counter is readable already.
         let _ = rustix::io::write(&self.fd, &1_u64.to_ne_bytes());
     }
 
-    /// Makes it silent; whoever does looks for the reason afterwards.
+    /// Clears the notification; the caller checks for events afterwards.
     pub(super) fn clear(&self) {
         let _ = rustix::io::read(&self.fd, &mut [0_u8; 8]);
-        self.rung.store(false, Ordering::SeqCst);
+        self.is_notified.store(false, Ordering::SeqCst);
     }
 }
 
@@ -124,7 +124,7 @@ impl AsFd for Wakeup {
     }
 }
 
-/// A connection. Reading never waits; writing waits for the debugger until the wakeup rings.
+/// A connection. Reading never waits; writing waits for the debugger until [`Wakeup::notify`].
 #[derive(Debug)]
 pub(super) struct RspConnection {
     fd: OwnedFd,
@@ -137,7 +137,7 @@ impl RspConnection {
         Self { fd, out: Vec::with_capacity(BATCH), wakeup }
     }
 
-    /// Reads what has come: nothing (`None`) where that is nothing yet.
+    /// Reads received bytes; `None` if there are none yet.
     ///
     /// # Errors
     /// The debugger has closed the connection, or the connection is broken.
@@ -165,8 +165,8 @@ impl RspConnection {
     }
 
     fn await_room(&self) -> io::Result<()> {
-        if self.wakeup.rung.load(Ordering::SeqCst) {
-            let what = "the machine cannot wait for a debugger that does not read";
+        if self.wakeup.is_notified.load(Ordering::SeqCst) {
+            let what = "the debugger does not read replies, and the machine resets or ends";
             return Err(io::Error::new(io::ErrorKind::TimedOut, what));
         }
         let mut fds =

@@ -1,7 +1,7 @@
-//! What a debugger shares with the harts of one life of the guest: which breakpoints are inserted, and who came to one.
+//! State that a debugger shares with the harts of one run of the guest: the inserted breakpoints, and the harts that hit one.
 //!
-//! The lock here is held for moments and never while the control's is taken. Inserting and removing are the debugger's, while all
-//! harts are held; harts only look.
+//! The lock here is held briefly and never while the control's lock is taken. Only the debugger inserts and removes breakpoints,
+//! while all harts are held; harts only read.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -16,44 +16,44 @@ use crate::vcpu::hart::{Csr, Hart, Reg};
 use crate::vcpu::walk::translate;
 use crate::vcpu::{Control, Debugger};
 
-/// Most breakpoints that a debugger may have at a time.
-const MOST: usize = 1000;
+/// Maximum number of breakpoints that a debugger may set.
+const MAX_BREAKPOINTS: usize = 1000;
 
-/// Why a hart stands still.
+/// The reason for which a hart stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum StopCause {
-    /// It has come to a breakpoint, at the address that the debugger knows it by.
+    /// It hit a breakpoint at the virtual address that the debugger set it for.
     Breakpoint,
     /// Its step is done.
     Step,
-    /// It has come to a breakpoint's memory by another virtual address.
+    /// It hit a breakpoint through another virtual address of the same memory.
     Alias,
 }
 
-/// One life's breakpoints.
+/// The breakpoints of one run of the guest.
 pub(crate) struct DebugContext {
     pub(super) control: Arc<Control>,
     pub(super) ram: Arc<GuestRam>,
     state: Mutex<State>,
-    /// Readable while a hart has come to a breakpoint and nobody has looked.
+    /// Readable while there are stops that [`DebugContext::take_stop`] has not taken.
     wake: OwnedFd,
     sync_code: SyncCode,
-    /// Whether `ebreak`s come out for somebody else too, and go on doing so without a debugger.
-    pub(super) has_others: bool,
+    /// True if `ebreak`s exit to user space for another reason as well, and still do without a debugger.
+    pub(super) keeps_ebreak_exits: bool,
 }
 
-/// Makes instructions that were written into guest memory visible to all harts, none of which is in the guest.
+/// Makes instructions written to guest memory visible to all harts, none of which is in the guest.
 pub(crate) type SyncCode = Box<dyn Fn() -> io::Result<()> + Send + Sync>;
 
 #[derive(Default)]
 struct State {
     inserted: SoftwareBreakpoints,
-    /// The debugger's breakpoints: virtual address, and where it led when they were set.
+    /// The debugger's breakpoints: virtual address, and the guest-physical address it translated to when they were set.
     breakpoints: BTreeMap<u64, u64>,
-    /// Where harts that step may report_stop: (guest-physical address, hart).
+    /// Temporary breakpoints of harts that step: (guest-physical address, hart).
     steps: BTreeSet<(u64, u32)>,
-    /// In the order of coming, each hart once: it waits from then on.
-    came: Vec<(u32, StopCause)>,
+    /// Stops in order of arrival, each hart at most once, since it waits from then on.
+    stops: Vec<(u32, StopCause)>,
 }
 
 impl State {
@@ -64,7 +64,7 @@ impl State {
 }
 
 impl DebugContext {
-    /// The context of a life whose `ebreak`s come out for somebody else as well where `has_others` is set.
+    /// Returns the context of one run. With `keeps_ebreak_exits`, `ebreak`s exit to user space without a debugger as well.
     ///
     /// # Errors
     /// The host has no descriptors left.
@@ -72,28 +72,28 @@ impl DebugContext {
         control: Arc<Control>,
         ram: Arc<GuestRam>,
         sync_code: SyncCode,
-        has_others: bool,
+        keeps_ebreak_exits: bool,
     ) -> io::Result<Self> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Self { control, ram, state: Mutex::default(), wake, sync_code, has_others })
+        Ok(Self { control, ram, state: Mutex::default(), wake, sync_code, keeps_ebreak_exits })
     }
 
-    /// Makes what was inserted and removed visible to all harts, which are held.
+    /// Makes inserted and removed breakpoints visible to all harts, which are held.
     ///
     /// # Errors
-    /// What the kernel says, which no guest causes.
+    /// The kernel's error, which no guest causes.
     pub(super) fn sync_code(&self) -> io::Result<()> {
         (self.sync_code)()
     }
 
-    /// Sets a breakpoint of the debugger's for `va`, which leads to `addr` now; where there is one for `va`, it moves there. False
-    /// where there are too many.
+    /// Sets a breakpoint of the debugger's for `va`, which translates to `addr` now; an existing one for `va` moves there. False
+    /// if there are too many.
     ///
     /// # Errors
-    /// There is no memory.
+    /// `addr` is not in RAM.
     pub(super) fn set(&self, va: u64, addr: u64) -> Result<bool, RamError> {
         let mut state = self.lock();
-        if state.breakpoints.len() >= MOST && !state.breakpoints.contains_key(&va) {
+        if state.breakpoints.len() >= MAX_BREAKPOINTS && !state.breakpoints.contains_key(&va) {
             return Ok(false);
         }
         state.inserted.insert(&self.ram, addr)?;
@@ -104,7 +104,7 @@ impl DebugContext {
         Ok(true)
     }
 
-    /// Takes the debugger's breakpoint for `va` away, if there is one.
+    /// Removes the debugger's breakpoint for `va`, if there is one.
     pub(super) fn unset(&self, va: u64) {
         let mut state = self.lock();
         if let Some(addr) = state.breakpoints.remove(&va) {
@@ -112,7 +112,7 @@ impl DebugContext {
         }
     }
 
-    /// Has `hart`, which steps, stop at `addr` too. False where no memory is.
+    /// Inserts a temporary breakpoint at `addr` for a step of `hart`. False if `addr` is not in RAM.
     pub(super) fn step_to(&self, addr: u64, hart: u32) -> bool {
         let mut state = self.lock();
         let is_there = state.inserted.insert(&self.ram, addr).is_ok();
@@ -122,19 +122,19 @@ impl DebugContext {
         is_there
     }
 
-    /// Ends all steps, and plants again what was removed for one.
+    /// Ends all steps, and inserts the breakpoints again that were removed for one.
     pub(super) fn end_steps(&self) {
         let mut state = self.lock();
         for (addr, _) in std::mem::take(&mut state.steps) {
             self.remove(&mut state, addr);
         }
         for addr in state.breakpoints.values().copied().collect::<Vec<_>>() {
-            // It was memory when it was set.
+            // It was RAM when the breakpoint was set.
             let _ = state.inserted.insert(&self.ram, addr);
         }
     }
 
-    /// Takes the breakpoint at `addr` out of memory until [`DebugContext::end_steps`]; false where none is there.
+    /// Removes the breakpoint at `addr` from memory until [`DebugContext::end_steps`]; false if there is none.
     pub(super) fn remove_for_step(&self, addr: u64) -> bool {
         let mut state = self.lock();
         let is_there = state.inserted.has(addr);
@@ -142,26 +142,26 @@ impl DebugContext {
         is_there
     }
 
-    /// Whether a hart that is at virtual address `va`, which leads to `addr`, is at a breakpoint that the debugger does not know by
-    /// that address.
+    /// True if a hart at virtual address `va`, which translates to `addr`, is at a breakpoint that the debugger set for another
+    /// virtual address.
     pub(super) fn is_alias(&self, va: u64, addr: u64) -> bool {
         let state = self.lock();
         state.inserted.has(addr) && state.breakpoints.get(&va) != Some(&addr)
     }
 
-    /// Whether there is any breakpoint.
+    /// True if the debugger has no breakpoints.
     pub(super) fn is_empty(&self) -> bool {
         self.lock().breakpoints.is_empty()
     }
 
-    /// Takes all breakpoints out of memory for good.
+    /// Removes all breakpoints and ends all steps.
     pub(super) fn clear(&self) {
         let mut state = self.lock();
         state.inserted.remove_all(&self.ram);
         *state = State::default();
     }
 
-    /// Copies memory, as it is without breakpoints.
+    /// Reads memory as it would be without breakpoints.
     ///
     /// # Errors
     /// As [`GuestRam::read`].
@@ -172,7 +172,7 @@ impl DebugContext {
         Ok(())
     }
 
-    /// Writes memory, below breakpoints where there are some.
+    /// Writes memory underneath the breakpoints, which stay inserted.
     ///
     /// # Errors
     /// As [`GuestRam::write`].
@@ -180,18 +180,18 @@ impl DebugContext {
         self.lock().inserted.write(&self.ram, addr, bytes)
     }
 
-    /// Says that `hart` is where it was to be.
-    pub(super) fn report_stop(&self, hart: u32, how: StopCause) {
-        self.lock().came.push((hart, how));
-        // Full means that it is readable already.
+    /// Records that `hart` has stopped, and wakes the debugger's thread.
+    pub(super) fn report_stop(&self, hart: u32, cause: StopCause) {
+        self.lock().stops.push((hart, cause));
+        // A full counter is readable already.
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 
-    /// Who came to a breakpoint, and forgets it: the first one counts, the others are still there when they go on.
+    /// Takes all recorded stops and returns the first: the other harts hit their breakpoints again when they are resumed.
     pub(super) fn take_stop(&self) -> Option<(u32, StopCause)> {
         let _ = rustix::io::read(&self.wake, &mut [0_u8; 8]);
-        let came = std::mem::take(&mut self.lock().came);
-        came.first().copied()
+        let stops = std::mem::take(&mut self.lock().stops);
+        stops.first().copied()
     }
 
     fn remove(&self, state: &mut State, addr: u64) {
@@ -200,7 +200,7 @@ impl DebugContext {
         }
     }
 
-    /// Nothing in here can panic half way.
+    /// A poisoned lock is safe to use: no code that holds it can panic halfway through a change.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -220,7 +220,7 @@ impl Debugger for DebugContext {
         if !state.inserted.has(addr) {
             return Ok(false);
         }
-        let how = if state.breakpoints.get(&pc) == Some(&addr) {
+        let cause = if state.breakpoints.get(&pc) == Some(&addr) {
             Some(StopCause::Breakpoint)
         } else if state.steps.contains(&(addr, hart.id())) {
             Some(StopCause::Step)
@@ -230,12 +230,12 @@ impl Debugger for DebugContext {
             None
         };
         drop(state);
-        match how {
-            Some(how) => {
+        match cause {
+            Some(cause) => {
                 self.control.hold();
-                self.report_stop(hart.id(), how);
+                self.report_stop(hart.id(), cause);
             }
-            // Another hart's step ends here.
+            // A temporary breakpoint of another hart's step.
             None => self.control.hold_one(hart.id()),
         }
         Ok(true)

@@ -1,4 +1,4 @@
-//! The guest as a debugger sees it: a life that is taken hold of and let go, and harts that are reached where they stand.
+//! The guest under a debugger: attach, detach, and access to stopped harts.
 
 use std::fmt;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use super::context::DebugContext;
 use super::registers::{description, optional};
 use crate::vcpu::hart::Hart;
 
-/// The machine has ended, or is between two lives.
+/// The machine has ended, or is between two runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct MachineGone;
 
@@ -19,52 +19,52 @@ impl fmt::Display for MachineGone {
     }
 }
 
-/// Why all harts stand still.
+/// The reason for which all harts are stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stop {
-    /// A hart came to a breakpoint.
+    /// A hart hit a breakpoint.
     Breakpoint(u32),
-    /// A hart has done its step, or stands for another reason that needs no name.
+    /// A hart has done its step, or stopped for a reason that the protocol has no name for.
     Trap(u32),
-    /// The debugger asked.
+    /// The debugger sent an interrupt.
     Interrupt(u32),
 }
 
-/// What a debugger wants to happen next.
+/// The actions of a debugger's resume request.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct ResumePlan {
     /// Harts that do one step.
     pub(super) steps: Vec<u32>,
-    /// Harts that go on; where `is_locked` is not set, all others do as well.
+    /// Harts that continue; unless `is_locked` is set, all others do as well.
     pub(super) runs: Vec<u32>,
-    /// Whether all others stand still.
+    /// True if all others stay stopped.
     pub(super) is_locked: bool,
 }
 
 /// The guest under a debugger.
 #[derive(Default)]
 pub(super) struct Debuggee {
-    /// The present life; none between two.
+    /// The current run; `None` between two.
     pub(super) context: Option<Arc<DebugContext>>,
     pub(super) is_running: bool,
-    /// The hart of the last stop, whose page tables come first.
+    /// The hart of the last stop, whose page tables are tried first.
     pub(super) current: u32,
     pub(super) plan: ResumePlan,
-    /// A hart that does a step of ours before the plan begins.
-    pub(super) over: Option<u32>,
-    /// Harts that have done it.
-    pub(super) are_over: Vec<u32>,
-    /// What `sie` was in harts that step.
+    /// A hart that is stepped over an alias of a breakpoint before the plan begins.
+    pub(super) stepping_over: Option<u32>,
+    /// Harts for which that is done.
+    pub(super) stepped_over: Vec<u32>,
+    /// The original `sie` of harts that step.
     pub(super) masked: Vec<(u32, u64)>,
     description: String,
 }
 
 impl Debuggee {
-    /// Takes hold of a life: all harts stand still when this returns, and their breakpoints come out.
+    /// Attaches to a run: when this returns, all harts are stopped and their `ebreak`s exit to user space.
     ///
     /// # Errors
     /// The machine ends, or the host's kernel has no guest debugging.
-    pub(super) fn take(&mut self, context: &Arc<DebugContext>) -> Result<(), MachineGone> {
+    pub(super) fn attach(&mut self, context: &Arc<DebugContext>) -> Result<(), MachineGone> {
         *self = Self {
             context: Some(Arc::clone(context)),
             is_running: self.is_running,
@@ -77,7 +77,7 @@ impl Debuggee {
         for hart in context.control.harts() {
             if let Err(error) = self.on(hart, |hart| hart.trap_ebreaks(true))? {
                 info!("Cannot debug hart {hart}: {error} (the host needs Linux 6.12 or newer)");
-                self.let_go();
+                self.detach();
                 return Err(MachineGone);
             }
         }
@@ -89,13 +89,13 @@ impl Debuggee {
         Ok(())
     }
 
-    /// The life is over.
-    pub(super) fn lose(&mut self) {
+    /// Drops the context of a run that is over.
+    pub(super) fn run_ended(&mut self) {
         self.context = None;
     }
 
-    /// Lets the guest go on without a debugger and without any trace of one.
-    pub(super) fn let_go(&mut self) {
+    /// Detaches: removes every change made to the guest and lets it run.
+    pub(super) fn detach(&mut self) {
         let Some(context) = self.context.take() else { return };
         context.control.hold();
         if !context.control.await_held() {
@@ -105,7 +105,7 @@ impl Debuggee {
         self.end_steps();
         context.clear();
         let _ = self.sync_code();
-        for hart in context.control.harts().into_iter().filter(|_| !context.has_others) {
+        for hart in context.control.harts().into_iter().filter(|_| !context.keeps_ebreak_exits) {
             let _ = self.on(hart, |hart| hart.trap_ebreaks(false));
         }
         self.context = None;
@@ -128,18 +128,18 @@ impl Debuggee {
         self.context.as_ref().map(|context| context.control.harts()).unwrap_or_default()
     }
 
-    /// Has a hart that stands still do something on its own thread.
+    /// Runs a task of a stopped hart on the hart's own thread.
     ///
     /// # Errors
-    /// There is no such hart, or it runs.
+    /// There is no such hart, or the machine has ended.
     pub(super) fn on<R: Send + 'static>(
         &self,
         hart: u32,
-        errand: impl FnOnce(&mut dyn Hart) -> R + Send + 'static,
+        task: impl FnOnce(&mut dyn Hart) -> R + Send + 'static,
     ) -> Result<R, MachineGone> {
         self.context
             .as_ref()
-            .and_then(|context| context.control.run_on(hart, errand))
+            .and_then(|context| context.control.run_on(hart, task))
             .ok_or(MachineGone)
     }
 

@@ -1,4 +1,4 @@
-//! Memory as a hart sees it, through its page tables, and breakpoints in it.
+//! Memory accesses through a hart's page tables, and breakpoints by virtual address.
 
 use super::debuggee::Debuggee;
 use crate::memory::PAGE;
@@ -6,7 +6,7 @@ use crate::vcpu::hart::{Csr, Reg};
 use crate::vcpu::walk::translate;
 
 impl Debuggee {
-    /// Where page tables lead an address; nothing where that is no memory.
+    /// Translates an address; `None` if the result is not RAM.
     pub(super) fn lookup(&self, satp: u64, va: u64, len: u64) -> Option<u64> {
         let context = self.context.as_ref()?;
         translate(&context.ram, satp, va).ok().filter(|addr| context.ram.contains(*addr, len))
@@ -16,7 +16,8 @@ impl Debuggee {
         self.on(hart, |hart| hart.get(Reg::Csr(Csr::Satp)).ok()).ok().flatten()
     }
 
-    /// Reads memory as `hart` sees it, without permissions, and says how many bytes from `va` on are memory.
+    /// Reads memory through the page tables of `hart`, ignoring permissions. Returns the number of bytes read before the first page
+    /// that is not RAM.
     pub(super) fn read(&self, hart: u32, va: u64, bytes: &mut [u8]) -> Option<usize> {
         let (context, satp) = (self.context.as_ref()?, self.satp(hart)?);
         va.checked_add(bytes.len() as u64)?;
@@ -32,7 +33,7 @@ impl Debuggee {
         (done > 0 || bytes.is_empty()).then_some(done)
     }
 
-    /// Writes memory as `hart` sees it, without permissions: all of it, or nothing (`None`).
+    /// Writes memory through the page tables of `hart`, ignoring permissions: all of it, or nothing (`None`).
     pub(super) fn write(&self, hart: u32, va: u64, bytes: &[u8]) -> Option<()> {
         let (context, satp) = (self.context.as_ref()?, self.satp(hart)?);
         va.checked_add(bytes.len() as u64)?;
@@ -44,7 +45,7 @@ impl Debuggee {
         parts.into_iter().try_for_each(|(addr, part)| context.write(addr, part)).ok()
     }
 
-    /// Sets a breakpoint where the page tables of some hart lead `va` to memory, those of the last stop's first.
+    /// Sets a breakpoint at `va`, translated by the first hart whose page tables lead to RAM, beginning with that of the last stop.
     pub(super) fn set_breakpoint(&self, va: u64) -> Option<()> {
         let harts = std::iter::once(self.current).chain(self.harts());
         let mut satps = harts.filter_map(|hart| self.satp(hart));
@@ -52,7 +53,7 @@ impl Debuggee {
         self.context.as_ref()?.set(va, addr).ok()?.then_some(())
     }
 
-    /// Takes a breakpoint away, if it is there.
+    /// Removes a breakpoint, if it is set.
     pub(super) fn unset_breakpoint(&self, va: u64) {
         if let Some(context) = &self.context {
             context.unset(va);
@@ -60,7 +61,7 @@ impl Debuggee {
     }
 }
 
-/// `len` bytes from `va` on, which do not wrap, page by page: where each part begins, and which bytes it is.
+/// Splits `len` bytes from `va` on, which do not wrap, at page boundaries: the address and byte range of each part.
 fn pages(va: u64, len: usize) -> impl Iterator<Item = (u64, std::ops::Range<usize>)> {
     let mut at = 0_usize;
     std::iter::from_fn(move || {

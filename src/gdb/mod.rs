@@ -1,31 +1,32 @@
-//! The debugger's end of a machine: GDB's remote protocol (GDB's manual, appendix E) on a TCP port or a Unix socket.
+//! The GDB server of a machine: GDB's remote protocol (GDB's manual, appendix E) on a TCP port or a Unix socket.
 //!
 //! | file | what is in it |
 //! |---|---|
-//! | `server.rs` | [`Server`]: the thread `gdb`, which lets one debugger in at a time and outlives resets of the guest |
-//! | `session.rs` | one debugger, from its connection to its end |
-//! | `connection.rs` | the socket |
-//! | `context.rs` | [`DebugContext`]: what the debugger shares with the harts of one life: breakpoints, and who came to one |
-//! | `debuggee.rs` | the guest as a debugger sees it: taken hold of, and let go |
-//! | `running.rs` | going on, steps, and standing still again |
+//! | `server.rs` | [`Server`]: the thread `gdb`, which serves one debugger at a time and outlives resets of the guest |
+//! | `session.rs` | the session of one debugger, from its connection to its end |
+//! | `connection.rs` | the sockets |
+//! | `context.rs` | [`DebugContext`]: state that a debugger and the harts of one run share: breakpoints, and harts that hit one |
+//! | `debuggee.rs` | the guest under a debugger: attach and detach |
+//! | `running.rs` | continue, step and stop |
 //! | `memory.rs` | memory through page tables |
-//! | `target.rs` | the same in the words of the crate gdbstub, which speaks the protocol |
-//! | `inserted.rs` | breakpoints in memory |
-//! | `step.rs` | where an instruction leads |
+//! | `target.rs` | the traits of the crate gdbstub, which implements the protocol |
+//! | `breakpoints.rs` | software breakpoints in guest memory |
+//! | `step.rs` | the addresses that an instruction may lead to |
 //! | `registers.rs` | registers by GDB's numbers |
-//! | `testing/` | a debugger and harts for tests, and what fuzzers do with them |
+//! | `testing/` | a client and harts for tests and fuzzers |
 //!
-//! # Who does what
+//! # Threads
 //!
-//! A hart that comes to an `ebreak` asks the context, which it finds in its world. Where the `ebreak` is the debugger's, the hart
-//! notes itself there, has all harts held, wakes the thread `gdb` and waits as it waits in a pause. That thread reaches the
-//! registers of waiting harts by visits ([`crate::vcpu::Control::run_on`]) and changes memory only while all wait. So without a
-//! debugger a hart pays nothing, and with one it pays at an `ebreak`.
+//! A hart that executes an `ebreak` asks the context, which it finds in its [`crate::vcpu::World`]. If the debugger inserted the
+//! `ebreak`, the hart records its stop there, holds all harts, wakes the thread `gdb` and waits as in a pause. That thread reaches
+//! the registers of waiting harts with [`crate::vcpu::Control::run_on`] and changes memory only while all harts wait. So a hart
+//! has no overhead without a debugger, and with one only at an `ebreak`.
 //!
 //! # Steps
 //!
-//! KVM on RISC-V has no single steps. The places where the instruction may lead get breakpoints of their own, the trap vector too,
-//! and interrupts wait meanwhile. Harts that meet such a breakpoint of another hart wait until the step is over.
+//! KVM on RISC-V has no single-stepping. Temporary breakpoints are inserted at all addresses that the instruction may lead to,
+//! the trap vector included, and interrupts are masked meanwhile. Harts that hit such a breakpoint of another hart wait until the
+//! step is done.
 
 mod breakpoints;
 mod connection;

@@ -1,9 +1,9 @@
-//! The registers as GDB numbers and names them, and the description of the target that says so.
+//! Registers by GDB's numbers and names, and the target description that lists them.
 //!
 //! GDB's manual, "RISC-V Features" in appendix G: `org.gnu.gdb.riscv.cpu`, `.fpu`, `.virtual` and `.csr`; the numbers are those of
 //! its `riscv-tdep.h`, which QEMU uses too: x0 at 0, pc at 32, f0 at 33, CSR n at 65 + n, the privilege mode at 4161.
-//! The packet `g` carries x and pc; all others are asked for one by one. Left out: vectors, which KVM hands out whole and wider than
-//! a [`Reg`]; counters; and of the AIA's CSRs those that KVM does not hand out (`sireg`, `stopei`, `stopi`).
+//! The packet `g` contains x and pc; all others are read one by one. Not covered: vector registers, which are wider than a [`Reg`];
+//! counters; and those CSRs of the AIA that KVM does not expose (`sireg`, `stopei`, `stopi`).
 
 use std::fmt::Write;
 use std::num::NonZeroUsize;
@@ -52,18 +52,18 @@ const F_NAMES: [&str; 32] = [
     "fs10", "fs11", "ft8", "ft9", "ft10", "ft11",
 ];
 
-/// The architecture as gdbstub wants it. The description comes from the machine: see [`description`].
+/// The architecture for gdbstub. The target description depends on the machine: see [`description`].
 pub(super) enum Rv64 {}
 
 impl Arch for Rv64 {
     type Usize = u64;
     type Registers = Core;
-    /// The length of the instruction, which a breakpoint here does not depend on.
+    /// The length of the instruction, which breakpoints here do not depend on.
     type BreakpointKind = usize;
     type RegId = Number;
 }
 
-/// What the packets `g` and `G` carry.
+/// The registers in the packets `g` and `G`.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub(super) struct Core {
     pub(super) x: [u64; 32],
@@ -100,30 +100,30 @@ impl Registers for Core {
 /// One register by GDB's number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Number {
-    /// The register that holds it.
+    /// The register that contains it.
     pub(super) reg: Reg,
-    /// Its bits within that one.
+    /// Its bits in that register.
     pub(super) part: Part,
 }
 
-/// Which bits of a register another one is.
+/// The bits of a register that form another one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Part {
     pub(super) low: u32,
     pub(super) mask: u64,
-    /// Bytes that GDB sends and gets.
+    /// Size in bytes in the protocol.
     pub(super) size: usize,
 }
 
 const WHOLE: Part = Part { low: 0, mask: u64::MAX, size: 8 };
 
 impl Part {
-    /// The part's value in that of the whole register.
+    /// Extracts the part from the value of the whole register.
     pub(super) fn of(self, whole: u64) -> u64 {
         whole >> self.low & self.mask
     }
 
-    /// The whole register with another value for the part.
+    /// Returns the whole register with another value for the part.
     pub(super) fn put(self, whole: u64, value: u64) -> u64 {
         whole & !(self.mask << self.low) | (value & self.mask) << self.low
     }
@@ -158,7 +158,7 @@ pub(super) fn optional() -> [Reg; 5] {
     [Reg::F(0), sstateen0, siselect, hviprio1, hviprio2]
 }
 
-/// The target's description, without the registers in `missing`.
+/// The target description, without the registers in `missing`.
 pub(super) fn description(missing: &[Reg]) -> String {
     let mut xml = String::from(
         "<?xml version=\"1.0\"?><!DOCTYPE target SYSTEM \"gdb-target.dtd\">\
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_machine_lacks_is_not_described() {
+    fn registers_that_a_machine_lacks_are_not_described() {
         let xml = description(&optional());
         for name in ["riscv.fpu", "sstateen0", "siselect", "hviprio1", "hviprio2"] {
             assert!(!xml.contains(name), "{name} is in {xml}");

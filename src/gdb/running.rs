@@ -1,4 +1,4 @@
-//! Harts that go on, step, and stand still again.
+//! Continue, step and stop.
 
 use std::sync::Arc;
 
@@ -12,34 +12,34 @@ use crate::vcpu::hart::{Csr, Hart, Reg};
 /// `wfi` has four bytes.
 const WFI: u64 = 4;
 
-/// What a prepared step allows.
+/// The harts that may run after a step has been prepared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Prepared {
-    /// The hart may run, and others as well.
+    /// The hart and others.
     Ready,
-    /// The hart may run, but no other: a breakpoint is removed for it.
+    /// The hart only: a breakpoint has been removed for it.
     Alone,
-    /// The step is done already; the hart must not run.
+    /// None: the step is done already.
     Done,
 }
 
 impl Debuggee {
-    /// Begins what [`Debuggee::plan`] says.
+    /// Resumes harts according to [`Debuggee::plan`].
     ///
     /// # Errors
     /// The machine ends.
-    pub(super) fn go(&mut self) -> Result<(), MachineGone> {
+    pub(super) fn run_plan(&mut self) -> Result<(), MachineGone> {
         self.is_running = true;
-        self.are_over.clear();
+        self.stepped_over.clear();
         self.advance()
     }
 
-    /// Lets the harts run, after steps of those that stand on a breakpoint which the debugger does not know to be there: it takes its
-    /// own away before it has a hart go on from one, but not one that it knows by another address.
+    /// Lets the harts run, after a step of each that is at an alias of a breakpoint: a debugger removes a breakpoint before it
+    /// resumes a hart from it, but not one that it set for another virtual address.
     fn advance(&mut self) -> Result<(), MachineGone> {
-        if let Some(hart) = self.on_an_alias() {
-            self.over = Some(hart);
-            self.are_over.push(hart);
+        if let Some(hart) = self.hart_at_alias() {
+            self.stepping_over = Some(hart);
+            self.stepped_over.push(hart);
             return match self.step(hart)? {
                 Prepared::Done => Ok(()),
                 _ => self.release(Some(&[hart])),
@@ -61,10 +61,11 @@ impl Debuggee {
         }
     }
 
-    fn on_an_alias(&self) -> Option<u32> {
+    fn hart_at_alias(&self) -> Option<u32> {
         let context = self.context.as_ref().filter(|context| !context.is_empty())?;
-        let waits = |hart: &u32| self.plan.steps.contains(hart) || self.are_over.contains(hart);
-        self.harts().into_iter().filter(|hart| !waits(hart)).find(|hart| {
+        let is_exempt =
+            |hart: &u32| self.plan.steps.contains(hart) || self.stepped_over.contains(hart);
+        self.harts().into_iter().filter(|hart| !is_exempt(hart)).find(|hart| {
             let place = |hart: &mut dyn Hart| {
                 Some((hart.get(Reg::Pc).ok()?, hart.get(Reg::Csr(Csr::Satp)).ok()?))
             };
@@ -85,19 +86,19 @@ impl Debuggee {
             context.read(addr, &mut half).ok().map(|()| u16::from_le_bytes(half))
         };
         let next = next(&frame, &fetch);
-        if next.as_ref().is_some_and(|next| next.is_wait) {
+        if next.as_ref().is_some_and(|next| next.is_wfi) {
             let after = frame.pc.wrapping_add(WFI);
             let _ = self.on(hart, move |hart| hart.set(Reg::Pc, after))?;
             context.report_stop(hart, StopCause::Step);
             return Ok(Prepared::Done);
         }
         let is_alone = here.is_some_and(|addr| context.remove_for_step(addr));
-        self.aim(&context, hart, &frame, next)?;
+        self.insert_targets(&context, hart, &frame, next)?;
         Ok(if is_alone { Prepared::Alone } else { Prepared::Ready })
     }
 
-    /// Plants the ends of a step, and has interrupts wait for it where they can.
-    fn aim(
+    /// Inserts the temporary breakpoints of a step, and masks interrupts unless the instruction depends on them.
+    fn insert_targets(
         &mut self,
         context: &DebugContext,
         hart: u32,
@@ -129,7 +130,7 @@ impl Debuggee {
     }
 
     pub(super) fn sync_code(&self) -> Result<(), MachineGone> {
-        // Harts would run what was there before: not to be hidden.
+        // Harts would run stale code: this must not be ignored.
         self.context.as_ref().ok_or(MachineGone)?.sync_code().map_err(|error| {
             warn!("Cannot make breakpoints visible to the harts: {error}");
             MachineGone
@@ -145,35 +146,36 @@ impl Debuggee {
         }
     }
 
-    /// Looks who came to a breakpoint. Nothing where nobody did, or that was only on the way to what the debugger wants.
+    /// Returns the stop to report, after stopping all harts. `None` if no hart has stopped, or only at an alias that it is
+    /// stepped over.
     ///
     /// # Errors
     /// The machine ends.
-    pub(super) fn settle(&mut self) -> Result<Option<Stop>, MachineGone> {
+    pub(super) fn poll_stop(&mut self) -> Result<Option<Stop>, MachineGone> {
         let context = Arc::clone(self.context.as_ref().ok_or(MachineGone)?);
-        let Some((hart, how)) = context.take_stop().filter(|_| self.is_running) else {
+        let Some((hart, cause)) = context.take_stop().filter(|_| self.is_running) else {
             return Ok(None);
         };
         let _ = self.halt(&context)?;
-        if self.over.take() == Some(hart) && how == StopCause::Step {
+        if self.stepping_over.take() == Some(hart) && cause == StopCause::Step {
             return self.advance().map(|()| None);
         }
-        Ok(Some(self.stopped(hart, how)))
+        Ok(Some(self.stopped(hart, cause)))
     }
 
-    /// Has all harts stand still because the debugger asked.
+    /// Stops all harts at the debugger's request.
     ///
     /// # Errors
     /// The machine ends.
     pub(super) fn interrupt(&mut self) -> Result<Stop, MachineGone> {
         let context = Arc::clone(self.context.as_ref().ok_or(MachineGone)?);
-        let came = self.halt(&context)?;
-        self.over = None;
+        let stop = self.halt(&context)?;
+        self.stepping_over = None;
         self.is_running = false;
-        Ok(came.map_or(Stop::Interrupt(self.current), |(hart, how)| self.stopped(hart, how)))
+        Ok(stop.map_or(Stop::Interrupt(self.current), |(hart, cause)| self.stopped(hart, cause)))
     }
 
-    /// Has all harts stand still, and says who came to a breakpoint meanwhile.
+    /// Stops all harts, and returns the stop that one of them has reported meanwhile.
     fn halt(&mut self, context: &DebugContext) -> Result<Option<(u32, StopCause)>, MachineGone> {
         context.control.hold();
         if !context.control.await_held() {
@@ -183,17 +185,17 @@ impl Debuggee {
         Ok(context.take_stop())
     }
 
-    fn stopped(&mut self, hart: u32, how: StopCause) -> Stop {
+    fn stopped(&mut self, hart: u32, cause: StopCause) -> Stop {
         self.is_running = false;
         self.current = hart;
-        match how {
+        match cause {
             StopCause::Breakpoint => Stop::Breakpoint(hart),
             StopCause::Step | StopCause::Alias => Stop::Trap(hart),
         }
     }
 
-    /// A new life has been taken hold of: the stop that tells the debugger.
-    pub(super) fn reborn(&mut self) -> Stop {
+    /// Returns the stop that reports a reset to the debugger, which is attached to the new run.
+    pub(super) fn stop_after_reset(&mut self) -> Stop {
         self.is_running = false;
         Stop::Trap(self.current)
     }

@@ -1,4 +1,4 @@
-//! The thread `gdb`: lets one debugger in at a time, through all lives of the guest.
+//! The thread `gdb`: serves one debugger at a time, across all runs of the guest.
 
 use std::io;
 use std::sync::Arc;
@@ -10,37 +10,38 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::connection::{DebugListener, RspConnection, Wakeup};
 use super::context::DebugContext;
-use super::session::{Ended, serve};
+use super::session::{SessionEnd, serve};
 use crate::config::{GdbAddress, GdbConfig};
 use crate::error::Error;
 
-/// How long nobody is let in after the host could not.
+/// Back-off after a failed `accept`.
 const ACCEPT_BACKOFF: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
-/// What the machine's thread tells. The first two wait until they were done.
+/// An event from the machine's thread, which waits until the first two have been handled.
 pub(super) enum MachineEvent {
-    /// A life begins; its harts have not started.
-    Begin(Arc<DebugContext>, SyncSender<()>),
-    /// A life is over.
-    Over(SyncSender<()>),
+    /// A run begins; its harts have not started.
+    RunStarted(Arc<DebugContext>, SyncSender<()>),
+    /// A run is over.
+    RunEnded(SyncSender<()>),
     /// The machine ends, with this exit code.
-    End(u8),
+    MachineEnded(u8),
 }
 
-/// What the thread works with.
+/// The state of the thread `gdb`.
 pub(super) struct ServerThread {
     listener: DebugListener,
     pub(super) wakeup: Arc<Wakeup>,
     pub(super) events: Receiver<MachineEvent>,
-    pub(super) life: Option<Arc<DebugContext>>,
+    /// The current run; `None` between two.
+    pub(super) context: Option<Arc<DebugContext>>,
     pub(super) has_ended: bool,
-    /// Whether the guest waits for the first debugger.
+    /// True while the guest waits for the first debugger.
     waits: bool,
-    /// Whether the listener is not looked at for a while: the host could not let somebody in.
+    /// True while the listener is not polled, after a failed `accept`.
     is_backing_off: bool,
 }
 
-/// The debugger's end of a machine. Dropping it sends a debugger away.
+/// The GDB server of a machine. Dropping it disconnects the debugger.
 #[derive(Debug)]
 pub(crate) struct Server {
     events: Sender<MachineEvent>,
@@ -51,10 +52,10 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Listens where `config` says.
+    /// Listens at the address in `config`.
     ///
     /// # Errors
-    /// The port or the path is taken or cannot be; the host has no threads or descriptors left.
+    /// The port or path is taken or invalid; the host has no threads or descriptors left.
     pub(crate) fn open(config: &GdbConfig) -> Result<Self, Error> {
         let listener = DebugListener::open(&config.at)?;
         let at = listener.address()?;
@@ -63,60 +64,60 @@ impl Server {
             source,
         };
         let wakeup = Arc::new(Wakeup::new().map_err(failed)?);
-        let (tell, events) = channel();
+        let (sender, events) = channel();
         let waits = config.wait;
         let server = ServerThread {
             listener,
             wakeup: Arc::clone(&wakeup),
             events,
-            life: None,
+            context: None,
             has_ended: false,
             waits,
             is_backing_off: false,
         };
         let thread = thread::Builder::new().name("gdb".into()).spawn(move || server.run());
-        Ok(Self { events: tell, wakeup, at, waits, thread: Some(thread.map_err(failed)?) })
+        Ok(Self { events: sender, wakeup, at, waits, thread: Some(thread.map_err(failed)?) })
     }
 
-    /// Where a debugger connects.
+    /// The address a debugger connects to.
     pub(crate) fn address(&self) -> &GdbAddress {
         &self.at
     }
 
-    /// Whether the guest waits for a debugger before its first instruction.
+    /// True if the guest waits for a debugger before its first instruction.
     pub(crate) fn waits(&self) -> bool {
         self.waits
     }
 
-    /// A life begins. When this returns, its harts are held where a debugger is there or waited for.
+    /// Begins a run. When this returns, its harts are held if a debugger is connected or waited for.
     pub(crate) fn begin(&self, context: Arc<DebugContext>) {
-        self.tell(|done| MachineEvent::Begin(context, done));
+        self.send_and_wait(|done| MachineEvent::RunStarted(context, done));
     }
 
-    /// A life is over: nothing of it is kept when this returns.
+    /// Ends a run: nothing of it is kept when this returns.
     pub(crate) fn over(&self) {
-        self.tell(MachineEvent::Over);
+        self.send_and_wait(MachineEvent::RunEnded);
     }
 
-    /// The machine has ended with this exit code, which a debugger is told.
+    /// Ends the server. The exit code is reported to the debugger.
     pub(crate) fn end(mut self, code: u8) {
         self.close(code);
     }
 
-    fn tell(&self, events: impl FnOnce(SyncSender<()>) -> MachineEvent) {
+    fn send_and_wait(&self, event: impl FnOnce(SyncSender<()>) -> MachineEvent) {
         let (done, wait) = sync_channel(1);
-        if self.events.send(events(done)).is_ok() {
+        if self.events.send(event(done)).is_ok() {
             self.wakeup.notify();
-            // Where the thread has died, it needs no telling.
+            // An error means that the thread has ended.
             let _ = wait.recv();
         }
     }
 
     fn close(&mut self, code: u8) {
         let Some(thread) = self.thread.take() else { return };
-        let _ = self.events.send(MachineEvent::End(code));
+        let _ = self.events.send(MachineEvent::MachineEnded(code));
         self.wakeup.notify();
-        // What it had to do with the guest is over.
+        // A thread that panicked needs no cleanup: the run is over.
         let _ = thread.join();
     }
 }
@@ -133,17 +134,17 @@ impl ServerThread {
             self.waits = false;
             let ended = serve(&mut self, &context, connection);
             drop(context);
-            if ended == Ended::Closed || self.has_ended {
+            if ended == SessionEnd::MachineEnded || self.has_ended {
                 return;
             }
         }
     }
 
-    /// Waits for the next debugger while there is a guest; nothing when the machine has ended.
+    /// Waits until there is a run and a debugger connects; `None` once the machine has ended.
     fn await_debugger(&mut self) -> Option<(Arc<DebugContext>, RspConnection)> {
         loop {
             let mut fds = vec![PollFd::new(&self.wakeup, PollFlags::IN)];
-            if self.life.is_some() && !self.is_backing_off {
+            if self.context.is_some() && !self.is_backing_off {
                 fds.push(PollFd::new(&self.listener, PollFlags::IN));
             }
             let limit = self.is_backing_off.then_some(&ACCEPT_BACKOFF);
@@ -158,7 +159,7 @@ impl ServerThread {
             if !self.take_machine_events() {
                 return None;
             }
-            let Some(context) = self.life.clone().filter(|_| !self.is_backing_off) else {
+            let Some(context) = self.context.clone().filter(|_| !self.is_backing_off) else {
                 continue;
             };
             match self.listener.accept() {
@@ -167,30 +168,30 @@ impl ServerThread {
                 }
                 Ok(None) => {}
                 Err(error) => {
-                    info!("A debugger cannot be let in: {error}");
+                    info!("Cannot accept a debugger's connection: {error}");
                     self.is_backing_off = true;
                 }
             }
         }
     }
 
-    /// Takes what the machine's thread has to say; false where the machine has ended.
+    /// Handles the events of the machine's thread; false once the machine has ended.
     fn take_machine_events(&mut self) -> bool {
         self.wakeup.clear();
-        while let Ok(events) = self.events.try_recv() {
-            match events {
-                MachineEvent::Begin(context, done) => {
+        while let Ok(event) = self.events.try_recv() {
+            match event {
+                MachineEvent::RunStarted(context, done) => {
                     if self.waits {
                         context.control.hold();
                     }
-                    self.life = Some(context);
+                    self.context = Some(context);
                     let _ = done.send(());
                 }
-                MachineEvent::Over(done) => {
-                    self.life = None;
+                MachineEvent::RunEnded(done) => {
+                    self.context = None;
                     let _ = done.send(());
                 }
-                MachineEvent::End(_) => return false,
+                MachineEvent::MachineEnded(_) => return false,
             }
         }
         true

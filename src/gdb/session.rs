@@ -1,4 +1,4 @@
-//! One debugger, from its connection to its end. Whatever ends it, the guest is left without a trace of it.
+//! The session of one debugger. However it ends, the guest is left without breakpoints and without changed state.
 
 use std::collections::VecDeque;
 use std::io;
@@ -19,25 +19,25 @@ use super::server::{MachineEvent, ServerThread};
 use super::target::thread;
 use crate::vcpu::stop::StopReason;
 
-/// The longest packet, and bytes read at once. A longer one ends the session.
+/// Maximum packet length, and bytes per read. A longer packet ends the session.
 const PACKET: usize = 4096;
 
-/// How a session ended, as far as others are concerned.
+/// How a session ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Ended {
-    /// The debugger went, or was sent away.
-    Gone,
+pub(super) enum SessionEnd {
+    /// The debugger disconnected, or was disconnected.
+    Disconnected,
     /// rvmm ends.
-    Closed,
+    MachineEnded,
 }
 
-/// What the wait for something brought.
+/// The result of [`Session::wait`].
 enum SessionEvent {
     Byte(u8),
     Stop(MultiThreadStopReason<u64>),
-    /// rvmm ends, and nobody waits for a stop.
-    Closed,
-    /// The connection is at its end.
+    /// rvmm ends, and the debugger does not wait for a stop.
+    MachineEnded,
+    /// The connection is closed or broken.
     Broken(io::Error),
 }
 
@@ -47,35 +47,35 @@ struct Session<'a> {
     input: VecDeque<u8>,
 }
 
-/// Serves a debugger whose guest is `context`, until it leaves or rvmm ends.
+/// Serves a debugger of the run `context`, until it disconnects or rvmm ends.
 pub(super) fn serve(
     server: &mut ServerThread,
     context: &Arc<DebugContext>,
     connection: RspConnection,
-) -> Ended {
+) -> SessionEnd {
     let mut session = Session { server, guest: Debuggee::default(), input: VecDeque::new() };
-    if session.guest.take(context).is_err() {
-        return Ended::Gone;
+    if session.guest.attach(context).is_err() {
+        return SessionEnd::Disconnected;
     }
-    info!("A debugger has connected: the guest stands still");
-    let ended = match session.talk(connection) {
+    info!("A debugger has connected: the guest is stopped");
+    let ended = match session.run(connection) {
         Ok(ended) => ended,
-        Err(what) => {
-            info!("The debugger's session ends: {what}");
-            Ended::Gone
+        Err(error) => {
+            info!("The debugger's session failed: {error}");
+            SessionEnd::Disconnected
         }
     };
-    session.guest.let_go();
-    info!("The debugger is gone");
+    session.guest.detach();
+    info!("The debugger has disconnected");
     ended
 }
 
 impl Session<'_> {
-    fn talk(&mut self, connection: RspConnection) -> Result<Ended, String> {
-        // One that gdbstub owns would grow with the packet.
-        let mut room = [0; PACKET];
+    fn run(&mut self, connection: RspConnection) -> Result<SessionEnd, String> {
+        // A buffer owned by gdbstub would grow with the packet.
+        let mut buffer = [0; PACKET];
         let stub = GdbStub::<Debuggee, RspConnection>::builder(connection)
-            .with_packet_buffer(&mut room)
+            .with_packet_buffer(&mut buffer)
             .build();
         let stub = stub.map_err(|error| error.to_string())?;
         let mut machine = stub.run_state_machine(&mut self.guest).map_err(|e| e.to_string())?;
@@ -86,7 +86,7 @@ impl Session<'_> {
                     return self.disconnected(reason, inner.borrow_conn());
                 }
                 Machine::CtrlCInterrupt(inner) => {
-                    // One that stands still stands where it is.
+                    // A stopped guest reports no second stop.
                     let stop = self.guest.is_running().then(|| self.guest.interrupt().ok());
                     let reason = stop.flatten().map(reason);
                     inner.interrupt_handled(&mut self.guest, reason).map_err(|e| e.to_string())?
@@ -96,7 +96,7 @@ impl Session<'_> {
                         .incoming_data(&mut self.guest, byte)
                         .map_err(|error| error.to_string())?,
                     SessionEvent::Stop(_) => inner.into(),
-                    SessionEvent::Closed => return Ok(Ended::Closed),
+                    SessionEvent::MachineEnded => return Ok(SessionEnd::MachineEnded),
                     SessionEvent::Broken(error) => return Err(error.to_string()),
                 },
                 Machine::Running(mut inner) => match self.wait(inner.borrow_conn()) {
@@ -106,7 +106,7 @@ impl Session<'_> {
                     SessionEvent::Stop(reason) => inner
                         .report_stop(&mut self.guest, reason)
                         .map_err(|error| error.to_string())?,
-                    SessionEvent::Closed => return Ok(Ended::Closed),
+                    SessionEvent::MachineEnded => return Ok(SessionEnd::MachineEnded),
                     SessionEvent::Broken(error) => return Err(error.to_string()),
                 },
             };
@@ -117,24 +117,26 @@ impl Session<'_> {
         &self,
         reason: DisconnectReason,
         connection: &mut RspConnection,
-    ) -> Result<Ended, String> {
+    ) -> Result<SessionEnd, String> {
         match reason {
             DisconnectReason::Kill => {
-                // gdbstub leaves the answer out, which `vKill` has and `k` may have.
-                let answer = b"$OK#9a".iter().try_for_each(|byte| connection.write(*byte));
-                let _ = answer.and_then(|()| connection.flush());
-                info!("The debugger ends the machine");
+                // gdbstub sends no reply, which `vKill` requires and `k` allows.
+                let reply = b"$OK#9a".iter().try_for_each(|byte| connection.write(*byte));
+                let _ = reply.and_then(|()| connection.flush());
+                info!("The debugger has killed the machine");
                 if let Some(context) = self.guest.context() {
                     context.control.stop(StopReason::Requested);
                 }
-                Ok(Ended::Gone)
+                Ok(SessionEnd::Disconnected)
             }
-            DisconnectReason::TargetExited(_) => Ok(Ended::Closed),
-            DisconnectReason::Disconnect | DisconnectReason::TargetTerminated(_) => Ok(Ended::Gone),
+            DisconnectReason::TargetExited(_) => Ok(SessionEnd::MachineEnded),
+            DisconnectReason::Disconnect | DisconnectReason::TargetTerminated(_) => {
+                Ok(SessionEnd::Disconnected)
+            }
         }
     }
 
-    /// Waits until the debugger says something, or the guest does something that it waits for.
+    /// Waits for input from the debugger, or for a stop or end of the guest.
     fn wait(&mut self, connection: &mut RspConnection) -> SessionEvent {
         loop {
             if let Some(byte) = self.input.pop_front() {
@@ -146,8 +148,8 @@ impl Session<'_> {
             if let Some(event) = self.take_machine_events() {
                 return event;
             }
-            // The machine may be ending; then there will be events.
-            if let Ok(Some(stop)) = self.guest.settle() {
+            // An error means that the machine is ending, which an event will report.
+            if let Ok(Some(stop)) = self.guest.poll_stop() {
                 return SessionEvent::Stop(reason(stop));
             }
             let mut bytes = [0; PACKET];
@@ -169,32 +171,32 @@ impl Session<'_> {
         }
     }
 
-    /// Takes what the machine's thread has to say.
+    /// Handles the events of the machine's thread.
     fn take_machine_events(&mut self) -> Option<SessionEvent> {
         self.server.wakeup.clear();
-        while let Ok(events) = self.server.events.try_recv() {
-            match events {
-                MachineEvent::Over(done) => {
-                    self.guest.lose();
-                    self.server.life = None;
+        while let Ok(event) = self.server.events.try_recv() {
+            match event {
+                MachineEvent::RunEnded(done) => {
+                    self.guest.run_ended();
+                    self.server.context = None;
                     let _ = done.send(());
                 }
-                MachineEvent::Begin(context, done) => {
+                MachineEvent::RunStarted(context, done) => {
                     let was_running = self.guest.is_running();
-                    let taken = self.guest.take(&context);
-                    self.server.life = Some(context);
+                    let attached = self.guest.attach(&context);
+                    self.server.context = Some(context);
                     let _ = done.send(());
-                    if taken.is_ok() && was_running {
-                        return Some(SessionEvent::Stop(reason(self.guest.reborn())));
+                    if attached.is_ok() && was_running {
+                        return Some(SessionEvent::Stop(reason(self.guest.stop_after_reset())));
                     }
                 }
-                MachineEvent::End(code) => {
+                MachineEvent::MachineEnded(code) => {
                     self.server.has_ended = true;
                     let exited = BaseStopReason::Exited(code);
                     return Some(if self.guest.is_running() {
                         SessionEvent::Stop(exited)
                     } else {
-                        SessionEvent::Closed
+                        SessionEvent::MachineEnded
                     });
                 }
             }
@@ -203,7 +205,7 @@ impl Session<'_> {
     }
 }
 
-/// A stop as gdbstub reports it.
+/// Converts a stop to gdbstub's type.
 fn reason(stop: Stop) -> MultiThreadStopReason<u64> {
     let signal = |hart, signal| BaseStopReason::SignalWithThread { tid: thread(hart), signal };
     match stop {

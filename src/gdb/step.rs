@@ -1,24 +1,24 @@
-//! Where a hart may be after one instruction: what a single step needs that KVM on RISC-V does not do.
+//! The addresses at which a hart may be after one instruction: software single-stepping, since KVM on RISC-V has none.
 //!
 //! Unprivileged specification, chapters "RV32I" (jumps, branches), "Zalrsc" and "C"; Privileged specification, 12.2 and 3.3.
-//! Every instruction may trap, so the trap vector is always one of the places. A sequence from LR to its SC counts as one
-//! instruction: a stop in between would take the reservation away, and the sequence would be tried again for ever.
+//! Every instruction may trap, so a breakpoint at the trap vector is always needed as well. A sequence from LR to its SC counts
+//! as one instruction: a stop in between would invalidate the reservation, and the sequence would be retried forever.
 //!
-//! Left out: jumps of Zcmp and Zcmt and instructions of more than 32 bits, none of which KVM gives a guest; and where an SBI
-//! call goes on that does not return (a hart that stops or suspends itself).
+//! Not covered: jumps of Zcmp and Zcmt and instructions of more than 32 bits, none of which KVM gives a guest; and the address
+//! after an SBI call that does not return (a hart that stops or suspends itself).
 
 use std::io;
 
 use crate::vcpu::hart::{Csr, Hart, Reg};
 
-/// Most instructions between LR and SC that are looked at: those of a constrained loop (Zalrsc).
+/// Maximum number of instructions examined between LR and SC: that of a constrained loop (Zalrsc).
 const SEQUENCE: usize = 16;
 
 const SUPERVISOR: u64 = 1;
 const SCSR_SIE: u32 = 0x104;
 const SCSR_SATP: u32 = 0x180;
 
-/// The registers that decide where a hart goes.
+/// The registers that determine the next address.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) struct Frame {
     pub(super) x: [u64; 32],
@@ -34,7 +34,7 @@ impl Frame {
     /// Reads them, on the hart's own thread.
     ///
     /// # Errors
-    /// What the kernel says, which no guest causes.
+    /// The kernel's error, which no guest causes.
     pub(super) fn of(hart: &dyn Hart) -> io::Result<Self> {
         let mut frame = Self {
             pc: hart.get(Reg::Pc)?,
@@ -56,25 +56,25 @@ impl Frame {
     }
 }
 
-/// What the instruction at a program counter leads to.
+/// The effect of the instruction at the program counter, as far as a step needs it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Next {
     /// Virtual addresses, one of which the hart reaches unless the instruction traps.
     pub(super) places: Vec<u64>,
-    /// What `satp` is then, where the instruction changes it.
+    /// The new value of `satp`, if the instruction writes it.
     pub(super) satp: Option<u64>,
-    /// Whether it works only as long as interrupts are as they are: it waits for one, or reads which are enabled.
+    /// True if interrupts must not be masked for it: it waits for one, or accesses `sie`.
     pub(super) needs_interrupts: bool,
-    /// Whether it is `wfi`, which may be a `nop` (Privileged specification, 3.3.3).
-    pub(super) is_wait: bool,
+    /// True for `wfi`, which may be a `nop` (Privileged specification, 3.3.3).
+    pub(super) is_wfi: bool,
 }
 
-/// Where the hart goes from `frame.pc`; `fetch` gives 16 bits of code, or nothing where none can be read. Nothing where the
+/// Decodes the instruction at `frame.pc`; `fetch` returns 16 bits of code, or `None` if they cannot be read. `None` if the
 /// instruction cannot be read: then it traps.
 pub(super) fn next(frame: &Frame, fetch: &dyn Fn(u64) -> Option<u16>) -> Option<Next> {
     let word = instruction(frame.pc, fetch)?;
     let after = frame.pc.wrapping_add(length(word));
-    let plain = |places| Next { places, satp: None, needs_interrupts: false, is_wait: false };
+    let plain = |places| Next { places, satp: None, needs_interrupts: false, is_wfi: false };
     Some(match jump(frame, word) {
         Some(place) => plain(vec![place]),
         None if word & 3 != 3 => plain(vec![after]),
@@ -98,7 +98,7 @@ fn length(word: u32) -> u64 {
     if word & 3 == 3 { 4 } else { 2 }
 }
 
-/// The place that an instruction jumps to, with branches decided; nothing where it goes on behind itself.
+/// The address an instruction jumps to, with branches evaluated; `None` if the next instruction in memory follows.
 fn jump(frame: &Frame, word: u32) -> Option<u64> {
     if let Some((taken, place)) = branch(frame, word) {
         return taken.then_some(place);
@@ -112,13 +112,13 @@ fn jump(frame: &Frame, word: u32) -> Option<u64> {
         }
         // c.j
         (1, 0b101) => by(offset_cj(word)),
-        // c.jr and c.jalr; without a register they are something else.
+        // c.jr and c.jalr; with x0 they encode other instructions.
         (2, 0b100) if bits(word, 2, 5) == 0 && bits(word, 7, 5) != 0 => to(bits(word, 7, 5), 0),
         _ => None,
     }
 }
 
-/// Of a conditional branch: whether it is taken, and where it leads then.
+/// Evaluates a conditional branch: taken or not, and its target.
 fn branch(frame: &Frame, word: u32) -> Option<(bool, u64)> {
     let to = |offset: i64| frame.pc.wrapping_add_signed(offset);
     match (word & 3, bits(word, 13, 3)) {
@@ -148,8 +148,8 @@ fn system(frame: &Frame, word: u32, mut next: Next) -> Next {
     let (csr, source) = (word >> 20, frame.x(bits(word, 15, 5)));
     match (bits(word, 12, 3), word) {
         (0, 0x1020_0073) if frame.mode == SUPERVISOR => next.places = vec![frame.sepc],
-        (0, 0x1050_0073) => next.is_wait = true,
-        // The kernel may have the hart wait for an interrupt.
+        (0, 0x1050_0073) => next.is_wfi = true,
+        // An SBI call may wait for an interrupt in the kernel.
         (0, 0x0000_0073) => next.needs_interrupts = true,
         (0, _) => {}
         (_, _) if csr == SCSR_SIE => next.needs_interrupts = true,
@@ -174,11 +174,12 @@ fn is_store_conditional(word: u32) -> bool {
     word & 0x7f == 0x2f && word >> 27 == 0b00011
 }
 
-/// Where a sequence that begins with LR ends: behind its SC, and wherever a branch leaves it. Nothing where it has another shape.
+/// The exits of a sequence that begins with LR: the address after its SC, and the target of every branch out of it. `None` if
+/// it has another shape.
 fn sequence(frame: &Frame, fetch: &dyn Fn(u64) -> Option<u16>) -> Option<Vec<u64>> {
     let start = frame.pc;
     let mut at = Frame { pc: start.wrapping_add(4), ..frame.clone() };
-    let mut leaves = Vec::new();
+    let mut exits = Vec::new();
     for _ in 0..SEQUENCE {
         let word = instruction(at.pc, fetch)?;
         let after = at.pc.wrapping_add(length(word));
@@ -187,12 +188,12 @@ fn sequence(frame: &Frame, fetch: &dyn Fn(u64) -> Option<u16>) -> Option<Vec<u64
                 place.wrapping_sub(start) != 0
                     && place.wrapping_sub(start) < after.wrapping_sub(start)
             };
-            leaves.retain(|place| !inside(place));
-            leaves.push(after);
-            return Some(leaves);
+            exits.retain(|place| !inside(place));
+            exits.push(after);
+            return Some(exits);
         }
         match branch(&at, word) {
-            Some((_, place)) => leaves.push(place),
+            Some((_, place)) => exits.push(place),
             None if jumps(word) || is_load_reserved(word) || word & 0x7f == 0x73 => return None,
             None => {}
         }
@@ -201,7 +202,7 @@ fn sequence(frame: &Frame, fetch: &dyn Fn(u64) -> Option<u16>) -> Option<Vec<u64
     None
 }
 
-/// Whether an instruction jumps without condition.
+/// True if an instruction jumps unconditionally.
 fn jumps(word: u32) -> bool {
     match (word & 3, bits(word, 13, 3)) {
         (3, _) => matches!(word & 0x7f, 0x67 | 0x6f),
@@ -216,8 +217,9 @@ fn bits(word: u32, low: u32, count: u32) -> u32 {
     (word >> low) & ((1 << count) - 1)
 }
 
-/// Bits that lie scattered, each run as (where it is, how many, where it belongs), extended with the sign at `sign`.
-fn scattered(word: u32, runs: &[(u32, u32, u32)], sign: u32) -> i64 {
+/// Assembles an immediate from runs of bits (position in the instruction, count, position in the value), sign-extended from bit
+/// `sign`.
+fn immediate(word: u32, runs: &[(u32, u32, u32)], sign: u32) -> i64 {
     let value =
         runs.iter().fold(0, |value, (from, count, to)| value | bits(word, *from, *count) << to);
     let unused = 31 - sign;
@@ -225,15 +227,15 @@ fn scattered(word: u32, runs: &[(u32, u32, u32)], sign: u32) -> i64 {
 }
 
 fn offset_b(word: u32) -> i64 {
-    scattered(word, &[(31, 1, 12), (7, 1, 11), (25, 6, 5), (8, 4, 1)], 12)
+    immediate(word, &[(31, 1, 12), (7, 1, 11), (25, 6, 5), (8, 4, 1)], 12)
 }
 
 fn offset_j(word: u32) -> i64 {
-    scattered(word, &[(31, 1, 20), (12, 8, 12), (20, 1, 11), (21, 10, 1)], 20)
+    immediate(word, &[(31, 1, 20), (12, 8, 12), (20, 1, 11), (21, 10, 1)], 20)
 }
 
 fn offset_cb(word: u32) -> i64 {
-    scattered(word, &[(12, 1, 8), (5, 2, 6), (2, 1, 5), (10, 2, 3), (3, 2, 1)], 8)
+    immediate(word, &[(12, 1, 8), (5, 2, 6), (2, 1, 5), (10, 2, 3), (3, 2, 1)], 8)
 }
 
 fn offset_cj(word: u32) -> i64 {
@@ -247,7 +249,7 @@ fn offset_cj(word: u32) -> i64 {
         (11, 1, 4),
         (3, 3, 1),
     ];
-    scattered(word, &runs, 11)
+    immediate(word, &runs, 11)
 }
 
 #[cfg(test)]

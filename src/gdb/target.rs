@@ -1,6 +1,6 @@
-//! The guest in gdbstub's words. A thread is a hart: thread N + 1 is hart N, in HSM's stopped state too.
+//! gdbstub's traits for [`Debuggee`]. A thread is a hart: thread N + 1 is hart N, in HSM's stopped state too.
 //!
-//! Nothing is answered while harts run: a debugger that asks then gets an error, and nobody waits for a hart.
+//! While harts run, every request fails with an error and none waits for a hart.
 
 use std::num::NonZeroUsize;
 
@@ -26,12 +26,12 @@ use super::debuggee::{Debuggee, MachineGone, ResumePlan};
 use super::registers::{Core, Number, Rv64};
 use crate::vcpu::hart::Reg;
 
-/// "Bad address", as the protocol's users know it from errno(3).
+/// EFAULT, "Bad address" (errno(3)).
 const BAD_ADDRESS: u8 = 14;
-/// "No such process".
-const NO_THREAD: u8 = 3;
+/// ESRCH, "No such process".
+const NO_SUCH_THREAD: u8 = 3;
 
-/// The thread that a hart is.
+/// The thread id of a hart.
 pub(super) fn thread(hart: u32) -> Tid {
     NonZeroUsize::MIN.saturating_add(hart as usize)
 }
@@ -41,10 +41,10 @@ fn hart(thread: Tid) -> Option<u32> {
 }
 
 impl Debuggee {
-    /// The hart of a thread, where all stand still.
-    fn stands(&self, thread: Tid) -> TargetResult<u32, Self> {
+    /// The hart of a thread, if all are stopped.
+    fn stopped_hart(&self, thread: Tid) -> TargetResult<u32, Self> {
         let known = hart(thread).filter(|hart| !self.is_running() && self.harts().contains(hart));
-        known.ok_or(TargetError::Errno(NO_THREAD))
+        known.ok_or(TargetError::Errno(NO_SUCH_THREAD))
     }
 }
 
@@ -81,7 +81,7 @@ impl Target for Debuggee {
 
 impl MultiThreadBase for Debuggee {
     fn read_registers(&mut self, regs: &mut Core, tid: Tid) -> TargetResult<(), Self> {
-        let read = self.on(self.stands(tid)?, |hart| {
+        let read = self.on(self.stopped_hart(tid)?, |hart| {
             let mut core = Core { pc: hart.get(Reg::Pc)?, ..Core::default() };
             for (number, x) in (0..).zip(&mut core.x) {
                 *x = hart.get(Reg::X(number))?;
@@ -94,7 +94,7 @@ impl MultiThreadBase for Debuggee {
 
     fn write_registers(&mut self, regs: &Core, tid: Tid) -> TargetResult<(), Self> {
         let core = regs.clone();
-        let written = self.on(self.stands(tid)?, move |hart| {
+        let written = self.on(self.stopped_hart(tid)?, move |hart| {
             for (number, x) in (0..).zip(core.x) {
                 hart.set(Reg::X(number), x)?;
             }
@@ -108,12 +108,12 @@ impl MultiThreadBase for Debuggee {
     }
 
     fn read_addrs(&mut self, start: u64, data: &mut [u8], tid: Tid) -> TargetResult<usize, Self> {
-        let hart = self.stands(tid)?;
+        let hart = self.stopped_hart(tid)?;
         self.read(hart, start, data).ok_or(TargetError::Errno(BAD_ADDRESS))
     }
 
     fn write_addrs(&mut self, start: u64, data: &[u8], tid: Tid) -> TargetResult<(), Self> {
-        let hart = self.stands(tid)?;
+        let hart = self.stopped_hart(tid)?;
         self.write(hart, start, data).ok_or(TargetError::Errno(BAD_ADDRESS))
     }
 
@@ -134,7 +134,7 @@ impl MultiThreadBase for Debuggee {
 impl SingleRegisterAccess<Tid> for Debuggee {
     fn read_register(&mut self, tid: Tid, id: Number, buf: &mut [u8]) -> TargetResult<usize, Self> {
         let Number { reg, part } = id;
-        let value = self.on(self.stands(tid)?, move |hart| hart.get(reg));
+        let value = self.on(self.stopped_hart(tid)?, move |hart| hart.get(reg));
         let value = part.of(value.map_err(|MachineGone| TargetError::NonFatal)??).to_le_bytes();
         let value = value.get(..part.size).ok_or(TargetError::NonFatal)?;
         buf.get_mut(..part.size).ok_or(TargetError::NonFatal)?.copy_from_slice(value);
@@ -149,7 +149,7 @@ impl SingleRegisterAccess<Tid> for Debuggee {
         }
         bytes.get_mut(..part.size).ok_or(TargetError::NonFatal)?.copy_from_slice(val);
         let value = u64::from_le_bytes(bytes);
-        let written = self.on(self.stands(tid)?, move |hart| {
+        let written = self.on(self.stopped_hart(tid)?, move |hart| {
             let whole = hart.get(reg)?;
             hart.set(reg, part.put(whole, value))
         });
@@ -159,8 +159,8 @@ impl SingleRegisterAccess<Tid> for Debuggee {
 
 impl MultiThreadResume for Debuggee {
     fn resume(&mut self) -> Result<(), MachineGone> {
-        // A debugger that does not wait for the stop changes nothing.
-        if self.is_running() { Ok(()) } else { self.go() }
+        // A second resume before the stop changes nothing.
+        if self.is_running() { Ok(()) } else { self.run_plan() }
     }
 
     fn clear_resume_actions(&mut self) -> Result<(), MachineGone> {
@@ -170,13 +170,13 @@ impl MultiThreadResume for Debuggee {
         Ok(())
     }
 
-    /// Signals are a process's; a hart has none to be given.
+    /// Signals are for processes; a hart takes none.
     fn set_resume_action_continue(
         &mut self,
         tid: Tid,
         _: Option<Signal>,
     ) -> Result<(), MachineGone> {
-        if let Ok(hart) = self.stands(tid) {
+        if let Ok(hart) = self.stopped_hart(tid) {
             self.plan.runs.push(hart);
         }
         Ok(())
@@ -193,7 +193,7 @@ impl MultiThreadResume for Debuggee {
 
 impl MultiThreadSingleStep for Debuggee {
     fn set_resume_action_step(&mut self, tid: Tid, _: Option<Signal>) -> Result<(), MachineGone> {
-        if let Ok(hart) = self.stands(tid)
+        if let Ok(hart) = self.stopped_hart(tid)
             && !self.plan.steps.contains(&hart)
         {
             self.plan.steps.push(hart);

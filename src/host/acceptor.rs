@@ -1,7 +1,7 @@
-//! A Unix socket through which people come in, one after the other, as long as the machine lives.
+//! A listening Unix socket that accepts connections, one at a time, for the whole run of the machine.
 //!
-//! Where the host cannot let somebody in (it has no descriptors left), it could not at once again either, and the socket stays
-//! readable: whoever watches it would spin. So for a second a timer is watched in its place. Those who come meanwhile wait.
+//! If accept(2) fails because the host has no descriptors left, the socket stays readable, and an event loop that polls it
+//! would spin. So a timer is polled in its place for a second. Connections wait in the backlog meanwhile.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -17,76 +17,77 @@ use rustix::time::{
 use super::listening::Listening;
 use crate::error::Error;
 
-/// How long nobody is let in after the host could not.
-const REST: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+/// Back-off after accept(2) has failed.
+const BACK_OFF: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
-/// The socket. One thread at a time lets people in.
+/// The socket. One thread at a time accepts connections.
 #[derive(Debug)]
 pub(crate) struct Acceptor {
     listening: Listening,
-    /// Made at the beginning: when it is needed there may be no descriptor for it.
+    /// Created in advance: when it is needed there may be no descriptor for it.
     timer: OwnedFd,
-    /// Whether the timer is watched.
-    rests: AtomicBool,
-    /// Whether the present trouble has been told.
-    is_told: AtomicBool,
+    /// The timer is polled, not the socket.
+    is_backing_off: AtomicBool,
+    /// The present failure has been logged.
+    has_warned: AtomicBool,
 }
 
 impl Acceptor {
-    /// Makes the socket and its file; `backlog` may wait to be let in.
+    /// Creates the socket and its file; up to `backlog` connections may wait to be accepted.
     ///
     /// # Errors
-    /// As [`Listening::open`]; [`Error::Host`] where the host has no descriptors left.
+    /// As [`Listening::open`]; [`Error::Host`] if the host has no descriptors left.
     pub(crate) fn open(path: &Path, backlog: i32) -> Result<Self, Error> {
         let listening = Listening::open(path, backlog)?;
         let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
         let timer = timerfd_create(TimerfdClockId::Monotonic, flags).map_err(|error| {
-            let what = format!("Cannot make a timer for the socket {}", path.display());
+            let what = format!("Cannot create a timer for the socket {}", path.display());
             Error::Host { what, source: error.into() }
         })?;
-        Ok(Self { listening, timer, rests: false.into(), is_told: false.into() })
+        Ok(Self { listening, timer, is_backing_off: false.into(), has_warned: false.into() })
     }
 
-    /// Where it is.
+    /// Path of the socket.
     pub(crate) fn path(&self) -> &Path {
         self.listening.path()
     }
 
-    /// What is readable when there is a reason to call [`Acceptor::admit`]. May be another one after each call.
+    /// Descriptor that is readable when [`Acceptor::admit`] is to be called. May be another one after each call.
     pub(crate) fn fd(&self) -> RawFd {
-        if self.rests.load(Relaxed) { self.timer.as_raw_fd() } else { self.listening.as_raw_fd() }
+        let is_backing_off = self.is_backing_off.load(Relaxed);
+        if is_backing_off { self.timer.as_raw_fd() } else { self.listening.as_raw_fd() }
     }
 
-    /// Lets the next one in, where somebody waits and the host can. Where it cannot, the log says so once, until it can again.
+    /// Accepts the next connection, if one waits and the host has a descriptor for it. Logs a failure once until accept(2) works again.
     pub(crate) fn admit(&self) -> Option<OwnedFd> {
-        if self.rests.load(Relaxed) {
-            // Refused: the time is not over.
+        if self.is_backing_off.load(Relaxed) {
+            // Fails until the timer has expired.
             rustix::io::read(&self.timer, &mut [0_u8; 8]).ok()?;
-            self.rests.store(false, Relaxed);
+            self.is_backing_off.store(false, Relaxed);
         }
         match self.listening.accept() {
             Ok(stream) => {
-                self.is_told.store(false, Relaxed);
+                self.has_warned.store(false, Relaxed);
                 return Some(stream);
             }
-            // The kernel takes a descriptor before it looks who waits: there is one again.
+            // The kernel allocates the descriptor before it looks for a connection: there is one again.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                self.is_told.store(false, Relaxed);
+                self.has_warned.store(false, Relaxed);
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => self.rest(&error),
+            Err(error) => self.back_off(&error),
         }
         None
     }
 
-    fn rest(&self, error: &io::Error) {
-        if !self.is_told.swap(true, Relaxed) {
+    fn back_off(&self, error: &io::Error) {
+        if !self.has_warned.swap(true, Relaxed) {
             let path = self.path().display();
-            warn!("Nobody can be let in at {path}: {error} (it is tried again each second)");
+            warn!("Cannot accept connections on {path}: {error} (retrying every second)");
         }
         let none = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let timer = Itimerspec { it_interval: none, it_value: REST };
+        let timer = Itimerspec { it_interval: none, it_value: BACK_OFF };
         let is_set = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &timer).is_ok();
-        self.rests.store(is_set, Relaxed);
+        self.is_backing_off.store(is_set, Relaxed);
     }
 }

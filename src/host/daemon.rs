@@ -1,10 +1,10 @@
-//! Programs that serve devices (virtiofsd, passt): found, started, listened to, and ended with the device.
+//! Programs that serve devices (virtiofsd, passt): finding and starting them, logging their messages, stopping them with the device.
 //!
-//! Each is started with one descriptor of a socket and nothing else of rvmm's. It ends by itself when its connection is closed;
-//! one that does not is killed. A thread of its own starts it and waits for its end, so that it is never a zombie, and so that
-//! the kernel kills it should rvmm die (PR_SET_PDEATHSIG follows the thread that starts a program). One that fails is asked which of its
-//! options it knows (`daemon/version.rs`), since versions differ.
-#![expect(unsafe_code, reason = "what a new process does before it becomes another program")]
+//! Each inherits one socket descriptor and nothing else of rvmm's. It exits when its connection is closed; if it does not, it
+//! is killed. A thread of its own starts it and waits for it, so that it is never a zombie, and so that the kernel kills it if
+//! rvmm dies (PR_SET_PDEATHSIG is bound to the thread that starts a program). When one fails, its `--help` is checked for the
+//! options that rvmm used (`daemon/version.rs`), since versions differ.
+#![expect(unsafe_code, reason = "code between fork and exec")]
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -30,15 +30,15 @@ use rvmm_devices::virtio::vhost_user::{Daemon, Sandbox, Service};
 use super::listening::{Listening, connect_to};
 use crate::config::MAX_SOCKET_PATH;
 
-/// Where virtiofsd is: in Debian, in Arch, and in Debian 12 that of QEMU.
+/// Paths of virtiofsd: in Debian, in Arch, and QEMU's in Debian 12.
 const VIRTIOFSD: &[&str] =
     &["/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/lib/qemu/virtiofsd"];
 
-/// How long a program whose connection is closed has to end by itself.
-const ENDING: Duration = Duration::from_secs(2);
-/// How long a program that fails has to say why.
-const LAST_WORDS: Duration = Duration::from_secs(5);
-/// Lines of a program that are logged, and the longest part of a line that is kept.
+/// Time-out for a program to exit after its connection is closed.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(2);
+/// Time-out for the last messages of a program that failed.
+const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Limits of the lines of a program that are logged, and of the bytes of a line that are kept.
 const MOST_LINES: usize = 32;
 const LONGEST_LINE: usize = 512;
 /// Stack of a thread that only waits.
@@ -49,11 +49,11 @@ mod version;
 /// A program that runs, or has run.
 struct Started {
     name: &'static str,
-    /// What it was started as, to be asked where it fails.
+    /// Its file and its options, to be checked if it fails.
     program: PathBuf,
     options: Vec<String>,
     process: Pid,
-    /// Readable once it has ended.
+    /// Readable once it has exited.
     pidfd: OwnedFd,
     errors: Option<ChildStderr>,
     line: Vec<u8>,
@@ -78,11 +78,11 @@ fn share(
     let what = |error: &dyn std::fmt::Display| format!("Cannot share {}: {error}", path.display());
     let folder = fs::canonicalize(path).map_err(|error| HostError::mistake(what(&error)))?;
     if !folder.is_dir() {
-        return Err(HostError::mistake(what(&"it is not a folder (share the one that it is in)")));
+        return Err(HostError::mistake(what(&"it is not a folder (share the folder it is in)")));
     }
     let program = find("virtiofsd", VIRTIOFSD)?;
-    let refused = |error| HostError::refused("Cannot make a socket for virtiofsd", error);
-    // It wants to let its client in by itself. Only this user may connect, and nobody else is served once we are.
+    let refused = |error| HostError::refused("Cannot create a socket for virtiofsd", error);
+    // virtiofsd takes a listening socket. Only this user may connect, and it serves only its first client: rvmm.
     let socket = socket_path().map_err(refused)?;
     let listening = Listening::open_unknown(&socket, 1).map_err(super::refusal)?;
     let stream = connect_to(&socket).map_err(refused)?;
@@ -106,7 +106,7 @@ fn share(
 
 fn network(forwards: &[(u16, u16)]) -> Result<(UnixStream, Box<dyn Daemon>), HostError> {
     let program = find("passt", &["/usr/bin/passt"])?;
-    let refused = |error| HostError::refused("Cannot make a socket for passt", error);
+    let refused = |error| HostError::refused("Cannot create a socket for passt", error);
     let (stream, far) = UnixStream::pair().map_err(refused)?;
     let descriptor = far.as_raw_fd().to_string();
     let mut arguments: Vec<OsString> = Vec::new();
@@ -120,7 +120,7 @@ fn network(forwards: &[(u16, u16)]) -> Result<(UnixStream, Box<dyn Daemon>), Hos
     Ok((stream, Box::new(daemon)))
 }
 
-/// The program's file: at its usual place, else in PATH.
+/// Path of the program: one of the usual ones, else from PATH.
 fn find(name: &str, usual: &[&str]) -> Result<PathBuf, HostError> {
     let path = env::var_os("PATH").unwrap_or_default();
     let in_path = env::split_paths(&path).map(|folder| folder.join(name));
@@ -132,7 +132,7 @@ fn find(name: &str, usual: &[&str]) -> Result<PathBuf, HostError> {
     })
 }
 
-/// A name for a socket that nobody has.
+/// Returns a unique path for a socket.
 fn socket_path() -> io::Result<PathBuf> {
     let mut random = [0; 8];
     getrandom(&mut random, GetRandomFlags::empty())?;
@@ -142,7 +142,7 @@ fn socket_path() -> io::Result<PathBuf> {
     Ok(if is_short { path } else { Path::new("/tmp").join(name) })
 }
 
-/// Starts `program` with `descriptor` open, and a thread that waits for its end.
+/// Starts `program` with `descriptor` open, and a thread that waits for it to exit.
 fn spawn(
     name: &'static str,
     program: &Path,
@@ -157,8 +157,8 @@ fn spawn(
         Ok(mut child) => {
             let errors = child.stderr.take();
             let process = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
-            let process = process.ok_or_else(|| io::Error::other("the process has no number"));
-            // Until somebody waits for it, the number is its own.
+            let process = process.ok_or_else(|| io::Error::other("the process has no PID"));
+            // The PID is not reused before the process is waited for.
             let opened = process.and_then(|process| {
                 Ok((process, pidfd_open(process, PidfdFlags::empty())?, errors))
             });
@@ -171,7 +171,7 @@ fn spawn(
     };
     let thread = thread::Builder::new().name(name.into()).stack_size(STACK).spawn(wait);
     let waiting = Some(thread.map_err(refused)?);
-    let died = |_| io::Error::other("the thread that starts it has ended");
+    let died = |_| io::Error::other("the thread that starts it has exited");
     let opened = receiver.recv().map_err(died).and_then(|opened| opened);
     let (process, pidfd, errors) = opened.map_err(refused)?;
     if let Some(errors) = &errors {
@@ -202,7 +202,7 @@ fn launch(program: &OsStr, arguments: &[OsString], descriptor: RawFd) -> io::Res
         if result != 0 {
             return Err(io::Error::last_os_error());
         }
-        // Nobody is told of a parent that has died before.
+        // PR_SET_PDEATHSIG does not report a parent that died before.
         if std::os::unix::process::parent_id() != parent {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
@@ -218,14 +218,14 @@ impl Started {
         is_readable(&self.pidfd, limit)
     }
 
-    /// Reads what is there, a page at most; false at the end.
+    /// Reads a page at most; false at the end of the output.
     fn read(&mut self) -> bool {
         let Some(errors) = &mut self.errors else { return false };
         let mut page = [0; 4096];
         match errors.read(&mut page) {
             Ok(0) => false,
             Ok(count) => {
-                page.get(..count).unwrap_or_default().iter().for_each(|byte| self.hear(*byte));
+                page.get(..count).unwrap_or_default().iter().for_each(|byte| self.take(*byte));
                 true
             }
             Err(error) => {
@@ -234,7 +234,7 @@ impl Started {
         }
     }
 
-    fn hear(&mut self, byte: u8) {
+    fn take(&mut self, byte: u8) {
         if byte != b'\n' {
             if self.line.len() < LONGEST_LINE {
                 self.line.push(byte);
@@ -250,7 +250,7 @@ impl Started {
         if self.lines <= MOST_LINES {
             info!("{}: {line}", self.name);
         } else if self.lines == MOST_LINES + 1 {
-            info!("{} says more, which is not logged", self.name);
+            info!("Further messages of {} are not logged", self.name);
         }
         self.last = line;
     }
@@ -272,7 +272,7 @@ impl Daemon for Started {
     }
 
     fn kill(&mut self) {
-        // Its number is its own as long as it has not ended.
+        // Its PID is not reused as long as it has not exited.
         if !self.has_ended_within(Duration::ZERO) {
             let _ = kill_process_group(self.process, Signal::KILL);
         }
@@ -280,7 +280,7 @@ impl Daemon for Started {
 
     fn last_words(&mut self) -> String {
         let now = Instant::now();
-        let deadline = now.checked_add(LAST_WORDS).unwrap_or(now);
+        let deadline = now.checked_add(MESSAGE_TIMEOUT).unwrap_or(now);
         while let Some(errors) = &self.errors {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() || !is_readable(errors, left) {
@@ -288,8 +288,8 @@ impl Daemon for Started {
             }
             self.attend();
         }
-        self.hear(b'\n');
-        // A program of another version says that in words of its own, and often a page of them.
+        self.take(b'\n');
+        // A program of another version often reports an unknown option with a page of usage.
         version::complaint(self.name, &self.program, &self.options)
             .unwrap_or_else(|| self.last.clone())
     }
@@ -297,7 +297,7 @@ impl Daemon for Started {
 
 impl Drop for Started {
     fn drop(&mut self) {
-        if !self.has_ended_within(ENDING) {
+        if !self.has_ended_within(EXIT_TIMEOUT) {
             self.kill();
         }
         let _ = self.waiting.take().map(JoinHandle::join);
@@ -315,11 +315,11 @@ mod tests {
 
     use super::*;
 
-    /// What a program that is this script says in the end, started as passt.
+    /// The last words of a program that is this script, started as passt.
     fn last_words(script: &str) -> String {
         let folder = tempfile::tempdir().unwrap();
         let program = folder.path().join("program");
-        // Written under another name: a file that a fork of another test has open for writing is not run.
+        // Written under another name: exec fails (ETXTBSY) while a fork of another test has the file open for writing.
         fs::write(folder.path().join("text"), format!("#!/bin/sh\n{script}\n")).unwrap();
         let copied = Command::new("cp").arg(folder.path().join("text")).arg(&program).status();
         assert!(copied.unwrap().success());
@@ -330,26 +330,26 @@ mod tests {
     }
 
     #[test]
-    fn a_program_of_another_version_is_told_in_one_line_with_what_it_lacks() {
+    fn a_program_of_another_version_is_reported_in_one_line_with_the_missing_options() {
         let old = "case $1 in
             --help) echo '  -f, --foreground'; echo '  --fdx'; echo ' --fd FD  use it' >&2;;
             --version) echo 'passt 0.0~old'; echo 'Copyright';;
             *) echo \"unrecognized option '--vhost-user'\" >&2; echo usage: and much more >&2; exit 1;;
             esac";
         let words = last_words(old);
-        assert!(words.contains("does not know --vhost-user ("), "{words}");
+        assert!(words.contains("does not support --vhost-user ("), "{words}");
         assert!(words.contains("passt 0.0~old") && words.contains("2024_11_27"), "{words}");
         assert!(!words.contains("Copyright") && !words.contains("--fd "), "{words}");
     }
 
     #[test]
-    fn a_program_that_knows_all_its_options_has_its_own_last_words() {
+    fn a_program_that_supports_all_its_options_is_reported_with_its_last_message() {
         let script = "case $1 in
             --help) echo '--foreground --vhost-user --fd';;
             *) echo 'no namespaces here' >&2; exit 1;;
             esac";
         assert_eq!(last_words(script), "no namespaces here");
-        // One that does not tell is not judged.
+        // No --help, no check of the options.
         assert_eq!(last_words("echo 'only words' >&2; exit 1"), "only words");
     }
 }

@@ -11,31 +11,31 @@ use rvmm_devices::flash::{FlashMemory, FlashPlan, MAX_SIZE};
 use crate::config::quoted;
 use crate::memory::{PAGE, Rom};
 
-/// Maps what `plan` names.
+/// Maps the file or the physical memory that `plan` names.
 pub(super) fn open(plan: &FlashPlan) -> Result<Box<dyn FlashMemory>, HostError> {
     match plan {
         FlashPlan::File(path) => {
             let name = quoted(&path.to_string_lossy());
             let refused =
                 |error| HostError::refused(format!("Cannot use {name} as flash memory"), error);
-            // A pipe would wait for its other end.
+            // Without NONBLOCK, opening a FIFO would block.
             let flags = OFlags::NONBLOCK.bits().cast_signed();
             let file =
                 OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(refused)?;
-            let about = file.metadata().map_err(refused)?;
-            if !about.is_file() || !(1..=MAX_SIZE).contains(&about.len()) {
+            let metadata = file.metadata().map_err(refused)?;
+            if !metadata.is_file() || !(1..=MAX_SIZE).contains(&metadata.len()) {
                 let what = format!(
                     "Cannot use {name} as flash memory: it is not a file of 1 to {MAX_SIZE} bytes"
                 );
                 return Err(HostError::mistake(what));
             }
-            let size = about.len().next_multiple_of(PAGE);
+            let size = metadata.len().next_multiple_of(PAGE);
             let rom = map(file.try_clone().map_err(refused)?, 0, size).map_err(refused)?;
             Ok(Box::new(FileFlash { file, rom }))
         }
         FlashPlan::Physical { addr, size } => {
             let refused = |error| {
-                let what = "Cannot map the host's flash (only root can, and only where no driver of the kernel holds it)";
+                let what = "Cannot map the host's flash (this needs root, and a range that no kernel driver has reserved)";
                 HostError::refused(
                     format!("{what}: {size:#x} bytes at {addr:#x} of /dev/mem"),
                     error,
@@ -51,7 +51,7 @@ fn map(file: File, offset: u64, size: u64) -> io::Result<Rom> {
     Rom::of(file, offset, size)
 }
 
-/// A file. It is read as a file and not through its mapping, so that rvmm lives on where somebody cuts it short.
+/// A file. It is read by pread(2) and not through its mapping, so that rvmm gets no SIGBUS if the file is truncated.
 struct FileFlash {
     file: File,
     rom: Rom,
@@ -67,7 +67,7 @@ impl FlashMemory for FileFlash {
         let mut at = offset;
         while !rest.is_empty() {
             match self.file.read_at(rest, at) {
-                // The last page is longer than the file.
+                // The last page extends beyond the file.
                 Ok(0) => {
                     rest.fill(0);
                     return Ok(());
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_flash_is_refused_in_words() {
+    fn a_file_that_cannot_be_flash_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let empty = folder.path().join("empty");
         fs::write(&empty, "").unwrap();

@@ -1,5 +1,5 @@
-//! What stays open over all lives of a guest: taps, whose place in a bridge may go with them, and sockets that are listened on,
-//! at which somebody may wait. A guest that restarts gets them again as they are, whatever has become of their names.
+//! Taps and listening sockets that stay open across reboots of the guest: a tap that is closed may be deleted and lose its port of a
+//! bridge, and a socket has connections in its backlog. A guest that reboots gets the same ones, even if their names are now another's.
 
 use std::collections::HashMap;
 use std::io;
@@ -14,7 +14,7 @@ use super::listening::Listening;
 use super::tap::Tap;
 use crate::error::Error;
 
-/// By what each was asked for as.
+/// By the name and the path from the configuration.
 #[derive(Debug, Default)]
 pub(super) struct Kept {
     taps: Mutex<HashMap<String, KeptTap>>,
@@ -24,12 +24,12 @@ pub(super) struct Kept {
 #[derive(Debug)]
 struct KeptTap {
     queues: Vec<OwnedFd>,
-    /// Those who use it now have another handle on this.
+    /// Each tap in use holds a clone.
     user: Arc<()>,
 }
 
 impl Kept {
-    /// The tap of this name with `pairs` queues: the one that an earlier life had, or else opened, or made.
+    /// The tap of this name with `pairs` queues: the one of the previous boot, else opened or created.
     ///
     /// # Errors
     /// As [`Tap::open`].
@@ -37,12 +37,12 @@ impl Kept {
         let mut taps = self.taps.lock().unwrap_or_else(PoisonError::into_inner);
         let is_used = taps.get(name).is_some_and(|tap| Arc::strong_count(&tap.user) > 1);
         if !is_used && let Some(kept) = taps.remove(name) {
-            // One that is gone (`ip link del`) is opened anew, as at the start.
+            // One that was deleted (`ip link del`) is opened anew, as at the first boot.
             if kept.queues.len() == usize::from(pairs)
-                && let Ok(again) = again(&kept, name)
+                && let Ok(reopened) = reopen(&kept, name)
             {
                 taps.insert(name.to_owned(), kept);
-                return Ok(again);
+                return Ok(reopened);
             }
         }
         let mut opened =
@@ -58,7 +58,7 @@ impl Kept {
         Ok(opened)
     }
 
-    /// The socket at `path`: the one that an earlier life had, or else a new one.
+    /// The socket at `path`: the one of the previous boot, else a new one.
     ///
     /// # Errors
     /// As [`Listening::open`].
@@ -67,7 +67,7 @@ impl Kept {
         let unused = sockets.get(path).filter(|socket| Arc::strong_count(socket) == 1);
         let socket = match unused {
             Some(socket) => Arc::clone(socket),
-            // One that is used refuses a second one of its path.
+            // If the old one is in use, opening another one of its path fails.
             None => {
                 let new = Arc::new(Listening::open(path, backlog)?);
                 sockets.insert(path.into(), Arc::clone(&new));
@@ -78,12 +78,12 @@ impl Kept {
     }
 }
 
-fn again(kept: &KeptTap, name: &str) -> Result<Vec<Tap>, HostError> {
-    let queue = |(index, fd)| Tap::again(fd, name, index == 0, &kept.user);
+fn reopen(kept: &KeptTap, name: &str) -> Result<Vec<Tap>, HostError> {
+    let queue = |(index, fd)| Tap::reopen(fd, name, index == 0, &kept.user);
     kept.queues.iter().enumerate().map(queue).collect()
 }
 
-/// A kept socket as its device has it.
+/// A device's handle of a kept socket.
 struct Handle(Arc<Listening>);
 
 impl AsRawFd for Handle {
@@ -106,14 +106,14 @@ mod tests {
     use super::super::{connect_to, in_a_namespace};
     use super::*;
 
-    /// The number that the kernel gave an interface, and gives no other.
+    /// The index of an interface, which the kernel does not reuse.
     fn index(name: &str) -> Option<u32> {
         let any = socket(AddressFamily::INET, SocketType::DGRAM, None).unwrap();
         name_to_index(any, name).ok()
     }
 
     #[test]
-    fn a_tap_is_the_same_one_in_every_life_of_the_guest_and_goes_with_the_machine() {
+    fn a_tap_stays_the_same_across_reboots_and_is_deleted_with_the_machine() {
         in_a_namespace(|| {
             for (name, pairs) in [("t0", 1), ("t1", 2)] {
                 let kept = Kept::default();
@@ -125,7 +125,7 @@ mod tests {
                     assert!(busy.contains("another program has it open"), "{busy}");
                 }
                 drop(first);
-                assert_eq!(index(name), Some(number), "it stays while nobody uses it");
+                assert_eq!(index(name), Some(number), "it stays while it is not used");
                 let second = kept.tap(name, pairs).unwrap();
                 assert_eq!((index(name), second.len()), (Some(number), usize::from(pairs)));
                 drop((second, kept));
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_keeps_who_waits_while_the_guest_restarts_and_goes_with_the_machine() {
+    fn a_socket_keeps_its_backlog_across_reboots_and_is_removed_with_the_machine() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
         let kept = Kept::default();

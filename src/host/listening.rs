@@ -1,5 +1,5 @@
-//! A Unix socket that rvmm listens on, and its file: made for its owner alone, taken over from a dead rvmm but never from a
-//! living one, removed at the end.
+//! A Unix socket that rvmm listens on, and its file: created with mode 0600, in place of one whose process is dead but never of one
+//! that still listens, and removed at the end.
 
 use std::fs::{self, File};
 use std::io;
@@ -21,41 +21,41 @@ use rvmm_devices::Listener;
 use crate::config::MAX_SOCKET_PATH;
 use crate::error::Error;
 
-/// How often the folder's lock is tried, 10 ms apart.
+/// Attempts to lock the folder, 10 ms apart.
 const LOCK_TRIES: u32 = 1000;
 
-/// A socket that is listened on, without ever waiting.
+/// A non-blocking listening socket.
 #[derive(Debug)]
 pub(crate) struct Listening {
     socket: OwnedFd,
     path: PathBuf,
-    /// Device and inode of the file, so that at the end no other is removed.
+    /// Device and inode of the file, so that no other file is removed at the end.
     identity: (u64, u64),
 }
 
 impl Listening {
-    /// Makes the socket and its file; `backlog` may wait to be let in.
+    /// Creates the socket and its file; up to `backlog` connections may wait to be accepted.
     ///
     /// # Errors
-    /// [`Error::Config`] for a path that is too long; [`Error::File`] where no file can be made there or something else has
-    /// that name; [`Error::Host`] where a program listens there already, or the kernel refuses.
+    /// [`Error::Config`] for a path that is too long; [`Error::File`] if the file cannot be created or the path is that of another
+    /// kind of file; [`Error::Host`] if another program listens on it, or a system call fails.
     pub(crate) fn open(path: &Path, backlog: i32) -> Result<Self, Error> {
-        Self::make(path, backlog, true)
+        Self::create(path, backlog, true)
     }
 
-    /// As [`Listening::open`], under a name that nobody else knows yet: no lock of its folder is waited for.
+    /// As [`Listening::open`], with a path that no other program knows yet: does not wait for the lock of its folder.
     ///
     /// # Errors
     /// As [`Listening::open`].
     pub(crate) fn open_unknown(path: &Path, backlog: i32) -> Result<Self, Error> {
-        Self::make(path, backlog, false)
+        Self::create(path, backlog, false)
     }
 
-    fn make(path: &Path, backlog: i32, is_known: bool) -> Result<Self, Error> {
+    fn create(path: &Path, backlog: i32, is_known: bool) -> Result<Self, Error> {
         let length = path.as_os_str().len();
         if length > MAX_SOCKET_PATH {
             return Err(Error::Config(format!(
-                "Cannot listen on {}: the path has {length} bytes and a socket's at most {MAX_SOCKET_PATH} (choose a shorter one)",
+                "Cannot listen on {}: the path has {length} bytes, a socket's at most {MAX_SOCKET_PATH} (use a shorter one)",
                 path.display()
             )));
         }
@@ -67,12 +67,12 @@ impl Listening {
                 AlreadyExists | NotADirectory | NotFound | PermissionDenied => {
                     return Error::File { verb: "listen on", path: path.into(), source };
                 }
-                AddrInUse => " (another program listens there: choose another path, or end it)",
+                AddrInUse => " (another program listens on it: stop it, or choose another path)",
                 _ => "",
             };
             Error::Host { what: format!("Cannot listen on {}{hint}", path.display()), source }
         };
-        // Held until the socket listens: between bind and listen it looks dead to others.
+        // Held until the socket listens: between bind and listen, connections are refused as if its process were dead.
         let _lock = is_known.then(|| lock_folder(path)).transpose().map_err(failed)?;
         let socket = bound(path).map_err(failed)?;
         listen(&socket, backlog).map_err(|error| failed(error.into()))?;
@@ -81,15 +81,15 @@ impl Listening {
         Ok(Self { socket, path: path.into(), identity })
     }
 
-    /// Where it is.
+    /// Path of the socket.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Lets the next one in.
+    /// Accepts the next connection.
     ///
     /// # Errors
-    /// `WouldBlock` where nobody waits, or the one that did has left; else what the kernel says.
+    /// `WouldBlock` if there is none, or it was aborted; else the error of the system call.
     pub(crate) fn accept(&self) -> io::Result<OwnedFd> {
         accept_with(&self.socket, SocketFlags::CLOEXEC).map_err(|error| match error {
             Errno::CONNABORTED => io::ErrorKind::WouldBlock.into(),
@@ -126,21 +126,21 @@ impl Drop for Listening {
     }
 }
 
-/// Connects to the socket at `path`, without waiting and without following a symbolic link in its last part.
+/// Connects to the socket at `path`, without blocking and without following a symbolic link in the last component.
 ///
 /// # Errors
-/// Nobody listens there, too many wait already (`WouldBlock`), or it is no socket.
+/// No program listens on it, its backlog is full (`WouldBlock`), or it is not a socket.
 pub(crate) fn connect_to(path: &Path) -> io::Result<UnixStream> {
     if !fs::symlink_metadata(path)?.file_type().is_socket() {
-        return Err(io::Error::other("it is no socket"));
+        return Err(io::Error::other("it is not a socket"));
     }
     let socket = new_socket()?;
     connect(&socket, &SocketAddrUnix::new(path)?)?;
     Ok(socket.into())
 }
 
-/// As [`connect_to`], for a socket whose rvmm may be starting in this moment: its file is there before it listens, and until
-/// then the one that made it keeps the folder locked ([`Listening::open`]).
+/// As [`connect_to`], for a socket whose rvmm may be starting at this moment: its file exists before it listens, and until
+/// then its creator keeps the folder locked ([`Listening::open`]).
 ///
 /// # Errors
 /// As [`connect_to`].
@@ -154,11 +154,11 @@ pub(crate) fn connect_to_starting(path: &Path) -> io::Result<UnixStream> {
     })
 }
 
-/// Removes the file of a socket whose program is dead. True where it was: one that is just starting holds the folder's lock
-/// until it listens ([`Listening::open`]), and is none.
+/// Removes the file of a socket whose process is dead, and returns true if it was. A process that is just starting holds the
+/// folder's lock until it listens ([`Listening::open`]), so its file stays.
 ///
 /// # Errors
-/// What the kernel says; `TimedOut` where somebody keeps the folder locked.
+/// The error of the system call; `TimedOut` if another program keeps the folder locked.
 pub(crate) fn remove_dead(path: &Path) -> io::Result<bool> {
     let Some(_lock) = lock_folder(path)? else { return Ok(false) };
     match connect_to(path) {
@@ -174,8 +174,8 @@ fn new_socket() -> Result<OwnedFd, Errno> {
     socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
 }
 
-/// Locks the folder in which the socket's file will be against others who do the same, for as long as the result lives.
-/// A folder that cannot be opened is not locked.
+/// Locks the folder of the socket's file against other instances of rvmm until the result is dropped. A folder that cannot be
+/// opened is not locked.
 fn lock_folder(path: &Path) -> io::Result<Option<File>> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     let Ok(folder) = File::open(parent.unwrap_or(Path::new("."))) else { return Ok(None) };
@@ -189,11 +189,11 @@ fn lock_folder(path: &Path) -> io::Result<Option<File>> {
     Err(io::Error::new(io::ErrorKind::TimedOut, "another program keeps the folder locked"))
 }
 
-/// A socket bound to `path`, which nobody but the owner may connect to.
+/// A socket bound to `path`, to which only the owner may connect.
 fn bound(path: &Path) -> io::Result<OwnedFd> {
     let address = SocketAddrUnix::new(path)?;
     let socket = new_socket()?;
-    // Before bind: it is what bind makes the file with, so there is no moment in which others may connect.
+    // Before bind, which creates the file with this mode: others can connect at no moment.
     fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
     match bind(&socket, &address) {
         Err(Errno::ADDRINUSE) => {}
@@ -202,7 +202,7 @@ fn bound(path: &Path) -> io::Result<OwnedFd> {
     if !fs::symlink_metadata(path)?.file_type().is_socket() {
         return Err(io::Error::new(
             io::ErrorKind::AlreadyExists,
-            "there is something else of that name (remove what is there, or choose another path)",
+            "the file exists and is not a socket (remove it, or choose another path)",
         ));
     }
     match connect(&new_socket()?, &address) {
@@ -229,10 +229,10 @@ mod tests {
         let mut near = connect_to(&path).unwrap();
         let mut far = UnixStream::from(listening.accept().unwrap());
         near.write_all(b"hello").unwrap();
-        let mut heard = [0; 5];
-        far.read_exact(&mut heard).unwrap();
-        assert_eq!(&heard, b"hello");
-        // Nobody lets them in: the one that no longer fits is not waited for.
+        let mut received = [0; 5];
+        far.read_exact(&mut received).unwrap();
+        assert_eq!(&received, b"hello");
+        // None is accepted: connecting to a full backlog does not block.
         let waiting: Vec<_> = (0..16).map(|_| connect_to(&path)).collect();
         let refused = waiting.iter().find_map(|result| result.as_ref().err()).unwrap();
         assert_eq!(refused.kind(), io::ErrorKind::WouldBlock);
@@ -251,7 +251,7 @@ mod tests {
             drop(lock);
             stream.join().unwrap().unwrap();
         });
-        // One whose program has died is not waited for.
+        // A socket whose process has died is not waited for.
         drop(socket);
         let refused = connect_to_starting(&path).unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
@@ -275,11 +275,11 @@ mod tests {
         assert!(!path.exists());
         let file = folder.path().join("file");
         fs::write(&file, "").unwrap();
-        assert!(!remove_dead(&file).unwrap(), "what is no socket is left alone");
+        assert!(!remove_dead(&file).unwrap(), "a file that is not a socket stays");
     }
 
     #[test]
-    fn a_name_that_nobody_knows_takes_no_lock() {
+    fn an_unknown_name_needs_no_lock() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
         let _lock = lock_folder(&path).unwrap();

@@ -1,17 +1,17 @@
-//! The host's ends of devices, on Linux: what a virtio device reads from and writes to outside the guest.
+//! The backends of devices on Linux: files, taps, sockets and programs of the host.
 //!
-//! | file | what |
+//! | file | content |
 //! |---|---|
 //! | `disk/` | disks: files and block devices |
 //! | `flash.rs` | flash memory: files, and the host's own |
 //! | `tap.rs` | networks: tap interfaces |
-//! | `vhost/` | networks and sockets whose queues the kernel works on |
+//! | `vhost/` | networks and sockets whose queues the kernel processes (vhost) |
 //! | `small.rs` | files that are read at once |
 //! | `output.rs` | files that are written for a user, whole or not at all |
-//! | `listening.rs` | Unix sockets |
-//! | `node.rs` | device nodes, and what to do where one cannot be opened |
-//! | `kept.rs` | taps and sockets, over all lives of a guest |
-//! | `acceptor.rs` | one through which people come in, who wait where the host cannot let them |
+//! | `listening.rs` | listening Unix sockets |
+//! | `node.rs` | device nodes, and advice for one that cannot be opened |
+//! | `kept.rs` | taps and sockets that stay open across reboots of the guest |
+//! | `acceptor.rs` | listening sockets that back off while the host is out of descriptors |
 //! | `daemon.rs` | programs that serve devices: virtiofsd, passt |
 
 use std::collections::HashMap;
@@ -55,20 +55,20 @@ pub(crate) use small::read_small;
 #[cfg(test)]
 pub(crate) use tap::tests::in_a_namespace;
 
-/// Programs that wait to be let in by a device.
+/// Backlog of a device's listening socket.
 const BACKLOG: i32 = 128;
 
-/// This machine's kernel, and what of it a machine's devices use over all lives of the guest.
+/// The Linux host of one machine, with the consoles, taps and sockets that stay open across reboots of the guest.
 pub(crate) struct Linux {
-    /// Who ends the machine when a user asks for it.
+    /// Stops the machine at a user's request.
     stop: StopRequest,
-    /// Consoles by what they were asked for as.
+    /// Consoles by the value of their `to` option.
     consoles: Mutex<HashMap<String, Shared>>,
     kept: Kept,
 }
 
 impl Linux {
-    /// A host whose consoles call `stop` for Ctrl-A x.
+    /// Creates a host whose consoles call `stop` on Ctrl-A x.
     pub(crate) fn new(stop: StopRequest) -> Self {
         Self { stop, consoles: Mutex::default(), kept: Kept::default() }
     }
@@ -79,7 +79,7 @@ impl Linux {
         })?;
         let console = terminal::open(&serial, Arc::clone(&self.stop)).map_err(refusal)?;
         if let Some(path) = &console.pty {
-            // Said at the level that is always shown: without it nobody finds the terminal.
+            // At a level that is always shown: the terminal's name is only known from this line.
             warn!("The console of the device console is {}", path.display());
         }
         Ok(Shared::new(console.backend))
@@ -162,7 +162,7 @@ fn one(mut ends: Vec<Box<dyn NetBackend>>) -> Result<Box<dyn NetBackend>, HostEr
     ends.pop().ok_or_else(|| HostError::mistake("Cannot connect a network without queues"))
 }
 
-/// An error of this crate as a device hands it on.
+/// Converts an error of this crate to that of a device.
 fn refusal(error: Error) -> HostError {
     match error {
         Error::Host { what, source } => HostError::refused(what, source),
@@ -181,21 +181,21 @@ mod tests {
     }
 
     #[test]
-    fn a_console_has_one_user_at_a_time_and_the_next_goes_on_where_the_last_one_ended() {
+    fn a_console_has_one_user_at_a_time_and_stays_open_for_the_next() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("log");
         let (linux, to) = (linux(), format!("file:{}", path.display()));
         let mut first = linux.console(&to).unwrap();
-        first.write(b"first life, ").unwrap();
+        first.write(b"first boot, ").unwrap();
         let refused = linux.console(&to).err().unwrap().to_string();
         assert!(refused.contains("twice"), "{refused}");
         drop(first);
-        linux.console(&to).unwrap().write(b"second life").unwrap();
-        assert_eq!(fs::read_to_string(&path).unwrap(), "first life, second life");
+        linux.console(&to).unwrap().write(b"second boot").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "first boot, second boot");
     }
 
     #[test]
-    fn what_is_no_console_is_a_mistake() {
+    fn an_invalid_console_is_a_mistake() {
         for to in ["", "tty", "file:", "unix:", "file:/nowhere/at/all"] {
             let (what, source) = linux().console(to).err().unwrap().into_parts();
             assert!(what.starts_with("Cannot ") && source.is_none(), "{what}");

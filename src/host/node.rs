@@ -1,5 +1,5 @@
-//! Device nodes that rvmm opens, and what to do where one cannot be opened. In a container that is something else than on a machine of
-//! its own: no module can be loaded there, and no group joined.
+//! Device nodes that rvmm opens, and advice for one that cannot be opened. The advice differs in a container, where no module can be
+//! loaded and no group joined.
 
 use std::env;
 use std::fs;
@@ -9,11 +9,10 @@ use std::path::Path;
 /// A device node.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct DeviceNode {
-    /// Where it lies.
     pub(crate) path: &'static str,
-    /// The kernel's module that makes it.
+    /// The kernel module that provides it.
     pub(crate) module: &'static str,
-    /// How a user gets the right to open it, outside of containers.
+    /// Command that permits a user to open it, outside of containers.
     pub(crate) grant: &'static str,
 }
 
@@ -27,43 +26,43 @@ pub(crate) const KVM: DeviceNode = DeviceNode {
 pub(crate) const TUN: DeviceNode = DeviceNode {
     path: "/dev/net/tun",
     module: "tun",
-    grant: "sudo chmod 0666 /dev/net/tun; what each user may do is checked per tap",
+    grant: "sudo chmod 0666 /dev/net/tun; the kernel checks access for each tap",
 };
-/// Networks in the kernel.
+/// The kernel's backend of virtio-net.
 pub(crate) const VHOST_NET: DeviceNode = DeviceNode {
     path: "/dev/vhost-net",
     module: "vhost_net",
     grant: "sudo setfacl -m u:$USER:rw /dev/vhost-net",
 };
-/// Sockets in the kernel.
+/// The kernel's backend of virtio-vsock.
 pub(crate) const VHOST_VSOCK: DeviceNode = DeviceNode {
     path: "/dev/vhost-vsock",
     module: "vhost_vsock",
     grant: "sudo setfacl -m u:$USER:rw /dev/vhost-vsock",
 };
 
-/// Where a process runs, as far as that matters to who can make a device node.
+/// The environment of a process, which decides how a device node is provided.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Place {
-    /// On a machine, real or virtual.
+    /// A machine, real or virtual.
     Machine,
-    /// In a container: its nodes are those that it was started with.
+    /// A container: its nodes are those that it was started with.
     Container,
 }
 
 impl Place {
-    /// Where this process runs.
+    /// The environment of this process.
     pub(crate) fn here() -> Self {
         Self::below(Path::new("/"), |name| env::var_os(name).is_some())
     }
 
-    /// Where a process runs that sees the files below `root` and has these variables: what container engines leave for their guests to find.
+    /// The environment of a process with the root directory `root` and these variables, detected by the marks of container engines.
     pub(crate) fn below(root: &Path, has_variable: impl Fn(&str) -> bool) -> Self {
-        // Docker; Podman; systemd-nspawn and all whose process 1 is systemd.
+        // Docker; Podman; systemd-nspawn and every container whose process 1 is systemd.
         const FILES: [&str; 3] = [".dockerenv", "run/.containerenv", "run/systemd/container"];
         // Podman, LXC and systemd-nspawn; Kubernetes.
         const VARIABLES: [&str; 2] = ["container", "KUBERNETES_SERVICE_HOST"];
-        // Of those, process 1 has the first, also where a user's shell has lost it.
+        // Process 1 has the variable `container`, also if a user's shell has lost it.
         let first = fs::read(root.join("proc/1/environ")).unwrap_or_default();
         let is_marked = first.split(|byte| *byte == 0).any(|word| word.starts_with(b"container="));
         let is_container = is_marked
@@ -74,29 +73,29 @@ impl Place {
 }
 
 impl DeviceNode {
-    /// What to do where the node is not there, or nothing is behind it.
+    /// Advice for a node that does not exist, or has no driver.
     pub(crate) fn remedy_for_absence(self, place: Place) -> String {
         let Self { path, module, .. } = self;
         match place {
             Place::Machine => format!("sudo modprobe {module}"),
             Place::Container => format!(
-                "this is a container: start it with --device {path}, and load the module {module} on its host where that has none"
+                "this is a container: start it with --device {path}, and load the module {module} on the host if the node is missing there"
             ),
         }
     }
 
-    /// What to do where this user may not open the node.
+    /// Advice for a user who may not open the node.
     pub(crate) fn remedy_for_denial(self, place: Place) -> String {
         let Self { path, grant, .. } = self;
         match place {
             Place::Machine => grant.to_owned(),
             Place::Container => format!(
-                "this is a container: start it with --device {path}, and for another user than root with --group-add and the group that the node has on the host"
+                "this is a container: start it with --device {path}, and if rvmm does not run as root, with --group-add and the node's group on the host"
             ),
         }
     }
 
-    /// What to do where opening it failed with `error`, if that is known.
+    /// Advice for a node whose opening failed with `error`, if there is some.
     pub(crate) fn remedy(self, error: &io::Error, place: Place) -> Option<String> {
         match error.raw_os_error()? {
             libc::ENOENT | libc::ENODEV | libc::ENXIO => Some(self.remedy_for_absence(place)),
@@ -121,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn a_container_is_known_by_what_its_engine_leaves_in_it() {
+    fn a_container_is_detected_by_the_marks_of_its_engine() {
         let place =
             |root: &TempDir, variable: &str| Place::below(root.path(), |name| name == variable);
         let bare = with("proc/1/environ", "HOME=/\0TERM=linux\0no_container=x\0");
@@ -140,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn in_a_container_nobody_is_told_to_load_modules_or_join_groups_there() {
+    fn advice_in_a_container_is_to_start_it_otherwise() {
         for node in [KVM, TUN, VHOST_NET, VHOST_VSOCK] {
             for errno in [libc::ENOENT, libc::ENODEV, libc::EACCES, libc::EPERM] {
                 let error = io::Error::from_raw_os_error(errno);

@@ -1,4 +1,4 @@
-//! What rvmm writes because a user asked for it: files that are whole or as they were, and descriptors that are waited for.
+//! Output that a user asked for: files that are written whole or left unchanged, and blocking writes to descriptors.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -10,10 +10,10 @@ use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
-/// Writes all of `bytes` to a descriptor, which may be one that does not block: it is waited for as if it did.
+/// Writes all of `bytes` to a descriptor, and blocks until that is done, also if the descriptor is non-blocking.
 ///
 /// # Errors
-/// The system's; a part may have been written.
+/// The error of the system call; a part may have been written.
 pub(crate) fn deliver(out: impl AsFd, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
         match rustix::io::write(&out, bytes) {
@@ -30,45 +30,45 @@ pub(crate) fn deliver(out: impl AsFd, mut bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Makes the file `path` one of these bytes, in place of what it was. A device or a pipe gets them.
+/// Replaces the contents of the file `path`, or creates it. A device or a pipe gets the bytes written to it.
 ///
 /// # Errors
-/// The system's. A file that was there is as it was where its file system can reserve space, else empty; a new one is gone.
+/// The error of the system call. An existing file is unchanged if its file system can reserve space, else empty; a new one is removed.
 pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
     write_padded(path, bytes, bytes.len() as u64)
 }
 
-/// As [`write_file`], with zeroes behind the bytes up to `len`, which take no space.
+/// As [`write_file`], with a hole of zeroes after the bytes, up to `len`.
 ///
 /// # Errors
-/// As [`write_file`]; what is no file has no length.
+/// As [`write_file`]; only a regular file can be padded.
 pub(crate) fn write_padded(path: &Path, bytes: &[u8], len: u64) -> io::Result<()> {
     let made = OpenOptions::new().write(true).create_new(true).open(path);
     let (file, is_new) = match made {
-        // Not cut off: what is there may have to stay. It may be a link to nothing, too.
+        // Not truncated: the old contents may have to stay. It may also be a dangling symbolic link.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
             (OpenOptions::new().write(true).create(true).truncate(false).open(path)?, false)
         }
         made => (made?, true),
     };
-    let about = file.metadata()?;
-    if !about.is_file() {
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
         if len != bytes.len() as u64 {
-            return Err(io::Error::other("it is no file"));
+            return Err(io::Error::other("it is not a regular file"));
         }
         return deliver(&file, bytes);
     }
-    let filled = fill(&file, about.len(), bytes, len);
+    let filled = fill(&file, metadata.len(), bytes, len);
     if filled.is_err() && is_new {
-        // What is left is empty.
+        // The file is empty.
         let _ = std::fs::remove_file(path);
     }
     filled
 }
 
-/// Replaces what is in a file of `old` bytes.
+/// Replaces the contents of a file of `old` bytes.
 fn fill(mut file: &File, old: u64, bytes: &[u8], len: u64) -> io::Result<()> {
-    // Beyond it the system would end the process with a signal.
+    // A write beyond the limit raises SIGXFSZ, which ends the process.
     if getrlimit(Resource::Fsize).current.is_some_and(|most| len > most) {
         return Err(Errno::FBIG.into());
     }
@@ -82,17 +82,17 @@ fn fill(mut file: &File, old: u64, bytes: &[u8], len: u64) -> io::Result<()> {
     let written = file.write_all(bytes).and_then(|()| {
         file.set_len(bytes.len() as u64)?;
         file.set_len(len)?;
-        // A file system that reserves nothing may find out later that it is full.
+        // Without reserved space, ENOSPC may only be reported at writeback.
         if has_space { Ok(()) } else { file.sync_data() }
     });
     if written.is_err() {
-        // Rather nothing than a part.
+        // An empty file rather than a partial one.
         let _ = file.set_len(0);
     }
     written
 }
 
-/// Makes sure that `len` bytes have space; false where the file system does not do that.
+/// Reserves space for `len` bytes; false if the file system cannot.
 fn reserve(file: &File, len: u64) -> io::Result<bool> {
     if len == 0 {
         return Ok(true);
@@ -120,13 +120,13 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// A folder on a file system of 64 KiB, for `test`. Nothing, aloud, without the right to mount.
+    /// Runs `test` in a folder on a file system of 64 KiB; reports a skip if mounting is not permitted.
     pub(crate) fn on_a_small_file_system(test: impl FnOnce(&Path)) {
         let folder = tempfile::tempdir().unwrap();
         let mounted =
             mount("tmpfs", folder.path(), "tmpfs", MountFlags::empty(), Some(c"size=64k"));
         if mounted.is_err() {
-            return skip("there is no right to mount");
+            return skip("mounting is not permitted");
         }
         test(folder.path());
         unmount(folder.path(), UnmountFlags::DETACH).unwrap();
@@ -145,7 +145,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_link_stays_one_and_may_lead_to_nothing_yet() {
+    fn a_symbolic_link_stays_one_and_may_be_dangling() {
         let folder = tempfile::tempdir().unwrap();
         let (link, file) = (folder.path().join("link"), folder.path().join("file"));
         std::os::unix::fs::symlink("file", &link).unwrap();
@@ -180,7 +180,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_descriptor_that_does_not_block_is_waited_for_and_one_nobody_reads_is_an_error() {
+    fn a_write_to_a_non_blocking_descriptor_waits_and_a_broken_pipe_is_an_error() {
         let (reader, writer) = pipe().unwrap();
         fcntl_setfl(&writer, OFlags::NONBLOCK).unwrap();
         let bytes: Vec<u8> = (0..1_u32 << 20).map(|i| i.to_le_bytes()[0]).collect();

@@ -1,4 +1,4 @@
-//! Files of a user's that are read at once, and so have a bound.
+//! Files that are read into memory at once, with a size limit.
 
 use std::fs::File;
 use std::io::Read;
@@ -7,10 +7,10 @@ use std::path::Path;
 use crate::config::quoted;
 use crate::error::Error;
 
-/// The bytes of a file of `most` bytes at the most.
+/// Reads a file of at most `most` bytes.
 ///
 /// # Errors
-/// `File` where it cannot be read, `Config` where it is longer: a device that never ends is.
+/// `File` if it cannot be read, `Config` if it is longer, as an endless device is.
 pub(crate) fn read_small(path: &Path, most: u64) -> Result<Vec<u8>, Error> {
     let failed = |source| Error::File { verb: "read", path: path.into(), source };
     let mut bytes = Vec::new();

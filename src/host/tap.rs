@@ -1,8 +1,8 @@
-//! Tap interfaces (Linux, Documentation/networking/tuntap.rst): a network device of the host whose cable ends in rvmm.
-//! One that was opened by somebody else, which may also be a macvtap or an ipvtap, is taken over in `tap/inherit.rs`.
+//! Tap interfaces (Linux, Documentation/networking/tuntap.rst): network devices of the host whose frames rvmm reads and writes.
+//! A descriptor that the parent process has opened, which may also be a macvtap or an ipvtap, is used by `tap/inherit.rs`.
 //!
-//! Frames carry the header of virtio-net on this side, too, so they pass without being taken apart. A tap that
-//! was there before stays when it is closed; one that was made by opening it goes.
+//! The kernel puts the virtio-net header before each frame (IFF_VNET_HDR), so frames are passed on unparsed. A tap
+//! that existed before stays when it is closed; one that was created by opening it is deleted.
 #![expect(
     unsafe_code,
     reason = "the ioctls of a tap, and readv and writev on guest memory, have no safe interface"
@@ -30,16 +30,16 @@ use super::vhost;
 
 mod inherit;
 
-/// Where taps come from.
+/// The device node of taps.
 const TUN: &str = node::TUN.path;
 
 /// Whole Ethernet frames, without the kernel's own header, with that of virtio-net.
 const FLAGS: c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 
-/// The group of messages about interfaces (<linux/rtnetlink.h>).
+/// Multicast group of messages about interfaces (<linux/rtnetlink.h>).
 const RTMGRP_LINK: u32 = 1;
 
-/// Messages that are read at once: a host can have more interfaces than anybody wants to hear of.
+/// Limit of the messages that are read at once: a host can have very many interfaces.
 const MOST_CHANGES: usize = 64;
 
 /// A tap, open.
@@ -48,21 +48,21 @@ pub(super) struct Tap {
     fd: OwnedFd,
     name: String,
     identity: String,
-    /// Readable when some interface of the host has changed; none where that cannot be had.
+    /// Readable when an interface of the host has changed; none if that is not available.
     changes: Option<OwnedFd>,
-    /// Says that it is used to whoever keeps it open ([`Tap::keep`]).
+    /// Marks the tap as in use where it is kept open ([`Tap::keep`]).
     _user: Option<Arc<()>>,
-    /// The interface's own address, where it gives the guest no frames for another.
+    /// The interface's address, if it passes on no frames to another.
     address: Option<[u8; 6]>,
 }
 
 impl Tap {
-    /// Opens the tap of this name, or makes it.
+    /// Opens the tap of this name, or creates it.
     pub(super) fn open(name: &str) -> Result<Self, HostError> {
         Ok(Self { changes: changes(), ..Self::attach(name, 0)? })
     }
 
-    /// Opens `count` queues of the tap of this name, or makes it.
+    /// Opens `count` queues of the tap of this name, or creates it.
     pub(super) fn open_queues(name: &str, count: u16) -> Result<Vec<Self>, HostError> {
         let mut queues: Vec<Self> = (0..count)
             .map(|_| Self::attach(name, libc::IFF_MULTI_QUEUE))
@@ -71,24 +71,24 @@ impl Tap {
         Ok(queues)
     }
 
-    /// One more descriptor, with which the interface and its queue stay after this tap; `user` has a handle more until then.
+    /// A duplicate of the descriptor, which keeps the interface and its queue when this tap is dropped. The tap holds a clone of `user`.
     pub(super) fn keep(&mut self, user: &Arc<()>) -> io::Result<OwnedFd> {
         self._user = Some(Arc::clone(user));
         self.fd.try_clone()
     }
 
-    /// The tap that `kept` has kept open, as [`Tap::open`] gives it; the link is watched where `watches`.
-    pub(super) fn again(
+    /// The tap that `kept` has kept open, as [`Tap::open`] returns it. `is_first` if it reports the state of the link.
+    pub(super) fn reopen(
         kept: &OwnedFd,
         name: &str,
-        watches: bool,
+        is_first: bool,
         user: &Arc<()>,
     ) -> Result<Self, HostError> {
-        let refused = |error| HostError::refused(format!("Cannot use tap {name} again"), error);
+        let refused = |error| HostError::refused(format!("Cannot reuse tap {name}"), error);
         let mut tap = Self::prepare(kept.try_clone().map_err(refused)?, name.to_owned())?;
-        // The last driver may have let the queue go. Refused where it has not.
+        // The last driver may have detached the queue. Fails if it has not.
         let _ = tap.set_in_use(true);
-        tap.changes = watches.then(changes).flatten();
+        tap.changes = is_first.then(changes).flatten();
         tap._user = Some(Arc::clone(user));
         Ok(tap)
     }
@@ -108,11 +108,11 @@ impl Tap {
         Self::prepare(fd, name.to_owned())
     }
 
-    /// Makes the frames those of virtio 1, with nothing left to be done by the receiver.
+    /// Sets the header's format to that of virtio 1, without offloads.
     fn prepare(fd: OwnedFd, name: String) -> Result<Self, HostError> {
         let host = fs::read_to_string("/etc/machine-id").unwrap_or_default();
         let identity = format!("{}/{name}", host.trim());
-        // Where one that was handed over is, in which network namespace, only who opened it knows: nobody watches its link.
+        // An inherited tap may be in another network namespace, so its link is not watched.
         let mut tap = Self { fd, name, identity, changes: None, address: None, _user: None };
         tap.set_up().map_err(|error| {
             HostError::refused(format!("Cannot set up tap {}", tap.name), error)
@@ -129,7 +129,7 @@ impl Tap {
         self.set_offloads(Offloads::default())
     }
 
-    /// What an error of readv and writev means to the device.
+    /// Converts an error of readv and writev to that of a backend.
     fn explain(&self, error: io::Error) -> io::Error {
         let name = &self.name;
         match error.raw_os_error() {
@@ -185,7 +185,7 @@ impl NetBackend for Tap {
 
     fn is_link_up(&mut self) -> bool {
         let Some(changes) = &self.changes else { return true };
-        // What it was about does not matter; what does not fit was not needed.
+        // The contents are of no use, and may be truncated.
         let mut scrap = [0; 4096];
         for _ in 0..MOST_CHANGES {
             if recv(changes, &mut scrap, RecvFlags::DONTWAIT).is_err_and(|e| e == Errno::AGAIN) {
@@ -196,7 +196,7 @@ impl NetBackend for Tap {
         // SAFETY: SIOCGIFFLAGS reads and writes one `ifreq`, which outlives the call.
         let result =
             unsafe { libc::ioctl(changes.as_raw_fd(), libc::SIOCGIFFLAGS, &raw mut request) };
-        // SAFETY: after SIOCGIFFLAGS, and before it, the flags are what the union holds.
+        // SAFETY: after SIOCGIFFLAGS, and before it, the union holds the flags.
         let flags = c_int::from(unsafe { request.ifr_ifru.ifru_flags });
         match check(result) {
             Ok(()) => flags & libc::IFF_UP != 0,
@@ -220,7 +220,7 @@ impl NetBackend for Tap {
         let count = c_int::try_from(list.len()).map_err(io::Error::other)?;
         // SAFETY: each vector is all of `head` or a piece of guest RAM, which `memory` keeps mapped; the kernel only reads.
         let sent = unsafe { libc::writev(self.fd.as_raw_fd(), list.as_ptr(), count) };
-        // A tap takes a frame as a whole or not at all.
+        // There are no short writes: a tap takes a whole frame or none.
         if sent < 0 { Err(self.explain(io::Error::last_os_error())) } else { Ok(()) }
     }
 
@@ -237,7 +237,7 @@ impl NetBackend for Tap {
         list.push(vector(rest.as_mut_ptr().cast(), rest.len()));
         let count = c_int::try_from(list.len()).map_err(io::Error::other)?;
         // SAFETY: each vector is all of `header` or of `rest`, which are borrowed for writing, or a piece of guest RAM, which
-        // `memory` keeps mapped and which nobody in rvmm has a reference into.
+        // `memory` keeps mapped and into which rvmm has no reference.
         let got = unsafe { libc::readv(self.fd.as_raw_fd(), list.as_ptr(), count) };
         match usize::try_from(got) {
             Ok(got) => got.checked_sub(HEADER).ok_or_else(|| ErrorKind::InvalidData.into()),
@@ -246,7 +246,7 @@ impl NetBackend for Tap {
     }
 }
 
-/// A socket that is told of every change of an interface (rtnetlink(7); the protocol is number 0 of netlink's).
+/// A socket that receives a message at every change of an interface (rtnetlink(7), NETLINK_ROUTE, which is protocol 0).
 fn changes() -> Option<OwnedFd> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None).ok()?;
@@ -254,7 +254,7 @@ fn changes() -> Option<OwnedFd> {
     Some(socket)
 }
 
-/// Adds pieces of guest RAM, each checked at both ends to lie inside one region.
+/// Adds pieces of guest RAM, each checked to be inside one region.
 fn add(
     list: &mut Vec<libc::iovec>,
     memory: &GuestMemoryMmap,
@@ -272,7 +272,7 @@ fn vector(start: *mut c_void, len: usize) -> libc::iovec {
     libc::iovec { iov_base: start, iov_len: len }
 }
 
-/// The request about the interface of this name; `None` where no interface can have it.
+/// An `ifreq` for the interface of this name; `None` if the name is invalid.
 fn request(name: &str, flags: c_int) -> Option<libc::ifreq> {
     let good = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'_' | b'.');
     let mut request = empty_request();
@@ -316,14 +316,14 @@ fn not_attached(name: &str, has_queues: bool, error: io::Error) -> HostError {
         }
         Some(libc::EINVAL) if has_queues => {
             format!(
-                " (there is an interface of this name that has one queue or is no tap: leave queues away, or make it anew with: sudo ip tuntap add {name} mode tap multi_queue user $USER)"
+                " (an interface of this name has one queue or is not a tap: omit queues, or delete it and create it with: sudo ip tuntap add {name} mode tap multi_queue user $USER)"
             )
         }
         Some(libc::EBUSY) => {
-            " (another program has it open: end that one, or use another tap)".into()
+            " (another program has it open: stop that program, or use another tap)".into()
         }
         Some(libc::EINVAL) => {
-            " (there is an interface of this name that is no tap of one queue: use another name, or queues=2 for one made with multi_queue)"
+            " (an interface of this name is not a tap of one queue: use another name, or queues=2 for one created with multi_queue)"
                 .into()
         }
         _ => String::new(),

@@ -1,4 +1,4 @@
-//! On the host: the initramfs that a guest gets who was given none.
+//! The default initramfs, which the host creates for a guest without one.
 
 use std::env;
 use std::fs::File;
@@ -11,16 +11,16 @@ use rvmm_boot::{Cpio, Initrd, Source};
 
 use crate::error::Error;
 
-/// Folders of the archive, each before what is in it.
+/// Folders of the archive, each before its contents.
 const FOLDERS: &[&str] = &[
     "bin", "dev", "mnt", "proc", "root", "run", "sbin", "sys", "tmp", "usr", "usr/bin", "usr/sbin",
 ];
 
-/// Builds the initramfs: `exe` as its `/init`, and `busybox` as its shell where there is one. The files are not read but
-/// mapped when the guest is placed.
+/// Builds the initramfs: `exe` as its `/init`, and `busybox` as its shell if there is one. The files are not read, but mapped
+/// when the guest is loaded.
 ///
 /// # Errors
-/// [`Error::Config`] where `exe` cannot be a guest's init, [`Error::Boot`] where a file cannot be used.
+/// [`Error::Config`] if `exe` cannot be a guest's init, [`Error::Boot`] if a file cannot be used.
 pub fn initramfs(exe: &Path, busybox: Option<&Path>) -> Result<Initrd, Error> {
     let unfit = |why: &str| {
         Error::Config(format!(
@@ -40,7 +40,7 @@ pub fn initramfs(exe: &Path, busybox: Option<&Path>) -> Result<Initrd, Error> {
                 "it is dynamically linked; build rvmm with RUSTFLAGS=\"-C target-feature=+crt-static\"",
             ));
         }
-        Program::Foreign => return Err(unfit("it is no program for 64-bit RISC-V")),
+        Program::Foreign => return Err(unfit("it is not a program for 64-bit RISC-V")),
     }
     let mut cpio = Cpio::new();
     for folder in FOLDERS {
@@ -72,14 +72,14 @@ fn busybox_in(path: &std::ffi::OsStr) -> Option<PathBuf> {
         .find(|file| Program::of(file).is_ok_and(|kind| kind == Program::Static))
 }
 
-/// What a guest can do with a program.
+/// The kind of a program, which decides if a guest can run it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Program {
-    /// Run it as it is.
+    /// Runs as it is.
     Static,
-    /// Not run it without its interpreter and libraries.
+    /// Needs its interpreter and libraries.
     Dynamic,
-    /// Nothing: not ELF, or for another machine.
+    /// Cannot run: not ELF, or for another machine.
     Foreign,
 }
 
@@ -100,7 +100,7 @@ impl Program {
     fn of(path: &Path) -> io::Result<Self> {
         let file = File::open(path)?;
         let metadata = file.metadata()?;
-        // Nothing past the end is asked for, so a damaged file is no error, but no program either.
+        // Nothing past the end is read, so a damaged file is no error, but no program either.
         let reaches = |end: Option<u64>| end.is_some_and(|end| end <= metadata.len());
         let mut header = [0; field::HEADER_LEN];
         if !metadata.is_file() || !reaches(Some(field::HEADER_LEN as u64)) {
@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_busybox_that_the_guest_can_run_comes_along() {
+    fn only_a_busybox_that_the_guest_can_run_is_included() {
         let (foreign, _) = written(&program(62, STATIC));
         let (dynamic, _) = written(&program(field::EM_RISCV, DYNAMIC));
         let (fit, path) = written(&program(field::EM_RISCV, STATIC));

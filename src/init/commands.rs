@@ -15,17 +15,17 @@ use super::session::BUSYBOX;
 use super::{SEARCH, program, tables};
 use crate::signals::Signals;
 
-/// How a command ends: done, or with a line that says why not.
+/// The result of a command: done, or a line with the error.
 type Outcome = Result<(), String>;
 
-/// A command: its name, its arguments as help shows them, what it does.
+/// A command: its name, its arguments as help shows them, its help text, its function.
 type Command = (&'static str, &'static str, &'static str, fn(&mut Shell, &[String]) -> Outcome);
 
 const COMMANDS: &[Command] = &[
-    ("help", "", "this list", Shell::help),
+    ("help", "", "list the commands", Shell::help),
     ("ls", "[-l] [PATH]...", "list folders", Shell::ls),
     ("cat", "FILE...", "print files", Shell::cat),
-    ("cd", "[FOLDER]", "go to a folder", Shell::cd),
+    ("cd", "[FOLDER]", "change the folder", Shell::cd),
     ("echo", "[WORD]...", "print words", Shell::echo),
     ("ps", "", "list processes", Shell::ps),
     ("free", "", "show memory", Shell::free),
@@ -40,11 +40,11 @@ const COMMANDS: &[Command] = &[
     ("uname", "", "name the kernel", Shell::uname),
     ("run", "PATH [ARGUMENT]...", "run a program", Shell::run_program),
     ("sh", "", "start busybox's shell, if it is there", Shell::sh),
-    ("reboot", "[-f]", "start the machine again", Shell::reboot),
-    ("poweroff", "[-f]", "switch the machine off", Shell::poweroff),
+    ("reboot", "[-f]", "reboot the machine", Shell::reboot),
+    ("poweroff", "[-f]", "power the machine off", Shell::poweroff),
 ];
 
-/// What the prompt's commands work on.
+/// The state of the prompt's commands.
 pub(super) struct Shell {
     interrupts: Signals,
 }
@@ -54,7 +54,7 @@ impl Shell {
         Self { interrupts }
     }
 
-    /// Runs a line, taken apart into words.
+    /// Runs a line that was split into words.
     pub(super) fn run(&mut self, words: &[String]) -> Outcome {
         self.interrupts.take().for_each(drop);
         let Some((name, arguments)) = words.split_first() else { return Ok(()) };
@@ -66,12 +66,12 @@ impl Shell {
     }
 
     fn was_interrupted(&mut self) -> bool {
-        let came = self.interrupts.take().count() > 0;
-        if came {
-            // The terminal has shown ^C; the prompt goes into the next line.
+        let interrupted = self.interrupts.take().count() > 0;
+        if interrupted {
+            // The terminal has shown ^C; the prompt is printed on the next line.
             println!();
         }
-        came
+        interrupted
     }
 
     fn help(&mut self, _: &[String]) -> Outcome {
@@ -143,7 +143,7 @@ impl Shell {
             let Some(process) = tables::process(&stat) else { continue };
             let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             let command = String::from_utf8_lossy(&command).replace('\0', " ");
-            // Threads of the kernel have none.
+            // Kernel threads have none.
             let command = match command.trim_end() {
                 "" => format!("[{}]", process.name),
                 command => command.to_owned(),
@@ -262,7 +262,7 @@ impl Shell {
         match (status.code(), status.signal()) {
             (Some(0), _) => Ok(()),
             (Some(code), _) => Err(format!("{name}: exit code {code}")),
-            // What is typed to end it says enough.
+            // No message: the terminal has shown ^C.
             (_, Some(libc::SIGINT)) => Err(String::new()),
             (_, Some(signal)) => Err(format!("{name}: killed by signal {signal}")),
             _ => Ok(()),
@@ -271,7 +271,7 @@ impl Shell {
 
     fn sh(&mut self, _: &[String]) -> Outcome {
         if !Path::new(BUSYBOX).exists() {
-            return Err("There is no busybox here (install busybox-static on the host)".into());
+            return Err("This guest has no busybox (install busybox-static on the host)".into());
         }
         self.run_program(&[BUSYBOX.into(), "sh".into()])
     }
@@ -285,7 +285,7 @@ impl Shell {
     }
 }
 
-/// Asks process 1, which ends the others first; or the kernel directly, with `-f`.
+/// Signals process 1, which ends the other processes first; with `-f` calls the kernel directly.
 fn end(ending: Ending, arguments: &[String]) -> Outcome {
     if arguments.first().is_some_and(|word| word == "-f") {
         power::now(ending);
@@ -294,10 +294,10 @@ fn end(ending: Ending, arguments: &[String]) -> Outcome {
         Ending::PowerOff => Signal::USR2,
         Ending::Reboot => Signal::TERM,
     };
-    kill_process(Pid::INIT, signal).map_err(|error| format!("Cannot ask process 1: {error}"))?;
+    kill_process(Pid::INIT, signal).map_err(|error| format!("Cannot signal process 1: {error}"))?;
     // It ends this process, too.
     std::thread::sleep(std::time::Duration::from_secs(10));
-    Err("Process 1 does not answer (try -f)".into())
+    Err("Process 1 does not respond (try -f)".into())
 }
 
 /// A program by its path, or by its name in [`SEARCH`].
@@ -308,7 +308,7 @@ fn find_program(name: &str) -> Option<PathBuf> {
     SEARCH.split(':').map(|folder| Path::new(folder).join(name)).find(|path| path.is_file())
 }
 
-/// What a folder holds; a file holds itself.
+/// The entries of a folder; for a file, the file itself.
 fn names_in(path: &Path) -> io::Result<Vec<PathBuf>> {
     if !path.is_dir() {
         return path.symlink_metadata().map(|_| vec![path.into()]);

@@ -1,4 +1,4 @@
-//! The one line about the guest, printed as soon as user space runs.
+//! The line about the guest, printed as soon as user space runs.
 
 use std::time::Duration;
 
@@ -9,17 +9,17 @@ use super::tables;
 
 const MIB: u64 = 1 << 20;
 
-/// What the line says.
+/// The facts in the line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Facts {
     /// The kernel's release, as `uname -r` has it.
     release: String,
     harts: u32,
-    /// Bytes that nobody uses.
+    /// Unused bytes of RAM.
     free: u64,
     /// Bytes of RAM that the machine has.
     total: u64,
-    /// Since the kernel started its clock.
+    /// Time since the kernel started its clock.
     uptime: Duration,
 }
 
@@ -31,7 +31,7 @@ pub(super) fn line() -> String {
 fn describe(facts: &Facts) -> String {
     let Facts { release, harts, free, total, uptime } = facts;
     let plural = if *harts == 1 { "" } else { "s" };
-    // Cut, not rounded: it never says more than there is.
+    // Rounded down, so that it never shows more than there is.
     let (free, total) = (free / MIB, total / MIB);
     let (seconds, hundredths) = (uptime.as_secs(), uptime.subsec_millis() / 10);
     format!(
@@ -40,7 +40,7 @@ fn describe(facts: &Facts) -> String {
     )
 }
 
-/// A system call or a small file each: this is part of everybody's boot.
+/// Collects the facts, with a system call or a small file each: this is part of every boot.
 fn facts() -> Facts {
     let memory = sysinfo();
     let unit = u64::from(memory.mem_unit);
@@ -57,7 +57,7 @@ fn facts() -> Facts {
     }
 }
 
-/// RAM as the device tree has it; the kernel's own total leaves out what it took for itself.
+/// RAM according to the device tree; the kernel's own total excludes the memory that it has reserved for itself.
 fn machine_memory() -> Option<u64> {
     let cells = std::fs::read("/sys/firmware/devicetree/base/memory@80000000/reg").ok()?;
     tables::device_tree_bytes(&cells)

@@ -1,18 +1,18 @@
-//! What this same executable does when it wakes up as process 1 of a guest: the default initramfs.
+//! The default initramfs: this executable is its init, process 1 of the guest.
 //!
-//! Process 1 mounts, greets, starts a session on the console, buries the dead, and ends the machine when it is told to. The
-//! session is a process of its own, so that it has the console as its controlling terminal (Ctrl-C reaches what runs
-//! there) and so that nothing that happens in it ends process 1: the host's busybox as the shell where it came along, else
-//! rvmm's own small prompt.
+//! Process 1 mounts file systems, prints a line about the guest, starts a session on the console, reaps processes, and ends the
+//! machine on request. The session is a process of its own, so that it has the console as its controlling terminal (Ctrl-C
+//! reaches its programs) and no failure in it ends process 1. It is the host's busybox as the shell if the initramfs has it,
+//! else rvmm's own small prompt.
 //!
-//! | file | what is in it |
+//! | file | contents |
 //! |---|---|
-//! | `archive.rs` | on the host: what goes into the initramfs |
+//! | `archive.rs` | on the host: creates the initramfs |
 //! | `greeting.rs` | the one line about the guest |
-//! | `power.rs` | the orderly end |
-//! | `session.rs` | the console, and who reads it |
+//! | `power.rs` | power-off and reboot |
+//! | `session.rs` | the session on the console |
 //! | `prompt.rs`, `commands.rs` | the small prompt and its commands |
-//! | `words.rs`, `tables.rs` | taking lines and the kernel's tables apart: pure |
+//! | `words.rs`, `tables.rs` | parsers for lines and the kernel's tables: pure |
 
 use std::ffi::{OsStr, c_int};
 use std::fmt;
@@ -42,27 +42,27 @@ mod words;
 
 pub use archive::{host_busybox, initramfs};
 
-/// Where the initramfs has this executable.
+/// Path of this executable in the initramfs.
 const PATH: &str = "/init";
 
-/// The name under which process 1 starts its session.
+/// The name (`argv[0]`) of the session that process 1 starts.
 const SESSION: &str = "rvmm-session";
 
-/// A session that ends sooner has failed, and the next one waits as long.
+/// A session that ends sooner has failed; it is also the time before the next one starts.
 const SHORT: Duration = Duration::from_secs(1);
 
-/// Short sessions in a row after which busybox is not tried any more.
+/// Number of short sessions in a row after which busybox is not started again.
 const MAX_SHORT: u32 = 3;
 
-/// Whether this process is a guest's init, or the session that init has started, and [`main`] has to be called instead of
-/// everything else. A process 1 of another name (in a container, say) is not.
+/// True if this process is a guest's init, or the session that init has started: then [`main`] has to be called instead of
+/// everything else. A process 1 of another name (in a container, for example) is neither.
 #[must_use]
 pub fn is_wanted() -> bool {
     let name = std::env::args_os().next().unwrap_or_default();
     name == SESSION || (process::id() == 1 && name == PATH)
 }
 
-/// Process 1 of a guest, or its session; see [`is_wanted`]. Process 1 ends with the machine.
+/// Runs process 1 of a guest, or its session; see [`is_wanted`]. Process 1 ends with the machine.
 pub fn main() -> ! {
     if process::id() == 1 {
         process_one()
@@ -72,7 +72,7 @@ pub fn main() -> ! {
 
 fn process_one() -> ! {
     panic::set_hook(Box::new(|panic| {
-        tell(format_args!("rvmm: init failed and powers off: {panic}"));
+        print_line(format_args!("rvmm: init failed and powers off: {panic}"));
         power::now(Ending::PowerOff);
     }));
     mount_all();
@@ -84,20 +84,20 @@ fn process_one() -> ! {
         libc::SIGUSR2,
         libc::SIGPWR,
     ]);
-    // A name is a nicety; the shell's prompt does not depend on it.
+    // The host name is optional: the shell's prompt does not depend on it.
     let _ = sethostname(b"rvmm");
-    tell(format_args!("{}", greeting::line()));
+    print_line(format_args!("{}", greeting::line()));
     match signals {
         Ok(signals) => Init { signals, session: None, short: 0 }.run(),
         Err(error) => {
-            tell(format_args!("rvmm: init cannot take signals and powers off: {error}"));
+            print_line(format_args!("rvmm: init cannot take over signals and powers off: {error}"));
             power::now(Ending::PowerOff)
         }
     }
 }
 
-/// Prints a line of process 1. Where the console is gone that fails, and `println!` would end process 1 over it.
-fn tell(line: fmt::Arguments<'_>) {
+/// Prints a line of process 1. Without a console that fails, and `println!` would end process 1.
+fn print_line(line: fmt::Arguments<'_>) {
     let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
@@ -113,12 +113,12 @@ fn mount_all() {
         if let Err(error) = mount(kind, place, kind, flags, None)
             && error != Errno::BUSY
         {
-            tell(format_args!("rvmm: cannot mount {place}: {error}"));
+            print_line(format_args!("rvmm: cannot mount {place}: {error}"));
         }
     }
 }
 
-/// Process 1 at work.
+/// The state of process 1.
 struct Init {
     signals: Signals,
     session: Option<(Pid, Instant)>,
@@ -135,17 +135,17 @@ impl Init {
             if let Some(ending) = self.wait(None) {
                 power::end(ending, &mut self.signals)
             }
-            self.bury();
+            self.reap();
         }
     }
 
-    /// Waits for signals, and gives what the machine has to do because of them.
+    /// Waits for signals, and returns how they request the machine to end, if at all.
     fn wait(&mut self, limit: Option<Duration>) -> Option<Ending> {
         let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
         let mut fds = [PollFd::new(&self.signals, PollFlags::IN)];
-        // An error is a signal that has come just now.
+        // An error means that a signal has just arrived.
         let _ = poll(&mut fds, limit.as_ref());
-        self.signals.take().find_map(asks_for)
+        self.signals.take().find_map(requested_ending)
     }
 
     fn start_session(&mut self) {
@@ -155,14 +155,14 @@ impl Init {
         match pid {
             Ok(pid) => self.session = pid.map(|pid| (pid, Instant::now())),
             Err(error) => {
-                tell(format_args!("rvmm: cannot start a session: {error}"));
+                print_line(format_args!("rvmm: cannot start a session: {error}"));
                 self.pause();
             }
         }
     }
 
-    /// Waits for all children that have died, its own and the orphans.
-    fn bury(&mut self) {
+    /// Reaps all processes that have ended, its own children and orphans.
+    fn reap(&mut self) {
         while let Ok(Some((pid, _))) = wait(WaitOptions::NOHANG) {
             let Some((_, start)) = self.session.filter(|(session, _)| *session == pid) else {
                 continue;
@@ -175,7 +175,7 @@ impl Init {
         }
     }
 
-    /// Nothing may start sessions as fast as it can.
+    /// Waits before the next session, so that one that fails at once is not restarted in a busy loop.
     fn pause(&mut self) {
         if let Some(ending) = self.wait(Some(SHORT)) {
             power::end(ending, &mut self.signals)
@@ -183,10 +183,10 @@ impl Init {
     }
 }
 
-/// The signals by which busybox, sysvinit and the kernel ask process 1 to end the machine.
-fn asks_for(signal: c_int) -> Option<Ending> {
+/// The ending that busybox, sysvinit and the kernel request from process 1 by a signal.
+fn requested_ending(signal: c_int) -> Option<Ending> {
     match signal {
-        // A halted virtual machine would only be one that nobody can use.
+        // A halted virtual machine would be of no use.
         libc::SIGUSR1 | libc::SIGUSR2 | libc::SIGPWR => Some(Ending::PowerOff),
         libc::SIGTERM | libc::SIGINT => Some(Ending::Reboot),
         _ => None,
@@ -196,10 +196,10 @@ fn asks_for(signal: c_int) -> Option<Ending> {
 /// The folders in which programs are looked up.
 const SEARCH: &str = "/bin:/sbin:/usr/bin:/usr/sbin";
 
-/// A program that is started from the session, with the little environment that it gets.
+/// A program of the session, with a minimal environment.
 fn program(path: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(path);
-    // A serial line says nothing about the terminal behind it; this is what most can at least.
+    // The terminal at the other end of a serial line is unknown; most terminals support at least this one.
     command
         .env_clear()
         .env("PATH", SEARCH)
@@ -220,9 +220,9 @@ mod tests {
 
     #[test]
     fn busyboxs_poweroff_reboot_and_halt_are_understood() {
-        assert_eq!(asks_for(libc::SIGUSR2), Some(Ending::PowerOff));
-        assert_eq!(asks_for(libc::SIGUSR1), Some(Ending::PowerOff));
-        assert_eq!(asks_for(libc::SIGTERM), Some(Ending::Reboot));
-        assert_eq!(asks_for(libc::SIGCHLD), None);
+        assert_eq!(requested_ending(libc::SIGUSR2), Some(Ending::PowerOff));
+        assert_eq!(requested_ending(libc::SIGUSR1), Some(Ending::PowerOff));
+        assert_eq!(requested_ending(libc::SIGTERM), Some(Ending::Reboot));
+        assert_eq!(requested_ending(libc::SIGCHLD), None);
     }
 }

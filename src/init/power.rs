@@ -1,4 +1,4 @@
-//! The end of the guest: everybody is told, disks are left clean, the kernel does the rest.
+//! The end of the guest: ends the programs, unmounts the disks, and leaves the rest to the kernel.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -10,32 +10,32 @@ use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process_group, wait};
 use rustix::system::{RebootCommand, reboot};
 
-use super::{tables, tell};
+use super::{print_line, tables};
 use crate::signals::Signals;
 
-/// How long programs have after SIGTERM before they are killed.
+/// Time that programs have after SIGTERM before they are killed.
 const GRACE: Duration = Duration::from_millis(500);
 
-/// What becomes of the machine.
+/// The way in which the machine ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Ending {
-    /// It is switched off.
+    /// It powers off.
     PowerOff,
-    /// It starts again.
+    /// It reboots.
     Reboot,
 }
 
-/// Ends all programs, writes everything back and leaves.
+/// Ends all programs, writes all data to the disks, and ends the machine.
 pub(super) fn end(ending: Ending, signals: &mut Signals) -> ! {
-    // A shell heeds SIGHUP only, and what is stopped heeds nothing before SIGCONT.
+    // A shell ends on SIGHUP only, and a stopped program on no signal before SIGCONT.
     for signal in [Signal::TERM, Signal::HUP, Signal::CONT] {
-        tell_all(signal);
+        signal_all(signal);
     }
     let deadline = Instant::now() + GRACE;
     while !is_alone() {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            tell_all(Signal::KILL);
+            signal_all(Signal::KILL);
             break;
         }
         let limit = Timespec::try_from(left).ok();
@@ -47,7 +47,7 @@ pub(super) fn end(ending: Ending, signals: &mut Signals) -> ! {
     now(ending)
 }
 
-/// Ends the machine without further ado.
+/// Ends the machine at once.
 pub(super) fn now(ending: Ending) -> ! {
     sync();
     let command = match ending {
@@ -55,7 +55,7 @@ pub(super) fn now(ending: Ending) -> ! {
         Ending::Reboot => RebootCommand::Restart,
     };
     if let Err(error) = reboot(command) {
-        tell(format_args!("rvmm: the kernel refused to end the machine: {error}"));
+        print_line(format_args!("rvmm: the kernel refused to end the machine: {error}"));
     }
     // Process 1 must not return: that would be a kernel panic.
     loop {
@@ -64,12 +64,12 @@ pub(super) fn now(ending: Ending) -> ! {
 }
 
 /// Sends a signal to every process but this one (kill(2), pid -1).
-fn tell_all(signal: Signal) {
-    // Nobody there to hear it is fine.
+fn signal_all(signal: Signal) {
+    // It is no failure if there is no other process.
     let _ = kill_process_group(Pid::INIT, signal);
 }
 
-/// Buries who has died, and says whether nobody is left.
+/// Reaps all processes that have ended; true if no other process is left.
 fn is_alone() -> bool {
     loop {
         match wait(WaitOptions::NOHANG) {
@@ -80,14 +80,14 @@ fn is_alone() -> bool {
     }
 }
 
-/// What lies on a disk is unmounted, the last one mounted first.
+/// Unmounts the file systems on disks, the last one mounted first.
 fn unmount_disks() {
     let mounts = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
     let disks: Vec<_> =
         tables::mounts(&mounts).filter(|mount| mount.source.starts_with("/dev/")).collect();
     for disk in disks.iter().rev() {
         if let Err(error) = unmount(disk.place.as_str(), UnmountFlags::empty()) {
-            tell(format_args!("rvmm: cannot unmount {}: {error}", disk.place));
+            print_line(format_args!("rvmm: cannot unmount {}: {error}", disk.place));
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The small prompt: lines from the console, commands, and whatever programs there are. The terminal does the editing.
+//! The small prompt: reads lines from the console, and runs commands and programs. The terminal does the line editing.
 
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -11,15 +11,15 @@ use super::session::PROMPT;
 use super::words;
 use crate::signals;
 
-/// More than the terminal gives at once (N_TTY_BUF_SIZE).
+/// Size of the line buffer: more than the terminal returns at once (N_TTY_BUF_SIZE).
 const MAX_LINE: usize = 4096;
 
-/// Reads and obeys until the end of the input.
+/// Reads and executes lines until the end of the input.
 pub(super) fn run() {
     without_suspend(io::stdin());
-    // Ctrl-C is for what runs: programs end by it, since they start with the signal at its default, the prompt does not.
+    // Ctrl-C is for the program that runs: programs start with the default action of the signal and end; the prompt does not.
     let Ok(interrupts) = signals::watch(&[libc::SIGINT, libc::SIGQUIT, libc::SIGTSTP]) else {
-        eprintln!("rvmm: cannot take signals");
+        eprintln!("rvmm: cannot take over signals");
         return;
     };
     let mut shell = Shell::new(interrupts);
@@ -30,14 +30,14 @@ pub(super) fn run() {
         let _ = io::stdout().flush();
         match rustix::io::read(io::stdin(), &mut buffer) {
             Ok(0) => break println!(),
-            Ok(count) => obey(&mut shell, buffer.get(..count).unwrap_or_default()),
+            Ok(count) => execute(&mut shell, buffer.get(..count).unwrap_or_default()),
             Err(Errno::INTR) => println!(),
             Err(_) => break,
         }
     }
 }
 
-fn obey(shell: &mut Shell, typed: &[u8]) {
+fn execute(shell: &mut Shell, typed: &[u8]) {
     for line in String::from_utf8_lossy(typed).lines() {
         let result = match words::split(line) {
             Ok(words) => shell.run(&words),
@@ -49,7 +49,7 @@ fn obey(shell: &mut Shell, typed: &[u8]) {
     }
 }
 
-/// There is no job control, so nothing could wake up what Ctrl-Z has stopped.
+/// Disables Ctrl-Z: there is no job control, so nothing could continue a program that it has stopped.
 fn without_suspend(terminal: impl AsFd) {
     if let Ok(mut mode) = tcgetattr(&terminal) {
         // _POSIX_VDISABLE

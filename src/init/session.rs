@@ -1,4 +1,4 @@
-//! The session on the console: whose terminal it is, and who reads it.
+//! The session on the console: takes it as the controlling terminal, and runs the shell or the prompt.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -12,13 +12,13 @@ use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
 use super::{program, prompt};
 
-/// Where the initramfs has the host's busybox, if it had one.
+/// Path of the host's busybox in the initramfs, if the host has one.
 pub(super) const BUSYBOX: &str = "/bin/busybox";
 
-/// What both the shell and the small prompt print when they wait for a line.
+/// The prompt of both the shell and the small prompt.
 pub(super) const PROMPT: &str = "rvmm# ";
 
-/// The session's process; its first argument is `prompt` where the shell has failed.
+/// Runs the session's process; its first argument is `prompt` if the shell has failed.
 pub(super) fn main() -> ! {
     if let Err(error) = take_console() {
         eprintln!("rvmm: no controlling terminal, Ctrl-C does nothing: {error}");
@@ -55,13 +55,13 @@ fn open_console() -> io::Result<File> {
 
 /// Replaces this process by busybox's shell; returns only if that fails.
 fn become_busybox() -> io::Error {
-    // A link for each of its commands, so that they are found. The second time they are there.
+    // Links for all of its commands, so that they are found. They exist already in later sessions.
     let links = program(BUSYBOX).args(["--install", "-s"]).status();
     if !links.is_ok_and(|status| status.success()) {
-        eprintln!("rvmm: busybox made no links: its commands are called by 'busybox COMMAND'");
+        eprintln!("rvmm: busybox cannot create its links: run its commands as 'busybox COMMAND'");
     }
     println!("busybox is the shell; poweroff ends the machine.");
-    // Where it cannot be entered, the shell starts where this process is.
+    // Without it the shell starts in the root folder.
     let home = if Path::new("/root").is_dir() { "/root" } else { "/" };
     program(BUSYBOX).arg0("sh").env("PS1", PROMPT).current_dir(home).exec()
 }

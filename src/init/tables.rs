@@ -1,6 +1,6 @@
-//! The kernel's tables as text: /proc, /sys, /dev/kmsg and the device tree. Pure; what does not parse is left out.
+//! Parsers for the kernel's tables: /proc, /sys, /dev/kmsg and the device tree. Pure; they leave out what does not parse.
 
-/// How many CPUs a list like `0-3,6` names; `None` if it is no such list.
+/// Number of CPUs in a list like `0-3,6`; `None` if it is not such a list.
 pub(super) fn cpu_count(list: &str) -> Option<u32> {
     list.trim().split(',').try_fold(0u32, |count, range| {
         let (first, last) = range.split_once('-').unwrap_or((range, range));
@@ -9,7 +9,7 @@ pub(super) fn cpu_count(list: &str) -> Option<u32> {
     })
 }
 
-/// The bytes of all ranges of a memory node's `reg`: pairs of two cells each for address and size (Devicetree
+/// Size of all ranges of a memory node's `reg`, in bytes: pairs of two cells each for address and size (Devicetree
 /// Specification 0.4, section 3.4).
 pub(super) fn device_tree_bytes(reg: &[u8]) -> Option<u64> {
     let (ranges, rest) = reg.as_chunks::<16>();
@@ -52,7 +52,7 @@ pub(super) fn mounts(text: &str) -> impl Iterator<Item = Mount> {
     })
 }
 
-/// Blanks and backslashes stand as three octal digits in /proc/mounts.
+/// Decodes the three octal digits that encode blanks and backslashes in /proc/mounts.
 fn unescape(field: &str) -> String {
     ["\\040", "\\011", "\\012", "\\134"]
         .iter()
@@ -60,12 +60,12 @@ fn unescape(field: &str) -> String {
         .fold(field.to_owned(), |text, (code, plain)| text.replace(code, plain))
 }
 
-/// File systems of /proc/filesystems that live on a disk.
+/// File systems in /proc/filesystems that need a disk.
 pub(super) fn disk_file_systems(text: &str) -> impl Iterator<Item = &str> {
     text.lines().filter_map(|line| line.strip_prefix('\t'))
 }
 
-/// What `ps` shows of a process.
+/// The fields of a process that `ps` shows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Process {
     pub(super) parent: u32,
@@ -75,7 +75,7 @@ pub(super) struct Process {
     pub(super) name: String,
 }
 
-/// /proc/PID/stat (proc_pid_stat(5)). The name stands in parentheses and may itself have some, and blanks.
+/// Parses /proc/PID/stat (proc_pid_stat(5)). The name is in parentheses, and may contain parentheses and blanks.
 pub(super) fn process(stat: &str) -> Option<Process> {
     let (start, rest) = stat.rsplit_once(')')?;
     let (_, name) = start.split_once('(')?;

@@ -1,9 +1,9 @@
-//! A line of the prompt, taken apart into words as a shell does: blanks separate, quotes and backslashes keep together.
+//! Splits a line of the prompt into words as a shell does: blanks separate them, quotes and backslashes keep them together.
 
-/// Why a line cannot be taken apart.
+/// An error in a line that cannot be split.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(super) enum WordError {
-    /// A quote has no partner.
+    /// A quote is not closed.
     #[error("A {0} is not closed")]
     OpenQuote(char),
     /// The last character is a backslash.
@@ -11,8 +11,8 @@ pub(super) enum WordError {
     OpenEscape,
 }
 
-/// The words of a line. `'...'` keeps everything, `"..."` everything but `\"` and `\\`, a backslash the next character;
-/// from a word that begins with `#` on, all is comment.
+/// Splits a line into words. `'...'` keeps everything, `"..."` everything but `\"` and `\\`, a backslash the next character;
+/// a word that begins with `#` starts a comment.
 pub(super) fn split(line: &str) -> Result<Vec<String>, WordError> {
     let mut words = Vec::new();
     let mut word: Option<String> = None;

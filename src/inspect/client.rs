@@ -1,4 +1,4 @@
-//! The asker's end: which machines of this user run, and the connection to one of them.
+//! The client: finds this user's running machines and connects to one of them.
 
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder};
@@ -11,13 +11,13 @@ use std::time::Duration;
 use super::query::{Query, Reply};
 use crate::host::remove_dead;
 
-/// The longest answer, in bytes: 512 harts with all their registers have less than one.
+/// Maximum size of a reply in bytes; 512 harts with all their registers need less.
 const MAX_LINE: u64 = 8 << 20;
 
-/// How long a machine may take for an answer.
+/// Time-out of a reply.
 const TIMEOUT: Duration = Duration::from_secs(120);
 
-/// The folder of sockets: `rvmm` in the user's runtime folder (XDG Base Directory Specification), `/run/rvmm` for who has none.
+/// The folder of sockets: `rvmm` in the user's runtime folder (XDG Base Directory Specification), else `/run/rvmm`.
 fn folder() -> Option<PathBuf> {
     match std::env::var_os("XDG_RUNTIME_DIR").filter(|folder| !folder.is_empty()) {
         Some(own) => Some(Path::new(&own).join("rvmm")),
@@ -25,13 +25,13 @@ fn folder() -> Option<PathBuf> {
     }
 }
 
-/// Where this process's machine `name` may be looked at; `None` where there is no folder for that.
+/// Path of the inspection socket of this process's machine `name`; `None` where there is no folder for it.
 #[must_use]
 pub fn socket_for(name: &str) -> Option<PathBuf> {
     let folder = folder()?;
     match DirBuilder::new().mode(0o700).create(&folder) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-            log::debug!("Nobody can look at this machine: {}: {error}", folder.display());
+            log::debug!("Inspection socket unavailable: {}: {error}", folder.display());
             return None;
         }
         _ => {}
@@ -66,35 +66,35 @@ impl Connection {
     /// Connects to the machine with this name or process, or to the only one that there is.
     ///
     /// # Errors
-    /// A sentence: there is none, or there are several, with their names.
+    /// A message: there is none, or there are several, with their names.
     pub fn open(target: Option<&str>) -> Result<Self, String> {
         let folder = folder().ok_or(
-            "Cannot look for machines: there is no runtime folder (set XDG_RUNTIME_DIR for rvmm and for this command)",
+            "Cannot find machines: there is no runtime folder (set XDG_RUNTIME_DIR for rvmm and for this command)",
         )?;
         let files = fs::read_dir(&folder).into_iter().flatten().flatten();
         let found = files.filter_map(|file| Found::read(file.file_name(), &folder));
         let wanted = found.filter(|f| target.is_none_or(|t| f.name == t || f.pid == t));
-        let mut alive: Vec<_> =
+        let mut running: Vec<_> =
             wanted.filter_map(|found| connect(&found.path).map(|c| (found, c))).collect();
-        alive.sort_by(|(a, _), (b, _)| (&a.name, &a.pid).cmp(&(&b.name, &b.pid)));
-        if alive.len() > 1 {
-            let all: Vec<_> = alive.iter().map(|(f, _)| format!("{} {}", f.name, f.pid)).collect();
+        running.sort_by(|(a, _), (b, _)| (&a.name, &a.pid).cmp(&(&b.name, &b.pid)));
+        if running.len() > 1 {
+            let all: Vec<_> =
+                running.iter().map(|(f, _)| format!("{} {}", f.name, f.pid)).collect();
             return Err(format!(
-                "Several machines run, and one has to be named, by its name or process: {}",
+                "Several machines are running (give the name or process of one): {}",
                 all.join(", ")
             ));
         }
-        match (alive.pop(), target) {
-            (Some((_, stream)), _) => {
-                Self::over(stream).map_err(|error| format!("Cannot talk to the machine: {error}"))
-            }
+        match (running.pop(), target) {
+            (Some((_, stream)), _) => Self::over(stream)
+                .map_err(|error| format!("Cannot connect to the machine: {error}")),
             (None, Some(target)) => Err(format!(
-                "No machine {} of this user runs (looked in {})",
+                "No machine {} of this user is running (looked in {})",
                 crate::config::quoted(target),
                 folder.display()
             )),
             (None, None) => {
-                Err(format!("No machine of this user runs (looked in {})", folder.display()))
+                Err(format!("No machine of this user is running (looked in {})", folder.display()))
             }
         }
     }
@@ -102,7 +102,7 @@ impl Connection {
     /// Connects to the socket at `path`.
     ///
     /// # Errors
-    /// Nobody is there.
+    /// No machine listens there.
     pub fn to(path: &Path) -> io::Result<Self> {
         Self::over(UnixStream::connect(path)?)
     }
@@ -113,10 +113,10 @@ impl Connection {
         Ok(Self { reader: BufReader::new(stream) })
     }
 
-    /// Asks, and waits for the answer.
+    /// Sends a query and waits for the reply.
     ///
     /// # Errors
-    /// The machine is gone (`UnexpectedEof`, `BrokenPipe`, `ConnectionReset`), or says what makes no sense.
+    /// The machine is gone (`UnexpectedEof`, `BrokenPipe`, `ConnectionReset`), or its reply is malformed.
     pub fn ask(&mut self, query: Query) -> io::Result<Reply> {
         self.reader.get_mut().write_all(format!("{}\n", query.line()).as_bytes())?;
         let mut line = Vec::new();
@@ -128,7 +128,7 @@ impl Connection {
     }
 }
 
-/// The connection; a file that nobody listens at any more is removed. A machine that is just starting is waited for.
+/// Connects to a socket. A file without a listener is removed; a machine that is just starting is waited for.
 fn connect(path: &Path) -> Option<UnixStream> {
     match UnixStream::connect(path) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => match remove_dead(path) {
@@ -149,18 +149,18 @@ mod tests {
     fn the_file_of_a_dead_machine_is_removed_and_that_of_a_starting_one_is_not() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("web-1.sock");
-        // The bound socket of a program that does not listen looks dead; who makes one keeps the folder locked.
+        // A bound socket without a listener looks dead; a machine that creates one holds a lock on the folder.
         drop(UnixListener::bind(&path).unwrap());
         let lock = fs::File::open(folder.path()).unwrap();
         lock.lock().unwrap();
         std::thread::scope(|scope| {
-            let asker = scope.spawn(|| connect(&path));
-            // In its place, as it begins to listen.
+            let client = scope.spawn(|| connect(&path));
+            // Replaced by one that listens.
             fs::remove_file(&path).unwrap();
             let listener = UnixListener::bind(&path).unwrap();
             lock.unlock().unwrap();
-            // Either it was there in time, or it was waited for; or the asker came when there was no file at all.
-            let found = asker.join().unwrap().is_some();
+            // The client finds the listener at once or after a wait; or it came when there was no file at all.
+            let found = client.join().unwrap().is_some();
             assert!(path.exists(), "found: {found}");
             drop(listener);
         });

@@ -1,13 +1,13 @@
-//! Looking at a machine that runs: counters, registers, and the walk of an address, asked for through a Unix socket.
+//! Inspection of a running machine: counters, registers and page table walks, through a Unix socket.
 //!
 //! The socket is `rvmm/NAME-PID.sock` in the user's runtime folder; without such a folder there is none. The I/O loop watches
-//! it; who connects gets a thread for as long as the connection lasts. Until somebody does, it costs a descriptor.
+//! it; each connection has a thread of its own. Without a connection the socket costs one descriptor.
 //!
 //! | file | what is in it |
 //! |---|---|
-//! | `query.rs` | what can be asked, and what comes back: a line each way |
-//! | `server.rs` | [`InspectionServer`]: the machine's end |
-//! | `client.rs` | the asker's end: which machines there are, and the connection to one |
+//! | `query.rs` | queries and replies: a line each way |
+//! | `server.rs` | [`InspectionServer`]: the machine's end of the socket |
+//! | `client.rs` | the client: finds running machines and connects to one |
 //! | `walk.rs` | [`Walk`]: an address through both stages of translation |
 
 mod client;

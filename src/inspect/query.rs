@@ -1,4 +1,4 @@
-//! Queries and answers: one line of text each way. The answer is JSON; the query is short enough to be typed
+//! Queries and replies: one line of text each way. The reply is JSON; the query is short enough to be typed
 //! (`echo regs | nc -U SOCKET`).
 
 use std::collections::BTreeMap;
@@ -7,14 +7,14 @@ use serde::{Deserialize, Serialize};
 
 use super::walk::Walk;
 
-/// What can be asked.
+/// A query.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Query {
     /// The counters.
     Stat,
     /// The registers of all harts. The machine is paused for that.
     Registers,
-    /// Where a virtual address leads. The machine is paused for that.
+    /// The walk of a virtual address. The machine is paused for that.
     Walk {
         /// The address.
         address: u64,
@@ -34,7 +34,7 @@ impl Query {
         }
     }
 
-    /// The query that a line is.
+    /// Parses a line.
     pub(super) fn read(line: &str) -> Option<Self> {
         let mut words = line.split_ascii_whitespace();
         let query = match words.next()? {
@@ -55,7 +55,7 @@ impl Query {
     }
 }
 
-/// What comes back.
+/// A reply.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Reply {
@@ -65,24 +65,24 @@ pub enum Reply {
     Registers(Vec<HartRegisters>),
     /// To [`Query::Walk`].
     Walk(Walk),
-    /// The query makes no sense, or the machine is just restarting or ending. A sentence.
+    /// A message: the query is invalid, or the machine is just restarting or ending.
     Error(String),
 }
 
-/// Counters of a machine, since its present life began.
+/// Counters of a machine, since its last reset.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stat {
     /// The machine's name.
     pub name: String,
     /// Its process.
     pub pid: u32,
-    /// How long it has been running, in nanoseconds.
+    /// Nanoseconds since its last reset.
     pub age_ns: u64,
     /// Its harts.
     pub harts: Vec<HartCount>,
     /// Its devices, in order of address.
     pub devices: Vec<DeviceCount>,
-    /// Reads of addresses where no device is.
+    /// Reads of addresses without a device.
     pub unassigned_reads: u64,
     /// Writes to such addresses.
     pub unassigned_writes: u64,
@@ -93,7 +93,7 @@ pub struct Stat {
 pub struct HartCount {
     /// Its number.
     pub hart: u32,
-    /// What KVM counts, by KVM's names.
+    /// KVM's counters, by KVM's names.
     pub counters: BTreeMap<String, u64>,
 }
 
@@ -121,8 +121,8 @@ pub struct HartRegisters {
     pub registers: Vec<(String, Option<u64>)>,
 }
 
-/// A machine as those who answer see it.
+/// A machine that answers queries.
 pub trait Inspectable: Send + Sync {
-    /// The answer to a query. May pause the machine for a moment; waits for nothing else.
+    /// Answers a query. May pause the machine for a moment; waits for nothing else.
     fn answer(&self, query: Query) -> Reply;
 }

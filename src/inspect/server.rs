@@ -1,5 +1,5 @@
-//! The machine's end of the socket. Whoever connects is the machine's owner, by the rights of the socket's file, and gets a
-//! thread that answers; the machine itself waits for nobody.
+//! The machine's end of the socket. Only the machine's owner can connect, by the permissions of the socket's file. Each
+//! connection has a thread that answers; the machine itself never waits for a client.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::RawFd;
@@ -17,22 +17,22 @@ use crate::error::Error;
 use crate::host::Acceptor;
 use crate::io_loop::EventSource;
 
-/// Connections at once; further ones are closed.
+/// Maximum number of connections; further ones are closed.
 const MAX_CLIENTS: usize = 8;
 
-/// Those who wait to be let in.
+/// Maximum number of connections that wait to be accepted.
 const BACKLOG: i32 = 8;
 
-/// The longest query, in bytes.
+/// Maximum size of a query in bytes.
 const MAX_LINE: u64 = 128;
 
-/// How long a client may say nothing, and how long one may take to read an answer.
+/// Time-out of the next query of a client, and of a reply that it does not read.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The stack of a client's thread.
+/// Stack size of a client's thread.
 const STACK: usize = 256 << 10;
 
-/// The socket, and who answers there.
+/// The inspection socket, and the machine that answers.
 pub struct InspectionServer {
     acceptor: Acceptor,
     target: Arc<dyn Inspectable>,
@@ -40,24 +40,25 @@ pub struct InspectionServer {
 }
 
 impl InspectionServer {
-    /// Makes the socket at `path`; its file goes with it.
+    /// Creates the socket at `path`; its file is removed with it.
     ///
     /// # Errors
-    /// There can be no such file, or somebody listens there.
+    /// The file cannot be created, or another process listens there.
     pub fn open(path: &Path, target: Arc<dyn Inspectable>) -> Result<Self, Error> {
         let acceptor = Acceptor::open(path, BACKLOG)?;
         Ok(Self { acceptor, target, clients: Arc::default() })
     }
 
-    fn receive(&self, stream: UnixStream) -> io::Result<()> {
-        let slot = ClientSlot::begin(&self.clients)
-            .ok_or_else(|| io::Error::other(format!("{MAX_CLIENTS} others are there already")))?;
+    fn serve_client(&self, stream: UnixStream) -> io::Result<()> {
+        let slot = ClientSlot::begin(&self.clients).ok_or_else(|| {
+            io::Error::other(format!("there are {MAX_CLIENTS} connections already"))
+        })?;
         stream.set_read_timeout(Some(TIMEOUT))?;
         stream.set_write_timeout(Some(TIMEOUT))?;
         let target = Arc::clone(&self.target);
         let body = move || {
             let ended = serve(&stream, target.as_ref());
-            debug!("A client left: {ended:?}");
+            debug!("A client disconnected: {ended:?}");
             drop(slot);
         };
         thread::Builder::new().name("client".into()).stack_size(STACK).spawn(body)?;
@@ -72,18 +73,18 @@ impl EventSource for InspectionServer {
 
     fn ready(&self) {
         let Some(stream) = self.acceptor.admit() else { return };
-        if let Err(error) = self.receive(stream.into()) {
-            debug!("Nobody answers a client: {error}");
+        if let Err(error) = self.serve_client(stream.into()) {
+            debug!("Cannot serve a client: {error}");
         }
     }
 }
 
-/// One of the clients, as long as it is there.
+/// The slot of a connected client.
 struct ClientSlot(Arc<AtomicUsize>);
 
 impl ClientSlot {
     fn begin(clients: &Arc<AtomicUsize>) -> Option<Self> {
-        // Only the I/O loop lets clients in.
+        // Only the I/O loop accepts clients.
         if clients.load(Ordering::Acquire) >= MAX_CLIENTS {
             return None;
         }
@@ -98,7 +99,7 @@ impl Drop for ClientSlot {
     }
 }
 
-/// Answers until the client leaves.
+/// Answers queries until the client disconnects.
 fn serve(stream: &UnixStream, target: &dyn Inspectable) -> io::Result<()> {
     let mut reader = BufReader::with_capacity(256, stream);
     let mut line = Vec::new();
@@ -108,11 +109,11 @@ fn serve(stream: &UnixStream, target: &dyn Inspectable) -> io::Result<()> {
             return Ok(());
         }
         let query = std::str::from_utf8(&line).ok().filter(|line| line.ends_with('\n'));
-        let (answer, is_known) = match query.and_then(Query::read) {
+        let (reply, is_known) = match query.and_then(Query::read) {
             Some(query) => (target.answer(query), true),
             None => (Reply::Error("Queries are stat, regs, and walk ADDRESS [HART]".into()), false),
         };
-        let mut text = serde_json::to_vec(&answer)?;
+        let mut text = serde_json::to_vec(&reply)?;
         text.push(b'\n');
         let mut writer = stream;
         writer.write_all(&text)?;

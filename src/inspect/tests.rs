@@ -1,4 +1,4 @@
-//! Queries over a socket, and walks through page tables.
+//! Queries over a socket, and page table walks.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -26,7 +26,7 @@ impl Inspectable for Echo {
     }
 }
 
-/// The I/O loop of a machine without devices, which lets in everybody who comes to `path`.
+/// The I/O loop of a machine without devices, with an inspection socket at `path`.
 fn server(path: &Path) -> IoThread {
     let server = InspectionServer::open(path, Arc::new(Echo)).unwrap();
     let mut io = IoLoop::new(Arc::new(Bus::new(Vec::new()).unwrap())).unwrap();
@@ -35,7 +35,7 @@ fn server(path: &Path) -> IoThread {
 }
 
 #[test]
-fn questions_are_answered_one_after_the_other() {
+fn queries_are_answered_one_after_the_other() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("web-1.sock");
     let served = server(&path);
@@ -46,40 +46,40 @@ fn questions_are_answered_one_after_the_other() {
     let Reply::Stat(stat) = connection.ask(Query::Stat).unwrap() else { panic!("no counters") };
     assert_eq!(stat.name, "web");
     served.stop(Duration::ZERO).unwrap();
-    assert!(!path.exists(), "the socket's file goes with it");
+    assert!(!path.exists(), "the socket's file is removed with it");
 }
 
 #[test]
-fn what_is_no_question_gets_a_sentence_and_the_door() {
+fn an_invalid_query_gets_an_error_and_ends_the_connection() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("web-1.sock");
-    let questions = ["no\n", "walk\n", "walk 0xzz\n", "stat now\n", "\n", &"x".repeat(400)];
+    let queries = ["no\n", "walk\n", "walk 0xzz\n", "stat now\n", "\n", &"x".repeat(400)];
     let served = server(&path);
-    for query in questions {
+    for query in queries {
         let mut stream = UnixStream::connect(&path).unwrap();
         stream.write_all(query.as_bytes()).unwrap();
-        let mut answer = String::new();
-        // What was not read by then is lost with a reset, after the answer.
-        let _ = stream.read_to_string(&mut answer);
-        assert!(answer.starts_with("{\"error\":\"Queries are stat"), "{query:?}: {answer}");
-        assert_eq!(answer.lines().count(), 1);
+        let mut reply = String::new();
+        // A part that was not read by then resets the connection, after the reply.
+        let _ = stream.read_to_string(&mut reply);
+        assert!(reply.starts_with("{\"error\":\"Queries are stat"), "{query:?}: {reply}");
+        assert_eq!(reply.lines().count(), 1);
     }
     served.stop(Duration::ZERO).unwrap();
 }
 
 #[test]
-fn visitors_are_bounded_and_a_place_that_is_left_is_free() {
+fn clients_are_limited_and_a_slot_is_free_after_a_disconnect() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("web-1.sock");
     let served = server(&path);
-    let mut guests: Vec<_> = (0..8).map(|_| Connection::to(&path).unwrap()).collect();
-    for guest in &mut guests {
-        guest.ask(Query::Stat).unwrap();
+    let mut clients: Vec<_> = (0..8).map(|_| Connection::to(&path).unwrap()).collect();
+    for client in &mut clients {
+        client.ask(Query::Stat).unwrap();
     }
     let mut late = Connection::to(&path).unwrap();
     assert!(late.ask(Query::Stat).is_err());
-    drop(guests);
-    // A place is free when its thread has seen that nobody is there any more.
+    drop(clients);
+    // A slot is free once its thread has seen the disconnect.
     while Connection::to(&path).unwrap().ask(Query::Stat).is_err() {
         thread::yield_now();
     }

@@ -1,8 +1,8 @@
-//! An address on its way through both stages of translation (Privileged specification, Hypervisor extension: Two-Stage Address
-//! Translation): the guest's page tables entry by entry, and what KVM has behind them.
+//! The translation of an address in both stages (Privileged specification, Hypervisor extension: Two-Stage Address Translation):
+//! the guest's page tables entry by entry, and the target of the result.
 //!
-//! The first stage is the guest's and lies in its memory, so it is read as the hart reads it. The second stage's tables are
-//! KVM's and no interface shows them: of it there is what rvmm has asked KVM for, memory slots, and what answers elsewhere.
+//! The first stage is the guest's and is in its memory, so it is read as the hart reads it. The second stage's tables are
+//! KVM's and no interface shows them: of it only the memory slots are known, and the devices at other addresses.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,27 +11,27 @@ use crate::memory::{GuestRam, PAGE};
 use crate::trace::Places;
 use crate::vcpu::walk::{Step, WalkError, walk};
 
-/// What the second stage has.
+/// The memory map behind the second stage.
 #[derive(Debug, Clone, Copy)]
 pub struct Stages<'a> {
     /// The guest's memory: slot 0.
     pub ram: &'a GuestRam,
-    /// The page of code that stands in for firmware, where the guest has one: its slot and its first address.
+    /// The trap shim's page, where the guest has one: its slot and its first address.
     pub shim: Option<(u32, u64)>,
     /// The devices.
     pub places: &'a Places,
-    /// How many bits a guest-physical address can have, where KVM says so.
+    /// Bits of a guest-physical address, where KVM reports it.
     pub address_bits: Option<u32>,
 }
 
-/// The whole way.
+/// A whole walk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Walk {
     /// The hart.
     pub hart: u32,
     /// Its `satp`.
     pub satp: u64,
-    /// What its mode is called: `bare`, `Sv39`, `Sv48`, `Sv57`, or `reserved`.
+    /// The name of its mode: `bare`, `Sv39`, `Sv48`, `Sv57`, or `reserved`.
     pub mode: String,
     /// The virtual address.
     pub address: u64,
@@ -39,13 +39,13 @@ pub struct Walk {
     pub steps: Vec<WalkStep>,
     /// The guest-physical address; none where the walk ends in a fault.
     pub physical: Option<u64>,
-    /// Why the walk ended so, in a sentence; empty where it leads somewhere.
+    /// The reason of the fault; empty without one.
     pub fault: String,
-    /// Where the guest-physical address leads.
+    /// The target of the guest-physical address.
     pub landing: Option<Landing>,
-    /// Levels of the second stage, where KVM says so.
+    /// Levels of the second stage, where KVM reports it.
     pub second_levels: Option<u32>,
-    /// Accesses to memory that a hart without anything cached makes to translate the address, at most.
+    /// Maximum number of memory accesses of a hart that translates the address with empty caches.
     pub accesses: Option<u32>,
 }
 
@@ -58,17 +58,17 @@ pub struct WalkStep {
     pub addr: u64,
     /// Its value.
     pub entry: u64,
-    /// Its flags: `V R W X U G A D`, and `N` and the memory type where they are there.
+    /// Its flags: `V R W X U G A D`, and `N` and the memory type where they are set.
     pub flags: String,
-    /// Whether it points to a page and not to a table.
+    /// True if it points to a page and not to a table.
     pub is_leaf: bool,
 }
 
-/// Where a guest-physical address leads.
+/// The target of a guest-physical address.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Landing {
-    /// In memory: this far into a slot, which begins there.
+    /// Memory: an offset in a slot.
     Memory {
         /// The number of the slot.
         slot: u32,
@@ -77,18 +77,18 @@ pub enum Landing {
         /// Bytes from there.
         offset: u64,
     },
-    /// At a device of rvmm's: an access is an exit, but for what the device shows the guest as memory (flash).
+    /// A device of rvmm's: an access is an exit, except for parts that the device maps as memory (flash).
     Device {
         /// The device, with its address where there are several of the kind.
         name: String,
         /// Bytes from its base.
         offset: u64,
-        /// The register that is read there.
+        /// The register at this offset, for reads.
         register: Option<String>,
     },
-    /// In this range of the memory map, where rvmm has no device: the kernel's interrupt controller, or nothing.
+    /// A range of the memory map where rvmm has no device: the kernel's interrupt controller, or nothing.
     Range(String),
-    /// Nowhere.
+    /// No memory, device or range.
     Nothing,
 }
 
@@ -100,7 +100,7 @@ impl Walk {
         let result = walk(stages.ram, satp, address, |step| steps.push(WalkStep::of(step)));
         let second_levels = stages.address_bits.and_then(levels);
         let first_levels = u32::try_from(steps.len()).unwrap_or(u32::MAX);
-        // Each table of the first stage lies at a guest-physical address, which the second stage translates; and so is the result,
+        // Each table of the first stage is at a guest-physical address, which the second stage translates, as it does the result,
         // where there is one.
         let accesses = second_levels.map(|levels| match result {
             Ok(_) => (first_levels + 1) * (levels + 1) - 1,
@@ -121,7 +121,7 @@ impl Walk {
     }
 }
 
-/// Levels of the second stage: Sv39x4, Sv48x4 and Sv57x4 take two bits more than their first-stage cousins.
+/// Levels of the second stage: Sv39x4, Sv48x4 and Sv57x4 have two address bits more than Sv39, Sv48 and Sv57.
 fn levels(address_bits: u32) -> Option<u32> {
     match address_bits {
         41 => Some(3),
@@ -143,7 +143,7 @@ fn mode(satp: u64) -> &'static str {
 
 fn why(error: WalkError, last: Option<&WalkStep>) -> &'static str {
     match (error, last) {
-        (WalkError::Access, _) => "access fault: a page table lies where no memory is",
+        (WalkError::Access, _) => "access fault: a page table is outside memory",
         (WalkError::Lost, _) => "the memory of a page table is lost",
         (WalkError::Page, None) => {
             "page fault: the address is not canonical, or the mode is reserved"
@@ -155,7 +155,7 @@ fn why(error: WalkError, last: Option<&WalkStep>) -> &'static str {
             "page fault: the entry of a large page is not aligned, or its NAPOT pattern is reserved"
         }
         (WalkError::Page, Some(_)) => {
-            "page fault: the entry has W without R, or the last table points on"
+            "page fault: the entry has W without R, or an entry of the last table is no leaf"
         }
     }
 }

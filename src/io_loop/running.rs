@@ -1,4 +1,4 @@
-//! The running I/O loop as others see it: told to end, asked to look again.
+//! The handle of the running I/O loop, to stop it and to refresh its sources.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -11,11 +11,11 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::OnFailure;
 
-/// What the loop's thread shares with those outside.
+/// State that the loop's thread shares with its handle.
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) wake: EventFd,
-    /// When the loop has to be over; set once, and drawn nearer by [`Shared::hurry`].
+    /// Deadline for the end of the loop; set once, and shortened by [`Shared::shorten`].
     pub(super) deadline: Mutex<Option<Instant>>,
     pub(super) wants_refresh: AtomicBool,
     pub(super) turns: AtomicU64,
@@ -31,13 +31,13 @@ impl Shared {
         })
     }
 
-    /// When the loop has to be over; `None` where nobody has told it to end.
+    /// Deadline for the end of the loop; `None` if it was not stopped.
     pub(super) fn deadline(&self) -> Option<Instant> {
         *self.deadline.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has a loop that was told to end be over in `rest` at the latest; another one goes on.
-    pub(super) fn hurry(&self, rest: Duration) {
+    /// Shortens the deadline of a loop that was stopped to `rest` from now; does not affect another one.
+    pub(super) fn shorten(&self, rest: Duration) {
         let mut deadline = self.deadline.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
         let soon = now.checked_add(rest).unwrap_or(now);
@@ -45,16 +45,16 @@ impl Shared {
     }
 }
 
-/// Tells that the thread has ended although nobody has ended it: also where it panics, when this is dropped.
+/// Reports that the thread has ended without being stopped. If it panics, dropping this reports it.
 pub(super) struct Failure(pub(super) Option<OnFailure>);
 
 impl Failure {
-    /// The thread has ended as it should.
+    /// Reports nothing: the thread was stopped.
     pub(super) fn none(mut self) {
         self.0 = None;
     }
 
-    pub(super) fn tell(mut self, what: String) {
+    pub(super) fn report(mut self, what: String) {
         error!("{what}");
         let _ = self.0.take().map(|failed| failed(what));
     }
@@ -66,7 +66,7 @@ impl Drop for Failure {
     }
 }
 
-/// The running loop. Dropping it ends it at once; [`IoThread::stop`] lets the last output go first.
+/// The running loop. Dropping it stops the loop at once; [`IoThread::stop`] waits for the last output.
 #[derive(Debug)]
 pub struct IoThread {
     pub(super) shared: Arc<Shared>,
@@ -74,23 +74,23 @@ pub struct IoThread {
 }
 
 impl IoThread {
-    /// Asks every device for its sources again: after a reset of the bus, or when a device changed outside of `ready`.
+    /// Makes the loop read the sources of all devices again: after a reset of the bus, or after a change outside of `ready`.
     pub fn refresh(&self) {
         self.shared.wants_refresh.store(true, Ordering::SeqCst);
         self.wake();
     }
 
-    /// How often the thread has woken up and done what there was to do.
+    /// Number of times that the thread has woken up and served all events.
     #[must_use]
     pub fn turns(&self) -> u64 {
         self.shared.turns.load(Ordering::Acquire)
     }
 
-    /// Ends the loop: as soon as no device owes the host any output, after `drain` at the latest. Returns when the thread
-    /// is gone.
+    /// Stops the loop as soon as no device has pending output, after `drain` at the latest. Returns when the thread
+    /// has ended.
     ///
     /// # Errors
-    /// `Other` where the thread died by a panic.
+    /// `Other` if the thread has panicked.
     pub fn stop(mut self, drain: Duration) -> io::Result<()> {
         self.end(drain)
     }
@@ -100,13 +100,13 @@ impl IoThread {
         let now = Instant::now();
         let deadline = now.checked_add(drain).unwrap_or(now);
         *self.shared.deadline.lock().unwrap_or_else(PoisonError::into_inner) = Some(deadline);
-        // Output may wait that no `ready` has told about.
+        // There may be output for which no source is listed yet.
         self.refresh();
         thread.join().map_err(|_| io::Error::other("The I/O thread panicked"))
     }
 
     fn wake(&self) {
-        // Refused means that it is about to wake up anyway.
+        // Fails if the counter is at its limit: it wakes up anyway.
         let _ = self.shared.wake.write(1);
     }
 }

@@ -1,4 +1,4 @@
-//! One descriptor in the epoll set, and what an event on it means.
+//! One descriptor in the epoll set, and the origin of its events.
 
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,54 +7,51 @@ use event_manager::{EventOps, Events, MutEventSubscriber, SubscriberId};
 use rvmm_devices::Source;
 use vmm_sys_util::epoll::EventSet;
 
-/// What one watched descriptor means.
+/// The origin of an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Meaning {
-    /// Somebody outside wants the loop to look at its flags.
+pub(super) enum Origin {
+    /// Another thread has set flags for the loop.
     Wake,
-    /// A signal has come.
+    /// A signal.
     Signal,
-    /// A guest that was asked to power off has had its time.
+    /// The time-out of a guest that was asked to power off.
     ShutdownTimeout,
-    /// Somebody wants to look at the machine.
+    /// The external event source.
     External,
     /// A device's source.
     Device { index: usize, source: Source },
 }
 
-/// An event that has come, and whether it was nothing but a hang-up or an error.
-pub(super) type ReadyEvent = (Meaning, bool);
+/// The origin of a pending event, and true if it was only a hang-up or an error.
+pub(super) type ReadyEvent = (Origin, bool);
 
-/// One descriptor in the epoll set. The event manager calls it; the loop does the work afterwards, when sources may be
-/// added and removed freely.
+/// One descriptor in the epoll set. The event manager calls it; the loop serves the event afterwards, when it may add and
+/// remove sources.
 #[derive(Debug)]
 pub(super) struct Watch {
-    pub(super) meaning: Meaning,
+    pub(super) origin: Origin,
     pub(super) ready: Arc<Mutex<Vec<ReadyEvent>>>,
 }
 
 impl MutEventSubscriber for Watch {
     fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
         let only_hang_up = !events.event_set().intersects(EventSet::IN | EventSet::OUT);
-        self.ready
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push((self.meaning, only_hang_up));
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner).push((self.origin, only_hang_up));
     }
 
     fn init(&mut self, _ops: &mut EventOps<'_>) {}
 }
 
-/// Somebody outside of the machine's devices who is called when a descriptor is readable.
+/// A descriptor that the I/O thread watches and that is not a device's, such as a listening socket.
 pub trait EventSource: Send + Sync {
-    /// The descriptor that is watched for reading. Asked for again after every [`EventSource::ready`].
+    /// The descriptor that is watched for reading. Read again after every [`EventSource::ready`].
     fn fd(&self) -> RawFd;
 
-    /// Does what there is to do. Must not block.
+    /// Serves the event. Must not block.
     fn ready(&self);
 }
 
-/// Who is called, and the descriptor that is watched for it.
+/// An event source, and its descriptor in the epoll set.
 pub(super) struct WatchedSource {
     pub(super) source: Arc<dyn EventSource>,
     pub(super) fd: RawFd,

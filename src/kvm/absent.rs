@@ -1,19 +1,19 @@
-//! The door of `kvm` on machines that are not RISC-V: it says so. What is pure in the room is tested here too.
+//! `kvm` on hosts that are not RISC-V: every call fails. The modules that do not depend on the architecture are tested here, too.
 
 #[cfg(test)]
-#[allow(dead_code, reason = "only its tests are wanted here")]
+#[allow(dead_code, reason = "only its tests are used here")]
 mod isa;
 #[cfg(test)]
-#[allow(dead_code, reason = "only its tests are wanted here")]
+#[allow(dead_code, reason = "only its tests are used here")]
 mod refusal;
 #[cfg(test)]
-#[allow(dead_code, reason = "only its tests are wanted here")]
+#[allow(dead_code, reason = "only its tests are used here")]
 mod regs;
-#[cfg_attr(not(test), expect(dead_code, reason = "what asks for a release at least is elsewhere"))]
+#[cfg_attr(not(test), expect(dead_code, reason = "only builds for RISC-V use it"))]
 pub(crate) mod release;
 pub mod report;
 #[cfg(test)]
-#[allow(dead_code, reason = "only its tests are wanted here")]
+#[allow(dead_code, reason = "only its tests are used here")]
 mod stats;
 
 use std::sync::Arc;
@@ -22,21 +22,21 @@ use report::HostReport;
 
 use crate::machine::hypervisor::{Hypervisor, Vm, VmError};
 
-/// The kernel's virtualization; nobody has one here.
+/// A handle on /dev/kvm; this build has none.
 #[derive(Debug)]
 pub enum Kvm {}
 
-/// Refuses.
+/// Returns an error.
 ///
 /// # Errors
-/// Always: this build of rvmm is not one for a RISC-V host.
+/// Always: this build of rvmm is not for a RISC-V host.
 pub fn open() -> Result<Kvm, VmError> {
     Err(VmError::new(
-        "rvmm runs RISC-V guests on RISC-V hosts, and this machine is none (scripts/host boots one in QEMU)",
+        "rvmm runs RISC-V guests on RISC-V hosts, and this host is not RISC-V (scripts/host boots one in QEMU)",
     ))
 }
 
-/// Refuses, as [`open`] does.
+/// Returns an error, as [`open`] does.
 ///
 /// # Errors
 /// Always.
@@ -55,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_machine_of_another_kind_is_told_what_to_do() {
+    fn on_another_architecture_the_error_names_scripts_host() {
         assert!(open().unwrap_err().to_string().contains("scripts/host"));
         assert!(probe().unwrap_err().to_string().contains("scripts/host"));
     }

@@ -1,9 +1,9 @@
-//! The in-kernel AIA: an APLIC for wired interrupts and an IMSIC per hart, emulated or given by the kernel.
+//! The in-kernel AIA: an APLIC for wired interrupts and an IMSIC per hart, emulated or in hardware guest files.
 //!
-//! Attributes and their rules: kernel, `Documentation/virt/kvm/devices/` and `arch/riscv/kvm/aia_device.c`. Left as the
-//! kernel chooses: no groups and no guest files for the guest, and, where [`keeps_wake_ups`] says so, the mode (hardware guest
-//! files where the host has them, with emulation where they run out). Nothing is to be done about Smstateen: `hstateen0` lets a
-//! guest at its AIA registers wherever the vCPU has Ssaia, and `sstateen0` holds no AIA bit (Smstateen 1.0, section 2).
+//! Attributes and their rules: kernel, `Documentation/virt/kvm/devices/` and `arch/riscv/kvm/aia_device.c`. The
+//! kernel's defaults are kept for groups and the guest's own guest files (none) and, where [`keeps_wake_ups`] allows it, for the
+//! mode (hardware guest files where the host has them, emulation where they run out). Smstateen needs nothing: `hstateen0` gives a
+//! guest access to its AIA registers wherever the vCPU has Ssaia, and `sstateen0` has no AIA bit (Smstateen 1.0, section 2).
 #![expect(unsafe_code, reason = "device attributes are passed by address")]
 
 use kvm_bindings::{
@@ -23,11 +23,11 @@ use super::release::{Version, is_at_least};
 use super::report::GuestFiles;
 use crate::machine::hypervisor::{AiaFacts, AiaPlan, VmError};
 
-/// Interrupt identities that are asked for at most: what QEMU's `virt` has. An emulated IMSIC is searched word by word for
-/// the next interrupt, so more than the machine can use only cost time.
+/// Maximum number of interrupt identities that is requested, as in QEMU's `virt`. KVM searches an emulated IMSIC word by word
+/// for the next interrupt, so identities that the machine cannot use only cost time.
 const MAX_IDS: u32 = 255;
 
-/// Registers of the APLIC (AIA 1.0, section 4.5): whether the domain delivers, and `sourcecfg[1]`, 0 for an inactive source.
+/// Registers of the APLIC (AIA 1.0, section 4.5): `domaincfg` with its enable bit, and `sourcecfg[1]`, 0 for an inactive source.
 const APLIC_DOMAINCFG: u64 = 0;
 const APLIC_DOMAINCFG_IE: u32 = 1 << 8;
 const APLIC_SOURCECFG: u64 = 4;
@@ -35,13 +35,13 @@ const APLIC_SOURCECFG: u64 = 4;
 /// Attribute number of the first hart's IMSIC address.
 const FIRST_IMSIC: u64 = 1;
 
-/// A device made and initialised.
+/// The AIA device, created and initialised.
 pub(super) struct Aia {
     device: DeviceFd,
     pub(super) facts: AiaFacts,
 }
 
-/// Makes the AIA of `vm`, whose harts all exist and have not run, and tells the user what it is.
+/// Creates the AIA of `vm`, whose harts all exist and have not run, and logs its properties.
 pub(super) fn create(vm: &VmFd, plan: &AiaPlan) -> Result<Aia, VmError> {
     let device = make(vm, plan)?;
     let facts = read_back(&device)?;
@@ -54,7 +54,7 @@ pub(super) fn create(vm: &VmFd, plan: &AiaPlan) -> Result<Aia, VmError> {
     Ok(Aia { device, facts })
 }
 
-/// The device, initialised.
+/// Creates and initialises the device.
 pub(super) fn make(vm: &VmFd, plan: &AiaPlan) -> Result<DeviceFd, VmError> {
     check(plan)?;
     let device = open(vm)?;
@@ -77,12 +77,12 @@ pub(super) fn make(vm: &VmFd, plan: &AiaPlan) -> Result<DeviceFd, VmError> {
         set(&device, "the address of an IMSIC", KVM_DEV_RISCV_AIA_GRP_ADDR, attr, &addr)?;
     }
     let init = u64::from(KVM_DEV_RISCV_AIA_CTRL_INIT);
-    set(&device, "the AIA up", KVM_DEV_RISCV_AIA_GRP_CTRL, init, &0_u64)?;
+    set(&device, "the INIT control attribute", KVM_DEV_RISCV_AIA_GRP_CTRL, init, &0_u64)?;
     Ok(device)
 }
 
 impl Aia {
-    /// Whether the guest has let the APLIC deliver interrupts, or configured one of its sources.
+    /// True if the guest has enabled interrupt delivery in the APLIC or configured one of its sources.
     pub(super) fn is_set_up(&self) -> Result<bool, VmError> {
         let register = |offset| -> Result<u32, VmError> {
             get(&self.device, "the APLIC's registers", KVM_DEV_RISCV_AIA_GRP_APLIC, offset)
@@ -99,28 +99,28 @@ impl Aia {
     }
 }
 
-/// The device, not yet initialised.
+/// Creates the device without initialising it.
 pub(super) fn open(vm: &VmFd) -> Result<DeviceFd, VmError> {
     let mut request = kvm_create_device { type_: KVM_DEV_TYPE_RISCV_AIA, fd: 0, flags: 0 };
     vm.create_device(&mut request).map_err(|e| {
-        VmError::io("Cannot make the in-kernel AIA (--irqchip plic does without)", e.into())
+        VmError::io("Cannot create the in-kernel AIA (--irqchip plic does not need it)", e.into())
     })
 }
 
-/// The first kernel that looks for the interrupts of a hart that waits where they are (`RISC-V: KVM: Read HGEIP CSR on the correct
-/// cpu`, and what it stands on).
+/// The first kernel that looks for a waiting hart's interrupts on the right CPU (commit `RISC-V: KVM: Read HGEIP CSR on the correct
+/// cpu` and its prerequisites).
 const WAKES_EVERY_HART: Version = (6, 18);
 
-/// Whether guest files may be used: whether this kernel, on a host of so many CPUs, wakes a hart that waits on one.
+/// True if guest files may be used: a kernel of this release, on a host with this many CPUs, wakes a hart that waits on one.
 ///
-/// Older kernels look for the guest file on the CPU where the hart's thread is by now, and not on the one where it went to sleep.
-/// Once the thread has moved, its hart sleeps on, through interrupts of devices and those of other harts. An emulated IMSIC has no
-/// such place, and a host of one CPU has no other.
+/// Older kernels check the guest file on the CPU that the hart's thread is on now, not on the one where it went to sleep. Once the
+/// thread has migrated, its hart sleeps on despite interrupts of devices and of other harts. An emulated IMSIC is not bound to a
+/// CPU, and a host with one CPU has no other.
 fn keeps_wake_ups(release: &str, cpus: u64) -> bool {
     cpus == 1 || is_at_least(release, WAKES_EVERY_HART)
 }
 
-/// The host's CPUs, those that are offline included: more than enough where nobody knows.
+/// Number of the host's CPUs, offline ones included; the maximum where it is not known.
 fn configured_cpus() -> u64 {
     // SAFETY: this call only reads.
     let cpus = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_CONF) };
@@ -131,7 +131,7 @@ fn may_use_guest_files() -> bool {
     keeps_wake_ups(&uname().release().to_string_lossy(), configured_cpus())
 }
 
-/// Leaves the mode as the kernel chooses, where that is safe.
+/// Keeps the kernel's default mode where that is safe, else selects emulation.
 fn choose_mode(device: &DeviceFd) -> Result<(), VmError> {
     if may_use_guest_files() {
         return Ok(());
@@ -144,7 +144,7 @@ fn mode(device: &DeviceFd) -> Result<u32, VmError> {
     config(device, "mode", KVM_DEV_RISCV_AIA_CONFIG_MODE)
 }
 
-/// What becomes of the host's IMSIC guest files in a machine of rvmm's.
+/// The use that machines of rvmm make of the host's IMSIC guest files.
 pub(super) fn guest_files(device: &DeviceFd) -> GuestFiles {
     if !takes_hardware_mode(device) {
         GuestFiles::Absent
@@ -155,13 +155,13 @@ pub(super) fn guest_files(device: &DeviceFd) -> GuestFiles {
     }
 }
 
-/// Whether the host has IMSIC guest files to give away: only then does the kernel take this mode.
+/// True if the host has IMSIC guest files for guests: only then does the kernel accept this mode.
 fn takes_hardware_mode(device: &DeviceFd) -> bool {
     let mode = KVM_DEV_RISCV_AIA_MODE_HWACCEL;
     set_config(device, "mode", KVM_DEV_RISCV_AIA_CONFIG_MODE, mode).is_ok()
 }
 
-/// Interrupt identities that the kernel offers.
+/// Number of interrupt identities that the kernel offers.
 pub(super) fn offered_ids(device: &DeviceFd) -> Result<u32, VmError> {
     config(device, "interrupt identities", KVM_DEV_RISCV_AIA_CONFIG_IDS)
 }
@@ -170,24 +170,24 @@ fn check(plan: &AiaPlan) -> Result<(), VmError> {
     let pages = plan.imsics.size / u64::from(KVM_DEV_RISCV_IMSIC_SIZE);
     if plan.harts == 0 || u64::from(plan.harts) > pages {
         return Err(VmError::new(format!(
-            "{} harts do not fit the window of the IMSICs, which has room for {pages}",
+            "{} harts do not fit into the IMSIC window, which has room for {pages}",
             plan.harts
         )));
     }
-    // The kernel takes a hart's number from the address bits above the page, so the base has none of them.
+    // The kernel takes the hart index from the address bits above the page, so they must be zero in the base.
     let span = u64::from(plan.harts).next_power_of_two() * u64::from(KVM_DEV_RISCV_IMSIC_SIZE);
     if !plan.imsics.base.is_multiple_of(span)
         || plan.aplic.size < u64::from(KVM_DEV_RISCV_APLIC_SIZE)
     {
         return Err(VmError::new(format!(
-            "The map has no place for an AIA of {} harts at {:#x} and {:#x}",
+            "The memory map has no room for an AIA of {} harts (APLIC at {:#x}, IMSICs at {:#x})",
             plan.harts, plan.aplic.base, plan.imsics.base
         )));
     }
     Ok(())
 }
 
-/// Bits that tell `harts` harts apart.
+/// Number of bits of a hart index for `harts` harts.
 fn index_bits(harts: u32) -> u32 {
     harts.next_power_of_two().trailing_zeros()
 }
@@ -213,25 +213,24 @@ fn config(device: &DeviceFd, what: &str, attr: u32) -> Result<u32, VmError> {
     get(device, what, KVM_DEV_RISCV_AIA_GRP_CONFIG, attr.into())
 }
 
-/// A number that attributes of a group are: of 32 bits for the configuration and the APLIC's registers, of 64 else.
+/// The integer type of a group's attributes: 32 bits for the configuration and the APLIC's registers, 64 bits for the others.
 pub(super) trait Attribute: Copy + Default {}
 impl Attribute for u32 {}
 impl Attribute for u64 {}
 
-/// Reads an attribute. `T` is as wide as attributes of the group are.
+/// Reads an attribute. `T` has the width of the group's attributes.
 pub(super) fn get<T: Attribute>(
     device: &DeviceFd,
     what: &str,
     group: u32,
     attr: u64,
 ) -> Result<T, VmError> {
-    // Wide enough for every group, should a caller ask for less than the kernel writes.
+    // Wide enough for every group, in case a caller's type is narrower than what the kernel writes.
     let mut value = [T::default(); 2];
     let mut request = kvm_device_attr { flags: 0, group, attr, addr: (&raw mut value) as u64 };
-    // SAFETY: attributes are of 64 bits at most, and `value`, which is as long, outlives the call.
-    unsafe { device.get_device_attr(&mut request) }.map_err(|e| {
-        VmError::io(format!("Cannot ask the in-kernel AIA for its {what}"), e.into())
-    })?;
+    // SAFETY: attributes have at most 64 bits; `value` has no fewer and outlives the call.
+    unsafe { device.get_device_attr(&mut request) }
+        .map_err(|e| VmError::io(format!("Cannot read {what} of the in-kernel AIA"), e.into()))?;
     let [value, _] = value;
     Ok(value)
 }
@@ -240,7 +239,7 @@ fn set_config(device: &DeviceFd, what: &str, attr: u32, value: u32) -> Result<()
     set(device, what, KVM_DEV_RISCV_AIA_GRP_CONFIG, attr.into(), &value)
 }
 
-/// Sets an attribute. `T` is as wide as attributes of the group are.
+/// Sets an attribute. `T` has the width of the group's attributes.
 pub(super) fn set<T: Attribute>(
     device: &DeviceFd,
     what: &str,
@@ -297,24 +296,24 @@ mod tests {
     }
 
     #[test]
-    fn as_many_bits_as_tell_the_harts_apart() {
+    fn a_hart_index_has_as_many_bits_as_the_harts_need() {
         for (harts, bits) in [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (8, 3), (9, 4)] {
             assert_eq!(index_bits(harts), bits, "{harts} harts");
         }
     }
 
     #[test]
-    fn a_plan_is_refused_where_an_imsic_would_lie_outside_its_window() {
+    fn a_plan_is_refused_where_an_imsic_would_be_outside_its_window() {
         assert!(check(&plan(1024)).is_ok());
         assert!(check(&plan(4097)).is_err());
         assert!(check(&plan(0)).is_err());
     }
 
     #[test]
-    fn a_plan_is_refused_where_an_address_would_not_tell_the_hart() {
-        let mut crooked = plan(4);
-        crooked.imsics.base += 0x1000;
-        assert!(check(&crooked).is_err());
+    fn a_plan_is_refused_where_addresses_would_not_encode_the_hart() {
+        let mut misaligned = plan(4);
+        misaligned.imsics.base += 0x1000;
+        assert!(check(&misaligned).is_err());
         let mut narrow = plan(4);
         narrow.aplic.size = 0x1000;
         assert!(check(&narrow).is_err());

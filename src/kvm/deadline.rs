@@ -1,10 +1,11 @@
-//! What a guest's timer leaves behind in the host's CPUs, and how it is taken back.
+//! Clears the deadlines that a guest's timer leaves in the host's CPUs.
 //!
-//! Where the CPU has Sstc, the deadline of a hart lies in `vstimecmp` of the CPU that ran it last (Sstc 1.0, chapter 3). Kernels before
-//! [`TAKES_DEADLINES_BACK`] leave it there when the hart ends or moves on, with the interrupt enabled: from the deadline on the `wfi` of
-//! that CPU's idle loop returns at once, for ever. The CPU counts as idle and burns a whole CPU's power; where it is emulated, a
-//! CPU of the machine below. So the last hart of a machine to end enters KVM once more on each CPU where one may have been, with no
-//! deadline and a signal pending: the kernel loads the hart's registers, sees the signal, and comes back before the guest runs.
+//! If the CPU has Sstc, the deadline of a hart is in `vstimecmp` of the CPU that ran it last (Sstc 1.0, chapter 3). Kernels before
+//! [`CLEARS_DEADLINES`] leave it there when the hart ends or migrates, with the interrupt enabled: once the deadline has passed, the
+//! `wfi` of that CPU's idle loop returns at once, for ever. The CPU counts as idle and uses the power of a busy one; if it is
+//! emulated, it keeps a CPU of the outer host busy. So the last hart of a machine to end enters KVM once more on each CPU where one
+//! may have run, with no deadline and a signal pending: the kernel loads the hart's registers, sees the signal, and returns before
+//! the guest runs.
 #![expect(unsafe_code, reason = "signal masks have no safe interface")]
 
 use std::io;
@@ -20,14 +21,14 @@ use super::regs;
 use super::release::{Version, is_at_least};
 use super::vcpu::Vcpu;
 
-/// The first kernel of which it is known that it takes the deadline out of the CPU itself (`kvm_riscv_vcpu_timer_save` in
+/// The first kernel that is known to clear the deadline in the CPU itself (`kvm_riscv_vcpu_timer_save` in
 /// `arch/riscv/kvm/vcpu_timer.c`).
-const TAKES_DEADLINES_BACK: Version = (7, 2);
+const CLEARS_DEADLINES: Version = (7, 2);
 
-/// `compare` of a timer that is not set.
+/// Value of `compare` in a timer that is not set.
 const NEVER: u64 = u64::MAX;
 
-/// The CPUs that the harts of one machine may have been on, and how many of these harts are left.
+/// The CPUs that may have run the harts of one machine, and the number of harts that are left.
 #[derive(Default)]
 pub(super) struct Deadlines {
     state: Mutex<State>,
@@ -40,30 +41,30 @@ struct State {
 }
 
 impl Deadlines {
-    /// A hart begins to run on the calling thread, which tells by its affinity where that may be.
+    /// Adds a hart that starts to run on the calling thread, and the CPUs of the thread's affinity mask.
     pub(super) fn enter(&self) {
         let mut state = self.lock();
         state.harts += 1;
         state.note_affinity();
     }
 
-    /// A hart that entered ends on the calling thread: `vcpu`, which nobody runs or kicks any more. The last one leaves no deadline.
+    /// Removes a hart that ends on the calling thread. Its `vcpu` is not run or kicked any more. The last hart clears the deadlines.
     pub(super) fn leave(&self, vcpu: &Vcpu) {
         let cpus = {
             let mut state = self.lock();
             state.harts = state.harts.saturating_sub(1);
-            // It may have been given other CPUs meanwhile.
+            // The affinity may have changed since.
             state.note_affinity();
             if state.harts > 0 {
                 return;
             }
             std::mem::take(&mut state.cpus)
         };
-        if is_at_least(&uname().release().to_string_lossy(), TAKES_DEADLINES_BACK) {
+        if is_at_least(&uname().release().to_string_lossy(), CLEARS_DEADLINES) {
             return;
         }
-        if let Err(error) = take_back(vcpu, &cpus) {
-            log::debug!("A deadline of the guest may keep a CPU of the host awake: {error}");
+        if let Err(error) = clear(vcpu, &cpus) {
+            log::debug!("A deadline of the guest may keep a host CPU awake: {error}");
         }
     }
 
@@ -77,21 +78,21 @@ impl State {
         match sched_getaffinity(None) {
             Ok(cpus) if !self.cpus.contains(&cpus) => self.cpus.push(cpus),
             Ok(_) => {}
-            Err(error) => log::debug!("The kernel does not tell this thread's CPUs: {error}"),
+            Err(error) => log::debug!("Cannot read the affinity of a hart's thread: {error}"),
         }
     }
 }
 
 /// Enters KVM with `vcpu` on every one of these CPUs, without running the guest. The thread keeps its affinity.
-fn take_back(vcpu: &Vcpu, cpus: &[CpuSet]) -> io::Result<()> {
+fn clear(vcpu: &Vcpu, cpus: &[CpuSet]) -> io::Result<()> {
     vcpu.set_reg(regs::TIMER_COMPARE, NEVER)?;
     let before = sched_getaffinity(None)?;
     let signal = Pending::new()?;
-    vcpu.let_in(signal.number)?;
+    vcpu.interrupt_only_by(signal.number)?;
     for cpu in (0..CpuSet::MAX_CPU).filter(|cpu| cpus.iter().any(|set| set.is_set(*cpu))) {
         let mut one = CpuSet::new();
         one.set(cpu);
-        // Refused where the CPU was taken offline, or away from this process: then nothing of ours wakes it.
+        // Fails where the CPU is offline by now, or not allowed for this process: then no deadline of the guest's wakes it.
         if sched_setaffinity(None, &one).is_err() {
             continue;
         }
@@ -107,9 +108,9 @@ fn take_back(vcpu: &Vcpu, cpus: &[CpuSet]) -> io::Result<()> {
 /// The signal that kicks harts, blocked and pending in the calling thread.
 struct Pending {
     number: libc::c_int,
-    /// This signal alone.
+    /// The set of this signal alone.
     these: libc::sigset_t,
-    /// What the thread blocked before.
+    /// The thread's signal mask before.
     mask: libc::sigset_t,
 }
 
@@ -118,8 +119,8 @@ impl Pending {
         let number = kick::signal()?;
         let mut these = MaybeUninit::uninit();
         let mut mask = MaybeUninit::uninit();
-        // SAFETY: the first call makes the set, the second one takes a valid number; the third reads one set and writes the other.
-        // The signal goes to this very thread, which blocks it, and is taken out again by `drop`.
+        // SAFETY: the first call initialises the set, the second one gets a valid number; the third reads one set and writes the other.
+        // The signal is sent to this thread, which blocks it, and is consumed by `drop`.
         let (blocked, mask) = unsafe {
             libc::sigemptyset(these.as_mut_ptr());
             libc::sigaddset(these.as_mut_ptr(), number);
@@ -139,10 +140,10 @@ impl Pending {
 }
 
 impl Drop for Pending {
-    /// Takes the signal itself: its action would kick whatever hart is bound to the thread by now.
+    /// Consumes the signal: its handler would kick the hart that is bound to the thread by then.
     fn drop(&mut self) {
         let at_once = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        // SAFETY: reads a set and a time, and then the set of an earlier call; nothing is asked to be written.
+        // SAFETY: both calls only read: a set and a time-out, then the mask that an earlier call wrote.
         unsafe {
             libc::sigtimedwait(&raw const self.these, ptr::null_mut(), &raw const at_once);
             libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.mask, ptr::null_mut());

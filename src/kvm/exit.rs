@@ -1,8 +1,5 @@
-//! What KVM_RUN left in the shared page, and what its errors mean, as an [`Exit`].
-#![expect(
-    unsafe_code,
-    reason = "the page is a C union; the exit reason says which member is meant"
-)]
+//! Decodes the shared page after KVM_RUN, and the errors of KVM_RUN, into an [`Exit`].
+#![expect(unsafe_code, reason = "the page is a C union; the exit reason selects the member")]
 
 use kvm_bindings::{
     KVM_EXIT_DEBUG, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTR, KVM_EXIT_MMIO, KVM_EXIT_RISCV_CSR,
@@ -12,17 +9,17 @@ use kvm_bindings::{
 
 use crate::vcpu::exit::{CsrAccess, Exit, Fault, SbiCall, SystemEvent};
 
-/// The union in the shared page. Not the whole page: a signal handler writes its first bytes at any time.
+/// The union in the shared page, not the whole page: a signal handler may write its first bytes at any time.
 pub(super) type Body = kvm_run__bindgen_ty_1;
 
-/// The exit that a successful KVM_RUN described by `reason` and the rest of the shared page.
+/// Decodes the exit of a successful KVM_RUN from `reason` and the rest of the shared page.
 #[inline]
 pub(super) fn decode(reason: u32, body: &mut Body) -> Exit<'_> {
-    // A comparison costs less than a jump table, and this is what most exits are.
+    // Most exits are MMIO, and a comparison costs less than a jump table.
     if reason == KVM_EXIT_MMIO { mmio(body) } else { decode_rare(reason, body) }
 }
 
-/// Every other exit; out of line, or the compiler makes one jump table of all.
+/// Decodes every other exit. Out of line, or the compiler builds one jump table for all.
 #[inline(never)]
 fn decode_rare(reason: u32, body: &mut Body) -> Exit<'_> {
     match reason {
@@ -67,7 +64,7 @@ fn mmio(body: &mut Body) -> Exit<'_> {
     let access = unsafe { &mut body.mmio };
     let data = match access.len {
         len @ (1 | 2 | 4 | 8) => access.data.get_mut(..len as usize),
-        // No kernel does that; a device must not be handed it.
+        // No kernel reports another width; it must not reach a device.
         _ => None,
     };
     let addr = access.phys_addr;
@@ -81,7 +78,7 @@ fn mmio(body: &mut Body) -> Exit<'_> {
 fn system_event(body: &Body) -> SystemEvent {
     // SAFETY: the exit reason says that this member is the one filled in; any bits are valid integers.
     let event = unsafe { &body.system_event };
-    // SAFETY: both members of this inner union are integers that any bits make.
+    // SAFETY: both members of this inner union are integers; any bits are valid.
     let first = unsafe { event.__bindgen_anon_1.data[0] };
     let reason = if event.ndata == 0 { 0 } else { first };
     match event.type_ {
@@ -91,7 +88,7 @@ fn system_event(body: &Body) -> SystemEvent {
     }
 }
 
-/// The exit that a KVM_RUN means that failed with `errno`. The program counter stands at the instruction.
+/// The exit for a KVM_RUN that failed with `errno`. The program counter still points to the instruction.
 pub(super) fn fault(errno: i32) -> Exit<'static> {
     Exit::Fault(match errno {
         libc::EOPNOTSUPP => Fault::Unemulated,
@@ -101,8 +98,8 @@ pub(super) fn fault(errno: i32) -> Exit<'static> {
     })
 }
 
-/// Whether after `reason` the next KVM_RUN completes an instruction: a destination register or a program counter is
-/// still to be written.
+/// True if the next KVM_RUN after an exit with `reason` completes an instruction: a destination register or the program
+/// counter is still to be written.
 pub(super) fn is_open(reason: u32) -> bool {
     matches!(reason, KVM_EXIT_MMIO | KVM_EXIT_RISCV_SBI | KVM_EXIT_RISCV_CSR)
 }

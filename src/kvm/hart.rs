@@ -1,4 +1,4 @@
-//! A hart on KVM: the loop's side of a vCPU. [`KvmHart::enter`] is the one hot path of rvmm.
+//! A hart on KVM: a vCPU as the run loop uses it. [`KvmHart::enter`] is the only hot path of rvmm.
 #![expect(unsafe_code, reason = "the page shared with the kernel")]
 
 use std::io;
@@ -13,20 +13,20 @@ use super::vcpu::Vcpu;
 use crate::vcpu::exit::Exit;
 use crate::vcpu::hart::{Csr, Hart, Kick, Reg};
 
-/// What [`KvmHart::settle`] writes into `immediate_exit`; a kick that comes meanwhile overwrites it.
+/// The value that [`KvmHart::settle`] writes into `immediate_exit`; a concurrent kick overwrites it.
 const SETTLING: u8 = 1;
 
-/// The reason in the page after [`KvmHart::failed`], and no exit's (`KVM_EXIT_UNKNOWN`).
+/// The exit reason in the page after [`KvmHart::failed`]; no exit has it (`KVM_EXIT_UNKNOWN`).
 const NO_EXIT: u32 = 0;
 
 /// A vCPU of KVM.
 pub(super) struct KvmHart {
     id: u32,
-    /// Nobody but this hart runs it or touches its page.
+    /// Only this hart runs it and accesses its page.
     vcpu: Arc<Vcpu>,
-    /// Of the last KVM_RUN that failed.
+    /// The errno of the last KVM_RUN that failed.
     errno: i32,
-    /// What the harts of its machine leave in the host's CPUs.
+    /// The deadlines that the machine's harts leave in the host's CPUs.
     deadlines: Arc<Deadlines>,
     is_bound: bool,
 }
@@ -36,7 +36,7 @@ impl KvmHart {
         Self { id, vcpu, errno: libc::EINTR, deadlines, is_bound: false }
     }
 
-    /// What the page says after a KVM_RUN that succeeded.
+    /// The exit in the page after a successful KVM_RUN.
     #[inline]
     fn page(&mut self) -> Exit<'_> {
         // SAFETY: this is the hart that runs the vCPU, it is not running, and the borrow of `self` in the result keeps it
@@ -45,7 +45,7 @@ impl KvmHart {
         decode(reason, body)
     }
 
-    /// What a KVM_RUN that failed with `errno` means; nothing is left to be completed. Out of the way of the others.
+    /// The exit for a KVM_RUN that failed with `errno`; no instruction is left to be completed. Kept out of the hot path.
     #[cold]
     #[inline(never)]
     fn failed(&mut self, mut errno: i32) -> Exit<'_> {
@@ -59,8 +59,8 @@ impl KvmHart {
                 },
                 libc::EINTR => {
                     self.errno = libc::EINTR;
-                    // A kick between here and the store needs no second look: what it announces is visible already, and
-                    // the loop looks after this return.
+                    // The store may erase a kick. That is no loss: what the kick announces is already visible, and the run
+                    // loop checks for it after this return.
                     self.vcpu.immediate_exit().store(0, Relaxed);
                     return Exit::Interrupted;
                 }
@@ -114,8 +114,8 @@ impl Hart for KvmHart {
 
     fn settle(&mut self) -> io::Result<()> {
         self.complete()?;
-        // Whoever settles may be away for long. Linux 7.1 and 7.2 load nothing of a hart that comes back to the CPU where it was last,
-        // though the CPU may have been off meanwhile; they do where a CSR was written.
+        // The next entry may be much later. Linux 7.1 and 7.2 load no state of a hart that returns to the CPU that ran it last, though
+        // the CPU may have been powered down meanwhile; they do where a CSR was written.
         let scratch = self.vcpu.reg(regs::SSCRATCH)?;
         self.vcpu.set_reg(regs::SSCRATCH, scratch)
     }
@@ -130,7 +130,7 @@ impl Hart for KvmHart {
     }
 
     fn get(&self, reg: Reg) -> io::Result<u64> {
-        match self.place(reg)? {
+        match self.reg_id(reg)? {
             Some(id) => self.vcpu.reg(id),
             None if reg == Reg::X(0) => Ok(0),
             None => Err(io::ErrorKind::InvalidInput.into()),
@@ -138,7 +138,7 @@ impl Hart for KvmHart {
     }
 
     fn set(&mut self, reg: Reg, value: u64) -> io::Result<()> {
-        match self.place(reg)? {
+        match self.reg_id(reg)? {
             Some(id) => self.vcpu.set_reg(id, value),
             None if reg == Reg::X(0) => Ok(()),
             None => Err(io::ErrorKind::InvalidInput.into()),
@@ -147,14 +147,14 @@ impl Hart for KvmHart {
 }
 
 impl KvmHart {
-    /// Completes the last exit, if that is still to be done.
+    /// Completes the instruction of the last exit, if that is still to be done.
     fn complete(&mut self) -> io::Result<()> {
         // SAFETY: this is the hart that runs the vCPU, and it is not running.
         if !is_open(unsafe { self.vcpu.exit_reason() }) {
             return Ok(());
         }
         let flag = self.vcpu.immediate_exit();
-        // Either of the two exchanges fails where a kick has set the flag; then the flag stays for the next `enter`.
+        // Either of the two exchanges fails where a kick has set the flag, which then stays set for the next `enter`.
         let _ = flag.compare_exchange(0, SETTLING, Relaxed, Relaxed);
         let ran = self.vcpu.run();
         let _ = flag.compare_exchange(SETTLING, 0, Relaxed, Relaxed);
@@ -163,13 +163,13 @@ impl KvmHart {
         match ran {
             Err(libc::EINTR) => Ok(()),
             Err(errno) => Err(io::Error::from_raw_os_error(errno)),
-            Ok(()) => Err(io::Error::other("KVM_RUN ran the guest in spite of immediate_exit")),
+            Ok(()) => Err(io::Error::other("KVM_RUN ran the guest despite immediate_exit")),
         }
     }
 
-    /// The id of a register. Without an AIA the kernel takes any value for the AIA's CSRs, says that all is well, and keeps nothing
-    /// (6.12): so the vCPU is asked whether it has the extension.
-    fn place(&self, reg: Reg) -> io::Result<Option<u64>> {
+    /// The id of a register. Without an AIA the kernel (6.12) accepts any value for the AIA's CSRs, reports success and keeps nothing:
+    /// so the extension is checked first.
+    fn reg_id(&self, reg: Reg) -> io::Result<Option<u64>> {
         let is_aia = matches!(reg, Reg::Csr(Csr::Siselect | Csr::Hviprio1 | Csr::Hviprio2));
         if is_aia && self.vcpu.reg(regs::SSAIA)? == 0 {
             return Err(io::ErrorKind::NotFound.into());
@@ -184,7 +184,7 @@ impl Drop for KvmHart {
         if !self.is_bound {
             return;
         }
-        // Neither a kick that came just before nor an exit that nobody answers keeps KVM_RUN from loading the vCPU.
+        // Neither an earlier kick nor an unanswered exit may keep KVM_RUN from loading the vCPU.
         self.vcpu.immediate_exit().store(0, Relaxed);
         self.abandon();
         self.deadlines.leave(&self.vcpu);

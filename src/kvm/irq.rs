@@ -1,12 +1,12 @@
-//! Interrupt lines that end in the kernel: a wired source of its APLIC, or the external interrupt of a vCPU.
+//! Interrupt lines into the kernel: a wired source of its APLIC, or the external interrupt of a vCPU.
 //!
-//! The in-kernel APLIC (up to Linux 7.3) differs from the specification (AIA 4.7) in one thing that cannot be made up
-//! for from outside: a level that rises while its source is still inactive does not become pending when the guest
-//! configures the source. Drivers configure first and let the device interrupt afterwards, so they do not meet it.
+//! The in-kernel APLIC (up to Linux 7.3) differs from the specification (AIA 4.7) in one point that cannot be corrected
+//! from outside: a level that rises while its source is still inactive does not become pending when the guest
+//! configures the source. Drivers configure the source first and enable the device's interrupts afterwards, so they are not affected.
 //!
-//! A source may also be raised by an eventfd (KVM_IRQFD). In Linux 6.12 that is a rise without a fall (the fast way, which it takes, raises
-//! only; the slow way sends a pulse). So whoever answers for the line lowers it, and the kernel is told of every fall, since the line may
-//! have risen unseen.
+//! A source may also be raised by an eventfd (KVM_IRQFD). In Linux 6.12 that raises the source and never lowers it (the fast path, which is
+//! taken, only raises; the slow path sends a pulse). So the device that owns the line lowers it, and every fall is passed to the kernel,
+//! since the line may have been raised by an event.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,29 +18,29 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::vcpu::Vcpu;
 
-/// Where a line ends.
+/// The kernel's end of a line.
 enum End {
-    /// At a wired source of the in-kernel APLIC (KVM_IRQ_LINE).
+    /// A wired source of the in-kernel APLIC (KVM_IRQ_LINE).
     Source(Arc<VmFd>, u32),
-    /// At the VSEIP of a hart (KVM_INTERRUPT); the number is its id.
+    /// VSEIP of a hart (KVM_INTERRUPT); the number is the hart's id.
     External(Arc<Vcpu>, u32),
 }
 
-/// A line into the kernel, which is told of changes only, or of every fall where others raise the line, too.
+/// A line into the kernel. Only changes are passed on, and every fall where eventfds raise the line, too.
 pub(super) struct KernelLine {
     end: End,
-    /// Held over the system call: two threads that change the level are never told to the kernel in another order than
-    /// the one in which they changed it. The call neither blocks nor calls back.
+    /// Held during the system call, so that the kernel sees changes by several threads in their order. The call neither
+    /// blocks nor calls back.
     high: Mutex<bool>,
-    /// Whether eventfds may raise it.
+    /// True if eventfds may raise it.
     may_share: bool,
-    /// Whether some do.
+    /// True if an eventfd does.
     is_shared: AtomicBool,
-    complained: AtomicBool,
+    has_warned: AtomicBool,
 }
 
 impl KernelLine {
-    /// The line into source `number` of the in-kernel APLIC; `may_share` where eventfds may raise it.
+    /// The line into source `number` of the in-kernel APLIC; with `may_share` eventfds may raise it.
     pub(super) fn source(vm: &Arc<VmFd>, number: u32, may_share: bool) -> Self {
         Self { may_share, ..Self::new(End::Source(Arc::clone(vm), number)) }
     }
@@ -56,11 +56,11 @@ impl KernelLine {
             high: Mutex::new(false),
             may_share: false,
             is_shared: AtomicBool::new(false),
-            complained: AtomicBool::new(false),
+            has_warned: AtomicBool::new(false),
         }
     }
 
-    fn tell(&self, high: bool) -> io::Result<()> {
+    fn send(&self, high: bool) -> io::Result<()> {
         match &self.end {
             End::Source(vm, number) => vm.set_irq_line(*number, high).map_err(io::Error::from),
             End::External(vcpu, _) => vcpu.interrupt(high),
@@ -74,9 +74,9 @@ impl IrqLine for KernelLine {
         if *level == high && (high || !self.is_shared.load(Ordering::Relaxed)) {
             return;
         }
-        match self.tell(high) {
+        match self.send(high) {
             Ok(()) => *level = high,
-            Err(error) if self.complained.swap(true, Ordering::Relaxed) => {
+            Err(error) if self.has_warned.swap(true, Ordering::Relaxed) => {
                 log::debug!("KVM refused an interrupt again: {error}");
             }
             Err(error) => match &self.end {
@@ -95,12 +95,12 @@ impl IrqLine for KernelLine {
         if !self.may_share {
             return false;
         }
-        // Before the first event, or a level that it raises would be taken to be low.
+        // Set before the first event, or a level that it raises would be taken to be low.
         let was_shared = self.is_shared.swap(true, Ordering::Relaxed);
         let bound = vm.register_irqfd(event, *number);
         if let Err(error) = &bound {
             self.is_shared.store(was_shared, Ordering::Relaxed);
-            log::debug!("KVM takes no event descriptor for source {number}: {error}");
+            log::debug!("Cannot bind an event descriptor to interrupt source {number}: {error}");
         }
         bound.is_ok()
     }

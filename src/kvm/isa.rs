@@ -1,9 +1,9 @@
-//! What KVM calls the ISA and SBI extensions, under the names that people and device trees use.
+//! KVM's numbers of ISA and SBI extensions, by the names that users and device trees use.
 //!
 //! The numbers are the kernel's ABI (`enum KVM_RISCV_ISA_EXT_ID` and `KVM_RISCV_SBI_EXT_ID` in its `uapi/asm/kvm.h`, as of
-//! Linux 7.3) and never change; the published bindings end earlier. Pure data: compiles and is tested on any machine.
+//! Linux 7.3) and never change; the published bindings lack the latest. Pure data: compiled and tested on every host.
 
-/// ISA extensions by KVM's number: the place in the table is the number.
+/// ISA extensions by KVM's number: the index in the table is the number.
 #[rustfmt::skip]
 pub(super) const ISA_EXTENSIONS: &[&str] = &[
     /*  0 */ "a", "c", "d", "f", "h", "i", "m", "svpbmt", "sstc", "svinval",
@@ -23,8 +23,8 @@ pub(super) const SBI_EXTENSIONS: &[&str] = &[
     /* 10 */ "sta", "susp", "fwft", "mpxy",
 ];
 
-/// What cannot be without an extension, or is a part of it (ISA manual, chapter of each): where the first is switched
-/// off, a device tree that still named the others would contradict itself.
+/// Extensions that depend on another one or are a part of it (ISA manual, chapter of each): where the first is switched
+/// off, a device tree that still names the others would contradict itself.
 #[rustfmt::skip]
 const DEPENDENTS: &[(&str, &[&str])] = &[
     ("a", &["zaamo", "zalrsc"]),
@@ -59,15 +59,15 @@ fn position(table: &[&str], name: &str) -> Option<u64> {
     table.iter().position(|entry| *entry == name).and_then(|at| u64::try_from(at).ok())
 }
 
-/// The names of the ones in `word`, which stands for the extensions from number `first` on (a register of KVM's
-/// `ISA_MULTI_EN`). A number that the table does not have is passed over: the kernel is newer than rvmm.
+/// The names of the extensions whose bits are set in `word`, which covers the numbers from `first` on (a register of KVM's
+/// `ISA_MULTI_EN`). A number that the table does not have is skipped: the kernel is newer than rvmm.
 pub(super) fn names_in(word: u64, first: usize) -> impl Iterator<Item = &'static str> {
     (0..64usize)
         .filter(move |bit| word >> bit & 1 == 1)
         .filter_map(move |bit| ISA_EXTENSIONS.get(first.checked_add(bit)?).copied())
 }
 
-/// All that cannot be without `name`, `name` itself first.
+/// Returns `name` and all extensions that depend on it, `name` first.
 pub(super) fn with_dependents(name: &str) -> Vec<&str> {
     let mut found = vec![name];
     let mut next = 0;
@@ -84,7 +84,7 @@ pub(super) fn with_dependents(name: &str) -> Vec<&str> {
     found
 }
 
-/// Up to five names of `table` that somebody who wrote `name` may have meant, nearest first.
+/// Up to five names of `table` that are similar to `name`, nearest first.
 pub(super) fn near(table: &[&'static str], name: &str) -> Vec<&'static str> {
     let allowed = if name.len() < 4 { 1 } else { 2 };
     let mut found: Vec<(usize, &str)> = table
@@ -98,7 +98,7 @@ pub(super) fn near(table: &[&'static str], name: &str) -> Vec<&'static str> {
     found.into_iter().take(5).map(|(_, entry)| entry).collect()
 }
 
-/// Levenshtein's distance. `a` may be of any length; more than its first 32 bytes are never near anything.
+/// The Levenshtein distance. `a` may have any length; only its first 32 bytes are compared.
 fn distance(a: &str, b: &str) -> usize {
     let b = b.as_bytes();
     let mut row: Vec<usize> = (0..=b.len()).collect();
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn every_name_stands_once_and_in_lower_case() {
+    fn every_name_occurs_once_and_in_lower_case() {
         for table in [ISA_EXTENSIONS, SBI_EXTENSIONS] {
             for (at, name) in table.iter().enumerate() {
                 assert_eq!(position(table, name), u64::try_from(at).ok(), "{name}");
@@ -158,13 +158,13 @@ mod tests {
     }
 
     #[test]
-    fn bits_of_a_newer_kernel_are_passed_over() {
+    fn bits_of_a_newer_kernel_are_skipped() {
         assert_eq!(names_in(u64::MAX, 64).count(), 16);
         assert_eq!(names_in(u64::MAX, 128).count(), 0);
     }
 
     #[test]
-    fn what_needs_vectors_goes_with_them() {
+    fn dependents_are_found_over_several_levels() {
         let gone = with_dependents("f");
         for name in ["f", "d", "v", "zvfh", "zcd"] {
             assert!(gone.contains(&name), "{name}");
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slip_of_the_pen_finds_its_name() {
+    fn a_misspelt_name_finds_the_right_one() {
         assert!(near(ISA_EXTENSIONS, "zicbon").contains(&"zicbom"));
         assert!(near(ISA_EXTENSIONS, "zvk").contains(&"zvkb"));
         assert_eq!(near(SBI_EXTENSIONS, "dcbn"), ["dbcn"]);

@@ -1,7 +1,7 @@
 //! `--isa`, `--sbi` and `--cpu-id` on one vCPU: switched in KVM where KVM can, else hidden from the device tree.
 //!
-//! KVM can switch off few ISA extensions (those that a hardware bit turns off for a guest): the others stay executable,
-//! and leaving them out of the tree is all that anybody can do.
+//! KVM can switch off few ISA extensions (those that a hardware bit turns off for a guest): the others stay executable
+//! and can only be left out of the tree.
 
 use std::io;
 
@@ -14,30 +14,30 @@ use super::vcpu::Vcpu;
 use crate::config::{CpuId, KnobChange};
 use crate::machine::hypervisor::{CpuKnobs, VmError};
 
-/// SBI extensions that KVM leaves off and rvmm answers: the debug console and system suspend.
+/// SBI extensions that are off in KVM by default and that rvmm implements: the debug console and system suspend.
 const SBI_DEFAULTS: &[&str] = &["dbcn", "susp"];
 
-/// The first kernel of which it is known that it checks a guest's PMU calls soundly (`arch/riscv/kvm/vcpu_pmu.c`): before, a call with
-/// numbers that are none reaches past the counters that the guest has.
+/// The first kernel that is known to check the arguments of a guest's PMU calls (`arch/riscv/kvm/vcpu_pmu.c`): in older ones a call
+/// with invalid numbers reaches past the guest's counters.
 const CHECKS_PMU_CALLS: Version = (7, 2);
 
-/// What came of the changes to the ISA. Every name is one of the table's.
+/// The result of the changes to the ISA. Every name is one of the table's.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Applied {
-    /// Off in KVM: an instruction of it is illegal for the guest.
+    /// Off in KVM: their instructions are illegal for the guest.
     pub(super) disabled: Vec<&'static str>,
-    /// Still there, but not to be shown to the guest.
+    /// Still executable, but left out of the device tree.
     pub(super) hidden: Vec<&'static str>,
-    /// SBI extensions that this kernel has and that are off, since a guest could do harm with them.
+    /// SBI extensions of this kernel that are off, since a guest could harm the host with them.
     pub(super) withheld: Vec<&'static str>,
 }
 
-/// Whether an SBI extension is off unless the user asks for it, for the host's sake.
+/// True if an SBI extension is off by default, to protect the host.
 pub(super) fn withholds(name: &str, release: &str) -> bool {
     name == "pmu" && !is_at_least(release, CHECKS_PMU_CALLS)
 }
 
-/// Makes `vcpu` what `knobs` say; before it runs for the first time.
+/// Applies `knobs` to `vcpu`, before it runs for the first time.
 pub(super) fn apply(vcpu: &Vcpu, knobs: &CpuKnobs) -> Result<Applied, VmError> {
     let mut applied = Applied::default();
     for change in &knobs.isa {
@@ -62,7 +62,7 @@ fn switch_off(vcpu: &Vcpu, name: &'static str, applied: &mut Applied) -> Result<
         Ok(0) => return Ok(()),
         Ok(_) => {}
         Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(()),
-        Err(e) => return Err(VmError::io(format!("Cannot ask KVM for ISA extension {name}"), e)),
+        Err(e) => return Err(VmError::io(format!("Cannot read ISA extension {name} from KVM"), e)),
     }
     match vcpu.set_reg(id, 0) {
         Ok(()) => applied.disabled.push(name),
@@ -89,7 +89,7 @@ fn switch_on(vcpu: &Vcpu, name: &'static str, applied: &mut Applied) -> Result<(
                 VmError::new(format!("--isa: this host has no ISA extension {name}"))
             }
             Some(libc::EINVAL) => VmError::new(format!(
-                "--isa: KVM cannot give a guest {name} on this host, though the host has it"
+                "--isa: KVM does not support {name} in guests on this host, though the host has it"
             )),
             _ => VmError::io(format!("Cannot switch on ISA extension {name}"), e),
         }),
@@ -100,7 +100,7 @@ fn apply_sbi(vcpu: &Vcpu, changes: &[KnobChange]) -> Result<(), VmError> {
     for name in SBI_DEFAULTS {
         let absent = |e: &io::Error| e.raw_os_error() == Some(libc::ENOENT);
         match set_sbi(vcpu, name, true) {
-            // Older kernels have none; then the guest's call is answered by the kernel with NOT_SUPPORTED.
+            // Older kernels do not have it: they answer the guest's call with NOT_SUPPORTED.
             Err(e) if !absent(&e) => return Err(sbi_error(name, true, e)),
             _ => {}
         }
@@ -115,7 +115,7 @@ fn apply_sbi(vcpu: &Vcpu, changes: &[KnobChange]) -> Result<(), VmError> {
     Ok(())
 }
 
-/// Switches off what may do harm and nobody has said anything about.
+/// Switches off the extensions that may do harm, unless the user has set them.
 fn withhold(
     vcpu: &Vcpu,
     changes: &[KnobChange],
@@ -176,7 +176,7 @@ fn isa_name(change: &KnobChange) -> Result<&'static str, VmError> {
     let name = known("--isa", "ISA", ISA_EXTENSIONS, &change.name)?;
     match name {
         "h" if change.on => Err(VmError::mistake(
-            "--isa: h is not to be had: KVM on RISC-V does not run hypervisors inside guests",
+            "--isa: h is not available: KVM on RISC-V does not run hypervisors inside guests",
         )),
         "i" if !change.on => {
             Err(VmError::mistake("--isa: i cannot be switched off: every hart has it"))
@@ -187,12 +187,12 @@ fn isa_name(change: &KnobChange) -> Result<&'static str, VmError> {
 
 fn sbi_name(change: &KnobChange) -> Result<&'static str, VmError> {
     if change.name == "base" {
-        return Err(VmError::mistake("--sbi: base is always there"));
+        return Err(VmError::mistake("--sbi: base is always on"));
     }
     known("--sbi", "SBI", SBI_EXTENSIONS, &change.name)
 }
 
-/// The table's own copy of `name`.
+/// Returns the table's entry for `name`.
 fn known(
     flag: &str,
     kind: &str,
@@ -209,7 +209,5 @@ fn known(
     } else {
         format!(" (did you mean {}?)", near.join(", "))
     };
-    Err(VmError::mistake(format!(
-        "{flag}: no {kind} extension that KVM knows is called {shown:?}{hint}"
-    )))
+    Err(VmError::mistake(format!("{flag}: KVM has no {kind} extension {shown:?}{hint}")))
 }

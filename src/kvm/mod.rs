@@ -1,8 +1,9 @@
-//! KVM on RISC-V, behind the traits `Vm` and `Hart`: the only room with ioctls.
+//! KVM on RISC-V, behind the traits `Vm` and `Hart`: the only module with ioctls of KVM.
 //!
-//! [`open`] is the door. `vm` makes memory, harts, irqchip and lines; `identities` counts the interrupts that an IMSIC can tell apart; `hart` runs one vCPU and `exit` says why it came
-//! back; `clock` tells the time and `stats` what KVM counts; `kick` gets it out of the guest; `deadline` takes back what its timer leaves in the host's CPUs; `knobs` shapes the ISA; `isa` and `regs` are the kernel's numbers; `probe` asks
-//! for a [`report`] of what the host can do.
+//! [`open`] is the entry point. `vm` creates memory, harts, irqchip and lines; `identities` counts the interrupt identities of an
+//! IMSIC; `hart` runs one vCPU, `exit` decodes its exits and `kick` gets it out of the guest; `clock` reads the time and `stats` KVM's
+//! counters; `deadline` clears what a timer leaves in the host's CPUs; `knobs` applies ISA and SBI settings; `isa` and `regs` are the
+//! kernel's numbers; `probe` makes a [`report`] of the host's capabilities.
 
 mod aia;
 mod clock;
@@ -34,7 +35,7 @@ pub use probe::probe;
 
 use crate::machine::hypervisor::{Hypervisor, Vm, VmError};
 
-/// The kernel's virtualization, opened.
+/// An open /dev/kvm.
 #[derive(Debug)]
 pub struct Kvm {
     fd: kvm_ioctls::Kvm,
@@ -43,8 +44,8 @@ pub struct Kvm {
 /// Opens /dev/kvm.
 ///
 /// # Errors
-/// One line that says what is missing and what to do: the module, the permission, the hypervisor extension, or a kernel
-/// that speaks another version of the interface.
+/// One line with the cause and the remedy: the module, the permission or the hypervisor extension is missing, or the kernel has
+/// another API version.
 pub fn open() -> Result<Kvm, VmError> {
     let fd = kvm_ioctls::Kvm::new().map_err(|e| refusal::of_open(e.into()))?;
     let version = fd.get_api_version();
@@ -58,7 +59,7 @@ impl Kvm {
     fn new_vm(&self) -> Result<vm::KvmVm, VmError> {
         let fd = self.fd.create_vm();
         fd.map(vm::KvmVm::new)
-            .map_err(|e| VmError::io("Cannot make a virtual machine", io::Error::from(e)))
+            .map_err(|e| VmError::io("Cannot create a virtual machine", io::Error::from(e)))
     }
 }
 

@@ -1,4 +1,4 @@
-//! `rvmm doctor`'s questions to KVM, asked through machines that are thrown away.
+//! Reads KVM's capabilities for `rvmm doctor`, with throwaway VMs.
 
 use std::sync::Arc;
 
@@ -18,30 +18,30 @@ use super::{Kvm, aia, identities, open, regs};
 use crate::machine::hypervisor::{Vm, VmError};
 use crate::vcpu::exit::Exit;
 
-/// Where the page of [`v01_calls_leave`] lies.
+/// The guest-physical address of the page of [`v01_calls_exit`].
 const CODE: u64 = 0x8000_0000;
 
-/// Asks KVM what it can do.
+/// Reads KVM's capabilities.
 ///
 /// # Errors
-/// As [`open`]; or this host gives no machine with one hart.
+/// As [`open`]; or no VM with one hart can be created on this host.
 pub fn probe() -> Result<HostReport, VmError> {
     let kvm = open()?;
     let vm = kvm.new_vm()?;
     let vcpu = vm.make_vcpu(0)?;
     let fd = vm.fd();
-    let asked = |what: &str, id| {
-        vcpu.reg(id).map_err(|e| VmError::io(format!("Cannot ask KVM for {what}"), e))
+    let read = |what: &str, id| {
+        vcpu.reg(id).map_err(|e| VmError::io(format!("Cannot read {what} from KVM"), e))
     };
-    let sbi_v01 = v01_calls_leave(&kvm);
+    let sbi_v01 = v01_calls_exit(&kvm);
     Ok(HostReport {
         max_vcpus: vm.max_harts(),
         recommended_vcpus: cap(fd, KVM_CAP_NR_VCPUS).unwrap_or(1),
         address_bits: cap(fd, KVM_CAP_VM_GPA_BITS),
         memory_slots: cap(fd, KVM_CAP_NR_MEMSLOTS),
         isa: shown(&vcpu, None)?.into_iter().map(String::from).collect(),
-        satp_mode: asked("the MMU mode", regs::SATP_MODE)?,
-        timebase_hz: asked("the timebase", regs::TIMEBASE)?,
+        satp_mode: read("the MMU mode", regs::SATP_MODE)?,
+        timebase_hz: read("the timebase", regs::TIMEBASE)?,
         sbi: sbi(&vcpu, sbi_v01),
         sbi_v01,
         guest_debug: cap(fd, KVM_CAP_SET_GUEST_DEBUG).is_some(),
@@ -51,7 +51,7 @@ pub fn probe() -> Result<HostReport, VmError> {
     })
 }
 
-/// What a capability says, if it is there.
+/// The value of a capability; `None` where the kernel does not have it.
 fn cap(fd: &VmFd, number: u32) -> Option<u32> {
     u32::try_from(fd.check_extension_raw(number.into())).ok().filter(|value| *value > 0)
 }
@@ -69,7 +69,7 @@ fn sbi(vcpu: &Vcpu, v01: Option<bool>) -> Vec<SbiOffer> {
     let state = |number, name| match vcpu.reg(regs::sbi_extension(number)) {
         Ok(0) => SbiState::Off,
         Ok(_) if withholds(name, &release) => SbiState::Withheld,
-        // Kernels without it list it all the same.
+        // Kernels without it list it nevertheless.
         Ok(_) if name == "v01" && v01 == Some(false) => SbiState::Absent,
         Ok(_) => SbiState::On,
         Err(_) => SbiState::Absent,
@@ -82,15 +82,15 @@ fn sbi(vcpu: &Vcpu, v01: Option<bool>) -> Vec<SbiOffer> {
 #[repr(C, align(4096))]
 struct Page([u32; 1024]);
 
-/// Whether a call of SBI 0.1 leaves the guest: makes one, and one that always does behind it.
-fn v01_calls_leave(kvm: &Kvm) -> Option<bool> {
+/// True if a call of SBI 0.1 exits to user space: a guest makes one, and then one that always does.
+fn v01_calls_exit(kvm: &Kvm) -> Option<bool> {
     const PUTCHAR: u64 = 1;
     let mut page = Box::new(Page([0; 1024]));
     // li a7, 1; ecall; lui a7, 0x9000 (the first vendor extension); ecall
     for (word, instruction) in page.0.iter_mut().zip([0x0010_0893, 0x73, 0x0900_08b7, 0x73]) {
         *word = instruction;
     }
-    // Declared behind the page, so dropped before it: the kernel is done with it first.
+    // Declared after the page, so dropped before it: the kernel must not use the page any more.
     let vm = kvm.new_vm().ok()?;
     let host = std::ptr::from_ref(page.as_ref()) as u64;
     vm.map_memory(0, CODE, host, size_of::<Page>() as u64).ok()?;

@@ -1,4 +1,4 @@
-//! Why there is no KVM here, and what to do about it, in one line each.
+//! Errors of opening /dev/kvm, with cause and remedy in one line each.
 
 use std::fs;
 use std::io;
@@ -6,25 +6,25 @@ use std::io;
 use crate::host::node::{KVM, Place};
 use crate::machine::hypervisor::VmError;
 
-/// The refusal to open /dev/kvm.
+/// The error of a failed open of /dev/kvm.
 pub(super) fn of_open(error: io::Error) -> VmError {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").ok();
-    let what = open_sentence(error.kind(), cpuinfo.as_deref(), Place::here());
+    let what = open_message(error.kind(), cpuinfo.as_deref(), Place::here());
     match error.kind() {
-        // The sentence says it already.
+        // The message says it already.
         io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => VmError::new(what),
         _ => VmError::io(what, error),
     }
 }
 
-/// The refusal of a kernel whose KVM_GET_API_VERSION is not 12.
+/// The error for a kernel whose KVM_GET_API_VERSION is not 12.
 pub(super) fn of_version(version: i32) -> VmError {
     VmError::new(format!(
-        "/dev/kvm speaks version {version} of its interface, and rvmm needs 12: is it the kernel's own?"
+        "/dev/kvm has API version {version}, and rvmm needs 12: is it the kernel's own device?"
     ))
 }
 
-fn open_sentence(kind: io::ErrorKind, cpuinfo: Option<&str>, place: Place) -> String {
+fn open_message(kind: io::ErrorKind, cpuinfo: Option<&str>, place: Place) -> String {
     let why = match (kind, place) {
         (io::ErrorKind::NotFound, _)
             if cpuinfo.and_then(has_hypervisor_extension) == Some(false) =>
@@ -35,7 +35,7 @@ fn open_sentence(kind: io::ErrorKind, cpuinfo: Option<&str>, place: Place) -> St
             format!("the kernel module is not loaded ({})", KVM.remedy_for_absence(place))
         }
         (io::ErrorKind::NotFound, Place::Container) => {
-            format!("there is none here ({})", KVM.remedy_for_absence(place))
+            format!("it does not exist here ({})", KVM.remedy_for_absence(place))
         }
         (io::ErrorKind::PermissionDenied, _) => {
             format!("permission denied ({})", KVM.remedy_for_denial(place))
@@ -45,7 +45,7 @@ fn open_sentence(kind: io::ErrorKind, cpuinfo: Option<&str>, place: Place) -> St
     format!("Cannot open /dev/kvm: {why}")
 }
 
-/// Whether the first `isa` line of /proc/cpuinfo has `h`; `None` where there is no such line.
+/// True if the first `isa` line of /proc/cpuinfo has `h`; `None` where there is no such line.
 pub(super) fn has_hypervisor_extension(cpuinfo: &str) -> Option<bool> {
     let isa = cpuinfo.lines().find_map(|line| {
         let (key, value) = line.split_once(':')?;
@@ -72,7 +72,7 @@ mod tests {
     #[test]
     fn each_refusal_says_what_to_do() {
         let missing = io::ErrorKind::NotFound;
-        let here = |kind, cpuinfo| open_sentence(kind, cpuinfo, Place::Machine);
+        let here = |kind, cpuinfo| open_message(kind, cpuinfo, Place::Machine);
         assert!(here(missing, Some(WITH_H)).contains("modprobe kvm"));
         assert!(here(missing, None).contains("modprobe kvm"));
         assert!(here(missing, Some("isa : rv64imac\n")).contains("(H)"));
@@ -84,12 +84,12 @@ mod tests {
     #[test]
     fn in_a_container_the_device_has_to_be_given_to_it() {
         for kind in [io::ErrorKind::NotFound, io::ErrorKind::PermissionDenied] {
-            let said = open_sentence(kind, Some(WITH_H), Place::Container);
+            let said = open_message(kind, Some(WITH_H), Place::Container);
             assert!(said.contains("start it with --device /dev/kvm"), "{said}");
             assert!(!said.contains("modprobe") && !said.contains("usermod"), "{said}");
         }
         let said =
-            open_sentence(io::ErrorKind::NotFound, Some("isa : rv64imac\n"), Place::Container);
+            open_message(io::ErrorKind::NotFound, Some("isa : rv64imac\n"), Place::Container);
         assert!(said.contains("(H)"), "{said}");
     }
 }

@@ -1,7 +1,7 @@
-//! KVM_GET_ONE_REG and KVM_SET_ONE_REG: how a register of a vCPU is numbered.
+//! Register ids for KVM_GET_ONE_REG and KVM_SET_ONE_REG.
 //!
 //! An id is `RISCV | size | type | subtype | index` (kernel, `Documentation/virt/kvm/api.rst` 4.68). Pure arithmetic:
-//! compiles and is tested on any machine.
+//! compiled and tested on every host.
 
 use crate::vcpu::hart::{Csr, Reg};
 
@@ -18,26 +18,26 @@ const FP_D: u64 = 0x06 << 24;
 const ISA: u64 = 0x07 << 24;
 const SBI: u64 = 0x08 << 24;
 
-/// Subtype of a CSR of Ssaia. Those behind the third are for harts of 32 bits.
+/// Subtype of the CSRs of Ssaia. Those after the third are for RV32.
 const CSR_AIA: u64 = 1 << 16;
-/// Subtype of a CSR of Smstateen.
+/// Subtype of the CSRs of Smstateen.
 const CSR_SMSTATEEN: u64 = 2 << 16;
-/// Subtype of a word of 64 extensions, one bit each.
+/// Subtype of the words of 64 extensions, one bit each.
 const MULTI_ENABLED: u64 = 1 << 16;
 
-/// Place of the privilege mode among the core registers.
+/// Index of the privilege mode among the core registers.
 const CORE_MODE: u64 = 32;
 
-/// Place of the guest's `time` among the timer's registers.
+/// Index of the guest's `time` among the timer's registers.
 const TIMER_TIME: u64 = 1;
 
 /// The deadline of the guest's timer; all ones where it is not set.
 pub(super) const TIMER_COMPARE: u64 = id(TIMER, 2);
 
-/// Writing 1 has the kernel wait for the deadline, on hosts without Sstc.
+/// State of the guest's timer: writing 1 starts the kernel's timer for the deadline, on hosts without Sstc.
 pub(super) const TIMER_STATE: u64 = id(TIMER, 3);
 
-/// Place of `fcsr` behind `f0` to `f31`; the only register here of 32 bits.
+/// Index of `fcsr`, after `f0` to `f31`; the only 32-bit register here.
 const FP_FCSR: u64 = 32;
 
 const fn id(class: u64, index: u64) -> u64 {
@@ -65,28 +65,28 @@ pub(super) const SSCRATCH: u64 = id(CSR, 3);
 /// Ticks of `time` per second.
 pub(super) const TIMEBASE: u64 = id(TIMER, 0);
 
-/// Whether ISA extension `number` is on: 0 or 1.
+/// State of ISA extension `number`: 1 if it is on, else 0.
 pub(super) const fn isa_extension(number: u64) -> u64 {
     id(ISA, number)
 }
 
-/// Whether the vCPU has Ssaia: 0 or 1 (`KVM_RISCV_ISA_EXT_SSAIA`).
+/// State of Ssaia (`KVM_RISCV_ISA_EXT_SSAIA`).
 pub(super) const SSAIA: u64 = isa_extension(14);
 
-/// Whether the vCPU has Sstc: 0 or 1 (`KVM_RISCV_ISA_EXT_SSTC`).
+/// State of Sstc (`KVM_RISCV_ISA_EXT_SSTC`).
 pub(super) const SSTC: u64 = isa_extension(8);
 
-/// The extensions from number `64 * word` on that are on, one bit each.
+/// States of the 64 extensions from number `64 * word` on, one bit each.
 pub(super) const fn isa_word(word: u64) -> u64 {
     id(ISA, MULTI_ENABLED | word)
 }
 
-/// Whether SBI extension `number` is on: 0 or 1.
+/// State of SBI extension `number`: 1 if it is on, else 0.
 pub(super) const fn sbi_extension(number: u64) -> u64 {
     id(SBI, number)
 }
 
-/// The id of a guest's register; `None` for `x0`, which has none, and for a number above 31.
+/// Id of a guest register; `None` for `x0`, which has none, and for a number above 31.
 pub(super) const fn guest(reg: Reg) -> Option<u64> {
     match reg {
         Reg::Pc => Some(PC),

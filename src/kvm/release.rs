@@ -1,4 +1,4 @@
-//! Releases of Linux. What a kernel can be asked, it is asked; this is for faults that only show when it is too late.
+//! Linux releases: for bugs of kernels that cannot be detected in time in any other way.
 
 /// A kernel's version: major, minor.
 pub(crate) type Version = (u32, u32);
@@ -9,7 +9,7 @@ pub(crate) fn version(release: &str) -> Option<Version> {
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
-/// Whether a release is known to be that of `version` or of a newer one.
+/// True if a release is known to be of `version` or newer.
 pub(crate) fn is_at_least(release: &str, version: Version) -> bool {
     self::version(release).is_some_and(|found| found >= version)
 }
@@ -29,7 +29,7 @@ mod tests {
     }
 
     #[test]
-    fn a_release_without_a_version_is_as_old_as_can_be() {
+    fn a_release_without_a_version_counts_as_the_oldest() {
         assert!(is_at_least("7.2.13+deb14-riscv64", (7, 2)) && is_at_least("10.0", (7, 2)));
         assert!(!is_at_least("7.1.9", (7, 2)) && !is_at_least("next-20261122", (0, 1)));
     }

@@ -1,5 +1,5 @@
-//! What KVM counts of a vCPU by itself (kernel, `Documentation/virt/kvm/api.rst` 4.135, KVM_GET_STATS_FD): it costs the guest
-//! nothing that rvmm reads it. Histograms are left out: a table of numbers has no room for them.
+//! KVM's own counters of a vCPU (kernel, `Documentation/virt/kvm/api.rst` 4.135, KVM_GET_STATS_FD): reading them costs the guest
+//! nothing. Histograms are left out: they do not fit into a table of numbers.
 
 use std::fs::File;
 use std::io;
@@ -8,12 +8,12 @@ use std::os::unix::fs::FileExt;
 use crate::machine::hypervisor::Counters;
 use crate::vcpu::restarts::Exits;
 
-/// The most bytes of such a file that are read. Kernels have some 4 KiB.
-const MOST: usize = 256 << 10;
+/// Maximum number of bytes that are read of such a file. Kernels have some 4 KiB.
+const MAX_FILE: usize = 256 << 10;
 
-/// Bytes of the head of the file, and of a description without its name.
-const HEAD: usize = 24;
-const DESCRIPTION: usize = 16;
+/// Bytes of the file's header, and of a descriptor without its name.
+const HEADER: usize = 24;
+const DESCRIPTOR: usize = 16;
 
 /// The counters of one vCPU.
 pub(super) struct HartCounters {
@@ -28,9 +28,9 @@ impl HartCounters {
 }
 
 impl HartCounters {
-    /// The whole file.
-    fn whole(&self) -> io::Result<Vec<u8>> {
-        let mut bytes = vec![0; MOST];
+    /// Reads all of the file.
+    fn read_file(&self) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; MAX_FILE];
         let mut have = 0;
         while let Some(rest) = bytes.get_mut(have..).filter(|rest| !rest.is_empty()) {
             match self.file.read_at(rest, have as u64)? {
@@ -49,62 +49,62 @@ impl Counters for HartCounters {
     }
 
     fn read(&self) -> io::Result<Vec<(String, u64)>> {
-        parse(&self.whole()?).ok_or_else(senseless)
+        parse(&self.read_file()?).ok_or_else(malformed)
     }
 
     fn exits(&self) -> io::Result<Box<dyn Exits>> {
-        let places = places(&self.whole()?).ok_or_else(senseless)?;
-        let exits = places.into_iter().find(|(name, _)| name == "exits");
-        let (_, place) = exits.ok_or_else(|| io::Error::other("KVM does not count exits"))?;
-        Ok(Box::new(ExitCounter { file: self.file.try_clone()?, place: place as u64 }))
+        let offsets = offsets(&self.read_file()?).ok_or_else(malformed)?;
+        let exits = offsets.into_iter().find(|(name, _)| name == "exits");
+        let (_, offset) = exits.ok_or_else(|| io::Error::other("KVM does not count exits"))?;
+        Ok(Box::new(ExitCounter { file: self.file.try_clone()?, offset: offset as u64 }))
     }
 }
 
-/// The counter of all exits of a vCPU, which is read without the rest.
+/// The exit counter of a vCPU, read without the others.
 struct ExitCounter {
     file: File,
-    place: u64,
+    offset: u64,
 }
 
 impl Exits for ExitCounter {
     fn count(&self) -> io::Result<u64> {
         let mut value = [0; 8];
-        self.file.read_exact_at(&mut value, self.place)?;
+        self.file.read_exact_at(&mut value, self.offset)?;
         Ok(u64::from_le_bytes(value))
     }
 }
 
-fn senseless() -> io::Error {
-    io::Error::other("KVM's counters make no sense")
+fn malformed() -> io::Error {
+    io::Error::other("KVM's counters are malformed")
 }
 
-/// The single counters in the file, by name and in its order.
+/// The scalar counters in the file, by name and in the file's order.
 fn parse(bytes: &[u8]) -> Option<Vec<(String, u64)>> {
     let value = |(name, at): (String, usize)| {
         let value = bytes.get(at..at.checked_add(8)?)?;
         Some((name, u64::from_le_bytes(value.try_into().ok()?)))
     };
-    places(bytes)?.into_iter().map(value).collect()
+    offsets(bytes)?.into_iter().map(value).collect()
 }
 
-/// Where the values of the single counters are in the file.
-fn places(bytes: &[u8]) -> Option<Vec<(String, usize)>> {
+/// The file offsets of the scalar counters, by name.
+fn offsets(bytes: &[u8]) -> Option<Vec<(String, usize)>> {
     let word = |at: usize| {
         let bytes = bytes.get(at..at.checked_add(4)?)?;
         usize::try_from(u32::from_le_bytes(bytes.try_into().ok()?)).ok()
     };
-    let (name_size, count, descriptions, data) = (word(4)?, word(8)?, word(16)?, word(20)?);
-    let stride = DESCRIPTION.checked_add(name_size)?;
-    if bytes.len() < HEAD || count > MOST / DESCRIPTION {
+    let (name_size, count, descriptors, data) = (word(4)?, word(8)?, word(16)?, word(20)?);
+    let stride = DESCRIPTOR.checked_add(name_size)?;
+    if bytes.len() < HEADER || count > MAX_FILE / DESCRIPTOR {
         return None;
     }
     let mut counters = Vec::new();
     for index in 0..count {
-        let at = descriptions.checked_add(index.checked_mul(stride)?)?;
+        let at = descriptors.checked_add(index.checked_mul(stride)?)?;
         let flags = word(at)?;
         let size = word(at.checked_add(4)?)? >> 16;
         let offset = word(at.checked_add(8)?)?;
-        let name = bytes.get(at.checked_add(DESCRIPTION)?..at.checked_add(stride)?)?;
+        let name = bytes.get(at.checked_add(DESCRIPTOR)?..at.checked_add(stride)?)?;
         let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
         let value = data.checked_add(offset)?;
         bytes.get(value..value.checked_add(8)?)?;
@@ -141,18 +141,18 @@ mod tests {
     }
 
     #[test]
-    fn single_counters_are_read_by_name_and_histograms_are_not() {
+    fn scalar_counters_are_read_by_name_and_histograms_are_not() {
         let bytes = file(&[(0, 1, 0, "exits"), (4, 8, 8, "halt_hist"), (1, 1, 72, "blocking")]);
         assert_eq!(parse(&bytes), Some(vec![("exits".into(), 100), ("blocking".into(), 109)]));
         let data = bytes.len() - 80;
         assert_eq!(
-            places(&bytes),
+            offsets(&bytes),
             Some(vec![("exits".into(), data), ("blocking".into(), data + 72)])
         );
     }
 
     #[test]
-    fn a_file_that_makes_no_sense_is_none() {
+    fn a_malformed_file_is_refused() {
         let bytes = file(&[(0, 1, 0, "exits")]);
         for length in 0..bytes.len() - 80 {
             assert_eq!(parse(&bytes[..length]), None, "{length}");

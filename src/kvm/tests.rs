@@ -1,4 +1,4 @@
-//! The room against a real KVM: a page of hand-assembled instructions per promise.
+//! Tests on a real KVM: each runs a page of hand-assembled instructions.
 
 mod aia;
 mod asm;
@@ -16,11 +16,11 @@ use crate::machine::hypervisor::{CpuKnobs, Hypervisor, Vm};
 use crate::vcpu::exit::{Exit, SbiCall};
 use crate::vcpu::hart::{Hart, Reg};
 
-/// Where the guests' memory and code begin.
+/// The start of the guests' memory and code.
 const BASE: u64 = 0x8000_0000;
-/// Where no memory is.
+/// An address without memory.
 const HOLE: u64 = 0x1000_0000;
-/// An SBI extension of the vendor range, which the kernel leaves to us.
+/// An SBI extension of the vendor range, which the kernel passes to user space.
 const VENDOR: u64 = 0x0900_0000;
 
 /// A VM with 64 KiB of memory; the memory outlives the VM.
@@ -40,7 +40,7 @@ impl Guest {
         Self { vm, memory }
     }
 
-    /// A vCPU of a VM of its own, as the room itself sees it.
+    /// A vCPU of a VM of its own, without the traits.
     fn raw_vcpu(&self) -> Vcpu {
         let host = self.memory.get_host_address(GuestAddress(BASE)).unwrap() as u64;
         let vm = open().unwrap().new_vm().unwrap();
@@ -61,7 +61,7 @@ impl Guest {
     }
 }
 
-/// Runs until the guest calls, answers with `ret`, and gives extension and arguments.
+/// Runs until the guest makes an SBI call, answers it with `answer`, and returns extension and arguments.
 fn called(hart: &mut dyn Hart, answer: [u64; 2]) -> (u64, [u64; 6]) {
     loop {
         match hart.enter().unwrap() {

@@ -23,16 +23,16 @@ const KVM_RUN: u64 = ioctl_expr(_IOC_NONE, KVMIO, 0x80, 0);
 /// Its argument is a `kvm_interrupt`, which is one `u32`.
 const KVM_INTERRUPT: u64 = ioctl_expr(_IOC_WRITE, KVMIO, 0x86, u32::BITS / 8);
 
-/// Its argument is a `kvm_guest_debug`: two words of 32 bits, nothing of the architecture's.
+/// Its argument is a `kvm_guest_debug`: two 32-bit words, without an architecture-specific part.
 const KVM_SET_GUEST_DEBUG: u64 = ioctl_expr(_IOC_WRITE, KVMIO, 0x9b, u64::BITS / 8);
 
-/// Its argument is a `kvm_signal_mask`: 4 bytes that say how long the set is, and the set behind them.
+/// Its argument is a `kvm_signal_mask`: 4 bytes with the length of the set, followed by the set.
 const KVM_SET_SIGNAL_MASK: u64 = ioctl_expr(_IOC_WRITE, KVMIO, 0x8b, u32::BITS / 8);
 
-/// The kernel's signals, one bit each.
+/// Number of the kernel's signals, one bit each.
 const SIGNALS: libc::c_int = u64::BITS.cast_signed();
 
-/// Gives a descriptor of the counters.
+/// Returns a descriptor of the counters.
 const KVM_GET_STATS_FD: u64 = ioctl_expr(_IOC_NONE, KVMIO, 0xce, 0);
 
 /// Level of the external interrupt: high. The kernel's header has -1.
@@ -41,19 +41,19 @@ const INTERRUPT_SET: u32 = u32::MAX;
 const INTERRUPT_UNSET: u32 = u32::MAX - 1;
 
 /// A vCPU. Shared by the hart that runs it, the thread that the hart is bound to and its external interrupt line;
-/// running it and touching the page are the hart's alone.
+/// only the hart runs it and accesses the page.
 pub(super) struct Vcpu {
     /// Points into the mapping that `fd` owns.
     page: NonNull<kvm_run>,
     raw: RawFd,
     fd: VcpuFd,
-    /// The level of the external interrupt that was asked for last. Held over the system call: the kernel never hears of two levels in
-    /// another order.
+    /// The last requested level of the external interrupt. Held during the system call, so that the kernel sees levels in the order of
+    /// the requests.
     external: Mutex<bool>,
 }
 
-// SAFETY: `page` points into a mapping that lives as long as `fd` and belongs to the process, not to a thread. The methods
-// that reach it say who may call them.
+// SAFETY: `page` points into a mapping that exists as long as `fd` and belongs to the process, not to a thread. The methods
+// that access it state their callers' obligations.
 unsafe impl Send for Vcpu {}
 // SAFETY: as above; `VcpuFd` is `Sync` itself.
 unsafe impl Sync for Vcpu {}
@@ -70,14 +70,14 @@ impl Vcpu {
 
     /// Runs the vCPU until there is an exit in the page, or fails with an errno.
     ///
-    /// The system call is made here and not by the C library, whose way to it (a variable number of arguments, a guarded
-    /// stack, `errno`) is a third of all instructions that rvmm spends on an exit before a device sees it.
+    /// The system call is made here and not by the C library, whose wrapper (a variable number of arguments, a guarded
+    /// stack, `errno`) takes a third of all instructions that rvmm spends on an exit before it reaches a device.
     #[inline]
     pub(super) fn run(&self) -> Result<(), i32> {
         let answer: i64;
-        // SAFETY: ioctl(fd, KVM_RUN, 0) on a vCPU descriptor that this owns. The kernel lets one thread in at a time, and
-        // writes only guest memory and the shared page. A system call leaves the stack and all registers but a0 and the
-        // vector ones alone, and those of a call of C are given up.
+        // SAFETY: ioctl(fd, KVM_RUN, 0) on a vCPU descriptor that this owns. The kernel admits one thread at a time, and
+        // writes only guest memory and the shared page. A system call preserves the stack and all registers but a0 and the
+        // vector registers; everything that a C call may clobber is declared.
         unsafe {
             asm!(
                 "ecall",
@@ -98,8 +98,8 @@ impl Vcpu {
 
     /// The flag that makes KVM_RUN return at once where it is not zero.
     pub(super) fn immediate_exit(&self) -> &AtomicU8 {
-        // SAFETY: the byte lies in the mapping, which lives as long as `self`; nobody makes a reference to it but
-        // through here, and the kernel only reads it.
+        // SAFETY: the byte is in the mapping, which exists as long as `self`; references to it are made only here, and the
+        // kernel only reads it.
         unsafe { AtomicU8::from_ptr(&raw mut (*self.page.as_ptr()).immediate_exit) }
     }
 
@@ -108,11 +108,11 @@ impl Vcpu {
     /// # Safety
     /// The caller is the hart that runs this vCPU, outside of KVM_RUN.
     pub(super) unsafe fn exit_reason(&self) -> u32 {
-        // SAFETY: mapped, aligned, and by the contract nobody writes it now.
+        // SAFETY: mapped, aligned, and by the contract not written concurrently.
         unsafe { (*self.page.as_ptr()).exit_reason }
     }
 
-    /// Makes the kernel forget that an exit is to be completed.
+    /// Makes the kernel forget that an exit has to be completed.
     ///
     /// # Safety
     /// As for [`Vcpu::exit_reason`].
@@ -131,8 +131,8 @@ impl Vcpu {
         unsafe { &mut (*self.page.as_ptr()).__bindgen_anon_1 }
     }
 
-    /// Has KVM_RUN come back for one signal, blocked or not, and for no other.
-    pub(super) fn let_in(&self, signal: libc::c_int) -> io::Result<()> {
+    /// Makes KVM_RUN return for this signal, blocked or not, and for no other.
+    pub(super) fn interrupt_only_by(&self, signal: libc::c_int) -> io::Result<()> {
         #[repr(C, packed)]
         struct SignalMask {
             length: u32,
@@ -142,73 +142,73 @@ impl Vcpu {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         let mask = SignalMask { length: u64::BITS / 8, blocked: !(1 << (signal - 1)) };
-        // SAFETY: the kernel reads the length and as many bytes behind it, and keeps a copy.
+        // SAFETY: the kernel reads the length and as many bytes after it, and keeps a copy.
         match unsafe { libc::ioctl(self.raw, KVM_SET_SIGNAL_MASK, &raw const mask) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
         }
     }
 
-    /// Reads a register of 64 bits, or of 32 with zeros above. Waits while the vCPU is inside KVM_RUN.
+    /// Reads a 64-bit register, or a 32-bit one with zeros above. Blocks while the vCPU is inside KVM_RUN.
     pub(super) fn reg(&self, id: u64) -> io::Result<u64> {
         let mut value = [0; 8];
         self.fd.get_one_reg(id, &mut value).map_err(io::Error::from)?;
         Ok(u64::from_le_bytes(value))
     }
 
-    /// Writes a register of 64 bits, or the lower half of the value to one of 32. Waits while the vCPU is inside KVM_RUN.
+    /// Writes a 64-bit register, or the lower half of the value to a 32-bit one. Blocks while the vCPU is inside KVM_RUN.
     pub(super) fn set_reg(&self, id: u64, value: u64) -> io::Result<()> {
         self.fd.set_one_reg(id, &value.to_le_bytes()).map_err(io::Error::from)?;
         Ok(())
     }
 
-    /// Sends every `ebreak` of the guest to user space, or to the guest again. Waits while the vCPU is inside KVM_RUN.
+    /// Makes every `ebreak` of the guest exit to user space, or trap in the guest again. Blocks while the vCPU is inside KVM_RUN.
     pub(super) fn trap_ebreaks(&self, on: bool) -> io::Result<()> {
-        // On RISC-V breakpoints of software are the only kind that there is: no further bit asks for them.
+        // On RISC-V software breakpoints are the only kind: no further bit selects them.
         let control = if on { KVM_GUESTDBG_ENABLE } else { 0 };
         let debug = kvm_guest_debug { control, ..kvm_guest_debug::default() };
-        // SAFETY: the kernel reads a structure of the size that the request's number has, and keeps no pointer to it.
+        // SAFETY: the kernel reads a structure of the size in the request's number, and keeps no pointer to it.
         match unsafe { libc::ioctl(self.raw, KVM_SET_GUEST_DEBUG, &raw const debug) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
         }
     }
 
-    /// Has the guest's timer interrupt pending, or not pending, until the guest sets its timer; false where only the guest can do that.
+    /// Makes the guest's timer interrupt pending, or not pending, until the guest sets its timer; false where only the guest can do that.
     ///
-    /// Its `sip` is not written: the kernel takes that register as a whole, and forgets what other harts and devices raise meanwhile
-    /// (`kvm_riscv_vcpu_general_set_csr`). The timer is this vCPU's alone.
+    /// Its `sip` is not written: the kernel replaces that register as a whole, and loses what other harts and devices raise meanwhile
+    /// (`kvm_riscv_vcpu_general_set_csr`). The timer belongs to this vCPU alone.
     pub(super) fn set_timer_pending(&self, on: bool) -> io::Result<bool> {
         let has_sstc = self.reg(regs::SSTC).is_ok_and(|on| on == 1);
         if has_sstc {
             // `vstimecmp`, which the next entry compares with the time.
             self.set_reg(regs::TIMER_COMPARE, if on { 0 } else { u64::MAX })?;
         } else if on {
-            // Linux 6.12 waits for tick 1 whatever the time says; either has passed. To take it back there is nothing.
+            // Linux 6.12 waits for tick 1 whatever `compare` is; both have passed. It cannot be undone.
             self.set_reg(regs::TIMER_COMPARE, 0)?;
             self.set_reg(regs::TIMER_STATE, 1)?;
         }
         Ok(has_sstc || on)
     }
 
-    /// The file of what KVM counts of this vCPU. Waits while the vCPU is inside KVM_RUN; the file can be read at any time.
+    /// Opens the file of KVM's counters of this vCPU. Blocks while the vCPU is inside KVM_RUN; the file can be read at any time.
     pub(super) fn stats(&self) -> io::Result<File> {
-        // SAFETY: KVM_GET_STATS_FD takes no argument and makes a new descriptor.
+        // SAFETY: KVM_GET_STATS_FD takes no argument and returns a new descriptor.
         match unsafe { libc::ioctl(self.raw, KVM_GET_STATS_FD, 0) } {
-            // SAFETY: the kernel has just made it, and nobody else knows it.
+            // SAFETY: the kernel has just created it, and nothing else owns it.
             fd @ 0.. => Ok(unsafe { File::from_raw_fd(fd) }),
             _ => Err(io::Error::last_os_error()),
         }
     }
 
-    /// Drives the external interrupt of the vCPU; from any thread, also while it runs.
+    /// Sets the level of the external interrupt of the vCPU; from any thread, also while it runs.
     pub(super) fn interrupt(&self, high: bool) -> io::Result<()> {
         let mut external = self.external.lock().unwrap_or_else(PoisonError::into_inner);
         *external = high;
         self.send_interrupt(high)
     }
 
-    /// Drives a high external interrupt once more.
+    /// Sends a high external interrupt once more.
     pub(super) fn interrupt_again(&self) -> io::Result<()> {
         let external = self.external.lock().unwrap_or_else(PoisonError::into_inner);
         if *external { self.send_interrupt(true) } else { Ok(()) }

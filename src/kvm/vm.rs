@@ -1,5 +1,5 @@
-//! A virtual machine on KVM: memory, harts, irqchip and lines, in the order in which KVM wants them.
-#![expect(unsafe_code, reason = "guest memory is handed to the kernel by address")]
+//! A virtual machine on KVM: memory, harts, irqchip and lines, in the order that KVM requires.
+#![expect(unsafe_code, reason = "guest memory is passed to the kernel by address")]
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -28,10 +28,10 @@ use crate::machine::hypervisor::{AiaPlan, Counters, CpuFacts, CpuKnobs, Irqchip,
 use crate::vcpu::hart::{Hart, Reg};
 use crate::vcpu::record::Ticks;
 
-/// Words of 64 ISA extensions that are asked for at most. Kernels have two; the first that one does not have ends it.
+/// Maximum number of words of 64 ISA extensions that are read. Kernels have two; reading ends at the first missing one.
 const ISA_WORDS: usize = 4;
 
-/// The widths that a guest-physical address can have: with Sv39x4, Sv48x4 and Sv57x4, in three, four and five levels.
+/// Possible widths of a guest-physical address: with Sv39x4, Sv48x4 and Sv57x4, in three, four and five levels.
 const ADDRESS_BITS: [u32; 3] = [41, 50, 59];
 
 /// riscv_flush_icache(2) (kernel, `arch/riscv/include/uapi/asm/unistd.h`: `__NR_arch_specific_syscall + 15`).
@@ -41,17 +41,17 @@ const SYS_RISCV_FLUSH_ICACHE: libc::c_long = 244 + 15;
 pub(super) struct KvmVm {
     fd: Arc<VmFd>,
     harts: Mutex<Vec<Member>>,
-    /// What came of the ISA knobs at the first hart; the others are alike.
+    /// The result of the ISA knobs on the first hart; it is the same on the others.
     applied: OnceLock<Applied>,
     aia: OnceLock<Aia>,
     deadlines: Arc<Deadlines>,
 }
 
-/// A hart as the VM knows it.
+/// The VM's record of a hart.
 struct Member {
     id: u32,
     vcpu: Arc<Vcpu>,
-    /// The user has said whether the hart shall have SBI SUSP.
+    /// True if the user has switched SBI SUSP on or off.
     susp_chosen: bool,
 }
 
@@ -80,10 +80,10 @@ impl KvmVm {
         &self.fd
     }
 
-    /// Makes a vCPU as the kernel gives it.
+    /// Creates a vCPU with the kernel's defaults.
     pub(super) fn make_vcpu(&self, id: u32) -> Result<Vcpu, VmError> {
         let fd = self.fd.create_vcpu(id.into());
-        fd.map(Vcpu::new).map_err(|e| VmError::io(format!("Cannot make hart {id}"), e.into()))
+        fd.map(Vcpu::new).map_err(|e| VmError::io(format!("Cannot create hart {id}"), e.into()))
     }
 
     fn map(&self, slot: u32, flags: u32, guest_addr: u64, host: (u64, u64)) -> io::Result<()> {
@@ -94,7 +94,7 @@ impl KvmVm {
             memory_size: host.1,
             userspace_addr: host.0,
         };
-        // SAFETY: the caller keeps the memory mapped as long as the VM lives (contract of the trait); the kernel checks
+        // SAFETY: the caller keeps the memory mapped as long as the VM exists (contract of the trait); the kernel checks
         // that the range lies in this process's address space and overlaps no other slot.
         unsafe { self.fd.set_user_memory_region(region) }.map_err(io::Error::from)
     }
@@ -103,7 +103,7 @@ impl KvmVm {
         self.fd.check_extension_raw(cap.into()) > 0
     }
 
-    /// Says why the guest cannot have an AIA, if it cannot.
+    /// The reason why the guest cannot have an AIA; `None` if it can.
     fn aia_obstacle(&self) -> Result<Option<&'static str>, VmError> {
         if !self.has_cap(KVM_CAP_IRQCHIP) {
             return Ok(Some("this host has no AIA that KVM can use (Ssaia)"));
@@ -120,7 +120,7 @@ impl Vm for KvmVm {
             .find_map(|cap| {
                 u32::try_from(self.fd.check_extension_raw(cap.into())).ok().filter(|n| *n > 0)
             })
-            // What the kernel's API document says where neither capability is there.
+            // The default in the kernel's API document where neither capability exists.
             .unwrap_or(4)
     }
 
@@ -143,11 +143,11 @@ impl Vm for KvmVm {
     fn create_hart(&self, id: u32, knobs: &CpuKnobs) -> Result<Box<dyn Hart>, VmError> {
         let mut harts = self.harts();
         if self.aia.get().is_some() {
-            // Linux 6.12 takes a vCPU made after the AIA for one with an IMSIC, and follows a null pointer.
-            return Err(VmError::new(format!("Hart {id} comes after the irqchip was made")));
+            // Linux 6.12 assumes that a vCPU created after the AIA has an IMSIC, and dereferences a null pointer.
+            return Err(VmError::new(format!("Hart {id} is created after the irqchip")));
         }
         if harts.last().is_some_and(|last| last.id >= id) {
-            return Err(VmError::new(format!("Hart {id} is not made in ascending order")));
+            return Err(VmError::new(format!("Hart {id} is not created in ascending order")));
         }
         let vcpu = Arc::new(self.make_vcpu(id)?);
         let applied = knobs::apply(&vcpu, knobs)?;
@@ -163,30 +163,30 @@ impl Vm for KvmVm {
         let vcpu = self.first_vcpu()?;
         let mut extensions = shown(&vcpu, self.applied.get())?;
         if self.aia.get().is_none() {
-            // Without an interrupt controller behind them the guest's AIA registers lead nowhere.
+            // Without an interrupt controller the guest's AIA registers have no effect.
             extensions.retain(|name| *name != "ssaia");
         }
-        let asked = |what: &str, id| {
-            vcpu.reg(id).map_err(|e| VmError::io(format!("Cannot ask KVM for {what}"), e))
+        let read = |what: &str, id| {
+            vcpu.reg(id).map_err(|e| VmError::io(format!("Cannot read {what} from KVM"), e))
         };
         let block = |extension, id| {
             let size = extensions.contains(&extension).then(|| vcpu.reg(id).ok());
             size.flatten().and_then(|size| u32::try_from(size).ok()).filter(|size| *size > 0)
         };
         Ok(CpuFacts {
-            satp_mode: asked("the MMU mode", regs::SATP_MODE)?,
+            satp_mode: read("the MMU mode", regs::SATP_MODE)?,
             cbom_block: block("zicbom", regs::ZICBOM_BLOCK),
             cboz_block: block("zicboz", regs::ZICBOZ_BLOCK),
             cbop_block: block("zicbop", regs::ZICBOP_BLOCK),
-            timebase_hz: asked("the timebase", regs::TIMEBASE)?,
+            timebase_hz: read("the timebase", regs::TIMEBASE)?,
             extensions: extensions.into_iter().map(String::from).collect(),
         })
     }
 
     fn ticks(&self) -> Result<Ticks, VmError> {
-        // The host's counter, and so the rate of the guest's, too.
+        // The host's counter; the guest's has the same rate.
         let hz = self.first_vcpu()?.reg(regs::TIMEBASE);
-        let hz = hz.map_err(|e| VmError::io("Cannot ask KVM for the timebase", e))?;
+        let hz = hz.map_err(|e| VmError::io("Cannot read the timebase from KVM", e))?;
         Ok(Ticks { now: clock::ticks, hz })
     }
 
@@ -195,7 +195,7 @@ impl Vm for KvmVm {
         let open = |member: &Member| match member.vcpu.stats() {
             Ok(file) => Some(Box::new(HartCounters::new(member.id, file)) as _),
             Err(error) => {
-                log::debug!("KVM counts nothing of hart {}: {error}", member.id);
+                log::debug!("Cannot open KVM's counters of hart {}: {error}", member.id);
                 None
             }
         };
@@ -225,9 +225,9 @@ impl Vm for KvmVm {
             args: [u64::from(*bits), 0, 0, 0],
             ..kvm_enable_cap::default()
         };
-        // Older kernels know one width only, the widest.
+        // Older kernels support one width only, the widest.
         if let Err(error) = self.fd.enable_cap(&request) {
-            log::debug!("Guest-physical addresses stay as wide as they are: {error}");
+            log::debug!("Cannot narrow guest-physical addresses: {error}");
         }
     }
 
@@ -238,7 +238,7 @@ impl Vm for KvmVm {
         match (self.aia_obstacle()?, choice) {
             (Some(why), IrqchipChoice::Aia) => {
                 return Err(VmError::new(format!(
-                    "--irqchip aia cannot be had: {why} (use --irqchip plic or auto)"
+                    "--irqchip aia is not available: {why} (use --irqchip plic or auto)"
                 )));
             }
             (Some(why), _) => {
@@ -248,7 +248,7 @@ impl Vm for KvmVm {
             (None, _) => {}
         }
         if self.harts().len() != plan.harts as usize {
-            return Err(VmError::new("The irqchip is made before all harts are"));
+            return Err(VmError::new("The irqchip is created before all harts are"));
         }
         if plan.identities > identities::ALWAYS && !identities::all_work(&super::open()?)? {
             let (most, sure) = (plan.identities, identities::ALWAYS);
@@ -267,7 +267,7 @@ impl Vm for KvmVm {
         if self.aia.set(aia).is_err() {
             return Err(VmError::new("The irqchip exists already"));
         }
-        // The kernel resets the IMSIC of a hart that resumes, and guests do not expect that: nothing would wake them again.
+        // The kernel resets the IMSIC of a hart that resumes, which guests do not expect: no interrupt would wake them again.
         for member in self.harts().iter().filter(|member| !member.susp_chosen) {
             knobs::without_suspend(&member.vcpu)?;
         }
@@ -286,15 +286,15 @@ impl Vm for KvmVm {
 
     fn ring_in_kernel(&self, base: u64, doorbell: Doorbell<'_>) -> Result<(), VmError> {
         let address = IoEventAddress::Mmio(base.saturating_add(doorbell.offset));
-        self.fd
-            .register_ioevent(doorbell.event, &address, doorbell.value)
-            .map_err(|e| VmError::io("Cannot let the kernel ring a device's doorbell", e.into()))
+        self.fd.register_ioevent(doorbell.event, &address, doorbell.value).map_err(|e| {
+            VmError::io("Cannot register a device's doorbell (KVM_IOEVENTFD)", e.into())
+        })
     }
 
     fn irq_line(&self, source: u32) -> Result<Arc<dyn IrqLine>, VmError> {
         let sources = self.aia.get().map_or(0, |aia| aia.facts.sources);
         if (1..=sources).contains(&source) {
-            // Of what the kernel raises by itself a guest that is suspended would not hear.
+            // An interrupt that the kernel raises by itself would not wake a suspended guest.
             let may_suspend = self.harts().iter().any(|member| member.susp_chosen);
             return Ok(Arc::new(KernelLine::source(&self.fd, source, !may_suspend)));
         }
@@ -314,7 +314,7 @@ impl Vm for KvmVm {
     }
 }
 
-/// The extensions of `vcpu` that are not hidden, as KVM numbers them.
+/// The extensions of `vcpu` that are not hidden, in the order of KVM's numbers.
 pub(super) fn shown(vcpu: &Vcpu, applied: Option<&Applied>) -> Result<Vec<&'static str>, VmError> {
     let mut names = Vec::new();
     for word in 0..ISA_WORDS {
@@ -323,7 +323,7 @@ pub(super) fn shown(vcpu: &Vcpu, applied: Option<&Applied>) -> Result<Vec<&'stat
             Err(e) if e.raw_os_error() == Some(libc::ENOENT) && word > 0 => break,
             Err(e) => {
                 return Err(VmError::io(
-                    "Cannot ask KVM for the ISA (it needs Linux 6.6 or newer)",
+                    "Cannot read the ISA from KVM (this needs Linux 6.6 or newer)",
                     e,
                 ));
             }
@@ -333,12 +333,12 @@ pub(super) fn shown(vcpu: &Vcpu, applied: Option<&Applied>) -> Result<Vec<&'stat
     Ok(names)
 }
 
-/// Tells the user what the ISA knobs did.
+/// Logs the effect of the ISA knobs.
 fn report(applied: Option<&Applied>) {
     let Some(Applied { disabled, hidden, withheld }) = applied else { return };
     for name in withheld {
         log::info!(
-            "SBI extension {name} is off, since with it a guest could harm this kernel (--sbi +{name} has it)"
+            "SBI extension {name} is off, since with it a guest could harm this kernel (--sbi +{name} switches it on)"
         );
     }
     if !disabled.is_empty() {

@@ -1,17 +1,17 @@
-//! The list of labs, and what each must print. The lines are those of the courses' own graders.
+//! The list of labs, and the expected lines of each, which are those of the courses' own graders.
 
 /// An exercise.
 #[derive(Debug)]
 pub struct Lab {
     /// Its name on the command line.
     pub name: &'static str,
-    /// What it asks, in one line.
+    /// Its question, in one line.
     pub question: &'static str,
-    /// What there is to see.
+    /// An explanation.
     pub story: &'static str,
     /// The ways to run it; the first is the usual one.
     pub variants: &'static [Variant],
-    /// What runs in it.
+    /// Its guest.
     pub(super) guest: Guest,
 }
 
@@ -20,13 +20,13 @@ pub struct Lab {
 pub struct Variant {
     /// Its name on the command line.
     pub name: &'static str,
-    /// What is different in it.
+    /// Its difference from the others.
     pub summary: &'static str,
-    /// The lines that must come, whole and in this order, among others; of two machines in any order.
+    /// The expected lines, whole and in this order, among others; of two machines in any order.
     pub expects: &'static [&'static str],
 }
 
-/// What runs in a lab.
+/// The guest of a lab.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Guest {
     /// A flat file of this project's at an address.
@@ -43,12 +43,12 @@ macro_rules! payload {
     };
 }
 
-/// Where the course's guests are loaded: behind the room that firmware would take.
-pub(super) const USUAL: u64 = 0x8020_0000;
-/// Where the RVM tutorial's are.
+/// The load address of the course's guests: after the room for firmware.
+pub(super) const LOAD_ADDRESS: u64 = 0x8020_0000;
+/// The load address of the RVM tutorial's guests.
 const RVM: u64 = 0x9000_0000;
 
-/// The user program that h_4_0 takes from the flash.
+/// The user program that h_4_0 loads from the flash.
 pub(super) const ORIGIN: &[u8] = payload!("origin");
 
 const fn bare(payload: &'static [u8], addr: u64) -> Guest {
@@ -60,7 +60,7 @@ const FLASH: [&str; 2] =
     ["Try to access dev region [0xFFFFFFC022000000], got 0x646C6670", "Got pflash magic: pfld"];
 const TASKS: &str = "Multi-task(Preemptible) ok!";
 
-/// Every lab, in the order in which they teach.
+/// Every lab, in teaching order.
 pub const LABS: &[Lab] = &[
     Lab {
         name: "h_1_0",
@@ -77,7 +77,7 @@ pub const LABS: &[Lab] = &[
                 ENDS[1],
             ],
         }],
-        guest: bare(payload!("h_1_0"), USUAL),
+        guest: bare(payload!("h_1_0"), LOAD_ADDRESS),
     },
     Lab {
         name: "simple_hv",
@@ -98,13 +98,13 @@ pub const LABS: &[Lab] = &[
                 ENDS[1],
             ],
         }],
-        guest: bare(payload!("simple_hv"), USUAL),
+        guest: bare(payload!("simple_hv"), LOAD_ADDRESS),
     },
     Lab {
         name: "h_2_0",
         question: "How does a guest come to a device, through two page tables?",
         story: "The guest has its own page table (Sv39) and reads the flash at a virtual address. Its table leads to \
-                guest-physical 0x22000000; what is there is the hypervisor's choice: memory of a file, memory that comes with the \
+                guest-physical 0x22000000; what is there is the hypervisor's choice: memory of a file, memory that is mapped at the \
                 first load, or the host's own flash.",
         variants: &[
             Variant {
@@ -114,7 +114,7 @@ pub const LABS: &[Lab] = &[
             },
             Variant {
                 name: "lazy",
-                summary: "the first load comes out, is answered, and the page is guest memory from then on",
+                summary: "the first load exits and is answered; then the page is guest memory",
                 expects: &["NestedPageFault addr 0x22000000", FLASH[0], FLASH[1]],
             },
             Variant {
@@ -123,19 +123,19 @@ pub const LABS: &[Lab] = &[
                 expects: &FLASH,
             },
         ],
-        guest: bare(payload!("h_2_0"), USUAL),
+        guest: bare(payload!("h_2_0"), LOAD_ADDRESS),
     },
     Lab {
         name: "h_3_0",
         question: "Who interrupts a guest that never gives up the CPU?",
         story: "Two tasks of the guest share a hart and only spin. The guest sets its timer by an SBI call, and the timer's \
-                interrupt lets it switch between them. In the variant kernel KVM does all of it and nothing comes out; in the variant user rvmm \
-                takes each call and raises each interrupt itself, as the course's hypervisor does.",
+                interrupt lets it switch between them. In the variant kernel KVM does all of it without exits to rvmm; in the variant user rvmm \
+                handles each call and raises each interrupt itself, as the course's hypervisor does.",
         variants: &[
-            Variant { name: "kernel", summary: "KVM keeps the timer", expects: &[TASKS] },
+            Variant { name: "kernel", summary: "KVM implements the timer", expects: &[TASKS] },
             Variant {
                 name: "user",
-                summary: "rvmm keeps the timer, and tells of it",
+                summary: "rvmm implements the timer, and prints its events",
                 expects: &[
                     "Set timer...",
                     "timer irq emulation",
@@ -145,25 +145,25 @@ pub const LABS: &[Lab] = &[
                 ],
             },
         ],
-        guest: bare(payload!("h_3_0"), USUAL),
+        guest: bare(payload!("h_3_0"), LOAD_ADDRESS),
     },
     Lab {
         name: "h_4_0",
         question: "Who answers the system call of a program in a guest?",
         story: "A small monolithic kernel loads a program from the flash and starts it in user mode. Its ecall is delegated to the \
-                guest's kernel by hardware (hedeleg): rvmm sees nothing of it, only the end.",
+                guest's kernel by hardware (hedeleg): rvmm sees only the end.",
         variants: &[Variant {
             name: "usual",
             summary: "",
             expects: &["handle_syscall ...", "monolithic kernel exit [Some(0)] normally!"],
         }],
-        guest: bare(payload!("h_4_0"), USUAL),
+        guest: bare(payload!("h_4_0"), LOAD_ADDRESS),
     },
     Lab {
         name: "rvm-1",
         question: "What becomes of a guest's call to what it takes for firmware?",
-        story: "Each byte of the guest's line is an ecall of SBI 0.1. A host's kernel built with it hands the call to rvmm; on others, \
-                Debian's among them, rvmm has put a breakpoint in place of the ecall, and takes the call from there.",
+        story: "Each byte of the guest's line is an ecall of SBI 0.1. A host's kernel built with it passes the call to rvmm; on others, \
+                Debian's among them, rvmm has replaced the ecall with a breakpoint, and handles the call there.",
         variants: &[Variant {
             name: "usual",
             summary: "",
@@ -174,7 +174,7 @@ pub const LABS: &[Lab] = &[
     Lab {
         name: "rvm-2",
         question: "Which traps of a guest are the guest's own, and who gives it those that the hardware does not?",
-        story: "A batch kernel runs eight user programs. An illegal instruction comes to the guest's kernel by itself. The store to \
+        story: "A batch kernel runs eight user programs. An illegal instruction traps to the guest's kernel by itself. The store to \
                 address 0 does not: KVM makes an exit of it, since nothing is there, and rvmm injects the access fault into \
                 the guest (--unassigned fault) by its vscause, vstval, vsepc and vsstatus.",
         variants: &[Variant {
@@ -206,14 +206,14 @@ pub const LABS: &[Lab] = &[
                 "smp: all harts are up",
             ],
         }],
-        guest: bare(payload!("smp"), USUAL),
+        guest: bare(payload!("smp"), LOAD_ADDRESS),
     },
     Lab {
         name: "two-vms",
         question: "How do two virtual machines talk, when neither knows of the other?",
         story: "Two machines in one process, each from a configuration file of its own (guests/labs/two_vms). Each has a second serial \
-                port; the host connects the two by a Unix socket. A byte that one guest stores to its port is an exit, goes through the \
-                socket, and is there when the other one loads from its port: another exit.",
+                port; the host connects the two by a Unix socket. A byte that one guest stores to its port is an exit, passes through the \
+                socket, and is read when the other one loads from its port: another exit.",
         variants: &[Variant {
             name: "usual",
             summary: "",
@@ -252,7 +252,7 @@ pub const LABS: &[Lab] = &[
                 expects: &["dtb: boots"],
             },
         ],
-        guest: bare(payload!("dtb"), USUAL),
+        guest: bare(payload!("dtb"), LOAD_ADDRESS),
     },
     Lab {
         name: "linux-smp",
@@ -302,7 +302,7 @@ mod tests {
     use crate::vcpu::firmware::sites;
 
     #[test]
-    fn every_lab_has_a_name_a_question_and_lines_to_look_for() {
+    fn every_lab_has_a_name_a_question_and_expected_lines() {
         let mut names = HashSet::new();
         for lab in LABS {
             assert!(names.insert(lab.name), "{} twice", lab.name);
@@ -348,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn in_every_guest_that_prints_the_call_that_prints_is_found() {
+    fn the_print_call_of_every_guest_that_prints_is_found() {
         for name in ["h_2_0", "h_3_0", "h_4_0", "rvm-1", "rvm-2", "smp", "dtb"] {
             let numbers = numbers(name);
             assert!(numbers.contains(&1), "{name}: {numbers:x?}");

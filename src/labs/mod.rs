@@ -1,15 +1,15 @@
-//! The labs: exercises of courses on virtualization, each a tiny guest with a question, run by rvmm as a hypervisor of one's own
-//! would run it, and printing what its grader looks for.
+//! The labs: exercises of courses on virtualization, each a tiny guest with a question. rvmm runs it like a hypervisor that a
+//! student has written, and prints the lines that the course's grader looks for.
 //!
 //! | file | what is in it |
 //! |---|---|
-//! | `catalog.rs` | [`LABS`]: question, guest, variants, and the lines that must come |
-//! | `setup.rs` | from a lab to the machines that run it |
-//! | `narrator.rs` | a [`ExitObserver`](crate::vcpu::observer::ExitObserver) that tells what happens in the labs' words |
-//! | `stories.rs` | `--explain`: what the hardware, KVM and rvmm did, for each kind of exit |
-//! | `steps.rs` | what happens in each lab, step by step: who hands over to whom |
+//! | `catalog.rs` | [`LABS`]: question, guest, variants, and the expected lines |
+//! | `setup.rs` | the configurations of a lab's machines |
+//! | `narrator.rs` | a [`ExitObserver`](crate::vcpu::observer::ExitObserver) that prints events in the labs' words |
+//! | `stories.rs` | `--explain`: the parts of hardware, KVM and rvmm in each kind of exit |
+//! | `steps.rs` | each lab step by step: actions of each mode and transitions between them |
 //! | `picture.rs` | `--picture`: those steps as SVG |
-//! | `transcript.rs` | what guests and narrator print, in one order |
+//! | `transcript.rs` | the output of guests and narrator, in order |
 //! | `run.rs` | running, waiting, checking |
 //! | `pflash.rs` | the image of a flash with a program in it |
 //!

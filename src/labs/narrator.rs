@@ -1,4 +1,4 @@
-//! Tells what happens to a guest in the words of its lab, and with `--explain` in words of our own.
+//! Prints the events of a guest in the words of its lab, and with `--explain` explanations of rvmm's own.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -10,10 +10,10 @@ use crate::vcpu::firmware::shim;
 use crate::vcpu::hart::{Csr, Hart, Reg};
 use crate::vcpu::observer::{ExitObserver, ExitRecord, HartEvent};
 
-/// Which words a lab has for what.
+/// The events that a lab prints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Voice {
-    /// None: the guest speaks for itself.
+pub(super) enum Narration {
+    /// None: the guest's own output is enough.
     Silent,
     /// h_1_0: the exit by which the guest asks for shutdown.
     Exit,
@@ -25,7 +25,7 @@ pub(super) enum Voice {
     Timer,
 }
 
-/// The guest's own code, for hosts that do not say which instruction was illegal.
+/// The guest's own code, for hosts that do not report the illegal instruction.
 #[derive(Debug, Clone)]
 pub(super) struct Code {
     pub(super) bytes: Vec<u8>,
@@ -43,17 +43,17 @@ impl Code {
 /// The observer of a lab.
 pub(super) struct Narrator {
     pub(super) transcript: Transcript,
-    pub(super) voice: Voice,
+    pub(super) narration: Narration,
     pub(super) explains: bool,
     pub(super) code: Code,
-    /// Exits so far.
+    /// Number of exits so far.
     pub(super) count: AtomicU64,
-    /// Where the guest was at the exits that have been explained, and whether it had come to the shim.
+    /// The program counters of the exits that have been explained, and true for traps to the shim.
     pub(super) explained: Mutex<BTreeSet<(u64, bool)>>,
 }
 
-/// Places whose exits are explained; after so many nobody reads on.
-const MOST_PLACES: usize = 256;
+/// Maximum number of explained places; a reader hardly needs more.
+const MAX_PLACES: usize = 256;
 
 const ILLEGAL_INSTRUCTION: u64 = 2;
 const CALL_FROM_USER: u64 = 8;
@@ -62,31 +62,31 @@ const A0: u8 = 10;
 const A1: u8 = 11;
 const A7: u8 = 17;
 
-/// A register that cannot be read is told as 0: it is read only to be told.
+/// Reads a register for display; 0 if it cannot be read.
 fn register(hart: &dyn Hart, reg: Reg) -> u64 {
     hart.get(reg).unwrap_or(0)
 }
 
 impl Narrator {
-    /// What happened at an exit, the first time that the guest makes one there: a byte that is printed is as the one before.
+    /// Explains an exit, the first time that the guest makes one at this place: each printed byte is like the one before.
     fn explain(&self, hart: &dyn Hart, seen: &ExitRecord, pc: u64, is_shim: bool) {
         let story = if is_shim { stories::of_trap(hart) } else { stories::of_exit(hart, seen, pc) };
         let Some(story) = story else { return };
         let number = self.count.fetch_add(1, Relaxed) + 1;
         let place = (if is_shim { register(hart, Reg::Csr(Csr::Sepc)) } else { pc }, is_shim);
         let mut explained = self.explained.lock().unwrap_or_else(PoisonError::into_inner);
-        if explained.len() < MOST_PLACES && explained.insert(place) {
+        if explained.len() < MAX_PLACES && explained.insert(place) {
             drop(explained);
             self.transcript.aside(&format!("[exit {number}, hart {}] {story}", hart.id()));
         }
     }
 
-    /// A trap of the guest that has come to the shim.
+    /// Prints a trap of the guest to the shim.
     fn trap(&self, hart: &dyn Hart) {
         let csr = |csr| register(hart, Reg::Csr(csr));
         let (cause, pc) = (csr(Csr::Scause), csr(Csr::Sepc));
         match cause {
-            ILLEGAL_INSTRUCTION if self.voice == Voice::Exits => {
+            ILLEGAL_INSTRUCTION if self.narration == Narration::Exits => {
                 let word = match csr(Csr::Stval) {
                     0 => self.code.word(pc).unwrap_or(0).into(),
                     word => word,
@@ -94,15 +94,15 @@ impl Narrator {
                 self.transcript.line(&format!("Bad instruction: {word:#x} sepc: {pc:#x}"));
             }
             CALL_FROM_USER if register(hart, Reg::X(A7)) == SBI_SHUTDOWN => {
-                let name = match self.voice {
-                    Voice::Exit => "VmExit",
-                    Voice::Exits => "VmxExit",
+                let name = match self.narration {
+                    Narration::Exit => "VmExit",
+                    Narration::Exits => "VmxExit",
                     _ => return,
                 };
                 self.transcript.line(&format!(
                     "{name} Reason: VSuperEcall: Some(Reset(Reset {{ reset_type: Shutdown, reason: NoReason }}))"
                 ));
-                if self.voice == Voice::Exits {
+                if self.narration == Narration::Exits {
                     let (a0, a1) = (register(hart, Reg::X(A0)), register(hart, Reg::X(A1)));
                     self.transcript.line(&format!("a0 = {a0:#x}, a1 = {a1:#x}"));
                 }
@@ -121,10 +121,10 @@ impl ExitObserver for Narrator {
         }
         match *seen {
             ExitRecord::Breakpoint if is_shim => self.trap(hart),
-            ExitRecord::MmioRead { addr, .. } if self.voice == Voice::Exits => {
+            ExitRecord::MmioRead { addr, .. } if self.narration == Narration::Exits => {
                 self.transcript.line(&format!("LoadGuestPageFault: stval{addr:#x} sepc: {pc:#x}"));
             }
-            ExitRecord::MmioRead { addr, .. } if self.voice == Voice::Faults => {
+            ExitRecord::MmioRead { addr, .. } if self.narration == Narration::Faults => {
                 self.transcript.line(&format!("NestedPageFault addr {addr:#x}"));
             }
             _ => {}
@@ -132,7 +132,7 @@ impl ExitObserver for Narrator {
     }
 
     fn note(&self, _hart: u32, note: HartEvent) {
-        if self.voice == Voice::Timer {
+        if self.narration == Narration::Timer {
             self.transcript.line(match note {
                 HartEvent::TimerSet => "Set timer...",
                 HartEvent::TimerFired => "timer irq emulation",
@@ -149,11 +149,11 @@ mod tests {
     use super::*;
     use crate::vcpu::testing::ScriptHart;
 
-    fn narrator(voice: Voice, explains: bool) -> Narrator {
+    fn narrator(narration: Narration, explains: bool) -> Narrator {
         let code = Code { bytes: 0xf140_25f3_u32.to_le_bytes().to_vec(), addr: 0x8020_0000 };
         Narrator {
             transcript: Transcript::new(Box::new(io::sink())),
-            voice,
+            narration,
             explains,
             code,
             count: AtomicU64::new(0),
@@ -174,9 +174,9 @@ mod tests {
     }
 
     #[test]
-    fn an_illegal_instruction_is_told_also_where_the_host_does_not_say_which() {
+    fn an_illegal_instruction_is_printed_also_where_the_host_does_not_report_it() {
         for tval in [0xf140_25f3, 0] {
-            let narrator = narrator(Voice::Exits, false);
+            let narrator = narrator(Narration::Exits, false);
             narrator.exit(&trapped(2, tval), &ExitRecord::Breakpoint);
             assert_eq!(
                 narrator.transcript.text(),
@@ -186,25 +186,25 @@ mod tests {
     }
 
     #[test]
-    fn the_call_for_shutdown_is_told_in_the_words_of_the_lab() {
+    fn the_call_for_shutdown_is_printed_in_the_words_of_the_lab() {
         let reason =
             "Reason: VSuperEcall: Some(Reset(Reset { reset_type: Shutdown, reason: NoReason }))\n";
-        for (voice, text) in [
-            (Voice::Exit, format!("VmExit {reason}")),
-            (Voice::Exits, format!("VmxExit {reason}a0 = 0x6688, a1 = 0x1234\n")),
-            (Voice::Silent, String::new()),
+        for (narration, text) in [
+            (Narration::Exit, format!("VmExit {reason}")),
+            (Narration::Exits, format!("VmxExit {reason}a0 = 0x6688, a1 = 0x1234\n")),
+            (Narration::Silent, String::new()),
         ] {
-            let narrator = narrator(voice, false);
+            let narrator = narrator(narration, false);
             narrator.exit(&trapped(8, 0), &ExitRecord::Breakpoint);
             assert_eq!(narrator.transcript.text(), text);
         }
     }
 
-    /// What somebody reads.
+    /// An output that the test reads.
     #[derive(Clone, Default)]
-    struct Paper(Arc<Mutex<Vec<u8>>>);
+    struct Output(Arc<Mutex<Vec<u8>>>);
 
-    impl io::Write for Paper {
+    impl io::Write for Output {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
             self.0.lock().unwrap().extend(bytes);
             Ok(bytes.len())
@@ -217,13 +217,13 @@ mod tests {
 
     #[test]
     fn every_exit_is_explained_once_with_its_number_and_beside_the_text() {
-        let (paper, mut narrator) = (Paper::default(), narrator(Voice::Silent, true));
-        narrator.transcript = Transcript::new(Box::new(paper.clone()));
+        let (output, mut narrator) = (Output::default(), narrator(Narration::Silent, true));
+        narrator.transcript = Transcript::new(Box::new(output.clone()));
         let hart = trapped(2, 0xf140_25f3);
         narrator.exit(&hart, &ExitRecord::Breakpoint);
         narrator.exit(&hart, &ExitRecord::Breakpoint);
         narrator.exit(&hart, &ExitRecord::MmioRead { addr: 0x40, len: 8 });
-        let shown = String::from_utf8(paper.0.lock().unwrap().clone()).unwrap();
+        let shown = String::from_utf8(output.0.lock().unwrap().clone()).unwrap();
         assert!(
             shown.starts_with("[exit 1, hart 0] ")
                 && shown.contains("\n[exit 3, hart 0] ")

@@ -1,7 +1,7 @@
-//! The image of a flash that holds one program, as the courses' hypervisors and guests expect it: `pfld`, the version and the size
-//! as big-endian words of 32 bits, four bytes of nothing, and the program.
+//! The image of a flash with one program, as the courses' hypervisors and guests expect it: `pfld`, the version and the size
+//! as big-endian words of 32 bits, four zero bytes, and the program.
 
-/// The most that fits in the flash of the courses' machine, in bytes: one bank of QEMU's `virt`.
+/// Size of the flash of the courses' machine, in bytes: one bank of QEMU's `virt`.
 pub const SIZE: usize = 32 << 20;
 
 /// The first four bytes.
@@ -9,7 +9,7 @@ pub(super) const MAGIC: [u8; 4] = *b"pfld";
 const VERSION: u32 = 1;
 const HEADER: usize = 16;
 
-/// The image with `program` in it, without the empty rest of the flash.
+/// Creates the image with `program`, without the unused rest of the flash.
 ///
 /// # Errors
 /// The program is empty, or does not fit.
@@ -38,13 +38,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_header_is_the_courses() {
+    fn the_header_is_that_of_the_courses() {
         let image = image(b"abc").unwrap();
         assert_eq!(image, b"pfld\0\0\0\x01\0\0\0\x03\0\0\0\0abc");
     }
 
     #[test]
-    fn what_does_not_fit_is_refused() {
+    fn a_program_that_does_not_fit_is_refused() {
         assert!(image(b"").is_err());
         assert!(image(&vec![0; SIZE]).is_err());
         assert_eq!(image(&vec![0; SIZE - HEADER]).unwrap().len(), SIZE);

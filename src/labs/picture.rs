@@ -1,23 +1,23 @@
-//! `rvmm lab NAME --picture`: the steps of a lab as a picture. Four lines from top to bottom are the modes, arrows between them
-//! hand over, boxes on them do something; time goes down.
+//! `rvmm lab NAME --picture`: the steps of a lab as a sequence diagram. Four vertical lines are the modes, arrows between them are
+//! transitions, boxes on them are actions; time runs down.
 //!
-//! The result is SVG 1.1 with one style sheet, in light or dark as the reader has it. Coordinates are in pixels and whole. How wide
-//! a text is depends on the reader's fonts: the lines are short enough for the widest of the usual ones.
+//! The result is SVG 1.1 with one style sheet, light or dark by the reader's setting. Coordinates are whole pixels. The width of
+//! a text depends on the reader's fonts: the lines are short enough for the widest of the usual ones.
 
 use std::fmt::Write as _;
 
 use super::catalog::{Lab, Variant};
 use super::steps::{Mode, Step, steps};
 
-/// Pixels from one mode's line to the next, and of the picture's width.
+/// Pixels between two modes' lines, left of the first one, and of the picture's width.
 const GAP: i32 = 226;
 const FIRST: i32 = 118;
 const WIDTH: i32 = FIRST * 2 + GAP * 3;
-/// Where the first step begins.
+/// Top of the first step.
 const TOP: i32 = 96;
-/// Pixels of a line of text.
+/// Height of a line of text.
 const LINE: i32 = 16;
-/// Characters in a line, so that it fits between two modes' lines beside the number.
+/// Maximum characters of a line, so that it fits between two modes' lines beside the number.
 const CHARS: usize = 25;
 /// Half the width of a box.
 const HALF: i32 = 100;
@@ -33,7 +33,7 @@ text{font:12px Verdana,'DejaVu Sans',sans-serif;text-anchor:middle;fill:#1f2328}
 .page{fill:#0d1117}.guest{fill:#2b1d0e}.host{fill:#0f2238}.box{fill:#161b22;stroke:#6e7681}.life{stroke:#6e7681}\
 .out{stroke:#f0883e;fill:#f0883e}.in{stroke:#58a6ff;fill:#58a6ff}.by{stroke:#9198a1;fill:#9198a1}}";
 
-/// The modes, and who is in them.
+/// The modes, and the software that runs in them.
 const MODES: [(Mode, &str, &str); 4] = [
     (Mode::Vu, "VU mode", "a program in the guest"),
     (Mode::Vs, "VS mode", "the guest's kernel"),
@@ -44,17 +44,17 @@ const MODES: [(Mode, &str, &str); 4] = [
 /// Lines of text, one below the other.
 #[derive(Debug)]
 struct Label {
-    /// The middle of each line, and the foot of the first one.
+    /// The middle of each line, and the base line of the first one.
     x: i32,
     y: i32,
     lines: Vec<String>,
 }
 
-/// A step, where it is drawn.
+/// A step and its position.
 #[derive(Debug)]
 struct Placed {
     step: Step,
-    /// The arrow's height, or the middle of the box.
+    /// The arrow's position, or the middle of the box.
     y: i32,
     label: Label,
 }
@@ -78,7 +78,7 @@ fn height_of(lines: usize) -> i32 {
     LINE.saturating_mul(i32::try_from(lines).unwrap_or(i32::MAX))
 }
 
-/// The text in lines, none longer than fits unless it is one word.
+/// Wraps a text into lines that fit, unless a single word is longer.
 fn wrapped(text: &str) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
     for word in text.split(' ') {
@@ -93,7 +93,7 @@ fn wrapped(text: &str) -> Vec<String> {
     lines
 }
 
-/// Where each step goes, and the height of the whole.
+/// The positions of the steps, and the height of the picture.
 fn placed(steps: &[Step]) -> (Vec<Placed>, i32) {
     let mut top = TOP;
     let place = |step: &Step| {
@@ -103,7 +103,7 @@ fn placed(steps: &[Step]) -> (Vec<Placed>, i32) {
         let (x, y) = if from == to {
             (from, top + tall / 2 + 6)
         } else {
-            // In the first gap of the arrow's way, so that no mode's line goes through it.
+            // In the first gap that the arrow crosses, so that no mode's line crosses the text.
             (from + (to - from).signum() * GAP / 2, top + tall + 4)
         };
         let label = Label { x, y: top + 12 + if from == to { 6 } else { 0 }, lines };
@@ -114,7 +114,7 @@ fn placed(steps: &[Step]) -> (Vec<Placed>, i32) {
     (all, top + 8)
 }
 
-/// The picture of a variant of a lab; `None` where nobody has written its steps down.
+/// The picture of a variant of a lab; `None` if its steps are not described.
 #[must_use]
 pub fn picture(lab: &Lab, variant: &Variant) -> Option<String> {
     let steps = steps(lab, variant);
@@ -138,7 +138,7 @@ pub fn picture(lab: &Lab, variant: &Variant) -> Option<String> {
     Some(svg)
 }
 
-/// What the picture's file is called, without its ending.
+/// Name of the picture's file, without its extension.
 #[must_use]
 pub fn file_stem(lab: &Lab, variant: &Variant) -> String {
     match lab.variants.len() {
@@ -147,7 +147,7 @@ pub fn file_stem(lab: &Lab, variant: &Variant) -> String {
     }
 }
 
-/// Guest and host, and the line of each mode.
+/// Draws the areas of guest and host, and the line of each mode.
 fn ground(svg: &mut String, height: i32) {
     let _ = writeln!(svg, "<rect class=\"page\" width=\"{WIDTH}\" height=\"{height}\"/>");
     let half = WIDTH / 2;
@@ -257,7 +257,7 @@ mod tests {
         a.0 < b.2 && b.0 < a.2 && a.1 < b.3 && b.1 < a.3
     }
 
-    fn told() -> impl Iterator<Item = (&'static Lab, &'static Variant)> {
+    fn drawn() -> impl Iterator<Item = (&'static Lab, &'static Variant)> {
         let all = LABS.iter().flat_map(|lab| lab.variants.iter().map(move |one| (lab, one)));
         all.filter(|(lab, variant)| !steps(lab, variant).is_empty())
     }
@@ -266,7 +266,7 @@ mod tests {
     fn the_pictures_of_the_pages_are_those_that_rvmm_prints() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/labs/pictures");
         let mut names = BTreeSet::new();
-        for (lab, variant) in told() {
+        for (lab, variant) in drawn() {
             let name = format!("{}.svg", file_stem(lab, variant));
             let there = fs::read_to_string(folder.join(&name)).unwrap_or_default();
             assert!(
@@ -288,7 +288,7 @@ mod tests {
 
     #[test]
     fn no_text_covers_another_or_a_line_or_leaves_the_picture() {
-        for (lab, variant) in told() {
+        for (lab, variant) in drawn() {
             let (all, height) = placed(steps(lab, variant));
             let mut taken: Vec<Area> = all.iter().map(badge).collect();
             for one in &all {
@@ -309,8 +309,8 @@ mod tests {
     }
 
     #[test]
-    fn what_is_opened_is_closed_and_every_step_is_in_it() {
-        for (lab, variant) in told() {
+    fn every_element_is_closed_and_every_step_is_in_the_picture() {
+        for (lab, variant) in drawn() {
             let svg = picture(lab, variant).unwrap();
             let mut open = Vec::new();
             for tag in svg.split('<').skip(1) {

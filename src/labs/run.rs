@@ -1,4 +1,4 @@
-//! Running a lab: build, wait, say how it ended, look for its lines.
+//! Runs a lab: builds its machines, waits for their end, and checks their output.
 
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
@@ -12,31 +12,31 @@ use rustix::pipe::{PipeFlags, pipe_with};
 
 use super::catalog::{Guest, Lab, Variant};
 use super::narrator::Narrator;
-use super::setup::{Bench, LabOptions, Obstacle, bench};
+use super::setup::{LabOptions, LabSetup, SetupError, set_up};
 use super::transcript::{Screen, Transcript, missing};
 use crate::error::Error;
 use crate::machine::{Handle, Machine, Parts, Running};
 use crate::terminal::Console;
 use crate::vcpu::stop::StopReason;
 
-/// What rvmm's own init says of itself when user space is there.
+/// A part of the line that rvmm's own init prints when user space runs.
 const INIT_LINE: &str = "user space after";
 
-/// What stands in front of a command in the shell that it starts.
+/// The prompt of the shell that it starts.
 const PROMPT: &str = "rvmm# ";
 
-/// How a lab ended.
+/// The result of a lab.
 #[derive(Debug)]
 pub enum Outcome {
-    /// The guest ended, and every line that the lab asks for came.
+    /// The guest ended, and every expected line was printed.
     Passed,
-    /// The guest ended, or was ended, and this is what was wrong.
+    /// The guest ended or was stopped, with this error.
     Failed(String),
     /// The host lacks what the lab needs.
     Skipped(String),
 }
 
-/// Runs a variant of a lab, shows on `out` what guest and hypervisor say, and looks for the lines that must come.
+/// Runs a variant of a lab, prints the output of guest and hypervisor to `out`, and checks for the expected lines.
 ///
 /// # Errors
 /// The machine cannot be built on this host.
@@ -46,14 +46,14 @@ pub fn run(
     options: &LabOptions,
     out: Box<dyn Write + Send>,
 ) -> Result<Outcome, Error> {
-    let bench = match bench(lab, variant, options) {
-        Ok(bench) => bench,
-        Err(Obstacle::Host(why)) => return Ok(Outcome::Skipped(why)),
-        Err(Obstacle::Failed(error)) => return Err(error),
+    let setup = match set_up(lab, variant, options) {
+        Ok(setup) => setup,
+        Err(SetupError::Host(why)) => return Ok(Outcome::Skipped(why)),
+        Err(SetupError::Failed(error)) => return Err(error),
     };
     let transcript = Transcript::new(out);
-    let farewell = bench.farewell;
-    let (reason, is_late) = live(lab, bench, options, &transcript)?;
+    let closing_lines = setup.closing_lines;
+    let (reason, is_late) = run_machines(lab, setup, options, &transcript)?;
     if is_late {
         return Ok(Outcome::Failed(format!(
             "the guest did not end within {} seconds",
@@ -63,7 +63,7 @@ pub fn run(
     if reason != StopReason::PowerOff {
         return Ok(Outcome::Failed(reason.to_string()));
     }
-    for line in farewell {
+    for line in closing_lines {
         transcript.line(line);
     }
     let text = transcript.text();
@@ -73,21 +73,19 @@ pub fn run(
     };
     Ok(match missing {
         None => Outcome::Passed,
-        Some(line) => {
-            Outcome::Failed(format!("the line {line:?} did not come, or not in its place"))
-        }
+        Some(line) => Outcome::Failed(format!("the line {line:?} is missing, or not in its place")),
     })
 }
 
-/// The machines' lives: why the first one ended that did not power off. The second is true where they were ended since it took too
-/// long.
-fn live(
+/// Runs the machines. Returns the reason of the first one that did not power off, and true if they were stopped by the time
+/// limit.
+fn run_machines(
     lab: &Lab,
-    bench: Bench,
+    setup: LabSetup,
     options: &LabOptions,
     transcript: &Transcript,
 ) -> Result<(StopReason, bool), Error> {
-    let Bench { configs, voice, code, _files, _folder, .. } = bench;
+    let LabSetup { configs, narration, code, _files, _folder, .. } = setup;
     let (mut input, typing) = match lab.guest {
         Guest::Linux => Some(pipe()?).unzip(),
         _ => (None, None),
@@ -98,7 +96,7 @@ fn live(
     for config in configs {
         let narrator = Narrator {
             transcript: transcript.clone(),
-            voice,
+            narration,
             explains: options.explain,
             code: code.clone(),
             count: AtomicU64::new(0),
@@ -125,14 +123,14 @@ fn live(
     });
     let watch =
         watch.map_err(|source| Error::Host { what: "Cannot start a thread".into(), source })?;
-    // The user goes when the machine goes, whatever has come until then.
+    // The user thread ends with the machine, whatever has been printed until then.
     let reasons: Vec<_> = thread::scope(|scope| {
         if let Some(typing) = typing {
             let user = thread::Builder::new().name("user".into());
             let user = user.spawn_scoped(scope, move || operate(typing, transcript, harts, limit));
             if let Err(error) = user {
-                // The guest is ended by the limit then.
-                log::warn!("Nobody types in the guest: {error}");
+                // The time limit stops the guest then.
+                log::warn!("Cannot start the thread that types in the guest: {error}");
             }
         }
         let reasons = running.into_iter().map(Running::wait).collect();
@@ -148,17 +146,17 @@ fn live(
 
 fn pipe() -> Result<(OwnedFd, OwnedFd), Error> {
     pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)
-        .map_err(|e| Error::Host { what: "Cannot make a pipe".into(), source: e.into() })
+        .map_err(|e| Error::Host { what: "Cannot create a pipe".into(), source: e.into() })
 }
 
-/// The user of a Linux guest: waits for its prompt, says what is there, and powers it off.
+/// Acts as the user of a Linux guest: waits for its prompt, prints a line for the check, and powers it off.
 fn operate(typing: OwnedFd, transcript: &Transcript, harts: u32, limit: Duration) {
-    let has_come = transcript.wait_for(INIT_LINE, limit)
+    let is_up = transcript.wait_for(INIT_LINE, limit)
         && transcript.text().contains(&format!("on {harts} harts"));
-    if has_come {
+    if is_up {
         transcript.line(&format!("user space reached on {harts} harts"));
     }
-    // What is typed before the shell has set its terminal up may be thrown away. A guest that does not take it is ended by the limit.
+    // Input before the shell has set up its terminal may be lost. A guest that ignores it is stopped by the time limit.
     transcript.wait_for(PROMPT, limit);
     let _: io::Result<usize> = rustix::io::write(&typing, b"poweroff\n").map_err(Into::into);
 }

@@ -1,4 +1,4 @@
-//! From a lab and what its user options to the machine that runs it.
+//! Sets up a lab: from its definition and the user's options to the machines that run it.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use rustix::fs::{MemfdFlags, memfd_create};
 
-use super::catalog::{Guest, Lab, ORIGIN, USUAL, Variant};
-use super::narrator::{Code, Voice};
+use super::catalog::{Guest, LOAD_ADDRESS, Lab, ORIGIN, Variant};
+use super::narrator::{Code, Narration};
 use super::pflash;
 use crate::config::{
     BootConfig, CsrValue, InitrdConfig, LoadConfig, StartMode, TimerChoice, Unassigned, VmConfig,
@@ -21,69 +21,73 @@ use crate::machine::{Machine, Parts};
 use crate::memory::{PAGE, Rom};
 use crate::terminal::Console;
 
-/// What the user of a lab can choose.
+/// The user's options for a lab.
 #[derive(Debug, Clone, Default)]
 pub struct LabOptions {
-    /// Another guest than the lab's own: a flat file.
+    /// A flat file that replaces the lab's own guest.
     pub payload: Option<PathBuf>,
-    /// The kernel of a lab with Linux; the host's own where nothing is given.
+    /// The kernel of a lab with Linux; the host's own by default.
     pub kernel: Option<PathBuf>,
-    /// Tell of every exit.
+    /// True if exits are explained.
     pub explain: bool,
-    /// Seconds that a lab may take.
+    /// Time limit of a lab in seconds.
     pub limit_s: u64,
 }
 
-/// Where the hypervisor's constant is, and what it is: the numbers of simple_hv.
+/// The device with the hypervisor's constant, and the CSR: the numbers of simple_hv.
 const CONSTANT: &str = "const,addr=0x40,value=0x6688";
 const MHARTID: CsrValue = CsrValue { number: 0xf14, value: 0x1234 };
 
-/// Where the courses' machines have their flash.
+/// The address of the flash in the courses' machines.
 const FLASH: u64 = 0x2200_0000;
 
-/// Where the variant `moved` of dtb puts them.
+/// The addresses of kernel and tree in the variant `moved` of dtb.
 const MOVED_KERNEL: u64 = 0x9000_0000;
 const MOVED_TREE: u64 = 0x9800_0000;
 
-/// The socket of two-vms, as its configurations call it.
+/// The name of the socket in the configurations of two-vms.
 const SOCKET: &str = "link.sock";
 
-/// RAM of a lab: reaches beyond 0x9000_0000, where the RVM tutorial's guests are. The host gives what is touched.
+/// RAM of a lab: extends beyond 0x9000_0000, where the RVM tutorial's guests are. The host allocates only pages that are used.
 const MEM: u64 = 512 << 20;
 
-/// A lab, ready to be built.
-pub(super) struct Bench {
+/// A lab whose machines can be built.
+pub(super) struct LabSetup {
     /// Its machines, in the order in which they are built.
     pub(super) configs: Vec<VmConfig>,
-    pub(super) voice: Voice,
+    pub(super) narration: Narration,
     pub(super) code: Code,
-    /// What the host prints behind a guest that has powered off.
-    pub(super) farewell: &'static [&'static str],
-    /// Files that exist only as descriptors: open as long as the machine may start anew.
+    /// The lines that the host prints after a guest has powered off.
+    pub(super) closing_lines: &'static [&'static str],
+    /// Files that exist only as descriptors: open as long as the machine may reboot.
     pub(super) _files: Vec<File>,
-    /// A folder that goes with the lab.
+    /// A folder that is removed with the lab.
     pub(super) _folder: Option<Folder>,
 }
 
-/// Why a lab cannot be run here: nothing is wrong, something is not there.
+/// The reason why a lab cannot be run.
 #[derive(Debug)]
-pub(super) enum Obstacle {
+pub(super) enum SetupError {
     /// The host lacks something.
     Host(String),
     /// The lab cannot be set up.
     Failed(Error),
 }
 
-impl From<Error> for Obstacle {
+impl From<Error> for SetupError {
     fn from(error: Error) -> Self {
         Self::Failed(error)
     }
 }
 
-pub(super) fn bench(lab: &Lab, variant: &Variant, options: &LabOptions) -> Result<Bench, Obstacle> {
+pub(super) fn set_up(
+    lab: &Lab,
+    variant: &Variant,
+    options: &LabOptions,
+) -> Result<LabSetup, SetupError> {
     let mut config = VmConfig { name: "lab".into(), mem: MEM, ..VmConfig::default() };
     let mut files = Vec::new();
-    let mut code = Code { bytes: Vec::new(), addr: USUAL };
+    let mut code = Code { bytes: Vec::new(), addr: LOAD_ADDRESS };
     match lab.guest {
         Guest::Bare { payload, addr } => {
             code = Code { bytes: payload.to_vec(), addr };
@@ -108,14 +112,16 @@ pub(super) fn bench(lab: &Lab, variant: &Variant, options: &LabOptions) -> Resul
         }
     }
     let mut kept = None;
-    let (mut voice, mut farewell): (_, &[&str]) = (Voice::Silent, &[]);
+    let (mut narration, mut closing_lines): (_, &[&str]) = (Narration::Silent, &[]);
     match lab.name {
         "h_1_0" => {
-            (voice, farewell) = (Voice::Exit, &["Shutdown vm normally!", "Hypervisor ok!"]);
+            (narration, closing_lines) =
+                (Narration::Exit, &["Shutdown vm normally!", "Hypervisor ok!"]);
             config.cpus.mode = StartMode::User;
         }
         "simple_hv" => {
-            (voice, farewell) = (Voice::Exits, &["Shutdown vm normally!", "Hypervisor ok!"]);
+            (narration, closing_lines) =
+                (Narration::Exits, &["Shutdown vm normally!", "Hypervisor ok!"]);
             config.cpus.mode = StartMode::User;
             config.cpus.csrs = vec![MHARTID];
             config.devices = vec![CONSTANT.into()];
@@ -123,16 +129,16 @@ pub(super) fn bench(lab: &Lab, variant: &Variant, options: &LabOptions) -> Resul
         "h_2_0" => {
             config.devices = vec![flash(variant.name, ORIGIN, &mut files)?];
             if variant.name == "lazy" {
-                voice = Voice::Faults;
+                narration = Narration::Faults;
             }
         }
         "h_3_0" if variant.name == "user" => {
-            voice = Voice::Timer;
+            narration = Narration::Timer;
             config.timer = TimerChoice::User;
         }
         "h_4_0" => config.devices = vec![flash("map", ORIGIN, &mut files)?],
         "rvm-1" | "rvm-2" => {
-            farewell = &["hello world in kernel"];
+            closing_lines = &["hello world in kernel"];
             config.unassigned = Unassigned::Fault;
         }
         "smp" => config.cpus.count = 4,
@@ -144,7 +150,7 @@ pub(super) fn bench(lab: &Lab, variant: &Variant, options: &LabOptions) -> Resul
             config.boot.dtb_addr = Some(MOVED_TREE);
         }
         "dtb" if variant.name == "own" => {
-            // A machine that is built and not run has written its tree.
+            // Building a machine writes its tree; it is not run.
             let folder = Folder::new()?;
             let tree = folder.path.join("tree.dtb");
             let dumped = VmConfig {
@@ -158,11 +164,18 @@ pub(super) fn bench(lab: &Lab, variant: &Variant, options: &LabOptions) -> Resul
         }
         _ => {}
     }
-    Ok(Bench { configs: vec![config], voice, code, farewell, _files: files, _folder: kept })
+    Ok(LabSetup {
+        configs: vec![config],
+        narration,
+        code,
+        closing_lines,
+        _files: files,
+        _folder: kept,
+    })
 }
 
-/// Two machines whose configurations name a file and a socket that are elsewhere here.
-fn pair(payload: &[u8], configs: [&str; 2], options: &LabOptions) -> Result<Bench, Obstacle> {
+/// Sets up two machines, with the paths of the file and the socket in their configurations replaced.
+fn pair(payload: &[u8], configs: [&str; 2], options: &LabOptions) -> Result<LabSetup, SetupError> {
     let mut files = Vec::new();
     let code = match &options.payload {
         Some(path) => read(path)?,
@@ -184,18 +197,18 @@ fn pair(payload: &[u8], configs: [&str; 2], options: &LabOptions) -> Result<Benc
         Ok(config)
     };
     let configs = configs.into_iter().map(of).collect::<Result<Vec<_>, Error>>()?;
-    let code = Code { bytes: code, addr: USUAL };
-    Ok(Bench {
+    let code = Code { bytes: code, addr: LOAD_ADDRESS };
+    Ok(LabSetup {
         configs,
-        voice: Voice::Silent,
+        narration: Narration::Silent,
         code,
-        farewell: &[],
+        closing_lines: &[],
         _files: files,
         _folder: Some(folder),
     })
 }
 
-/// A folder of this process's own, removed with what is in it.
+/// A temporary folder of this process, removed with its contents.
 pub(super) struct Folder {
     path: PathBuf,
 }
@@ -206,20 +219,20 @@ impl Folder {
         let name = format!("rvmm-lab-{}-{}", std::process::id(), COUNT.fetch_add(1, Relaxed));
         let path = std::env::temp_dir().join(name);
         let made = fs::DirBuilder::new().mode(0o700).create(&path);
-        made.map_err(|source| Error::File { verb: "make", path: path.clone(), source })?;
+        made.map_err(|source| Error::File { verb: "create", path: path.clone(), source })?;
         Ok(Self { path })
     }
 }
 
 impl Drop for Folder {
     fn drop(&mut self) {
-        // What is left is in the folder for such things.
+        // On failure the rest stays in the folder for temporary files.
         let _ = fs::remove_dir_all(&self.path);
     }
 }
 
-/// The flash of a lab; with the host's own where that holds an image.
-fn flash(mode: &str, program: &[u8], files: &mut Vec<File>) -> Result<String, Obstacle> {
+/// The flash device of a lab; in mode passthrough the host's own, if it has an image.
+fn flash(mode: &str, program: &[u8], files: &mut Vec<File>) -> Result<String, SetupError> {
     if mode == "passthrough" {
         host_flash()?;
         return Ok(format!("flash,addr={FLASH:#x},mode=passthrough,size=4096"));
@@ -229,10 +242,10 @@ fn flash(mode: &str, program: &[u8], files: &mut Vec<File>) -> Result<String, Ob
     Ok(format!("flash,addr={FLASH:#x},mode={mode},file={}", path.display()))
 }
 
-/// Looks whether the host has a flash there that rvmm may read, and an image in it. Its device tree is asked first: a read of an
-/// address without a device can hang a machine.
-fn host_flash() -> Result<(), Obstacle> {
-    let missing = |why: &str| Err(Obstacle::Host(why.into()));
+/// Checks that the host has a readable flash at the address, with an image. Its device tree is checked first: a read of an address
+/// without a device can hang a machine.
+fn host_flash() -> Result<(), SetupError> {
+    let missing = |why: &str| Err(SetupError::Host(why.into()));
     let nodes = fs::read_dir("/sys/firmware/devicetree/base").into_iter().flatten().flatten();
     let flashes = nodes.filter(|node| node.file_name().to_string_lossy().starts_with("flash@"));
     let is_there = |reg: Vec<u8>| reg.chunks(8).step_by(2).any(|addr| addr == FLASH.to_be_bytes());
@@ -243,15 +256,15 @@ fn host_flash() -> Result<(), Obstacle> {
     let mapped = File::open("/dev/mem").and_then(|memory| Rom::of(memory, FLASH, PAGE));
     match mapped.and_then(|flash| flash.read(0, &mut magic)) {
         Ok(()) if magic == pflash::MAGIC => Ok(()),
-        Ok(()) => missing("this host's flash holds no image of rvmm mkpflash"),
+        Ok(()) => missing("this host's flash has no image of rvmm mkpflash"),
         Err(error) => {
             missing(&format!("this host's flash cannot be read ({error}; only root can)"))
         }
     }
 }
 
-/// A kernel: the one given, or the one that this host has booted.
-fn kernel(options: &LabOptions) -> Result<PathBuf, Obstacle> {
+/// Path of the kernel: the given one, or the one that this host has booted.
+fn kernel(options: &LabOptions) -> Result<PathBuf, SetupError> {
     if let Some(path) = &options.kernel {
         return Ok(path.clone());
     }
@@ -263,18 +276,18 @@ fn kernel(options: &LabOptions) -> Result<PathBuf, Obstacle> {
     ];
     let found = candidates.iter().map(Path::new).find(|path| path.is_file());
     found.map(Into::into).ok_or_else(|| {
-        Obstacle::Host(format!(
+        SetupError::Host(format!(
             "there is no kernel in /boot for {release} (give one: --kernel FILE)"
         ))
     })
 }
 
-/// A program of the user's: a guest, or what goes into a flash. No longer than a flash is; a device that never ends is none.
+/// Reads a program of the user's: a guest, or the content of a flash. Not longer than a flash; an endless device is refused.
 pub fn read(path: &Path) -> Result<Vec<u8>, Error> {
     read_small(path, pflash::SIZE as u64)
 }
 
-/// A file of these bytes that only this process has, by a path that it can open.
+/// Creates an anonymous file with these bytes; returns a path by which this process can open it.
 fn in_memory(bytes: &[u8], files: &mut Vec<File>) -> Result<PathBuf, Error> {
     let made = || -> io::Result<File> {
         let mut file = File::from(memfd_create("lab", MemfdFlags::CLOEXEC)?);
@@ -282,7 +295,7 @@ fn in_memory(bytes: &[u8], files: &mut Vec<File>) -> Result<PathBuf, Error> {
         Ok(file)
     };
     let file = made()
-        .map_err(|source| Error::Host { what: "Cannot make a file in memory".into(), source })?;
+        .map_err(|source| Error::Host { what: "Cannot create a file in memory".into(), source })?;
     let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
     files.push(file);
     Ok(path)
@@ -294,49 +307,52 @@ mod tests {
     use crate::labs::LABS;
 
     #[test]
-    fn every_lab_becomes_a_configuration_that_holds() {
+    fn every_lab_becomes_a_valid_configuration() {
         let options = LabOptions { kernel: Some("Image".into()), ..LabOptions::default() };
         for lab in LABS {
-            // One variant asks KVM for a tree.
+            // The variant own needs KVM for its tree.
             for variant in lab.variants.iter().filter(|variant| variant.name != "own") {
-                match bench(lab, variant, &options) {
-                    Ok(bench) => {
-                        for config in bench.configs {
+                match set_up(lab, variant, &options) {
+                    Ok(setup) => {
+                        for config in setup.configs {
                             config.validate().unwrap();
                         }
                     }
-                    Err(Obstacle::Host(why)) => {
+                    Err(SetupError::Host(why)) => {
                         assert!(variant.name == "passthrough", "{}: {why}", lab.name)
                     }
-                    Err(Obstacle::Failed(error)) => panic!("{}: {error}", lab.name),
+                    Err(SetupError::Failed(error)) => panic!("{}: {error}", lab.name),
                 }
             }
         }
     }
 
     #[test]
-    fn a_payload_of_the_users_takes_the_place_of_the_labs_own() {
+    fn a_payload_of_the_user_replaces_that_of_the_lab() {
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(file.path(), b"mine").unwrap();
         let options = LabOptions { payload: Some(file.path().into()), ..LabOptions::default() };
         let lab = Lab::find("simple_hv").unwrap();
-        let bench = bench(lab, &lab.variants[0], &options).ok().unwrap();
-        let loaded = &bench.configs[0].boot.load[0];
-        assert_eq!((fs::read(&loaded.file).unwrap(), loaded.addr), (b"mine".to_vec(), USUAL));
+        let setup = set_up(lab, &lab.variants[0], &options).ok().unwrap();
+        let loaded = &setup.configs[0].boot.load[0];
+        assert_eq!(
+            (fs::read(&loaded.file).unwrap(), loaded.addr),
+            (b"mine".to_vec(), LOAD_ADDRESS)
+        );
     }
 
     #[test]
-    fn a_file_without_an_end_is_no_program() {
+    fn an_endless_file_is_no_program() {
         assert!(matches!(read(Path::new("/dev/zero")), Err(Error::Config(_))));
     }
 
     #[test]
-    fn a_payload_that_cannot_be_read_is_a_mistake_of_the_users() {
+    fn a_payload_that_cannot_be_read_is_a_usage_error() {
         let options = LabOptions { payload: Some("/nowhere".into()), ..LabOptions::default() };
         let lab = Lab::find("h_1_0").unwrap();
         assert!(matches!(
-            bench(lab, &lab.variants[0], &options),
-            Err(Obstacle::Failed(Error::File { .. }))
+            set_up(lab, &lab.variants[0], &options),
+            Err(SetupError::Failed(Error::File { .. }))
         ));
     }
 }

@@ -1,11 +1,11 @@
-//! What happens in a lab, step by step: which mode does what, and who hands over to whom. `--explain` prints the steps of a lab,
+//! Each lab step by step: the actions of each mode, and the transitions between them. `--explain` prints the steps of a lab,
 //! `--picture` draws them. Numbers of causes are those of the RISC-V Privileged specification (12.1.8, 15.6.1).
 //!
-//! Left out: what comes again and again (each byte that is printed), and the host's kernel between two steps where it only hands on.
+//! Left out: repetitions (each printed byte), and the host's kernel between two steps where it only passes on.
 
 use super::catalog::{Lab, Variant};
 
-/// Where something happens, from the guest's user mode to the host's.
+/// A privilege mode, in order from the guest's user mode to the host's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Mode {
     /// Virtual user mode: a program in the guest.
@@ -18,19 +18,19 @@ pub enum Mode {
     U,
 }
 
-/// One step. Where `from` is `to`, something is done there; else one hands over to the other.
+/// One step: an action where `from` is `to`, else a transition.
 #[derive(Debug, Clone, Copy)]
 pub struct Step {
-    /// Who acts.
+    /// The mode that acts.
     pub from: Mode,
-    /// Who goes on.
+    /// The mode that continues.
     pub to: Mode,
-    /// What happens, in a few words.
+    /// A short description.
     pub text: &'static str,
 }
 
 impl Mode {
-    /// What it is called.
+    /// Its name.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -42,7 +42,7 @@ impl Mode {
     }
 }
 
-/// The steps of a variant of a lab; none where nobody has written them down.
+/// The steps of a variant of a lab; none if they are not described.
 #[must_use]
 pub fn steps(lab: &Lab, variant: &Variant) -> &'static [Step] {
     let found = SCRIPTS.iter().find(|(name, of, _)| (*name, *of) == (lab.name, variant.name));
@@ -67,7 +67,7 @@ const SATP: Step = at(Vs, "satp = its own table (Sv39)");
 const RESET_CALL: Step = go(Vs, Hs, "ecall, cause 10: SBI System Reset");
 const RESET_EVENT: Step = go(Hs, U, "KVM_EXIT_SYSTEM_EVENT: the machine ends");
 
-/// By lab and variant.
+/// The steps by lab and variant.
 const SCRIPTS: &[(&str, &str, &[Step])] = &[
     (
         "h_1_0",
@@ -343,12 +343,12 @@ mod tests {
             let lab = Lab::find(name).unwrap();
             assert!(lab.variant(Some(of)).is_some(), "{name} {of}");
         }
-        let told = LABS.iter().flat_map(|lab| lab.variants.iter().map(move |one| (lab, one)));
-        assert_eq!(told.filter(|(lab, one)| !steps(lab, one).is_empty()).count(), SCRIPTS.len());
+        let all = LABS.iter().flat_map(|lab| lab.variants.iter().map(move |one| (lab, one)));
+        assert_eq!(all.filter(|(lab, one)| !steps(lab, one).is_empty()).count(), SCRIPTS.len());
     }
 
     #[test]
-    fn each_step_begins_where_the_one_before_has_led() {
+    fn each_step_begins_in_the_mode_in_which_the_one_before_ended() {
         // Steps of the host's user space are excepted: its threads run beside the guest, as harts do beside each other.
         for (name, of, steps) in SCRIPTS.iter().filter(|(name, ..)| *name != "smp") {
             for pair in steps.windows(2) {

@@ -1,11 +1,11 @@
-//! What the hardware, KVM and rvmm did at an exit, in a few sentences each. Sections are those of the RISC-V Privileged
+//! Explanations of exits: the parts of hardware, KVM and rvmm, in a few sentences each. Sections are those of the RISC-V Privileged
 //! specification, version 20250508 (12 supervisor level, 15 hypervisor extension), and of the SBI specification, version 3.0.
 
 use crate::vcpu::exit::{Fault, SystemEvent};
 use crate::vcpu::hart::{Csr, Hart, Reg};
 use crate::vcpu::observer::ExitRecord;
 
-/// A trap that the guest's hart took without a vector of its own, and that has come to the shim.
+/// Explains a trap that a guest without a vector of its own took to the shim.
 pub(super) fn of_trap(hart: &dyn Hart) -> Option<String> {
     let csr = |csr| hart.get(Reg::Csr(csr)).unwrap_or(0);
     let (cause, pc, tval) = (csr(Csr::Scause), csr(Csr::Sepc), csr(Csr::Stval));
@@ -28,7 +28,7 @@ pub(super) fn of_trap(hart: &dyn Hart) -> Option<String> {
     ))
 }
 
-/// Any other exit; `None` where there is nothing to be said, since nothing of the guest's was the cause.
+/// Explains any other exit; `None` for one that the guest did not cause.
 pub(super) fn of_exit(hart: &dyn Hart, seen: &ExitRecord, pc: u64) -> Option<String> {
     let a7 = hart.get(Reg::X(17)).unwrap_or(0);
     Some(match *seen {

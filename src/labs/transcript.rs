@@ -1,5 +1,5 @@
-//! What guests and narrator print, in the order in which it happens: shown at once, and kept for the check. Only a line of the narrator
-//! waits, until the guest's line has ended in the middle of which it came.
+//! The output of guests and narrator, in order: printed at once, and kept for the check. Only a line of the narrator that arrives in
+//! the middle of a guest's line waits for the end of that line.
 
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -8,16 +8,16 @@ use std::time::Duration;
 
 use rvmm_devices::{ConsoleBackend, Port, Ports};
 
-/// Bytes that are kept; a guest that prints more is not one of the labs'.
-const MOST: usize = 1 << 20;
+/// Maximum number of bytes that are kept; the labs' guests print less.
+const MAX_TEXT: usize = 1 << 20;
 
-/// Lines of the narrator that wait for the end of one of the guest's.
-const MOST_WAITING: usize = 64;
+/// Maximum number of the narrator's lines that wait for the end of a guest's line.
+const MAX_WAITING: usize = 64;
 
-/// Bytes of a line of one of several machines that are shown.
-const LONGEST: usize = 400;
+/// Maximum length in bytes of a line of one of several machines.
+const MAX_LINE: usize = 400;
 
-/// The text, shared by everybody who prints.
+/// The text, shared by all of its writers.
 #[derive(Clone)]
 pub(super) struct Transcript(Arc<Shared>);
 
@@ -30,20 +30,20 @@ struct State {
     text: Vec<u8>,
     out: Box<dyn Write + Send>,
     is_at_line_start: bool,
-    /// The narrator's lines that wait for the end of the guest's.
-    waiting: Vec<Told>,
-    /// Nothing more comes.
+    /// The narrator's lines that wait for the end of the guest's line.
+    waiting: Vec<NarratorLine>,
+    /// True once nothing more is printed.
     has_ended: bool,
 }
 
 /// A line of the narrator.
-struct Told {
+struct NarratorLine {
     line: String,
     is_kept: bool,
 }
 
 impl Transcript {
-    /// An empty one, shown on `out`.
+    /// An empty transcript, printed to `out`.
     pub(super) fn new(out: Box<dyn Write + Send>) -> Self {
         let state = State {
             text: Vec::new(),
@@ -55,20 +55,20 @@ impl Transcript {
         Self(Arc::new(Shared { state: Mutex::new(state), grown: Condvar::new() }))
     }
 
-    /// A whole line.
+    /// Adds a whole line.
     pub(super) fn line(&self, line: &str) {
-        self.tell(Told { line: line.into(), is_kept: true });
+        self.push(NarratorLine { line: line.into(), is_kept: true });
     }
 
-    /// A whole line that is shown, and is no part of the text.
+    /// Prints a whole line that is not part of the text.
     pub(super) fn aside(&self, line: &str) {
-        self.tell(Told { line: line.into(), is_kept: false });
+        self.push(NarratorLine { line: line.into(), is_kept: false });
     }
 
-    fn tell(&self, told: Told) {
+    fn push(&self, told: NarratorLine) {
         let mut state = self.lock();
         state.waiting.push(told);
-        if state.waiting.len() > MOST_WAITING {
+        if state.waiting.len() > MAX_WAITING {
             state.end_line();
         } else if state.is_at_line_start {
             state.catch_up();
@@ -77,7 +77,7 @@ impl Transcript {
         self.0.grown.notify_all();
     }
 
-    /// Nothing more comes from the machines: what waits for the end of a line, and who waits for a text, wait no longer.
+    /// Ends the transcript: waiting lines are printed, and threads that wait for a text return.
     pub(super) fn end(&self) {
         let mut state = self.lock();
         state.end_line();
@@ -86,7 +86,7 @@ impl Transcript {
         self.0.grown.notify_all();
     }
 
-    /// A part of the text, as a guest prints it.
+    /// Adds a part of the text, as a guest prints it.
     fn bytes(&self, bytes: &[u8]) {
         let mut state = self.lock();
         for part in bytes.split_inclusive(|byte| *byte == b'\n') {
@@ -101,12 +101,12 @@ impl Transcript {
         self.0.grown.notify_all();
     }
 
-    /// The text so far, its lines ended by line feeds alone.
+    /// The text so far, with its lines ended by line feeds alone.
     pub(super) fn text(&self) -> String {
         String::from_utf8_lossy(&self.lock().text).replace('\r', "")
     }
 
-    /// Waits until `what` stands in the text or nothing more comes, for `limit` at most; true where it stands there.
+    /// Waits for `what` in the text or for the end of the text, for `limit` at most; true if the text has it.
     pub(super) fn wait_for(&self, what: &str, limit: Duration) -> bool {
         let has = |state: &State| {
             state.text.windows(what.len().max(1)).any(|part| part == what.as_bytes())
@@ -125,7 +125,7 @@ impl Transcript {
 }
 
 impl State {
-    /// Ends the guest's line, where it is in one.
+    /// Ends the guest's line, if there is an unfinished one.
     fn end_line(&mut self) {
         if !self.is_at_line_start {
             self.keep(b"\n");
@@ -136,7 +136,7 @@ impl State {
     }
 
     fn catch_up(&mut self) {
-        for Told { line, is_kept } in std::mem::take(&mut self.waiting) {
+        for NarratorLine { line, is_kept } in std::mem::take(&mut self.waiting) {
             let line = line + "\n";
             if is_kept {
                 self.keep(line.as_bytes());
@@ -146,26 +146,26 @@ impl State {
     }
 
     fn keep(&mut self, bytes: &[u8]) {
-        let room = MOST - self.text.len();
+        let room = MAX_TEXT - self.text.len();
         self.text.extend(bytes.iter().take(room));
     }
 
     fn show(&mut self, bytes: &[u8]) {
-        // A reader that has gone is no reason to stop the guest: what is checked is what is kept.
+        // A closed output is no reason to stop the guest: the check uses the kept text.
         let _ = self.out.write_all(bytes).and_then(|()| self.out.flush());
     }
 }
 
-/// A guest's console that ends in a transcript, with input from a pipe where there is any.
+/// A console backend that writes to a transcript, with input from a pipe if there is one.
 pub(super) struct Screen {
     transcript: Transcript,
     input: Option<OwnedFd>,
-    /// Of one of several machines: its name, and the line that it is at.
+    /// For one of several machines: its name, and its current line.
     line: Option<(String, Vec<u8>)>,
 }
 
 impl Screen {
-    /// The console of the machine `name`; of several machines whole lines are shown, each behind its machine's name.
+    /// The console of the machine `name`; with several machines whole lines are printed, each after its machine's name.
     pub(super) fn new(
         transcript: &Transcript,
         input: Option<OwnedFd>,
@@ -176,7 +176,7 @@ impl Screen {
     }
 }
 
-/// What is left of a line that did not end is shown, too.
+/// Prints the rest of an unfinished line, too.
 impl Drop for Screen {
     fn drop(&mut self) {
         if let Some((name, line)) = self.line.take().filter(|(_, line)| !line.is_empty()) {
@@ -211,7 +211,7 @@ impl ConsoleBackend for Screen {
                     self.transcript.line(&format!("[{name}] {text}"));
                     line.clear();
                 }
-                _ if line.len() < LONGEST => line.push(*byte),
+                _ if line.len() < MAX_LINE => line.push(*byte),
                 _ => {}
             }
         }
@@ -219,7 +219,7 @@ impl ConsoleBackend for Screen {
     }
 }
 
-/// The first of `expected` that is not a whole line of `text` behind the one before it; `None` where all are.
+/// The first of `expected` that is not a whole line of `text` after the one before it; `None` if all are.
 pub(super) fn missing<'a>(text: &str, expected: &[&'a str]) -> Option<&'a str> {
     let mut lines = text.lines();
     expected.iter().find(|wanted| !lines.any(|line| line == **wanted)).copied()
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_of_the_narrator_does_not_break_into_one_of_the_guest() {
+    fn a_line_of_the_narrator_does_not_interrupt_one_of_the_guest() {
         let all = transcript();
         let mut screen = Screen::new(&all, None, None);
         all.line("first");
@@ -253,7 +253,7 @@ mod tests {
         let all = transcript();
         let mut screen = Screen::new(&all, None, None);
         screen.write(b"endless").unwrap();
-        for _ in 0..=MOST_WAITING {
+        for _ in 0..=MAX_WAITING {
             all.line("told");
         }
         assert!(all.text().starts_with("endless\ntold\ntold\n"));
@@ -294,16 +294,16 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_is_bounded() {
+    fn the_kept_text_is_bounded() {
         let all = transcript();
         let mut screen = Screen::new(&all, None, None);
         for _ in 0..3 {
-            screen.write(&vec![b'x'; MOST / 2]).unwrap();
+            screen.write(&vec![b'x'; MAX_TEXT / 2]).unwrap();
         }
-        assert_eq!(all.text().len(), MOST);
+        assert_eq!(all.text().len(), MAX_TEXT);
         let for_ever = Duration::MAX;
         assert!(!all.wait_for("y", Duration::ZERO) && all.wait_for("xx", for_ever));
         all.end();
-        assert!(!all.wait_for("y", for_ever), "nothing more comes");
+        assert!(!all.wait_for("y", for_ever), "the text has ended");
     }
 }

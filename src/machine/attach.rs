@@ -1,4 +1,4 @@
-//! Devices onto the bus: the board's own and the user's, each with its address, its interrupt and its tree node.
+//! Attaches devices to the bus: the board's own and the user's, each with its address, its interrupt and its tree node.
 
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
@@ -21,35 +21,35 @@ use crate::config::slots;
 use crate::error::Error;
 use crate::layout::{self, SLOT_SIZE, SLOTS, Span};
 
-/// The bus with everything on it, and what the device tree says of it.
+/// The bus with all devices, and their device tree nodes.
 pub(super) struct Attached {
     pub(super) bus: Arc<Bus>,
     pub(super) nodes: Vec<DeviceNode>,
-    /// What devices show as memory from the start.
+    /// The ranges that devices map as guest memory from the start.
     pub(super) roms: Vec<Region>,
 }
 
-/// What devices need from the machine.
-pub(super) struct Hookup<'a> {
+/// The parts of the machine that devices are connected to.
+pub(super) struct Connections<'a> {
     pub(super) lines: &'a Lines,
     pub(super) power: Arc<dyn PowerSwitch>,
-    /// The other end of the first UART.
+    /// The backend of the first UART.
     pub(super) console: Box<dyn ConsoleBackend>,
-    /// The other end of the first input device.
+    /// The backend of the first input device.
     pub(super) button: Option<&'a Button>,
-    /// Who sets the target of the first balloon.
+    /// Sets the target of the first balloon.
     pub(super) balloon: &'a BalloonControl,
-    /// Who opens further ends.
+    /// Opens the backends of the other devices.
     pub(super) host: Arc<dyn Host>,
-    /// Where guest RAM is.
+    /// The address range of guest RAM.
     pub(super) ram: Span,
-    /// Guest RAM, for devices that reach into it.
+    /// Guest RAM, for devices with DMA.
     pub(super) memory: Arc<dyn DmaMemory>,
-    /// Who may ring doorbells without rvmm, and who gives the guest memory.
+    /// Handles doorbells without an exit, and maps guest memory.
     pub(super) vm: &'a Arc<dyn Vm>,
 }
 
-/// One device to be made: its model, its options and its place.
+/// A device to be created: its model, its options and its address.
 struct Plan {
     model: &'static Model,
     options: Options,
@@ -58,26 +58,26 @@ struct Plan {
     irq: u32,
 }
 
-/// Makes the board's devices and those of `extra` (`NAME,key=value,...`) and puts them on a bus.
-pub(super) fn attach(extra: &[String], hookup: Hookup<'_>) -> Result<Attached, Error> {
-    let (mut console, mut button) = (Some(hookup.console), hookup.button);
-    let mut balloon = Some(hookup.balloon);
+/// Creates the board's devices and those of `extra` (`NAME,key=value,...`) on a bus.
+pub(super) fn attach(extra: &[String], machine: Connections<'_>) -> Result<Attached, Error> {
+    let (mut console, mut button) = (Some(machine.console), machine.button);
+    let mut balloon = Some(machine.balloon);
     let mut devices: Vec<(u64, Box<dyn MmioDevice>)> = Vec::new();
     let mut nodes = Vec::new();
     let slots = Arc::new(AtomicU32::new(FIRST_WINDOW_SLOT));
     let roms = Arc::new(Mutex::new(Vec::new()));
     for plan in plan(extra)? {
-        let mut wiring = Wiring::new(Arc::clone(&hookup.power));
-        wiring.memory = Arc::clone(&hookup.memory);
-        wiring.host = Arc::clone(&hookup.host);
-        wiring.window = Arc::new(Pane {
-            vm: Arc::clone(hookup.vm),
+        let mut wiring = Wiring::new(Arc::clone(&machine.power));
+        wiring.memory = Arc::clone(&machine.memory);
+        wiring.host = Arc::clone(&machine.host);
+        wiring.window = Arc::new(DeviceWindow {
+            vm: Arc::clone(machine.vm),
             base: plan.base,
             slots: Arc::clone(&slots),
-            shown: Arc::downgrade(&roms),
+            mapped: Arc::downgrade(&roms),
         });
         if plan.irq != 0 {
-            wiring.irq = hookup.lines.source(plan.irq)?;
+            wiring.irq = machine.lines.source(plan.irq)?;
         }
         if plan.model.name == "serial" {
             wiring.console = console.take();
@@ -88,18 +88,18 @@ pub(super) fn attach(extra: &[String], hookup: Hookup<'_>) -> Result<Attached, E
         if plan.model.name == "input" {
             wiring.power_button =
                 button.take().map(Button::device_end).transpose().map_err(|source| {
-                    Error::Host { what: "Cannot wire the power button".into(), source }
+                    Error::Host { what: "Cannot connect the power button".into(), source }
                 })?;
         }
         let device = plan.model.create(&plan.options, wiring).map_err(not_built)?;
         for doorbell in device.doorbells() {
-            hookup.vm.ring_in_kernel(plan.base, doorbell)?;
+            machine.vm.ring_in_kernel(plan.base, doorbell)?;
         }
-        check_place(&plan, device.size(), &hookup.ram)?;
+        check_place(&plan, device.size(), &machine.ram)?;
         nodes.extend(device.fdt().map(|desc| node(&plan, device.size(), desc)));
         devices.push((plan.base, device));
     }
-    devices.push(hookup.lines.registers()?);
+    devices.push(machine.lines.registers()?);
     let bus = Bus::new(devices).map_err(refused)?;
     let roms = std::mem::take(&mut *roms.lock().unwrap_or_else(PoisonError::into_inner));
     Ok(Attached { bus: Arc::new(bus), nodes, roms })
@@ -122,7 +122,7 @@ fn plan(extra: &[String]) -> Result<Vec<Plan>, Error> {
             )));
         }
         let row = layout::find(model.name).ok_or_else(|| {
-            Error::Device(format!("Device {} has no place in the memory map", model.name))
+            Error::Device(format!("Device {} has no address in the memory map", model.name))
         })?;
         plans.push(Plan {
             model,
@@ -144,7 +144,7 @@ fn plan(extra: &[String]) -> Result<Vec<Plan>, Error> {
         }
         let place = slot.and_then(|slot| Some((slot, layout::slot_irqs().nth(slot)?)));
         let (slot, irq) = place.ok_or_else(|| {
-            Error::Device(format!("Device {} has no place in the memory map", model.name))
+            Error::Device(format!("Device {} has no address in the memory map", model.name))
         })?;
         let irq = if model.irqs == 0 { 0 } else { irq };
         let label = format!("{}{slot}", model.name);
@@ -153,47 +153,47 @@ fn plan(extra: &[String]) -> Result<Vec<Plan>, Error> {
     Ok(plans)
 }
 
-/// A device that stands where its user wants it.
+/// A device at an address of the user's choice.
 fn asked(model: &'static Model, options: Options) -> Result<Plan, Error> {
     let addr = options
         .number("addr")
         .map_err(|error| Error::Device(format!("Device {}: {error}", model.name)))?;
     let base = addr.ok_or_else(|| {
-        Error::Device(format!("Device {} has no place (add addr=ADDR)", model.name))
+        Error::Device(format!("Device {} has no address (add addr=ADDR)", model.name))
     })?;
     Ok(Plan { model, options, label: format!("{}{base:x}", model.name), base, irq: 0 })
 }
 
-/// Nothing may stand where RAM is: the guest would reach RAM there, whatever the bus says.
+/// Refuses a device that overlaps RAM: the guest would access RAM there, whatever is on the bus.
 fn check_place(plan: &Plan, size: u64, ram: &Span) -> Result<(), Error> {
     let end = plan.base.checked_add(size);
     if end.is_some_and(|end| end <= ram.base) || plan.base >= ram.end() {
         return Ok(());
     }
     Err(Error::Device(format!(
-        "Device {} at {:#x} ({size:#x} bytes) reaches into guest RAM, which begins at {:#x} (use another addr)",
+        "Device {} at {:#x} ({size:#x} bytes) overlaps guest RAM, which begins at {:#x} (use another addr)",
         plan.model.name, plan.base, ram.base
     )))
 }
 
 /// A device's address range on the board.
-struct Pane {
+struct DeviceWindow {
     vm: Arc<dyn Vm>,
     base: u64,
-    /// The next memory slot of the VM that is free.
+    /// The VM's next free memory slot.
     slots: Arc<AtomicU32>,
-    /// What is shown before the guest starts; gone afterwards.
-    shown: Weak<Mutex<Vec<Region>>>,
+    /// The ranges that are mapped before the guest starts; dropped afterwards.
+    mapped: Weak<Mutex<Vec<Region>>>,
 }
 
-impl Window for Pane {
+impl Window for DeviceWindow {
     fn show(&self, offset: u64, host_address: u64, len: u64) -> io::Result<()> {
         let slot = self.slots.fetch_add(1, Relaxed);
         let addr = self.base.checked_add(offset).ok_or(io::ErrorKind::InvalidInput)?;
         self.vm.map_rom(slot, addr, host_address, len)?;
-        if let Some(shown) = self.shown.upgrade() {
-            let mut shown = shown.lock().unwrap_or_else(PoisonError::into_inner);
-            shown.push(Region::new(addr, len));
+        if let Some(mapped) = self.mapped.upgrade() {
+            let mut mapped = mapped.lock().unwrap_or_else(PoisonError::into_inner);
+            mapped.push(Region::new(addr, len));
         }
         Ok(())
     }
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_slot_of_qemus_virt_machine_can_be_had() {
+    fn a_device_takes_the_slot_that_it_is_given_and_the_irq_of_that_slot() {
         let places = places(&["rng", "rng,slot=7", "rng,slot=9", "rng"]);
         let expected = [
             ("rng0", 0x1000_1000, 1),

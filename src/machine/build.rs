@@ -1,5 +1,5 @@
-//! The boot story: from a configuration to a board whose harts only have to be let go. One step a line, in the order
-//! that KVM and the files impose.
+//! Builds a board from a configuration, up to harts that only have to be started. One step a line, in the order that
+//! KVM and the files require.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use rvmm_devices::virtio::DmaMemory;
 use rvmm_devices::virtio::balloon::BalloonControl;
 use rvmm_devices::{Bus, Host, Model, Options, Placement, PowerRequest, PowerSwitch};
 
-use super::attach::{Attached, Hookup, attach};
+use super::attach::{Attached, Connections, attach};
 use super::fdt::{Facts, board};
 use super::firmware::{self, Stage};
 use super::hypervisor::{AiaPlan, CpuKnobs, Hypervisor, Irqchip, RAM_SLOT, Vm};
@@ -26,72 +26,72 @@ use crate::vcpu::restarts::{self, Restarts};
 use crate::vcpu::stop::StopReason;
 use crate::vcpu::{Control, Debugger, World};
 
-/// One life of the guest, from reset to stop. A restart drops it and builds the next.
+/// The state of one run of the guest, from reset to stop. A reboot drops it and builds the next.
 ///
-/// Fields are dropped in this order: harts and devices let go of the VM before the RAM under it is unmapped.
+/// Fields are dropped in this order: harts and devices release the VM before its RAM is unmapped.
 pub(super) struct Board {
     pub(super) harts: Vec<Box<dyn Hart>>,
     pub(super) world: Arc<World>,
     pub(super) bus: Arc<Bus>,
     pub(super) control: Arc<Control>,
-    /// What a debugger shares with the harts, where the machine may have one.
+    /// The state that a debugger shares with the harts, where one is configured.
     pub(super) debug_context: Option<Arc<gdb::DebugContext>>,
     pub(super) vm: Arc<dyn Vm>,
     _shim: Option<Rom>,
     _ram: Arc<GuestRam>,
 }
 
-/// What outlives a board: the other ends of its devices.
+/// The parts that outlive a board: the backends of its devices.
 #[derive(Clone)]
-pub(super) struct Ends {
+pub(super) struct Backends {
     /// Of the first UART.
     pub(super) console: SharedConsole,
     /// Of the first input device.
     pub(super) button: Option<Arc<Button>>,
     /// Of the first balloon.
     pub(super) balloon: BalloonControl,
-    /// Who opens those of the others.
+    /// Opens those of the others.
     pub(super) host: Arc<dyn Host>,
-    /// Who is told of every exit.
+    /// Receives every exit of every hart.
     pub(super) observer: Option<Arc<dyn ExitObserver>>,
 }
 
 impl Board {
-    /// Builds a board of `config`, whose files are open, on `host`, its devices wired to `ends`.
+    /// Builds a board of `config`, whose files are open, on `host`, its devices connected to `backends`.
     pub(super) fn build(
         config: &VmConfig,
         files: &Files,
         host: &dyn Hypervisor,
-        ends: &Ends,
+        backends: &Backends,
     ) -> Result<Self, Error> {
         let span = Span { base: RAM_BASE, size: config.mem };
-        // Shared memory costs copies of the user's files: it is there only where another program serves a device.
+        // Shared memory costs copies of the user's files: it is used only where another program serves a device.
         let is_shared = config.devices.iter().any(|text| is_served_elsewhere(text));
         let ram = if is_shared { GuestRam::shared } else { GuestRam::new };
         let ram = Arc::new(ram(span, config.hugepages)?);
         let vm = host.create_vm()?;
         vm.limit_addresses(reach(config, span));
         vm.map_memory(RAM_SLOT, RAM_BASE, ram.host_address(), config.mem)
-            .map_err(|e| no_memory(config.mem, e))?;
-        // The first hart made is the boot hart; the in-kernel irqchip wants all harts to exist.
+            .map_err(|e| cannot_map(config.mem, e))?;
+        // The first hart created is the boot hart; the in-kernel irqchip requires all harts to exist.
         let mut harts = make_harts(config, vm.as_ref())?;
         let irqchip = vm.create_irqchip(config.irqchip, &aia_plan(config)?)?;
         let cpu = vm.cpu_facts()?;
         let control = Arc::new(Control::new());
         let lines = Lines::new(&vm, irqchip, config.cpus.count, &control)?;
         let power: Arc<dyn PowerSwitch> = Arc::new(SysconPower(Arc::clone(&control)));
-        let hookup = Hookup {
+        let connections = Connections {
             lines: &lines,
             power,
-            console: Box::new(ends.console.waking(&control)),
-            button: ends.button.as_deref(),
-            balloon: &ends.balloon,
-            host: Arc::clone(&ends.host),
+            console: Box::new(backends.console.waking(&control)),
+            button: backends.button.as_deref(),
+            balloon: &backends.balloon,
+            host: Arc::clone(&backends.host),
             ram: span,
             memory: Arc::clone(&ram) as Arc<dyn DmaMemory>,
             vm: &vm,
         };
-        let Attached { bus, nodes, roms } = attach(&config.devices, hookup)?;
+        let Attached { bus, nodes, roms } = attach(&config.devices, connections)?;
         let facts = Facts {
             harts: config.cpus.count,
             cpu: &cpu,
@@ -100,7 +100,7 @@ impl Board {
             cmdline: &config.boot.cmdline,
         };
         let start = files.load(&config.boot, board(&facts, nodes)?, &ram, &roms)?;
-        let opens = point_boot_hart(&mut harts, &start)?;
+        let opens_counters = prepare_boot_hart(&mut harts, &start)?;
         let stage = Stage {
             config,
             host,
@@ -108,7 +108,7 @@ impl Board {
             ram: &ram,
             control: &control,
             timebase_hz: cpu.timebase_hz,
-            observer: ends.observer.clone(),
+            observer: backends.observer.clone(),
         };
         let (firmware, shim) = firmware::wire(&stage, &mut harts, &start.code)?.unzip();
         let uart = layout::span("serial")?.base;
@@ -116,24 +116,27 @@ impl Board {
             World::new(Arc::clone(&bus), Arc::clone(&ram), config.unassigned, Some(uart));
         world.firmware = firmware;
         world.timebase_hz = cpu.timebase_hz;
-        world.restarts = watch_starts(&vm, harts.len(), irqchip, opens, &control)?;
+        world.restarts = watch_starts(&vm, harts.len(), irqchip, opens_counters, &control)?;
         let ebreaks = world.firmware.is_some();
-        let debug_context =
-            config.gdb.as_ref().map(|_| make_post(&control, &ram, &vm, ebreaks)).transpose()?;
+        let debug_context = config
+            .gdb
+            .as_ref()
+            .map(|_| create_debug_context(&control, &ram, &vm, ebreaks))
+            .transpose()?;
         world.debugger =
             debug_context.clone().map(|debug_context| debug_context as Arc<dyn Debugger>);
-        if let Some(observer) = &ends.observer {
-            let told =
+        if let Some(observer) = &backends.observer {
+            let observed =
                 |hart| Box::new(ObservedHart::new(hart, Arc::clone(observer))) as Box<dyn Hart>;
-            harts = harts.into_iter().map(told).collect();
+            harts = harts.into_iter().map(observed).collect();
         }
         let world = Arc::new(world);
         Ok(Self { harts, world, bus, control, debug_context, vm, _shim: shim, _ram: ram })
     }
 }
 
-/// What a debugger shares with the harts, whose `ebreak`s come out anyway where there are `ebreaks` of others.
-fn make_post(
+/// Creates the state that a debugger shares with the harts. With `ebreaks` every `ebreak` of the guest exits anyway.
+fn create_debug_context(
     control: &Arc<Control>,
     ram: &Arc<GuestRam>,
     vm: &Arc<dyn Vm>,
@@ -144,7 +147,7 @@ fn make_post(
     let debug_context =
         gdb::DebugContext::new(Arc::clone(control), Arc::clone(ram), sync_code, ebreaks);
     debug_context.map(Arc::new).map_err(|source| Error::Host {
-        what: "Cannot make what a debugger shares with the harts".into(),
+        what: "Cannot create the debugger's event descriptor".into(),
         source,
     })
 }
@@ -176,15 +179,15 @@ fn make_harts(config: &VmConfig, vm: &dyn Vm) -> Result<Vec<Box<dyn Hart>>, Erro
 
 fn aia_plan(config: &VmConfig) -> Result<AiaPlan, Error> {
     let (aplic, imsics) = (layout::span("aplic")?, layout::span("imsics")?);
-    // The kernel looks at all sources at every write to the APLIC, such as the end of each interrupt.
+    // The kernel scans all sources at every write to the APLIC, such as the end of each interrupt.
     let sources = layout::last_source(slots::reach(&config.devices)?);
     let in_slots = config.devices.iter().filter(|text| interrupts_from_a_slot(text)).count();
-    // Linux gives out identities from 1 on, the first for what harts send each other; simpler guests take sources' numbers for them.
+    // Linux allocates identities from 1 on, the first for inter-processor interrupts; simpler guests use the numbers of the sources.
     let identities = layout::sources_in_use(in_slots).saturating_add(1).max(sources);
     Ok(AiaPlan { harts: config.cpus.count, sources, identities, aplic, imsics })
 }
 
-/// The first address behind everything: RAM, or a device that its user has put behind it.
+/// The first address after RAM and all devices; the maximum where the user has placed a device above RAM.
 fn reach(config: &VmConfig, ram: Span) -> u64 {
     let is_behind = |text: &String| {
         let addr = Options::parse(text).ok().and_then(|options| options.number("addr").ok());
@@ -193,12 +196,12 @@ fn reach(config: &VmConfig, ram: Span) -> u64 {
     if config.devices.iter().any(is_behind) { u64::MAX } else { ram.end() }
 }
 
-/// The state in which firmware hands over to a supervisor: a0 = hart id, a1 = device tree, and counters open to user mode. True where
-/// the kernel starts harts with them closed.
+/// Sets the state in which firmware enters a supervisor: a0 = hart id, a1 = device tree, and counters readable in user mode. True if
+/// the kernel starts harts with counters that are not.
 ///
-/// A Linux guest whose host lacks Sscofpmf gets no PMU, so nothing in it opens the counters; its C library reads `time`
-/// though. KVM opened them up to Linux 6.15. Harts that the guest starts later get theirs by [`Restarts`].
-fn point_boot_hart(harts: &mut [Box<dyn Hart>], start: &Start) -> Result<bool, Error> {
+/// A Linux guest whose host lacks Sscofpmf has no PMU driver, so it never enables the counters, but its C library reads `time`.
+/// KVM enabled them up to Linux 6.15. On harts that the guest starts later [`Restarts`] does.
+fn prepare_boot_hart(harts: &mut [Box<dyn Hart>], start: &Start) -> Result<bool, Error> {
     let Some(boot) = harts.first_mut() else {
         return Err(Error::Config("A machine needs at least one hart".into()));
     };
@@ -220,41 +223,41 @@ fn point_boot_hart(harts: &mut [Box<dyn Hart>], start: &Start) -> Result<bool, E
     Ok(counters == 0)
 }
 
-/// Who gives harts what the kernel leaves out when it starts them; nobody where it leaves nothing out. (With the in-kernel
-/// interrupt controller a guest does not suspend itself, and its lines are the kernel's.)
+/// Starts the thread that sets in harts what the kernel leaves out when it starts them; `None` where it leaves nothing out. (With the
+/// in-kernel interrupt controller a guest does not suspend itself, and its lines are the kernel's.)
 fn watch_starts(
     vm: &Arc<dyn Vm>,
     harts: usize,
     irqchip: Irqchip,
-    opens: bool,
+    opens_counters: bool,
     control: &Arc<Control>,
 ) -> Result<Option<Restarts>, Error> {
-    let failed = |source| Error::Host { what: "Cannot watch harts start".into(), source };
-    if !opens && matches!(irqchip, Irqchip::Aia(_)) {
+    let failed = |source| Error::Host { what: "Cannot watch for hart starts".into(), source };
+    if !opens_counters && matches!(irqchip, Irqchip::Aia(_)) {
         return Ok(None);
     }
     let mut counters = vm.counters();
     counters.sort_by_key(|counters| counters.hart());
     let exits: Result<Vec<_>, _> = counters.iter().map(|counters| counters.exits()).collect();
     let exits = exits.ok().filter(|exits| exits.len() == harts).unwrap_or_else(|| {
-        if opens && harts > 1 {
+        if opens_counters && harts > 1 {
             log::warn!(
-                "This host's KVM does not count exits, so nobody sees the guest start harts: user mode may not read the time on all but the first"
+                "This host's KVM does not count exits, so rvmm cannot detect that the guest starts harts: user mode may not be able to read the time on any hart but the first"
             );
         }
         Vec::new()
     });
-    Restarts::watch(exits, opens, control).map(Some).map_err(failed)
+    Restarts::watch(exits, opens_counters, control).map(Some).map_err(failed)
 }
 
-fn no_memory(size: u64, source: std::io::Error) -> Error {
+fn cannot_map(size: u64, source: std::io::Error) -> Error {
     Error::Memory {
-        what: format!("Cannot give the guest {} MiB of memory", size >> 20),
+        what: format!("Cannot map {} MiB of guest memory", size >> 20),
         source: Some(source),
     }
 }
 
-/// The far end of the power device: what the guest writes there ends the machine.
+/// The backend of the power device: the guest's writes stop the machine.
 struct SysconPower(Arc<Control>);
 
 impl PowerSwitch for SysconPower {

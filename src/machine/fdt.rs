@@ -1,4 +1,4 @@
-//! The device tree's input: what the hypervisor, the layout and the devices said, in `rvmm_boot`'s words.
+//! The device tree's input: the facts of hypervisor, memory map and devices, in `rvmm_boot`'s types.
 
 use rustix::rand::{GetRandomFlags, getrandom};
 use rvmm_boot::Region;
@@ -10,7 +10,7 @@ use super::hypervisor::{CpuFacts, Irqchip};
 use crate::error::Error;
 use crate::layout::{self, IRQ_SOURCES, Span};
 
-/// What goes into the tree besides the devices.
+/// The input of the tree besides the devices.
 #[derive(Debug)]
 pub(super) struct Facts<'a> {
     pub(super) harts: u32,
@@ -52,9 +52,7 @@ fn describe(facts: &CpuFacts) -> Result<Cpu, Error> {
         9 => MmuType::Sv48,
         10 => MmuType::Sv57,
         other => {
-            return Err(Error::Config(format!(
-                "The host's satp mode {other} is not one that rvmm knows"
-            )));
+            return Err(Error::Config(format!("The host's satp mode {other} is unknown to rvmm")));
         }
     };
     Ok(Cpu {

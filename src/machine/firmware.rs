@@ -1,4 +1,4 @@
-//! What stands in for firmware, put into a machine: the shim's page, breakpoints in place of calls, the timer.
+//! Installs rvmm's replacements for firmware in a machine: the shim's page, breakpoints in place of calls, the timer.
 
 use std::io;
 use std::sync::Arc;
@@ -17,13 +17,13 @@ use crate::vcpu::firmware::{Firmware, shim, sites};
 use crate::vcpu::hart::{Csr, Hart, Reg};
 use crate::vcpu::observer::ExitObserver;
 
-/// Files longer than this are not looked through unless the user asks for patches: they hold data.
-const MOST_CODE: u64 = 16 << 20;
+/// Maximum size of a file that is searched for calls, unless the user asks for patches: longer ones hold data.
+const MAX_CODE: u64 = 16 << 20;
 
-/// Bytes of a file that are looked through at a time.
-const PIECE: u64 = 1 << 20;
+/// Bytes of a file that are searched at a time.
+const CHUNK: u64 = 1 << 20;
 
-/// What the machine is by now.
+/// The parts of the machine that exist at this stage.
 pub(super) struct Stage<'a> {
     pub(super) config: &'a VmConfig,
     pub(super) host: &'a dyn Hypervisor,
@@ -37,8 +37,8 @@ pub(super) struct Stage<'a> {
 /// The firmware, and the page that it needs in the guest.
 pub(super) type Wired = Option<(Firmware, Rom)>;
 
-/// Plants what the configuration asks for in the machine's memory and harts; `None` where it asks for nothing, and the guest
-/// calls for nothing that the kernel does not have.
+/// Installs what the configuration asks for in the machine's memory and harts; `None` where it asks for nothing and the guest
+/// makes no call that the kernel does not answer.
 pub(super) fn wire(
     stage: &Stage<'_>,
     harts: &mut [Box<dyn Hart>],
@@ -51,16 +51,15 @@ pub(super) fn wire(
     if !is_bare && patches.count() == 0 && !is_timed {
         return Ok(None);
     }
-    let page = Rom::page(&shim::code()).map_err(|e| failed("make the trap shim", e))?;
+    let page = Rom::page(&shim::code()).map_err(|e| failed("create the trap shim", e))?;
     stage
         .vm
         .map_rom(SHIM_SLOT, shim::PAGE, page.host_address(), PAGE)
-        .map_err(|e| failed("show the trap shim to the guest", e))?;
-    stage.vm.code_changed().map_err(|e| failed("make the harts see changed code", e))?;
+        .map_err(|e| failed("map the trap shim into the guest", e))?;
+    stage.vm.code_changed().map_err(|e| failed("make changed code visible to the harts", e))?;
     for hart in harts.iter_mut() {
-        hart.trap_ebreaks(true).map_err(|e| {
-            failed("have the guest's breakpoints come out (KVM_SET_GUEST_DEBUG)", e)
-        })?;
+        hart.trap_ebreaks(true)
+            .map_err(|e| failed("make the guest's breakpoints exit (KVM_SET_GUEST_DEBUG)", e))?;
     }
     if let Some(boot) = harts.first_mut().filter(|_| is_bare) {
         let mode = u64::from(config.cpus.mode == StartMode::Supervisor);
@@ -81,7 +80,7 @@ pub(super) fn wire(
     Ok(Some((Firmware::new(patches, csrs, timer), page)))
 }
 
-/// Puts breakpoints in place of the guest's calls that nobody else answers.
+/// Replaces the guest's calls that the kernel does not answer with breakpoints.
 fn plant(stage: &Stage<'_>, code: &[Code]) -> Result<Patches, Error> {
     let choice = stage.config.sbi_v01;
     if choice == SbiV01::Kernel && !kernel_has_v01(stage.host)? {
@@ -91,13 +90,13 @@ fn plant(stage: &Stage<'_>, code: &[Code]) -> Result<Patches, Error> {
     }
     let may_patch = match choice {
         SbiV01::Patch => true,
-        // In user mode the guest's calls come to the shim by themselves: its code stays as it is.
+        // In user mode the guest's calls trap to the shim anyway: its code is not patched.
         SbiV01::Auto => stage.config.cpus.mode != StartMode::User,
         SbiV01::Kernel | SbiV01::Off => false,
     };
     let timer = stage.config.timer == TimerChoice::User;
     let found = search(stage, code, Wanted { v01: may_patch, timer })?;
-    // One call whose number is in the code for all to see: a number that is moved into a7 may be any, and is no reason to start patching.
+    // A call whose number is a constant in the code: a number that is moved into a7 may be any, and is no reason to start patching.
     let is_sure =
         |call: &Call| matches!(call.site.number, Number::Constant(number) if sites::is_v01(number));
     let needs_v01 = found.iter().any(is_sure);
@@ -106,7 +105,7 @@ fn plant(stage: &Stage<'_>, code: &[Code]) -> Result<Patches, Error> {
         && found.iter().any(|call| call.site.number.may_be(sites::is_v01))
     {
         log::info!(
-            "The guest has a function for calls whose number it is given: where they are of SBI 0.1, --sbi-v01 patch answers them"
+            "The guest has a call function with a variable extension number: if its calls are of SBI 0.1, --sbi-v01 patch answers them"
         );
     }
     let v01 = match choice {
@@ -119,7 +118,7 @@ fn plant(stage: &Stage<'_>, code: &[Code]) -> Result<Patches, Error> {
     for Call { base, around, site } in found {
         if !planted.plant(stage.ram, base, &around, site).map_err(memory)? {
             log::warn!(
-                "More than {} calls are in the guest's code: the rest stays as it is (--sbi-v01, --timer)",
+                "The guest's code has more than {} calls: the others are not patched (--sbi-v01, --timer)",
                 patches::MOST
             );
             break;
@@ -127,20 +126,20 @@ fn plant(stage: &Stage<'_>, code: &[Code]) -> Result<Patches, Error> {
     }
     if planted.count() > 0 {
         log::info!(
-            "{} calls of the guest are breakpoints now (--sbi-v01, --timer)",
+            "Replaced {} calls of the guest with breakpoints (--sbi-v01, --timer)",
             planted.count()
         );
     } else {
-        tell_nothing_found(choice == SbiV01::Patch, timer);
+        warn_nothing_found(choice == SbiV01::Patch, timer);
     }
     Ok(planted)
 }
 
-/// What was asked for and cannot be done.
-fn tell_nothing_found(patch: bool, timer: bool) {
+/// Warns of options that have no effect.
+fn warn_nothing_found(patch: bool, timer: bool) {
     if patch {
         log::warn!(
-            "--sbi-v01 patch has nothing to do: no call of SBI 0.1 was found in the guest's files, so what it makes is answered with NOT_SUPPORTED. A call is found where its number (0 to 8) is put into a7 shortly before the ecall, as a constant, from another register or from the stack; have the guest do that, or use the debug console (DBCN) of SBI 2.0"
+            "--sbi-v01 patch has nothing to do: no call of SBI 0.1 was found in the guest's files, so those that it makes are answered with NOT_SUPPORTED. A call is found where its number (0 to 8) is put into a7 shortly before the ecall, as a constant, from another register or from the stack; have the guest do that, or use the debug console (DBCN) of SBI 2.0"
         );
     }
     if timer {
@@ -154,13 +153,13 @@ fn tell_nothing_found(patch: bool, timer: bool) {
 struct Call {
     /// The guest-physical address of `around`.
     base: u64,
-    /// It, what gives it its number, and some bytes behind.
+    /// The call, the code that sets its number, and some bytes after it.
     around: Vec<u8>,
-    /// Where in `around` it is.
+    /// Its place in `around`.
     site: Site,
 }
 
-/// The calls in the files that may be `wanted`, in ascending order, one more at most than can be planted.
+/// The calls in the files that may be `wanted`, in ascending order, at most one more than can be patched.
 fn search(stage: &Stage<'_>, code: &[Code], wanted: Wanted) -> Result<Vec<Call>, Error> {
     let is_asked = stage.config.sbi_v01 == SbiV01::Patch;
     let mut found = Vec::new();
@@ -171,25 +170,25 @@ fn search(stage: &Stage<'_>, code: &[Code], wanted: Wanted) -> Result<Vec<Call>,
         if !is_asked && *is_image {
             continue;
         }
-        if !is_asked && region.size > MOST_CODE {
+        if !is_asked && region.size > MAX_CODE {
             log::info!(
-                "The file at {region} is too long to be code: no calls of SBI 0.1 are looked for in it (--sbi-v01 patch does)"
+                "The file at {region} is too long to be code: it is not searched for calls of SBI 0.1 (--sbi-v01 patch searches it)"
             );
             continue;
         }
         let mut start = 0;
         while start < region.size && found.len() <= patches::MOST {
-            // What lies before a piece may give its first call a number, and a call may end behind it.
+            // Code before a chunk may set the number of its first call, and a call may end after it.
             let low = start.saturating_sub(sites::REACH as u64);
-            let high = start.saturating_add(PIECE + 8).min(region.size);
+            let high = start.saturating_add(CHUNK + 8).min(region.size);
             let mut bytes = vec![0; usize::try_from(high - low).unwrap_or(0)];
             stage.ram.read(region.base + low, &mut bytes).map_err(memory)?;
-            let piece = start - low..start - low + PIECE;
+            let chunk = start - low..start - low + CHUNK;
             let sites = sites::find(&bytes).into_iter();
-            let sites = sites.filter(|site| piece.contains(&(site.at as u64)));
+            let sites = sites.filter(|site| chunk.contains(&(site.at as u64)));
             let sites = sites.filter(|site| site.number.may_be(|number| wanted.has(number)));
             found.extend(sites.map(|site| cut(region.base + low, &bytes, site)));
-            start += PIECE;
+            start += CHUNK;
         }
     }
     found.truncate(patches::MOST + 1);
@@ -204,17 +203,17 @@ fn cut(base: u64, bytes: &[u8], site: Site) -> Call {
     Call { base, around, site: Site { at: site.at - site.start, start: 0, ..site } }
 }
 
-/// Whether the host's kernel hands the calls of SBI 0.1 out. Its registers say so even where it does not, so a guest tries.
+/// True if the host's kernel passes calls of SBI 0.1 to user space. Its registers say so even where it does not, so a guest tries.
 fn kernel_has_v01(host: &dyn Hypervisor) -> Result<bool, Error> {
-    /// Where the guest of three instructions is, and where it stores what it was answered.
+    /// The address of the guest, three instructions, the last of which stores the answer.
     const AT: u64 = 0x8000_0000;
     // li a7,1; ecall; sd a0,0x100(zero)
     let code = [0x0010_0893_u32, 0x0000_0073, 0x10a0_3023].map(u32::to_le_bytes).concat();
     let page =
-        Rom::page(&code).map_err(|e| failed("make a page for a guest that tries SBI 0.1", e))?;
+        Rom::page(&code).map_err(|e| failed("create a page for a guest that tries SBI 0.1", e))?;
     let vm = host.create_vm()?;
     vm.map_rom(0, AT, page.host_address(), PAGE)
-        .map_err(|e| failed("show a page to a guest that tries SBI 0.1", e))?;
+        .map_err(|e| failed("map a page into a guest that tries SBI 0.1", e))?;
     let mut hart = vm.create_hart(0, &CpuKnobs::default())?;
     hart.set(Reg::Pc, AT).map_err(|e| failed("prepare a hart that tries SBI 0.1", e))?;
     loop {
@@ -232,5 +231,5 @@ fn failed(what: &str, source: io::Error) -> Error {
 }
 
 fn memory(error: crate::memory::RamError) -> Error {
-    Error::Memory { what: format!("Cannot look through the guest's code: {error}"), source: None }
+    Error::Memory { what: format!("Cannot search the guest's code: {error}"), source: None }
 }

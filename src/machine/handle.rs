@@ -1,4 +1,4 @@
-//! Control of a machine from context, over all its lives.
+//! Control of a machine from outside, across reboots.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,7 +8,7 @@ use rvmm_devices::virtio::balloon::BalloonControl;
 use crate::vcpu::stop::StopReason;
 use crate::vcpu::{Control, Pause};
 
-/// Stops, pauses and resumes a machine from any thread. Clones mean the same machine.
+/// Stops, pauses and resumes a machine from any thread. Clones control the same machine.
 #[derive(Clone)]
 pub struct Handle {
     state: Arc<Mutex<State>>,
@@ -17,11 +17,11 @@ pub struct Handle {
 
 #[derive(Default)]
 struct State {
-    /// The control of the present life; none before the start, between two lives and after the end.
+    /// The control of the current run; none before the start, between two runs and after the end.
     current: Option<Arc<Control>>,
-    /// Those of this handle and its clones, in the present life.
+    /// The pauses of this handle and its clones in the current run.
     pauses: Vec<Pause>,
-    /// Asked to stop: a life that begins later ends at once.
+    /// True once a stop was requested: a run that begins later ends at once.
     stopped: bool,
 }
 
@@ -32,14 +32,14 @@ impl Handle {
         Ok(Self { state: Arc::default(), balloon: BalloonControl::new()? })
     }
 
-    /// What sets the target of the machine's first balloon while the guest runs, and tells what it has given. In a machine
-    /// without a balloon it does nothing.
+    /// The control of the machine's first balloon: sets its target while the guest runs, and reports the memory that the guest has
+    /// given. In a machine without a balloon it does nothing.
     #[must_use]
     pub fn balloon(&self) -> &BalloonControl {
         &self.balloon
     }
 
-    /// Asks the machine to stop with [`StopReason::Requested`]; returns at once. A machine that is not running yet ends
+    /// Requests a stop with [`StopReason::Requested`]; returns at once. A machine that is not running yet ends
     /// as soon as it is run.
     pub fn stop(&self) {
         let mut state = self.lock();
@@ -49,15 +49,15 @@ impl Handle {
         }
     }
 
-    /// Stops all harts where they are, and returns once they are out of the guest. Devices on the host's side go on.
-    /// False where the machine is not running or ends meanwhile.
+    /// Pauses all harts, and returns once they are out of the guest. The devices' backends keep running. False if the machine
+    /// is not running or ends meanwhile.
     ///
-    /// Pauses are counted: the harts go on after as many calls of [`Handle::resume`] as there were of this one that returned
-    /// true. Who looks at the machine from elsewhere (`rvmm regs`) neither ends a pause nor is disturbed by its end.
+    /// Pauses are counted: the harts resume after as many calls of [`Handle::resume`] as there were of this one that returned
+    /// true. Queries from other programs (`rvmm regs`) neither end a pause nor are disturbed by its end.
     #[must_use]
     pub fn pause(&self) -> bool {
         let Some(control) = self.lock().current.clone() else { return false };
-        // Not under the lock: harts take their time, and somebody may want to stop the machine meanwhile.
+        // Not under the lock: this may take a while, and the machine may be stopped meanwhile.
         let Some(pause) = control.pause() else { return false };
         let mut state = self.lock();
         let is_current = state.current.as_ref().is_some_and(|now| Arc::ptr_eq(now, &control));
@@ -67,19 +67,19 @@ impl Handle {
         is_current
     }
 
-    /// Ends one pause; the harts go on where it was the last. Does nothing where there is none.
+    /// Ends one pause; the harts resume if it was the last. Does nothing if there is none.
     pub fn resume(&self) {
         let ended = self.lock().pauses.pop();
         drop(ended);
     }
 
-    /// Whether there is a pause that [`Handle::resume`] has not ended, in the present life of the guest.
+    /// True if the current run of the guest has a pause that [`Handle::resume`] has not ended.
     #[must_use]
     pub fn is_paused(&self) -> bool {
         !self.lock().pauses.is_empty()
     }
 
-    /// A life begins.
+    /// Begins a run.
     pub(super) fn enter(&self, control: &Arc<Control>) {
         let mut state = self.lock();
         if state.stopped {
@@ -88,7 +88,7 @@ impl Handle {
         state.current = Some(Arc::clone(control));
     }
 
-    /// A life ended.
+    /// Ends a run.
     pub(super) fn leave(&self) {
         let mut state = self.lock();
         state.current = None;

@@ -1,4 +1,4 @@
-//! What the machine asks of the hypervisor: the seam behind which KVM stands, and in tests nothing at all.
+//! The interface between the machine and its hypervisor: KVM, or in tests a double.
 
 use std::io;
 use std::sync::Arc;
@@ -14,19 +14,19 @@ use crate::vcpu::restarts::Exits;
 
 /// The memory slot of guest RAM.
 pub(crate) const RAM_SLOT: u32 = 0;
-/// The memory slot of the page that stands in for a trap vector.
+/// The memory slot of the trap shim's page.
 pub(crate) const SHIM_SLOT: u32 = 1;
-/// The first memory slot of what devices show to the guest.
+/// The first memory slot for memory that devices map into the guest.
 pub(crate) const FIRST_WINDOW_SLOT: u32 = 2;
 
-/// What a vCPU is, as the kernel tells it: the input of the tree's /cpus.
+/// Properties of a vCPU as the kernel reports them: the input of the device tree's /cpus.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CpuFacts {
-    /// Extensions of the guest by lower-case name (`i`, `m`, `zicbom`, ...), sorted as KVM numbers them.
+    /// Extensions of the guest by lower-case name (`i`, `m`, `zicbom`, ...), in the order of KVM's numbers.
     pub extensions: Vec<String>,
     /// `satp.MODE` of the widest translation: 0 none, 8 Sv39, 9 Sv48, 10 Sv57.
     pub satp_mode: u64,
-    /// Block sizes in bytes, where the extension is there.
+    /// Block sizes in bytes, where the vCPU has the extension.
     pub cbom_block: Option<u32>,
     /// See `cbom_block`.
     pub cboz_block: Option<u32>,
@@ -36,42 +36,42 @@ pub struct CpuFacts {
     pub timebase_hz: u64,
 }
 
-/// How the vCPUs are to be made; the same for every hart.
+/// Settings of the vCPUs; the same for every hart.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct CpuKnobs {
     /// Changes to the ISA, in the order given.
     pub isa: Vec<KnobChange>,
     /// Changes to the SBI extensions.
     pub sbi: Vec<KnobChange>,
-    /// `mvendorid`, `marchid`, `mimpid`, where not the host's.
+    /// `mvendorid`, `marchid` and `mimpid`, where they differ from the host's.
     pub id: CpuId,
 }
 
-/// Where the in-kernel AIA is to stand, and how large it is wanted.
+/// Requested addresses and size of the in-kernel AIA.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AiaPlan {
     /// Harts, each of which gets an IMSIC of one page.
     pub harts: u32,
-    /// Wired interrupt sources wanted at the APLIC: 1 to this number.
+    /// Requested wired interrupt sources of the APLIC: 1 to this number.
     pub sources: u32,
     /// Interrupt identities that the guest may use of one IMSIC: 1 to this number.
     pub identities: u32,
-    /// Where the APLIC's registers are.
+    /// The address range of the APLIC's registers.
     pub aplic: Span,
-    /// Where the IMSICs are: hart `n`'s at page `n`.
+    /// The address range of the IMSICs: hart `n` has page `n`.
     pub imsics: Span,
 }
 
-/// The interrupt controller that the kernel granted.
+/// The interrupt controller that the kernel provides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Irqchip {
     /// In-kernel APLIC and IMSICs.
     Aia(AiaFacts),
-    /// None: the machine brings a PLIC and drives the harts' external interrupt lines.
+    /// None: the machine has a PLIC of its own, which drives the harts' external interrupt lines.
     None,
 }
 
-/// What the in-kernel AIA looks like, as read back from the kernel.
+/// Properties of the in-kernel AIA, as read back from the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AiaFacts {
     /// Wired interrupt sources of the APLIC: 1 to this number.
@@ -84,77 +84,77 @@ pub struct AiaFacts {
     pub guest_index_bits: u32,
 }
 
-/// Who makes virtual machines: the host's KVM, or in tests a double.
+/// A source of virtual machines: the host's KVM, or in tests a double.
 pub trait Hypervisor: Send {
-    /// Makes a VM without memory and harts.
+    /// Creates a VM without memory and harts.
     ///
     /// # Errors
     /// The host refuses: out of memory, out of file descriptors.
     fn create_vm(&self) -> Result<Arc<dyn Vm>, VmError>;
 }
 
-/// A virtual machine. Calls come in boot order: memory, harts (ascending), irqchip, lines; then the harts run.
+/// A virtual machine. Calls are made in boot order: memory, harts (ascending), irqchip, lines; then the harts run.
 pub trait Vm: Send + Sync {
-    /// How many harts a VM may have at most.
+    /// Maximum number of harts of a VM.
     fn max_harts(&self) -> u32;
 
-    /// Gives the guest `size` bytes of this process's memory from `host_addr` at `guest_addr`, both multiples of 4096.
-    /// The memory stays mapped as long as the VM lives: the caller keeps it.
+    /// Maps `size` bytes of this process's memory from `host_addr` into the guest at `guest_addr`, both multiples of 4096.
+    /// The caller keeps the memory mapped as long as the VM exists.
     fn map_memory(&self, slot: u32, guest_addr: u64, host_addr: u64, size: u64) -> io::Result<()>;
 
-    /// As [`Vm::map_memory`], for memory that the guest may read and run; its stores there come out as any other.
+    /// As [`Vm::map_memory`], for memory that the guest may read and execute; its stores there exit as accesses to devices do.
     fn map_rom(&self, slot: u32, guest_addr: u64, host_addr: u64, size: u64) -> io::Result<()>;
 
-    /// Code in guest memory was changed by this process: harts that run from now on see it.
+    /// Makes code that this process has changed in guest memory visible to harts that run from now on.
     ///
     /// # Errors
-    /// The kernel cannot have all CPUs drop what they have fetched.
+    /// The kernel cannot make all CPUs discard fetched instructions.
     fn code_changed(&self) -> io::Result<()>;
 
-    /// Makes the next hart; the first one made is the boot hart.
+    /// Creates the next hart; the first one created is the boot hart.
     fn create_hart(&self, id: u32, knobs: &CpuKnobs) -> Result<Box<dyn Hart>, VmError>;
 
-    /// What the harts are, once one exists, with the knobs applied. After [`Vm::create_irqchip`], since a guest without
-    /// AIA is not shown `ssaia`.
+    /// Properties of the harts, once one exists, with the knobs applied. After [`Vm::create_irqchip`], since `ssaia` is
+    /// hidden from a guest without AIA.
     fn cpu_facts(&self) -> Result<CpuFacts, VmError>;
 
-    /// How harts tell the time, once one exists.
+    /// The clock of the harts, once one exists.
     fn ticks(&self) -> Result<Ticks, VmError> {
         Ok(Ticks::monotonic())
     }
 
-    /// What the hypervisor counts of each hart by itself; asked for before the first of them runs.
+    /// The hypervisor's own counters of each hart; opened before the first hart runs.
     fn counters(&self) -> Vec<Box<dyn Counters>> {
         Vec::new()
     }
 
-    /// A register of a hart that is out of the guest and settled; from any thread.
+    /// Reads a register of a hart that is out of the guest and settled; from any thread.
     fn reg(&self, _hart: u32, _reg: Reg) -> io::Result<u64> {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// How many bits a guest-physical address can have: 41, 50 or 59 where the second stage of translation has 3, 4 or 5 levels.
+    /// Bits of a guest-physical address: 41, 50 or 59 where the second stage of translation has 3, 4 or 5 levels.
     fn address_bits(&self) -> Option<u32> {
         None
     }
 
-    /// Neither memory nor a device is from address `end` on: translation may be as narrow as that allows. Before memory and harts.
+    /// Narrows guest-physical addresses as far as possible: neither memory nor a device is at `end` or above. Before memory and harts.
     fn limit_addresses(&self, _end: u64) {}
 
-    /// Makes the in-kernel interrupt controller that `choice` allows, as `plan` says, after the harts and before the
+    /// Creates the in-kernel interrupt controller that `choice` allows, according to `plan`, after the harts and before the
     /// first of them runs.
     ///
     /// # Errors
-    /// [`IrqchipChoice::Aia`] on a host without it; the sentence says what to do.
+    /// [`IrqchipChoice::Aia`] on a host without it; the message says what to do.
     fn create_irqchip(&self, choice: IrqchipChoice, plan: &AiaPlan) -> Result<Irqchip, VmError>;
 
-    /// Whether the guest has set up any interrupt source of the in-kernel controller; `None` where there is no controller to look at.
+    /// True if the guest has set up any interrupt source of the in-kernel controller; `None` without such a controller.
     fn has_set_up_irqchip(&self) -> Option<bool> {
         None
     }
 
-    /// Has the kernel ring `doorbell` of the device at `base`, without an exit. A hypervisor that does not is right, too:
-    /// then the write comes out as any other.
+    /// Registers `doorbell` of the device at `base`: the kernel then handles the write without an exit. A hypervisor may
+    /// also do nothing: then the write exits as any other.
     fn ring_in_kernel(&self, base: u64, doorbell: Doorbell<'_>) -> Result<(), VmError>;
 
     /// The line into the in-kernel APLIC's source `source` (1-based).
@@ -164,9 +164,9 @@ pub trait Vm: Send + Sync {
     fn external_line(&self, hart: u32) -> Result<Arc<dyn IrqLine>, VmError>;
 }
 
-/// What the hypervisor counts of one hart. Reading it does not disturb the hart.
+/// The hypervisor's counters of one hart. Reading them does not disturb the hart.
 pub trait Counters: Send + Sync {
-    /// Which hart.
+    /// The hart's id.
     fn hart(&self) -> u32;
 
     /// The counters by the hypervisor's names.
@@ -175,14 +175,14 @@ pub trait Counters: Send + Sync {
     /// They cannot be read.
     fn read(&self) -> io::Result<Vec<(String, u64)>>;
 
-    /// The number of exits alone, for who asks often.
+    /// The counter of exits alone, for frequent reads.
     ///
     /// # Errors
-    /// It is not counted.
+    /// Exits are not counted.
     fn exits(&self) -> io::Result<Box<dyn Exits>>;
 }
 
-/// What the hypervisor refused: the whole sentence for the user, with the kernel's error as source.
+/// An error of the hypervisor: the whole message for the user, with the kernel's error as source.
 #[derive(Debug, thiserror::Error)]
 #[error("{what}")]
 pub struct VmError {
@@ -193,22 +193,22 @@ pub struct VmError {
 }
 
 impl VmError {
-    /// A refusal with a reason of rvmm's own.
+    /// An error that rvmm has found itself.
     pub fn new(what: impl Into<String>) -> Self {
         Self { what: what.into(), source: None, mistake: false }
     }
 
-    /// A refusal of what no host could do: a mistake of whoever asked.
+    /// An error in the request, which no host could fulfil: a mistake of the user's.
     pub fn mistake(what: impl Into<String>) -> Self {
         Self { what: what.into(), source: None, mistake: true }
     }
 
-    /// A refusal by the kernel.
+    /// An error of the kernel.
     pub fn io(what: impl Into<String>, source: io::Error) -> Self {
         Self { what: what.into(), source: Some(source), mistake: false }
     }
 
-    /// Whether no host could have done what was asked.
+    /// True if no host could have fulfilled the request.
     #[must_use]
     pub fn is_mistake(&self) -> bool {
         self.mistake

@@ -1,4 +1,4 @@
-//! A running machine as those see it who look at it from context: what it counts, its registers, its page tables.
+//! The inspection of a running machine: its counters, registers and page tables.
 
 use std::process;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,16 +16,16 @@ use crate::vcpu::firmware::shim;
 use crate::vcpu::hart::{Csr, Reg};
 use crate::vcpu::{Control, World, registers};
 
-/// Answers questions about one machine, over all its lives. A query holds the lock, so that nobody takes a life apart that
-/// is being looked at.
+/// Answers queries about one machine, across reboots. A query holds the lock, so that a run is not torn down while it is
+/// inspected.
 pub(super) struct Inspector {
     name: String,
-    now: Mutex<Option<Life>>,
+    now: Mutex<Option<Run>>,
 }
 
-/// The present life.
-struct Life {
-    began: Instant,
+/// The current run.
+struct Run {
+    start: Instant,
     harts: u32,
     counters: Vec<Box<dyn Counters>>,
     vm: Arc<dyn Vm>,
@@ -39,10 +39,10 @@ impl Inspector {
         Self { name: name.into(), now: Mutex::default() }
     }
 
-    /// A life begins; its harts have not run yet.
+    /// Begins a run, whose harts have not run yet.
     pub(super) fn enter(&self, board: &Board, harts: u32) {
-        *self.lock() = Some(Life {
-            began: Instant::now(),
+        *self.lock() = Some(Run {
+            start: Instant::now(),
             harts,
             counters: board.vm.counters(),
             vm: Arc::clone(&board.vm),
@@ -52,27 +52,27 @@ impl Inspector {
         });
     }
 
-    /// The life is over: nothing of it is kept.
+    /// Ends the run: nothing of it is kept.
     pub(super) fn leave(&self) {
         *self.lock() = None;
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Life>> {
+    fn lock(&self) -> MutexGuard<'_, Option<Run>> {
         self.now.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn stat(&self, life: &Life) -> Stat {
-        let counted = life.bus.counters();
+    fn stat(&self, run: &Run) -> Stat {
+        let counted = run.bus.counters();
         let read = |counters: &dyn Counters| HartCount {
             hart: counters.hart(),
             counters: counters.read().unwrap_or_default().into_iter().collect(),
         };
-        let mut harts: Vec<_> = life.counters.iter().map(|c| read(c.as_ref())).collect();
+        let mut harts: Vec<_> = run.counters.iter().map(|c| read(c.as_ref())).collect();
         if harts.is_empty() {
             let none = |hart| HartCount { hart, ..HartCount::default() };
-            harts = (0..life.harts).map(none).collect();
+            harts = (0..run.harts).map(none).collect();
         }
-        let devices = life.bus.devices().map(|slot| DeviceCount {
+        let devices = run.bus.devices().map(|slot| DeviceCount {
             name: slot.name.into(),
             base: slot.base,
             reads: slot.reads,
@@ -82,7 +82,7 @@ impl Inspector {
         Stat {
             name: self.name.clone(),
             pid: process::id(),
-            age_ns: u64::try_from(life.began.elapsed().as_nanos()).unwrap_or(u64::MAX),
+            age_ns: u64::try_from(run.start.elapsed().as_nanos()).unwrap_or(u64::MAX),
             harts,
             devices: devices.collect(),
             unassigned_reads: counted.unassigned_reads,
@@ -91,7 +91,7 @@ impl Inspector {
     }
 }
 
-impl Life {
+impl Run {
     fn registers(&self) -> Vec<HartRegisters> {
         let read = |hart| HartRegisters {
             hart,
@@ -116,29 +116,28 @@ impl Life {
         Reply::Walk(Walk::of(stages, hart, satp, address))
     }
 
-    /// Calls `look` while all harts are out of the guest. A machine that somebody has paused, or pauses meanwhile, stays paused.
-    fn paused(&self, look: impl FnOnce() -> Reply) -> Reply {
-        let Some(_pause) = self.control.pause() else { return gone() };
-        look()
+    /// Calls `read` while all harts are out of the guest. A machine that is paused by others, before or meanwhile, stays paused.
+    fn paused(&self, read: impl FnOnce() -> Reply) -> Reply {
+        let Some(_pause) = self.control.pause() else { return unavailable() };
+        read()
     }
 }
 
 impl Inspectable for Inspector {
     fn answer(&self, query: Query) -> Reply {
         let now = self.lock();
-        let Some(life) = now.as_ref() else { return gone() };
+        let Some(run) = now.as_ref() else { return unavailable() };
         match query {
-            Query::Stat => Reply::Stat(self.stat(life)),
-            Query::Registers => life.paused(|| Reply::Registers(life.registers())),
-            Query::Walk { hart, .. } if hart >= life.harts => Reply::Error(format!(
-                "There is no hart {hart} (the last one is {})",
-                life.harts - 1
-            )),
-            Query::Walk { address, hart } => life.paused(|| life.walk(hart, address)),
+            Query::Stat => Reply::Stat(self.stat(run)),
+            Query::Registers => run.paused(|| Reply::Registers(run.registers())),
+            Query::Walk { hart, .. } if hart >= run.harts => {
+                Reply::Error(format!("There is no hart {hart} (the last one is {})", run.harts - 1))
+            }
+            Query::Walk { address, hart } => run.paused(|| run.walk(hart, address)),
         }
     }
 }
 
-fn gone() -> Reply {
-    Reply::Error("The machine is starting, restarting or ending: ask again".into())
+fn unavailable() -> Reply {
+    Reply::Error("The machine is starting, restarting or ending: try again".into())
 }

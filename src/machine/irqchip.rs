@@ -1,4 +1,4 @@
-//! Interrupt lines, whoever takes them: the kernel's APLIC or our own PLIC.
+//! Interrupt lines of devices, into the kernel's APLIC or into rvmm's own PLIC.
 
 use std::sync::Arc;
 
@@ -11,17 +11,17 @@ use crate::error::Error;
 use crate::layout::{self, IRQ_SOURCES};
 use crate::vcpu::Control;
 
-/// Where devices' interrupts go.
+/// The controller that receives devices' interrupts.
 pub(super) enum Lines {
-    /// Into the kernel's APLIC; a rise wakes a guest that has suspended itself.
+    /// The kernel's APLIC; a rise of a line wakes a guest that has suspended itself.
     Aia(Arc<dyn Vm>, Arc<Control>),
-    /// Into the PLIC on the bus.
+    /// The PLIC on the bus.
     Plic(Plic),
 }
 
 impl Lines {
-    /// The lines of `vm` with the irqchip that it granted, for `harts` harts. What they let through to a hart wakes a guest that has
-    /// suspended itself (SBI SUSP): of the kernel's controller that is not known, so there it is every rise.
+    /// The lines of `vm` with this irqchip, for `harts` harts. An interrupt that reaches a hart wakes a guest that has suspended
+    /// itself (SBI SUSP). rvmm does not see which interrupts the kernel's controller passes on, so with it every rise wakes the guest.
     pub(super) fn new(
         vm: &Arc<dyn Vm>,
         irqchip: Irqchip,
@@ -52,8 +52,8 @@ impl Lines {
         }
     }
 
-    /// What of the controller is on the bus: all of the PLIC, or the registers of the APLIC that the kernel leaves, with
-    /// the base address.
+    /// The part of the controller that is on the bus, with its base address: all of the PLIC, or the registers of the APLIC
+    /// that the kernel does not implement.
     pub(super) fn registers(&self) -> Result<(u64, Box<dyn MmioDevice>), Error> {
         Ok(match self {
             Self::Aia(..) => {
@@ -86,7 +86,7 @@ impl IrqLine for WakingLine {
     }
 
     fn raise_by(&self, event: &EventFd) -> bool {
-        // It wakes nobody: the line itself refuses where the guest may suspend itself.
+        // An event does not wake the guest: the line itself refuses where the guest may suspend itself.
         self.line.raise_by(event)
     }
 }

@@ -1,4 +1,4 @@
-//! The user's files: opened and judged before anything is built, then put where the placement says.
+//! The user's files: opened and checked before anything is built, then loaded according to the placement.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -22,32 +22,32 @@ use crate::memory::GuestRam;
 #[derive(Debug)]
 pub(super) struct Files {
     kernel: Option<Kernel>,
-    /// The file of a kernel that was packed, and how much it may unpack to.
-    packed: Option<(File, u64)>,
+    /// The file of a compressed kernel, and its maximum uncompressed size.
+    compressed: Option<(File, u64)>,
     initrd: Option<Initrd>,
     loads: Vec<Load>,
     dtb: Option<GivenTree>,
-    /// Whether what is to be said of them was said: a guest that restarts does not have it said again.
-    told: Once,
+    /// Logs the remarks on them once, and not again at a reboot.
+    logged: Once,
 }
 
-/// What the boot hart needs to start.
+/// The start state of the boot hart.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Start {
-    /// Where it starts.
+    /// The address of its first instruction.
     pub(super) entry: u64,
-    /// Where the device tree is.
+    /// The address of the device tree.
     pub(super) fdt: u64,
-    /// What of the user's files was put where: the kernel and the flat files.
+    /// The loaded code of the user's files: the kernel and the flat files.
     pub(super) code: Vec<Code>,
 }
 
-/// The bytes of a file in guest memory, without what is zero behind them.
+/// The bytes of a file in guest memory, without the zeros after them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Code {
-    /// Where they are.
+    /// Their address range.
     pub(super) region: Region,
-    /// They are an `Image`, which is taken for Linux.
+    /// True for an `Image`, which is taken for Linux.
     pub(super) is_image: bool,
 }
 
@@ -59,7 +59,7 @@ impl Files {
         let dtb = boot.dtb.as_ref().map(|path| GivenTree::open(path)).transpose()?;
         let mut files = Self {
             kernel: boot.kernel.as_ref().map(|path| kernel(path, config.mem)).transpose()?,
-            packed: None,
+            compressed: None,
             initrd: initrd(boot, dtb.as_ref())?,
             loads: boot
                 .load
@@ -67,27 +67,28 @@ impl Files {
                 .map(|l| Load::open(&l.file, l.addr))
                 .collect::<Result<_, _>>()?,
             dtb,
-            told: Once::new(),
+            logged: Once::new(),
         };
-        let is_packed = files.kernel.as_ref().is_some_and(|kernel| kernel.compression().is_some());
-        if is_packed && let Some(path) = &boot.kernel {
+        let is_compressed =
+            files.kernel.as_ref().is_some_and(|kernel| kernel.compression().is_some());
+        if is_compressed && let Some(path) = &boot.kernel {
             let failed = |source| Error::File { verb: "open", path: path.clone(), source };
-            files.packed = Some((File::open(path).map_err(failed)?, config.mem));
+            files.compressed = Some((File::open(path).map_err(failed)?, config.mem));
         }
         Ok(files)
     }
 
-    /// Lets go of what the guest has in its memory now and the files have, too: a kernel that was unpacked.
-    pub(super) fn rest(&mut self) {
-        if self.packed.is_some() {
+    /// Frees an uncompressed kernel, which is in guest memory by now.
+    pub(super) fn free_uncompressed(&mut self) {
+        if self.compressed.is_some() {
             self.kernel = None;
         }
     }
 
-    /// Makes ready for one more [`Files::load`] after [`Files::rest`], from the files that are open, whatever their paths now
-    /// lead to.
-    pub(super) fn wake(&mut self) -> Result<(), Error> {
-        if let Some((file, limit)) = &self.packed {
+    /// Prepares one more [`Files::load`] after [`Files::free_uncompressed`], from the open files, whatever their paths now lead
+    /// to.
+    pub(super) fn uncompress_again(&mut self) -> Result<(), Error> {
+        if let Some((file, limit)) = &self.compressed {
             let path = format!("/proc/self/fd/{}", file.as_raw_fd());
             self.kernel = Some(Kernel::open(path.as_ref(), *limit)?);
         }
@@ -102,7 +103,7 @@ impl Files {
         ram: &GuestRam,
         roms: &[Region],
     ) -> Result<Start, Error> {
-        // The length does not depend on where the initrd comes to lie.
+        // The length does not depend on the initrd's address.
         board.chosen.initrd = self.initrd.as_ref().map(|_| region(ram.span()));
         let differences =
             self.dtb.as_ref().map_or(Ok(Vec::new()), |given| given.compare(&board))?;
@@ -124,10 +125,10 @@ impl Files {
             dump(path, &tree)?;
         }
         fill(ram, &placement, &tree)?;
-        self.told.call_once(|| {
+        self.logged.call_once(|| {
             differences.iter().for_each(|difference| log::warn!("{difference}"));
-            self.tell_initrd(&placement);
-            self.tell_entry(boot, placement.entry);
+            self.log_initrd(&placement);
+            self.log_entry(boot, placement.entry);
         });
         let code = self.code(placement.kernel);
         Ok(Start { entry: placement.entry, fdt: placement.fdt.base, code })
@@ -143,8 +144,8 @@ impl Files {
         }
     }
 
-    /// A user's own tree may name an initrd that is elsewhere by now, or nowhere.
-    fn tell_initrd(&self, placement: &Placement<'_>) {
+    /// Logs that a user's own tree names an initrd at another address, or one that is not loaded.
+    fn log_initrd(&self, placement: &Placement<'_>) {
         let Some(named) = self.dtb.as_ref().and_then(GivenTree::initrd) else { return };
         let is_there = |blob: &Blob<'_>| blob.region().encloses(named);
         match placement.initrd {
@@ -152,14 +153,14 @@ impl Files {
                 log::info!("The device tree names an initrd at {named}; the guest's is at {ours}");
             }
             None if !placement.blobs.iter().any(is_there) => log::warn!(
-                "The device tree names an initrd at {named}, and nothing is loaded there (give it with --initrd, or take linux,initrd-start out of the tree)"
+                "The device tree names an initrd at {named}, and nothing is loaded there (give it with --initrd, or remove linux,initrd-start from the tree)"
             ),
             _ => {}
         }
     }
 
-    /// An ELF file's own entry does not count, as on QEMU's `virt`.
-    fn tell_entry(&self, boot: &BootConfig, entry: u64) {
+    /// Logs that an ELF file's own entry is not used, as on QEMU's `virt`.
+    fn log_entry(&self, boot: &BootConfig, entry: u64) {
         let Some(kernel) = self.kernel.as_ref().filter(|_| boot.entry.is_none()) else { return };
         match kernel.format() {
             Format::Elf { e_entry, .. } if e_entry != entry => log::info!(
@@ -170,11 +171,11 @@ impl Files {
         }
     }
 
-    /// The segments of the kernel, which lies at `kernel`, and the flat files.
+    /// The segments of the kernel, which is loaded at `kernel`, and the flat files.
     fn code(&self, kernel: Option<Region>) -> Vec<Code> {
         let segments = self.kernel.iter().flat_map(|file| {
             let is_image = matches!(file.format(), Format::Image { .. });
-            // An Image is one piece, and has no address of its own.
+            // An Image is one segment, and has no address of its own.
             let image_at = kernel.filter(|_| is_image).map(|region| region.base);
             file.segments().iter().map(move |segment| Code {
                 region: Region::new(image_at.unwrap_or(segment.address), segment.source.len()),
@@ -189,12 +190,12 @@ impl Files {
     }
 }
 
-/// Opens the kernel, which may unpack to `limit` bytes.
+/// Opens the kernel, of at most `limit` bytes uncompressed.
 fn kernel(path: &Path, limit: u64) -> Result<Kernel, Error> {
     let kernel = Kernel::open(path, limit)?;
     if kernel.left_out() > 0 {
         log::warn!(
-            "{} bytes at the end of {} are no {} and are left out (was the file cut or joined wrongly?)",
+            "Ignored {} bytes at the end of {}, which are not {} (was the file truncated or joined wrongly?)",
             kernel.left_out(),
             kernel.name(),
             kernel.compression().map_or("part of it", Compression::name),
@@ -203,7 +204,7 @@ fn kernel(path: &Path, limit: u64) -> Result<Kernel, Error> {
     Ok(kernel)
 }
 
-/// The initrd that is asked for. A user's own tree that names none has a command line for something else than the built-in one.
+/// Opens the configured initrd. A user's own tree that names none has a command line that does not fit the built-in one.
 fn initrd(boot: &BootConfig, dtb: Option<&GivenTree>) -> Result<Option<Initrd>, Error> {
     match &boot.initrd {
         InitrdConfig::Builtin(_) if dtb.is_some_and(|tree| tree.initrd().is_none()) => Ok(None),

@@ -1,4 +1,4 @@
-//! The machine: built in boot order, run by one thread per hart, ended by a reason.
+//! The machine: built in boot order, run by one thread per hart, stopped with a reason.
 //!
 //! ```no_run
 //! use rvmm::config::VmConfig;
@@ -49,7 +49,7 @@ mod stall;
 #[cfg(test)]
 mod tests;
 
-use build::{Board, Ends};
+use build::{Backends, Board};
 pub use handle::Handle;
 use hypervisor::Hypervisor;
 use inspector::Inspector;
@@ -58,26 +58,26 @@ pub use rvmm_devices::virtio::balloon::BalloonControl;
 use shared_console::SharedConsole;
 use stall::StallWatch;
 
-/// How long a guest may take to start until rvmm gives back what memory only that needed. Nothing depends on it but memory.
+/// Time after which rvmm frees the memory that only the guest's start needed. Only memory use depends on it.
 const GUEST_START: Duration = Duration::from_secs(2);
 
-/// What a machine is built with besides its configuration; [`Parts::default`] is what the command uses.
+/// The parts of a machine besides its configuration; the command uses [`Parts::default`].
 #[derive(Default)]
 pub struct Parts {
-    /// The far end of the first UART, instead of what `config.serial` says.
+    /// The backend of the first UART, instead of the one that `config.serial` names.
     pub console: Option<Console>,
-    /// Who makes the VM; KVM where nothing is given.
+    /// Creates the VM; KVM by default.
     pub hypervisor: Option<Box<dyn Hypervisor>>,
-    /// Who is told of every exit of every hart.
+    /// Receives every exit of every hart.
     pub observer: Option<Arc<dyn ExitObserver>>,
-    /// SIGTERM, SIGINT, SIGHUP and SIGQUIT stop the machine; in one with a power button the first SIGTERM presses that
-    /// instead, and the guest has `config.grace_s` to power off. They belong to the process: only a program that is nothing
-    /// but this machine wants that.
+    /// True if SIGTERM, SIGINT, SIGHUP and SIGQUIT stop the machine; with a power button the first SIGTERM presses that
+    /// instead, and the guest has `config.grace_s` to power off. Signals belong to the process: this is only for a program that
+    /// does nothing but run this machine.
     ///
-    /// The memory that only the start of the program needed is given back then, too.
+    /// The memory that only the start of the program needed is freed then, too.
     pub signals: bool,
-    /// Where a Unix socket is made through which the machine's owner can look at it ([`crate::inspect`]). Where that fails, the log
-    /// says so and the machine runs without.
+    /// The path of the Unix socket for inspection by the machine's owner ([`crate::inspect`]). If it cannot be created, a warning is
+    /// logged and the machine runs without it.
     pub socket: Option<PathBuf>,
 }
 
@@ -85,7 +85,7 @@ pub struct Parts {
 pub struct Machine {
     config: VmConfig,
     host: Box<dyn Hypervisor>,
-    ends: Ends,
+    backends: Backends,
     pty: Option<PathBuf>,
     signals: Option<Signals>,
     handle: Handle,
@@ -95,7 +95,7 @@ pub struct Machine {
     observers: Observers,
 }
 
-/// Those who look on: they change nothing in the machine.
+/// Trace and inspection, which change nothing in the machine.
 #[derive(Default)]
 struct Observers {
     trace: Option<Trace>,
@@ -112,7 +112,7 @@ impl Machine {
     /// Builds the machine that `config` describes on this host's KVM, with the console that it names.
     ///
     /// # Errors
-    /// A file that cannot be used, a host that cannot provide, a configuration that contradicts itself: see [`Error`].
+    /// A file cannot be used, the host lacks a resource, or the configuration contradicts itself: see [`Error`].
     pub fn build(config: VmConfig) -> Result<Self, Error> {
         Self::build_with(config, Parts::default())
     }
@@ -123,9 +123,9 @@ impl Machine {
     /// As [`Machine::build`].
     pub fn build_with(config: VmConfig, parts: Parts) -> Result<Self, Error> {
         let mut config = config.validate()?.into_inner();
-        // The user's files come first: a wrong one is found before the host is asked for anything and the terminal changes.
+        // The user's files come first: a wrong one is found before the host's resources are used and the terminal changes.
         let mut files = Files::open(&config)?;
-        let handle = Handle::new().map_err(|e| host_error("make the machine's control", e))?;
+        let handle = Handle::new().map_err(|e| host_error("create the machine's control", e))?;
         let host = match parts.hypervisor {
             Some(host) => host,
             None => Box::new(kvm::open()?),
@@ -142,10 +142,10 @@ impl Machine {
         let console = SharedConsole::new(backend);
         let button = signals.and_then(|_| config.power_off_patience());
         let button = button.map(Button::new).transpose();
-        let button = button.map_err(|e| host_error("make the power button", e))?.map(Arc::new);
+        let button = button.map_err(|e| host_error("create the power button", e))?.map(Arc::new);
         let stopper = handle.clone();
         let linux = Arc::new(Linux::new(Arc::new(move || stopper.stop())));
-        let ends = Ends {
+        let backends = Backends {
             console,
             button,
             balloon: handle.balloon().clone(),
@@ -153,17 +153,17 @@ impl Machine {
             observer: parts.observer,
         };
         let debugger = config.gdb.as_ref().map(gdb::Server::open).transpose()?;
-        let board = Board::build(&config, &files, host.as_ref(), &ends)?;
-        files.rest();
-        // It is written once: a restart needs nothing from paths, and the tree is the same.
+        let board = Board::build(&config, &files, host.as_ref(), &backends)?;
+        files.free_uncompressed();
+        // The tree is written once: a reboot does not use paths, and the tree is the same.
         config.boot.dump_dtb = None;
         let trace = trace(&config, &board)?;
         let inspection = parts.socket.and_then(|path| inspection(&config.name, &path));
         let observers = Observers { trace, inspection };
-        Ok(Self { config, host, ends, pty, signals, handle, debugger, files, board, observers })
+        Ok(Self { config, host, backends, pty, signals, handle, debugger, files, board, observers })
     }
 
-    /// What stops, pauses and resumes the machine from any thread.
+    /// A handle that stops, pauses and resumes the machine from any thread.
     #[must_use]
     pub fn handle(&self) -> Handle {
         self.handle.clone()
@@ -175,8 +175,8 @@ impl Machine {
         self.pty.as_deref()
     }
 
-    /// Where a debugger may connect, if anywhere, and whether the guest waits for it. The port is the one that was taken where
-    /// the configuration leaves it open.
+    /// The address a debugger connects to, and true if the guest waits for it; `None` without a debugger. The port is the actual one
+    /// where the configuration leaves it open.
     #[must_use]
     pub fn debugger(&self) -> Option<(&GdbAddress, bool)> {
         self.debugger.as_ref().map(|server| (server.address(), server.waits()))
@@ -185,13 +185,13 @@ impl Machine {
     /// Runs the guest until it stops for good; a reset restarts it in place where the configuration says so.
     ///
     /// # Errors
-    /// The host fails to start a thread or the event loop, a restart finds a file or the host changed, or a guest that ended
-    /// well has a trace that could not be written whole.
+    /// The host fails to start a thread or the event loop, a reboot fails since a file or the host has changed, or the trace of a
+    /// guest that ended well could not be written completely.
     pub fn run(self) -> Result<StopReason, Error> {
         let Self {
             config,
             host,
-            ends,
+            backends,
             signals,
             handle,
             debugger,
@@ -201,12 +201,12 @@ impl Machine {
             ..
         } = self;
         loop {
-            let callers = signals.map(|signals| (signals, ends.button.clone()));
+            let signals = signals.map(|signals| (signals, backends.button.clone()));
             let context = RunContext {
                 handle: &handle,
                 debugger: debugger.as_ref(),
                 observers: &observers,
-                callers,
+                signals,
             };
             let reason = run_board(board, &config, context)?;
             if reason != StopReason::Reset || config.on_reset == OnReset::Exit {
@@ -216,9 +216,9 @@ impl Machine {
                 return ended(reason, observers.trace);
             }
             log::info!("The guest restarts");
-            files.wake()?;
-            board = Board::build(&config, &files, host.as_ref(), &ends)?;
-            files.rest();
+            files.uncompress_again()?;
+            board = Board::build(&config, &files, host.as_ref(), &backends)?;
+            files.free_uncompressed();
         }
     }
 
@@ -237,7 +237,7 @@ impl Machine {
 }
 
 impl Running {
-    /// What stops, pauses and resumes the machine from any thread.
+    /// A handle that stops, pauses and resumes the machine from any thread.
     #[must_use]
     pub fn handle(&self) -> Handle {
         self.handle.clone()
@@ -248,21 +248,21 @@ impl Running {
     /// # Errors
     /// As [`Machine::run`].
     pub fn wait(self) -> Result<StopReason, Error> {
-        let died = || Ok(StopReason::HostFailure("the machine's thread panicked".into()));
-        self.thread.join().unwrap_or_else(|_| died())
+        let panicked = || Ok(StopReason::HostFailure("the machine's thread panicked".into()));
+        self.thread.join().unwrap_or_else(|_| panicked())
     }
 }
 
-/// Who may want something of a running machine.
+/// The parts of a running machine that are not part of its board.
 struct RunContext<'a> {
     handle: &'a Handle,
     debugger: Option<&'a gdb::Server>,
-    /// Signals, and the button that the first one presses.
-    callers: Option<(Signals, Option<Arc<Button>>)>,
+    /// The process's signals, and the button that the first SIGTERM presses.
+    signals: Option<(Signals, Option<Arc<Button>>)>,
     observers: &'a Observers,
 }
 
-/// How a machine has ended. What the guest came to counts before what became of its trace.
+/// The result of a machine. A failure of the guest takes precedence over one of its trace.
 fn ended(reason: StopReason, trace: Option<Trace>) -> Result<StopReason, Error> {
     match trace.map_or(Ok(()), Trace::finish) {
         Err(error) if reason.exit_code() == EXIT_OK => Err(error),
@@ -270,17 +270,17 @@ fn ended(reason: StopReason, trace: Option<Trace>) -> Result<StopReason, Error> 
     }
 }
 
-/// One life of the guest: from letting the harts go until all threads have ended.
+/// Runs the guest once: from the start of the harts until all threads have ended.
 fn run_board(
     mut board: Board,
     config: &VmConfig,
     context: RunContext<'_>,
 ) -> Result<StopReason, Error> {
-    let RunContext { handle, debugger, callers, observers } = context;
-    let alone = callers.is_some();
+    let RunContext { handle, debugger, signals, observers } = context;
+    let owns_process = signals.is_some();
     let mut io =
-        IoLoop::new(Arc::clone(&board.bus)).map_err(|e| host_error("make the event loop", e))?;
-    if let Some((signals, button)) = callers {
+        IoLoop::new(Arc::clone(&board.bus)).map_err(|e| host_error("create the event loop", e))?;
+    if let Some((signals, button)) = signals {
         let stopper = handle.clone();
         io.watch_signals(signals, Arc::new(move || stopper.stop()))
             .and_then(|()| button.map_or(Ok(()), |button| io.watch_button(button)))
@@ -288,7 +288,7 @@ fn run_board(
     }
     if let Some((inspector, server)) = &observers.inspection {
         io.watch_external(Arc::clone(server) as _)
-            .map_err(|e| host_error("watch for visitors", e))?;
+            .map_err(|e| host_error("watch the inspection socket", e))?;
         inspector.enter(&board, config.cpus.count);
     }
     let control = Arc::clone(&board.control);
@@ -317,16 +317,16 @@ fn run_board(
         server
     });
     board.control.start();
-    if alone {
-        // What only the start needed is not the guest's cost; it comes back where it is needed after all. Once for rvmm's own
-        // start, and once for the guest's, which has asked for things that it will hardly ask for again.
+    if owns_process {
+        // Frees the memory that only the start needed; it is loaded again where it is needed after all. Once after rvmm's own
+        // start, and once after the guest's, whose requests are hardly repeated.
         memory::drop_start_up();
         if !board.control.ends_within(GUEST_START) {
             memory::drop_start_up();
         }
     }
     if let Some(watch) = watch {
-        watch.look_on(board.vm.as_ref(), &board.control);
+        watch.run(board.vm.as_ref(), &board.control);
     }
     let reason = board.control.wait();
     for thread in threads {
@@ -340,13 +340,13 @@ fn run_board(
     if let Some(debugger) = debugger {
         debugger.over();
     }
-    let is_told = failed.is_some() || matches!(reason, StopReason::Requested);
-    let drain = if is_told { IoLoop::DRAIN } else { IoLoop::LONG_DRAIN };
+    let is_forced = failed.is_some() || matches!(reason, StopReason::Requested);
+    let drain = if is_forced { IoLoop::DRAIN } else { IoLoop::LONG_DRAIN };
     io.stop(drain).map_err(|e| host_error("end the event loop", e))?;
     failed.map_or(Ok(reason), Err)
 }
 
-/// Gives a hart its thread, with somebody who looks on where there is a trace.
+/// Starts a hart's thread, with a recorder where there is a trace.
 fn start_hart(
     hart: Box<dyn Hart>,
     board: &Board,
@@ -361,19 +361,19 @@ fn start_hart(
     }
 }
 
-/// The socket through which the machine can be looked at. A machine runs as well without.
+/// Opens the machine's inspection socket. The machine also runs without it.
 fn inspection(name: &str, path: &Path) -> Option<(Arc<Inspector>, Arc<InspectionServer>)> {
     let inspector = Arc::new(Inspector::new(name));
     match InspectionServer::open(path, Arc::clone(&inspector) as _) {
         Ok(server) => Some((inspector, Arc::new(server))),
         Err(error) => {
-            log::warn!("Nobody can look at this machine: {error}");
+            log::warn!("Inspection socket unavailable: {error}");
             None
         }
     }
 }
 
-/// The trace that the configuration asks for.
+/// Starts the trace that the configuration asks for.
 fn trace(config: &VmConfig, board: &Board) -> Result<Option<Trace>, Error> {
     let Some(wanted) = &config.trace else { return Ok(None) };
     let (name, harts) = (config.name.clone(), config.cpus.count);

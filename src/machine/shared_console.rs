@@ -1,4 +1,4 @@
-//! One console for every life of the guest: a restart makes a new UART, the terminal behind it stays.
+//! One console across reboots: a reboot creates a new UART, and its backend stays.
 
 use std::io;
 use std::sync::Arc;
@@ -8,32 +8,32 @@ use rvmm_devices::{ConsoleBackend, Ports};
 use crate::terminal::Shared;
 use crate::vcpu::Control;
 
-/// A handle on the console's far end.
+/// A handle on the console's backend.
 #[derive(Clone)]
 pub(super) struct SharedConsole {
-    end: Shared,
-    /// The life that input wakes, where its guest has suspended itself (SBI SUSP).
+    backend: Shared,
+    /// The run whose guest input wakes if it has suspended itself (SBI SUSP).
     control: Option<Arc<Control>>,
 }
 
 impl SharedConsole {
     pub(super) fn new(backend: Box<dyn ConsoleBackend>) -> Self {
-        Self { end: Shared::new(backend), control: None }
+        Self { backend: Shared::new(backend), control: None }
     }
 
-    /// The same console, for the life that `control` controls.
+    /// The same console, for the run that `control` controls.
     pub(super) fn waking(&self, control: &Arc<Control>) -> Self {
-        Self { end: self.end.clone(), control: Some(Arc::clone(control)) }
+        Self { backend: self.backend.clone(), control: Some(Arc::clone(control)) }
     }
 }
 
 impl ConsoleBackend for SharedConsole {
     fn ports(&self) -> Ports {
-        self.end.ports()
+        self.backend.ports()
     }
 
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let count = self.end.read(buffer)?;
+        let count = self.backend.read(buffer)?;
         if let Some(control) = self.control.as_ref().filter(|_| count > 0) {
             control.wake();
         }
@@ -41,14 +41,14 @@ impl ConsoleBackend for SharedConsole {
     }
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.end.write(bytes)
+        self.backend.write(bytes)
     }
 
     fn size(&self) -> Option<(u16, u16)> {
-        self.end.size()
+        self.backend.size()
     }
 
     fn attend(&mut self) {
-        self.end.attend();
+        self.backend.attend();
     }
 }

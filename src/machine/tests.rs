@@ -1,4 +1,4 @@
-//! Whole machines on a hypervisor that only plays scripts.
+//! Whole machines on a hypervisor that runs scripts.
 
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
@@ -26,19 +26,19 @@ use crate::vcpu::hart::{Csr, Hart, Reg};
 use crate::vcpu::stop::StopReason;
 use crate::vcpu::testing::{ScriptHart, Step};
 
-/// Makes VMs whose one hart plays the next of these scripts.
-struct Lives {
+/// Creates VMs whose one hart runs the next of these scripts.
+struct ScriptHypervisor {
     scripts: Mutex<Vec<Vec<Step>>>,
-    lived: Arc<AtomicUsize>,
+    created: Arc<AtomicUsize>,
 }
 
 struct ScriptVm {
     script: Mutex<Option<Vec<Step>>>,
 }
 
-impl Hypervisor for Lives {
+impl Hypervisor for ScriptHypervisor {
     fn create_vm(&self) -> Result<Arc<dyn Vm>, VmError> {
-        self.lived.fetch_add(1, SeqCst);
+        self.created.fetch_add(1, SeqCst);
         let script = Mutex::new(Some(self.scripts.lock().unwrap().remove(0)));
         Ok(Arc::new(ScriptVm { script }))
     }
@@ -99,23 +99,23 @@ impl Vm for ScriptVm {
     }
 }
 
-/// A machine of 16 MiB with this device, whose hart plays one of `lives` after the other, how many it has begun,
+/// A machine of 16 MiB with this device, whose hart runs one of `scripts` after the other, the number of VMs created,
 /// and the file that it starts.
 fn machine(
     device: &str,
-    lives: impl IntoIterator<Item = Vec<Step>>,
+    scripts: impl IntoIterator<Item = Vec<Step>>,
 ) -> (Result<Machine, Error>, Arc<AtomicUsize>, NamedTempFile) {
     let config = VmConfig { devices: vec![device.into()], ..VmConfig::default() };
-    machine_of(config, None, lives)
+    machine_of(config, None, scripts)
 }
 
-/// The same of this configuration, with a socket for those who look at it.
+/// The same with this configuration and an inspection socket.
 fn machine_of(
     config: VmConfig,
     socket: Option<PathBuf>,
-    lives: impl IntoIterator<Item = Vec<Step>>,
+    scripts: impl IntoIterator<Item = Vec<Step>>,
 ) -> (Result<Machine, Error>, Arc<AtomicUsize>, NamedTempFile) {
-    machine_with(config, socket, Console::null(), lives)
+    machine_with(config, socket, Console::null(), scripts)
 }
 
 /// The same with this console.
@@ -123,33 +123,33 @@ fn machine_with(
     mut config: VmConfig,
     socket: Option<PathBuf>,
     console: Console,
-    lives: impl IntoIterator<Item = Vec<Step>>,
+    scripts: impl IntoIterator<Item = Vec<Step>>,
 ) -> (Result<Machine, Error>, Arc<AtomicUsize>, NamedTempFile) {
     let program = NamedTempFile::new().unwrap();
     std::fs::write(program.path(), [0; 64]).unwrap();
     config.mem = 16 << 20;
     config.boot.load = vec![LoadConfig { file: program.path().into(), addr: 0x8000_0000 }];
     config.boot.entry = Some(0x8000_0000);
-    let lived = Arc::new(AtomicUsize::new(0));
-    let scripts = Mutex::new(lives.into_iter().collect());
-    let host = Lives { scripts, lived: Arc::clone(&lived) };
+    let created = Arc::new(AtomicUsize::new(0));
+    let scripts = Mutex::new(scripts.into_iter().collect());
+    let host = ScriptHypervisor { scripts, created: Arc::clone(&created) };
     let (console, hypervisor) = (Some(console), Some(Box::new(host) as _));
     let parts = Parts { console, hypervisor, socket, ..Parts::default() };
-    (Machine::build_with(config, parts), lived, program)
+    (Machine::build_with(config, parts), created, program)
 }
 
 #[test]
-fn a_trace_goes_on_over_all_lives_of_the_guest() {
+fn a_trace_continues_over_all_runs_of_the_guest() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("exits.jsonl");
     let trace = Some(TraceConfig { file: file.clone(), ..TraceConfig::default() });
     let config = VmConfig { trace, ..VmConfig::default() };
     let look = || Step::Load { addr: 0x1000_0005, len: 1 };
-    let lives = [
+    let scripts = [
         vec![look(), look(), Step::System(SystemEvent::Reset(0))],
         vec![look(), Step::System(SystemEvent::Shutdown(0))],
     ];
-    let (machine, _, _program) = machine_of(config, None, lives);
+    let (machine, _, _program) = machine_of(config, None, scripts);
     assert_eq!(machine.unwrap().run().unwrap(), StopReason::PowerOff);
     let text = std::fs::read_to_string(&file).unwrap();
     let field = |line: &str| {
@@ -164,19 +164,19 @@ fn a_trace_goes_on_over_all_lives_of_the_guest() {
 }
 
 #[test]
-fn a_running_machine_answers_those_who_look_at_it_and_goes_on() {
+fn a_running_machine_answers_queries_and_keeps_running() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("rvmm-1.sock");
-    let mut life = vec![Step::Load { addr: 0x1000_0005, len: 1 }];
-    life.extend(vec![Step::Idle; 8]);
-    let (machine, _, _program) = machine_of(VmConfig::default(), Some(path.clone()), [life]);
+    let mut script = vec![Step::Load { addr: 0x1000_0005, len: 1 }];
+    script.extend(vec![Step::Idle; 8]);
+    let (machine, _, _program) = machine_of(VmConfig::default(), Some(path.clone()), [script]);
     let running = machine.unwrap().start().unwrap();
     let mut connection = Connection::to(&path).unwrap();
-    // Until the machine runs, it says that it does not.
-    let mut ask = |question| loop {
-        match connection.ask(question).unwrap() {
+    // Until the machine runs, it replies that it does not.
+    let mut ask = |query| loop {
+        match connection.ask(query).unwrap() {
             Reply::Error(text) if text.contains("starting") => std::thread::yield_now(),
-            answer => return answer,
+            reply => return reply,
         }
     };
     let Reply::Registers(harts) = ask(Query::Registers) else { panic!("no registers") };
@@ -188,7 +188,7 @@ fn a_running_machine_answers_those_who_look_at_it_and_goes_on() {
     assert_eq!((walk.mode.as_str(), walk.landing), ("bare", Some(landing)));
     let Reply::Error(text) = ask(Query::Walk { address: 0, hart: 1 }) else { panic!("a hart") };
     assert!(text.contains("no hart 1 (the last one is 0)"), "{text}");
-    // A machine answers before its hart has come to its first load.
+    // A machine answers before its hart has run its first load.
     let (stat, reads) = loop {
         let Reply::Stat(stat) = ask(Query::Stat) else { panic!("no counters") };
         let serial = stat.devices.iter().find(|device| device.name == "serial").unwrap();
@@ -198,7 +198,7 @@ fn a_running_machine_answers_those_who_look_at_it_and_goes_on() {
         }
     };
     assert_eq!((stat.name.as_str(), stat.harts.len(), reads), ("rvmm", 1, 1));
-    // A machine that somebody has paused stays paused, as often as that was.
+    // A machine that was paused through its handle stays paused, as many times as that.
     let handle = running.handle();
     handle.resume();
     assert!(handle.pause() && handle.pause());
@@ -216,15 +216,15 @@ fn a_running_machine_answers_those_who_look_at_it_and_goes_on() {
     assert!(!path.exists());
 }
 
-/// What a machine of this configuration comes to in a second life, when everything in its folder is gone before the first.
-fn second_life(folder: tempfile::TempDir, config: VmConfig) -> Result<StopReason, Error> {
+/// The result of a machine of this configuration after a reboot, when everything in its folder was removed before its start.
+fn after_reboot(folder: tempfile::TempDir, config: VmConfig) -> Result<StopReason, Error> {
     let reset = vec![Step::System(SystemEvent::Reset(0))];
-    let lives = [reset, vec![Step::System(SystemEvent::Shutdown(0))]];
-    let (machine, lived, program) = machine_of(config, None, lives);
+    let scripts = [reset, vec![Step::System(SystemEvent::Shutdown(0))]];
+    let (machine, created, program) = machine_of(config, None, scripts);
     let machine = machine.unwrap();
     drop((program, folder));
     let reason = machine.run();
-    assert!(reason.is_err() || lived.load(SeqCst) == 2);
+    assert!(reason.is_err() || created.load(SeqCst) == 2);
     reason
 }
 
@@ -276,7 +276,7 @@ fn a_restart_needs_nothing_from_the_paths_of_what_the_guest_starts_from() {
         config.boot.kernel = Some(path(kernel));
         config.boot.initrd = InitrdConfig::File(path("initrd"));
         config.boot.dump_dtb = Some(path("tree"));
-        assert_eq!(second_life(copy, config).unwrap(), StopReason::PowerOff, "{kernel}");
+        assert_eq!(after_reboot(copy, config).unwrap(), StopReason::PowerOff, "{kernel}");
     }
 }
 
@@ -285,11 +285,11 @@ fn a_restart_needs_nothing_from_the_paths_of_sockets() {
     let folder = tempfile::tempdir().unwrap();
     let device = format!("vsock,path={},cid=3", folder.path().join("vsock").display());
     let config = VmConfig { devices: vec![device], ..VmConfig::default() };
-    assert_eq!(second_life(folder, config).unwrap(), StopReason::PowerOff);
+    assert_eq!(after_reboot(folder, config).unwrap(), StopReason::PowerOff);
 }
 
 #[test]
-#[ignore = "disks and flash are opened anew for each life of the guest until the host's ends have one owner for all of them"]
+#[ignore = "disks and flash are opened again at each reboot until their backends have one owner across reboots"]
 fn a_restart_needs_nothing_from_the_paths_of_disks_and_flash() {
     for device in ["blk,path=", "flash,addr=0x20000000,file="] {
         let folder = tempfile::tempdir().unwrap();
@@ -297,24 +297,24 @@ fn a_restart_needs_nothing_from_the_paths_of_disks_and_flash() {
         std::fs::write(&file, [0; 4096]).unwrap();
         let devices = vec![format!("{device}{}", file.display())];
         let config = VmConfig { devices, ..VmConfig::default() };
-        assert_eq!(second_life(folder, config).unwrap(), StopReason::PowerOff, "{device}");
+        assert_eq!(after_reboot(folder, config).unwrap(), StopReason::PowerOff, "{device}");
     }
 }
 
 #[test]
-fn a_tap_is_open_once_over_all_lives_of_the_guest() {
+fn a_tap_is_opened_once_for_all_runs_of_the_guest() {
     in_a_namespace(|| {
         let reset = || vec![Step::System(SystemEvent::Reset(0))];
-        let lives = [reset(), reset(), vec![Step::System(SystemEvent::Shutdown(0))]];
+        let scripts = [reset(), reset(), vec![Step::System(SystemEvent::Shutdown(0))]];
         // A tap can be open once only.
-        let (machine, lived, _program) = machine("net,tap=t0", lives);
+        let (machine, created, _program) = machine("net,tap=t0", scripts);
         assert_eq!(machine.unwrap().run().unwrap(), StopReason::PowerOff);
-        assert_eq!(lived.load(SeqCst), 3);
+        assert_eq!(created.load(SeqCst), 3);
     });
 }
 
 #[test]
-fn a_network_that_is_not_there_is_told_from_one_that_was_not_named() {
+fn a_missing_network_and_one_that_was_not_named_are_different_errors() {
     in_a_namespace(|| {
         for (device, code, part) in [
             ("net", EXIT_USAGE, "add tap=NAME or fd=N"),
@@ -333,18 +333,18 @@ fn a_network_that_is_not_there_is_told_from_one_that_was_not_named() {
 fn a_machine_shares_its_memory_where_a_device_needs_it() {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("peer.sock");
-    let _heard = serve_at(&socket, Traits::default()).unwrap();
+    let _peer = serve_at(&socket, Traits::default()).unwrap();
     let reset = || vec![Step::System(SystemEvent::Reset(0))];
-    let lives = [reset(), vec![Step::System(SystemEvent::Shutdown(0))]];
-    // A device of another program is not built in front of memory that is not shared.
+    let scripts = [reset(), vec![Step::System(SystemEvent::Shutdown(0))]];
+    // Another program's device is not built with memory that is not shared.
     let device = format!("vhost-user-blk,socket={}", socket.display());
-    let (machine, lived, _program) = machine(&device, lives);
+    let (machine, created, _program) = machine(&device, scripts);
     assert_eq!(machine.unwrap().run().unwrap(), StopReason::PowerOff);
-    assert_eq!(lived.load(SeqCst), 2);
+    assert_eq!(created.load(SeqCst), 2);
 }
 
 #[test]
-fn a_machine_waits_for_its_debugger_and_is_ended_by_it() {
+fn a_machine_waits_for_its_debugger_and_is_killed_by_it() {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("gdb");
     let program = NamedTempFile::new().unwrap();
@@ -354,7 +354,7 @@ fn a_machine_waits_for_its_debugger_and_is_ended_by_it() {
     config.boot.entry = Some(0x8000_0000);
     config.gdb = Some(GdbConfig { at: GdbAddress::Unix(socket.clone()), wait: true });
     let scripts = Mutex::new(vec![vec![Step::System(SystemEvent::Shutdown(0))]]);
-    let host = Lives { scripts, lived: Arc::default() };
+    let host = ScriptHypervisor { scripts, created: Arc::default() };
     let parts = Parts {
         console: Some(Console::null()),
         hypervisor: Some(Box::new(host)),
@@ -368,7 +368,7 @@ fn a_machine_waits_for_its_debugger_and_is_ended_by_it() {
     let mut answer = [0; 8];
     debugger.write_all(b"$p20#d2").unwrap();
     debugger.read_exact(&mut answer).unwrap();
-    // The program counter where the boot hart would begin: 000000 80 0..., with run lengths.
+    // The program counter where the boot hart starts: 000000 80 0..., with run lengths.
     assert_eq!(&answer, b"+$0*\"80*");
     debugger.write_all(b"$k#6b").unwrap();
     assert_eq!(running.wait().unwrap(), StopReason::Requested);

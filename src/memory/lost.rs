@@ -1,8 +1,8 @@
-//! SIGBUS on guest RAM: the page is replaced by zeros and the loss is noted, instead of ending the process. A huge page is
-//! replaced whole, for the kernel splits none.
+//! SIGBUS on guest RAM: the page is replaced by zeroes and the loss is recorded, instead of ending the process. A huge page is
+//! replaced as a whole, since the kernel does not split it.
 //!
-//! The signal's disposition belongs to the process, so the ranges to watch do too: a fixed table of atomics, which a
-//! signal handler may read. A fault elsewhere goes to whatever handled SIGBUS before.
+//! The signal's disposition is per process, so the watched ranges are, too: a fixed table of atomics, which a
+//! signal handler may read. A fault elsewhere is passed to the previous handler.
 #![expect(unsafe_code, reason = "a signal handler, and a mapping made inside it")]
 
 use std::ffi::c_void;
@@ -12,15 +12,15 @@ use std::{mem, ptr};
 
 use crate::error::Error;
 
-/// Machines of one process that may watch their RAM at once.
+/// Limit of machines in one process.
 const SLOTS: usize = 64;
 
 struct Slot {
     taken: AtomicBool,
     base: AtomicUsize,
-    /// Zero while the slot is not in use: the handler then matches nothing.
+    /// Zero while the slot is not in use: the handler then matches no address.
     size: AtomicUsize,
-    /// Bytes of a page that is mapped there, a power of two.
+    /// Size of a page of the mapping, a power of two.
     page: AtomicUsize,
     fired: AtomicBool,
 }
@@ -37,7 +37,7 @@ static RANGES: [Slot; SLOTS] = [const {
 
 static PREVIOUS: OnceLock<libc::sigaction> = OnceLock::new();
 
-/// A range of this process under watch; released on drop, which comes before the range is unmapped.
+/// A watched range of this process; released on drop, before the range is unmapped.
 pub(super) struct Watch(&'static Slot);
 
 impl std::fmt::Debug for Watch {
@@ -47,12 +47,12 @@ impl std::fmt::Debug for Watch {
 }
 
 impl Watch {
-    /// Watches `size` bytes at `base`, both multiples of the bytes of a `page`.
+    /// Watches `size` bytes at `base`, both multiples of `page`.
     pub(super) fn new(base: usize, size: usize, page: usize) -> Result<Self, Error> {
         install()?;
         let free = |slot: &&Slot| !slot.taken.swap(true, Ordering::AcqRel);
         let slot = RANGES.iter().find(free).ok_or_else(|| Error::Memory {
-            what: format!("Cannot watch guest RAM: {SLOTS} machines are the limit of one process"),
+            what: format!("Cannot watch guest RAM: one process can run at most {SLOTS} machines"),
             source: None,
         })?;
         slot.fired.store(false, Ordering::Relaxed);
@@ -84,14 +84,14 @@ fn install() -> Result<(), Error> {
         unsafe { (mem::zeroed(), mem::zeroed()) };
     new.sa_sigaction = on_sigbus as *const () as usize;
     new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-    // SAFETY: reads the present action into a valid place; changes nothing.
+    // SAFETY: reads the present action into a valid structure; changes nothing.
     let read = unsafe { libc::sigaction(libc::SIGBUS, ptr::null(), &raw mut old) };
-    // Of threads that get here together only the first may install, or the second would take our handler for the
+    // If several threads are here at once, only the first may install, or the second would save this handler as the
     // previous one.
     if read != 0 || PREVIOUS.set(old).is_err() {
         return if read == 0 { Ok(()) } else { Err(refused()) };
     }
-    // SAFETY: the handler only does what is async-signal-safe (atomics, mmap, sigaction, and the previous handler).
+    // SAFETY: the handler only uses async-signal-safe operations (atomics, mmap, sigaction, and the previous handler).
     if unsafe { libc::sigaction(libc::SIGBUS, &raw const new, ptr::null_mut()) } == 0 {
         Ok(())
     } else {
@@ -106,9 +106,9 @@ fn refused() -> Error {
     }
 }
 
-extern "C" fn on_sigbus(signal: i32, about: *mut libc::siginfo_t, context: *mut c_void) {
+extern "C" fn on_sigbus(signal: i32, siginfo: *mut libc::siginfo_t, context: *mut c_void) {
     // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo, and for SIGBUS it has an address.
-    let address = unsafe { (*about).si_addr() }.addr();
+    let address = unsafe { (*siginfo).si_addr() }.addr();
     for slot in &RANGES {
         let size = slot.size.load(Ordering::Acquire);
         let offset = address.wrapping_sub(slot.base.load(Ordering::Relaxed));
@@ -117,19 +117,19 @@ extern "C" fn on_sigbus(signal: i32, about: *mut libc::siginfo_t, context: *mut 
             return;
         }
     }
-    pass_on(signal, about, context);
+    pass_on(signal, siginfo, context);
 }
 
 fn replace_page(address: usize, size: usize) -> bool {
     let page = address & !(size - 1);
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
     let prot = libc::PROT_READ | libc::PROT_WRITE;
-    // SAFETY: the page lies in a watched range, which is guest RAM that nobody holds references into.
+    // SAFETY: the page is in a watched range, which is guest RAM without references into it.
     let mapped = unsafe { libc::mmap(ptr::without_provenance_mut(page), size, prot, flags, -1, 0) };
     mapped != libc::MAP_FAILED
 }
 
-fn pass_on(signal: i32, about: *mut libc::siginfo_t, context: *mut c_void) {
+fn pass_on(signal: i32, siginfo: *mut libc::siginfo_t, context: *mut c_void) {
     let Some(previous) = PREVIOUS.get() else { return };
     let action = previous.sa_sigaction;
     if action == libc::SIG_DFL || action == libc::SIG_IGN {
@@ -139,7 +139,7 @@ fn pass_on(signal: i32, about: *mut libc::siginfo_t, context: *mut c_void) {
         // SAFETY: an action with SA_SIGINFO is a function of this type (sigaction(2)).
         let next: extern "C" fn(i32, *mut libc::siginfo_t, *mut c_void) =
             unsafe { mem::transmute(action) };
-        next(signal, about, context);
+        next(signal, siginfo, context);
     } else {
         // SAFETY: an action without SA_SIGINFO that is neither default nor ignore is a function of this type.
         let next: extern "C" fn(i32) = unsafe { mem::transmute(action) };

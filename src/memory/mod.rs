@@ -1,12 +1,12 @@
-//! Guest RAM: one private mapping between guard pages, with the user's files laid into it copy-on-write. Where another
-//! program has to reach it, it is a file in memory instead (memfd_create(2)), and the user's files are copied into it.
+//! Guest RAM: one private mapping between guard pages, with the user's files mapped into it copy-on-write. If another
+//! program needs access, it is a memfd instead (memfd_create(2)), and the user's files are copied into it.
 //!
-//! A file may change or shrink while the guest runs: pages that the guest has not written then change under it, and
-//! pages behind the new end are lost. A lost page reads as zero for rvmm and stops the machine
+//! A file may change or shrink while the guest runs: pages that the guest has not written then change, too, and
+//! pages beyond the new end are lost. A lost page reads as zero for rvmm and stops the machine
 //! ([`crate::vcpu::stop::StopReason::MemoryLost`]); it never ends the process (see `lost.rs`).
 //!
-//! Huge pages of the host's pool are reserved at the start. One that a balloon gives back may be somebody else's when the guest
-//! wants it again, and a cgroup may have a limit that no reservation knows: that stops the machine, too, as the host's failure.
+//! Huge pages of the host's pool are reserved at the start. One that the balloon has returned may be in use by another program when
+//! the guest needs it again, and a cgroup's limit does not affect reservations: both stop the machine, too, as a failure of the host.
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -28,13 +28,13 @@ pub use program::drop_start_up;
 use reserve::Reservation;
 pub(crate) use rom::Rom;
 
-/// Size of a page of guest and host (RISC-V's base page; rvmm asks the host for nothing smaller).
+/// Size of a page of guest and host (RISC-V's base page; rvmm uses no smaller unit on the host).
 pub const PAGE: u64 = 4096;
 
 /// Size of a huge page of the host's pool.
 const HUGE_PAGE: u64 = 2 << 20;
 
-/// The guest's RAM and how rvmm reaches it. All addresses are guest-physical.
+/// The guest's RAM and rvmm's access to it. All addresses are guest-physical.
 #[derive(Debug)]
 pub struct GuestRam {
     /// Unmapped last: `view` and `watch` point into it.
@@ -49,13 +49,13 @@ pub struct GuestRam {
 #[derive(Debug)]
 struct Overlay {
     file: Arc<File>,
-    /// Where its pages are, and how many bytes.
+    /// The range of guest memory.
     span: Span,
     /// The file must be at least this long for every mapped page to exist.
     needed: u64,
 }
 
-/// Why guest memory could not be accessed.
+/// The reason why guest memory could not be accessed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RamError {
     /// Part of the range is not RAM.
@@ -68,21 +68,21 @@ pub enum RamError {
     Lost,
 }
 
-/// Why the machine ends whose RAM in huge pages the host does not provide.
-const NO_HUGE_PAGE: &str = "no huge page is left for guest RAM: what a balloon gave back is somebody else's, or a limit stands in the way (see HugePages_Free in /proc/meminfo and hugetlb.2MB.max of the cgroup; reserve more with sysctl vm.nr_hugepages, or leave --hugepages or the balloon out)";
+/// The reason for the stop of a machine if the host does not provide a huge page of its RAM.
+const NO_HUGE_PAGE: &str = "no huge page is left for guest RAM: another program uses those that the balloon has returned, or a limit is reached (see HugePages_Free in /proc/meminfo and hugetlb.2MB.max of the cgroup; reserve more with sysctl vm.nr_hugepages, or omit --hugepages or the balloon)";
 
 impl GuestRam {
-    /// Takes `span.size` bytes (a multiple of 4 KiB, of huge pages 2 MiB) of zeroed memory from the host, to be seen by the guest at
-    /// `span.base`. The host provides pages as they are touched, 2 MiB ones where it can.
+    /// Allocates `span.size` bytes (a multiple of 4 KiB, with huge pages of 2 MiB) of zeroed memory for the guest at `span.base`. The
+    /// host provides pages at their first access, transparent huge pages if it can.
     ///
     /// # Errors
-    /// The host cannot give that much address space, or with `hugepages` has not enough free huge pages.
+    /// The host cannot reserve the address space, or with `hugepages` has not enough free huge pages.
     pub fn new(span: Span, hugepages: bool) -> Result<Self, Error> {
         Self::reserve(span, hugepages, false)
     }
 
-    /// The same in a file in memory, which the regions of [`DmaMemory::view`] name: other programs may be given it. Its size is
-    /// sealed.
+    /// The same in a memfd, which the regions of [`DmaMemory::view`] refer to and which may be passed to other programs. Its size
+    /// is sealed.
     ///
     /// # Errors
     /// As for [`GuestRam::new`].
@@ -115,19 +115,19 @@ impl GuestRam {
         Ok(Self { view, watch, files: Mutex::default(), span, reservation })
     }
 
-    /// Where RAM lies.
+    /// The range of RAM.
     #[must_use]
     pub fn span(&self) -> Span {
         self.span
     }
 
-    /// The address in this process at which RAM begins.
+    /// Host virtual address of the start of RAM.
     #[must_use]
     pub fn host_address(&self) -> u64 {
         self.reservation.address() as u64
     }
 
-    /// True where all of `len` bytes from `addr` are RAM.
+    /// True if all of `len` bytes at `addr` are RAM.
     #[must_use]
     pub fn contains(&self, addr: u64, len: u64) -> bool {
         addr >= self.span.base && addr.checked_add(len).is_some_and(|end| end <= self.span.end())
@@ -136,7 +136,7 @@ impl GuestRam {
     /// Copies from RAM.
     ///
     /// # Errors
-    /// [`RamError::NotRam`] with nothing copied; [`RamError::Lost`] when a page turned out to be gone (it reads as zero).
+    /// [`RamError::NotRam`], with nothing copied; [`RamError::Lost`] if a page is lost (it reads as zero).
     pub fn read(&self, addr: u64, buf: &mut [u8]) -> Result<(), RamError> {
         self.check(addr, buf.len())?;
         self.view.read_slice(buf, GuestAddress(addr)).map_err(|_| RamError::NotRam)?;
@@ -153,7 +153,7 @@ impl GuestRam {
         self.still_there()
     }
 
-    /// Lays `len` bytes of `file` from `offset` at `addr`: whole pages are mapped copy-on-write where addresses allow,
+    /// Places `len` bytes of `file` from `offset` at `addr`: whole pages are mapped copy-on-write if their alignment allows it,
     /// the rest is copied.
     ///
     /// # Errors
@@ -173,7 +173,7 @@ impl GuestRam {
         }
         let lead = addr.next_multiple_of(PAGE).saturating_sub(addr).min(len);
         let pages = (len - lead) / PAGE * PAGE;
-        // Others that map shared memory would not see what lies over it here.
+        // Other programs that map shared memory would not see a file mapped over it here.
         let is_plain = !self.reservation.is_huge() && !self.reservation.is_shared();
         let mappable = is_plain && (offset + lead).is_multiple_of(PAGE);
         let mapped = if mappable { pages } else { 0 };
@@ -196,7 +196,7 @@ impl GuestRam {
             let want = usize::try_from((len - done).min(1 << 20)).unwrap_or(1 << 20);
             let part = chunk.get_mut(..want).unwrap_or_default();
             file.read_exact_at(part, offset + done).map_err(|source| Error::Memory {
-                what: "Cannot read a file into guest memory: did it shrink?".into(),
+                what: "Cannot read a file into guest memory (it may have been truncated)".into(),
                 source: Some(source),
             })?;
             self.write(addr + done, part)
@@ -206,31 +206,30 @@ impl GuestRam {
         Ok(())
     }
 
-    /// Why this RAM could not be accessed, as a sentence.
+    /// A message about RAM that could not be accessed, as a sentence.
     #[must_use]
     pub fn explain(&self, error: RamError) -> String {
         match (error, self.failure()) {
-            (RamError::Lost, Some(failure)) => format!("Guest RAM cannot be had: {failure}"),
+            (RamError::Lost, Some(failure)) => format!("Guest RAM is not available: {failure}"),
             _ => error.to_string(),
         }
     }
 
-    /// True once a page of RAM is gone for good because the file behind it shrank or cannot be read, or where the host has no
-    /// huge page for RAM that wants one. Looks for that, so it is for whoever has a reason to ask.
+    /// True if a page of RAM is lost because the file behind it shrank or cannot be read, or if the host has no huge page for
+    /// it. Checks all files, so it is only to be called after a failed access.
     #[must_use]
     pub fn is_lost(&self) -> bool {
         let shrank = |o: &Overlay| o.file.metadata().map_or(true, |m| m.size() < o.needed);
         self.watch.fired() || self.overlays().iter().any(shrank) || self.lacks_page()
     }
 
-    /// What the host has failed in, where a loss of RAM is its failure and no file's: RAM in huge pages is never a file of the
-    /// user's.
+    /// The host's failure, if a loss of RAM cannot be due to a file: RAM in huge pages has no mapped files.
     #[must_use]
     pub fn failure(&self) -> Option<&'static str> {
         self.reservation.is_huge().then_some(NO_HUGE_PAGE)
     }
 
-    /// Asks for one huge page that is not there yet, where RAM is in such.
+    /// True if RAM is in huge pages and an access to the first absent one fails.
     fn lacks_page(&self) -> bool {
         let absent = self.reservation.is_huge().then(|| self.reservation.first_absent());
         absent.flatten().is_some_and(|at| {
@@ -256,16 +255,16 @@ impl DmaMemory for GuestRam {
         &self.view
     }
 
-    /// Pages of a file are kept: given back they would come again with what the file holds, and anonymous pages in their
-    /// place would be a mapping each, of which a process has not many. They are few, and as long as the guest has not
-    /// written them the host can drop them by itself.
+    /// Pages of a file are kept: after MADV_DONTNEED they would have the file's contents again, and anonymous pages in their
+    /// place would need a mapping each, whose number is limited. They are few, and the host can reclaim those that the guest has
+    /// not written.
     fn release(&self, addr: u64, len: u64) {
         let step = if self.reservation.is_huge() { HUGE_PAGE } else { PAGE };
         let end = addr.saturating_add(len).min(self.span.end()) / step * step;
         let Some(mut at) = addr.max(self.span.base).checked_next_multiple_of(step) else { return };
         let files: Vec<Span> = self.overlays().iter().map(|overlay| overlay.span).collect();
         while at < end {
-            // Up to the next file, or behind the one that this is in.
+            // Up to the next file, or to the end of the file at `at`.
             let ahead = files.iter().filter(|file| file.end() > at);
             match ahead.min_by_key(|file| file.base) {
                 Some(file) if file.base <= at => at = file.end().next_multiple_of(step),

@@ -1,4 +1,4 @@
-//! The program's own memory: what only the start needed can go again.
+//! The program's own memory: pages that only the start needed are returned to the host.
 #![expect(unsafe_code, reason = "the program's own mapping is found by address")]
 
 use std::fs::{self, File};
@@ -9,22 +9,22 @@ use rustix::mm::{Advice, madvise};
 
 use super::PAGE;
 
-/// Pages whose entries of the page map are read at once.
+/// Entries of the page map that are read at once.
 const BATCH: usize = 128;
 
-/// Bits of an entry (Documentation/admin-guide/mm/pagemap.rst): in memory, swapped out, a file's page.
+/// Bits of an entry (Documentation/admin-guide/mm/pagemap.rst): present, swapped out, a file's page.
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
 const OF_A_FILE: u64 = 1 << 61;
 
-/// Gives back the memory of the program's code and constants; what is used afterwards is read again from the program's file,
-/// from the host's page cache as a rule. To be called once, after the start, by a program that is nothing but a machine:
-/// taking a command line apart needs more code than running a guest.
+/// Returns the memory of the program's code and constants to the host; pages that are used afterwards are read again from the
+/// program's file, usually from the host's page cache. To be called once, after the start, by a program that only runs a machine:
+/// parsing a command line needs more code than running a guest.
 ///
-/// What somebody has written into the code stays: a breakpoint of a debugger's or of a uprobe's is a copy of its page. While a
+/// Pages of the code that were written stay: a breakpoint of a debugger or a uprobe is in a private copy of its page. While a
 /// debugger is attached all of the code stays.
 ///
-/// What the heap no longer uses goes as well. Only a hint: where the program cannot be found in memory its code stays.
+/// Unused heap memory is returned, too. Only a hint: if the program cannot be found in memory its code stays.
 pub fn drop_start_up() {
     // SAFETY: has no preconditions; the allocator's own lock is taken.
     #[cfg(target_env = "gnu")]
@@ -37,8 +37,8 @@ pub fn drop_start_up() {
     }
     for (address, len) in code() {
         for_file_pages(&map, address, len, |address, len| {
-            // SAFETY: the kernel removes pages of a private mapping of a file, which are the file's own, and the file cannot
-            // change while it is executed: they come back as they were.
+            // SAFETY: the kernel removes unmodified pages of a private file mapping, and the file cannot change while it is
+            // executed: they are read again with the same contents.
             let _ = unsafe {
                 madvise(ptr::with_exposed_provenance_mut(address), len, Advice::LinuxDontNeed)
             };
@@ -46,13 +46,13 @@ pub fn drop_start_up() {
     }
 }
 
-/// Whether a status file (proc_pid_status(5)) names a debugger, or does not say.
+/// True if a status file (proc_pid_status(5)) names a tracer, or has no such line.
 fn is_traced(status: &str) -> bool {
     let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:"));
     tracer.is_none_or(|tracer| tracer.trim() != "0")
 }
 
-/// Calls `each` with every run of pages, of the `len` bytes at `address`, of which nobody has a copy of his own.
+/// Calls `each` with every run of pages, of the `len` bytes at `address`, of which there is no private copy.
 fn for_file_pages(map: &File, address: usize, len: usize, mut each: impl FnMut(usize, usize)) {
     let Ok(page) = usize::try_from(PAGE) else { return };
     let mut entries = [0; BATCH * 8];
@@ -79,7 +79,7 @@ fn for_file_pages(map: &File, address: usize, len: usize, mut each: impl FnMut(u
 
 /// Whole pages of the program's segments that can be executed and not written, as addresses and lengths.
 fn code() -> Vec<(usize, usize)> {
-    // SAFETY: only asks; an entry that is missing reads as zero.
+    // SAFETY: has no side effects; a missing entry reads as zero.
     let (headers, count) =
         unsafe { (libc::getauxval(libc::AT_PHDR), libc::getauxval(libc::AT_PHNUM)) };
     let (Ok(start), Ok(count)) = (usize::try_from(headers), usize::try_from(count)) else {
@@ -89,10 +89,10 @@ fn code() -> Vec<(usize, usize)> {
     if headers.is_null() || !headers.is_aligned() {
         return Vec::new();
     }
-    // SAFETY: getauxval(3): AT_PHNUM program headers lie at AT_PHDR, mapped as long as the program runs.
+    // SAFETY: getauxval(3): AT_PHNUM program headers are at AT_PHDR, mapped as long as the program runs.
     let headers = unsafe { slice::from_raw_parts(headers, count) };
     let program = headers.iter().find(|header| header.p_type == libc::PT_PHDR);
-    // Only a program that is loaded where it was linked for has no PT_PHDR.
+    // Only a program that is loaded at its link address has no PT_PHDR.
     let shift = program.map_or(0, |header| (start as u64).wrapping_sub(header.p_vaddr));
     let fixed = headers.iter().filter(|h| {
         h.p_type == libc::PT_LOAD && h.p_flags & (libc::PF_X | libc::PF_W) == libc::PF_X
@@ -124,19 +124,19 @@ mod tests {
     }
 
     #[inline(never)]
-    extern "C" fn nobody_calls_this() -> u32 {
+    extern "C" fn uncalled() -> u32 {
         std::hint::black_box(0x6272_6b70)
     }
 
     #[test]
-    fn a_breakpoint_in_the_program_outlives_the_start() {
-        let address = nobody_calls_this as *const () as u64;
-        // As a debugger writes it: past the protection, into a copy of the page.
+    fn a_breakpoint_in_the_program_stays_after_the_start() {
+        let address = uncalled as *const () as u64;
+        // As a debugger writes it: despite the protection, into a private copy of the page.
         let memory = File::options().read(true).write(true).open("/proc/self/mem").unwrap();
         let mut before = [0];
         memory.read_exact_at(&mut before, address).unwrap();
         if let Err(error) = memory.write_all_at(&[!before[0]], address) {
-            // A kernel that allows it to debuggers only.
+            // The kernel allows it only to debuggers.
             assert_eq!(error.raw_os_error(), Some(libc::EIO), "{error}");
             return rvmm_devices::testing::skip("only debuggers write a program's text");
         }
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_status_without_a_tracer_says_that_nobody_traces() {
+    fn only_a_status_without_a_tracer_is_not_traced() {
         assert!(!is_traced("Name:\trvmm\nTracerPid:\t0\nUid:\t0\n"));
         for status in ["Name:\trvmm\nTracerPid:\t17\n", "TracerPid:\n", ""] {
             assert!(is_traced(status), "{status:?}");
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn the_program_finds_its_code_and_goes_on_without_it() {
+    fn the_program_finds_its_code_and_runs_after_dropping_it() {
         let maps = fs::read_to_string("/proc/self/maps").unwrap();
         let program = std::env::current_exe().unwrap().display().to_string();
         let mapped: Vec<(u64, u64)> = maps
@@ -170,7 +170,7 @@ mod tests {
             .collect();
         assert!(!mapped.is_empty(), "{maps}");
         for &(from, to) in &mapped {
-            // A segment need not begin or end with a page: of the kernel's mapping of it a page at each end may stay.
+            // A segment need not begin or end at a page boundary: a page at each end of its mapping may stay.
             let found = code().into_iter().any(|(start, len)| {
                 let (start, end) = (start as u64, (start + len) as u64);
                 start >= from && start - from <= PAGE && end <= to && to - end <= PAGE

@@ -1,4 +1,4 @@
-//! The address space of guest RAM: reserved at once, with a guard page's worth of nothing on both sides.
+//! The address space of guest RAM: reserved as a whole, with guard pages on both sides.
 #![expect(unsafe_code, reason = "guest RAM is mapped by address, and files are mapped over it")]
 
 use std::ffi::c_void;
@@ -18,7 +18,7 @@ use crate::error::Error;
 /// Huge pages of the host's pool are 2 MiB; transparent ones too.
 const HUGE: usize = 2 << 20;
 
-/// RAM of a guest in this process's address space; given back on drop.
+/// RAM of a guest in this process's address space; unmapped on drop.
 #[derive(Debug)]
 pub(super) struct Reservation {
     /// The whole reservation, guards included.
@@ -28,11 +28,11 @@ pub(super) struct Reservation {
     ram: *mut c_void,
     size: usize,
     huge: bool,
-    /// What RAM is, where other programs may map it, too.
+    /// The memfd of RAM, if other programs may map it.
     file: Option<Arc<File>>,
 }
 
-// SAFETY: the pointers are plain addresses of a mapping that lives as long as the value; this type never dereferences
+// SAFETY: the pointers are plain addresses of a mapping that exists as long as the value; this type never dereferences
 // them, and accesses through them are volatile copies of vm-memory.
 unsafe impl Send for Reservation {}
 // SAFETY: as above; `&self` gives out only the address and the size.
@@ -40,13 +40,13 @@ unsafe impl Sync for Reservation {}
 
 impl Reservation {
     pub(super) fn new(size: u64, huge: bool, shared: bool) -> Result<Self, Error> {
-        // Without NORESERVE the kernel refuses now what huge pages it could not deliver later by SIGBUS. What a balloon gives
-        // back, and what a cgroup does not allow, it may still not deliver.
+        // Without NORESERVE, mmap fails now if there are not enough huge pages, where a later access would raise SIGBUS. Pages
+        // that a balloon has returned, or that a cgroup does not allow, may still fail later.
         let reserve = if huge { MapFlags::empty() } else { MapFlags::NORESERVE };
         Self::map(size, huge, shared, reserve)
     }
 
-    /// Huge pages of which the host may have none.
+    /// Huge pages that are not reserved, so that the host may have none.
     #[cfg(test)]
     pub(super) fn of_absent_pages(size: u64, shared: bool) -> Result<Self, Error> {
         Self::map(size, true, shared, MapFlags::NORESERVE)
@@ -61,7 +61,7 @@ impl Reservation {
         let whole_size = size.checked_add(3 * HUGE).ok_or_else(|| refuse(None))?;
         let none = ProtFlags::empty();
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-        // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
+        // SAFETY: a new mapping at an address of the kernel's choice does not affect existing ones.
         let whole = unsafe { mmap_anonymous(ptr::null_mut(), whole_size, none, flags) };
         let whole = whole.map_err(|e| refuse(Some(e)))?;
         // At least 2 MiB of guard remain below and above.
@@ -72,7 +72,7 @@ impl Reservation {
         if shared {
             let file = memory_file(size, huge).map_err(|e| refuse(Some(e)))?;
             let flags = MapFlags::SHARED | MapFlags::FIXED | reserve;
-            // SAFETY: the range lies inside `whole`, which is ours and holds nothing yet.
+            // SAFETY: the range is inside `whole`, which belongs to this value and is not in use yet.
             unsafe { mmap(ram, size, prot, flags, &file, 0) }.map_err(|e| refuse(Some(e)))?;
             this.file = Some(Arc::new(file));
             return Ok(this);
@@ -81,7 +81,7 @@ impl Reservation {
         if huge {
             flags |= MapFlags::HUGETLB | MapFlags::HUGE_2MB;
         }
-        // SAFETY: the range lies inside `whole`, which is ours and holds nothing yet.
+        // SAFETY: the range is inside `whole`, which belongs to this value and is not in use yet.
         unsafe { mmap_anonymous(ram, size, prot, flags) }.map_err(|e| refuse(Some(e)))?;
         Ok(this)
     }
@@ -114,19 +114,19 @@ impl Reservation {
         self.huge
     }
 
-    /// Bytes of a page of RAM.
+    /// Size of a page of RAM.
     pub(super) fn page(&self) -> usize {
         if self.huge { HUGE } else { 4096 }
     }
 
-    /// Where the first page of RAM is that nobody has touched yet, or that was given back.
+    /// Offset of the first page of RAM that is not present: not accessed yet, or returned.
     pub(super) fn first_absent(&self) -> Option<u64> {
         let is_absent = |at: &usize| {
             let mut is_there = 0_u8;
             let page = self.ram.wrapping_byte_add(*at);
-            // SAFETY: the page lies inside our RAM mapping, and for one page of the smallest size one byte is written.
-            let looked = unsafe { libc::mincore(page, 4096, &raw mut is_there) };
-            looked == 0 && is_there & 1 == 0
+            // SAFETY: the page is inside the RAM mapping, and for one page of the smallest size one byte is written.
+            let result = unsafe { libc::mincore(page, 4096, &raw mut is_there) };
+            result == 0 && is_there & 1 == 0
         };
         (0..self.size).step_by(self.page()).find(is_absent).map(|at| at as u64)
     }
@@ -146,7 +146,7 @@ impl Reservation {
         };
         let prot = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
-        // SAFETY: the target lies inside our RAM mapping (checked above), which nobody holds references into: all
+        // SAFETY: the target is inside the RAM mapping (checked above), into which there are no references: all
         // accesses are volatile copies.
         unsafe { mmap(self.ram.wrapping_byte_add(at), len, prot, flags, file, offset) }.map_err(
             |e| Error::Memory {
@@ -159,34 +159,34 @@ impl Reservation {
 }
 
 impl Reservation {
-    /// Gives the pages of `len` bytes of RAM at `at` back to the host, all multiples of the page size and none of a file: they
-    /// read as zero from then on. A range that is not all RAM is left alone.
+    /// Returns the pages of `len` bytes of RAM at `at` to the host, both multiples of the page size and without mapped files: they
+    /// read as zero from then on. Ignores a range that is not all RAM.
     pub(super) fn discard(&self, at: u64, len: u64) {
         let fits = at.checked_add(len).is_some_and(|end| end <= self.size as u64);
         let (Ok(at), Ok(len), true) = (usize::try_from(at), usize::try_from(len), fits) else {
             return;
         };
         if let Some(file) = &self.file {
-            // The pages of the file are the memory, whoever maps them. A refusal leaves them as they are.
+            // The memory consists of the file's pages, which other programs may map, too. On failure they stay.
             let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             let _ = fallocate(file, how, at as u64, len as u64);
             return;
         }
-        // SAFETY: the range lies inside our RAM mapping (checked above), which nobody holds references into: all accesses
-        // are volatile copies, and the kernel takes the pages from the guest, too. A refusal leaves them as they are.
+        // SAFETY: the range is inside the RAM mapping (checked above), into which there are no references: all accesses
+        // are volatile copies, and the kernel unmaps the pages from the guest, too. On failure they stay.
         let _ = unsafe { madvise(self.ram.wrapping_byte_add(at), len, Advice::LinuxDontNeed) };
     }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        // SAFETY: `whole` is ours alone and nothing that points into it outlives GuestRam. A failure leaves the
-        // mapping in place, which harms nobody.
+        // SAFETY: `whole` belongs to this value alone and nothing that points into it outlives GuestRam. On failure the
+        // mapping stays, which is harmless.
         let _ = unsafe { munmap(self.whole, self.whole_size) };
     }
 }
 
-/// Memory with a descriptor. Its size is sealed: a program that has it cannot take pages away under the guest.
+/// Creates a memfd. Its size is sealed: a program that has it cannot truncate the guest's memory.
 fn memory_file(size: usize, huge: bool) -> Result<File, rustix::io::Errno> {
     let mut flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     if huge {
@@ -203,11 +203,9 @@ fn too_much(size: u64, huge: bool) -> String {
     if huge {
         let pages = size.div_ceil(HUGE as u64);
         return format!(
-            "Cannot take {mib} MiB of guest RAM in huge pages (reserve them: echo {pages} > \
-             /proc/sys/vm/nr_hugepages, or leave --hugepages out)"
+            "Cannot allocate {mib} MiB of guest RAM in huge pages (reserve them: echo {pages} > \
+             /proc/sys/vm/nr_hugepages, or omit --hugepages)"
         );
     }
-    format!(
-        "Cannot take {mib} MiB of guest RAM (give less with --mem, or raise the limit: ulimit -v)"
-    )
+    format!("Cannot allocate {mib} MiB of guest RAM (lower --mem, or raise the limit: ulimit -v)")
 }

@@ -1,4 +1,4 @@
-//! Memory that the guest only reads: bytes of rvmm's own, a file, or the host's physical memory, mapped to be shown to a guest.
+//! Memory that the guest only reads: bytes of rvmm's own, a file, or the host's physical memory.
 
 use std::fs::File;
 use std::io;
@@ -7,17 +7,17 @@ use rustix::mm::{MapFlags, ProtFlags};
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
-/// Bytes of a page.
+/// Size of a page.
 const PAGE_SIZE: usize = 4096;
 
-/// Whole pages of this process's memory, given back on drop: whoever shows them to a guest keeps the value as long.
+/// Whole pages of this process's memory, unmapped on drop: it must outlive its memory slot.
 #[derive(Debug)]
 pub(crate) struct Rom {
     region: MmapRegion,
 }
 
 impl Rom {
-    /// One page with these bytes at its start, at most 4096, and zeroes behind them.
+    /// One page with these bytes at its start, at most 4096, followed by zeroes.
     pub(crate) fn page(bytes: &[u8]) -> io::Result<Self> {
         let region = MmapRegion::new(PAGE_SIZE).map_err(io::Error::other)?;
         let slice = region.as_volatile_slice();
@@ -26,8 +26,8 @@ impl Rom {
         Ok(Self { region })
     }
 
-    /// `size` bytes of `file` from `offset` on, both multiples of 4096. Of a regular file the pages behind its end cannot be
-    /// read: a guest that tries stops.
+    /// `size` bytes of `file` from `offset` on, both multiples of 4096. Pages beyond the end of a regular file cannot be
+    /// read: the machine stops if the guest tries.
     pub(crate) fn of(file: File, offset: u64, size: u64) -> io::Result<Self> {
         let size = usize::try_from(size).map_err(io::Error::other)?;
         let file = FileOffset::new(file, offset);
@@ -46,12 +46,12 @@ impl Rom {
         self.region.size()
     }
 
-    /// Where the first byte is in this process.
+    /// Host virtual address of the first byte.
     pub(crate) fn host_address(&self) -> u64 {
         self.region.as_ptr().addr() as u64
     }
 
-    /// Copies from `offset` on. Only for memory that cannot go away: not for a file that somebody might cut short.
+    /// Copies from `offset` on. Only for memory that cannot be lost: not for a file that might be truncated.
     pub(crate) fn read(&self, offset: usize, data: &mut [u8]) -> io::Result<()> {
         self.region.as_volatile_slice().read_slice(data, offset).map_err(io::Error::other)
     }

@@ -53,7 +53,7 @@ fn a_file_is_seen_whole_whether_its_pages_can_be_mapped_or_not() {
         assert_eq!(got, bytes[offset..offset + len], "{addr:#x} {offset} {len}");
         let mut after = [7];
         ram.read(SPAN.base + addr + len as u64, &mut after).unwrap();
-        assert_eq!(after, [0], "a byte behind the file leaked in");
+        assert_eq!(after, [0], "a byte after the file is not zero");
     }
 }
 
@@ -94,7 +94,7 @@ fn two_guests_lose_memory_apart_from_each_other() {
     assert!(!two.is_lost());
 }
 
-/// RAM in huge pages that the host has not; none, aloud, where it has some to give.
+/// RAM in huge pages that the host does not have; reports a skip if it has some.
 pub(crate) fn without_huge_pages(span: Span, shared: bool) -> Option<GuestRam> {
     let pool = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
     let more = std::fs::read_to_string(
@@ -109,7 +109,7 @@ pub(crate) fn without_huge_pages(span: Span, shared: bool) -> Option<GuestRam> {
 }
 
 #[test]
-fn a_huge_page_that_the_host_does_not_have_is_an_error_and_not_the_end() {
+fn a_missing_huge_page_is_an_error_and_does_not_end_the_process() {
     for shared in [false, true] {
         let Some(ram) = without_huge_pages(SPAN, shared) else { return };
         let mut buf = [1; 16];
@@ -118,7 +118,7 @@ fn a_huge_page_that_the_host_does_not_have_is_an_error_and_not_the_end() {
         assert_eq!(ram.write(SPAN.base, &[1]), Err(RamError::Lost));
         assert!(ram.failure().unwrap().contains("no huge page is left"));
         let Some(other) = without_huge_pages(SPAN, shared) else { return };
-        assert!(other.is_lost(), "found out without an access of ours");
+        assert!(other.is_lost(), "found without an access of the test's");
         let error = other.place_file(SPAN.base, &file_of(&[1; 4096]), 0, 4096).unwrap_err();
         assert_eq!(error.exit_code(), crate::error::EXIT_HOST);
         let what = error.to_string();
@@ -214,14 +214,14 @@ fn shared_memory_is_a_file_that_has_everything_the_guest_has() {
 }
 
 #[test]
-fn pages_of_shared_memory_go_back_to_the_host_and_nobody_can_cut_it_short() {
+fn pages_of_shared_memory_return_to_the_host_and_its_size_is_fixed() {
     let ram = GuestRam::shared(SPAN, false).unwrap();
     ram.write(SPAN.base, &[1; 8 * 4096]).unwrap();
     let regions: Vec<_> = vm_memory::GuestMemoryBackend::iter(ram.view()).collect();
     let file = vm_memory::GuestMemoryRegion::file_offset(regions[0]).unwrap().file();
     assert_eq!(file.metadata().unwrap().blocks(), 8 * 8);
     ram.release(SPAN.base + 1, 3 * PAGE);
-    // Looking at a page takes it from the host again.
+    // Reading a page allocates it again.
     assert_eq!(file.metadata().unwrap().blocks(), 6 * 8);
     assert_eq!(first_bytes(&ram, 5), [1, 0, 0, 1, 1]);
     assert!(file.set_len(4096).is_err() && file.set_len(SPAN.size * 2).is_err());

@@ -1,5 +1,5 @@
-//! A descriptor that never blocks, and never changes for others: whoever shares standard output with rvmm must not find it
-//! non-blocking.
+//! Non-blocking access to a descriptor without changing its flags: other processes that share standard output with rvmm must not
+//! find it non-blocking.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -12,33 +12,33 @@ use rvmm_devices::Port;
 
 use crate::io_loop;
 
-/// What a pipe takes without blocking when poll(2) says that it takes anything (`PIPE_BUF` on Linux).
+/// Bytes that a pipe takes without blocking when poll(2) reports it as writable (`PIPE_BUF` on Linux).
 const PIPE_BUF: usize = 4096;
 
 /// One direction of a console, on a descriptor of any kind.
 #[derive(Debug)]
 pub(super) struct Descriptor {
     fd: OwnedFd,
-    way: Way,
+    method: Method,
 }
 
-/// Which way a descriptor is kept from blocking.
+/// The method of not blocking on a descriptor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
-    /// Its open file description is non-blocking: as it came, or because it was opened anew for rvmm alone.
+enum Method {
+    /// Its open file description is non-blocking: it was passed so, or opened anew for rvmm alone.
     Nonblocking,
-    /// A socket: each call says that it does not want to wait.
+    /// A socket: each call has MSG_DONTWAIT.
     Socket,
-    /// A file or a device like `/dev/null`: never waits, and epoll refuses it.
+    /// A file or a device like `/dev/null`: never blocks, and epoll refuses it.
     Unpollable,
     /// Blocking and shared: poll(2) first, then no more than `chunk` bytes at a time.
-    Careful {
-        /// What surely fits when poll(2) says that something does.
+    Polled {
+        /// Bytes that fit for certain when poll(2) reports the descriptor as writable.
         chunk: usize,
     },
 }
 
-/// Which way the bytes go.
+/// The direction of the bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Direction {
     /// To the guest.
@@ -48,60 +48,60 @@ pub(super) enum Direction {
 }
 
 impl Descriptor {
-    /// Finds out what `fd` is and how to use it without blocking.
+    /// Chooses the method for `fd`.
     ///
     /// # Errors
-    /// `IsADirectory` for a folder; else what the kernel says.
+    /// `IsADirectory` for a folder; else the error of the system call.
     pub(super) fn new(fd: OwnedFd, direction: Direction) -> io::Result<Self> {
         let stat = fstat(&fd)?;
-        let way = match FileType::from_raw_mode(stat.st_mode) {
+        let method = match FileType::from_raw_mode(stat.st_mode) {
             FileType::Directory => return Err(io::ErrorKind::IsADirectory.into()),
-            FileType::Socket => Way::Socket,
-            _ if !io_loop::accepts(fd.as_fd())? => Way::Unpollable,
+            FileType::Socket => Method::Socket,
+            _ if !io_loop::accepts(fd.as_fd())? => Method::Unpollable,
             kind => {
-                // Even where it is non-blocking: whoever shares it may change that at any time.
+                // Also if it is non-blocking: processes that share it may change that at any time.
                 if let Some(own) = reopen(&fd, &stat, direction) {
-                    return Ok(Self { fd: own, way: Way::Nonblocking });
+                    return Ok(Self { fd: own, method: Method::Nonblocking });
                 }
                 if fcntl_getfl(&fd)?.contains(OFlags::NONBLOCK) {
-                    Way::Nonblocking
+                    Method::Nonblocking
                 } else {
-                    Way::Careful { chunk: if kind == FileType::Fifo { PIPE_BUF } else { 1 } }
+                    Method::Polled { chunk: if kind == FileType::Fifo { PIPE_BUF } else { 1 } }
                 }
             }
         };
-        Ok(Self { fd, way })
+        Ok(Self { fd, method })
     }
 
-    /// What the I/O loop may do with it.
+    /// How the I/O loop waits for it.
     pub(super) fn port(&self) -> Port {
-        match self.way {
-            Way::Unpollable => Port::Always,
+        match self.method {
+            Method::Unpollable => Port::Always,
             _ => Port::Poll(self.fd.as_raw_fd()),
         }
     }
 
-    /// Reads what is there; see [`rvmm_devices::ConsoleBackend::read`].
+    /// Reads the available bytes; see [`rvmm_devices::ConsoleBackend::read`].
     pub(super) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        match self.way {
-            Way::Socket => Ok(recv(&self.fd, buffer, RecvFlags::DONTWAIT)?.0),
-            Way::Careful { .. } if !self.is_ready(PollFlags::IN) => {
+        match self.method {
+            Method::Socket => Ok(recv(&self.fd, buffer, RecvFlags::DONTWAIT)?.0),
+            Method::Polled { .. } if !self.is_ready(PollFlags::IN) => {
                 Err(io::ErrorKind::WouldBlock.into())
             }
             _ => Ok(rustix::io::read(&self.fd, buffer)?),
         }
     }
 
-    /// Writes what fits; see [`rvmm_devices::ConsoleBackend::write`].
+    /// Writes the bytes that fit; see [`rvmm_devices::ConsoleBackend::write`].
     pub(super) fn write(&self, bytes: &[u8]) -> io::Result<usize> {
-        match self.way {
-            Way::Socket => Ok(send(&self.fd, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?),
-            Way::Careful { chunk } => self.write_carefully(bytes, chunk),
-            Way::Nonblocking | Way::Unpollable => Ok(rustix::io::write(&self.fd, bytes)?),
+        match self.method {
+            Method::Socket => Ok(send(&self.fd, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?),
+            Method::Polled { chunk } => self.write_polled(bytes, chunk),
+            Method::Nonblocking | Method::Unpollable => Ok(rustix::io::write(&self.fd, bytes)?),
         }
     }
 
-    fn write_carefully(&self, bytes: &[u8], chunk: usize) -> io::Result<usize> {
+    fn write_polled(&self, bytes: &[u8], chunk: usize) -> io::Result<usize> {
         let mut done = 0;
         for piece in bytes.chunks(chunk) {
             if !self.is_ready(PollFlags::OUT) {
@@ -116,18 +116,18 @@ impl Descriptor {
         if done == 0 { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(done) }
     }
 
-    /// Whether a call would not wait now: there is something, there is room, or there is an error to be told.
+    /// True if a call would not block now: there are bytes, room, or an error.
     fn is_ready(&self, direction: PollFlags) -> bool {
         let mut fds = [PollFd::new(&self.fd, direction)];
         poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready > 0)
     }
 }
 
-/// Opens a terminal or a pipe a second time, so that being non-blocking is rvmm's own affair. `None` where that is not
-/// possible (another user's terminal, no /proc) or would give something else.
+/// Opens a terminal or a pipe a second time, so that `O_NONBLOCK` affects only rvmm. `None` if that is not possible (another
+/// user's terminal, no /proc) or would open another file.
 fn reopen(fd: &OwnedFd, stat: &Stat, direction: Direction) -> Option<OwnedFd> {
     let is_pipe = FileType::from_raw_mode(stat.st_mode) == FileType::Fifo;
-    // Opening the master of a pseudo terminal would make a new pair.
+    // Opening the master of a pseudo terminal would create a new pair.
     let is_master = major(stat.st_rdev) == 5 && minor(stat.st_rdev) == 2;
     if !is_pipe && (is_master || !isatty(fd)) {
         return None;
@@ -159,7 +159,7 @@ mod tests {
         result.map(|_| ()).unwrap_err().kind()
     }
 
-    /// Writes until it is refused and gives the number of bytes taken.
+    /// Writes until a write fails and returns the number of bytes taken.
     fn fill(output: &Descriptor) -> usize {
         let mut total = 0;
         loop {
@@ -181,7 +181,7 @@ mod tests {
     fn a_full_pipe_refuses_and_stays_blocking_for_others() {
         let (reader, writer) = pipe().unwrap();
         let output = Descriptor::new(writer.try_clone().unwrap(), Direction::Output).unwrap();
-        assert_eq!(output.way, Way::Nonblocking);
+        assert_eq!(output.method, Method::Nonblocking);
         assert!(fill(&output) >= PIPE_BUF);
         assert!(!is_nonblocking(&writer) && !is_nonblocking(&reader));
         drop(reader);
@@ -200,12 +200,12 @@ mod tests {
     }
 
     #[test]
-    fn where_a_descriptor_cannot_be_opened_anew_it_is_used_carefully() {
+    fn a_descriptor_that_cannot_be_opened_again_is_polled_first() {
         let (reader, writer) = pipe().unwrap();
-        let output = Descriptor { fd: writer, way: Way::Careful { chunk: PIPE_BUF } };
+        let output = Descriptor { fd: writer, method: Method::Polled { chunk: PIPE_BUF } };
         let taken = fill(&output);
         assert!(taken >= PIPE_BUF);
-        let input = Descriptor { fd: reader, way: Way::Careful { chunk: PIPE_BUF } };
+        let input = Descriptor { fd: reader, method: Method::Polled { chunk: PIPE_BUF } };
         let mut buffer = vec![0; 1 << 20];
         let mut read = 0;
         while read < taken {
@@ -230,7 +230,7 @@ mod tests {
         assert!(!is_nonblocking(&slave));
         // The master is never opened anew: that would be another terminal.
         let master = Descriptor::new(master, Direction::Output).unwrap();
-        assert_eq!(master.way, Way::Careful { chunk: 1 });
+        assert_eq!(master.method, Method::Polled { chunk: 1 });
         assert!(fill(&master) > 0);
     }
 
@@ -239,7 +239,7 @@ mod tests {
         let (near, mut far) = UnixStream::pair().unwrap();
         let shared = near.try_clone().unwrap();
         let stream = Descriptor::new(near.into(), Direction::Output).unwrap();
-        assert_eq!(stream.way, Way::Socket);
+        assert_eq!(stream.method, Method::Socket);
         assert!(fill(&stream) > 0);
         assert!(!is_nonblocking(&shared));
         let mut buffer = [0; 8];
@@ -260,7 +260,7 @@ mod tests {
         let mut text = String::new();
         io::Seek::rewind(&mut file).unwrap();
         file.read_to_string(&mut text).unwrap();
-        assert_eq!(text, "before after", "the position is shared with the one who gave it");
+        assert_eq!(text, "before after", "the file offset is shared with the original descriptor");
 
         let null =
             Descriptor::new(File::open("/dev/null").unwrap().into(), Direction::Input).unwrap();

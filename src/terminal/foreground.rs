@@ -1,4 +1,4 @@
-//! Job control as a reader of the terminal sees it: who is in the background reads nothing and sets nothing there
+//! Job control: a process in the background may neither read its controlling terminal nor set its mode
 //! (termios(3), "Job control"; the kernel's rules are in `drivers/tty/tty_jobctrl.c`).
 
 use std::os::fd::BorrowedFd;
@@ -8,19 +8,19 @@ use rustix::process::getpgrp;
 use rustix::termios::tcgetpgrp;
 use vmm_sys_util::signal::block_signal;
 
-/// What this process may do with a terminal now.
+/// This process's present relation to a terminal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Standing {
-    /// Read it and set its mode.
+pub(super) enum JobState {
+    /// It may read the terminal and set its mode.
     Foreground,
-    /// Neither: another process group has it, and the kernel would stop this one for trying. That may change at any time,
-    /// without a word where a running job is put into the foreground.
+    /// It may do neither: another process group is in the foreground, and the kernel would stop this one for trying. That may
+    /// change at any time, and no signal reports it if a running job is put into the foreground.
     Background,
-    /// Neither, ever again: the session that it belonged to has ended, or the terminal is gone.
+    /// It may do neither any more: the session has ended, or the terminal is gone.
     Gone,
 }
 
-/// Whether `terminal` is the controlling one of this process: only there is a foreground and a background.
+/// True if `terminal` is the controlling one of this process: only that one has a foreground group.
 pub(super) fn controls(terminal: BorrowedFd<'_>) -> bool {
     match tcgetpgrp(terminal) {
         // Zero: the foreground group is in another PID namespace.
@@ -29,20 +29,20 @@ pub(super) fn controls(terminal: BorrowedFd<'_>) -> bool {
     }
 }
 
-/// How this process stands to `terminal`, which is or was its controlling one if `controls`.
-pub(super) fn standing(terminal: BorrowedFd<'_>, controls: bool) -> Standing {
+/// The state of this process for `terminal`, which is or was its controlling one if `controls`.
+pub(super) fn job_state(terminal: BorrowedFd<'_>, controls: bool) -> JobState {
     match tcgetpgrp(terminal) {
-        _ if !controls => Standing::Foreground,
-        Ok(foreground) if foreground == getpgrp() => Standing::Foreground,
-        Ok(_) => Standing::Background,
-        // Who that is cannot be told from in here; a read will tell.
-        Err(Errno::OPNOTSUPP) => Standing::Foreground,
-        Err(_) => Standing::Gone,
+        _ if !controls => JobState::Foreground,
+        Ok(foreground) if foreground == getpgrp() => JobState::Foreground,
+        Ok(_) => JobState::Background,
+        // The group is not visible in this PID namespace; a read fails if it is another one.
+        Err(Errno::OPNOTSUPP) => JobState::Foreground,
+        Err(_) => JobState::Gone,
     }
 }
 
-/// Has reads of this thread in the background fail with `EIO` instead of stopping all of the process's group.
+/// Makes reads of this thread in the background fail with `EIO` instead of stopping the whole process group.
 pub(super) fn fail_in_background() {
-    // An error means that it is so already.
+    // Fails if the signal is blocked already.
     let _ = block_signal(libc::SIGTTIN);
 }

@@ -1,6 +1,6 @@
-//! The keys that rvmm keeps for itself on a terminal: a state machine without any terminal.
+//! The keys that rvmm handles on a terminal: a state machine that needs no terminal.
 
-/// What begins a key of rvmm's: Ctrl-A.
+/// Prefix of rvmm's keys: Ctrl-A.
 const ESCAPE: u8 = 0x01;
 
 /// Shown once when a guest starts on a terminal.
@@ -13,26 +13,26 @@ pub(super) const HELP: &[u8] = b"\r\n\
     rvmm: Ctrl-A Ctrl-A  send Ctrl-A to the guest\r\n\
     rvmm: Ctrl-A h       this help\r\n";
 
-/// Takes rvmm's keys out of what is typed. Any other key after Ctrl-A goes to the guest, without the Ctrl-A.
+/// Filters rvmm's keys out of the input. Any other key after Ctrl-A is passed to the guest, without the Ctrl-A.
 #[derive(Debug, Default)]
 pub(super) struct Keys {
     escaped: bool,
 }
 
-/// What the user asked rvmm for.
+/// A command of the user's to rvmm.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Command {
     /// End the machine.
     Stop,
-    /// Stop the process, as Ctrl-Z does where the terminal is not raw.
+    /// Stop the process, as Ctrl-Z does on a terminal that is not raw.
     Suspend,
     /// Show the keys.
     Help,
 }
 
 impl Keys {
-    /// Moves the guest's bytes to the front of `typed` and gives their number, and the last command among the others.
-    /// After [`Command::Stop`] nothing more of `typed` is looked at.
+    /// Moves the guest's bytes to the front of `typed` and returns their number, and the last command among the others.
+    /// The bytes after [`Command::Stop`] are ignored.
     pub(super) fn filter(&mut self, typed: &mut [u8]) -> (usize, Option<Command>) {
         let mut kept = 0;
         let mut command = None;
@@ -78,7 +78,7 @@ enum Step {
 mod tests {
     use super::*;
 
-    /// What the guest gets and what rvmm is asked for, if the keys arrive in these pieces.
+    /// The guest's bytes and rvmm's commands, if the keys arrive in these pieces.
     fn typed(pieces: &[&[u8]]) -> (Vec<u8>, Vec<Command>) {
         let mut keys = Keys::default();
         let (mut guest, mut commands) = (Vec::new(), Vec::new());

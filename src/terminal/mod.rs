@@ -1,16 +1,16 @@
-//! The host's end of the guest's console: standard input and output, a file, a pseudo terminal, a socket, or what a program
-//! that embeds rvmm hands over. Nothing here blocks: see [`rvmm_devices::ConsoleBackend`].
+//! Backends of the guest's console: standard input and output, a file, a pseudo terminal, a socket, or descriptors or a [`Write`]
+//! of a program that embeds rvmm. They never block: see [`rvmm_devices::ConsoleBackend`].
 //!
-//! | file | what is in it |
+//! | file | content |
 //! |---|---|
-//! | `keys.rs` | Ctrl-A x, z and h: what rvmm keeps for itself on a terminal |
-//! | `raw.rs` | the terminal's mode and every way back |
-//! | `foreground.rs` | job control: when the terminal is ours to read and set |
-//! | `descriptor.rs` | one descriptor of any kind that never blocks |
+//! | `keys.rs` | Ctrl-A x, z and h: the keys that rvmm handles on a terminal |
+//! | `raw.rs` | the terminal's raw mode, and restoring it in all cases |
+//! | `foreground.rs` | job control: when rvmm may read and set the terminal |
+//! | `descriptor.rs` | non-blocking access to a descriptor of any kind |
 //! | `streams.rs`, `stdio.rs` | a console on two descriptors; on standard input and output |
-//! | `pty.rs`, `socket.rs` | consoles whose user comes and goes |
-//! | `shared.rs` | a console that outlives its user |
-//! | `writer.rs` | a console that ends in any [`Write`] |
+//! | `pty.rs`, `socket.rs` | consoles whose clients connect and disconnect |
+//! | `shared.rs` | a console that stays open when its device is dropped |
+//! | `writer.rs` | a console that writes to any [`Write`] |
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -41,28 +41,28 @@ pub use raw::restore;
 pub(crate) use raw::{resized, resume, suspend};
 pub(crate) use shared::Shared;
 
-/// What somebody calls who wants the machine to end: the user by Ctrl-A x, or a signal.
+/// Requests a stop of the machine: called for Ctrl-A x and for signals.
 ///
-/// It is called on the I/O thread, for Ctrl-A x with the serial device's lock held: it may ask (set a flag, kick a hart,
-/// write an eventfd), but neither wait nor touch the bus.
+/// It is called on the I/O thread, for Ctrl-A x with the serial device's lock held: it may set a flag, kick a hart or
+/// write an eventfd, but must neither block nor access the bus.
 pub type StopRequest = Arc<dyn Fn() + Send + Sync>;
 
 /// A console that is ready for [`rvmm_devices::Wiring`].
 pub struct Console {
-    /// The host's end.
+    /// The host's side.
     pub backend: Box<dyn ConsoleBackend>,
-    /// The path that a terminal program opens, if this is a pseudo terminal; for the caller to tell the user.
+    /// The path that a terminal program opens, if this is a pseudo terminal. The caller shows it to the user.
     pub pty: Option<PathBuf>,
 }
 
 /// Opens the console that a configuration asks for.
 ///
-/// Standard input, where it is a terminal, becomes raw and is put back when the console is dropped (see [`restore`]).
-/// The file of [`SerialConfig::File`] may be anything that can be written: symbolic links are followed, a FIFO needs a
+/// Standard input, if it is a terminal, is set to raw mode and restored when the console is dropped (see [`restore`]).
+/// The file of [`SerialConfig::File`] may be of any kind that can be written: symbolic links are followed, a FIFO needs a
 /// reader.
 ///
 /// # Errors
-/// [`Error::File`] and [`Error::Host`]: what cannot be opened, why, and what to do.
+/// [`Error::File`] and [`Error::Host`], with the reason and advice.
 pub fn open(serial: &SerialConfig, stop: StopRequest) -> Result<Console, Error> {
     match serial {
         SerialConfig::Stdio => Console::stdio(stop),
@@ -79,17 +79,17 @@ impl Console {
         Self { backend: Box::new(backend), pty: None }
     }
 
-    /// Standard input and output, with Ctrl-A x calling `stop` where the input is a terminal.
+    /// Standard input and output. Ctrl-A x calls `stop` if the input is a terminal.
     ///
     /// # Errors
-    /// [`Error::Host`], also where another console of this process has the terminal.
+    /// [`Error::Host`], also if another console of this process uses the terminal.
     pub fn stdio(stop: StopRequest) -> Result<Self, Error> {
         match stdio::Stdio::open(stop) {
             Ok(stdio) => Ok(Self::new(stdio)),
             Err(source) => {
                 let what = match source.kind() {
                     io::ErrorKind::AlreadyExists => {
-                        "Cannot use the terminal: another guest of this process has it (give one of them another console)"
+                        "Cannot use the terminal: another guest of this process uses it (give one of them another console)"
                     }
                     _ => "Cannot use standard input and output as the console",
                 };
@@ -98,17 +98,17 @@ impl Console {
         }
     }
 
-    /// Nobody: output vanishes, input never comes.
+    /// No backend: output is discarded, and there is no input.
     #[must_use]
     pub fn null() -> Self {
         Self::new(NullConsole)
     }
 
     /// Descriptors of any kind: pipes, sockets, terminals, files. They are never blocked on and their flags never changed;
-    /// no byte has a meaning of its own, and no terminal's mode is touched.
+    /// all bytes go to the guest, and the mode of a terminal is not changed.
     ///
     /// # Errors
-    /// [`Error::Host`] for descriptors that are no streams.
+    /// [`Error::Host`] for descriptors that are not streams.
     pub fn from_fds(input: Option<OwnedFd>, output: Option<OwnedFd>) -> Result<Self, Error> {
         streams::Streams::new(input, output).map(Self::new).map_err(|source| Error::Host {
             what: "Cannot use these descriptors as a console".into(),
@@ -116,12 +116,12 @@ impl Console {
         })
     }
 
-    /// Anything that can be written; there is no input. A thread named `console` does the writing, so it may block: at
-    /// most 68 KiB wait for it, then the guest is held back. Once it fails, output is dropped. Dropping the console waits
-    /// up to a second for what is left to be written.
+    /// Any [`Write`]; there is no input. A thread named `console` calls it, so it may block: at most 68 KiB are buffered, then
+    /// the guest is throttled. After an error, output is dropped. Dropping the console waits up to a second for the rest to be
+    /// written.
     ///
     /// # Errors
-    /// [`Error::Host`] where no thread or pipe can be had.
+    /// [`Error::Host`] if no thread or pipe can be created.
     pub fn from_writer(writer: Box<dyn Write + Send>) -> Result<Self, Error> {
         writer::Writer::new(writer).map(Self::new).map_err(|source| Error::Host {
             what: "Cannot start the console's thread".into(),
@@ -134,7 +134,7 @@ impl Console {
             |source| match source.raw_os_error() {
                 Some(libc::ENXIO) => Error::Host {
                     what: format!(
-                        "Cannot write to {}: it is a FIFO that nobody reads, or a socket (start the reader first)",
+                        "Cannot write to {}: it is a FIFO without a reader, or a socket (start the reader first)",
                         path.display()
                     ),
                     source,
@@ -146,7 +146,7 @@ impl Console {
 
     fn pty() -> Result<Self, Error> {
         let (pty, path) = pty::Pty::open().map_err(|source| Error::Host {
-            what: "Cannot make a pseudo terminal".into(),
+            what: "Cannot create a pseudo terminal".into(),
             source,
         })?;
         Ok(Self { backend: Box::new(pty), pty: Some(path) })
@@ -155,7 +155,7 @@ impl Console {
     fn connect(path: &Path) -> Result<Self, Error> {
         let failed = |source| Error::Host {
             what: format!(
-                "Cannot connect to {} (start the machine that listens there first: unix:PATH)",
+                "Cannot connect to {} (start the machine that listens on it first: unix:PATH)",
                 path.display()
             ),
             source,
@@ -177,12 +177,12 @@ impl fmt::Debug for Console {
 }
 
 fn open_output(path: &Path) -> io::Result<File> {
-    // Opening must not wait for a FIFO's reader, and a terminal must not become ours.
+    // Opening must not block on a FIFO without a reader, and a terminal must not become the controlling one.
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
     OpenOptions::new().write(true).create(true).truncate(true).custom_flags(flags).open(path)
 }
 
-/// Whether the other end has gone for good: the errors that a device takes for the end of the output.
+/// True for the errors that mean the end of the output: the peer has closed it.
 fn is_hang_up(error: &io::Error) -> bool {
     matches!(
         error.kind(),
@@ -190,8 +190,8 @@ fn is_hang_up(error: &io::Error) -> bool {
     ) || error.raw_os_error() == Some(libc::EIO)
 }
 
-/// Whether a read that failed may be tried again.
-fn may_go_on(error: &io::Error) -> bool {
+/// True if a read that failed may be retried.
+fn is_temporary(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }
 

@@ -1,8 +1,8 @@
-//! A pseudo terminal: rvmm holds the master, a terminal program opens the other end by its path, leaves and comes back.
+//! A pseudo terminal: rvmm has the master, and terminal programs open and close the slave by its path.
 //!
-//! Linux reports a master whose other end is closed as hung up, all the time, and says nothing when it is opened again. So
-//! the master is only watched while somebody is there, and inotify(7) tells about the opening. While nobody is there,
-//! output is dropped and counted, as with a serial line without a cable.
+//! poll(2) reports a master whose slave is closed as hung up all the time, and no event when the slave is opened again. So
+//! the master is only polled while the slave is open, and inotify(7) reports when it is opened. While it is closed, output is
+//! dropped and counted, as on a serial line without a peer.
 
 use std::ffi::OsString;
 use std::io;
@@ -20,16 +20,16 @@ use rvmm_devices::{ConsoleBackend, Port, Ports};
 #[derive(Debug)]
 pub(super) struct Pty {
     master: OwnedFd,
-    /// Readable when somebody has opened the other end.
+    /// Readable when the slave has been opened.
     openings: OwnedFd,
     is_open: bool,
 }
 
 impl Pty {
-    /// Makes a pair whose other end is raw, and gives the path of that.
+    /// Creates a pair whose slave is in raw mode, and returns the path of the slave.
     ///
     /// # Errors
-    /// What the kernel says; among others where there is no devpts, or no inotify instance left.
+    /// The error of the system call, for example without devpts, or at the limit of inotify instances.
     pub(super) fn open() -> io::Result<(Self, PathBuf)> {
         let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
         let master = openpt(flags)?;
@@ -37,12 +37,12 @@ impl Pty {
         fcntl_setfl(&master, OFlags::RDWR | OFlags::NONBLOCK)?;
         let path = PathBuf::from(OsString::from_vec(ptsname(&master, Vec::new())?.into_bytes()));
 
-        // Until a program sets it otherwise: no echo of what the guest prints, no line editing.
+        // The default until a program changes it: no echo of what the guest prints, no line editing.
         let slave = ioctl_tiocgptpeer(&master, flags)?;
         let mut mode = tcgetattr(&slave)?;
         mode.make_raw();
         tcsetattr(&slave, OptionalActions::Now, &mode)?;
-        // Having been closed once, it is known as closed.
+        // poll(2) reports a hang-up only after the slave has been closed once.
         drop(slave);
 
         let openings =
@@ -51,7 +51,7 @@ impl Pty {
         Ok((Self { master, openings, is_open: false }, path))
     }
 
-    fn look(&mut self) {
+    fn update(&mut self) {
         self.is_open = !is_hung_up(&self.master);
     }
 }
@@ -64,7 +64,7 @@ impl ConsoleBackend for Pty {
 
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match rustix::io::read(&self.master, buffer) {
-            // What was typed before the hang-up has been read by now.
+            // All input before the hang-up has been read by now.
             Err(rustix::io::Errno::IO) | Ok(0) => {
                 self.is_open = false;
                 Ok(0)
@@ -76,9 +76,9 @@ impl ConsoleBackend for Pty {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match rustix::io::write(&self.master, bytes) {
             Ok(taken) if taken > 0 => Ok(taken),
-            // Full for good if the other end was closed meanwhile.
+            // The buffer stays full if the slave was closed meanwhile.
             Ok(_) | Err(rustix::io::Errno::AGAIN) => {
-                self.look();
+                self.update();
                 let kind = if self.is_open {
                     io::ErrorKind::WouldBlock
                 } else {
@@ -96,14 +96,14 @@ impl ConsoleBackend for Pty {
     }
 
     fn attend(&mut self) {
-        // What the events say is known: somebody opened it. Whether it still is open is asked.
+        // All events are of the same kind, IN_OPEN. The slave may have been closed since.
         let mut events = [0; 1024];
         while rustix::io::read(&self.openings, &mut events).is_ok_and(|count| count > 0) {}
-        self.look();
+        self.update();
     }
 }
 
-/// Whether nobody has the other end of `fd` open.
+/// True if the other end of `fd` is closed.
 pub(super) fn is_hung_up(fd: impl AsFd) -> bool {
     let mut fds = [PollFd::new(&fd, PollFlags::empty())];
     let ready = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
@@ -121,7 +121,7 @@ mod tests {
     use super::*;
 
     fn attach(path: &Path) -> File {
-        // Where the test leads a session it must not become its terminal, whose end would end the test.
+        // If the test is a session leader, the terminal must not become its controlling one, whose hang-up would end the test.
         let mut options = OpenOptions::new();
         options.read(true).write(true).custom_flags(libc::O_NOCTTY).open(path).unwrap()
     }
@@ -132,9 +132,9 @@ mod tests {
     }
 
     #[test]
-    fn a_user_may_come_go_and_come_back() {
+    fn a_user_may_disconnect_and_connect_again() {
         let (mut pty, path) = Pty::open().unwrap();
-        assert_eq!(pty.ports().output, Port::Closed, "nobody is there at first");
+        assert_eq!(pty.ports().output, Port::Closed, "closed at first");
         assert!(!has_attention(&pty));
         for round in [b"first ", b"second"] {
             let mut user = attach(&path);
@@ -150,7 +150,7 @@ mod tests {
             assert_eq!(&buffer[..4], b"out\n", "no carriage return is added");
             user.write_all(round).unwrap();
             drop(user);
-            assert_eq!(pty.read(&mut buffer).unwrap(), 6, "what was typed before the end counts");
+            assert_eq!(pty.read(&mut buffer).unwrap(), 6, "input before the hang-up is read");
             assert_eq!(&buffer[..6], round);
             assert_eq!(pty.read(&mut buffer).unwrap(), 0);
             assert_eq!(pty.ports().input, Port::Closed);
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn a_user_who_does_not_read_holds_back_and_one_who_leaves_does_not() {
+    fn a_user_who_does_not_read_throttles_the_output_and_one_who_disconnects_does_not() {
         let (mut pty, path) = Pty::open().unwrap();
         let user = attach(&path);
         pty.attend();
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn a_user_who_has_left_before_anyone_looked_is_not_taken_for_present() {
+    fn a_user_who_disconnects_at_once_does_not_count_as_connected() {
         let (mut pty, path) = Pty::open().unwrap();
         drop(attach(&path));
         pty.attend();

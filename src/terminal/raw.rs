@@ -1,7 +1,7 @@
-//! The terminal's mode: raw while a guest owns it, as it was before on every way out, and untouched in the background.
+//! The terminal's mode: raw while a guest uses it, restored whenever rvmm exits or stops, and unchanged in the background.
 //!
-//! A process has one controlling terminal and its mode outlives the process, so what has to be put back is kept in one
-//! place that the panic hook and the signals reach too.
+//! A process has one controlling terminal and its mode outlives the process, so the mode to restore is in a static, which
+//! the panic hook and the signals also use.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -16,21 +16,21 @@ use rustix::time::{
     timerfd_settime,
 };
 
-use super::foreground::{Standing, controls, standing};
+use super::foreground::{JobState, controls, job_state};
 
-/// The terminal that a console has now.
+/// The terminal that a console uses.
 static TAKEN: Mutex<Option<Taken>> = Mutex::new(None);
 
-/// How often a process in the background looks whether it has come to the foreground: nothing tells it where a shell's `fg`
-/// finds it running. Shorter than people notice.
-const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// Interval at which a process in the background checks if it is in the foreground: no signal reports it if a shell's `fg` finds
+/// the process running. Shorter than a user notices.
+const CHECK_INTERVAL: Duration = Duration::from_millis(250);
 
-/// The terminal, and how it stands with its mode.
+/// The terminal and the state of its mode.
 struct Taken {
     terminal: OwnedFd,
     /// It is the controlling one of this process.
     controls: bool,
-    /// What is put back. `None` until it was ours for the first time: in the background it is in the mode of somebody else.
+    /// The mode to restore. `None` until this process is in the foreground for the first time: before, the mode is another program's.
     before: Option<Termios>,
     mode: Mode,
     timer: OwnedFd,
@@ -38,31 +38,31 @@ struct Taken {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Mode {
-    /// As others want it; raw as soon as it is ours.
-    Theirs,
-    /// Raw: it is the guest's.
+    /// Not set by rvmm; becomes raw as soon as this process is in the foreground.
+    Untouched,
+    /// Raw.
     Raw,
-    /// Put back for a stop that has not come yet; raw again when that is over, or has not come.
+    /// Restored before the process stops; becomes raw again afterwards, or if it does not stop.
     Suspended,
-    /// Put back before an end; raw again after [`resume`] only.
+    /// Restored before the process exits; becomes raw again only by [`resume`].
     Restored,
 }
 
-/// Keeps a terminal raw as long as it lives and the process is in the foreground. There is one at a time in a process.
+/// Keeps a terminal raw until it is dropped, while the process is in the foreground. There is one at a time in a process.
 #[derive(Debug)]
 pub(super) struct RawMode {
-    /// The timer's, which lives as long as this.
+    /// The timer's descriptor, which is open as long as this exists.
     attention: RawFd,
 }
 
 impl RawMode {
-    /// Makes a terminal raw: every key is handed on at once, unechoed, and none makes a signal. In the background that waits for
-    /// a [`RawMode::look`] in the foreground.
+    /// Sets a terminal to raw mode: every key is passed on at once, without an echo, and none raises a signal. In the background
+    /// this is left to a [`RawMode::update`] in the foreground.
     ///
-    /// Output keeps being processed (a line feed returns the carriage), so that rvmm's own lines stay readable.
+    /// Output processing stays on (ONLCR), so that rvmm's own lines stay readable.
     ///
     /// # Errors
-    /// `AlreadyExists` while another console has it; else what the kernel says.
+    /// `AlreadyExists` if another console has it; else the error of the system call.
     pub(super) fn enter(terminal: BorrowedFd<'_>) -> io::Result<Self> {
         let mut slot = lock();
         if slot.is_some() {
@@ -73,33 +73,33 @@ impl RawMode {
         let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
         let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
         let attention = timer.as_raw_fd();
-        let mut taken = Taken { terminal, controls, before: None, mode: Mode::Theirs, timer };
-        taken.look()?;
+        let mut taken = Taken { terminal, controls, before: None, mode: Mode::Untouched, timer };
+        taken.update()?;
         *slot = Some(taken);
         drop(slot);
         restore_on_panic();
         Ok(Self { attention })
     }
 
-    /// The descriptor that is readable when [`RawMode::look`] is due, or when the terminal may have another size.
+    /// The descriptor that is readable when [`RawMode::update`] is due, or when the size of the terminal may have changed.
     pub(super) fn attention(&self) -> RawFd {
         self.attention
     }
 
-    /// What made the descriptor readable is being seen to.
+    /// Consumes the event of [`RawMode::attention`].
     pub(super) fn attend(&self) {
         if let Some(taken) = lock().as_mut() {
-            // Empty where the event was stale.
+            // Fails if the event was stale.
             let _ = rustix::io::read(&taken.timer, &mut [0u8; 8]);
             if taken.mode == Mode::Suspended {
-                taken.mode = Mode::Theirs;
+                taken.mode = Mode::Untouched;
             }
         }
     }
 
-    /// Sees whether the terminal is ours now, and makes it raw where it has become so.
-    pub(super) fn look(&self) -> Standing {
-        lock().as_mut().map_or(Standing::Gone, |taken| taken.look().unwrap_or(Standing::Gone))
+    /// Returns the state of this process, and sets the terminal to raw mode if it is in the foreground.
+    pub(super) fn update(&self) -> JobState {
+        lock().as_mut().map_or(JobState::Gone, |taken| taken.update().unwrap_or(JobState::Gone))
     }
 }
 
@@ -112,21 +112,21 @@ impl Drop for RawMode {
 }
 
 impl Taken {
-    fn standing(&self) -> Standing {
-        standing(self.terminal.as_fd(), self.controls)
+    fn job_state(&self) -> JobState {
+        job_state(self.terminal.as_fd(), self.controls)
     }
 
-    fn look(&mut self) -> io::Result<Standing> {
-        let now = self.standing();
+    fn update(&mut self) -> io::Result<JobState> {
+        let now = self.job_state();
         match (now, self.mode) {
-            (Standing::Foreground, Mode::Theirs) => {
+            (JobState::Foreground, Mode::Untouched) => {
                 self.make_raw()?;
-                // It may have another size by now.
-                self.look_in(Duration::ZERO);
+                // Its size may have changed.
+                self.set_timer(Duration::ZERO);
             }
-            (Standing::Background, Mode::Theirs | Mode::Raw | Mode::Suspended) => {
-                self.mode = Mode::Theirs;
-                self.look_in(LOOK_EVERY);
+            (JobState::Background, Mode::Untouched | Mode::Raw | Mode::Suspended) => {
+                self.mode = Mode::Untouched;
+                self.set_timer(CHECK_INTERVAL);
             }
             _ => {}
         }
@@ -142,7 +142,7 @@ impl Taken {
         raw.make_raw();
         raw.output_modes |= before.output_modes & (OutputModes::OPOST | OutputModes::ONLCR);
         self.before = Some(before);
-        // At once, dropping nothing.
+        // TCSANOW: pending input and output stay.
         tcsetattr(&self.terminal, OptionalActions::Now, &raw)?;
         self.mode = Mode::Raw;
         Ok(())
@@ -150,33 +150,33 @@ impl Taken {
 
     fn restore(&mut self) {
         if self.mode == Mode::Raw
-            // Trying in the background would stop the process (SIGTTOU), and the mode there is somebody else's.
-            && self.standing() == Standing::Foreground
+            // In the background the call would stop the process (SIGTTOU), and the mode is another program's.
+            && self.job_state() == JobState::Foreground
             && let Some(before) = &self.before
         {
-            // The terminal may be gone; then there is nothing to put back.
+            // Fails if the terminal is gone; then there is nothing to restore.
             let _ = tcsetattr(&self.terminal, OptionalActions::Now, before);
         }
         self.mode = Mode::Restored;
     }
 
-    /// Has the descriptor of [`RawMode::attention`] be readable after this time.
-    fn look_in(&self, time: Duration) {
-        // Zero would switch the timer off.
+    /// Makes the descriptor of [`RawMode::attention`] readable after this time.
+    fn set_timer(&self, time: Duration) {
+        // Zero would disarm the timer.
         let nanos = time.max(Duration::from_nanos(1)).as_nanos();
         let it_value = Timespec { tv_sec: 0, tv_nsec: i64::try_from(nanos).unwrap_or(1) };
         let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value };
-        // Refused only for times that are none.
+        // Fails only for invalid times.
         let _ = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once);
     }
 }
 
-/// Puts the terminal back to what it was before a guest got it, if one has it. Does nothing the second time.
+/// Restores the mode that the terminal had before a console used it, if one does. A second call does nothing.
 ///
 /// Dropping the console, a panic and the signals that [`crate::io_loop::IoLoop::watch_signals`] takes do this by
-/// themselves; a program that leaves through `std::process::exit` calls it first.
+/// themselves; a program that exits through `std::process::exit` calls it first.
 pub fn restore() {
-    // A panic may have come while the lock was held: then by this very thread, which must not wait for itself.
+    // In the panic hook this thread may hold the lock already, and must not wait for itself.
     let mut taken = match TAKEN.try_lock() {
         Ok(taken) => taken,
         Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
@@ -187,41 +187,41 @@ pub fn restore() {
     }
 }
 
-/// SIGTSTP has come: gives the terminal back to the shell and stops this process until SIGCONT.
+/// Handles SIGTSTP: restores the terminal and stops this process until SIGCONT.
 pub(crate) fn suspend() {
     give_back();
-    // By default it stops a process as SIGTSTP does, for which there is a handler: not in a group that no shell looks after
-    // (orphaned, POSIX XBD 3.264), where nobody would ever send SIGCONT.
+    // SIGTTOU stops a process by default, as SIGTSTP would without rvmm's handler, but not in an orphaned process group
+    // (POSIX XBD 3.264), which has no shell that could send SIGCONT.
     let _ = kill_process(getpid(), Signal::TTOU);
 }
 
-/// The user wants back to the shell: does to all of the process's group what Ctrl-Z does to others.
+/// Handles Ctrl-A z: stops the whole process group, as Ctrl-Z does.
 pub(super) fn suspend_group() {
     give_back();
     let _ = kill_current_process_group(Signal::TSTP);
 }
 
-/// Before a stop; afterwards, or if none comes of it, the terminal is taken again.
+/// Restores the terminal before the process stops; the timer makes it raw again afterwards, or if the process does not stop.
 fn give_back() {
     restore();
     if let Some(taken) = lock().as_mut() {
         taken.mode = Mode::Suspended;
-        taken.look_in(LOOK_EVERY);
+        taken.set_timer(CHECK_INTERVAL);
     }
 }
 
-/// SIGWINCH has come: who has the terminal looks at its size.
+/// Handles SIGWINCH: the console that has the terminal reads its size.
 pub(crate) fn resized() {
     if let Some(taken) = lock().as_ref() {
-        taken.look_in(Duration::ZERO);
+        taken.set_timer(Duration::ZERO);
     }
 }
 
-/// SIGCONT has come: takes the terminal again, if the shell has given it to this process. It may have another size by now.
+/// Handles SIGCONT: sets the terminal to raw mode again, if this process is in the foreground. Its size may have changed.
 pub(crate) fn resume() {
     if let Some(taken) = lock().as_mut() {
-        taken.mode = Mode::Theirs;
-        let _ = taken.look();
+        taken.mode = Mode::Untouched;
+        let _ = taken.update();
     }
 }
 
@@ -229,7 +229,7 @@ fn lock() -> MutexGuard<'static, Option<Taken>> {
     TAKEN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The message of a panic has to be readable, and with `panic = "abort"` nothing is dropped after it.
+/// Installs a panic hook: the message has to be readable, and with `panic = "abort"` nothing is dropped after it.
 fn restore_on_panic() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -265,7 +265,7 @@ mod tests {
         !mode.local_modes.intersects(cooked) && !mode.input_modes.contains(InputModes::IXON)
     }
 
-    /// Whether the descriptor of its attention is readable, or becomes so at once.
+    /// True if the descriptor of its attention is readable, or becomes so at once.
     fn is_due(raw: &RawMode) -> bool {
         let taken = lock();
         let timer = &taken.as_ref().unwrap().timer;
@@ -274,7 +274,7 @@ mod tests {
         poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 20_000_000 })).unwrap() > 0
     }
 
-    // One test, because the terminal that is raw is the process's.
+    // One test, because a process has only one raw terminal.
     #[test]
     fn the_terminal_is_raw_only_while_a_guest_has_it() {
         let (_master, terminal) = new_terminal();
@@ -285,7 +285,7 @@ mod tests {
         let output = tcgetattr(&terminal).unwrap().output_modes;
         assert!(
             output.contains(OutputModes::OPOST | OutputModes::ONLCR),
-            "own lines stay readable"
+            "rvmm's lines stay readable"
         );
         let second = RawMode::enter(terminal.as_fd()).unwrap_err();
         assert_eq!(second.kind(), io::ErrorKind::AlreadyExists);
@@ -296,8 +296,10 @@ mod tests {
         assert_eq!(after.output_modes, before.output_modes);
 
         let raw = RawMode::enter(terminal.as_fd()).unwrap();
+        // Set to expire at once, but the kernel may need a moment.
+        assert!(is_due(&raw));
         raw.attend();
-        // A new size is told to who has the terminal, once.
+        // A new size makes the descriptor readable once.
         assert!(!is_due(&raw));
         resized();
         resized();
@@ -305,16 +307,16 @@ mod tests {
         raw.attend();
         assert!(!is_due(&raw));
         restore();
-        assert!(!is_raw(&terminal), "restored without the console's help");
-        assert_eq!(raw.look(), Standing::Foreground);
-        assert!(!is_raw(&terminal), "and nobody takes it back before the end");
+        assert!(!is_raw(&terminal), "restored while the console exists");
+        assert_eq!(raw.update(), JobState::Foreground);
+        assert!(!is_raw(&terminal), "and an update does not make it raw");
         resume();
-        assert!(is_raw(&terminal), "taken again after a stop");
+        assert!(is_raw(&terminal), "raw again after a stop");
         assert!(is_due(&raw));
         thread::spawn(|| panic!("on purpose")).join().unwrap_err();
         assert!(!is_raw(&terminal), "restored by the panic hook");
         drop(raw);
         resume();
-        assert!(!is_raw(&terminal), "nobody has it any more");
+        assert!(!is_raw(&terminal), "no console has it any more");
     }
 }

@@ -1,11 +1,11 @@
-//! A console's other end that outlives its user: a restarted guest finds the terminal as the last one left it.
+//! A console backend that stays open when its device is dropped: after a reboot the guest has the same terminal.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rvmm_devices::{ConsoleBackend, Ports};
 
-/// A handle on the end. Only one device uses it at a time, so the lock is never waited for.
+/// A handle of the backend. Only one device uses it at a time, so the lock is never contended.
 #[derive(Clone)]
 pub(crate) struct Shared(Arc<Mutex<Box<dyn ConsoleBackend>>>);
 
@@ -14,7 +14,7 @@ impl Shared {
         Self(Arc::new(Mutex::new(backend)))
     }
 
-    /// Whether there is another handle on the same end.
+    /// True if there is another handle of the same backend.
     pub(crate) fn is_in_use(&self) -> bool {
         Arc::strong_count(&self.0) > 1
     }

@@ -1,6 +1,6 @@
-//! A Unix socket that rvmm listens on: one user at a time, and when that one leaves, the next.
+//! A Unix socket that rvmm listens on: one client at a time, and the next one after it has disconnected.
 //!
-//! The socket's file is the business of [`Acceptor`], and so is a host that has nothing left to let somebody in with.
+//! [`Acceptor`] manages the socket's file, and backs off while the host has no descriptors left.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -15,58 +15,58 @@ use super::pty::is_hung_up;
 use crate::error::Error;
 use crate::host::Acceptor;
 
-/// Users who wait while another is being answered.
+/// Backlog of the socket.
 const BACKLOG: i32 = 4;
 
-/// What a second user gets to read.
-const IN_USE: &[u8] = b"rvmm: somebody else is using this console\r\n";
+/// Sent to a second client before it is disconnected.
+const IN_USE: &[u8] = b"rvmm: this console is in use by another client\r\n";
 
 /// The console of `--serial unix:PATH`.
 #[derive(Debug)]
 pub(super) struct Socket {
     acceptor: Acceptor,
-    user: Option<User>,
-    /// The user's place is not free yet: the acceptor is not looked at.
-    is_deaf: bool,
+    client: Option<Client>,
+    /// The last client's input is not read yet: the acceptor is not polled.
+    is_paused: bool,
 }
 
 #[derive(Debug)]
-struct User {
+struct Client {
     stream: OwnedFd,
-    /// No more input; the user may still read.
+    /// No more input; the client may still read.
     input_has_ended: bool,
-    /// No more output; what was typed may still be there.
+    /// No more output; there may still be input.
     output_has_ended: bool,
 }
 
 impl Socket {
-    /// Makes the socket and its file.
+    /// Creates the socket and its file.
     ///
     /// # Errors
     /// As [`Acceptor::open`].
     pub(super) fn listen(path: &Path) -> Result<Self, Error> {
-        Ok(Self { acceptor: Acceptor::open(path, BACKLOG)?, user: None, is_deaf: false })
+        Ok(Self { acceptor: Acceptor::open(path, BACKLOG)?, client: None, is_paused: false })
     }
 
-    /// Lets the next one in, as user or only to hear that the place is taken.
+    /// Accepts the next connection, or refuses it if there is a client.
     fn accept(&mut self) {
         let Some(stream) = self.acceptor.admit() else { return };
-        if self.user.is_some() {
+        if self.client.is_some() {
             let _ = send(&stream, IN_USE, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
             return;
         }
-        info!("A user connected to the console at {}", self.acceptor.path().display());
-        self.user = Some(User { stream, input_has_ended: false, output_has_ended: false });
+        info!("A client connected to the console at {}", self.acceptor.path().display());
+        self.client = Some(Client { stream, input_has_ended: false, output_has_ended: false });
     }
 
-    fn leave(&mut self) {
-        info!("The user of the console at {} left", self.acceptor.path().display());
-        self.user = None;
-        self.is_deaf = false;
+    fn disconnect(&mut self) {
+        info!("The client of the console at {} disconnected", self.acceptor.path().display());
+        self.client = None;
+        self.is_paused = false;
     }
 }
 
-impl User {
+impl Client {
     fn has_unread_input(&self) -> bool {
         !self.input_has_ended && ioctl_fionread(&self.stream).is_ok_and(|bytes| bytes > 0)
     }
@@ -74,27 +74,27 @@ impl User {
 
 impl ConsoleBackend for Socket {
     fn ports(&self) -> Ports {
-        let port = |end: fn(&User) -> bool| match &self.user {
-            Some(user) if !end(user) => Port::Poll(user.stream.as_raw_fd()),
+        let port = |end: fn(&Client) -> bool| match &self.client {
+            Some(client) if !end(client) => Port::Poll(client.stream.as_raw_fd()),
             _ => Port::Closed,
         };
         Ports {
-            input: port(|user| user.input_has_ended),
-            output: port(|user| user.output_has_ended),
-            attention: (!self.is_deaf).then(|| self.acceptor.fd()),
+            input: port(|client| client.input_has_ended),
+            output: port(|client| client.output_has_ended),
+            attention: (!self.is_paused).then(|| self.acceptor.fd()),
         }
     }
 
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let Some(user) = self.user.as_mut() else { return Ok(0) };
-        let result = recv(&user.stream, buffer, RecvFlags::DONTWAIT).map(|(count, _)| count);
+        let Some(client) = self.client.as_mut() else { return Ok(0) };
+        let result = recv(&client.stream, buffer, RecvFlags::DONTWAIT).map(|(count, _)| count);
         match result {
             Err(Errno::AGAIN | Errno::INTR) => {}
             Ok(count) if count > 0 => {}
-            // Only half of it may be closed: `echo poweroff | nc -U PATH` still wants to read.
-            Ok(_) if !is_hung_up(&user.stream) => user.input_has_ended = true,
+            // It may be half-closed: `echo poweroff | nc -U PATH` still reads.
+            Ok(_) if !is_hung_up(&client.stream) => client.input_has_ended = true,
             _ => {
-                self.leave();
+                self.disconnect();
                 return Ok(0);
             }
         }
@@ -102,24 +102,24 @@ impl ConsoleBackend for Socket {
     }
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let Some(user) = self.user.as_mut() else {
+        let Some(client) = self.client.as_mut() else {
             return Err(io::ErrorKind::NotConnected.into());
         };
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-        let result = send(&user.stream, bytes, flags).map_err(io::Error::from);
-        // Whoever reads sees the end too, and closes.
-        user.output_has_ended |= result.as_ref().is_err_and(super::is_hang_up);
+        let result = send(&client.stream, bytes, flags).map_err(io::Error::from);
+        // The next read sees the hang-up, too, and drops the client.
+        client.output_has_ended |= result.as_ref().is_err_and(super::is_hang_up);
         result
     }
 
     fn attend(&mut self) {
-        match &self.user {
-            // The next one waits until the guest has read all that the last one typed.
-            Some(user) if is_hung_up(&user.stream) && user.has_unread_input() => {
-                self.is_deaf = true
+        match &self.client {
+            // The next client waits until the guest has read all input of the last one.
+            Some(client) if is_hung_up(&client.stream) && client.has_unread_input() => {
+                self.is_paused = true
             }
-            // The next call lets somebody in: none may close one and open one.
-            Some(user) if is_hung_up(&user.stream) => self.leave(),
+            // The next call accepts: one call must not close a descriptor and open another one.
+            Some(client) if is_hung_up(&client.stream) => self.disconnect(),
             _ => self.accept(),
         }
     }
@@ -167,15 +167,15 @@ mod tests {
     }
 
     #[test]
-    fn a_second_user_is_told_and_sent_away() {
+    fn a_second_user_is_refused_with_a_message() {
         let (_folder, path, mut socket) = new_socket();
         let mut first = UnixStream::connect(&path).unwrap();
         socket.attend();
         let mut second = UnixStream::connect(&path).unwrap();
         socket.attend();
-        let mut told = Vec::new();
-        second.read_to_end(&mut told).unwrap();
-        assert_eq!(told, IN_USE);
+        let mut reply = Vec::new();
+        second.read_to_end(&mut reply).unwrap();
+        assert_eq!(reply, IN_USE);
         first.write_all(b"still here").unwrap();
         assert_eq!(socket.read(&mut [0; 16]).unwrap(), 10);
     }
@@ -192,17 +192,17 @@ mod tests {
         let mut buffer = [0; 16];
         assert_eq!(user.read(&mut buffer).unwrap(), 6);
 
-        // Gone without another word; nothing is watched that could tell.
+        // No polled descriptor reports that the client has disconnected.
         drop(user);
         let _next = UnixStream::connect(&path).unwrap();
         socket.attend();
-        assert!(is_free(&socket), "the place is cleared first, and the next call fills it");
+        assert!(is_free(&socket), "the old client is dropped first, and the next call accepts");
         socket.attend();
         assert!(!is_free(&socket));
     }
 
     #[test]
-    fn a_user_who_left_is_noticed_by_a_write_and_forgotten_by_a_read() {
+    fn a_write_detects_that_the_user_has_disconnected_and_a_read_drops_it() {
         let (_folder, path, mut socket) = new_socket();
         let user = UnixStream::connect(&path).unwrap();
         socket.attend();
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_last_user_typed_is_read_before_the_next_one_is_let_in() {
+    fn input_of_the_last_user_is_read_before_the_next_one_is_accepted() {
         let (_folder, path, mut socket) = new_socket();
         let mut first = UnixStream::connect(&path).unwrap();
         socket.attend();
@@ -223,7 +223,7 @@ mod tests {
         drop(first);
         let _second = UnixStream::connect(&path).unwrap();
         socket.attend();
-        assert_eq!(socket.ports().attention, None, "nobody asks again and again meanwhile");
+        assert_eq!(socket.ports().attention, None, "the acceptor is not polled meanwhile");
         assert_eq!(socket.read(&mut [0; 16]).unwrap(), 8);
         assert_eq!(socket.read(&mut [0; 16]).unwrap(), 0);
         assert!(socket.ports().attention.is_some());
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn a_user_who_does_not_read_holds_back() {
+    fn a_user_who_does_not_read_throttles_the_output() {
         let (_folder, path, mut socket) = new_socket();
         let _user = UnixStream::connect(&path).unwrap();
         socket.attend();
@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_somebody_elses_by_now_is_left_alone() {
+    fn a_file_that_was_replaced_is_not_removed() {
         let (_folder, path, socket) = new_socket();
         fs::remove_file(&path).unwrap();
         fs::write(&path, "not ours").unwrap();
@@ -263,13 +263,13 @@ mod tests {
     }
 
     #[test]
-    fn a_dead_socket_is_taken_over_and_a_living_one_refused() {
+    fn a_dead_socket_is_replaced_and_one_in_use_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("console");
-        let living = UnixListener::bind(&path).unwrap();
+        let listening = UnixListener::bind(&path).unwrap();
         let refusal = Socket::listen(&path).unwrap_err().to_string();
-        assert!(refusal.contains("another program listens there"), "{refusal}");
-        drop(living);
+        assert!(refusal.contains("another program listens on it"), "{refusal}");
+        drop(listening);
         assert!(path.exists(), "std leaves the file");
         let mut socket = Socket::listen(&path).unwrap();
         let _user = UnixStream::connect(&path).unwrap();
@@ -286,7 +286,7 @@ mod tests {
         std::os::unix::fs::symlink(folder.path().join("nowhere"), &link).unwrap();
         for path in [&file, &link] {
             let refusal = Socket::listen(path).unwrap_err().to_string();
-            assert!(refusal.contains("remove what is there"), "{refusal}");
+            assert!(refusal.contains("is not a socket (remove it"), "{refusal}");
         }
         assert_eq!(fs::read_to_string(&file).unwrap(), "precious");
     }

@@ -1,4 +1,4 @@
-//! Standard input and output: rvmm's keys and the raw mode where the input is a terminal, plain streams where it is not.
+//! Standard input and output: with rvmm's keys and raw mode if the input is a terminal, plain streams if not.
 
 use std::io::{self, IsTerminal, Write};
 use std::mem;
@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use rvmm_devices::{ConsoleBackend, Port, Ports};
 
 use super::StopRequest;
-use super::foreground::{Standing, fail_in_background};
+use super::foreground::{JobState, fail_in_background};
 use super::keys::{self, Command, Keys};
 use super::raw::{self, RawMode};
 use super::streams::Streams;
@@ -18,25 +18,25 @@ pub(super) struct Stdio {
     /// Only on a terminal.
     keys: Option<Keys>,
     stop: StopRequest,
-    /// Where the input is one.
+    /// Only if the input is a terminal.
     terminal: Option<Terminal>,
 }
 
-/// The terminal, and what is known of it.
+/// The terminal and its state.
 struct Terminal {
-    /// Put back when this is dropped.
+    /// Restores the terminal when dropped.
     raw: RawMode,
-    /// At the last look.
-    standing: Standing,
-    /// The user has been shown the key that shows the keys.
-    is_introduced: bool,
+    /// The state at the last update.
+    state: JobState,
+    /// The hint about the help key has been shown.
+    has_shown_hint: bool,
 }
 
 impl Stdio {
-    /// Takes standard input and output, and the terminal where there is one.
+    /// Takes standard input and output, and the terminal if the input is one.
     ///
     /// # Errors
-    /// `AlreadyExists` where another console has the terminal; else what the kernel says.
+    /// `AlreadyExists` if another console has the terminal; else the error of the system call.
     pub(super) fn open(stop: StopRequest) -> io::Result<Self> {
         let (input, output) = (io::stdin(), io::stdout());
         let raw = input.is_terminal().then(|| RawMode::enter(input.as_fd())).transpose()?;
@@ -45,53 +45,53 @@ impl Stdio {
             Some(output.as_fd().try_clone_to_owned()?),
         )?;
         let terminal =
-            raw.map(|raw| Terminal { raw, standing: Standing::Background, is_introduced: false });
+            raw.map(|raw| Terminal { raw, state: JobState::Background, has_shown_hint: false });
         let keys = terminal.as_ref().map(|_| Keys::default());
         let mut console = Self { streams, keys, stop, terminal };
-        console.look();
+        console.update();
         Ok(console)
     }
 
-    /// Sees whether there is input to be had.
-    fn look(&mut self) -> Standing {
-        let Some(terminal) = &mut self.terminal else { return Standing::Foreground };
-        terminal.standing = terminal.raw.look();
-        if terminal.standing == Standing::Foreground
-            && !mem::replace(&mut terminal.is_introduced, true)
+    /// Updates the state of the terminal, which decides if there may be input.
+    fn update(&mut self) -> JobState {
+        let Some(terminal) = &mut self.terminal else { return JobState::Foreground };
+        terminal.state = terminal.raw.update();
+        if terminal.state == JobState::Foreground
+            && !mem::replace(&mut terminal.has_shown_hint, true)
         {
             if io::stdout().is_terminal() {
                 self.streams.show(keys::HINT);
             } else {
-                // The output goes elsewhere and must not be disturbed.
+                // The output is redirected, so the hint must not be part of it.
                 let _ = io::stderr().write_all(keys::HINT);
             }
         }
-        terminal.standing
+        terminal.state
     }
 
-    /// Takes what was typed, in the foreground; elsewhere there is nothing yet, or nothing any more.
+    /// Reads in the foreground; `WouldBlock` in the background, zero if the terminal is gone.
     fn read_typed(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if self.terminal.is_none() {
             return self.streams.read(buffer);
         }
         fail_in_background();
         loop {
-            match self.look() {
-                Standing::Foreground => {}
-                Standing::Background => return Err(io::ErrorKind::WouldBlock.into()),
-                Standing::Gone => return Ok(0),
+            match self.update() {
+                JobState::Foreground => {}
+                JobState::Background => return Err(io::ErrorKind::WouldBlock.into()),
+                JobState::Gone => return Ok(0),
             }
             match self.streams.read(buffer) {
-                // The background came in between, or a group that is orphaned is there: this is not the end.
-                Err(error) if is_eio(&error) && self.look() == Standing::Background => {
-                    self.streams.go_on();
+                // EIO is not the end of the input if the process has just moved to the background, or its group is orphaned there.
+                Err(error) if is_eio(&error) && self.update() == JobState::Background => {
+                    self.streams.reopen();
                 }
                 result => return result,
             }
         }
     }
 
-    fn obey(&mut self, command: Command) {
+    fn execute(&mut self, command: Command) {
         match command {
             Command::Stop => (self.stop)(),
             Command::Suspend => raw::suspend_group(),
@@ -104,8 +104,8 @@ impl ConsoleBackend for Stdio {
     fn ports(&self) -> Ports {
         let ports = self.streams.ports();
         let Some(terminal) = &self.terminal else { return ports };
-        let is_ours = terminal.standing == Standing::Foreground;
-        let input = if is_ours { ports.input } else { Port::Closed };
+        let may_read = terminal.state == JobState::Foreground;
+        let input = if may_read { ports.input } else { Port::Closed };
         Ports { input, attention: Some(terminal.raw.attention()), ..ports }
     }
 
@@ -115,9 +115,9 @@ impl ConsoleBackend for Stdio {
             let Some(keys) = self.keys.as_mut().filter(|_| count > 0) else { return Ok(count) };
             let (kept, command) = keys.filter(buffer.get_mut(..count).unwrap_or_default());
             if let Some(command) = command {
-                self.obey(command);
+                self.execute(command);
             }
-            // Zero would be the end of the input: where all bytes were rvmm's, there may be more, or nothing yet.
+            // Zero means the end of the input: if all bytes were rvmm's, read again.
             if kept > 0 {
                 return Ok(kept);
             }
@@ -126,11 +126,11 @@ impl ConsoleBackend for Stdio {
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let result = self.streams.write(bytes);
-        // With `stty tostop` an orphaned group writes nothing in the background, and will again in the foreground.
+        // With `stty tostop`, writes of an orphaned group fail in the background, but not in the foreground later.
         if result.as_ref().is_err_and(is_eio)
-            && self.terminal.as_ref().is_some_and(|t| t.raw.look() == Standing::Background)
+            && self.terminal.as_ref().is_some_and(|t| t.raw.update() == JobState::Background)
         {
-            self.streams.go_on();
+            self.streams.reopen();
         }
         result
     }
@@ -143,7 +143,7 @@ impl ConsoleBackend for Stdio {
     fn attend(&mut self) {
         if let Some(terminal) = &self.terminal {
             terminal.raw.attend();
-            self.look();
+            self.update();
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A console on two plain descriptors: a file, pipes, a socket pair, somebody else's terminal.
+//! A console on two plain descriptors: a file, pipes, a socket pair, a terminal that rvmm does not control.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -34,14 +34,14 @@ impl Streams {
         })
     }
 
-    /// An error that looked like the end of a direction was none.
-    pub(super) fn go_on(&mut self) {
+    /// Marks both directions as not ended, after an error that was temporary.
+    pub(super) fn reopen(&mut self) {
         for stream in [&mut self.input, &mut self.output].into_iter().flatten() {
             stream.has_ended = false;
         }
     }
 
-    /// Shows the user a text of rvmm's own; what does not fit now is not shown.
+    /// Writes a text of rvmm's to the user; drops the part that does not fit now.
     pub(super) fn show(&mut self, mut text: &[u8]) {
         while !text.is_empty() {
             match self.write(text) {
@@ -72,7 +72,7 @@ impl ConsoleBackend for Streams {
         let result = input.descriptor.read(buffer);
         input.has_ended = match &result {
             Ok(count) => *count == 0,
-            Err(error) => !super::may_go_on(error),
+            Err(error) => !super::is_temporary(error),
         };
         result
     }
@@ -111,7 +111,7 @@ mod tests {
         assert_eq!(
             console.read(&mut buffer).unwrap(),
             7,
-            "no byte of a pipe means anything to rvmm"
+            "on a pipe, Ctrl-A is passed to the guest"
         );
         assert_eq!(console.write(b"shown").unwrap(), 5);
         user_in.read_exact(&mut buffer[..5]).unwrap();

@@ -1,4 +1,4 @@
-//! Consoles as the configuration asks for them.
+//! Tests of all kinds of consoles.
 
 use std::fs;
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use rvmm_devices::Port;
 use super::*;
 
 fn never() -> StopRequest {
-    Arc::new(|| panic!("Nobody asked for a stop"))
+    Arc::new(|| panic!("unexpected stop request"))
 }
 
 fn refusal(serial: &SerialConfig) -> String {
@@ -52,7 +52,7 @@ fn a_fifo_without_a_reader_is_refused_at_once() {
 }
 
 #[test]
-fn a_pseudo_terminal_says_where_it_is() {
+fn a_pseudo_terminal_has_a_path() {
     let console = open(&SerialConfig::Pty, never()).unwrap();
     let path = console.pty.as_ref().unwrap();
     assert!(path.starts_with("/dev/pts"), "{console:?}");
@@ -60,7 +60,7 @@ fn a_pseudo_terminal_says_where_it_is() {
 }
 
 #[test]
-fn nobody_swallows_everything() {
+fn a_null_console_discards_the_output() {
     let mut console = open(&SerialConfig::Null, never()).unwrap();
     assert_eq!(console.backend.write(b"lost").unwrap(), 4);
     assert_eq!(console.backend.ports().input, Port::Closed);

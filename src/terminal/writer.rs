@@ -1,7 +1,7 @@
-//! A console that ends in any [`Write`]: for programs that embed rvmm.
+//! A console that writes to any [`Write`]: for programs that embed rvmm.
 //!
-//! A `Write` may block as long as it likes and a hart must not, so a thread of its own stands between them, behind a pipe:
-//! the pipe's buffer (64 KiB) is all that waits there, and a slow writer holds the guest back through it.
+//! A `Write` may block and a hart must not, so a thread of its own calls it, and reads the output from a pipe: output is
+//! buffered only in the pipe (64 KiB), through which a slow writer throttles the guest.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -14,18 +14,18 @@ use rvmm_devices::{ConsoleBackend, Ports};
 
 use super::streams::Streams;
 
-/// How long a console that is dropped waits for its writer to take the rest.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+/// Time-out of a console that is dropped, for its writer to take the rest.
+const DRAIN: Duration = Duration::from_secs(1);
 
-/// How many bytes the writer gets at once.
+/// Limit of the bytes that the writer gets at once.
 const CHUNK: usize = 4096;
 
 /// The console of [`super::Console::from_writer`].
 #[derive(Debug)]
 pub(super) struct Writer {
-    /// Closed first when this is dropped: that is the end of the pipe.
+    /// Closed first when this is dropped: the thread then reads the end of the file.
     pipe: Option<Streams>,
-    /// Hangs up when the thread has written everything.
+    /// Disconnected when the thread has written everything.
     done: Receiver<()>,
 }
 
@@ -33,7 +33,7 @@ impl Writer {
     /// Starts the thread.
     ///
     /// # Errors
-    /// No descriptor or thread to be had.
+    /// The host has no descriptors or threads left.
     pub(super) fn new(writer: Box<dyn Write + Send>) -> io::Result<Self> {
         let (reader, pipe) = pipe_with(PipeFlags::CLOEXEC)?;
         let (finished, done) = channel();
@@ -45,7 +45,7 @@ impl Writer {
     }
 }
 
-/// Until the console is dropped, or the writer fails: then the pipe breaks, and the console counts what is dropped.
+/// Copies until the console is dropped or the writer fails: then writes to the pipe fail, and the console counts the dropped bytes.
 fn pass_on(mut pipe: File, mut writer: Box<dyn Write + Send>) {
     let mut buffer = [0; CHUNK];
     loop {
@@ -66,8 +66,8 @@ fn pass_on(mut pipe: File, mut writer: Box<dyn Write + Send>) {
 impl Drop for Writer {
     fn drop(&mut self) {
         self.pipe = None;
-        // An error is what is waited for: nothing is ever sent.
-        let _ = self.done.recv_timeout(LAST_WORDS);
+        // Nothing is ever sent: the call returns when the sender is dropped.
+        let _ = self.done.recv_timeout(DRAIN);
     }
 }
 
@@ -110,14 +110,14 @@ mod tests {
         }
     }
 
-    /// Blocks in its first write until it is told to go on, and then fails or not.
+    /// Blocks in its first write until it receives the result to return.
     struct Stuck {
-        go_on: Receiver<io::Result<()>>,
+        results: Receiver<io::Result<()>>,
     }
 
     impl Write for Stuck {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.go_on.recv().unwrap_or(Ok(())).map(|()| bytes.len())
+            self.results.recv().unwrap_or(Ok(())).map(|()| bytes.len())
         }
         fn flush(&mut self) -> io::Result<()> {
             Ok(())
@@ -125,8 +125,8 @@ mod tests {
     }
 
     fn stuck() -> (Sender<io::Result<()>>, Writer) {
-        let (tell, go_on) = channel();
-        (tell, Writer::new(Box::new(Stuck { go_on })).unwrap())
+        let (sender, results) = channel();
+        (sender, Writer::new(Box::new(Stuck { results })).unwrap())
     }
 
     #[test]
@@ -143,8 +143,8 @@ mod tests {
     }
 
     #[test]
-    fn a_writer_that_blocks_holds_back_after_64_kib_and_never_blocks_the_caller() {
-        let (tell, mut console) = stuck();
+    fn a_writer_that_blocks_throttles_after_64_kib_and_never_blocks_the_caller() {
+        let (sender, mut console) = stuck();
         let mut taken = 0;
         let refusal = loop {
             match console.write(&[0; CHUNK]) {
@@ -155,14 +155,14 @@ mod tests {
         assert_eq!(refusal.kind(), io::ErrorKind::WouldBlock);
         assert!(taken <= 64 * 1024 + CHUNK, "{taken} bytes wait");
         assert!(matches!(console.ports().output, Port::Poll(_)));
-        drop(tell);
+        drop(sender);
     }
 
     #[test]
     fn a_writer_that_fails_ends_the_output() {
-        let (tell, mut console) = stuck();
+        let (sender, mut console) = stuck();
         assert_eq!(console.write(b"x").unwrap(), 1);
-        tell.send(Err(io::ErrorKind::StorageFull.into())).unwrap();
+        sender.send(Err(io::ErrorKind::StorageFull.into())).unwrap();
         console.done.recv().unwrap_err();
         assert_eq!(console.write(b"x").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
         assert_eq!(console.ports().output, Port::Closed);
@@ -170,7 +170,7 @@ mod tests {
 
     #[test]
     fn dropping_a_console_whose_writer_never_returns_takes_a_bounded_time() {
-        let (tell, mut console) = stuck();
+        let (sender, mut console) = stuck();
         console.write(b"x").unwrap();
         let (dropped, wait) = sync_channel(0);
         thread::spawn(move || {
@@ -179,6 +179,6 @@ mod tests {
         });
         wait.recv_timeout(Duration::from_secs(30))
             .expect("the writer is still stuck, the drop is not");
-        drop(tell);
+        drop(sender);
     }
 }

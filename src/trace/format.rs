@@ -10,10 +10,10 @@ use super::record::{Kind, Record};
 use crate::config::TraceFormat;
 use crate::vcpu::record::Ticks;
 
-/// The version of the fields; a reader refuses others.
+/// The version of the fields; readers refuse others.
 pub(super) const VERSION: u32 = 1;
 
-/// From ticks to CLOCK_MONOTONIC: exact at the start, and from there on by the counter's own rate.
+/// Converts ticks to CLOCK_MONOTONIC: exact at the start, and by the counter's own rate after it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Timescale {
     ticks: u64,
@@ -26,7 +26,7 @@ impl Timescale {
         Self { ticks: (ticks.now)(), ns, hz: ticks.hz.max(1) }
     }
 
-    /// Nanoseconds of CLOCK_MONOTONIC; what lies before the start is the start.
+    /// Nanoseconds of CLOCK_MONOTONIC; times before the start become the start.
     pub(super) fn ns(&self, ticks: u64) -> u64 {
         let passed = u128::from(ticks.saturating_sub(self.ticks)) * 1_000_000_000;
         let passed = passed / u128::from(self.hz);
@@ -34,9 +34,9 @@ impl Timescale {
     }
 }
 
-/// What stands at the head of a trace.
+/// The header of a trace.
 #[derive(Debug, Clone)]
-pub(super) struct Head {
+pub(super) struct Header {
     /// The machine's name: letters, digits, `_` and `-`.
     pub(super) name: String,
     pub(super) harts: u32,
@@ -58,9 +58,9 @@ impl Format {
         Self { format, process: std::process::id(), scale, places }
     }
 
-    /// The first lines.
-    pub(super) fn head(&self, out: &mut String, head: &Head) {
-        let Head { name, harts, start_ns, hz } = head;
+    /// Writes the first lines.
+    pub(super) fn header(&self, out: &mut String, header: &Header) {
+        let Header { name, harts, start_ns, hz } = header;
         let fields = format!(
             r#"{{"rvmm_trace":{VERSION},"machine":"{name}","harts":{harts},"start_ns":{start_ns},"ticks_per_second":{hz}}}"#
         );
@@ -82,7 +82,7 @@ impl Format {
         }
     }
 
-    /// An exit.
+    /// Writes an exit.
     pub(super) fn exit(&self, out: &mut String, hart: u32, record: &Record) {
         let (left, entered) = (self.scale.ns(record.left), self.scale.ns(record.entered));
         let subject = Subject::new(record, &self.places);
@@ -103,7 +103,7 @@ impl Format {
         out.push_str(if self.format == TraceFormat::Chrome { "}},\n" } else { "}\n" });
     }
 
-    /// Exits that did not fit in the ring.
+    /// Writes the number of exits that did not fit into the ring.
     pub(super) fn lost(&self, out: &mut String, hart: u32, count: u64, now: u64) {
         let ns = self.scale.ns(now);
         let fields = format!(r#"{{"hart":{hart},"exit_ns":{ns},"lost":{count}}}"#);
@@ -120,7 +120,7 @@ impl Format {
         );
     }
 
-    /// The last line: how many exits there are and how many are missing.
+    /// Writes the last line: the numbers of exits that are recorded and missing.
     pub(super) fn end(&self, out: &mut String, recorded: u64, lost: u64) {
         let fields = format!(r#"{{"rvmm_end":{VERSION},"recorded":{recorded},"all_lost":{lost}}}"#);
         if self.format == TraceFormat::Lines {
@@ -132,7 +132,7 @@ impl Format {
     }
 }
 
-/// The fields of an exit behind its times. Nothing in them is a text of the guest's.
+/// Writes the fields of an exit after its times. None of them has text of the guest's.
 fn fields(out: &mut String, record: &Record, subject: &Subject<'_>) {
     let Record { kind, width, outcome, a, b, c, d, pc, .. } = *record;
     let _ = write!(out, r#","kind":"{}","what":"{subject}""#, kind.name());

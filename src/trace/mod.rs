@@ -1,17 +1,16 @@
-//! Seeing what a machine does: every exit of every hart in a file, and a report that explains it.
+//! Tracing of a machine: every exit of every hart in a file, and a report that explains it.
 //!
 //! | file | what is in it |
 //! |---|---|
-//! | `record.rs` | [`HartRecorder`]: an exit as the hart writes it down |
+//! | `record.rs` | [`HartRecorder`]: the record of an exit |
 //! | `ring.rs` | the ring between a hart and the writer |
 //! | `writer.rs` | the thread that empties the rings into the file |
 //! | `format.rs` | Chrome's trace events, and JSON lines |
 //! | `report/` | [`report()`]: a page that shows and explains a trace |
-//! | `live/` | [`live`]: counters, registers and walks of a machine that runs |
 //! | `names.rs` | [`Places`] of devices and their registers; SBI calls and CSRs by name |
 //!
-//! A hart stamps the time at which it leaves the guest and the time at which it goes back, and stores eight words: no system
-//! call, no lock, no allocation. Everything else is the writer's. Without a trace the loop is compiled without all of it
+//! A hart takes the time when it leaves the guest and when it enters again, and stores eight words: no system
+//! call, no lock, no allocation. The writer does everything else. Without a trace the run loop is compiled without any of it
 //! ([`Unrecorded`](crate::vcpu::record::Unrecorded)).
 
 mod format;
@@ -29,7 +28,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use format::{Format, Head, Timescale};
+use format::{Format, Header, Timescale};
 pub use names::Places;
 pub use record::HartRecorder;
 pub use report::report;
@@ -42,26 +41,26 @@ use crate::config::TraceConfig;
 use crate::error::Error;
 use crate::vcpu::record::{Ticks, monotonic_ns};
 
-/// Records of a ring where nothing is said, and of all rings together: 64 bytes each.
+/// Default number of records of a ring, and of all rings together: 64 bytes each.
 const RING: u32 = 32_768;
 const ALL_RINGS: u32 = 262_144;
-/// The fewest records of a ring where nothing is said.
-const LEAST_RING: u32 = 1024;
+/// Minimum default number of records of a ring.
+const MIN_RING: u32 = 1024;
 
-/// What is traced.
+/// The subject of a trace.
 #[derive(Debug)]
 pub struct Plan {
     /// The machine's name: letters, digits, `_` and `-`.
     pub name: String,
-    /// How many harts it has, numbered from 0.
+    /// Number of its harts, which are numbered from 0.
     pub harts: u32,
-    /// How harts tell the time.
+    /// The clock of the harts.
     pub ticks: Ticks,
-    /// Where its devices are.
+    /// The addresses of its devices.
     pub places: Places,
 }
 
-/// A trace that is being written, over all lives of a guest. Dropping it completes the file.
+/// A trace that is being written, across reboots. Dropping it completes the file.
 #[derive(Debug)]
 pub struct Trace {
     rings: Vec<Arc<Ring>>,
@@ -75,10 +74,10 @@ impl Trace {
     /// Creates the file and starts its writer.
     ///
     /// # Errors
-    /// [`Error::File`] where there can be no such file, [`Error::Host`] where the host has no thread left.
+    /// [`Error::File`] if the file cannot be created, [`Error::Host`] if the host has no thread left.
     pub fn start(config: &TraceConfig, plan: Plan) -> Result<Self, Error> {
         let failed = |source| Error::File { verb: "write", path: config.file.clone(), source };
-        // Not blocking: a named pipe that nobody reads is an error, and not the end of all.
+        // Non-blocking: a named pipe without a reader is an error instead of a hang.
         let open = OpenOptions::new()
             .write(true)
             .create(true)
@@ -87,17 +86,17 @@ impl Trace {
             .open(&config.file);
         let file = open.map_err(failed)?;
         if !file.metadata().map_err(failed)?.is_file() {
-            return Err(failed(io::Error::other("it is no file")));
+            return Err(failed(io::Error::other("it is not a regular file")));
         }
-        let fair = (ALL_RINGS / plan.harts.max(1)).clamp(LEAST_RING, RING);
-        let records = config.ring.unwrap_or(fair);
+        let default = (ALL_RINGS / plan.harts.max(1)).clamp(MIN_RING, RING);
+        let records = config.ring.unwrap_or(default);
         let rings: Vec<_> = (0..plan.harts).map(|_| Arc::new(Ring::new(records))).collect();
         let start_ns = monotonic_ns();
         let scale = Timescale::new(plan.ticks, start_ns);
         let format = Format::new(config.format(), scale, plan.places);
         let mut text = String::new();
-        let head = Head { name: plan.name, harts: plan.harts, start_ns, hz: plan.ticks.hz };
-        format.head(&mut text, &head);
+        let header = Header { name: plan.name, harts: plan.harts, start_ns, hz: plan.ticks.hz };
+        format.header(&mut text, &header);
         let (ticks, path) = (plan.ticks, config.file.display().to_string());
         let job = Job { file, format, rings: rings.clone(), ticks, text, path };
         let writer = Writer::start(job).map_err(|source| Error::Host {
@@ -110,8 +109,8 @@ impl Trace {
     /// Completes the file.
     ///
     /// # Errors
-    /// [`Error::File`] where it does not have all that was recorded; it ends with a whole event, and with how many are missing
-    /// where there is room for that.
+    /// [`Error::File`] if the file lacks recorded exits; it then ends with a whole event, and with the number of missing ones if
+    /// there is room for that.
     pub fn finish(self) -> Result<(), Error> {
         let Self { writer, path, .. } = self;
         writer.finish().map_err(|source| Error::File {
@@ -121,7 +120,7 @@ impl Trace {
         })
     }
 
-    /// Who sees the exits of hart `hart`; `None` for a hart that the machine does not have. One at a time for each hart.
+    /// The recorder for hart `hart`; `None` for a hart that the machine does not have. One at a time for each hart.
     #[must_use]
     pub fn recorder(&self, hart: u32) -> Option<HartRecorder> {
         let ring = usize::try_from(hart).ok().and_then(|hart| self.rings.get(hart))?;

@@ -1,5 +1,5 @@
-//! What the numbers of an exit are called: SBI extensions and functions (SBI specification 3.0), CSRs (Privileged
-//! specification, AIA specification). Only what KVM can hand to user space has names of functions; the rest is a number.
+//! Names for the numbers of an exit: SBI extensions and functions (SBI specification 3.0), CSRs (Privileged
+//! specification, AIA specification). Only functions that KVM can pass to user space have names; others are numbers.
 
 use std::fmt::{self, Display, Write};
 
@@ -7,7 +7,7 @@ use rvmm_devices::{Bus, RegisterName};
 
 use super::record::{Kind, Record};
 
-/// A device's place on the bus.
+/// A device's address range on the bus.
 #[derive(Debug, Clone)]
 struct Place {
     base: u64,
@@ -16,12 +16,12 @@ struct Place {
     registers: RegisterName,
 }
 
-/// The devices of a machine by address, for who has only an address.
+/// The devices of a machine by address.
 #[derive(Debug, Clone, Default)]
 pub struct Places(Vec<Place>);
 
 impl Places {
-    /// The devices of `bus`. Of several of a model each has its address in its label.
+    /// The devices of `bus`. If there are several of a model, their labels have the address.
     #[must_use]
     pub fn of(bus: &Bus) -> Self {
         let slots: Vec<_> = bus.devices().collect();
@@ -38,13 +38,13 @@ impl Places {
         Self(places.collect())
     }
 
-    /// The label of the device at a guest-physical address, the offset in there, and the register that is read there.
+    /// The label of the device at a guest-physical address, the offset in it, and the register for reads at this offset.
     pub(crate) fn at(&self, addr: u64) -> Option<(&str, u64, Option<&'static str>)> {
         let (place, offset) = self.find(addr)?;
         Some((&place.label, offset, (place.registers)(offset, false)))
     }
 
-    /// The device at a guest-physical address, and the offset in there.
+    /// The device at a guest-physical address, and the offset in it.
     fn find(&self, addr: u64) -> Option<(&Place, u64)> {
         let index = self.0.partition_point(|place| place.base <= addr).checked_sub(1)?;
         let place = self.0.get(index)?;
@@ -53,7 +53,7 @@ impl Places {
     }
 }
 
-/// What an exit was about, for people: `serial LSR`, `DBCN console_write_byte`, `kick`.
+/// The subject of an exit, for display: `serial LSR`, `DBCN console_write_byte`, `kick`.
 pub(super) struct Subject<'a> {
     record: &'a Record,
     place: Option<(&'a Place, u64)>,
@@ -108,7 +108,7 @@ impl Display for Subject<'_> {
     }
 }
 
-/// An SBI call by extension and function.
+/// Writes an SBI call by extension and function.
 fn call(f: &mut fmt::Formatter<'_>, extension: u64, function: u64) -> fmt::Result {
     let legacy = [
         "set_timer",
@@ -125,7 +125,7 @@ fn call(f: &mut fmt::Formatter<'_>, extension: u64, function: u64) -> fmt::Resul
         return write!(f, "legacy {name}");
     }
     match extension {
-        // Extensions have up to four letters for a number (SBI specification, chapter 4 and on).
+        // The numbers of extensions are up to four letters (SBI specification, chapter 4 and on).
         0x10 => f.write_str("BASE")?,
         0x0800_0000..=0x08ff_ffff => write!(f, "experimental {extension:#x}")?,
         0x0900_0000..=0x09ff_ffff => write!(f, "vendor {extension:#x}")?,
@@ -153,7 +153,7 @@ fn call(f: &mut fmt::Formatter<'_>, extension: u64, function: u64) -> fmt::Resul
     write!(f, " {name}")
 }
 
-/// The number of an extension as the letters that it is made of, where it is: three or four capitals or digits.
+/// The letters that the number of an extension consists of: three or four capitals or digits.
 fn letters(extension: u64) -> Option<Vec<char>> {
     let bytes = u32::try_from(extension).ok()?.to_be_bytes();
     let letters = bytes.strip_prefix(&[0]).unwrap_or(&bytes);
@@ -161,7 +161,7 @@ fn letters(extension: u64) -> Option<Vec<char>> {
     letters.iter().all(plain).then(|| letters.iter().map(|byte| char::from(*byte)).collect())
 }
 
-/// The CSRs that KVM can leave to user space.
+/// Names of the CSRs that KVM can pass to user space.
 fn csr(number: u64) -> Option<&'static str> {
     Some(match number {
         0x015 => "seed",

@@ -1,4 +1,4 @@
-//! One exit as the hart writes it down and as the writer reads it: eight words, of which only the hart's side has to be fast.
+//! The record of an exit: eight words, written by the hart, which has to be fast, and read by the writer.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use crate::vcpu::Flow;
 use crate::vcpu::exit::{Exit, Fault, SystemEvent};
 use crate::vcpu::record::{Recorder, Ticks};
 
-/// Why a hart left the guest.
+/// The kind of an exit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub(super) enum Kind {
@@ -35,7 +35,7 @@ impl Kind {
         Self::Unknown,
     ];
 
-    /// How a file calls it.
+    /// Its name in a file.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::MmioRead => "mmio-read",
@@ -51,13 +51,13 @@ impl Kind {
     }
 }
 
-/// How a file calls what became of an exit, by the number in the record.
+/// Names of the outcome of an exit in a file, by the number in the record.
 const OUTCOMES: [&str; 6] = ["resume", "retry", "yield", "suspend", "resolve", "stop"];
 
-/// A record, read again. What the words `a` to `d` are depends on the kind: see [`HartRecorder::note`].
+/// A decoded record. The meaning of `a` to `d` depends on the kind: see [`HartRecorder::note`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Record {
-    /// When the hart left the guest, and when it went back, in ticks.
+    /// The times at which the hart left the guest and entered it again, in ticks.
     pub(super) left: u64,
     pub(super) entered: u64,
     pub(super) kind: Kind,
@@ -72,7 +72,7 @@ pub(super) struct Record {
 }
 
 impl Record {
-    /// `None` for words that no recorder writes.
+    /// Decodes a record; `None` for words that no recorder writes.
     pub(super) fn read(words: &Words) -> Option<Self> {
         let [left, entered, meta, a, b, c, d, pc] = *words;
         let [kind, width, outcome, has_pc, ..] = meta.to_le_bytes();
@@ -91,8 +91,7 @@ impl Record {
     }
 }
 
-/// Sees the exits of one hart and puts them into its ring. A record is complete when the hart goes back into the guest, or
-/// ends.
+/// Records the exits of one hart into its ring. A record is complete when the hart enters the guest again, or ends.
 #[derive(Debug)]
 pub struct HartRecorder {
     producer: Producer,
@@ -102,7 +101,7 @@ pub struct HartRecorder {
     is_open: bool,
 }
 
-/// Where in the third word is what.
+/// Positions in the third word.
 const WIDTH: u32 = 8;
 const OUTCOME: u32 = 16;
 const HAS_PC: u64 = 1 << 24;
@@ -136,7 +135,7 @@ impl HartRecorder {
             Exit::Interrupted => (Kind::Interrupted, [0; 4]),
             Exit::Fault(fault) => (Kind::Fault, words_of(*fault)),
             Exit::Unknown(number) => (Kind::Unknown, [(*number).into(), 0, 0, 0]),
-            // The others are noted where it is quick.
+            // The others are recorded in the fast path.
             Exit::MmioRead { .. } | Exit::MmioWrite { .. } | Exit::Sbi(_) => return,
         };
         self.note(kind, 0, outcome, what);
@@ -183,7 +182,7 @@ impl Recorder for HartRecorder {
 
     #[inline]
     fn wants_pc(&self, flow: &Flow) -> bool {
-        // Where registers decide they are read anyway, and one more call is not felt.
+        // Here other registers are read anyway, and one more call hardly matters.
         self.every_pc || matches!(flow, Flow::Resolve(_) | Flow::Stop(_) | Flow::Suspend)
     }
 
@@ -194,7 +193,7 @@ impl Recorder for HartRecorder {
 }
 
 impl Drop for HartRecorder {
-    /// The last exit is the one after which nothing was entered.
+    /// Completes the last exit, after which the guest was not entered again.
     fn drop(&mut self) {
         self.close();
     }

@@ -1,7 +1,7 @@
-//! A ring of records between one hart and the writer, without locks: the hart puts in, the writer takes out, and neither
-//! ever waits for the other. What does not fit is counted and gone.
+//! A lock-free ring of records between one hart and the writer: the hart is the producer, the writer the consumer, and neither
+//! ever waits for the other. Records that do not fit are counted and dropped.
 //!
-//! The records are atomic words, so that no `unsafe` is needed; relaxed stores of them are plain stores of the processor.
+//! The records are atomic words, so that no `unsafe` is needed; their relaxed stores are plain stores on the processor.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -13,21 +13,21 @@ pub(super) const WORDS: usize = 8;
 /// One record.
 pub(super) type Words = [u64; WORDS];
 
-/// Alone on its cache line: hart and writer write different ones of these.
+/// A counter with a cache line of its own: hart and writer write different ones.
 #[derive(Debug, Default)]
 #[repr(align(64))]
-struct Alone(AtomicU64);
+struct PaddedCounter(AtomicU64);
 
 /// The ring.
 #[derive(Debug)]
 pub(super) struct Ring {
     slots: Box<[[AtomicU64; WORDS]]>,
-    /// How many records were put in; only the producer writes it.
-    head: Alone,
-    /// How many records were taken out; only the consumer writes it.
-    tail: Alone,
-    /// How many records did not fit; only the producer writes it.
-    lost: Alone,
+    /// Number of records that were put in; only the producer writes it.
+    head: PaddedCounter,
+    /// Number of records that were taken out; only the consumer writes it.
+    tail: PaddedCounter,
+    /// Number of records that did not fit; only the producer writes it.
+    lost: PaddedCounter,
 }
 
 impl Ring {
@@ -36,18 +36,18 @@ impl Ring {
         let count = records.max(1).checked_next_power_of_two().unwrap_or(1 << 31);
         Self {
             slots: (0..count).map(|_| Default::default()).collect(),
-            head: Alone::default(),
-            tail: Alone::default(),
-            lost: Alone::default(),
+            head: PaddedCounter::default(),
+            tail: PaddedCounter::default(),
+            lost: PaddedCounter::default(),
         }
     }
 
-    /// How many records did not fit so far.
+    /// Number of records that did not fit so far.
     pub(super) fn lost(&self) -> u64 {
         self.lost.0.load(Relaxed)
     }
 
-    /// Takes out what is there, oldest first. One thread at a time may.
+    /// Takes out all records, oldest first. Must not be called by two threads at a time.
     pub(super) fn drain(&self, mut take: impl FnMut(&Words)) -> usize {
         let head = self.head.0.load(Acquire);
         let mut tail = self.tail.0.load(Relaxed);
@@ -57,7 +57,7 @@ impl Ring {
                 take(&slot.each_ref().map(|word| word.load(Relaxed)));
             }
             tail = tail.wrapping_add(1);
-            // Each one at once: a writer that is slow must not keep room from the hart.
+            // After each record: a slow writer must not keep free slots from the hart.
             self.tail.0.store(tail, Release);
             taken += 1;
         }
@@ -71,12 +71,12 @@ impl Ring {
     }
 }
 
-/// The hart's end of a ring. At most one at a time; the next one goes on where the last one was.
+/// The hart's end of a ring. At most one at a time; the next one continues where the last one ended.
 #[derive(Debug)]
 pub(super) struct Producer {
     ring: Arc<Ring>,
     head: u64,
-    /// What the consumer had taken when that was last looked at.
+    /// The consumer's count when it was last read.
     tail: u64,
 }
 
@@ -130,14 +130,14 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_counted_and_the_rest_is_there() {
+    fn records_that_do_not_fit_are_counted_and_the_others_are_kept() {
         let ring = Arc::new(Ring::new(3));
         let mut producer = Producer::new(Arc::clone(&ring));
         (0..6).for_each(|number| producer.push(&words(number)));
         assert_eq!((drained(&ring), ring.lost()), (vec![0, 1, 2, 3], 2));
         producer.push(&words(9));
         drop(producer);
-        // The next life of the hart.
+        // The hart after a reboot.
         Producer::new(Arc::clone(&ring)).push(&words(10));
         assert_eq!((drained(&ring), ring.lost()), (vec![9, 10], 2));
     }

@@ -1,4 +1,4 @@
-//! What harts do, and what the file says of it.
+//! Traces of scripted harts.
 
 use std::fs;
 use std::sync::Arc;
@@ -17,21 +17,21 @@ use crate::vcpu::record::Ticks;
 use crate::vcpu::testing::{NOWHERE, ScriptHart, Step, UART, world};
 use crate::vcpu::{Control, spawn_hart};
 
-/// A counter of 10 MHz that goes on by one tick whenever it is looked at.
+/// A counter of 10 MHz that advances by one tick at each read.
 fn ticks() -> Ticks {
     static COUNT: AtomicU64 = AtomicU64::new(1000);
     Ticks { now: || COUNT.fetch_add(1, Relaxed), hz: 10_000_000 }
 }
 
-/// Plays `script` under a trace, and gives the file.
+/// Runs `script` with a trace, and returns the file.
 fn traced(config: &TraceConfig, script: &[Step]) -> String {
-    let (text, ended) = played(config, script);
+    let (text, ended) = run_script(config, script);
     ended.unwrap();
     text
 }
 
-/// The file, and whether it is all.
-fn played(config: &TraceConfig, script: &[Step]) -> (String, Result<(), Error>) {
+/// Runs `script` with a trace, and returns the file and the result of the trace.
+fn run_script(config: &TraceConfig, script: &[Step]) -> (String, Result<(), Error>) {
     let (world, _uart) = world(Unassigned::Zero);
     let places = Places::of(&world.bus);
     let plan = Plan { name: "web".into(), harts: 2, ticks: ticks(), places };
@@ -88,7 +88,7 @@ fn every_exit_is_a_line_with_its_times_its_cause_and_its_answer() {
     assert_eq!((&exits[0]["value"], &exits[0]["width"]), (&"0x0".into(), &1.into()));
     assert_eq!((&exits[1]["value"], &exits[1]["addr"]), (&"0x1234".into(), &"0x20000000".into()));
     assert_eq!((&exits[2]["error"], &exits[2]["a0"]), (&(-2).into(), &"0x7".into()));
-    // The pc is there where it costs nothing: where registers decide, and at the end.
+    // The pc is recorded where it costs nothing: where registers are read anyway, and at the end.
     let pcs: Vec<_> = exits.iter().map(|exit| exit.get("pc").is_some()).collect();
     assert_eq!(pcs, [false, false, false, false, false, true, true]);
     assert_eq!(exits[5]["pc"], "0x80001234");
@@ -108,7 +108,7 @@ fn with_pc_every_exit_says_where_it_was() {
     let config = TraceConfig { pc: true, ..config(&folder, "a.jsonl") };
     let all = lines(&traced(&config, &script()));
     assert!(all[1..7].iter().all(|exit| exit["pc"] == "0x80001234"), "{all:?}");
-    // The last one came from the trap vector.
+    // The last exit was in the trap vector.
     assert_eq!(all[7]["pc"], "0x0");
 }
 
@@ -131,7 +131,7 @@ fn a_chrome_trace_is_an_array_of_events_with_the_same_fields() {
 }
 
 #[test]
-fn what_the_ring_does_not_hold_is_counted_in_the_file() {
+fn exits_that_do_not_fit_into_the_ring_are_counted_in_the_file() {
     let folder = tempfile::tempdir().unwrap();
     let config = TraceConfig { ring: Some(64), ..config(&folder, "a.jsonl") };
     let load = Step::Load { addr: UART + 5, len: 1 };
@@ -158,12 +158,12 @@ fn a_trace_that_finds_no_room_ends_with_a_whole_event_and_says_what_is_missing()
                 ring: Some(4096),
                 ..TraceConfig::default()
             };
-            let (text, ended) = played(&config, &script);
+            let (text, ended) = run_script(&config, &script);
             let error = ended.unwrap_err();
             assert_eq!(error.exit_code(), EXIT_USAGE);
             let what = error.to_string();
             assert!(what.starts_with("Cannot write all of the trace") && what.contains("No space"));
-            // Whether the head fits depends on how the writer was woken; the rest never does.
+            // The header may fit, depending on when the writer was woken; the rest never does.
             if !text.is_empty() {
                 let events = match format {
                     TraceFormat::Lines => lines(&text),
@@ -182,7 +182,7 @@ fn a_trace_that_finds_no_room_ends_with_a_whole_event_and_says_what_is_missing()
 }
 
 #[test]
-fn what_cannot_be_a_trace_is_refused() {
+fn a_file_that_cannot_be_a_trace_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let pipe = folder.path().join("pipe");
     let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;

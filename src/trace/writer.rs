@@ -1,5 +1,5 @@
-//! The writer: a thread that empties the harts' rings into a file. It is nice to the harts: where they want its CPU they get
-//! it, and what they record meanwhile waits in the rings.
+//! The writer: a thread that empties the harts' rings into a file. It has the lowest priority, so that harts on its CPU run
+//! first; their records wait in the rings.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom, Write};
@@ -17,29 +17,29 @@ use super::record::Record;
 use super::ring::Ring;
 use crate::vcpu::record::Ticks;
 
-/// How long the writer sleeps after it has found the rings empty: not so long that a ring of the usual size fills at 300,000 exits a
-/// second, and long enough that it is hardly felt where the harts want its CPU.
-const NAP: Duration = Duration::from_millis(100);
+/// How long the writer sleeps after it has found the rings empty: short enough that a ring of the default size does not fill at 300,000
+/// exits a second, and long enough that it hardly slows down harts on its CPU.
+const SLEEP: Duration = Duration::from_millis(100);
 
-/// The text that is written at once, in bytes; a ring's worth of events is not held in memory.
+/// Bytes of text that are written at once, so that the events of a whole ring are not held in memory.
 const CHUNK: usize = 256 << 10;
 
-/// The weakest claim to a CPU that there is among ordinary threads (setpriority(2)).
-const NICEST: i32 = 19;
+/// The lowest priority of ordinary threads (setpriority(2)).
+const LOWEST_PRIORITY: i32 = 19;
 
-/// What the thread has.
+/// The thread's input.
 pub(super) struct Job {
     pub(super) file: File,
     pub(super) format: Format,
     pub(super) rings: Vec<Arc<Ring>>,
     pub(super) ticks: Ticks,
-    /// The head of the file.
+    /// The header of the file.
     pub(super) text: String,
     /// For messages.
     pub(super) path: String,
 }
 
-/// The running thread. Dropping it ends it, when all that is in the rings is in the file.
+/// The running thread. Dropping it ends the thread once all records are in the file.
 #[derive(Debug)]
 pub(super) struct Writer {
     is_over: Arc<AtomicBool>,
@@ -55,16 +55,16 @@ impl Writer {
         let is_over = Arc::new(AtomicBool::new(false));
         let seen = Arc::clone(&is_over);
         let thread = thread::Builder::new().name("trace".into()).spawn(move || {
-            let _ = setpriority_process(Some(own_thread()), NICEST);
-            WriterThread::new(job).work(&seen)
+            let _ = setpriority_process(Some(own_thread()), LOWEST_PRIORITY);
+            WriterThread::new(job).run(&seen)
         })?;
         Ok(Self { is_over, thread: Some(thread) })
     }
 
-    /// Ends the thread, when all that is in the rings is in the file.
+    /// Ends the thread once all records are in the file.
     ///
     /// # Errors
-    /// What kept the rest out of the file.
+    /// The error that kept records out of the file.
     pub(super) fn finish(mut self) -> io::Result<()> {
         self.end()
     }
@@ -79,7 +79,7 @@ impl Writer {
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        // Who wants to know has asked.
+        // For the result there is `finish`.
         let _ = self.end();
     }
 }
@@ -89,43 +89,43 @@ fn own_thread() -> Pid {
     gettid()
 }
 
-/// The writer at work.
+/// The thread's state.
 struct WriterThread {
     job: Job,
-    /// Exits that are in the file or in the text.
+    /// Number of exits in the file or in the text.
     recorded: u64,
-    /// By hart: how many lost exits the file tells of.
-    told: Vec<u64>,
-    /// Bytes and exits of the file that are whole.
+    /// By hart: number of lost exits that the file reports.
+    reported: Vec<u64>,
+    /// Bytes and exits in the file, up to the last whole event.
     written: (u64, u64),
-    /// Why the file takes no more: what the rings hold from then on is thrown away, and counted.
+    /// The error of a write: later records are discarded, and counted.
     failed: Option<io::Error>,
-    thrown_away: u64,
+    discarded: u64,
 }
 
 impl WriterThread {
     fn new(job: Job) -> Self {
-        let told = vec![0; job.rings.len()];
-        Self { job, recorded: 0, told, written: (0, 0), failed: None, thrown_away: 0 }
+        let reported = vec![0; job.rings.len()];
+        Self { job, recorded: 0, reported, written: (0, 0), failed: None, discarded: 0 }
     }
 
-    fn work(mut self, is_over: &AtomicBool) -> io::Result<()> {
+    fn run(mut self, is_over: &AtomicBool) -> io::Result<()> {
         loop {
-            // Looked at before the rings: what was put in before that is found.
+            // Read before the rings: records that were put in before are found.
             let last = is_over.load(Ordering::Acquire);
-            let found = self.round();
+            let found = self.drain_rings();
             if last {
                 return self.end();
             }
             if found == 0 {
                 self.write();
-                thread::park_timeout(NAP);
+                thread::park_timeout(SLEEP);
             }
         }
     }
 
     /// Empties every ring once.
-    fn round(&mut self) -> usize {
+    fn drain_rings(&mut self) -> usize {
         let mut found = 0;
         for hart in 0..self.job.rings.len() {
             let Some(ring) = self.job.rings.get(hart).cloned() else { continue };
@@ -133,7 +133,7 @@ impl WriterThread {
             found += ring.drain(|words| {
                 let Some(record) = Record::read(words) else { return };
                 if self.failed.is_some() {
-                    self.thrown_away += 1;
+                    self.discarded += 1;
                     return;
                 }
                 self.job.format.exit(&mut self.job.text, number, &record);
@@ -143,16 +143,18 @@ impl WriterThread {
                 }
             });
             let lost = ring.lost();
-            if let Some(told) = self.told.get_mut(hart).filter(|told| **told != lost) {
+            if let Some(reported) =
+                self.reported.get_mut(hart).filter(|reported| **reported != lost)
+            {
                 let now = (self.job.ticks.now)();
-                self.job.format.lost(&mut self.job.text, number, lost.wrapping_sub(*told), now);
-                *told = lost;
+                self.job.format.lost(&mut self.job.text, number, lost.wrapping_sub(*reported), now);
+                *reported = lost;
             }
         }
         found
     }
 
-    /// Writes the text, or leaves the file as it was before: it always ends with a whole event.
+    /// Writes the text, or restores the file: it always ends with a whole event.
     fn write(&mut self) {
         let text = std::mem::take(&mut self.job.text);
         if self.failed.is_none() {
@@ -160,10 +162,10 @@ impl WriterThread {
             match self.job.file.write_all(text.as_bytes()) {
                 Ok(()) => self.written = (len.saturating_add(text.len() as u64), self.recorded),
                 Err(error) => {
-                    info!("The trace {} ends here, it cannot be written: {error}", self.job.path);
-                    self.thrown_away += self.recorded - exits;
+                    info!("Cannot write the trace {} any further: {error}", self.job.path);
+                    self.discarded += self.recorded - exits;
                     self.recorded = exits;
-                    self.cut();
+                    self.truncate();
                     self.failed = Some(error);
                 }
             }
@@ -172,33 +174,36 @@ impl WriterThread {
         self.job.text.clear();
     }
 
-    /// Takes back what is behind the last whole event.
-    fn cut(&mut self) {
+    /// Truncates the file after the last whole event.
+    fn truncate(&mut self) {
         let (len, _) = self.written;
-        // Where not even that is possible, a reader finds half a line at the end.
+        // If that fails, the file ends with a part of a line.
         let _ = self.job.file.set_len(len);
         let _ = self.job.file.seek(SeekFrom::Start(len));
     }
 
     fn end(mut self) -> io::Result<()> {
-        // What there is counts when it is in the file.
+        // Only exits in the file are counted as recorded.
         self.write();
-        let lost = self.told.iter().fold(self.thrown_away, |sum, told| sum.saturating_add(*told));
+        let lost = self
+            .reported
+            .iter()
+            .fold(self.discarded, |sum, reported| sum.saturating_add(*reported));
         let recorded = self.recorded;
         self.job.format.end(&mut self.job.text, recorded, lost);
         let (len, _) = self.written;
         match self.failed.take() {
             None => self.write(),
             Some(error) => {
-                // What was taken back left room for a line.
+                // The truncation left room for a line.
                 if len > 0 && self.job.file.write_all(self.job.text.as_bytes()).is_err() {
-                    self.cut();
+                    self.truncate();
                 }
                 self.failed = Some(error);
             }
         }
         let path = &self.job.path;
-        info!("{recorded} exits are in the trace {path}");
+        info!("Recorded {recorded} exits in the trace {path}");
         if let Some(error) = self.failed {
             return Err(error);
         }

@@ -1,11 +1,12 @@
-//! Start, stop, pause and resume of all harts of a machine, from any thread; for a debugger, of single ones, and visits to them.
+//! Start, stop, pause and resume of all harts of a machine, from any thread; for a debugger, also of single harts, and tasks on
+//! their threads.
 //!
-//! One lock and one condition variable. Whoever wants something of the harts writes it down and kicks them; a hart that was
-//! kicked looks here. A hart looks under the lock before it waits, so that nothing said in between is missed; what is said
-//! while it is on its way into the guest reaches it by the kick, which is never lost.
+//! One lock and one condition variable. A request changes the state and kicks the harts; a kicked hart checks the state. It
+//! checks under the lock before it waits, so that no request is missed; a request that arrives while it enters the guest reaches
+//! it through the kick, which is never lost.
 //!
-//! Lock order: this lock is taken last. With it held only kicks are called, which call nobody; so a device may stop or wake
-//! the machine with its own lock held.
+//! Lock order: this lock is taken last. With it held only kicks are called, which call nothing else; so a device may stop or
+//! wake the machine with its own lock held.
 
 use std::collections::BTreeSet;
 use std::sync::mpsc::sync_channel;
@@ -15,7 +16,7 @@ use std::time::Duration;
 use super::hart::{Hart, Kick};
 use super::stop::StopReason;
 
-/// The will of a machine: what its harts are to do. One per run; a reboot makes a new one.
+/// The requested state of a machine's harts. One per run; a reboot creates a new one.
 #[derive(Default)]
 pub struct Control {
     state: Mutex<State>,
@@ -25,24 +26,24 @@ pub struct Control {
 #[derive(Default)]
 struct State {
     started: bool,
-    /// How many [`Pause`]s there are.
+    /// Number of [`Pause`]s.
     pauses: usize,
-    /// What a debugger holds, beside a pause: it lets go of harts without ending somebody else's pause.
+    /// Harts held by a debugger, independently of pauses: releasing them ends no pause.
     held: Held,
     stop: Option<StopReason>,
-    /// Every hart whose thread lives.
+    /// Every hart whose thread is running.
     harts: Vec<RegisteredHart>,
-    /// How many of them wait here.
+    /// Number of those that wait in [`Control::park`] or [`Control::sleep`].
     parked: usize,
-    /// How many of the waiting sleep in SBI SUSP.
+    /// Number of the waiting harts that sleep in SBI SUSP.
     asleep: usize,
-    /// Counts host events, for those that sleep until one.
+    /// Count of host events that wake sleeping harts.
     wakes: u64,
-    /// What harts are to do where they wait, in the order of asking.
+    /// Tasks for waiting harts, oldest first.
     tasks: Vec<(u32, HartTask)>,
 }
 
-/// Something that a hart does on its own thread while it waits.
+/// A task that a hart runs on its own thread while it waits.
 pub(super) type HartTask = Box<dyn FnOnce(&mut dyn Hart) + Send>;
 
 #[derive(Default)]
@@ -93,7 +94,7 @@ impl State {
     }
 }
 
-/// What a hart is to do.
+/// The requested state of one hart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Order {
     Run,
@@ -101,28 +102,28 @@ pub(super) enum Order {
     End,
 }
 
-/// Why a hart no longer waits.
-pub(super) enum Wakeup {
+/// The reason for which a hart no longer waits.
+pub(super) enum WakeReason {
     Run,
     End,
-    /// To do this, and to wait again.
+    /// To run this task, and to wait again.
     Task(HartTask),
 }
 
 impl Control {
-    /// A control whose harts wait for [`Control::start`].
+    /// Creates a control whose harts wait for [`Control::start`].
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Lets the harts run: those that are here and those that come later.
+    /// Lets the harts run, those that are registered later included.
     pub fn start(&self) {
         self.lock().started = true;
         self.changed.notify_all();
     }
 
-    /// Ends the run. The first reason counts; true where this is the one. Returns at once: [`Control::wait`] waits.
+    /// Ends the run. Only the first reason counts; true if it is this one. Returns at once: [`Control::wait`] waits.
     ///
     /// Callable from any thread, a hart's own included, and with a device's lock held.
     pub fn stop(&self, reason: StopReason) -> bool {
@@ -133,18 +134,18 @@ impl Control {
             state.kick_all();
             self.changed.notify_all();
         }
-        // Who waits for an task learns by its loss that nobody will run it; not under the lock, since it is their code.
+        // Dropping a task tells its requester that it will not run; not under the lock, since it runs the requester's code.
         let lost = std::mem::take(&mut state.tasks);
         drop(state);
         drop(lost);
         first
     }
 
-    /// Takes all harts out of the guest and waits until they are: their registers are true then, and memory and devices
-    /// change only by what the host does. A hart that has not started counts as out. None runs until the last [`Pause`] is
-    /// dropped: who wants to look at a paused machine takes one too, and nobody ends that of somebody else.
+    /// Makes all harts leave the guest and waits for that: their registers are current then, and only the host changes memory
+    /// and devices. A hart that has not started counts as out of the guest. None runs until the last [`Pause`] is dropped: a
+    /// thread that inspects a paused machine takes one as well, since it cannot rely on those of others.
     ///
-    /// `None` where the machine ends. Not to be called by a hart's thread or with a device's lock held.
+    /// `None` if the machine ends. Not to be called by a hart's thread or with a device's lock held.
     #[must_use]
     pub fn pause(self: &Arc<Self>) -> Option<Pause> {
         let mut state = self.lock();
@@ -159,7 +160,7 @@ impl Control {
         (!ends).then_some(pause)
     }
 
-    /// Keeps all harts from the guest until [`Control::release`], whether they have started or not. Returns at once: callable
+    /// Keeps all harts out of the guest until [`Control::release`], whether they have started or not. Returns at once: callable
     /// from a hart's own thread. [`Control::await_held`] waits.
     pub fn hold(&self) {
         let mut state = self.lock();
@@ -167,7 +168,7 @@ impl Control {
         state.kick_all();
     }
 
-    /// Keeps one more hart from the guest. Returns at once, as [`Control::hold`] does.
+    /// Keeps one more hart out of the guest. Returns at once, as [`Control::hold`] does.
     pub fn hold_one(&self, id: u32) {
         let mut state = self.lock();
         match &mut state.held {
@@ -180,7 +181,7 @@ impl Control {
         }
     }
 
-    /// Waits until all harts are out of the guest after [`Control::hold`], with true registers. False where the machine ends.
+    /// Waits until all harts are out of the guest after [`Control::hold`], with current registers. False if the machine ends.
     /// Not to be called by a hart's thread or with a device's lock held.
     pub fn await_held(&self) -> bool {
         let state = self.lock();
@@ -188,7 +189,7 @@ impl Control {
         state.stop.is_none()
     }
 
-    /// Lets go of all harts, or of those in `only` and no others.
+    /// Releases all harts, or those in `only` and no others.
     pub fn release(&self, only: Option<&[u32]>) {
         let mut state = self.lock();
         state.held = match only {
@@ -201,7 +202,7 @@ impl Control {
         self.changed.notify_all();
     }
 
-    /// The harts whose threads live, in ascending order.
+    /// The harts whose threads are running, in ascending order.
     #[must_use]
     pub fn harts(&self) -> Vec<u32> {
         let mut harts: Vec<u32> = self.lock().harts.iter().map(|hart| hart.id).collect();
@@ -209,18 +210,18 @@ impl Control {
         harts
     }
 
-    /// Has a hart that is out of the guest do `task` on its own thread, where alone its registers are to be reached, and waits for
-    /// the result. `None` where there is no such hart, or the machine ends first. A hart that is not held or paused does
-    /// it when it next is.
+    /// Runs `task` on the thread of a hart that is out of the guest, since only that thread may access its registers, and waits
+    /// for the result. `None` if there is no such hart, or the machine ends first. A hart that is not held or paused runs it
+    /// when it next is.
     pub fn run_on<R: Send + 'static>(
         &self,
         id: u32,
         task: impl FnOnce(&mut dyn Hart) -> R + Send + 'static,
     ) -> Option<R> {
-        let (give, take) = sync_channel(1);
+        let (sender, receiver) = sync_channel(1);
         let task: HartTask = Box::new(move |hart| {
-            // Nobody waits any more where the visitor's thread died.
-            let _ = give.send(task(hart));
+            // An error means that the requester's thread has died.
+            let _ = sender.send(task(hart));
         });
         let mut state = self.lock();
         if state.stop.is_some() || !state.harts.iter().any(|hart| hart.id == id) {
@@ -229,11 +230,11 @@ impl Control {
         state.tasks.push((id, task));
         self.changed.notify_all();
         drop(state);
-        take.recv().ok()
+        receiver.recv().ok()
     }
 
-    /// Says that something has happened which wakes a system that sleeps in SBI SUSP: console input, a rising interrupt
-    /// line. Cheap where none sleeps, and callable with a device's lock held.
+    /// Wakes a system that sleeps in SBI SUSP, upon console input or a rising interrupt line. Cheap if none sleeps, and callable
+    /// with a device's lock held.
     pub fn wake(&self) {
         let mut state = self.lock();
         state.wakes = state.wakes.wrapping_add(1);
@@ -242,14 +243,14 @@ impl Control {
         }
     }
 
-    /// Gets hart `id` out of the guest for a moment, to do what has become due.
+    /// Makes hart `id` leave the guest briefly, to handle pending work.
     pub(super) fn kick(&self, id: u32) {
         if let Some(hart) = self.lock().harts.iter().find(|hart| hart.id == id) {
             hart.kick.kick();
         }
     }
 
-    /// Waits until the run has a reason to end and every hart's thread has ended, and says the reason.
+    /// Waits until the run has a reason to end and every hart's thread has ended, and returns the reason.
     #[must_use]
     pub fn wait(&self) -> StopReason {
         let mut state = self.lock();
@@ -261,33 +262,33 @@ impl Control {
         }
     }
 
-    /// Waits until there is a reason to stop, for `limit` at most. True where there is one.
+    /// Waits until there is a reason to stop, for `limit` at most. True if there is one.
     pub fn ends_within(&self, limit: Duration) -> bool {
         let state = self.lock();
-        let goes_on = |state: &mut State| state.stop.is_none();
-        let waited = self.changed.wait_timeout_while(state, limit, goes_on);
+        let is_running = |state: &mut State| state.stop.is_none();
+        let waited = self.changed.wait_timeout_while(state, limit, is_running);
         waited.map_or(true, |(state, _)| state.stop.is_some())
     }
 
-    /// Why the run ends, once it does.
+    /// The reason for which the run ends, once it does.
     #[must_use]
     pub fn reason(&self) -> Option<StopReason> {
         self.lock().stop.clone()
     }
 
-    /// Whether somebody has a [`Pause`].
+    /// True while there is a [`Pause`].
     #[must_use]
     pub fn is_paused(&self) -> bool {
         self.lock().pauses > 0
     }
 
-    /// Enters a hart into the list of those that are kicked and waited for, until the guard is dropped by its thread.
-    pub(super) fn enlist(self: &Arc<Self>, id: u32, kick: Arc<dyn Kick>) -> Service {
+    /// Registers a hart to be kicked and waited for, until its thread drops the guard.
+    pub(super) fn register(self: &Arc<Self>, id: u32, kick: Arc<dyn Kick>) -> Registration {
         self.lock().harts.push(RegisteredHart { id, kick });
-        Service { control: Arc::clone(self), id }
+        Registration { control: Arc::clone(self), id }
     }
 
-    /// What a hart is to do now.
+    /// The requested state of a hart.
     pub(super) fn order(&self, id: u32) -> Order {
         let state = self.lock();
         match state.stop {
@@ -297,22 +298,22 @@ impl Control {
         }
     }
 
-    /// How many host events there were so far, for [`Control::sleep`].
+    /// Number of host events so far, for [`Control::sleep`].
     pub(super) fn events(&self) -> u64 {
         self.lock().wakes
     }
 
-    /// Waits until the hart may run, is visited, or the run ends.
-    pub(super) fn park(&self, id: u32) -> Wakeup {
-        self.rest(id, None)
+    /// Waits until the hart may run or has a task, or the run ends.
+    pub(super) fn park(&self, id: u32) -> WakeReason {
+        self.wait_parked(id, None)
     }
 
-    /// As [`Control::park`], and until there were other than `events` host events, for `limit` at most.
-    pub(super) fn sleep(&self, id: u32, events: u64, limit: Duration) -> Wakeup {
-        self.rest(id, Some((events, limit)))
+    /// As [`Control::park`], but first sleeps until the number of host events differs from `events`, for `limit` at most.
+    pub(super) fn sleep(&self, id: u32, events: u64, limit: Duration) -> WakeReason {
+        self.wait_parked(id, Some((events, limit)))
     }
 
-    fn rest(&self, id: u32, sleep: Option<(u64, Duration)>) -> Wakeup {
+    fn wait_parked(&self, id: u32, sleep: Option<(u64, Duration)>) -> WakeReason {
         let mut state = self.lock();
         state.parked += 1;
         self.changed.notify_all();
@@ -329,13 +330,13 @@ impl Control {
         });
         state.parked -= 1;
         match state.take_task(id) {
-            _ if state.stop.is_some() => Wakeup::End,
-            Some(task) => Wakeup::Task(task),
-            None => Wakeup::Run,
+            _ if state.stop.is_some() => WakeReason::End,
+            Some(task) => WakeReason::Task(task),
+            None => WakeReason::Run,
         }
     }
 
-    fn leave(&self, id: u32) {
+    fn deregister(&self, id: u32) {
         let mut state = self.lock();
         state.harts.retain(|hart| hart.id != id);
         let lost = std::mem::take(&mut state.tasks);
@@ -348,7 +349,7 @@ impl Control {
         drop(lost);
     }
 
-    /// A thread that panicked has left the state whole: nothing in here can panic half way.
+    /// A poisoned lock is safe to use: no code that holds it can panic halfway through a change.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -363,7 +364,7 @@ impl Control {
     }
 }
 
-/// Keeps all harts out of the guest for as long as it lives, whoever else does, too.
+/// Keeps all harts out of the guest until it is dropped, independently of other pauses.
 #[must_use = "dropped, it lets the harts run"]
 pub struct Pause {
     control: Arc<Control>,
@@ -385,14 +386,14 @@ impl std::fmt::Debug for Pause {
     }
 }
 
-/// A hart's place in the list. Dropped last by its thread, however that ends; a run without a reason to end gets one then.
-pub(super) struct Service {
+/// Registration of a hart. Dropped last by its thread, however that ends; if the run has no reason to end yet, it gets one then.
+pub(super) struct Registration {
     control: Arc<Control>,
     id: u32,
 }
 
-impl Drop for Service {
+impl Drop for Registration {
     fn drop(&mut self) {
-        self.control.leave(self.id);
+        self.control.deregister(self.id);
     }
 }

@@ -1,4 +1,4 @@
-//! CSR accesses that KVM leaves to user space: `seed`, and on some hosts the AIA's indirect CSRs of a guest that has none.
+//! CSR accesses that KVM leaves to user space: `seed`, and on some hosts the AIA's indirect CSRs of a guest without an AIA.
 
 use log::warn;
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -6,21 +6,21 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use super::exit::CsrAccess;
 use super::world::{Notice, World};
 
-/// `seed` (Unprivileged specification, Zkr): two bits of state on top, 16 bits of entropy below.
+/// `seed` (Unprivileged specification, Zkr): two bits of state at the top, 16 bits of entropy at the bottom.
 const SEED: u64 = 0x015;
 /// State ES16: the entropy is valid.
 const ES16: u64 = 0x8000_0000;
-/// State WAIT: no entropy yet, ask again.
+/// State WAIT: no entropy yet, poll again.
 const WAIT: u64 = 0x4000_0000;
 
-/// Answers an access. A register that is not known reads as zero and ignores writes: the kernel has already decided that
+/// Handles an access. An unknown register reads as zero and ignores writes: the kernel has already decided that
 /// the access is legal.
 #[cold]
-pub(super) fn answer(access: &mut CsrAccess<'_>, world: &World) {
+pub(super) fn handle(access: &mut CsrAccess<'_>, world: &World) {
     *access.ret = match access.csr {
         SEED => seed(),
         csr => {
-            if world.first(Notice::UnknownCsr) {
+            if world.is_first(Notice::UnknownCsr) {
                 warn!(
                     "The guest uses CSR {csr:#x}, which this machine does not have: it reads as zero"
                 );
@@ -30,7 +30,7 @@ pub(super) fn answer(access: &mut CsrAccess<'_>, world: &World) {
     };
 }
 
-/// What is written to `seed` has no effect.
+/// Reads `seed`. Writes to it have no effect.
 fn seed() -> u64 {
     let mut entropy = [0; 2];
     match getrandom(&mut entropy[..], GetRandomFlags::NONBLOCK) {

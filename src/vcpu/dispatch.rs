@@ -1,4 +1,4 @@
-//! From an exit to its answer: one match, no hart, no thread.
+//! Handles exits: one match, without a hart or thread.
 
 use log::info;
 use rvmm_devices::Claim;
@@ -9,20 +9,20 @@ use super::world::World;
 use super::{csr, sbi};
 use crate::config::Unassigned;
 
-/// What the hart does next.
+/// The hart's next action.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Flow {
-    /// It goes back into the guest; the answer is in place.
+    /// Enter the guest; the result is in place.
     Resume,
-    /// It goes back, and runs the same instruction again: the answer cannot be given yet.
+    /// Enter the guest and run the same instruction again: there is no result yet.
     Retry,
-    /// It looks at the control first.
+    /// Check the control first.
     Yield,
-    /// The whole system sleeps until something happens (SBI SUSP).
+    /// Suspend the whole system until a wake-up event (SBI SUSP).
     Suspend,
-    /// Its registers decide: a trap is raised in the guest, or the machine stops.
+    /// Decide by the hart's registers: raise a trap in the guest, or stop the machine.
     Resolve(Trouble),
-    /// The machine stops. Boxed, since a flow is made at every exit and this one once.
+    /// Stop the machine. Boxed to keep the enum small: a `Flow` is returned at every exit, this one once.
     Stop(Box<StopReason>),
 }
 
@@ -32,10 +32,10 @@ impl From<StopReason> for Flow {
     }
 }
 
-/// What only the hart's registers can answer.
+/// An exit that can be handled only with the hart's registers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Trouble {
-    /// An `ebreak` that no debugger has asked for.
+    /// An `ebreak`: the firmware's, a debugger's or the guest's own.
     Breakpoint,
     /// An access to an address without memory and device, under a policy other than zero.
     Unassigned {
@@ -52,9 +52,9 @@ pub enum Trouble {
     UnknownExit(u32),
 }
 
-/// Answers an exit.
+/// Handles an exit.
 ///
-/// MMIO is the way that costs: a lookup on the bus, the device's lock, the device. Whatever is rare is out of line.
+/// MMIO is the hot path: a lookup on the bus, the device's lock, the device. Everything rare is out of line.
 #[inline]
 pub fn dispatch(exit: &mut Exit<'_>, world: &World) -> Flow {
     let claim = match exit {
@@ -65,15 +65,15 @@ pub fn dispatch(exit: &mut Exit<'_>, world: &World) -> Flow {
     if claim == Claim::Unassigned { dispatch_rare(exit, world) } else { Flow::Resume }
 }
 
-/// What no device has answered.
+/// Handles everything but MMIO accesses to a device.
 #[inline(never)]
 fn dispatch_rare(exit: &mut Exit<'_>, world: &World) -> Flow {
     match exit {
         Exit::MmioRead { addr, .. } => unassigned(world, *addr, false),
         Exit::MmioWrite { addr, .. } => unassigned(world, *addr, true),
-        Exit::Sbi(call) => sbi::answer(call, world),
+        Exit::Sbi(call) => sbi::handle(call, world),
         Exit::Csr(access) => {
-            csr::answer(access, world);
+            csr::handle(access, world);
             Flow::Resume
         }
         Exit::Interrupted => Flow::Yield,
@@ -92,20 +92,20 @@ fn unassigned(world: &World, addr: u64, write: bool) -> Flow {
     }
 }
 
-/// The reason "system failure" of a system reset (SBI 10.1); the others that are there say nothing about success. Of a reboot the
-/// reason decides nothing: the guest goes on.
+/// The reset reason "system failure" (SBI 10.1); the other reasons do not indicate failure. For a reboot the reason is ignored:
+/// the guest continues.
 const SYSTEM_FAILURE: u64 = 1;
 
 #[cold]
 fn system(event: SystemEvent) -> Flow {
     match event {
         SystemEvent::Shutdown(reason) => {
-            info!("The guest asks for poweroff, reason {reason}");
+            info!("The guest requests a shutdown, reason {reason}");
             if reason == SYSTEM_FAILURE { StopReason::SystemFailure } else { StopReason::PowerOff }
                 .into()
         }
         SystemEvent::Reset(reason) => {
-            info!("The guest asks for a reset, reason {reason}");
+            info!("The guest requests a reset, reason {reason}");
             StopReason::Reset.into()
         }
         SystemEvent::Other(number) => Flow::Resolve(Trouble::UnknownEvent(number)),

@@ -1,4 +1,4 @@
-//! A hart's registers as text, for the last message of a machine that came to a stop.
+//! A hart's registers as text, for the message of a machine that stopped.
 
 use std::fmt::Write;
 
@@ -14,7 +14,7 @@ const NAMES: [&str; 32] = [
 const PER_LINE: usize = 4;
 
 /// The registers of a hart whose last exit is settled or abandoned: 11 lines of at most 100 characters. A register that
-/// cannot be read is a question mark.
+/// cannot be read is shown as a question mark.
 #[must_use]
 pub fn dump(hart: &dyn Hart) -> String {
     let first = [("pc", Reg::Pc), ("mode", Reg::Mode)];
@@ -35,7 +35,7 @@ pub fn dump(hart: &dyn Hart) -> String {
     text
 }
 
-/// Every register that there is to be read, and its name.
+/// Every readable register, with its name.
 pub fn registers() -> impl Iterator<Item = (&'static str, Reg)> {
     let first = [("pc", Reg::Pc), ("mode", Reg::Mode)];
     let integers = (1..).zip(NAMES.iter().skip(1)).map(|(number, name)| (*name, Reg::X(number)));

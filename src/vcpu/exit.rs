@@ -1,7 +1,7 @@
-//! Every reason for which a hart comes back from KVM_RUN, as one enum that names no KVM constant.
+//! Every reason for which KVM_RUN returns, as one enum without KVM constants.
 
-/// Why a hart left the guest. The borrows point into the hart's shared `kvm_run` page: what is written there is
-/// what the guest sees when the hart is entered again.
+/// The reason for which a hart left the guest. The borrows point into the hart's shared `kvm_run` page: data written there is
+/// passed to the guest when the hart is entered again.
 #[derive(Debug)]
 pub enum Exit<'a> {
     /// A load from an address without memory. `data` is as wide as the access (1, 2, 4 or 8 bytes).
@@ -22,11 +22,11 @@ pub enum Exit<'a> {
     Sbi(SbiCall<'a>),
     /// A CSR access that the kernel leaves to user space.
     Csr(CsrAccess<'a>),
-    /// The guest asked for the machine to stop or restart (SBI SRST, SBI chapter 10).
+    /// The guest requested a shutdown or reset of the machine (SBI SRST, SBI chapter 10).
     System(SystemEvent),
     /// An `ebreak` while guest debugging is on.
     Debug,
-    /// A signal or an `immediate_exit` ended the run; the guest asked for nothing.
+    /// A signal or an `immediate_exit` ended KVM_RUN; the guest requested nothing.
     Interrupted,
     /// The kernel could not carry out an instruction.
     Fault(Fault),
@@ -43,7 +43,7 @@ pub struct SbiCall<'a> {
     pub function: u64,
     /// Arguments a0 to a5.
     pub args: &'a [u64; 6],
-    /// Where the answer goes: error (a0) and value (a1).
+    /// Result, to be filled: error (a0) and value (a1).
     pub ret: &'a mut [u64; 2],
 }
 
@@ -54,9 +54,9 @@ pub struct CsrAccess<'a> {
     pub csr: u64,
     /// The bits to be written, where `write_mask` is one.
     pub new_value: u64,
-    /// Which bits are written.
+    /// Mask of the written bits.
     pub write_mask: u64,
-    /// Where the old value goes.
+    /// Old value, to be filled.
     pub ret: &'a mut u64,
 }
 
@@ -67,11 +67,11 @@ pub enum SystemEvent {
     Shutdown(u64),
     /// SRST cold or warm reboot, with the guest's reason.
     Reset(u64),
-    /// A type that this version does not know.
+    /// An event type that this version does not know.
     Other(u32),
 }
 
-/// What KVM_RUN said when it could not go on. The program counter still points at the instruction.
+/// The error of a KVM_RUN that could not continue. The program counter still points at the instruction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
     /// EOPNOTSUPP: an instruction that KVM cannot emulate on an address without memory, or (before Linux 7)

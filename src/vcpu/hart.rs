@@ -1,4 +1,4 @@
-//! A vCPU as its own thread sees it: the seam between the run loop and KVM.
+//! A vCPU as its own thread uses it: the interface between the run loop and KVM.
 
 use std::io;
 use std::sync::Arc;
@@ -14,9 +14,9 @@ pub enum Reg {
     X(u8),
     /// Privilege mode: 1 supervisor, 0 user.
     Mode,
-    /// `time` as the guest reads it, in ticks of its timebase; to be read only.
+    /// `time` as the guest reads it, in ticks of its timebase; read-only.
     Time,
-    /// The tick of `time` at which the timer interrupt becomes pending; all ones for never; to be read only.
+    /// The tick of `time` at which the timer interrupt becomes pending; all ones for never; read-only.
     TimeCompare,
     /// A supervisor CSR of the guest.
     Csr(Csr),
@@ -45,10 +45,10 @@ pub enum Csr {
     Sstateen0,
     /// Needs Ssaia, as the next two do; refused with ENOENT where the vCPU lacks it.
     Siselect,
-    /// The priorities of the guest's major interrupts, one byte each, which it reaches as `iprio` registers through `sireg` (AIA
+    /// The priorities of the guest's major interrupts, one byte each, which it accesses as `iprio` registers through `sireg` (AIA
     /// specification, "Interrupts for Virtual Machines").
     Hviprio1,
-    /// The rest of them.
+    /// The remaining priorities.
     Hviprio2,
 }
 
@@ -57,52 +57,51 @@ pub trait Hart: Send {
     /// The hart id: vcpu id, `mhartid` as the guest knows it, and `reg` of its device tree node.
     fn id(&self) -> u32;
 
-    /// Binds the hart to the calling thread and gives what gets it out of the guest. Called once, before the first
-    /// [`Hart::enter`].
+    /// Binds the hart to the calling thread and returns its kick. Called once, before the first [`Hart::enter`].
     fn bind(&mut self) -> io::Result<Arc<dyn Kick>>;
 
-    /// Completes the last exit with what was written into it, runs the guest, and says why it came back.
+    /// Completes the last exit with the data written into it, runs the guest, and returns the next exit.
     ///
     /// # Errors
-    /// Only what leaves the vCPU unusable; all that a guest can provoke is an [`Exit`].
+    /// Only failures that leave the vCPU unusable; everything that a guest can cause is an [`Exit`].
     fn enter(&mut self) -> io::Result<Exit<'_>>;
 
-    /// What the last [`Hart::enter`] returned, once more; asked before anything else is done with the hart.
+    /// Returns the exit of the last [`Hart::enter`] again; to be called before anything else is done with the hart.
     fn last_exit(&mut self) -> Exit<'_>;
 
     /// Completes the last exit (destination register, program counter) without running the guest, so that registers
-    /// are true and may be written.
+    /// are current and may be written.
     fn settle(&mut self) -> io::Result<()>;
 
-    /// Forgets the last exit: the instruction is not completed and the program counter stays at it.
+    /// Discards the last exit: the instruction is not completed and the program counter stays at it.
     fn abandon(&mut self);
 
-    /// Has every `ebreak` of the guest come out as [`Exit::Debug`], with the program counter at it, whatever the privilege mode;
-    /// otherwise the guest's own trap vector gets them.
+    /// Makes every `ebreak` of the guest exit as [`Exit::Debug`], with the program counter at it, in every privilege mode;
+    /// otherwise they are delivered to the guest's own trap vector.
     ///
     /// # Errors
     /// The kernel has no guest debugging.
     fn trap_ebreaks(&mut self, on: bool) -> io::Result<()>;
 
-    /// Has the guest's timer interrupt pending from now on, or not pending, until the guest sets its timer; touches no other interrupt.
-    /// False where it cannot be done from outside: then the guest itself has to set its timer (SBI TIME).
+    /// Makes the guest's timer interrupt pending or not, until the guest sets its timer; affects no other interrupt. False if that
+    /// is not possible from user space: then the guest itself has to set its timer (SBI TIME).
     fn set_timer_pending(&mut self, on: bool) -> io::Result<bool>;
 
-    /// Drives the external interrupt to the level that its line has: the kernel forgets it when it starts a hart anew.
+    /// Sets the external interrupt to the level of its line: the kernel loses it when it starts a hart.
     fn drive_external(&mut self) -> io::Result<()>;
 
-    /// Reads a register. While the last exit is neither settled nor abandoned, they are those of the instruction that made it.
+    /// Reads a register. Until the last exit is settled or abandoned, the registers are those before its instruction completes.
     fn get(&self, reg: Reg) -> io::Result<u64>;
 
     /// Writes a register. The last exit must be settled or abandoned first.
     fn set(&mut self, reg: Reg, value: u64) -> io::Result<()>;
 }
 
-/// Gets one hart out of the guest, from any thread.
+/// Makes one hart leave the guest, from any thread.
 ///
-/// Whoever kicks has set beforehand what the hart is to see. A kick is never lost: the [`Hart::enter`] under way, or else
-/// the next one, returns [`Exit::Interrupted`]; several kicks before that count as one. [`Hart::settle`] may use a kick
-/// up, since its caller looks at what was set before it waits.
+/// The caller changes the state that the hart is to check before it kicks. A kick is never lost: the [`Hart::enter`] under way, or else
+/// the next one, returns [`Exit::Interrupted`]; several kicks before that count as one. [`Hart::settle`] may
+/// consume a kick, since its caller checks the state before it waits.
 pub trait Kick: Send + Sync {
     /// Kicks. Neither blocks nor fails, and does nothing once the hart's thread has ended.
     fn kick(&self);

@@ -1,10 +1,10 @@
-//! Which memory access an instruction makes: enough of the decoder to say what KVM does not when it gives up.
+//! Decodes the memory access of an instruction, as far as needed for the accesses that KVM cannot emulate.
 //!
 //! Unprivileged specification, chapters "RV32/64G Instruction Set Listings" and "C"; Zcb, Zacas, Zabha, Zalasr, Zicbom,
-//! Zicboz and V add to the same opcodes. Instructions that touch memory without a base register of their own (`cm.push`,
-//! `sspush`) are not known here.
+//! Zicboz and V add to the same opcodes. Instructions that access memory without an explicit base register (`cm.push`,
+//! `sspush`) are not decoded.
 
-/// Load or store, as the trap tells them apart: everything but a pure load is a store or AMO.
+/// Load or store, as trap causes distinguish them: everything but a pure load is a store or AMO.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     Load,
@@ -19,16 +19,16 @@ pub(super) struct Operand {
     pub(super) base: u8,
     /// Added to the base, with wrap-around.
     pub(super) offset: i64,
-    /// Bytes from the address on; 1 where the instruction cannot be misaligned or has many elements.
+    /// Size in bytes; 1 if the instruction cannot be misaligned or has several elements.
     pub(super) size: u8,
 }
 
-/// Bytes that the instruction with this low halfword has.
+/// Length in bytes of the instruction with this low halfword.
 pub(super) fn length(low: u16) -> u64 {
     if low & 3 == 3 { 4 } else { 2 }
 }
 
-/// The memory access of an instruction, or `None` where it makes none that is known. A 16-bit instruction has zeros in
+/// The memory access of an instruction, or `None` if it makes none that is decoded. A 16-bit instruction has zeros in
 /// the upper half.
 pub(super) fn decode(word: u32) -> Option<Operand> {
     match word & 3 {
@@ -56,12 +56,12 @@ fn full(word: u32) -> Option<Operand> {
     }
 }
 
-/// Of LOAD-FP and STORE-FP: widths 1 to 4 are scalar, the others vector.
+/// True for vector accesses in LOAD-FP and STORE-FP: widths 1 to 4 are scalar.
 fn is_vector(funct3: u32) -> bool {
     !(1..=4).contains(&funct3)
 }
 
-/// LR and the load-acquires of Zalasr only load; all else on this opcode stores.
+/// LR and the load-acquires of Zalasr are loads; everything else with this opcode is a store.
 fn atomic(word: u32) -> Option<Kind> {
     match word >> 27 {
         0b00010 | 0b00110 => Some(Kind::Load),
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn what_touches_no_memory_is_not_an_access() {
+    fn instructions_that_access_no_memory_are_not_accesses() {
         // ecall, wfi, nop, jal, beq, fence, a reserved load width, c.nop, c.jr, zeros, ones.
         for word in [
             0x73,

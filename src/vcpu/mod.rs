@@ -1,29 +1,30 @@
-//! One thread per vCPU: enter the guest, see why it came back, answer, enter again.
+//! One thread per vCPU: enter the guest, handle the exit, enter again.
 //!
 //! | file | what is in it |
 //! |---|---|
-//! | `exit.rs` | [`exit::Exit`]: every reason for which a hart comes back |
-//! | `hart.rs` | [`hart::Hart`]: the seam to KVM, and the kick that gets a hart out of the guest |
-//! | `world.rs` | [`World`]: what an answer needs |
-//! | `dispatch.rs` | [`dispatch()`]: from an exit to an answer, one match |
+//! | `exit.rs` | [`exit::Exit`]: every reason for which a hart leaves the guest |
+//! | `hart.rs` | [`hart::Hart`]: the interface to KVM, and the kick that makes a hart leave the guest |
+//! | `world.rs` | [`World`]: state shared by all harts, needed to handle exits |
+//! | `dispatch.rs` | [`dispatch()`]: handles an exit, in one match |
 //! | `sbi.rs`, `csr.rs` | SBI calls and CSR accesses that the kernel leaves to user space |
-//! | `trap.rs` | the traps that hardware would raise and KVM leaves out: which, and how they enter the guest |
-//! | `firmware/` | what stands in for firmware that KVM does not offer: SBI 0.1, CSRs of machine mode, a visible timer |
-//! | `restarts.rs` | what a hart lacks after the kernel has started it anew |
-//! | `observer.rs` | somebody who is told of every exit |
-//! | `walk.rs`, `insn.rs` | what `trap` needs to know it: the guest's page tables, its memory instructions |
+//! | `trap.rs` | the traps that hardware would raise and KVM does not: cause, and entry into the guest |
+//! | `firmware/` | firmware services that KVM does not offer: SBI 0.1, CSRs of machine mode, a visible timer |
+//! | `restarts.rs` | state that the kernel loses when it starts a hart |
+//! | `observer.rs` | [`observer::ExitObserver`]: receives every exit, with the registers |
+//! | `walk.rs`, `insn.rs` | the guest's page tables and memory instructions, for `trap.rs` |
 //! | `dump.rs` | registers as text |
-//! | `run.rs` | [`spawn_hart`]: the thread and its loop |
-//! | `record.rs` | [`record::Recorder`]: who sees every exit |
-//! | `control.rs` | [`Control`]: start, stop, pause and resume from outside |
+//! | `run.rs` | [`spawn_hart`]: the thread and its run loop |
+//! | `record.rs` | [`record::Recorder`]: records every exit for a trace |
+//! | `control.rs` | [`Control`]: start, stop, pause and resume from other threads |
 //! | `stop.rs` | [`stop::StopReason`] |
 //!
-//! # The way of an exit
+//! # The path of an exit
 //!
-//! `enter` → `dispatch` → [`Flow`]. Most exits are answered by `dispatch` alone and the hart goes straight back; nothing on
-//! that way allocates, logs or takes a lock but the device's. What needs the hart's registers comes back as a [`Trouble`],
-//! and the loop, which has the hart, settles it. The control is looked at only after [`exit::Exit::Interrupted`]: who wants
-//! something from a hart says so there and then kicks it. While it waits there, it does what [`Control::run_on`] asks.
+//! `enter` → `dispatch` → [`Flow`]. Most exits are handled by `dispatch` alone and the hart is entered again at once; nothing on
+//! that path allocates, logs or takes a lock but the device's. An exit that needs the hart's registers is returned as a [`Trouble`],
+//! and the run loop, which owns the hart, resolves it. The control is checked only after [`exit::Exit::Interrupted`]: a thread
+//! that requests something of a hart changes the control and then kicks the hart. A hart that waits there runs the tasks of
+//! [`Control::run_on`].
 
 mod control;
 mod csr;

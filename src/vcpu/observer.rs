@@ -1,5 +1,5 @@
-//! Somebody who is told of everything that the harts of a machine go through, one exit at a time, with the registers at hand: how
-//! the labs tell what happens in their own words. It costs system calls at every exit; without a observer there is nothing.
+//! An observer of every exit of a machine's harts, with access to their registers: the labs narrate events with it. It costs
+//! system calls at every exit; without an observer there is no overhead.
 
 use std::io;
 use std::sync::Arc;
@@ -7,22 +7,22 @@ use std::sync::Arc;
 use super::exit::{Exit, Fault, SystemEvent};
 use super::hart::{Hart, Kick, Reg};
 
-/// Who is told.
+/// Receives every exit of every hart.
 pub trait ExitObserver: Send + Sync {
-    /// The hart has left the guest and nothing has been answered yet. Its registers are as the guest left them: the program
-    /// counter is at the instruction that made it leave.
+    /// The hart has left the guest and the exit has not been handled yet. Its registers are as the guest left them: the program
+    /// counter is at the instruction that caused the exit.
     fn exit(&self, hart: &dyn Hart, seen: &ExitRecord);
 
-    /// Something else happened to hart `hart`.
+    /// Another event of hart `hart`.
     fn note(&self, hart: u32, note: HartEvent);
 }
 
-/// What is no exit by itself.
+/// An event that is not an exit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HartEvent {
-    /// The guest set its timer, which user space drives.
+    /// The guest set its timer, which user space emulates.
     TimerSet,
-    /// The timer's interrupt was raised.
+    /// The timer interrupt was raised.
     TimerFired,
 }
 
@@ -62,7 +62,7 @@ impl ExitRecord {
     }
 }
 
-/// A hart whose exits are told to a observer before anybody answers them.
+/// A hart whose exits are reported to an observer before they are handled.
 pub(crate) struct ObservedHart {
     hart: Box<dyn Hart>,
     observer: Arc<dyn ExitObserver>,

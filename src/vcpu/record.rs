@@ -1,5 +1,4 @@
-//! The seam for whoever wants to see every exit: what the loop of a hart tells, and when. [`Unrecorded`] is nobody; with it
-//! the compiler leaves nothing of this in the loop.
+//! The interface of the run loop to recorders of exits. With [`Unrecorded`], the compiler removes all of it from the loop.
 
 use std::fmt;
 
@@ -8,8 +7,8 @@ use rustix::time::{ClockId, clock_gettime};
 use super::dispatch::Flow;
 use super::exit::Exit;
 
-/// Sees every exit of one hart, on the hart's thread. Everything here stands in the way of the guest: nothing may wait,
-/// allocate or make a system call.
+/// Records every exit of one hart, on the hart's thread. All methods delay the guest: none may wait, allocate or make a system
+/// call.
 pub trait Recorder: Send + 'static {
     /// The hart is about to enter the guest.
     fn entering(&mut self);
@@ -17,17 +16,17 @@ pub trait Recorder: Send + 'static {
     /// The hart has left the guest.
     fn left(&mut self);
 
-    /// The exit has been answered: what there was to be read stands in it.
+    /// The exit has been handled, and contains its result.
     fn answered(&mut self, exit: &Exit<'_>, flow: &Flow);
 
-    /// Whether the program counter of an exit that ended so is worth a system call.
+    /// True if the program counter of an exit with this result is worth a system call.
     fn wants_pc(&self, flow: &Flow) -> bool;
 
-    /// The program counter of the exit that was answered last: at the instruction that made it.
+    /// Receives the program counter of the last exit: at the instruction that caused it.
     fn at(&mut self, pc: u64);
 }
 
-/// Nobody looks.
+/// A recorder that does nothing.
 #[derive(Debug, Clone, Copy)]
 pub struct Unrecorded;
 
@@ -50,12 +49,12 @@ impl Recorder for Unrecorded {
     fn at(&mut self, _: u64) {}
 }
 
-/// A counter that goes at a constant rate, is the same for all threads, and costs next to nothing to read.
+/// A counter with a constant rate that is the same for all threads and cheap to read.
 #[derive(Clone, Copy)]
 pub struct Ticks {
-    /// Reads it.
+    /// Reads the counter.
     pub now: fn() -> u64,
-    /// Its rate, in ticks a second; not 0.
+    /// Ticks per second; not 0.
     pub hz: u64,
 }
 

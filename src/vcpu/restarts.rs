@@ -1,13 +1,13 @@
-//! What a hart lacks after the kernel has started it anew (SBI HSM, or the end of a system suspend): firmware on hardware opens the
-//! counters to user mode before it starts a hart, and lines are as they are; KVM closes the counters since Linux 6.16, and forgets the level
-//! of the external interrupt.
+//! Restores state that a hart loses when the kernel starts it (SBI HSM, or the end of a system suspend): on hardware, firmware
+//! enables user-mode access to the counters before it starts a hart, and interrupt lines keep their levels; KVM disables the access
+//! since Linux 6.16, and loses the level of the external interrupt.
 //!
-//! Nobody hears of a start: the kernel does it, and a register that is written before is lost. So a thread looks at what the kernel
-//! counts of each hart. One that has left the guest for the first time, or again after it had not for a while, may have been
-//! started: it is kicked, and given what it lacks. That is some milliseconds after the start, long before a kernel
-//! has come to user mode on that hart.
+//! User space is not notified of a start: the kernel does it, and a register that is written before it is lost. So a thread polls
+//! the kernel's count of exits of each hart. A hart that exits for the first time, or again after a quiet time, may have been
+//! started: it is kicked, and its state is restored. That is some milliseconds after the start, long before a kernel enters user
+//! mode on that hart.
 //!
-//! A hart that stops and starts again faster than `QUIET` is not noticed.
+//! A hart that stops and starts again within `QUIET` is not detected.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -20,47 +20,47 @@ use log::{debug, info};
 use super::control::Control;
 use super::hart::{Csr, Hart, Reg};
 
-/// `scounteren` as firmware leaves it: user mode may read cycle, time and instret.
+/// `scounteren` as firmware sets it: user mode may read cycle, time and instret.
 pub const COUNTERS: u64 = 0b111;
 
-/// How long a hart has not left the guest that may have been stopped; also the least time between two looks at a hart.
+/// Minimum time without exits of a hart that may have been stopped; also the minimum time between two checks of a hart.
 const QUIET: Duration = Duration::from_millis(20);
 
-/// Time between two looks at the counts, while a first start is likely, and later.
-const SOON: Duration = Duration::from_millis(2);
-const LATER: Duration = QUIET;
+/// Polling intervals of the counts: while a first start is likely, and later.
+const FAST_POLL: Duration = Duration::from_millis(2);
+const SLOW_POLL: Duration = QUIET;
 
-/// How long a guest is likely to start its harts.
-const YOUNG: Duration = Duration::from_secs(60);
+/// Time in which a guest is likely to start its harts.
+const BOOT_TIME: Duration = Duration::from_secs(60);
 
-/// As often a hart may be found closed. One that closes its counters by itself again and again wants that.
-const MOST_OPENED: u32 = 64;
+/// Maximum number of times that the counters of a hart are enabled. A guest that disables them again and again does so on purpose.
+const MAX_OPENED: u32 = 64;
 
-/// How often hart `hart` has left the guest so far; it may be asked while the hart runs.
+/// The number of exits of one hart so far; readable while the hart runs.
 pub trait Exits: Send + Sync {
-    /// The number, which never falls.
+    /// Returns the number, which never decreases.
     ///
     /// # Errors
-    /// The kernel does not say.
+    /// The kernel cannot return it.
     fn count(&self) -> io::Result<u64>;
 }
 
-/// Watches harts for starts.
+/// Detects starts of harts.
 pub struct Restarts {
     shared: Arc<Shared>,
-    /// There once there is something to be noticed.
+    /// The polling thread, once there is something to detect.
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 struct Shared {
     exits: Vec<Box<dyn Exits>>,
     control: Arc<Control>,
-    /// Whether harts start with their counters closed.
+    /// True if harts start with their counters disabled.
     opens: bool,
     state: Mutex<State>,
     changed: Condvar,
-    /// Who is to look after itself, by hart.
-    asked: Vec<AtomicBool>,
+    /// True for harts that were kicked to restore their state.
+    kicked: Vec<AtomicBool>,
 }
 
 struct State {
@@ -68,23 +68,23 @@ struct State {
     ended: bool,
 }
 
-/// What is known of a hart.
+/// The observed state of a hart.
 #[derive(Debug, Clone, Copy)]
 struct Watch {
     exits: u64,
-    /// When that was last seen to change.
-    moved: Instant,
-    /// It is to be looked at when it moves, however short it was quiet.
+    /// Time of the last observed change of `exits`.
+    changed: Instant,
+    /// It is checked at its next exit, without a quiet time before.
     is_due: bool,
-    /// It is looked at after a quiet time, too.
+    /// It is checked at the first exit after each quiet time.
     is_tracked: bool,
-    looked: Instant,
+    checked: Instant,
     opened: u32,
 }
 
 impl Restarts {
-    /// Watches harts 0, 1, ... by their counts, of which the first is the boot hart and started. `opens` where the kernel starts harts
-    /// with closed counters; otherwise only those are looked at that `Restarts::expect` names.
+    /// Watches harts 0, 1, ... by their counts; the first is the boot hart, which is already started. `opens` if the kernel starts
+    /// harts with disabled counters; otherwise only harts named by `Restarts::expect` are checked.
     ///
     /// # Errors
     /// The host has no thread left.
@@ -97,9 +97,9 @@ impl Restarts {
         let is_tracked = opens && exits.len() > 1;
         let watches = (0..exits.len()).map(|hart| Watch::new(hart > 0, is_tracked, now));
         let state = State { watches: watches.collect(), ended: false };
-        let asked = exits.iter().map(|_| AtomicBool::new(false)).collect();
+        let kicked = exits.iter().map(|_| AtomicBool::new(false)).collect();
         let (state, changed, control) = (Mutex::new(state), Condvar::new(), Arc::clone(control));
-        let shared = Arc::new(Shared { exits, control, opens, state, changed, asked });
+        let shared = Arc::new(Shared { exits, control, opens, state, changed, kicked });
         let this = Self { shared, thread: Mutex::default() };
         if is_tracked {
             this.ensure_thread()?;
@@ -117,28 +117,28 @@ impl Restarts {
         Ok(())
     }
 
-    /// The hart is out of the guest, and is started anew by the kernel when it next enters it.
+    /// Expects a start: the hart is out of the guest, and the kernel starts it at its next entry.
     pub(super) fn expect(&self, hart: u32) {
         let index = index(hart);
         let mut state = self.shared.lock();
         if let Some((watch, exits)) = state.watches.get_mut(index).zip(self.shared.exits.get(index))
         {
-            // Where they cannot be counted, the thread finds that, too, and says so.
+            // The thread gets the same error, and logs it.
             watch.exits = exits.count().unwrap_or(watch.exits);
             (watch.is_due, watch.opened) = (true, 0);
         }
         drop(state);
         if let Err(error) = self.ensure_thread() {
-            info!("The start of hart {hart} is not noticed: {error}");
+            info!("Cannot detect the start of hart {hart}: {error}");
         }
         self.shared.changed.notify_all();
     }
 
-    /// Gives the hart what it lacks, if it was kicked for that.
-    pub(super) fn attend(&self, hart: &mut dyn Hart) -> io::Result<()> {
+    /// Restores the hart's state, if it was kicked for that.
+    pub(super) fn handle_kick(&self, hart: &mut dyn Hart) -> io::Result<()> {
         let id = hart.id();
-        let asked = self.shared.asked.get(index(id));
-        if !asked.is_some_and(|asked| asked.swap(false, SeqCst)) {
+        let kicked = self.shared.kicked.get(index(id));
+        if !kicked.is_some_and(|kicked| kicked.swap(false, SeqCst)) {
             return Ok(());
         }
         hart.drive_external()?;
@@ -149,9 +149,9 @@ impl Restarts {
         let found = hart.get(counters)?;
         let mut state = self.shared.lock();
         let Some(watch) = state.watches.get_mut(index(id)) else { return Ok(()) };
-        if watch.judge(found) {
+        if watch.needs_opening(found) {
             drop(state);
-            debug!("Hart {id} has started: its counters are open to user mode now");
+            debug!("Hart {id} has started: user mode may read its counters now");
             hart.set(counters, COUNTERS)?;
         }
         Ok(())
@@ -164,7 +164,7 @@ impl Drop for Restarts {
         self.shared.changed.notify_all();
         let thread = self.thread.get_mut().unwrap_or_else(PoisonError::into_inner);
         if let Some(thread) = thread.take() {
-            // A thread that panicked has nothing left to be done.
+            // A thread that panicked needs no cleanup.
             let _ = thread.join();
         }
     }
@@ -180,31 +180,32 @@ impl Shared {
     }
 
     fn run(&self) {
-        let born = Instant::now();
+        let start = Instant::now();
         let mut state = self.lock();
         while !state.ended {
             let now = Instant::now();
-            for (id, ((watch, exits), asked)) in
-                (0..).zip(state.watches.iter_mut().zip(&self.exits).zip(&self.asked))
+            for (id, ((watch, exits), kicked)) in
+                (0..).zip(state.watches.iter_mut().zip(&self.exits).zip(&self.kicked))
             {
                 match exits.count() {
                     Ok(count) if watch.step(now, count) => {
-                        asked.store(true, SeqCst);
+                        kicked.store(true, SeqCst);
                         self.control.kick(id);
                     }
                     Ok(_) => {}
                     Err(error) => {
-                        info!("Starts of hart {id} are not noticed: {error}");
+                        info!("Cannot detect starts of hart {id}: {error}");
                         (watch.is_due, watch.is_tracked) = (false, false);
                     }
                 }
             }
-            let is_young = now.duration_since(born) < YOUNG;
-            let pause = state.watches.iter().filter_map(|watch| watch.pause(is_young)).min();
-            state = match pause {
-                Some(pause) => self
+            let is_booting = now.duration_since(start) < BOOT_TIME;
+            let interval =
+                state.watches.iter().filter_map(|watch| watch.interval(is_booting)).min();
+            state = match interval {
+                Some(interval) => self
                     .changed
-                    .wait_timeout(state, pause)
+                    .wait_timeout(state, interval)
                     .map_or_else(|e| e.into_inner().0, |(state, _)| state),
                 None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
             };
@@ -215,34 +216,34 @@ impl Shared {
 impl Watch {
     fn new(is_due: bool, is_tracked: bool, now: Instant) -> Self {
         let is_due = is_due && is_tracked;
-        Self { exits: 0, moved: now, is_due, is_tracked, looked: now, opened: 0 }
+        Self { exits: 0, changed: now, is_due, is_tracked, checked: now, opened: 0 }
     }
 
-    /// Takes a new count; true where the hart is to be looked at.
+    /// Takes a new count; true if the hart is to be checked.
     fn step(&mut self, now: Instant, exits: u64) -> bool {
         if exits == self.exits {
             return false;
         }
-        let was_quiet = now.duration_since(self.moved) >= QUIET;
-        let is_rested = now.duration_since(self.looked) >= QUIET;
+        let was_quiet = now.duration_since(self.changed) >= QUIET;
+        let may_check = now.duration_since(self.checked) >= QUIET;
         self.exits = exits;
-        self.moved = now;
-        let looks = self.is_due || self.is_tracked && was_quiet && is_rested;
-        if looks {
-            (self.is_due, self.looked) = (false, now);
+        self.changed = now;
+        let checks = self.is_due || self.is_tracked && was_quiet && may_check;
+        if checks {
+            (self.is_due, self.checked) = (false, now);
         }
-        looks
+        checks
     }
 
-    /// What the hart's `scounteren` was found to be; true where it is to be opened.
-    fn judge(&mut self, found: u64) -> bool {
+    /// Takes the value found in the hart's `scounteren`; true if the counters are to be enabled.
+    fn needs_opening(&mut self, found: u64) -> bool {
         match found {
-            0 if self.opened < MOST_OPENED => {
+            0 if self.opened < MAX_OPENED => {
                 self.opened += 1;
                 true
             }
             COUNTERS => false,
-            // The guest sees to it by itself.
+            // The guest sets it by itself.
             _ => {
                 self.is_tracked = false;
                 false
@@ -250,12 +251,12 @@ impl Watch {
         }
     }
 
-    /// When to look at the counts again; `None` where nothing is to be noticed.
-    fn pause(&self, is_young: bool) -> Option<Duration> {
+    /// The time until the next poll; `None` if there is nothing to detect.
+    fn interval(&self, is_booting: bool) -> Option<Duration> {
         match (self.is_due, self.is_tracked) {
-            (true, false) => Some(SOON),
-            (true, true) if is_young => Some(SOON),
-            (_, true) => Some(LATER),
+            (true, false) => Some(FAST_POLL),
+            (true, true) if is_booting => Some(FAST_POLL),
+            (_, true) => Some(SLOW_POLL),
             (false, false) => None,
         }
     }
@@ -268,7 +269,7 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
 
     #[test]
-    fn a_hart_is_looked_at_when_it_first_leaves_the_guest_and_after_each_quiet_time() {
+    fn a_hart_is_checked_at_its_first_exit_and_after_each_quiet_time() {
         let start = Instant::now();
         let mut watch = Watch::new(true, true, start);
         assert!(!watch.step(start + MS, 0), "it has not been started");
@@ -283,31 +284,30 @@ mod tests {
     }
 
     #[test]
-    fn a_hart_that_is_expected_is_looked_at_when_it_moves_and_no_other_where_the_kernel_opens_counters()
-     {
+    fn only_expected_harts_are_checked_if_the_kernel_enables_the_counters() {
         let start = Instant::now();
         let mut watch = Watch::new(true, false, start);
-        assert_eq!(watch.pause(true), None);
+        assert_eq!(watch.interval(true), None);
         assert!(!watch.step(start + 500 * MS, 1));
         watch.is_due = true;
-        assert_eq!(watch.pause(false), Some(SOON));
+        assert_eq!(watch.interval(false), Some(FAST_POLL));
         assert!(!watch.step(start + 501 * MS, 1));
         assert!(watch.step(start + 502 * MS, 2));
-        assert_eq!(watch.pause(true), None);
+        assert_eq!(watch.interval(true), None);
     }
 
     #[test]
-    fn counters_are_opened_unless_the_guest_sees_to_them() {
+    fn counters_are_enabled_unless_the_guest_sets_them() {
         let mut watch = Watch::new(true, true, Instant::now());
-        assert!(watch.judge(0));
-        assert!(!watch.judge(COUNTERS));
-        assert!(watch.judge(0), "started again");
+        assert!(watch.needs_opening(0));
+        assert!(!watch.needs_opening(COUNTERS));
+        assert!(watch.needs_opening(0), "started again");
         assert!(watch.is_tracked);
-        assert!(!watch.judge(0b10), "Linux with a PMU");
+        assert!(!watch.needs_opening(0b10), "Linux with a PMU");
         assert!(!watch.is_tracked);
         let mut stubborn = Watch::new(true, true, Instant::now());
-        let opened = (0..1000).filter(|_| stubborn.judge(0)).count();
-        assert_eq!(opened, MOST_OPENED as usize);
-        assert!(!stubborn.is_tracked, "it closes them by itself");
+        let opened = (0..1000).filter(|_| stubborn.needs_opening(0)).count();
+        assert_eq!(opened, MAX_OPENED as usize);
+        assert!(!stubborn.is_tracked, "it disables them by itself");
     }
 }

@@ -1,4 +1,4 @@
-//! A hart's thread: bind, wait for the start, and then the loop.
+//! A hart's thread: bind, wait for the start, then the run loop.
 
 use std::io;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use std::time::Duration;
 use log::debug;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-use super::control::{Control, Order, Service, Wakeup};
+use super::control::{Control, Order, Registration, WakeReason};
 use super::dispatch::{Flow, dispatch};
 use super::hart::{Csr, Hart, Reg};
 use super::record::Recorder;
@@ -27,12 +27,12 @@ const SEIP: u64 = 1 << 9;
 /// `sip.STIP`: the timer's interrupt is pending; the same bit of `sie` enables it.
 const STIP: u64 = 1 << 5;
 
-/// Gives a hart its thread, `vcpuN`, on host CPU `affinity` if one is named. When this returns the hart is bound and known
-/// to `control`; it waits for [`Control::start`], and runs until `control` has a reason to stop. The thread drops the hart
-/// before [`Control::wait`] returns. `recorder` sees its exits and is dropped with it.
+/// Spawns a hart's thread, `vcpuN`, pinned to host CPU `affinity` if one is given. When this returns the hart is bound and
+/// registered with `control`; it waits for [`Control::start`], and runs until `control` has a reason to stop. The thread drops
+/// the hart before [`Control::wait`] returns. `recorder` receives its exits and is dropped with it.
 ///
 /// # Errors
-/// The host gives no thread, has no such CPU, or cannot bind the hart; the message says which.
+/// The host has no thread left, has no such CPU, or cannot bind the hart; the message names the cause.
 pub fn spawn_hart(
     hart: Box<dyn Hart>,
     world: Arc<World>,
@@ -43,12 +43,12 @@ pub fn spawn_hart(
     let id = hart.id();
     let (report, bound) = sync_channel(1);
     let body = move || {
-        // The spawner waits for the report, so that it can always be sent.
+        // The spawning thread waits for the report, so sending cannot fail.
         let mut hart = hart;
         match begin(hart.as_mut(), &control, affinity) {
-            Ok(service) => {
+            Ok(registration) => {
                 let _ = report.send(Ok(()));
-                serve(hart, service, &world, &control, recorder);
+                serve(hart, registration, &world, &control, recorder);
             }
             Err(error) => {
                 let _ = report.send(Err(error));
@@ -65,14 +65,14 @@ pub fn spawn_hart(
 
 fn serve(
     mut hart: Box<dyn Hart>,
-    service: Service,
+    registration: Registration,
     world: &World,
     control: &Arc<Control>,
     mut recorder: impl Recorder,
 ) {
-    let reason = live(hart.as_mut(), world, control, &mut recorder).unwrap_or_else(|error| {
+    let reason = run_loop(hart.as_mut(), world, control, &mut recorder).unwrap_or_else(|error| {
         let id = hart.id();
-        Some(StopReason::HostFailure(format!("Hart {id} cannot go on: {error}")))
+        Some(StopReason::HostFailure(format!("Hart {id} cannot continue: {error}")))
     });
     if let Some(reason) = reason {
         control.stop(reason);
@@ -80,19 +80,19 @@ fn serve(
     debug!("Hart {} ends", hart.id());
     drop(recorder);
     drop(hart);
-    drop(service);
+    drop(registration);
 }
 
 fn begin(
     hart: &mut dyn Hart,
     control: &Arc<Control>,
     affinity: Option<u32>,
-) -> io::Result<Service> {
+) -> io::Result<Registration> {
     if let Some(cpu) = affinity {
         pin(hart.id(), cpu)?;
     }
     let kick = hart.bind()?;
-    Ok(control.enlist(hart.id(), kick))
+    Ok(control.register(hart.id(), kick))
 }
 
 fn pin(hart: u32, cpu: u32) -> io::Result<()> {
@@ -114,19 +114,19 @@ fn pin(hart: u32, cpu: u32) -> io::Result<()> {
     })
 }
 
-/// The loop. `None` where the control ended it.
-fn live(
+/// The run loop. `None` if the control ended it.
+fn run_loop(
     hart: &mut dyn Hart,
     world: &World,
     control: &Control,
     recorder: &mut impl Recorder,
 ) -> io::Result<Option<StopReason>> {
-    if !obey(hart, control)? {
+    if !follow_order(hart, control)? {
         return Ok(None);
     }
     loop {
         recorder.entering();
-        // The exit stays where it is: to move it would cost as much as the rest of this loop.
+        // The exit is not moved: that would cost as much as the rest of this loop.
         let flow = match hart.enter() {
             Ok(ref mut exit) => {
                 recorder.left();
@@ -151,14 +151,14 @@ fn live(
                 thread::yield_now();
             }
             Flow::Yield => {
-                if !obey(hart, control)? {
+                if !follow_order(hart, control)? {
                     return Ok(None);
                 }
                 if let Some(firmware) = &world.firmware {
-                    firmware.attend(hart)?;
+                    firmware.handle_kick(hart)?;
                 }
                 if let Some(restarts) = &world.restarts {
-                    restarts.attend(hart)?;
+                    restarts.handle_kick(hart)?;
                 }
             }
             Flow::Suspend => {
@@ -176,57 +176,58 @@ fn live(
     }
 }
 
-/// Does what the control says; false where the run ends.
+/// Follows the control's order; false if the run ends.
 #[cold]
-fn obey(hart: &mut dyn Hart, control: &Control) -> io::Result<bool> {
+fn follow_order(hart: &mut dyn Hart, control: &Control) -> io::Result<bool> {
     match control.order(hart.id()) {
         Order::Run => Ok(true),
         Order::End => Ok(false),
         Order::Park => {
             hart.settle()?;
-            Ok(rest(hart, |id| control.park(id)))
+            Ok(park(hart, |id| control.park(id)))
         }
     }
 }
 
-/// Waits, and does what the hart is visited for meanwhile; false where the run ends.
-fn rest(hart: &mut dyn Hart, wait: impl Fn(u32) -> Wakeup) -> bool {
+/// Waits, and runs the hart's tasks meanwhile; false if the run ends.
+fn park(hart: &mut dyn Hart, wait: impl Fn(u32) -> WakeReason) -> bool {
     loop {
         match wait(hart.id()) {
-            Wakeup::Run => return true,
-            Wakeup::End => return false,
-            Wakeup::Task(task) => task(hart),
+            WakeReason::Run => return true,
+            WakeReason::End => return false,
+            WakeReason::Task(task) => task(hart),
         }
     }
 }
 
-/// Sleeps until something wakes the system: its timer, if it has the timer's interrupt enabled; an interrupt that its controller lets
-/// through to it; console input. Not at all where one of them is there already. The events of the host are counted from before that
-/// look, so that none is missed after it. False where the run ends.
+/// Sleeps until the system is woken: by its timer, if the timer interrupt is enabled; by an interrupt that its controller
+/// forwards; by console input. Returns at once if one of them is pending. The count of host events is read before that check,
+/// so that none is missed after it. False if the run ends.
 ///
-/// What wakes it is the hart as the guest has left it; the kernel starts it anew when it enters the guest (SBI 13.1).
+/// The wake-up condition uses the hart's registers as the guest left them; the kernel resets them when the hart enters the guest
+/// again (SBI 13.1).
 #[cold]
 fn sleep(hart: &mut dyn Hart, world: &World, control: &Control) -> io::Result<bool> {
     hart.settle()?;
     let events = control.events();
-    let goes_on = loop {
-        let Some(limit) = time_to_sleep(hart, world)? else { break obey(hart, control)? };
+    let is_running = loop {
+        let Some(limit) = time_to_sleep(hart, world)? else { break follow_order(hart, control)? };
         match control.sleep(hart.id(), events, limit) {
-            Wakeup::Run => break true,
-            Wakeup::End => break false,
-            Wakeup::Task(task) => task(hart),
+            WakeReason::Run => break true,
+            WakeReason::End => break false,
+            WakeReason::Task(task) => task(hart),
         }
     };
-    if let Some(restarts) = world.restarts.as_ref().filter(|_| goes_on) {
+    if let Some(restarts) = world.restarts.as_ref().filter(|_| is_running) {
         restarts.expect(hart.id());
     }
-    Ok(goes_on)
+    Ok(is_running)
 }
 
-/// How long a suspended system sleeps at most, until its timer is due; `None` where it is awake.
+/// Maximum time that a suspended system sleeps, until its timer is due; `None` if it must not sleep.
 fn time_to_sleep(hart: &dyn Hart, world: &World) -> io::Result<Option<Duration>> {
     let (sip, sie) = (hart.get(Reg::Csr(Csr::Sip))?, hart.get(Reg::Csr(Csr::Sie))?);
-    // The controller has masks of its own for an external interrupt.
+    // The interrupt controller has its own masks for external interrupts.
     if sip & (SEIP | sie & STIP) != 0 || sbi::has_input(world) {
         return Ok(None);
     }
@@ -234,9 +235,9 @@ fn time_to_sleep(hart: &dyn Hart, world: &World) -> io::Result<Option<Duration>>
     if sie & STIP == 0 || due == u64::MAX {
         return Ok(Some(Duration::MAX));
     }
-    // Half a tick early is too early.
+    // Round up: waking half a tick early is too early.
     let ticks = due.saturating_sub(hart.get(Reg::Time)?).saturating_add(1);
     let hz = world.timebase_hz.max(1);
-    let rest = (ticks % hz).saturating_mul(1_000_000_000) / hz;
-    Ok(Some(Duration::from_secs(ticks / hz).saturating_add(Duration::from_nanos(rest))))
+    let nanos = (ticks % hz).saturating_mul(1_000_000_000) / hz;
+    Ok(Some(Duration::from_secs(ticks / hz).saturating_add(Duration::from_nanos(nanos))))
 }

@@ -1,5 +1,5 @@
 //! SBI calls that KVM leaves to user space (SBI specification 3.0): the debug console, the legacy console, system suspend,
-//! and the ranges in which the guest has nothing to find.
+//! and the ranges of extensions that do not exist here.
 
 use log::{Level, debug, info, log_enabled, warn};
 
@@ -24,25 +24,25 @@ const SUCCESS: u64 = 0;
 const NOT_SUPPORTED: u64 = (-2_i64).cast_unsigned();
 const INVALID_PARAM: u64 = (-3_i64).cast_unsigned();
 
-/// Bytes that one DBCN call moves at most: the guest gets the hart back in bounded time and asks for the rest.
-const MOST_BYTES: u64 = MANY as u64;
-/// Bytes between guest memory and console at a time, for calls of few bytes and of many.
-const FEW: usize = 256;
-const MANY: usize = 4096;
+/// Maximum number of bytes per DBCN call: it returns to the guest in bounded time, and the guest calls again for the rest.
+const MAX_BYTES: u64 = LARGE_CHUNK as u64;
+/// Buffer sizes between guest memory and console, for calls of few bytes and of many.
+const SMALL_CHUNK: usize = 256;
+const LARGE_CHUNK: usize = 4096;
 
-/// Answers a call. Whatever has work to do stands out of line: a guest that probes pays for the way here alone.
-pub(super) fn answer(call: &mut SbiCall<'_>, world: &World) -> Flow {
+/// Handles a call. The work is out of line, to keep calls that only probe cheap.
+pub(super) fn handle(call: &mut SbiCall<'_>, world: &World) -> Flow {
     match (call.extension, call.function) {
-        (eid::DBCN | eid::LEGACY_PUTCHAR | eid::LEGACY_GETCHAR, _) => talk(call, world),
+        (eid::DBCN | eid::LEGACY_PUTCHAR | eid::LEGACY_GETCHAR, _) => console_call(call, world),
         (eid::BASE, PROBE) => {
             *call.ret = [SUCCESS, 0];
             Flow::Resume
         }
         (eid::SUSP, 0) => suspend(call),
         (extension, function) => {
-            let first = world.first(Notice::UnknownSbi);
+            let first = world.is_first(Notice::UnknownSbi);
             if first || log_enabled!(Level::Debug) {
-                tell_unknown(first, extension, function);
+                log_unknown(first, extension, function);
             }
             *call.ret = [NOT_SUPPORTED, 0];
             Flow::Resume
@@ -52,13 +52,13 @@ pub(super) fn answer(call: &mut SbiCall<'_>, world: &World) -> Flow {
 
 /// The calls that reach the console.
 #[inline(never)]
-fn talk(call: &mut SbiCall<'_>, world: &World) -> Flow {
+fn console_call(call: &mut SbiCall<'_>, world: &World) -> Flow {
     let (error, value, flow) = match call.extension {
         eid::LEGACY_PUTCHAR => match put(world, call.args[0]) {
             true => (SUCCESS, call.args[1], Flow::Resume),
             false => return Flow::Retry,
         },
-        // A legacy call answers in a0 alone; the kernel writes a1 as well.
+        // A legacy call returns its result in a0 alone; the kernel writes a1 as well.
         eid::LEGACY_GETCHAR => (get(world).map_or(u64::MAX, u64::from), call.args[1], Flow::Resume),
         _ => dbcn(call.function, call.args, world),
     };
@@ -66,12 +66,12 @@ fn talk(call: &mut SbiCall<'_>, world: &World) -> Flow {
     flow
 }
 
-type TrapResult = (u64, u64, Flow);
+type CallResult = (u64, u64, Flow);
 
-/// The first such call is worth a warning.
+/// Logs an unknown call, the first as a warning.
 #[cold]
 #[inline(never)]
-fn tell_unknown(first: bool, extension: u64, function: u64) {
+fn log_unknown(first: bool, extension: u64, function: u64) {
     if first {
         warn!(
             "The guest calls SBI extension {extension:#x}, function {function:#x}: not supported"
@@ -81,8 +81,8 @@ fn tell_unknown(first: bool, extension: u64, function: u64) {
     }
 }
 
-/// The kernel has checked the call and queued the restart at the address that the guest named: it cannot be refused any
-/// more, only be honoured. The calling hart is the last one that runs.
+/// The kernel has checked the call and set up the resume address: the call can no longer be refused. The calling hart is the
+/// only one still running.
 #[cold]
 #[inline(never)]
 fn suspend(call: &mut SbiCall<'_>) -> Flow {
@@ -92,7 +92,7 @@ fn suspend(call: &mut SbiCall<'_>) -> Flow {
 }
 
 /// Debug Console (SBI chapter 12).
-fn dbcn(function: u64, args: &[u64; 6], world: &World) -> TrapResult {
+fn dbcn(function: u64, args: &[u64; 6], world: &World) -> CallResult {
     match function {
         0 | 1 => {
             let [len, base, base_high, ..] = *args;
@@ -102,11 +102,11 @@ fn dbcn(function: u64, args: &[u64; 6], world: &World) -> TrapResult {
             if base_high != 0 || !world.ram.contains(base, len) {
                 return (INVALID_PARAM, 0, Flow::Resume);
             }
-            let len = len.min(MOST_BYTES);
+            let len = len.min(MAX_BYTES);
             let moved = match function {
-                0 if len <= FEW as u64 => write::<FEW>(world, base, len),
-                0 => write::<MANY>(world, base, len),
-                _ => read::<FEW>(world, base, len),
+                0 if len <= SMALL_CHUNK as u64 => write::<SMALL_CHUNK>(world, base, len),
+                0 => write::<LARGE_CHUNK>(world, base, len),
+                _ => read::<SMALL_CHUNK>(world, base, len),
             };
             match moved {
                 Ok(done) => (SUCCESS, done, Flow::Resume),
@@ -117,14 +117,14 @@ fn dbcn(function: u64, args: &[u64; 6], world: &World) -> TrapResult {
                 }
             }
         }
-        // This one waits until the byte is out. The hart waits, by calling again: its interrupts stay alive.
+        // This call blocks until the byte is sent. The hart repeats the call, so that it still takes interrupts.
         2 if put(world, args[0]) => (SUCCESS, 0, Flow::Resume),
         2 => (SUCCESS, 0, Flow::Retry),
         _ => (NOT_SUPPORTED, 0, Flow::Resume),
     }
 }
 
-/// Guest memory to console, as far as it takes it now: one access for each chunk.
+/// Copies guest memory to the console, as much as it takes now: one access per chunk.
 fn write<const CHUNK: usize>(world: &World, base: u64, len: u64) -> Result<u64, RamError> {
     let mut buf = [0; CHUNK];
     let mut done = 0;
@@ -140,7 +140,7 @@ fn write<const CHUNK: usize>(world: &World, base: u64, len: u64) -> Result<u64, 
     Ok(done)
 }
 
-/// Console to guest memory, as much as there is.
+/// Copies available console input to guest memory.
 fn read<const CHUNK: usize>(world: &World, base: u64, len: u64) -> Result<u64, RamError> {
     let mut buf = [0; CHUNK];
     let mut done = 0;
@@ -161,38 +161,38 @@ fn chunk(buf: &mut [u8], len: u64) -> &mut [u8] {
     buf.get_mut(..len).unwrap_or_default()
 }
 
-/// One byte to the console; false where it is full. The other bits of the argument mean nothing.
+/// Sends one byte to the console; false if it is full. The other bits of the argument are ignored.
 fn put(world: &World, arg: u64) -> bool {
     send(world, &[arg.to_le_bytes()[0]]) == 1
 }
 
-/// One byte from the console, if there is one.
+/// Takes one byte from the console, if there is one.
 fn get(world: &World) -> Option<u8> {
     let mut byte = [0];
     (take(world, &mut byte) == 1).then_some(byte[0])
 }
 
-/// Bytes to the console; says how many it took. A machine without one takes all, and they vanish.
+/// Sends bytes to the console and returns the number it took. A machine without one discards all.
 fn send(world: &World, bytes: &[u8]) -> usize {
     let Some(addr) = console(world) else { return bytes.len() };
     world.bus.serial_line(addr, |line| line.send(bytes)).unwrap_or(bytes.len())
 }
 
-/// Bytes from the console; says how many it had.
+/// Takes bytes from the console and returns their number.
 fn take(world: &World, buf: &mut [u8]) -> usize {
     let Some(addr) = console(world) else { return 0 };
     world.bus.serial_line(addr, |line| line.take(buf)).unwrap_or(0)
 }
 
-/// True where the console has input that the guest has not read. It is asked for from now on.
+/// True if the console has input that the guest has not read. Input is requested from now on.
 pub(super) fn has_input(world: &World) -> bool {
     let asked = world.console.and_then(|addr| world.bus.serial_line(addr, |line| line.has_input()));
     asked.unwrap_or(false)
 }
 
 fn console(world: &World) -> Option<u64> {
-    if world.console.is_none() && world.first(Notice::ConsoleMissing) {
-        warn!("The guest uses the SBI console of a machine without a UART: output vanishes");
+    if world.console.is_none() && world.is_first(Notice::ConsoleMissing) {
+        warn!("The guest uses the SBI console of a machine without a UART: output is discarded");
     }
     world.console
 }

@@ -1,35 +1,35 @@
-//! Why a machine stopped: values, not prints, so that an embedder can act on them.
+//! The reasons for which a machine stops, as values that an embedder can act on.
 
 use std::fmt;
 
 use crate::error::{EXIT_GUEST, EXIT_HOST, EXIT_OK};
 use crate::memory::GuestRam;
 
-/// Why a machine stopped.
+/// The reason for which a machine stopped.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StopReason {
     /// The guest powered off (SBI SRST shutdown without a failure, or the syscon's poweroff).
     PowerOff,
-    /// The guest asked for a reset and the machine does not restart by itself.
+    /// The guest requested a reset and the machine does not restart by itself.
     Reset,
-    /// Somebody asked from outside: `stop()`, Ctrl-A x, SIGTERM.
+    /// The host requested it: `stop()`, Ctrl-A x, SIGTERM.
     Requested,
     /// The guest reported failure through the syscon, with its code.
     GuestFailure(u16),
     /// The guest shut down and gave a system failure as its reason (SBI SRST, chapter 10).
     SystemFailure,
-    /// A hart did what no trap of the guest can answer. The text says what, and holds the registers.
+    /// A hart caused an error that cannot be delivered to the guest as a trap.
     HartFault {
-        /// Which hart.
+        /// Hart id.
         hart: u32,
-        /// One line: what happened.
+        /// Description, one line.
         what: String,
         /// Register dump, several lines.
         dump: String,
     },
     /// An access to an address without memory and device, under the policy `stop`.
     UnassignedAccess {
-        /// Which hart.
+        /// Hart id.
         hart: u32,
         /// Guest-physical address.
         addr: u64,
@@ -38,17 +38,17 @@ pub enum StopReason {
         /// Register dump, several lines.
         dump: String,
     },
-    /// Guest memory is gone: a file behind it shrank or cannot be read any more.
+    /// Guest memory is lost: a file behind it shrank or cannot be read any more.
     MemoryLost {
-        /// Guest-physical address, where it is known.
+        /// Guest-physical address, if known.
         addr: Option<u64>,
     },
-    /// The host failed a hart (KVM_RUN refused with an errno that no guest can cause, a thread died).
+    /// The host failed (KVM_RUN returned an errno that no guest can cause, a thread died).
     HostFailure(String),
 }
 
 impl StopReason {
-    /// Guest RAM is lost, at `addr` where that is known: by a file, or because the host does not provide it.
+    /// The reason for lost guest RAM, at `addr` if known: a file shrank, or the host does not provide the memory.
     pub(super) fn lost(ram: &GuestRam, addr: Option<u64>) -> Self {
         match ram.failure() {
             Some(what) => Self::HostFailure(what.into()),
@@ -90,7 +90,7 @@ impl fmt::Display for StopReason {
                 let what = if *write { "stored to" } else { "loaded from" };
                 write!(
                     f,
-                    "Hart {hart} {what} {addr:#x}, where neither memory nor a device is\n{dump}"
+                    "Hart {hart} {what} {addr:#x}, which is neither memory nor a device\n{dump}"
                 )
             }
             Self::MemoryLost { addr: Some(addr) } => {

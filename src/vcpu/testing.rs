@@ -1,11 +1,11 @@
-//! For tests, here and in the machine: a hart that plays a script, a UART that does as it is told, and a world around them.
+//! For tests, here and in other modules: a hart that runs a script, a fake UART, and a [`World`] with both.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
     clippy::indexing_slicing,
     reason = "a test fails by panicking"
 )]
-#![cfg_attr(fuzzing, allow(dead_code, reason = "fuzzers play with a part of it"))]
+#![cfg_attr(fuzzing, allow(dead_code, reason = "fuzzers use a part of it"))]
 
 use std::collections::VecDeque;
 use std::io;
@@ -24,10 +24,10 @@ use crate::memory::GuestRam;
 pub(crate) const RAM: Span = Span { base: 0x8000_0000, size: 2 << 20 };
 /// The UART of [`world`].
 pub(crate) const UART: u64 = 0x1000_0000;
-/// An address of [`world`] where nothing is.
+/// An unassigned address of [`world`].
 pub(crate) const NOWHERE: u64 = 0x2000_0000;
 
-/// One thing that a scripted hart does.
+/// One step of a scripted hart.
 #[derive(Debug, Clone)]
 pub(crate) enum Step {
     Load {
@@ -58,7 +58,7 @@ pub(crate) enum Step {
     Panic,
 }
 
-/// What happened to a scripted hart.
+/// An event of a scripted hart.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Event {
     Bound,
@@ -74,13 +74,13 @@ pub(crate) enum Event {
     ExternalDriven,
 }
 
-/// A hart that plays a script, then idles in the guest.
+/// A hart that runs a script, then idles in the guest.
 pub(crate) struct ScriptHart {
     id: u32,
     script: VecDeque<Step>,
     regs: Vec<(Reg, u64)>,
     kick: Arc<TestKick>,
-    diary: Diary,
+    log: EventLog,
     step: Option<Step>,
     data: Vec<u8>,
     sbi: [u64; 2],
@@ -88,11 +88,11 @@ pub(crate) struct ScriptHart {
     has_no_sstc: bool,
 }
 
-/// What a scripted hart has gone through, to be read while it runs.
+/// The events of a scripted hart, readable while it runs.
 #[derive(Clone, Default)]
-pub(crate) struct Diary(Arc<(Mutex<Vec<Event>>, Condvar)>);
+pub(crate) struct EventLog(Arc<(Mutex<Vec<Event>>, Condvar)>);
 
-impl Diary {
+impl EventLog {
     fn note(&self, event: Event) {
         self.0.0.lock().unwrap().push(event);
         self.0.1.notify_all();
@@ -130,7 +130,7 @@ impl ScriptHart {
             script: script.into_iter().collect(),
             regs: Vec::new(),
             kick: Arc::default(),
-            diary: Diary::default(),
+            log: EventLog::default(),
             step: None,
             data: Vec::new(),
             sbi: [0; 2],
@@ -139,7 +139,7 @@ impl ScriptHart {
         }
     }
 
-    /// The same hart on a host without Sstc, whose timer interrupt only its guest can take back.
+    /// The same hart on a host without Sstc, whose timer interrupt only its guest can clear.
     pub(crate) fn without_sstc(mut self) -> Self {
         self.has_no_sstc = true;
         self
@@ -151,21 +151,21 @@ impl ScriptHart {
         self
     }
 
-    pub(crate) fn diary(&self) -> Diary {
-        self.diary.clone()
+    pub(crate) fn log(&self) -> EventLog {
+        self.log.clone()
     }
 
     fn complete(&mut self) {
         match self.step.take() {
-            Some(Step::Load { .. }) => self.diary.note(Event::Loaded(self.data.clone())),
-            Some(Step::Sbi { .. }) => self.diary.note(Event::Sbi(self.sbi)),
-            Some(Step::Csr { .. }) => self.diary.note(Event::Csr(self.csr)),
+            Some(Step::Load { .. }) => self.log.note(Event::Loaded(self.data.clone())),
+            Some(Step::Sbi { .. }) => self.log.note(Event::Sbi(self.sbi)),
+            Some(Step::Csr { .. }) => self.log.note(Event::Csr(self.csr)),
             _ => {}
         }
     }
 
     fn interrupted(&self) -> Exit<'_> {
-        self.diary.note(Event::Interrupted);
+        self.log.note(Event::Interrupted);
         Exit::Interrupted
     }
 }
@@ -176,13 +176,13 @@ impl Hart for ScriptHart {
     }
 
     fn bind(&mut self) -> io::Result<Arc<dyn Kick>> {
-        self.diary.note(Event::Bound);
+        self.log.note(Event::Bound);
         Ok(Arc::<TestKick>::clone(&self.kick))
     }
 
     fn enter(&mut self) -> io::Result<Exit<'_>> {
         self.complete();
-        self.diary.note(Event::Entered);
+        self.log.note(Event::Entered);
         let idle = matches!(self.script.front(), None | Some(Step::Idle));
         let mut kicked = self.kick.kicked.lock().unwrap();
         if idle {
@@ -229,29 +229,29 @@ impl Hart for ScriptHart {
     }
 
     fn set_timer_pending(&mut self, on: bool) -> io::Result<bool> {
-        self.diary.note(Event::TimerPending(on));
+        self.log.note(Event::TimerPending(on));
         self.set(Reg::TimeCompare, if on { 0 } else { u64::MAX })?;
         Ok(!self.has_no_sstc || on)
     }
 
     fn drive_external(&mut self) -> io::Result<()> {
-        self.diary.note(Event::ExternalDriven);
+        self.log.note(Event::ExternalDriven);
         Ok(())
     }
 
     fn settle(&mut self) -> io::Result<()> {
         self.complete();
-        self.diary.note(Event::Settled);
+        self.log.note(Event::Settled);
         Ok(())
     }
 
     fn abandon(&mut self) {
         self.step = None;
-        self.diary.note(Event::Abandoned);
+        self.log.note(Event::Abandoned);
     }
 
     fn trap_ebreaks(&mut self, on: bool) -> io::Result<()> {
-        self.diary.note(Event::Ebreaks(on));
+        self.log.note(Event::Ebreaks(on));
         Ok(())
     }
 
@@ -265,7 +265,7 @@ impl Hart for ScriptHart {
     }
 }
 
-/// A world of 2 MiB of RAM and one UART, and the UART's other end.
+/// A [`World`] with 2 MiB of RAM and one UART, and the test's side of the UART.
 pub(crate) fn world(unassigned: Unassigned) -> (World, FakeUart) {
     let uart = FakeUart::default();
     let bus = Bus::new(vec![(UART, Box::new(uart.clone()))]).unwrap();
@@ -273,21 +273,21 @@ pub(crate) fn world(unassigned: Unassigned) -> (World, FakeUart) {
     (World::new(Arc::new(bus), Arc::new(ram), unassigned, Some(UART)), uart)
 }
 
-/// A UART whose line is as the test says.
+/// A UART whose line the test controls.
 #[derive(Clone, Default)]
 pub(crate) struct FakeUart(Arc<Mutex<Line>>);
 
 #[derive(Default)]
 pub(crate) struct Line {
-    /// What was sent.
+    /// Sent bytes.
     pub(crate) sent: Vec<u8>,
-    /// How many bytes more can be sent.
+    /// Number of bytes that can still be sent.
     pub(crate) room: usize,
-    /// What was typed.
+    /// Input for the guest.
     pub(crate) typed: VecDeque<u8>,
-    /// Accesses that were not one byte to a known register.
-    pub(crate) strange: usize,
-    /// Accesses past the registers.
+    /// Number of accesses that were not one byte to a known register.
+    pub(crate) unexpected: usize,
+    /// Number of accesses through [`SerialLine`].
     pub(crate) accesses: usize,
 }
 
@@ -314,7 +314,7 @@ impl MmioDevice for FakeUart {
             (5, 1) => u8::from(!line.typed.is_empty()) | u8::from(line.room > 0) << 5,
             (7, _) => 0x77,
             _ => {
-                line.strange += 1;
+                line.unexpected += 1;
                 0
             }
         };
@@ -327,7 +327,7 @@ impl MmioDevice for FakeUart {
             line.room -= 1;
             line.sent.push(data[0]);
         } else {
-            line.strange += 1;
+            line.unexpected += 1;
         }
         Ok(())
     }

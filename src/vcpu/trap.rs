@@ -1,14 +1,13 @@
-//! Traps that hardware would raise and KVM does not: what an instruction did, found out afterwards, and the way into the
-//! guest's own trap vector (Privileged specification, 12.1 and 3.1.15).
+//! Traps that hardware would raise and KVM does not: determines the cause after the exit, and enters the guest's own trap vector
+//! (Privileged specification, 12.1 and 3.1.15).
 //!
-//! KVM gives up on three things that a guest can do in one instruction: a memory access that it does not emulate
-//! (atomics, floating point, vectors, cache blocks) or a misaligned one, to an address without memory; and, before Linux
-//! 7, an instruction fetch from there. On hardware all of them are access faults, so they are here, whatever the policy
-//! for unassigned addresses is. KVM does not say which address it was, so it is worked out from the program counter, the
-//! guest's page tables and the instruction. Where the instruction is not one that can do such a thing, the machine stops.
+//! KVM fails on three things that a guest can do in one instruction: a memory access that it does not emulate (atomics, floating
+//! point, vectors, cache blocks) or a misaligned one, to an address without memory; and, before Linux 7, an instruction fetch from
+//! there. On hardware all of them are access faults, so they are here, whatever the policy for unassigned addresses is. KVM does
+//! not report the address, so it is derived from the program counter, the guest's page tables and the instruction. If the
+//! instruction cannot cause such a fault, the machine stops.
 //!
-//! What is not known: which element of a vector faulted (`stval` is its base), and addresses under pointer masking
-//! (`stval` is not masked).
+//! Limitations: `stval` is the base of a vector access, not the faulting element, and is not masked under pointer masking.
 
 use std::io;
 
@@ -17,7 +16,7 @@ use log::warn;
 use super::dispatch::Trouble;
 use super::dump::dump;
 use super::exit::Fault;
-use super::firmware::TrapResult;
+use super::firmware::BreakpointOutcome;
 use super::hart::{Csr, Hart, Reg};
 use super::insn::{self, Kind, Operand};
 use super::stop::StopReason;
@@ -51,14 +50,14 @@ pub(super) struct Trap {
     tval: u64,
 }
 
-/// The instruction at the program counter, or why the hart cannot have it.
+/// The instruction at the program counter, or the reason for which it cannot be fetched.
 pub(super) enum Fetched {
     Word(u32),
     Trap(Trap),
     Lost,
 }
 
-/// Settles what only the hart's registers can answer: a trap enters the guest (`None`), or the machine stops.
+/// Resolves an exit that needs the hart's registers: raises a trap in the guest (`None`), or stops the machine.
 ///
 /// # Errors
 /// A register cannot be read or written, which no guest causes.
@@ -77,42 +76,42 @@ pub(super) fn resolve(
             return Ok(Some(StopReason::UnassignedAccess { hart: hart.id(), addr, write, dump }));
         }
         Trouble::Unassigned { addr, write } => unassigned(hart, world, pc, addr, write)?,
-        Trouble::Fault(fault) => return explain(hart, world, pc, fault),
+        Trouble::Fault(fault) => return resolve_fault(hart, world, pc, fault),
         Trouble::UnknownEvent(number) => {
             let what =
                 format!("it asked for system event {number}, which this version does not know");
-            return Ok(Some(stopped(hart, what)));
+            return Ok(Some(hart_fault(hart, what)));
         }
         Trouble::UnknownExit(number) => {
             let what =
                 format!("it left the guest for reason {number}, which this version does not know");
-            return Ok(Some(stopped(hart, what)));
+            return Ok(Some(hart_fault(hart, what)));
         }
     }
     Ok(None)
 }
 
-/// The firmware's breakpoints first, then a debugger's; the others are the guest's own.
+/// Handles an `ebreak`: the firmware's first, then a debugger's; all others are the guest's own.
 fn breakpoint(hart: &mut dyn Hart, world: &World, pc: u64) -> io::Result<Option<StopReason>> {
-    let answer = match &world.firmware {
+    let outcome = match &world.firmware {
         Some(firmware) => firmware.breakpoint(hart, world, pc)?,
-        None => TrapResult::Strange,
+        None => BreakpointOutcome::NotFirmware,
     };
-    match answer {
-        TrapResult::Done => {}
-        TrapResult::Stop(reason) => return Ok(Some(reason)),
-        TrapResult::Strange if is_planted(hart, world, pc)? => {}
-        TrapResult::Strange => raise(hart, Trap { cause: cause::BREAKPOINT, tval: pc })?,
+    match outcome {
+        BreakpointOutcome::Done => {}
+        BreakpointOutcome::Stop(reason) => return Ok(Some(reason)),
+        BreakpointOutcome::NotFirmware if is_debuggers(hart, world, pc)? => {}
+        BreakpointOutcome::NotFirmware => raise(hart, Trap { cause: cause::BREAKPOINT, tval: pc })?,
     }
     Ok(None)
 }
 
-/// Whether a debugger has planted the `ebreak` at `pc`.
-fn is_planted(hart: &dyn Hart, world: &World, pc: u64) -> io::Result<bool> {
+/// True if the `ebreak` at `pc` is a breakpoint of a debugger.
+fn is_debuggers(hart: &dyn Hart, world: &World, pc: u64) -> io::Result<bool> {
     world.debugger.as_ref().map_or(Ok(false), |debugger| debugger.claims(hart, pc))
 }
 
-/// The access fault of a plain load or store that KVM made an MMIO exit of.
+/// Raises the access fault of a plain load or store that caused an MMIO exit.
 fn unassigned(
     hart: &mut dyn Hart,
     world: &World,
@@ -126,17 +125,20 @@ fn unassigned(
             Some(operand) => faulting_address(hart, &world.ram, satp, operand)?,
             None => 0,
         },
-        // Another hart has just changed the code or its page table; an address need not be given.
+        // Another hart has just changed the code or its page table; `stval` may be zero.
         Fetched::Trap(_) | Fetched::Lost => 0,
     };
-    if world.first(Notice::AccessFault) {
-        warn!("Hart {} takes an access fault for {addr:#x}, where nothing is", hart.id());
+    if world.is_first(Notice::AccessFault) {
+        warn!(
+            "Hart {} takes an access fault for {addr:#x}, which is neither memory nor a device",
+            hart.id()
+        );
     }
     raise(hart, Trap { cause: if write { cause::STORE_ACCESS } else { cause::LOAD_ACCESS }, tval })
 }
 
-/// What hardware would have raised where KVM_RUN failed.
-fn explain(
+/// Raises the trap that hardware would have raised where KVM_RUN failed.
+fn resolve_fault(
     hart: &mut dyn Hart,
     world: &World,
     pc: u64,
@@ -167,7 +169,7 @@ fn explain(
         Fetched::Lost => return Ok(Some(StopReason::lost(&world.ram, None))),
         Fetched::Trap(trap) if at_vector(hart, pc)? => {
             let what = format!("its trap vector {pc:#x} cannot be fetched (cause {})", trap.cause);
-            return Ok(Some(stopped(hart, what)));
+            return Ok(Some(hart_fault(hart, what)));
         }
         Fetched::Trap(trap) => trap,
         Fetched::Word(word) => match insn::decode(word) {
@@ -177,11 +179,11 @@ fn explain(
             }
             _ => {
                 let what = format!("instruction {word:#010x} at {pc:#x} made {how}");
-                return Ok(Some(stopped(hart, what)));
+                return Ok(Some(hart_fault(hart, what)));
             }
         },
     };
-    if world.first(Notice::AccessFault) {
+    if world.is_first(Notice::AccessFault) {
         warn!("Hart {} takes trap {} at {pc:#x}: {how}", hart.id(), trap.cause);
     }
     raise(hart, trap)?;
@@ -195,17 +197,17 @@ fn cause_of(kind: Kind) -> u64 {
     }
 }
 
-/// True where a trap would only lead back to `pc`: the hart would take it again and again, forever.
+/// True if a trap would lead back to `pc`: the hart would take it again and again, forever.
 fn at_vector(hart: &dyn Hart, pc: u64) -> io::Result<bool> {
     Ok(hart.get(Reg::Mode)? == SUPERVISOR && vector(hart)? == pc)
 }
 
 fn vector(hart: &dyn Hart) -> io::Result<u64> {
-    // The low bits are the mode of interrupts; exceptions always go to the base.
+    // The low bits are the mode of interrupts; exceptions always use the base.
     Ok(hart.get(Reg::Csr(Csr::Stvec))? & !3)
 }
 
-fn stopped(hart: &dyn Hart, what: String) -> StopReason {
+fn hart_fault(hart: &dyn Hart, what: String) -> StopReason {
     StopReason::HartFault { hart: hart.id(), what, dump: dump(hart) }
 }
 
@@ -230,24 +232,24 @@ fn raise(hart: &mut dyn Hart, trap: Trap) -> io::Result<()> {
     hart.set(Reg::Pc, vector)
 }
 
-/// The trap of an `ecall` in user mode.
+/// Raises the trap of an `ecall` in user mode.
 pub(super) fn raise_call_from_user(hart: &mut dyn Hart) -> io::Result<()> {
     raise(hart, Trap { cause: cause::CALL_FROM_USER, tval: 0 })
 }
 
-/// Mode and `sstatus` of a hart after it has returned from the trap that left it with this `sstatus`.
-pub(super) fn before(sstatus: u64) -> (u64, u64) {
+/// Mode and `sstatus` of a hart after `sret` with this `sstatus`.
+pub(super) fn after_return(sstatus: u64) -> (u64, u64) {
     let mode = if sstatus & sstatus::SPP == 0 { USER } else { SUPERVISOR };
     let enabled = if sstatus & sstatus::SPIE == 0 { 0 } else { sstatus::SIE };
     (mode, sstatus & !(sstatus::SIE | sstatus::SPP) | enabled | sstatus::SPIE)
 }
 
-/// `sstatus` with the interrupts of supervisor mode off.
+/// `sstatus` with the interrupts of supervisor mode disabled.
 pub(super) fn without_interrupts(sstatus: u64) -> u64 {
     sstatus & !sstatus::SIE
 }
 
-/// The instruction at `pc`, in the two halves in which it may lie on two pages.
+/// Fetches the instruction at `pc`, in halves, since it may cross a page boundary.
 pub(super) fn fetch(ram: &GuestRam, satp: u64, pc: u64) -> Fetched {
     let half = |va| fetch_half(ram, satp, va);
     match half(pc) {
@@ -276,7 +278,7 @@ fn fetch_half(ram: &GuestRam, satp: u64, va: u64) -> Result<u16, Fetched> {
     }
 }
 
-/// The first address of the access that is not in RAM: of one that crosses a page and begins in RAM, the second page's.
+/// The first address of the access that is not in RAM: the start of the second page for one that crosses pages and begins in RAM.
 fn faulting_address(
     hart: &dyn Hart,
     ram: &GuestRam,

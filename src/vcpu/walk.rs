@@ -1,11 +1,11 @@
-//! The guest's page tables, read as the hart reads them (Privileged specification, 12.3 to 12.6; Svnapot, chapter 13).
+//! Walks of the guest's page tables (Privileged specification, 12.3 to 12.6; Svnapot, chapter 13).
 //!
-//! Only to find where an address leads: permissions, accessed and dirty bits are not looked at, since hardware has
-//! already passed them by the time that anybody asks. Every address on the way is the guest's and may be anything.
+//! Only translates: permissions, accessed and dirty bits are not checked, since hardware has already checked them by then. Every
+//! address in the tables is the guest's and may be anything.
 
 use crate::memory::{GuestRam, PAGE, RamError};
 
-/// Why a virtual address leads nowhere.
+/// The reason for which a virtual address has no translation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WalkError {
     /// A page fault: no valid leaf, or not a canonical address.
@@ -23,10 +23,10 @@ const EXECUTE: u64 = 1 << 3;
 const NAPOT: u64 = 1 << 63;
 /// The 44 bits of a physical page number, in an entry at bit 10 and in satp at bit 0.
 const PPN: u64 = (1 << 44) - 1;
-/// Of the low four bits of a NAPOT entry's page number, the pattern that says 64 KiB.
+/// Of the low four bits of a NAPOT entry's page number, the pattern for 64 KiB.
 const NAPOT_64K: u64 = 0b1000;
 
-/// An entry on the way.
+/// An entry read during a walk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Step {
     /// Its level: 0 is that of pages of 4 KiB.
@@ -37,15 +37,15 @@ pub struct Step {
     pub entry: u64,
 }
 
-/// Where virtual address `va` leads under `satp`: a guest-physical address, which need not be in RAM.
+/// Translates virtual address `va` under `satp` to a guest-physical address, which need not be in RAM.
 pub(crate) fn translate(ram: &GuestRam, satp: u64, va: u64) -> Result<u64, WalkError> {
     walk(ram, satp, va, |_| {})
 }
 
-/// The same, and tells of every entry that is read.
+/// As [`translate`], and passes every entry that is read to `seen`.
 ///
 /// # Errors
-/// The address leads nowhere: the last step is the one that says so.
+/// The address has no translation; the last step is the entry that ends the walk.
 pub fn walk(
     ram: &GuestRam,
     satp: u64,

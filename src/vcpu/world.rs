@@ -1,4 +1,4 @@
-//! All that the answer to an exit needs besides the hart.
+//! The state that handling an exit needs besides the hart.
 
 use std::io;
 use std::sync::Arc;
@@ -12,40 +12,40 @@ use super::restarts::Restarts;
 use crate::config::Unassigned;
 use crate::memory::GuestRam;
 
-/// What the harts of one machine share.
+/// State shared by the harts of one machine.
 pub struct World {
     /// The devices.
     pub bus: Arc<Bus>,
     /// The guest's memory.
     pub ram: Arc<GuestRam>,
-    /// What an access to an address without memory and device does.
+    /// The policy for accesses to addresses without memory or device.
     pub unassigned: Unassigned,
-    /// Guest-physical address of the serial port whose line SBI console calls share. Without one, what is written vanishes
-    /// and there is never anything to read.
+    /// Guest-physical address of the serial port whose line SBI console calls share. Without one, output is discarded and there
+    /// is never input.
     pub console: Option<u64>,
-    /// What stands in for firmware, where the guest needs it.
+    /// Emulated firmware, if the guest needs it.
     pub firmware: Option<Firmware>,
-    /// Ticks of the guest's `time` in a second.
+    /// Ticks of the guest's `time` per second.
     pub timebase_hz: u64,
-    /// Who gives harts what they lack after a start, where the kernel leaves something to be done.
+    /// Restores state of harts after a start, if the kernel loses some.
     pub restarts: Option<Restarts>,
-    /// Who may have planted an `ebreak` that comes out; nobody where the machine has no debugger.
+    /// The debugger, which may have inserted an `ebreak` that exits; `None` if the machine has no debugger.
     pub debugger: Option<Arc<dyn Debugger>>,
     noticed: AtomicU32,
 }
 
-/// Who plants `ebreak`s in guest memory in order to stop harts there.
+/// Inserts `ebreak`s in guest memory as breakpoints.
 pub trait Debugger: Send + Sync {
-    /// Asked on the hart's own thread about an `ebreak` that came out, with the program counter at it. True where it was planted:
-    /// the hart stays at it, and has been kicked, so that it looks at its [`super::Control`] next. Otherwise the guest has put it
-    /// there and takes it as its own breakpoint exception.
+    /// Called on the hart's own thread after an exit for an `ebreak`, with the program counter at it. True if it is the debugger's:
+    /// the hart stays at it, and has been kicked, so that it checks its [`super::Control`] next. Otherwise it is the guest's and
+    /// raises its breakpoint exception.
     ///
     /// # Errors
     /// A register cannot be read, which no guest causes.
     fn claims(&self, hart: &dyn Hart, pc: u64) -> io::Result<bool>;
 }
 
-/// What a guest does that is worth one line in the log, once.
+/// Guest behaviour that is logged once.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Notice {
     UnknownCsr,
@@ -55,7 +55,7 @@ pub(super) enum Notice {
 }
 
 impl World {
-    /// The world of one machine.
+    /// Creates the shared state of one machine.
     #[must_use]
     pub fn new(
         bus: Arc<Bus>,
@@ -76,10 +76,10 @@ impl World {
         }
     }
 
-    /// True the first time that this is noticed.
-    pub(super) fn first(&self, notice: Notice) -> bool {
+    /// True the first time that it is called for this notice.
+    pub(super) fn is_first(&self, notice: Notice) -> bool {
         let bit = 1 << notice as u32;
-        // The load alone is what every time but the first costs.
+        // Every call but the first costs only the load.
         self.noticed.load(Ordering::Relaxed) & bit == 0
             && self.noticed.fetch_or(bit, Ordering::Relaxed) & bit == 0
     }

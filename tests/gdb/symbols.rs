@@ -1,8 +1,8 @@
-//! An ELF file of nothing but symbols, for a kernel that has been stripped: GDB finds functions by it.
+//! An ELF file with only symbols, for a stripped kernel, by which GDB finds functions.
 
 use std::path::Path;
 
-/// What a header says of a section: name, type, flags, address, offset, size, link, first global symbol, bytes of an entry.
+/// The fields of a section header: name, type, flags, address, offset, size, link, first global symbol, bytes of an entry.
 type Section = (u32, u32, u64, u64, u64, u64, u32, u32, u64);
 
 /// The names of the sections: `.text`, `.symtab`, `.strtab`.
@@ -17,7 +17,7 @@ const FUNCTION: [u8; 4] = [0x12, 0, 1, 0];
 
 const HEADER: u64 = 64;
 
-/// Writes symbols, each a function of unknown length, all within `size` bytes from `base` on.
+/// Writes symbols, each of a function of unknown length, all in the `size` bytes from `base` on.
 pub(crate) fn write(path: &Path, base: u64, size: u64, symbols: &[(String, u64)]) {
     let mut strings = NAMES.to_vec();
     let mut table = vec![0; 24];

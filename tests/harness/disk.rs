@@ -1,10 +1,10 @@
-//! Disks that tests make themselves.
+//! Disk images that the tests create.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-/// A qcow2 image of so many bytes, less than 512 MiB, that holds nothing yet: header, counts, and an L1 table in four clusters.
+/// An empty qcow2 image of this size in bytes, less than 512 MiB: header, refcounts, and an L1 table in four clusters.
 pub(crate) fn blank_image(folder: &Path, bytes: u64) -> PathBuf {
     const CLUSTER: u64 = 65536;
     let path = folder.join("disk.qcow2");
@@ -30,7 +30,7 @@ pub(crate) fn blank_image(folder: &Path, bytes: u64) -> PathBuf {
     path
 }
 
-/// A FAT16 file system of 4 MiB with nothing in it: a boot sector, two tables of 32 sectors, and a root folder of 512 entries
+/// An empty FAT16 file system of 4 MiB: a boot sector, two tables of 32 sectors, and a root folder of 512 entries
 /// (Microsoft's "FAT: General Overview of On-Disk Format").
 pub(crate) fn blank_fat(folder: &Path) -> PathBuf {
     const SECTOR: u64 = 512;

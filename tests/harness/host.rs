@@ -1,4 +1,4 @@
-//! What the machine that the tests run on has, and the files that guests are made of.
+//! The properties of the machine that the tests run on, and the files of the guests.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,17 +8,17 @@ use super::skip;
 
 /// A host that can run guests.
 pub(crate) struct Host {
-    /// The interrupt controllers that a guest can have here.
+    /// The interrupt controllers that are available to a guest.
     pub(crate) irqchips: Vec<&'static str>,
-    /// Host CPUs.
+    /// Number of host CPUs.
     pub(crate) cpus: usize,
-    /// Whether an emulated AIA loses interrupts above 31 of a hart here.
+    /// True if an emulated AIA on this host loses interrupts above 31 of a hart.
     pub(crate) loses_identities: bool,
     /// Version of the host's Linux: (6, 12).
     pub(crate) linux: (u32, u32),
 }
 
-/// The host, or `None` where no guest can run: then the test has nothing to do and says so. The one place that decides.
+/// The host, or `None` if no guest can run: then the test is skipped. Only this function decides that.
 pub(crate) fn host() -> Option<&'static Host> {
     static HOST: OnceLock<Option<Host>> = OnceLock::new();
     let host = HOST.get_or_init(|| {
@@ -31,27 +31,27 @@ pub(crate) fn host() -> Option<&'static Host> {
     host.as_ref()
 }
 
-/// The host, for a test to which the interrupt controller is all the same: a short run has such a test on one of its two hosts,
-/// the one whose usual controller is `irqchip`. Any other run has it on every host.
+/// The host, for a test that does not depend on the interrupt controller: a short run executes it on one of its two hosts
+/// only, the one whose usual controller is `irqchip`. Any other run executes it on every host.
 pub(crate) fn one_host(irqchip: &str) -> Option<&'static Host> {
     let host = host()?;
     if length() == Some(Length::Short) && host.irqchips[0] != irqchip {
-        skip(&format!("in a short run the host with {irqchip} has this test (scripts/test long)"));
+        skip(&format!("in a short run only the host with {irqchip} runs it (scripts/test long)"));
         return None;
     }
     Some(host)
 }
 
-/// How much a run of `scripts/test` takes on.
+/// The extent of a run of `scripts/test`.
 #[derive(PartialEq, Eq)]
 enum Length {
-    /// On two hosts, which share the tests of [`one_host`].
+    /// On two hosts, between which the tests of [`one_host`] are divided.
     Short,
-    /// Everything everywhere, and more often.
+    /// All tests on all hosts, with more repetitions.
     Long,
 }
 
-/// What `scripts/test` asks for; it leaves that open where it has one host only, and so does everybody else.
+/// The extent requested by `scripts/test`; `None` if it has only one host, or for another test runner.
 fn length() -> Option<Length> {
     match std::env::var("RVMM_TEST_RUN").ok()?.as_str() {
         "short" => Some(Length::Short),
@@ -60,13 +60,13 @@ fn length() -> Option<Length> {
     }
 }
 
-/// How often, or how much: one number for a long run, one for any other.
+/// A number of repetitions or bytes: `long` in a long run, `otherwise` in any other.
 pub(crate) fn by_length(long: usize, otherwise: usize) -> usize {
     if length() == Some(Length::Long) { long } else { otherwise }
 }
 
 impl Host {
-    /// The one that a guest gets unless it asks, for tests that take long: the run on a host without AIA has the other.
+    /// The default controller only, for slow tests: the run on a host without AIA tests the other one.
     pub(crate) fn usual_irqchip(&self) -> &[&'static str] {
         &self.irqchips[..1]
     }
@@ -95,7 +95,7 @@ impl Host {
     }
 }
 
-/// A guest of `guests/`, as `scripts/guests` left it: `hello`, or `hello.elf`.
+/// A guest of `guests/`, built by `scripts/guests`: `hello`, or `hello.elf`.
 pub(crate) fn guest(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/guests").join(name);
     if let Err(error) = path.metadata() {
@@ -104,8 +104,8 @@ pub(crate) fn guest(name: &str) -> PathBuf {
     path
 }
 
-/// A guest of `guests/foreign/`, a flat binary for 0x8020_0000, as `scripts/foreign` left it; or `None` where it could not be had: then the
-/// test has nothing to do and says so.
+/// A guest of `guests/foreign/`, a flat binary for 0x8020_0000, built by `scripts/foreign`; or `None` if it is not available: then
+/// the test is skipped.
 pub(crate) fn foreign(name: &str) -> Option<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/guests/foreign");
     if let Ok(why) = std::fs::read_to_string(folder.join("skipped")) {
@@ -127,20 +127,20 @@ pub(crate) fn busybox() -> PathBuf {
     file("RVMM_GUEST_BUSYBOX", "/bin/busybox")
 }
 
-/// The modules of that kernel: a folder with `modules.dep`.
+/// The modules of Debian's kernel: a folder with `modules.dep`.
 pub(crate) fn modules() -> PathBuf {
     file("RVMM_GUEST_MODULES", "/lib/modules")
 }
 
-/// The Debian disk for guests, in a folder that `scripts/debian` makes.
+/// The Debian disk for guests, in a folder that `scripts/debian` creates.
 pub(crate) struct Debian {
-    /// The file system. Many guests share it: it is given to them with `ro=on`, and what they change stays in their memory.
+    /// The file system. Many guests share it: they get it with `ro=on`, and keep their changes in memory.
     pub(crate) disk: PathBuf,
     /// Its kernel.
     pub(crate) kernel: PathBuf,
-    /// The initramfs that finds it.
+    /// The initramfs that mounts the disk.
     pub(crate) initrd: PathBuf,
-    /// Debian's U-Boot, as it comes in its package.
+    /// Debian's U-Boot, unchanged from its package.
     pub(crate) firmware: PathBuf,
 }
 

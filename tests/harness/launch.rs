@@ -1,4 +1,4 @@
-//! How a program is to be started, said step by step.
+//! A builder for a program's command, input and output.
 
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
@@ -11,7 +11,7 @@ use rustix::termios::{InputModes, LocalModes, OptionalActions};
 use super::screen::Screen;
 use super::session::{Session, Terminal};
 
-/// A program that is about to be started, by default with pipes that are read all the time.
+/// A program to be started, by default with pipes that are read continuously.
 pub(crate) struct Launch {
     command: Command,
     input: Input,
@@ -28,18 +28,18 @@ impl Launch {
     /// The program at this path.
     pub(crate) fn new(program: impl AsRef<OsStr>) -> Self {
         let mut command = Command::new(program);
-        // What a test sees must not depend on the environment it runs in.
+        // Tests must not depend on the environment.
         command.env_remove("RVMM_LOG").env("LC_ALL", "C").env("TERM", "dumb");
         Self { command, input: Input::Pipe, reads: true }
     }
 
-    /// With these arguments behind those that it has.
+    /// Appends arguments.
     pub(crate) fn args(mut self, arguments: &[&str]) -> Self {
         self.command.args(arguments);
         self
     }
 
-    /// With one more argument, made of a flag's value and a path: `--serial=file:` and the path.
+    /// Appends one argument with a path in it: `--serial=file:` and the path.
     pub(crate) fn path(mut self, before: &str, path: &Path, after: &str) -> Self {
         let mut argument = std::ffi::OsString::from(before);
         argument.push(path);
@@ -48,42 +48,42 @@ impl Launch {
         self
     }
 
-    /// With this in its environment.
+    /// Sets an environment variable.
     pub(crate) fn env(mut self, name: &str, value: &Path) -> Self {
         self.command.env(name, value);
         self
     }
 
-    /// In this folder.
+    /// Sets the working directory.
     pub(crate) fn folder(mut self, path: &Path) -> Self {
         self.command.current_dir(path);
         self
     }
 
-    /// With a kernel.
+    /// Appends `--kernel` and a path.
     pub(crate) fn kernel(self, kernel: &Path) -> Self {
         self.args(&["--kernel"]).path("", kernel, "")
     }
 
-    /// With nothing to read.
+    /// Uses `/dev/null` as standard input.
     pub(crate) fn no_input(mut self) -> Self {
         self.input = Input::Nothing;
         self
     }
 
-    /// On a new pseudo terminal, as a user's shell would start it.
+    /// Uses a new pseudo terminal, as a user's shell would.
     pub(crate) fn on_terminal(mut self) -> Self {
         self.input = Input::Terminal;
         self
     }
 
-    /// With an output pipe that the test reads itself, or not at all.
+    /// Uses an output pipe that the test reads itself, or not at all.
     pub(crate) fn unread(mut self) -> Self {
         self.reads = false;
         self
     }
 
-    /// Starts it.
+    /// Starts the program.
     pub(crate) fn start(mut self) -> Session {
         self.command.stderr(Stdio::piped());
         let terminal = match self.input {
@@ -100,7 +100,7 @@ impl Launch {
         let shown = format!("{:?}", self.command);
         let mut child =
             self.command.spawn().unwrap_or_else(|error| panic!("Cannot start {shown}: {error}"));
-        // The command holds the slave's descriptors; the terminal must end with the child.
+        // The command holds the slave's descriptors; the terminal has to close with the child.
         drop(self.command);
         let output = match (&terminal, self.reads) {
             (Some(terminal), true) => Screen::read(terminal.reader()),
@@ -120,7 +120,7 @@ impl Launch {
         let flags =
             rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NOCTTY | rustix::fs::OFlags::CLOEXEC;
         let slave = rustix::fs::open(path, flags, rustix::fs::Mode::empty()).expect("the slave");
-        // Settings that no program leaves behind by chance.
+        // Settings that no program sets by accident.
         let mut settings = rustix::termios::tcgetattr(&slave).expect("tcgetattr");
         settings.input_modes |= InputModes::IXANY;
         settings.local_modes |= LocalModes::ICANON | LocalModes::ECHO;

@@ -1,7 +1,7 @@
-//! rvmm from outside: starts the built command, types into it, reads what it says, and takes it down again.
+//! A harness for the rvmm binary: starts it, writes its input, reads its output, and stops it.
 //!
-//! Nothing here depends on how fast the machine is: a wait ends when what is waited for has come, when it cannot come any
-//! more, or after [`LIMIT`], which only says that something hangs. When a test fails, the transcript is printed.
+//! Nothing here depends on the speed of the machine: a wait ends with the expected event, when that has become impossible,
+//! or after [`LIMIT`], which means a hang. When a test fails, the transcript is printed.
 
 #![allow(dead_code, unused_imports, reason = "each test crate uses its part of this module")]
 
@@ -23,17 +23,17 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-/// How long anything may take before it counts as hanging.
+/// Time-out after which anything counts as hanging.
 pub(crate) const LIMIT: Duration = Duration::from_secs(900);
-/// How long a machine that was told to stop may take: two seconds, on a machine that may be emulated and busy.
+/// Time-out for a machine to stop: it takes two seconds, but the host may be emulated and busy.
 pub(crate) const STOP_LIMIT: Duration = Duration::from_secs(60);
 
-/// An rvmm with these arguments, not yet started.
+/// The rvmm binary with these arguments, not yet started.
 pub(crate) fn rvmm(arguments: &[&str]) -> Launch {
     Launch::new(env!("CARGO_BIN_EXE_rvmm")).args(arguments)
 }
 
-/// True when a program listens on the Unix socket of this path. Its file alone does not tell: that is there a moment before.
+/// True when a program listens on the Unix socket of this path. The file alone is not sufficient: it exists a moment earlier.
 pub(crate) fn is_listening(path: &Path) -> bool {
     // Address, references, protocol, flags, type, state, inode, path; the flag is __SO_ACCEPTCON.
     const LISTENS: &str = "00010000";
@@ -52,7 +52,7 @@ pub(crate) fn checksum(bytes: &[u8]) -> u64 {
     })
 }
 
-/// The first `count` bytes that the guest `flood` sends: see there.
+/// The first `count` bytes that the guest `flood` sends.
 pub(crate) fn flood(count: usize) -> Vec<u8> {
     let mut state: u64 = 1;
     let letter = |at: usize| {

@@ -1,11 +1,11 @@
-//! What a program has said so far, filled by a thread, searched by the test.
+//! The output of a program so far, filled by a thread, searched by the test.
 
 use std::io::Read;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Where `text` begins in `bytes`.
+/// Position of `text` in `bytes`.
 fn position(bytes: &[u8], text: &[u8]) -> Option<usize> {
     bytes.windows(text.len()).position(|window| window == text)
 }
@@ -19,22 +19,22 @@ pub(crate) struct Screen {
 #[derive(Default)]
 struct State {
     bytes: Vec<u8>,
-    /// Where the next search begins.
+    /// Start of the next search.
     seen: usize,
     ended: bool,
 }
 
-/// Why something that was waited for did not come.
+/// The reason why an expected text was not found.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Missing {
     /// The program has closed the stream.
     Ended,
-    /// Too long a time has passed.
+    /// The time-out has expired.
     Late,
 }
 
 impl Screen {
-    /// Reads `stream` to its end in a thread of its own.
+    /// Reads `stream` to its end in a separate thread.
     pub(crate) fn read(mut stream: impl Read + Send + 'static) -> Self {
         let screen = Self::default();
         let filled = screen.clone();
@@ -44,7 +44,7 @@ impl Screen {
                 match stream.read(&mut buffer) {
                     Ok(count) if count > 0 => filled.add(&buffer[..count]),
                     Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                    // A pty gives EIO where a pipe gives the end.
+                    // A pty returns EIO instead of the end of file.
                     _ => return filled.end(),
                 }
             }
@@ -66,9 +66,9 @@ impl Screen {
         self.shared.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for `text` behind what was found before, and gives what came before it.
+    /// Waits for `text` after the last match, and returns the bytes before it.
     pub(crate) fn find(&self, text: &str, limit: Duration) -> Result<String, Missing> {
-        // Where the next look begins: what was looked at in vain is not looked at again.
+        // Bytes that were searched without success are not searched again.
         let mut from = 0;
         self.wait(limit, |state| {
             from = from.max(state.seen);
@@ -84,12 +84,12 @@ impl Screen {
         })
     }
 
-    /// Waits for the end of the stream and gives all of it.
+    /// Waits for the end of the stream and returns all of it.
     pub(crate) fn to_end(&self, limit: Duration) -> Result<Vec<u8>, Missing> {
         self.wait(limit, |state| state.ended.then(|| state.bytes.clone()))
     }
 
-    /// All that has come.
+    /// All bytes so far.
     pub(crate) fn bytes(&self) -> Vec<u8> {
         self.state().bytes.clone()
     }
@@ -117,7 +117,7 @@ impl Screen {
         }
     }
 
-    /// What came, for people: control characters made visible, the middle of very long text left out.
+    /// The output for people: control characters escaped, the middle of very long text left out.
     pub(crate) fn transcript(&self) -> String {
         const SHOWN: usize = 12_000;
         let bytes = self.bytes();

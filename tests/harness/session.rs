@@ -17,7 +17,7 @@ use rustix::termios::Termios;
 use super::LIMIT;
 use super::screen::{Missing, Screen};
 
-/// A running program. It is killed when this is dropped, and if the test is failing then, what it said is printed.
+/// A running program. It is killed when this is dropped, and if the test is failing then, its output is printed.
 pub(crate) struct Session {
     shown: String,
     child: Child,
@@ -28,7 +28,7 @@ pub(crate) struct Session {
     errors: Screen,
 }
 
-/// A pseudo terminal: the side of the person (`master`) and the side of the program.
+/// A pseudo terminal: the user's end (`master`) and the program's end.
 pub(crate) struct Terminal {
     master: OwnedFd,
     slave: OwnedFd,
@@ -58,17 +58,17 @@ impl Session {
         Self { shown, child, pidfd, status: None, terminal, output, errors }
     }
 
-    /// Waits until the program says `text` on its output, and gives what it said before that, since the last such text.
+    /// Waits until the program prints `text` on its output, and returns the output between the last such text and this one.
     pub(crate) fn expect(&self, text: &str) -> String {
         self.found(text, self.output.find(text, LIMIT))
     }
 
-    /// The same, where it may not come: none then, or where the program ends.
+    /// As [`Session::expect`], but returns `None` after the time-out or at the end of the program.
     pub(crate) fn says_within(&self, text: &str, limit: Duration) -> Option<String> {
         self.output.find(text, limit).ok()
     }
 
-    /// Waits until the program says `text` on its standard error, and gives what it said before that.
+    /// Waits until the program prints `text` on its standard error, and returns the text before that.
     pub(crate) fn expect_error(&self, text: &str) -> String {
         self.found(text, self.errors.find(text, LIMIT))
     }
@@ -76,8 +76,8 @@ impl Session {
     fn found(&self, text: &str, result: Result<String, Missing>) -> String {
         match result {
             Ok(before) => before,
-            Err(Missing::Ended) => panic!("it ended without saying {text:?}"),
-            Err(Missing::Late) => panic!("it has not said {text:?} for {LIMIT:?}"),
+            Err(Missing::Ended) => panic!("it ended without printing {text:?}"),
+            Err(Missing::Late) => panic!("it has not printed {text:?} for {LIMIT:?}"),
         }
     }
 
@@ -86,13 +86,13 @@ impl Session {
         self.send_bytes(text.as_bytes());
     }
 
-    /// Types bytes; waits for a program that does not read.
+    /// Types bytes; blocks while the program does not read.
     pub(crate) fn send_bytes(&mut self, bytes: &[u8]) {
         let sent = self.try_send(bytes);
         sent.unwrap_or_else(|error| panic!("Cannot type {} bytes: {error}", bytes.len()));
     }
 
-    /// Types bytes into a program that may be gone.
+    /// Types bytes into a program that may have ended.
     pub(crate) fn try_send(&mut self, bytes: &[u8]) -> io::Result<()> {
         match (&self.terminal, &mut self.child.stdin) {
             (Some(terminal), _) => terminal.reader().write_all(bytes),
@@ -101,22 +101,22 @@ impl Session {
         }
     }
 
-    /// Types a command into a guest's shell and gives what it printed. The prompt that ends the answer stays to be looked for.
+    /// Types a command into a guest's shell and returns its output. The next prompt is not consumed.
     pub(crate) fn ask(&mut self, command: &str) -> String {
-        // The terminal echoes what is typed, broken into lines as it likes. Marks that are typed in two halves appear whole
-        // only where the shell prints them.
+        // The terminal echoes the typed text, with arbitrary line breaks. Marks that are typed in two halves appear complete
+        // only in the output of the shell.
         self.send(&format!("echo st''art; {command}; echo do''ne\n"));
         self.expect("start\r\n");
         self.expect("done\r\n").replace('\r', "")
     }
 
-    /// Types bytes in a thread of its own, then closes the input.
+    /// Types bytes in a separate thread, then closes the input.
     pub(crate) fn feed(&mut self, bytes: Vec<u8>) -> thread::JoinHandle<()> {
         let mut pipe = self.child.stdin.take().expect("a program with a pipe for its input");
         thread::spawn(move || pipe.write_all(&bytes).expect("the program reads all of its input"))
     }
 
-    /// Ends the program's input.
+    /// Closes the program's input.
     pub(crate) fn close_input(&mut self) {
         self.child.stdin = None;
     }
@@ -128,7 +128,7 @@ impl Session {
 
     /// Sends a signal.
     pub(crate) fn signal(&self, signal: Signal) {
-        kill_process(self.pid(), signal).expect("a living program");
+        kill_process(self.pid(), signal).expect("a running program");
     }
 
     /// The process.
@@ -136,13 +136,13 @@ impl Session {
         Pid::from_child(&self.child)
     }
 
-    /// Settings of its terminal.
+    /// The settings of its terminal.
     pub(crate) fn settings(&self) -> Termios {
         let terminal = self.terminal.as_ref().expect("a program on a terminal");
         rustix::termios::tcgetattr(&terminal.slave).expect("tcgetattr")
     }
 
-    /// Settings that its terminal had before it started.
+    /// The settings of its terminal before it started.
     pub(crate) fn settings_at_start(&self) -> &Termios {
         &self.terminal.as_ref().expect("a program on a terminal").at_start
     }
@@ -152,7 +152,7 @@ impl Session {
         self.wait(Duration::ZERO).is_none()
     }
 
-    /// Connects to the socket of the running program as soon as it listens; its file is there a moment before.
+    /// Connects to the socket of the running program as soon as it listens; its file exists a moment earlier.
     pub(crate) fn connect(&mut self, path: &Path) -> UnixStream {
         let deadline = Instant::now() + LIMIT;
         loop {
@@ -171,12 +171,12 @@ impl Session {
         }
     }
 
-    /// Waits for the end of the program and gives its exit code.
+    /// Waits for the end of the program and returns its exit code.
     pub(crate) fn exit_code(&mut self) -> i32 {
         self.exit_code_within(LIMIT)
     }
 
-    /// The same, where the end must come by then.
+    /// As [`Session::exit_code`], with a time-out.
     pub(crate) fn exit_code_within(&mut self, limit: Duration) -> i32 {
         let status = self.wait(limit).unwrap_or_else(|| panic!("it has not ended after {limit:?}"));
         status.code().unwrap_or_else(|| panic!("it was killed: {status}"))
@@ -193,24 +193,24 @@ impl Session {
                 other => {
                     other.expect("poll");
                     self.status = Some(self.child.wait().expect("wait"));
-                    // The slave that is kept for its settings also keeps the reader from its end.
+                    // The slave, kept open for its settings, also keeps the reader from the end of file.
                 }
             }
         }
         self.status
     }
 
-    /// Everything it said on its output, once it has closed it.
+    /// The complete output, once the program has closed it.
     pub(crate) fn output(&self) -> Vec<u8> {
         self.output.to_end(LIMIT).expect("the end of the output")
     }
 
-    /// Everything it said on standard error so far.
+    /// The standard error so far.
     pub(crate) fn errors(&self) -> String {
         String::from_utf8_lossy(&self.errors.bytes()).into_owned()
     }
 
-    /// Everything it said on standard error, once it has closed it.
+    /// The complete standard error, once the program has closed it.
     pub(crate) fn all_errors(&self) -> String {
         let bytes = self.errors.to_end(LIMIT).expect("the end of standard error");
         String::from_utf8_lossy(&bytes).into_owned()

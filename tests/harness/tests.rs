@@ -1,4 +1,4 @@
-//! The harness against programs that every machine has.
+//! Tests of the harness with programs that every machine has.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread;
@@ -13,7 +13,7 @@ fn shell(script: &str) -> Launch {
 }
 
 #[test]
-fn what_a_program_says_is_found_once_and_in_order() {
+fn output_is_found_once_and_in_order() {
     let mut session = shell("echo one two; echo three; exit 7").start();
     assert_eq!(session.expect("two"), "one ");
     assert_eq!(session.expect("three"), "\n");
@@ -22,7 +22,7 @@ fn what_a_program_says_is_found_once_and_in_order() {
 }
 
 #[test]
-fn a_program_that_ends_without_the_words_fails_the_test_at_once() {
+fn a_program_that_ends_without_the_text_fails_the_test_at_once() {
     let session = shell("echo something else").start();
     assert_eq!(session.says_within("some", LIMIT).as_deref(), Some(""));
     assert_eq!(session.says_within("the words", LIMIT), None);
@@ -30,7 +30,7 @@ fn a_program_that_ends_without_the_words_fails_the_test_at_once() {
 }
 
 #[test]
-fn what_is_typed_arrives_and_the_end_of_input_too() {
+fn input_and_its_end_arrive() {
     let mut session = shell("read line; echo got $line; cat >/dev/null; echo end").start();
     session.send("a line\n");
     session.expect("got a line\n");
@@ -50,7 +50,7 @@ fn standard_error_is_kept_apart() {
 }
 
 #[test]
-fn a_program_on_a_terminal_sees_one_and_its_changes_show() {
+fn a_program_on_a_terminal_detects_it_and_its_changes_are_visible() {
     let mut session =
         shell("test -t 0 && stty -ixany && echo changed; read line; stty ixany; echo $line")
             .on_terminal()
@@ -81,11 +81,11 @@ fn the_checksum_is_fnv_1a() {
 }
 
 #[test]
-fn a_socket_listens_when_the_kernel_says_so_and_is_connected_to_then() {
+fn a_socket_is_connected_to_once_it_listens() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("socket");
     assert!(!is_listening(&path));
-    // Bound, and there to see, but deaf.
+    // Bound and visible, but not listening.
     let socket = socket(AddressFamily::UNIX, SocketType::STREAM, None).expect("a socket");
     bind(&socket, &SocketAddrUnix::new(&path).expect("a short path")).expect("a file for it");
     assert!(path.exists() && !is_listening(&path));

@@ -1,4 +1,4 @@
-//! The files of the repository, and what of a Rust file is code.
+//! The files of the repository, and the code of Rust files without comments and literals.
 
 use std::fs;
 use std::path::Path;
@@ -7,9 +7,9 @@ use std::path::Path;
 pub(crate) struct File {
     /// Path from the root, with `/`.
     pub(crate) path: String,
-    /// All of it.
+    /// The complete text.
     pub(crate) text: String,
-    /// The same with comments and the contents of string literals blanked out; line for line.
+    /// The text with comments and the contents of string literals replaced by spaces, with the same lines.
     pub(crate) code: String,
 }
 
@@ -34,7 +34,7 @@ impl File {
     }
 }
 
-/// Every text file below `root` that is not built, downloaded or version control's own.
+/// Every text file below `root`, except for built files, downloads and those of version control.
 pub(crate) fn all_files(root: &Path) -> Vec<File> {
     let mut files = Vec::new();
     let mut folders = vec![root.to_path_buf()];
@@ -82,7 +82,7 @@ fn code_of(text: &str) -> String {
     code
 }
 
-/// True if the character before `at` belongs to a name, so that what begins at `at` is not a literal's prefix.
+/// True if the character before `at` is part of a name, so that no literal begins at `at`.
 fn is_name(source: &[char], at: usize) -> bool {
     at > 0 && (source[at - 1].is_alphanumeric() || source[at - 1] == '_')
 }

@@ -20,7 +20,7 @@ pub(crate) fn blocks(page: &str) -> Vec<(usize, String)> {
     blocks
 }
 
-/// The exercises of a page, each with its number and the command that grades it: the blocks behind the heading.
+/// The exercises of a page, each with its number and the command that grades it: the blocks after the heading.
 pub(crate) fn exercises(page: &str) -> Vec<(usize, String)> {
     let heading = page.lines().position(|line| matches!(line, "## Exercises" | "## 练习"));
     let Some(heading) = heading else { return Vec::new() };

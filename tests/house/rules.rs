@@ -4,23 +4,23 @@ use std::path::{Component, Path, PathBuf};
 
 use super::file::File;
 
-/// Says what is wrong with a file.
+/// Returns the violations in a file.
 pub(crate) type Rule = fn(&File) -> Vec<String>;
 
-/// Lines of production code that a file may have.
+/// Maximum number of lines of production code in a file.
 const MOST_LINES: usize = 400;
 
-/// Words that say nothing about what they name.
+/// Words without a meaning in a name.
 const EMPTY_WORDS: [&str; 10] = [
     "util", "utils", "common", "misc", "helper", "manager", "handler", "wrapper", "legacy", "info",
 ];
 
-/// Names that somebody else's trait gives its methods.
+/// Method names of traits of other crates.
 const THEIR_NAMES: [&str; 3] =
     ["get_storage_helper", "support_thread_extra_info", "thread_extra_info"];
 
-/// Outside crates, and where each may be named: a folder (with `/`) or a file.
-const ROOMS: [(&str, &[&str]); 14] = [
+/// External crates, and the folders (with `/`) or files that may use each of them.
+const ALLOWED_PLACES: [(&str, &[&str]); 14] = [
     ("kvm_ioctls", &["src/kvm/"]),
     ("kvm_bindings", &["src/kvm/"]),
     ("clap", &["src/cli/"]),
@@ -37,8 +37,8 @@ const ROOMS: [(&str, &[&str]); 14] = [
     ("gdbstub", &["src/gdb/"]),
 ];
 
-/// Arrows that must not be: files below the first do not name any of the second.
-const NO_ARROW: [(&str, &[&str]); 12] = [
+/// Forbidden dependencies: files below the first path do not use any of the second ones.
+const FORBIDDEN_DEPENDENCIES: [(&str, &[&str]); 12] = [
     ("boot/src/", &["rvmm_devices", "rvmm"]),
     ("devices/src/", &["rvmm_boot", "rvmm"]),
     (
@@ -59,8 +59,8 @@ const NO_ARROW: [(&str, &[&str]); 12] = [
     ),
 ];
 
-/// Where `unsafe` may be.
-const UNSAFE_ROOMS: [&str; 8] = [
+/// Places where `unsafe` is allowed.
+const UNSAFE_PLACES: [&str; 8] = [
     "src/kvm/",
     "src/memory.rs",
     "src/memory/",
@@ -82,21 +82,22 @@ pub(crate) fn size(file: &File) -> Vec<String> {
 }
 
 pub(crate) fn first_line(file: &File) -> Vec<String> {
-    let says = file.text.starts_with("//! ");
-    let bad = file.is_rust() && !says;
-    bad.then(|| file.complain(0, "does not begin with `//! ` and what it is")).into_iter().collect()
+    let bad = file.is_rust() && !file.text.starts_with("//! ");
+    bad.then(|| file.complain(0, "does not begin with `//! ` and a description"))
+        .into_iter()
+        .collect()
 }
 
 pub(crate) fn arrows(file: &File) -> Vec<String> {
-    let rules = NO_ARROW.iter().filter(|(from, _)| file.path.starts_with(from));
+    let rules = FORBIDDEN_DEPENDENCIES.iter().filter(|(from, _)| file.path.starts_with(from));
     let names = rules.flat_map(|(_, names)| names.iter());
     names.flat_map(|name| uses(file, name)).collect()
 }
 
 pub(crate) fn crates(file: &File) -> Vec<String> {
     let mut complaints = Vec::new();
-    for (name, rooms) in ROOMS {
-        if !rooms.iter().any(|room| file.path.starts_with(room)) {
+    for (name, places) in ALLOWED_PLACES {
+        if !places.iter().any(|place| file.path.starts_with(place)) {
             complaints.extend(uses(file, name));
         }
     }
@@ -104,7 +105,7 @@ pub(crate) fn crates(file: &File) -> Vec<String> {
 }
 
 /// Complaints about each line that names `path` (`elf`, `crate::kvm`) as the beginning of a longer path. `use crate::{...}`
-/// counts as naming every module in it.
+/// counts for every module in it.
 fn uses(file: &File, path: &str) -> Vec<String> {
     let mut complaints = Vec::new();
     let in_braces = path.strip_prefix("crate::");
@@ -127,7 +128,7 @@ fn uses(file: &File, path: &str) -> Vec<String> {
     complaints
 }
 
-/// True if `path::` stands in the line and is not the tail of a longer name.
+/// True if the line contains `path::`, not as the end of a longer name.
 fn names_path(line: &str, path: &str) -> bool {
     let longer = format!("{path}::");
     line.match_indices(&longer).any(|(at, _)| {
@@ -194,7 +195,7 @@ fn parts_of(name: &str) -> Vec<String> {
 }
 
 pub(crate) fn unsafe_code(file: &File) -> Vec<String> {
-    let allowed = UNSAFE_ROOMS.iter().any(|room| file.path.starts_with(room));
+    let allowed = UNSAFE_PLACES.iter().any(|place| file.path.starts_with(place));
     let text: Vec<&str> = file.text.lines().collect();
     let mut complaints = Vec::new();
     for (index, line) in file.code.lines().enumerate() {
@@ -203,7 +204,7 @@ pub(crate) fn unsafe_code(file: &File) -> Vec<String> {
             continue;
         }
         if !allowed {
-            complaints.push(file.complain(index, "unsafe outside of its rooms"));
+            complaints.push(file.complain(index, "unsafe outside of the allowed places"));
         }
         let above = &text[index.saturating_sub(6)..=index];
         if block && !above.iter().any(|line| line.contains("SAFETY:")) {
@@ -228,7 +229,7 @@ pub(crate) fn architecture(file: &File) -> Vec<String> {
 }
 
 pub(crate) fn unfinished(file: &File) -> Vec<String> {
-    // In pieces, so that this file is not among those it complains about.
+    // Split, so that this file itself does not contain them.
     let marks =
         [("TO", "DO"), ("FIX", "ME"), ("unimple", "mented!"), ("to", "do!"), ("#[ig", "nore]")];
     let mut complaints = Vec::new();
@@ -245,7 +246,7 @@ pub(crate) fn scripts(file: &File) -> Vec<String> {
     let is_script = matches!(place, Some("scripts" | ".ci")) && file.text.starts_with("#!");
     let mut complaints = Vec::new();
     if is_script && !file.text.lines().nth(1).is_some_and(|line| line.starts_with("# ")) {
-        complaints.push(file.complain(1, "does not say what the script does"));
+        complaints.push(file.complain(1, "has no description of the script"));
     }
     if is_script && !file.text.lines().any(|line| line == "set -euo pipefail") {
         complaints.push(file.complain(1, "has no `set -euo pipefail`"));
@@ -289,7 +290,7 @@ pub(crate) fn links(file: &File) -> Vec<String> {
         });
         let targets = links.map(|link| folder.join(link)).chain(scripts.map(PathBuf::from));
         for target in targets.filter(|target| !root.join(normal(target)).exists()) {
-            let what = format!("points at {}, which is not there", target.display());
+            let what = format!("points at {}, which does not exist", target.display());
             complaints.push(file.complain(index, &what));
         }
     }
@@ -317,19 +318,19 @@ pub(crate) fn sentences(file: &File) -> Vec<String> {
             lines[index..].iter().find_map(|line| words(line).skip_while(|w| *w != "fn").nth(1));
         let name = named.unwrap_or("");
         if name.split('_').count() < 3 || name.starts_with("test_") {
-            complaints.push(file.complain(index, &format!("test {name:?} is no sentence")));
+            complaints.push(file.complain(index, &format!("test {name:?} is not a sentence")));
         }
     }
     complaints
 }
 
-/// Functions of other files that say `skipped:` and why before they tell a test that it has nothing to run on; and the one that
-/// tells a test that it is the guest's side.
-const SAYING: [&str; 5] = ["skip", "host", "one_host", "foreign", "is_inside"];
+/// Functions of other files that print `skipped:` and the reason if a test cannot run; and the one that returns true in the
+/// guest's part of a test.
+const SKIPPING: [&str; 5] = ["skip", "host", "one_host", "foreign", "is_inside"];
 
-/// Those, and the functions of a file that call one of them.
-fn saying<'a>(lines: &[&'a str]) -> Vec<&'a str> {
-    let mut names = SAYING.to_vec();
+/// [`SKIPPING`], and the functions of a file that call one of them.
+fn skipping<'a>(lines: &[&'a str]) -> Vec<&'a str> {
+    let mut names = SKIPPING.to_vec();
     let functions: Vec<(&str, &[&str])> = (0..lines.len())
         .filter_map(|start| {
             let name = words(lines[start]).skip_while(|word| *word != "fn").nth(1)?;
@@ -352,14 +353,14 @@ fn saying<'a>(lines: &[&'a str]) -> Vec<&'a str> {
     }
 }
 
-/// True if the line calls a function of this name, and not one whose name ends so.
+/// True if the line calls a function of exactly this name.
 fn is_called(line: &str, name: &str) -> bool {
     line.match_indices(&format!("{name}(")).any(|(at, _)| {
         !line[..at].ends_with(|c: char| c.is_alphanumeric() || matches!(c, '_' | '.'))
     })
 }
 
-/// The lines from the first up to the brace that closes what begins there.
+/// The lines of the block that begins in the first line.
 fn block<'a, 'b>(lines: &'b [&'a str]) -> &'b [&'a str] {
     let indent = |line: &str| line.len() - line.trim_start().len();
     let ends = |line: &&str| line.trim() == "}" && indent(line) == indent(lines[0]);
@@ -367,18 +368,18 @@ fn block<'a, 'b>(lines: &'b [&'a str]) -> &'b [&'a str] {
     &lines[..end.map_or(1, |end| end + 2)]
 }
 
-/// A test that ends early without a word counts as passed.
+/// Finds tests that return early without a message, which would count as passed.
 pub(crate) fn skipped(file: &File) -> Vec<String> {
     let lines: Vec<&str> = file.code.lines().collect();
     let mut complaints = Vec::new();
-    let saying = saying(&lines);
+    let skipping = skipping(&lines);
     for (start, _) in lines.iter().enumerate().filter(|(_, line)| line.trim() == "#[test]") {
         let test = block(&lines[start..]);
         for (index, line) in test.iter().enumerate() {
             let is_bare = line.contains("return;") || line.contains("return }");
-            // The condition stands on the line or right above it.
+            // The condition is on this line or the one above.
             let mut condition = test[index.saturating_sub(1)..=index].iter();
-            let is_said = |line: &&str| saying.iter().any(|name| is_called(line, name));
+            let is_said = |line: &&str| skipping.iter().any(|name| is_called(line, name));
             if is_bare && !condition.any(is_said) {
                 complaints.push(file.complain(start + index, "a test ends early without `skip`"));
             }
@@ -388,7 +389,8 @@ pub(crate) fn skipped(file: &File) -> Vec<String> {
     for what in ["skipped: ", &shouts] {
         let prints = |line: &&str| line.contains("print") && line.contains(&format!("\"{what}"));
         let bad = file.text.lines().enumerate().filter(|(_, line)| prints(line));
-        complaints.extend(bad.map(|(index, _)| file.complain(index, "prints what `skip` says")));
+        complaints
+            .extend(bad.map(|(index, _)| file.complain(index, "prints the message of `skip`")));
     }
     complaints
 }

@@ -1,4 +1,4 @@
-//! An initramfs as a user would make one: busybox, a script, and busybox's own cpio to pack it.
+//! An initramfs as a user would create one: busybox, a script, and busybox's cpio to pack it.
 
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -26,8 +26,8 @@ fi
 exec setsid -c sh
 "#;
 
-/// Makes an initramfs in `folder`, with these files beside the usual ones, and these modules of the kernel loaded at the start:
-/// by file name without `.ko.xz`, and what they need.
+/// Creates an initramfs in `folder`, with these additional files, that loads these kernel modules (by file name without
+/// `.ko.xz`) and their dependencies at the start.
 pub(crate) fn build(folder: &Path, files: &[(&str, &[u8])], wanted: &[&str]) -> PathBuf {
     let tree = folder.join("tree");
     fs::create_dir_all(tree.join("modules")).expect("a folder");
@@ -53,7 +53,7 @@ pub(crate) fn build(folder: &Path, files: &[(&str, &[u8])], wanted: &[&str]) -> 
     archive
 }
 
-/// Puts modules and what they need into a folder, with a list `order` in which they can be loaded.
+/// Copies modules and their dependencies into a folder, with a list `order` in loading order.
 fn unpack_modules(folder: &Path, wanted: &[&str]) {
     if wanted.is_empty() {
         return;
@@ -69,7 +69,7 @@ fn unpack_modules(folder: &Path, wanted: &[&str]) {
         let (module, needs) = line
             .and_then(|line| line.split_once(':'))
             .unwrap_or_else(|| panic!("there is no module {name} in {}", from.display()));
-        // What is needed first stands last.
+        // The last dependency is loaded first.
         for path in needs.split_whitespace().rev().chain([module]) {
             if !order.contains(&path) {
                 order.push(path);

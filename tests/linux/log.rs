@@ -1,6 +1,6 @@
-//! What in a kernel's log would tell of a fault of the machine or its device tree.
+//! Messages in a kernel's log that indicate a fault of the machine or its device tree.
 
-/// Lines that Debian's kernel logs as a warning or worse on a machine without any fault, and why.
+/// Lines that Debian's kernel logs as a warning or worse on a machine without faults, with the reasons.
 const ALLOWED: &[(&str, &str)] =
     &[("hrtimer: interrupt took ", "the host had no time for the guest")];
 

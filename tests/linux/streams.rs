@@ -1,4 +1,4 @@
-//! Streams between a guest and its host: the guest's side, which is the same test of the same program, started there.
+//! Streams between a guest and its host: the guest's side, which is the same test of the same binary, started there.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -14,12 +14,12 @@ pub(crate) const HOST_PORT: u32 = 1234;
 /// Streams in each direction.
 pub(crate) const STREAMS: usize = 200;
 
-/// Bytes that go through a stream and back: of some more than either side takes in one go.
+/// Number of bytes sent through a stream and back: for some streams, more than either side reads at once.
 pub(crate) fn bytes(stream: usize) -> usize {
     if stream.is_multiple_of(20) { 300_000 } else { 20_000 }
 }
 
-/// Sends everything back that comes, until the other side has said all. Gives how much it was.
+/// Echoes all bytes until the other side has shut down; returns their number.
 fn echo(mut stream: impl Read + Write) -> io::Result<usize> {
     let mut all = Vec::new();
     stream.read_to_end(&mut all)?;
@@ -27,8 +27,8 @@ fn echo(mut stream: impl Read + Write) -> io::Result<usize> {
     Ok(all.len())
 }
 
-/// Sends back what comes in [`STREAMS`] streams. Whoever connects gives up after two seconds, and tries again: the stream that
-/// was given up comes all the same, with nothing in it.
+/// Echoes [`STREAMS`] streams. A client times out after two seconds and tries again: the abandoned stream is still accepted,
+/// and is empty.
 pub(crate) fn serve<S: Read + Write>(mut next: impl FnMut() -> S) {
     let mut served = 0;
     while served < STREAMS {
@@ -37,7 +37,7 @@ pub(crate) fn serve<S: Read + Write>(mut next: impl FnMut() -> S) {
     }
 }
 
-/// Connects, however long the other side takes to answer.
+/// Connects without a time-out.
 pub(crate) fn connect(cid: u32, port: u32) -> VsockStream {
     loop {
         match VsockStream::connect_with_cid_port(cid, port) {
@@ -60,10 +60,10 @@ pub(crate) fn send_and_take_back(mut stream: VsockStream, sent: &[u8]) {
     assert_eq!(checksum(&back), checksum(sent));
 }
 
-/// In the environment of the test inside a guest.
+/// Environment variable of the test inside a guest.
 const INSIDE: &str = "RVMM_INSIDE_THE_GUEST";
 
-/// Starts this program, which the guest has as `/inside`, in the guest's shell: the guest's side of the test that calls this.
+/// Starts this binary, which is `/inside` in the guest, in the guest's shell: the guest's side of the calling test.
 pub(crate) fn start_inside(session: &mut Session) {
     let thread = thread::current();
     let test = thread.name().expect("a test's thread has its name");
@@ -71,19 +71,19 @@ pub(crate) fn start_inside(session: &mut Session) {
     session.expect("the guest listens\r\n");
 }
 
-/// Waits for the end of what [`start_inside`] started: it is the one test that ran there, and it passed.
+/// Waits for the end of the test of [`start_inside`] and checks that exactly that one ran and passed.
 pub(crate) fn passed_inside(session: &Session) {
     session.expect("the guest has all of it\r\n");
     session.expect("test result: ok. 1 passed; 0 failed");
     session.expect("# ");
 }
 
-/// True inside a guest that [`start_inside`] was typed into.
+/// True inside a guest, in the process of [`start_inside`].
 pub(crate) fn is_inside() -> bool {
     std::env::var_os(INSIDE).is_some()
 }
 
-/// The guest's side: takes streams from the host, then opens some to it; all that is sent comes back.
+/// The guest's side: accepts streams from the host, then opens some to it; all data is echoed.
 pub(crate) fn guests_side() {
     let listener = VsockListener::bind_with_cid_port(VMADDR_CID_ANY, GUEST_PORT).expect("bind");
     println!("the guest listens");

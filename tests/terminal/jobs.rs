@@ -1,4 +1,4 @@
-//! Job control by a real shell: a console in the background leaves the terminal alone, and comes back with `fg`.
+//! Job control by a real shell: a console in the background does not use the terminal, until `fg`.
 
 use std::fs::File;
 use std::io::Write;
@@ -16,26 +16,26 @@ use vmm_sys_util::signal::block_signal;
 
 use super::{ECHO, LONG, OnTerminal, Output, READY, THIS_TEST, pid, start};
 
-/// The file whose opening for writing puts an orphaned group into the foreground.
+/// The variable with the path of a FIFO: opening it for writing puts an orphaned group into the foreground.
 const TURN: &str = "RVMM_TEST_TURN";
 
 /// Ctrl-A and a key.
 const SUSPEND: &[u8] = b"\x01z";
 const STOP: &[u8] = b"\x01x";
 
-/// In the process that echoes: makes its group the foreground one when the test says so, as no shell does with a group that
-/// is none of its jobs.
-pub(crate) fn take_a_turn_when_told() {
+/// In the process that echoes: makes its group the foreground group on request of the test, because no shell does that for a
+/// group that is not one of its jobs.
+pub(crate) fn come_to_foreground_on_request() {
     let Some(path) = std::env::var_os(TURN) else { return };
     thread::spawn(move || {
         File::open(path).unwrap();
-        // Blocked, it is no reason to be stopped (tcsetpgrp(3)).
+        // If blocked, SIGTTOU does not stop the process (tcsetpgrp(3)).
         block_signal(libc::SIGTTOU).unwrap();
         tcsetpgrp(std::io::stdin(), getpgrp()).unwrap();
     });
 }
 
-/// An interactive bash on a terminal of its own; where there is none, the host's `sh`.
+/// An interactive bash on a new terminal; without bash, the host's `sh`.
 struct Shell {
     keyboard: File,
     screen: Output<File>,
@@ -75,15 +75,15 @@ impl Shell {
         self.keyboard.write_all(format!("{line}\n").as_bytes()).unwrap();
     }
 
-    /// Has the shell answer to keys, and the process in the background see them, a few times.
-    fn is_typed_to(&mut self) {
+    /// Checks a few times that the shell gets typed keys, and the process in the background does not.
+    fn gets_keys(&mut self) {
         for n in 40..45 {
             self.enter(&format!("echo answer-$(({n}+2))"));
             self.screen.until(format!("answer-{}", n + 2).as_bytes());
         }
     }
 
-    /// The only job is said to be `Running` or `Stopped`.
+    /// Waits until the shell reports its only job as `Running` or `Stopped`.
     fn has_a_job_that_is(&mut self, state: &str) {
         self.enter("echo jobs''-are; jobs; echo jobs''-were");
         self.screen.until(b"jobs-are");
@@ -96,7 +96,7 @@ impl Shell {
         let deadline = Instant::now() + LONG;
         loop {
             let modes = tcgetattr(&self.slave).unwrap().local_modes;
-            // What a shell that edits lines changes itself says nothing.
+            // The modes that a shell with line editing changes itself are ignored.
             if modes.contains(LocalModes::IEXTEN) != wanted {
                 return;
             }
@@ -115,7 +115,7 @@ impl Shell {
     }
 }
 
-/// The command that echoes, with a shell's words before and after it.
+/// The command that echoes, with text of the shell's before and after it.
 fn echo(before: &str, after: &str) -> String {
     let exe = std::env::current_exe().unwrap();
     let exe = exe.to_str().unwrap();
@@ -135,7 +135,7 @@ fn a_job_in_the_background_leaves_the_keys_to_the_shell_until_fg() {
     let mut shell = Shell::start();
     shell.enter(&echo("", "&"));
     shell.screen.until(READY.trim_ascii_end());
-    shell.is_typed_to();
+    shell.gets_keys();
     shell.has_a_job_that_is("Running");
     shell.is_raw(false);
 
@@ -149,7 +149,7 @@ fn a_job_in_the_background_leaves_the_keys_to_the_shell_until_fg() {
     shell.screen.until(b"Stopped");
     shell.is_raw(false);
     shell.enter("bg");
-    shell.is_typed_to();
+    shell.gets_keys();
     shell.has_a_job_that_is("Running");
     shell.is_raw(false);
 
@@ -166,13 +166,13 @@ fn a_job_in_the_background_leaves_the_keys_to_the_shell_until_fg() {
 }
 
 #[test]
-fn a_job_that_is_stopped_by_a_signal_gives_the_terminal_back_and_has_it_again_by_fg() {
+fn a_stopped_job_gives_the_terminal_back_and_gets_it_again_by_fg() {
     let mut shell = Shell::start();
     for stop in [Signal::TSTP, Signal::STOP] {
         shell.enter(&echo("", "& child=$!"));
         shell.screen.until(READY.trim_ascii_end());
         shell.enter("echo it is $child.");
-        // Once as typed, once as said.
+        // Once as the echo of the input, once as output.
         shell.screen.until(b"it is ");
         shell.screen.until(b"it is ");
         let child = shell.screen.line_until(b".").parse().unwrap();
@@ -180,7 +180,7 @@ fn a_job_that_is_stopped_by_a_signal_gives_the_terminal_back_and_has_it_again_by
         shell.is_raw(true);
         kill_process(Pid::from_raw(child).unwrap(), stop).unwrap();
         shell.screen.until(b"Stopped");
-        // Of SIGSTOP nobody hears anything: what becomes of the mode is the shell's affair.
+        // SIGSTOP cannot be caught: restoring the mode is up to the shell.
         if stop == Signal::TSTP {
             shell.is_raw(false);
         }
@@ -203,22 +203,22 @@ fn a_job_that_ends_in_the_background_leaves_the_terminal_as_it_is() {
     shell.enter("kill $child; wait $child; echo code-$?");
     shell.screen.until(b"code-0");
     shell.is_raw(false);
-    shell.is_typed_to();
+    shell.gets_keys();
     shell.exits();
 }
 
 #[test]
-fn keys_that_an_orphaned_group_cannot_have_are_not_the_end_of_its_input() {
+fn an_orphaned_group_without_the_keyboard_is_not_at_the_end_of_its_input() {
     let folder = tempfile::tempdir().unwrap();
     let (turn, rest) = (fifo(folder.path(), "turn"), fifo(folder.path(), "rest"));
     let mut shell = Shell::start();
-    // Its parent ends, and with that nobody in the session looks after the group.
+    // Its parent ends, which makes the group orphaned.
     let before = format!("{TURN}={}", turn.display());
     shell.enter(&format!("({}); echo re''turned", echo(&before, "</dev/tty &")));
-    // Until it has returned, the group of the two is in the foreground.
+    // Until that returns, their group is in the foreground.
     shell.screen.until_all(&[READY.trim_ascii_end(), b"returned"]);
-    shell.is_typed_to();
-    // The shell keeps away from the keyboard meanwhile.
+    shell.gets_keys();
+    // Meanwhile the shell does not read the keyboard.
     shell.enter(&format!("cat {}; echo over-$((40+2))", rest.display()));
     let rest = File::options().write(true).open(rest).unwrap();
     drop(File::options().write(true).open(turn).unwrap());
@@ -233,7 +233,7 @@ fn keys_that_an_orphaned_group_cannot_have_are_not_the_end_of_its_input() {
 }
 
 #[test]
-fn sigtstp_stops_no_group_that_nobody_would_continue() {
+fn sigtstp_does_not_stop_an_orphaned_group() {
     // The process is the first of its session.
     let mut terminal = OnTerminal::start("echo");
     let process = pid(&terminal.child);
@@ -254,7 +254,7 @@ fn sigtstp_stops_no_group_that_nobody_would_continue() {
 }
 
 #[test]
-fn signals_that_were_ignored_at_the_start_stay_so() {
+fn signals_that_were_ignored_at_the_start_stay_ignored() {
     for signal in [Signal::HUP, Signal::INT, Signal::QUIT, Signal::TSTP] {
         let name = signal.as_raw().to_string();
         let trap = format!("trap '' {name}; exec \"$@\"");
@@ -263,7 +263,7 @@ fn signals_that_were_ignored_at_the_start_stay_so() {
         let mut output = Output::new(child.stdout.take().unwrap());
         output.until(READY);
         kill_process(pid(&child), signal).unwrap();
-        // Were it not ignored, the loop would see it before what comes later.
+        // If it were not ignored, the loop would process it before later events.
         let mut typed = File::from(OwnedFd::from(typed));
         typed.write_all(b"alive").unwrap();
         output.until(b"alive");

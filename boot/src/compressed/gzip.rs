@@ -7,17 +7,17 @@ use flate2::bufread::GzDecoder;
 
 use super::{Budget, peek};
 
-/// Whether a gzip member starts with `bytes`, deflated as all are.
+/// True if `bytes` are the start of a gzip member (method deflate, the only one there is).
 pub(super) fn is_member(bytes: &[u8]) -> bool {
     bytes.starts_with(&[0x1f, 0x8b, 0x08])
 }
 
 /// The contents of all members.
 pub(super) struct Gzip<'a> {
-    /// The member that is being unpacked; none behind the last.
+    /// The member that is being decompressed; `None` after the last.
     member: Option<GzDecoder<BufReader<&'a File>>>,
     budget: Budget,
-    /// Where in the file the last member ended, in bytes.
+    /// File offset of the end of the last member, in bytes.
     end: u64,
 }
 
@@ -27,12 +27,12 @@ impl<'a> Gzip<'a> {
         Self { member: Some(GzDecoder::new(input)), budget, end: 0 }
     }
 
-    /// Where in the file the last member ended, once all is read.
+    /// File offset of the end of the last member, once all is read.
     pub(super) fn end(&self) -> u64 {
         self.end
     }
 
-    /// Goes on to the next member, if there is one.
+    /// Starts the next member, if there is one.
     fn next_member(&mut self) -> io::Result<()> {
         let Some(mut input) = self.member.take().map(GzDecoder::into_inner) else { return Ok(()) };
         self.end = input.stream_position()?;

@@ -1,10 +1,10 @@
-//! An `Image` inside gzip (RFC 1952) or zstd (RFC 8878), unpacked within bounds.
+//! An `Image` inside gzip (RFC 1952) or zstd (RFC 8878), decompressed within bounds.
 //!
-//! A compressed file is a program somebody else wrote, so nothing of it is believed: the first bytes that
-//! come out have to be an `Image` header, and no more may come out than that header and the caller's limit
-//! allow. All gzip members and all zstd frames are unpacked, as `gzip -dc` and `zstd -dc` do: programs that
-//! compress with several threads write several, and so does who appends a file to another. What follows the
-//! last one and is none (a size, a padding) is left out, and [`crate::Kernel::left_out`] says how much that is.
+//! A compressed file is untrusted: its first decompressed bytes have to be an `Image` header, and its
+//! contents may not be larger than that header and the caller's limit allow. All gzip members and all zstd
+//! frames are decompressed, as `gzip -dc` and `zstd -dc` do: multi-threaded compressors write several, and
+//! so does appending one file to another. Other data after the last one (a size, padding) is left out;
+//! [`crate::Kernel::left_out`] returns its length.
 
 mod gzip;
 mod zstd;
@@ -22,10 +22,10 @@ use crate::kernel::{Format, HEAD_LEN, KernelFile};
 use crate::source::{Segment, Source};
 use crate::{elf, foreign};
 
-/// No more bytes than this are looked at to see whether what follows the contents is padding.
+/// Maximum number of bytes after the contents that are checked for being padding.
 const MOST_PADDING: u64 = 1 << 20;
 
-/// A compression format that a kernel may come in.
+/// A supported compression format of a kernel file.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Compression {
     /// gzip, RFC 1952 (`Image.gz`).
@@ -35,7 +35,7 @@ pub enum Compression {
 }
 
 impl Compression {
-    /// What the first bytes of a file say it is compressed with, as far as rvmm unpacks it.
+    /// The supported compression format whose magic the first bytes of a file have, if any.
     #[must_use]
     pub fn of(head: &[u8]) -> Option<Self> {
         if gzip::is_member(head) {
@@ -44,7 +44,7 @@ impl Compression {
         (zstd::is_frame(head) || zstd::is_skippable_frame(head)).then_some(Self::Zstd)
     }
 
-    /// Its name, which is that of its program too: `gzip`.
+    /// Name of the format, which is also the name of its program: `gzip`.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -60,15 +60,15 @@ impl fmt::Display for Compression {
     }
 }
 
-/// What came out of a compressed file.
+/// The contents of a compressed file.
 pub(crate) struct Unpacked {
     pub(crate) format: Format,
     pub(crate) segment: Segment,
-    /// Bytes of the file behind its last member or frame; 0 where they begin with nothing but zeros.
+    /// Bytes of the file after its last member or frame; 0 if they are zero padding.
     pub(crate) left_out: u64,
 }
 
-/// Unpacks the `Image` in `file`, which may take at most `limit` bytes.
+/// Decompresses the `Image` in `file`, which may have at most `limit` bytes.
 pub(crate) fn unpack(
     file: &KernelFile<'_>,
     compression: Compression,
@@ -103,7 +103,7 @@ fn too_large(limit: u64) -> String {
     format!("it unpacks to more than {} (give the guest more memory with --mem)", Size(limit))
 }
 
-/// The header of the `Image` whose first bytes are `head`, or what it is instead.
+/// The header of the `Image` whose first bytes are `head`; the error describes the file that it is instead.
 fn image_header(head: &[u8], compression: Compression) -> Result<Header, String> {
     if image::is_image(head) {
         return Header::parse(head);
@@ -117,20 +117,20 @@ fn image_header(head: &[u8], compression: Compression) -> Result<Header, String>
     Err(format!("it is a {compression} file without an Image inside; what is inside: {inside}"))
 }
 
-/// A decoder and what came out of it so far.
+/// A decoder and its output so far.
 struct Unpacker<'a> {
     decoder: Decoder<'a>,
     bytes: Vec<u8>,
 }
 
-/// Either decoder, over all members or frames. Both check each checksum that there is.
+/// Either decoder, over all members or frames. Both verify every checksum in the file.
 enum Decoder<'a> {
     Gzip(Box<Gzip<'a>>),
     Zstd(Box<Zstd<'a>>),
 }
 
 impl<'a> Unpacker<'a> {
-    /// Starts to unpack the file, which has to be at its beginning.
+    /// Starts decompressing the file, whose position has to be 0.
     fn new(file: &'a File, compression: Compression, limit: u64) -> Self {
         let input = BufReader::with_capacity(64 << 10, file);
         let budget = Budget::for_contents(limit);
@@ -141,7 +141,7 @@ impl<'a> Unpacker<'a> {
         Self { decoder, bytes: Vec::new() }
     }
 
-    /// Unpacks until there are `most` bytes, or all of them.
+    /// Decompresses until there are `most` bytes, or all of them.
     fn fill(&mut self, most: u64) -> io::Result<()> {
         let missing = most.saturating_sub(self.bytes.len() as u64);
         let mut decoder: &mut dyn Read = match &mut self.decoder {
@@ -151,7 +151,7 @@ impl<'a> Unpacker<'a> {
         (&mut decoder).take(missing).read_to_end(&mut self.bytes).map(drop)
     }
 
-    /// Once all is unpacked: see [`Unpacked::left_out`].
+    /// Returns [`Unpacked::left_out`], once all is decompressed.
     fn left_out(&mut self, file: &KernelFile<'_>) -> io::Result<u64> {
         let end = match &mut self.decoder {
             Decoder::Gzip(gzip) => gzip.end(),
@@ -166,7 +166,7 @@ impl<'a> Unpacker<'a> {
     }
 }
 
-/// The next four bytes of a file that is read from its beginning on, without taking them; zeros where it has fewer.
+/// The next four bytes of the input, without consuming them; zeros if the file has fewer.
 fn peek(input: &mut BufReader<&File>) -> io::Result<[u8; 4]> {
     let mut next = [0; 4];
     let at = input.stream_position()?;
@@ -176,18 +176,18 @@ fn peek(input: &mut BufReader<&File>) -> io::Result<[u8; 4]> {
     }
 }
 
-/// How many members or blocks a file may have: in a hostile one they have no contents, and there are millions.
+/// Maximum number of members or blocks of a file: a hostile one may have millions of empty ones.
 struct Budget(u64);
 
 impl Budget {
-    /// For contents of at most `limit` bytes. A gzip member, or a block of zstd, has some 64 KiB or more as a rule.
+    /// The budget for contents of at most `limit` bytes. A gzip member or a zstd block usually has 64 KiB or more.
     fn for_contents(limit: u64) -> Self {
         Self((1 << 10) + (limit >> 10))
     }
 
     fn spend_one(&mut self) -> io::Result<()> {
         self.0 = self.0.checked_sub(1).ok_or_else(|| {
-            io::Error::new(io::ErrorKind::InvalidData, "it goes on and on without any contents")
+            io::Error::new(io::ErrorKind::InvalidData, "it has too many empty members or blocks")
         })?;
         Ok(())
     }

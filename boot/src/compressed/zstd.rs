@@ -1,4 +1,4 @@
-//! All frames of a zstd file, one after the other; skippable ones are stepped over (RFC 8878, section 3.1).
+//! All frames of a zstd file, one after the other; skippable ones are skipped (RFC 8878, section 3.1).
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek};
@@ -7,16 +7,16 @@ use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
 
 use super::{Budget, peek};
 
-/// The largest window that `zstd -dc` takes without being told to, as what `zstd --ultra -22` makes of a pipe has it.
-/// A decoder keeps that much in memory at most, and no more than the contents have.
+/// The largest window that `zstd -dc` accepts by default; `zstd --ultra -22` uses it when it compresses a pipe.
+/// A decoder keeps at most that much in memory, and no more than the size of the contents.
 const MAX_WINDOW: u64 = 128 << 20;
 
-/// Whether a zstd frame starts with `bytes`.
+/// True if `bytes` are the start of a zstd frame.
 pub(super) fn is_frame(bytes: &[u8]) -> bool {
     bytes.starts_with(&[0x28, 0xb5, 0x2f, 0xfd])
 }
 
-/// Whether a skippable frame starts with `bytes` (RFC 8878, section 3.1.2): pzstd writes one before each frame.
+/// True if `bytes` are the start of a skippable frame (RFC 8878, section 3.1.2): pzstd writes one before each frame.
 pub(super) fn is_skippable_frame(bytes: &[u8]) -> bool {
     matches!(bytes, [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..])
 }
@@ -36,12 +36,12 @@ impl<'a> Zstd<'a> {
         Self { input, frame, budget }
     }
 
-    /// Where in the file the last frame ended, once all is read.
+    /// File offset of the end of the last frame, once all is read.
     pub(super) fn end(&mut self) -> io::Result<u64> {
         self.input.stream_position()
     }
 
-    /// Goes on to the next frame that has contents; false where there is none.
+    /// Starts the next frame that has contents; false if there is none.
     fn next_frame(&mut self) -> io::Result<bool> {
         let mut next = peek(&mut self.input)?;
         while is_skippable_frame(&next) {
@@ -55,7 +55,7 @@ impl<'a> Zstd<'a> {
         Ok(false)
     }
 
-    /// Steps over a skippable frame: its magic number, its length, and as many bytes.
+    /// Skips a skippable frame: its magic number, its length, and as many bytes.
     fn skip_frame(&mut self) -> io::Result<()> {
         self.budget.spend_one()?;
         let mut header = [0; 8];
@@ -71,7 +71,7 @@ impl<'a> Zstd<'a> {
         Ok(())
     }
 
-    /// Checks the frame that has just been read whole.
+    /// Verifies the checksum of the frame that has just been read completely.
     fn check(&self) -> io::Result<()> {
         match self.frame.get_checksum_from_data() {
             Some(sum) if self.frame.get_calculated_checksum() != Some(sum) => {
@@ -89,7 +89,7 @@ impl Read for Zstd<'_> {
         }
         loop {
             while self.frame.can_collect() == 0 && !self.frame.is_finished() {
-                // Blocks hold up to 128 KiB; but a hole in a sparse file is an endless row of empty ones.
+                // Blocks hold up to 128 KiB; but a hole in a sparse file decodes as a long series of empty ones.
                 self.budget.spend_one()?;
                 let one = BlockDecodingStrategy::UptoBlocks(1);
                 self.frame.decode_blocks(&mut self.input, one).map_err(io::Error::other)?;

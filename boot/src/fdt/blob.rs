@@ -1,8 +1,8 @@
-//! A second pair of eyes: reads device tree blobs without the library that writes them.
+//! A reader of device tree blobs that is independent of the library that writes them.
 //!
-//! It follows the flattened format (Devicetree Specification 0.4, chapter 5) and believes nothing: not the
-//! sizes, not the offsets, not that a string ends. It looks at every byte of the structure at most once and
-//! keeps no tree, so a hostile blob costs neither time nor memory.
+//! It implements the flattened format (Devicetree Specification 0.4, chapter 5) and trusts nothing: no size,
+//! no offset, no string terminator. It reads every byte of the structure block at most once and builds no
+//! tree, so a hostile blob costs neither time nor memory.
 
 use std::ffi::CStr;
 use std::fmt;
@@ -14,17 +14,17 @@ pub(super) const MAGIC: u32 = 0xd00d_feed;
 /// The length of the header of version 17 in bytes.
 pub(super) const HEADER_LEN: usize = 40;
 
-/// Linux follows no more levels (FDT_MAX_DEPTH in drivers/of/fdt.c).
+/// Linux reads no deeper levels (FDT_MAX_DEPTH in drivers/of/fdt.c).
 const MAX_DEPTH: usize = 64;
 
 /// Property names are at most 31 characters by the specification; a few real ones are longer.
 const MAX_NAME_LEN: usize = 255;
 
-/// What is wrong with a blob: it completes the sentence "Cannot use FILE as a device tree: ...".
+/// A fault in a blob; completes the sentence "Cannot use FILE as a device tree: ...".
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Fault {
     what: &'static str,
-    /// Where in the blob, in bytes.
+    /// Offset in the blob, in bytes.
     offset: usize,
 }
 
@@ -47,24 +47,24 @@ pub enum Item<'a> {
     End,
 }
 
-/// Checks a whole blob; gives the number of bytes that belong to it.
+/// Checks a whole blob and returns its length in bytes.
 ///
 /// # Errors
-/// The first [`Fault`] there is.
+/// The first [`Fault`].
 pub fn check(blob: &[u8]) -> Result<usize, Fault> {
     walk(blob, |_| ())
 }
 
-/// Walks through a blob from the root's beginning to its end and shows every node and property to `visit`;
-/// gives the number of bytes that belong to it.
+/// Walks through a blob from the beginning of the root to its end, calls `visit` for every node and property,
+/// and returns the length of the blob in bytes.
 ///
 /// # Errors
-/// The first [`Fault`] there is; `visit` has seen everything before it.
+/// The first [`Fault`]; `visit` has been called for everything before it.
 pub fn walk<'a>(blob: &'a [u8], mut visit: impl FnMut(Item<'a>)) -> Result<usize, Fault> {
     walk_spans(blob, |_, item| visit(item))
 }
 
-/// As [`walk`], with the bytes of the blob that each item takes: a node's name with its beginning.
+/// As [`walk`], with the range of the blob of each item; a node's name belongs to its beginning.
 pub(super) fn walk_spans<'a>(
     blob: &'a [u8],
     mut visit: impl FnMut(Range<usize>, Item<'a>),
@@ -91,7 +91,7 @@ pub(super) fn walk_spans<'a>(
                 let value = cursor.bytes(len)?;
                 visit(at..cursor.at, Item::Property(name, value));
             }
-            END_NODE if depth == 0 => return fault("a node ends that never began"),
+            END_NODE if depth == 0 => return fault("there is a node end without a beginning"),
             END_NODE => {
                 depth -= 1;
                 visit(at..cursor.at, Item::End);
@@ -99,7 +99,7 @@ pub(super) fn walk_spans<'a>(
                     break;
                 }
             }
-            _ => return fault("there is no node, no property and no end"),
+            _ => return fault("there is an invalid token"),
         }
     }
     while cursor.peek() == Some(NOP) {
@@ -108,7 +108,7 @@ pub(super) fn walk_spans<'a>(
     let at = cursor.at;
     match cursor.u32()? {
         END => Ok(header.total),
-        _ => Err(Fault { what: "the tree goes on after its root has ended", offset: at }),
+        _ => Err(Fault { what: "the root node is not followed by the end", offset: at }),
     }
 }
 
@@ -119,15 +119,15 @@ pub(super) const PROPERTY: u32 = 3;
 const NOP: u32 = 4;
 const END: u32 = 9;
 
-/// What the header says, checked.
+/// The checked fields of a header.
 pub(super) struct Header {
     /// The length of the blob in bytes.
     total: usize,
-    /// The list of reserved memory, with the empty entry that ends it.
+    /// The memory reservation block, including the empty entry at its end.
     pub(super) reservations: Range<usize>,
     pub(super) structure: Range<usize>,
     pub(super) strings: Range<usize>,
-    /// The physical id of the hart that starts.
+    /// The physical id of the boot hart.
     pub(super) boot_cpu: u32,
 }
 
@@ -143,7 +143,7 @@ impl Header {
         let field = |at| be_u32(blob, at).and_then(|n| usize::try_from(n).ok()).unwrap_or(0);
         let total = field(4);
         if total < HEADER_LEN || total > blob.len() {
-            return fault("the total size is not that of the file", 4);
+            return fault("the total size does not fit the file", 4);
         }
         if field(20) < 17 || field(24) > 17 {
             return fault("the format version is not 17", 20);
@@ -167,13 +167,13 @@ impl Header {
         Ok(Self { total, reservations, structure, strings, boot_cpu })
     }
 
-    /// Where the last of the blocks ends.
+    /// The end of the last block.
     pub(super) fn used(&self) -> usize {
         self.structure.end.max(self.strings.end).max(self.reservations.end)
     }
 }
 
-/// The list of reserved memory that starts here, if it ends.
+/// The memory reservation block that starts at `start`, if it has an end.
 fn reservations_from(blob: &[u8], start: usize) -> Result<Range<usize>, Fault> {
     let mut entries = blob.get(start..).unwrap_or_default().chunks_exact(16);
     match entries.position(|entry| entry.iter().all(|byte| *byte == 0)) {
@@ -198,7 +198,7 @@ fn property_name<'a>(
     name.ok_or(fault)
 }
 
-/// A place in the structure block.
+/// A position in the structure block.
 struct Cursor<'a> {
     blob: &'a [u8],
     at: usize,
@@ -206,7 +206,7 @@ struct Cursor<'a> {
 }
 
 impl<'a> Cursor<'a> {
-    /// What is left of the block.
+    /// The rest of the block.
     fn rest(&self) -> &'a [u8] {
         self.blob.get(self.at..self.end).unwrap_or_default()
     }
@@ -225,7 +225,7 @@ impl<'a> Cursor<'a> {
         Ok(value)
     }
 
-    /// The next `len` bytes; steps over the padding after them.
+    /// Reads the next `len` bytes and skips the padding after them.
     fn bytes(&mut self, len: u32) -> Result<&'a [u8], Fault> {
         let len = usize::try_from(len).ok();
         let bytes = len.and_then(|len| self.rest().get(..len)).ok_or_else(|| self.cut_short())?;
@@ -233,16 +233,16 @@ impl<'a> Cursor<'a> {
         Ok(bytes)
     }
 
-    /// The name of a node; steps over the padding after it.
+    /// Reads the name of a node and skips the padding after it.
     fn string(&mut self) -> Result<&'a str, Fault> {
         let at = self.at;
         let name = CStr::from_bytes_until_nul(self.rest()).map_err(|_| self.cut_short())?;
         self.at = (at + name.count_bytes() + 1).next_multiple_of(4);
-        name.to_str().map_err(|_| Fault { what: "a node's name is no text", offset: at })
+        name.to_str().map_err(|_| Fault { what: "a node's name is not UTF-8", offset: at })
     }
 }
 
-/// The big-endian number of 4 bytes at `at`, if `bytes` reach that far.
+/// The big-endian number of 4 bytes at `at`, if `bytes` are long enough.
 fn be_u32(bytes: &[u8], at: usize) -> Option<u32> {
     bytes.get(at..)?.first_chunk().copied().map(u32::from_be_bytes)
 }

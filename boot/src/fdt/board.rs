@@ -1,8 +1,8 @@
-//! The board as plain data: what [`super::build`] writes down as a device tree.
+//! The board as plain data, from which [`super::build`] generates a device tree.
 
 use crate::region::Region;
 
-/// Everything a device tree says about a guest.
+/// The contents of a guest's device tree.
 #[derive(Clone, Debug)]
 pub struct Board {
     /// `model` of the root node: "rvmm".
@@ -11,29 +11,29 @@ pub struct Board {
     pub compatible: Vec<String>,
     /// The harts, the boot hart first, ids ascending.
     pub cpus: Vec<Cpu>,
-    /// `compatible` of `/hypervisor`, which says whose guest this is: "linux,kvm". Without one there is no such node.
-    /// systemd-detect-virt knows the guest by it, and with it every unit that asks for a virtual machine.
+    /// `compatible` of `/hypervisor`: "linux,kvm". `None`: no such node. systemd-detect-virt detects the virtual machine
+    /// by it, and units depend on that (ConditionVirtualization=).
     pub hypervisor: Option<String>,
     /// Ticks per second of the `time` CSR, in Hz.
     pub timebase_frequency: u32,
     /// The ranges of RAM.
     pub memory: Vec<Region>,
-    /// What the boot loader tells the kernel.
+    /// The boot loader's data for the kernel.
     pub chosen: Chosen,
     /// The interrupt controller that devices are wired to.
     pub irqchip: Irqchip,
-    /// The devices, in the order in which their nodes are to stand.
+    /// The devices, in the order of their nodes.
     pub devices: Vec<DeviceNode>,
 }
 
 /// One hart: a `/cpus/cpu@N` node (Documentation/devicetree/bindings/riscv/cpus.yaml).
 #[derive(Clone, Debug)]
 pub struct Cpu {
-    /// The hart id, which is `reg` and what a0 holds at boot.
+    /// The hart id: `reg`, and the value of a0 at boot.
     pub hartid: u32,
-    /// What it can execute.
+    /// Its instruction set.
     pub isa: Isa,
-    /// The largest virtual address space it offers.
+    /// Its largest virtual address space.
     pub mmu: MmuType,
     /// Bytes per block of cbo.clean, cbo.flush and cbo.inval, if it has Zicbom.
     pub cbom_block_size: Option<u32>,
@@ -71,11 +71,11 @@ pub enum MmuType {
 pub struct Chosen {
     /// The kernel command line; see [`crate::Cmdline`].
     pub bootargs: String,
-    /// Where the initrd is, if there is one.
+    /// The memory of the initrd, if there is one.
     pub initrd: Option<Region>,
     /// The label of the device that is the console, if there is one.
     pub stdout: Option<String>,
-    /// Random bytes for the kernel's entropy pool. The kernel credits and then erases them.
+    /// Random bytes for the kernel's entropy pool. The kernel credits them and then erases them.
     pub rng_seed: [u8; 64],
     /// A random number for the kernel's address space layout. 0 means none.
     pub kaslr_seed: u64,
@@ -106,7 +106,7 @@ pub enum Irqchip {
         registers: Region,
         /// Interrupt sources, 1..=1023.
         sources: u32,
-        /// Which contexts each hart has.
+        /// The contexts of each hart.
         contexts: PlicContexts,
     },
 }
@@ -121,7 +121,7 @@ pub enum PlicContexts {
     MachineAndSupervisor,
 }
 
-/// One device: the board says where it is, `node` says who it is.
+/// One device: its place on the board, and its `node`.
 #[derive(Clone, Debug)]
 pub struct DeviceNode {
     /// A name that is unique on the board, for [`Chosen::stdout`] and [`Value::Phandle`]: "serial0".
@@ -132,7 +132,7 @@ pub struct DeviceNode {
     pub size: u64,
     /// Its interrupt sources on the [`Irqchip`], all of them level-triggered, active high.
     pub irqs: Vec<u32>,
-    /// What the device says about itself.
+    /// The device's own part of its node.
     pub node: Node,
     /// Nodes at the root that belong to it and have no registers of their own (syscon-poweroff).
     pub companions: Vec<Node>,
@@ -167,7 +167,7 @@ pub enum Value {
     U64(Vec<u64>),
     /// A list of strings.
     Strings(Vec<String>),
-    /// A reference to the device with this label. The labels "irqchip" and "msi" (AIA only) are taken.
+    /// A reference to the device with this label. The labels "irqchip" and "msi" (AIA only) are reserved.
     Phandle(String),
     /// A reference to the device that the node belongs to, for companions.
     Owner,
@@ -180,7 +180,7 @@ impl Property {
         Self { name: name.into(), value }
     }
 
-    /// A property that is only there or not.
+    /// A property without a value.
     #[must_use]
     pub fn empty(name: &str) -> Self {
         Self::new(name, Value::Empty)

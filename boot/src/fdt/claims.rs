@@ -1,26 +1,26 @@
-//! What a device tree claims about the machine it is for (Devicetree Specification 0.4, chapter 3).
+//! The description of a machine in a device tree (Devicetree Specification 0.4, chapter 3).
 
 use std::collections::BTreeSet;
 
 use super::blob::{self, Fault, Item};
 use crate::region::Region;
 
-/// What has to fit the machine.
+/// The facts in a tree that have to match the machine.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Claims {
     /// Memory that is not disabled, in ascending order, without empty ranges.
     pub(super) memory: Vec<Region>,
     /// The ids of harts that are not disabled, in ascending order.
     pub(super) harts: Vec<u64>,
-    /// What these harts execute, in lower case, none twice.
+    /// The ISA extensions of these harts, in lower case, without duplicates.
     pub(super) extensions: BTreeSet<String>,
     /// `linux,initrd-start` and `linux,initrd-end`.
     pub(super) initrd: Option<Region>,
     /// `timebase-frequency` of `/cpus`, in Hz.
     pub(super) timebase: Option<u64>,
-    /// Whether there is an APLIC.
+    /// True if there is an APLIC.
     pub(super) has_aplic: bool,
-    /// Whether there is a PLIC.
+    /// True if there is a PLIC.
     pub(super) has_plic: bool,
 }
 
@@ -42,16 +42,16 @@ impl Claims {
     }
 }
 
-/// A walk through a tree, so far.
+/// The state of a walk through a tree.
 #[derive(Default)]
 struct Reader<'a> {
     claims: Claims,
     initrd: (Option<u64>, Option<u64>),
     /// The names of the nodes that are open; the root's is empty.
     path: Vec<&'a str>,
-    /// The properties of the innermost one that count, until it ends or has a child: no property follows a child.
+    /// The relevant properties of the innermost one, until it ends or has a child: no property follows a child.
     node: Node<'a>,
-    /// Cells of an address and of a size below the root, and of an address below `/cpus`, where the tree says.
+    /// Cells of an address and of a size below the root, and of an address below `/cpus`, if given by the tree.
     root_cells: (Option<u64>, Option<u64>),
     cpu_cells: Option<u64>,
 }
@@ -86,7 +86,7 @@ impl<'a> Reader<'a> {
             (_, "reg") => self.node.reg = value,
             (_, "riscv,isa") => self.node.isa = value,
             (_, "riscv,isa-extensions") => self.node.extensions = value,
-            // Linux takes "okay" and "ok" (drivers/of/base.c), and a node without a status.
+            // Linux accepts "okay" and "ok" (drivers/of/base.c), and a node without a status.
             (_, "status") => self.node.is_disabled = !matches!(value, b"okay\0" | b"ok\0"),
             (_, "compatible") => {
                 let mut names = value.split(|byte| *byte == 0);
@@ -104,13 +104,13 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Takes note of the node whose properties are all seen.
+    /// Records the facts of the node whose properties are all read.
     fn finish_node(&mut self) {
         let node = std::mem::take(&mut self.node);
         if node.is_disabled {
             return;
         }
-        // The specification's own numbers, where the tree says nothing (2.3.5).
+        // The specification's defaults (2.3.5).
         match (self.path.as_slice(), node.device_type) {
             (["", _], b"memory\0") => {
                 let (address, size) = (cells(self.root_cells.0, 2), cells(self.root_cells.1, 1));
@@ -132,7 +132,7 @@ impl<'a> Reader<'a> {
 }
 
 impl Node<'_> {
-    /// The names of a hart's extensions: the list, which counts where it is, or the older string, `rv64imac_zicsr`
+    /// The names of a hart's extensions: the list, which has precedence, or the older string, `rv64imac_zicsr`
     /// (Documentation/devicetree/bindings/riscv/extensions.yaml).
     fn extensions(&self) -> Vec<String> {
         let is_name = |name: &String| {
@@ -144,20 +144,20 @@ impl Node<'_> {
         }
         let isa = text(self.isa.strip_suffix(b"\0").unwrap_or(self.isa));
         let mut parts = isa.strip_prefix("rv64").unwrap_or_default().split('_');
-        // G is not an extension, but a name for several.
+        // G is not an extension, but an abbreviation for several.
         let letters = parts.next().unwrap_or_default().chars().filter(|letter| *letter != 'g');
         let letters: Vec<String> = letters.map(String::from).collect();
         letters.into_iter().chain(parts.map(String::from)).filter(is_name).collect()
     }
 }
 
-/// The bytes of this many cells; of more than any address has, none.
+/// Number of bytes of this many cells; 0 for more cells than an address has.
 fn cells(given: Option<u64>, default: usize) -> usize {
     let count = given.map_or(Some(default), |given| usize::try_from(given).ok());
     count.filter(|count| *count <= 2).unwrap_or(0) * 4
 }
 
-/// A number of one cell or two.
+/// A number of one or two cells.
 fn number(bytes: &[u8]) -> Option<u64> {
     match bytes.len() {
         4 => bytes.first_chunk().map(|bytes| u32::from_be_bytes(*bytes).into()),

@@ -1,4 +1,4 @@
-//! The `/cpus` node: the harts and what they can execute
+//! The `/cpus` node: the harts and their ISA extensions
 //! (Documentation/devicetree/bindings/riscv/cpus.yaml and extensions.yaml).
 
 use super::board::{Board, Cpu, Isa, MmuType};
@@ -11,7 +11,7 @@ use crate::error::BootError;
 /// Conventions").
 const CANONICAL: &str = "iemafdqlcbkjtpvnh";
 
-/// Writes `/cpus` with a node for every hart and the map of who shares what: nothing.
+/// Writes `/cpus` with a node for every hart and a flat `cpu-map`.
 pub(super) fn write(
     writer: &mut Writer,
     board: &Board,
@@ -75,22 +75,22 @@ fn write_cpu(writer: &mut Writer, cpu: &Cpu, phandle: u32, intc: u32) -> Result<
 }
 
 impl Isa {
-    /// The names of the extensions in canonical order, the base's own letter first, none twice.
+    /// The names of the extensions in canonical order, the letter of the base first, without duplicates.
     ///
     /// # Errors
-    /// [`BootError::Board`] for a base or an extension that no ISA string can hold.
+    /// [`BootError::Board`] for a base or an extension that is invalid in an ISA string.
     pub fn names(&self) -> Result<Vec<String>, BootError> {
         let letter = match self.base.as_str() {
             "rv32i" | "rv64i" => "i",
             "rv32e" | "rv64e" => "e",
             other => {
-                return Err(BootError::Board(format!("{other:?} is no base instruction set")));
+                return Err(BootError::Board(format!("{other:?} is not a base instruction set")));
             }
         };
         let mut names: Vec<String> = self.extensions.clone();
         names.push(letter.into());
         if let Some(odd) = names.iter().find(|name| !is_extension(name)) {
-            return Err(BootError::Board(format!("{odd:?} is no name of an ISA extension")));
+            return Err(BootError::Board(format!("{odd:?} is not the name of an ISA extension")));
         }
         names.sort_by(|a, b| rank(a).cmp(&rank(b)));
         names.dedup();
@@ -119,8 +119,8 @@ fn isa_string(base: &str, names: &[String]) -> String {
     string
 }
 
-/// Whether Linux takes `name` for one extension: a letter that stands for one, or a longer name that starts
-/// with a letter that says so (arch/riscv/kernel/cpufeature.c, riscv_parse_isa_string).
+/// True if Linux parses `name` as one extension: the letter of one, or a longer name with the prefix of
+/// multi-letter extensions (arch/riscv/kernel/cpufeature.c, riscv_parse_isa_string).
 fn is_extension(name: &str) -> bool {
     let plain = name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
     match name.len() {
@@ -129,7 +129,7 @@ fn is_extension(name: &str) -> bool {
     }
 }
 
-/// The place of an extension in the canonical order: letters, `z` by category, `s`, `x`.
+/// Sort key of the canonical order: letters, `z` by category, `s`, `x`.
 fn rank(name: &str) -> (u32, usize, &str) {
     let category = |letter| CANONICAL.find(letter).unwrap_or(CANONICAL.len());
     let mut letters = name.chars();
@@ -151,14 +151,14 @@ mod tests {
     }
 
     #[test]
-    fn letters_come_in_canonical_order_whatever_the_input() {
+    fn letters_are_in_canonical_order_for_any_input() {
         assert_eq!(isa(&["c", "d", "f", "a", "m"]).string().unwrap(), "rv64imafdc");
         assert_eq!(isa(&["h", "v", "b", "c", "q"]).string().unwrap(), "rv64iqcbvh");
         assert_eq!(isa(&[]).string().unwrap(), "rv64i");
     }
 
     #[test]
-    fn longer_names_come_by_category_and_then_by_alphabet() {
+    fn longer_names_are_sorted_by_category_and_then_alphabetically() {
         let isa = isa(&[
             "svpbmt",
             "zkt",
@@ -198,9 +198,9 @@ mod tests {
     fn names_that_no_isa_string_can_hold_are_refused() {
         for odd in ["", "Zba", "s", "x", "zb_a", "qq", "y", "zicsr zba"] {
             let error = isa(&[odd]).names().unwrap_err().to_string();
-            assert!(error.contains("is no name of an ISA extension"), "{odd}: {error}");
+            assert!(error.contains("is not the name of an ISA extension"), "{odd}: {error}");
         }
         let odd = Isa { base: "x86".into(), extensions: Vec::new() };
-        assert!(odd.string().unwrap_err().to_string().contains("\"x86\" is no base"));
+        assert!(odd.string().unwrap_err().to_string().contains("\"x86\" is not a base"));
     }
 }

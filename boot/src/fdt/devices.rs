@@ -26,7 +26,7 @@ pub(super) fn write(
     Ok(())
 }
 
-/// Writes the nodes without registers that devices bring along.
+/// Writes the companion nodes of all devices, which have no registers.
 pub(super) fn write_companions(
     writer: &mut Writer,
     board: &Board,

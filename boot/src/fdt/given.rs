@@ -1,8 +1,8 @@
-//! A user's own device tree (`--dtb`): read for what has to fit the machine, and corrected where only rvmm can know.
+//! A device tree supplied by the user (`--dtb`): checked against the machine, and completed with the initrd.
 //!
-//! A tree that was dumped from another machine looks as good as any, and boots into a guest with memory that is not there,
-//! a clock that is wrong or an initrd that nobody put there. So what it says of memory, harts, clock and interrupt
-//! controller is held against the board, and where the initrd lies is written into it.
+//! A tree that was dumped from another machine is valid, but boots a guest with memory that does not exist, a clock
+//! that is wrong or an initrd that is not loaded. So its memory, harts, clock and interrupt controller are compared with
+//! the board, and the addresses of the initrd are written into it.
 
 use std::path::Path;
 
@@ -14,7 +14,7 @@ use crate::error::{BootError, FileName, Role, Size};
 use crate::region::Region;
 use crate::source::{Source, unusable};
 
-/// A user's own device tree: a sound blob, and what it claims.
+/// A device tree supplied by the user: a valid blob, and the facts in it.
 #[derive(Clone, Debug)]
 pub struct GivenTree {
     name: FileName,
@@ -23,10 +23,10 @@ pub struct GivenTree {
 }
 
 impl GivenTree {
-    /// Reads a device tree blob; what a file holds after the end that its header gives is left out.
+    /// Reads a device tree blob; data after the end given by its header is ignored.
     ///
     /// # Errors
-    /// [`BootError::Open`], [`BootError::Changed`], or [`BootError::Unusable`] for a file that is no sound device
+    /// [`BootError::Open`], [`BootError::Changed`], or [`BootError::Unusable`] for a file that is not a valid device
     /// tree blob of at most [`MAX_LEN`] bytes.
     pub fn open(path: &Path) -> Result<Self, BootError> {
         let refuse = |reason| unusable(path, Role::DeviceTree, reason);
@@ -49,36 +49,35 @@ impl GivenTree {
         Ok(Self { name: path.into(), blob: bytes, claims })
     }
 
-    /// The blob as it is in the file.
+    /// The unchanged blob of the file.
     #[must_use]
     pub fn blob(&self) -> &[u8] {
         &self.blob
     }
 
-    /// The ranges of memory that it names, in ascending order; none where it names none.
+    /// The ranges of memory that it describes, in ascending order.
     #[must_use]
     pub fn memory(&self) -> &[Region] {
         &self.claims.memory
     }
 
-    /// The initrd that it names.
+    /// The initrd that it describes.
     #[must_use]
     pub fn initrd(&self) -> Option<Region> {
         self.claims.initrd
     }
 
-    /// The tree as the guest gets it: with room behind it as a generated one has, and where there is an `initrd`, with its
-    /// place in `/chosen` instead of what stood there. Its length does not depend on the initrd's place.
+    /// The tree for the guest: with free space at the end, as a generated one has, and, if there is an `initrd`, with its
+    /// addresses in `/chosen`. Its length does not depend on these addresses.
     #[must_use]
     pub fn completed(&self, initrd: Option<Region>) -> Vec<u8> {
         splice::completed(&self.blob, initrd)
     }
 
-    /// Holds the tree against the board that the guest gets; gives a sentence for each difference that the guest may live
-    /// with.
+    /// Compares the tree with the guest's board; returns a warning for each difference that may be harmless.
     ///
     /// # Errors
-    /// [`BootError::Unusable`] for one that it cannot live with: memory that is not there, or no boot hart.
+    /// [`BootError::Unusable`] for a difference with which no guest can run: memory that does not exist, or no boot hart.
     pub fn compare(&self, board: &Board) -> Result<Vec<String>, BootError> {
         let memory = self.compare_memory(board)?;
         let harts = self.compare_harts(board)?;
@@ -102,16 +101,16 @@ impl GivenTree {
         let is_there = |range: &&Region| board.memory.iter().any(|ram| ram.encloses(**range));
         if let Some(range) = self.memory().iter().find(|range| !is_there(range)) {
             return Err(self.refuse(format!(
-                "it names memory at {range}, and the machine's is {ram} (change --mem, or the tree)"
+                "it describes memory at {range}, but the machine's is {ram} (change --mem, or the tree)"
             )));
         }
         let total =
             |ranges: &[Region]| ranges.iter().fold(0_u64, |sum, r| sum.saturating_add(r.size));
         let (named, there) = (total(self.memory()), total(&board.memory));
         Ok(match named {
-            0 => Some(format!("names no memory, and the machine's is {ram}")),
+            0 => Some(format!("describes no memory, but the machine's is {ram}")),
             named if named < there => Some(format!(
-                "names {} of memory, and the machine has {}: the guest does not see the rest",
+                "describes {} of memory, but the machine has {}: the guest does not see the rest",
                 Size(named),
                 Size(there)
             )),
@@ -127,20 +126,21 @@ impl GivenTree {
         }
         let machine = format!("the machine has {} (--cpus)", there.len());
         match there.first() {
-            _ if named.is_empty() => Ok(Some(format!("names no harts, and {machine}"))),
+            _ if named.is_empty() => Ok(Some(format!("describes no harts, but {machine}"))),
             Some(boot) if !named.contains(boot) => Err(self.refuse(format!(
-                "hart {boot}, at which the guest starts, is none of the {} that it names (change the tree)",
+                "boot hart {boot} is not among the {} that it describes (change the tree)",
                 named.len()
             ))),
-            _ if named.len() == there.len() => {
-                Ok(Some(format!("names other harts than 0 to {}, and {machine}", there.len() - 1)))
-            }
-            _ => Ok(Some(format!("names {} harts, and {machine}", named.len()))),
+            _ if named.len() == there.len() => Ok(Some(format!(
+                "describes other harts than 0 to {}, but {machine}",
+                there.len() - 1
+            ))),
+            _ => Ok(Some(format!("describes {} harts, but {machine}", named.len()))),
         }
     }
 
     fn compare_isa(&self, board: &Board) -> Option<String> {
-        /// A sentence has room for so many names.
+        /// Maximum number of names in the warning.
         const MOST: usize = 8;
         let there = board.cpus.first()?.isa.names().ok()?;
         let lacking = self.claims.extensions.iter().filter(|name| !there.contains(name));
@@ -149,13 +149,13 @@ impl GivenTree {
         let more = if more > 0 { format!(" and {more} more") } else { String::new() };
         let names = lacking.get(..MOST).unwrap_or(&lacking).join(", ");
         (!lacking.is_empty())
-            .then(|| format!("names extensions that the machine's harts lack: {names}{more}"))
+            .then(|| format!("describes extensions that the machine's harts lack: {names}{more}"))
     }
 
     fn compare_clock(&self, board: &Board) -> Option<String> {
         let (named, there) = (self.claims.timebase?, u64::from(board.timebase_frequency));
         (named != there).then(|| {
-            format!("names a timebase of {named} Hz, and the host's is {there} Hz: the guest's clock is wrong")
+            format!("describes a timebase of {named} Hz, but the host's is {there} Hz: the guest's clock is wrong")
         })
     }
 
@@ -168,7 +168,7 @@ impl GivenTree {
             _ => return None,
         };
         Some(format!(
-            "names {named}, and the machine has {there} (--irqchip): no interrupt will come"
+            "describes {named}, but the machine has {there} (--irqchip): the guest gets no interrupts"
         ))
     }
 }

@@ -58,7 +58,7 @@ fn write_imsics(writer: &mut Writer, board: &Board, phandles: &Phandles) -> Resu
     if guest_index_bits > 7 || hart_index_bits > 15 || harts > 1 << hart_index_bits {
         return Err(BootError::Board(format!(
             "{hart_index_bits} hart index bits and {guest_index_bits} guest index bits \
-             cannot tell the IMSIC files of {harts} harts apart"
+             cannot address the IMSIC files of {harts} harts"
         )));
     }
     let files = Region::new(imsic_base, harts << (IMSIC_PAGE_SHIFT + guest_index_bits));
@@ -75,7 +75,7 @@ fn write_imsics(writer: &mut Writer, board: &Board, phandles: &Phandles) -> Resu
     })
 }
 
-/// Writes what all interrupt controllers have, and what `body` adds.
+/// Writes the properties that all interrupt controllers have, and those of `body`.
 fn controller(
     writer: &mut Writer,
     registers: Region,

@@ -1,8 +1,8 @@
-//! The device tree: written from a [`Board`], or a user's own, held against one ([`GivenTree`]).
+//! The device tree: generated from a [`Board`], or supplied by the user and compared with one ([`GivenTree`]).
 //!
-//! A device says who it is, the board says where it is, and this is where both become nodes (Devicetree
-//! Specification 0.4; Linux's bindings for what the specification leaves open). The shape is that of QEMU's
-//! `virt` machine: devices under `/soc`, what has no registers at the root.
+//! A node combines the properties of a device with its address and interrupts on the board (Devicetree
+//! Specification 0.4; Linux's bindings where the specification leaves it open). The layout is that of QEMU's
+//! `virt` machine: devices under `/soc`, nodes without registers at the root.
 
 pub mod blob;
 mod board;
@@ -24,16 +24,16 @@ use writer::Writer;
 
 use crate::error::BootError;
 
-/// The largest device tree that Linux is sure to map: two 2 MiB pages from the one it starts in
+/// The largest device tree that Linux always maps: two 2 MiB pages from the one it starts in
 /// (arch/riscv/mm/init.c, create_fdt_early_page_table).
 pub const MAX_LEN: u64 = 2 << 20;
 
-/// Writes the device tree of `board`. Its length does not depend on the addresses and numbers in
-/// [`Chosen`], so a tree built with dummies has the length of the final one.
+/// Returns the device tree of `board`. Its length does not depend on the addresses and numbers in
+/// [`Chosen`], so a tree built with dummy values has the length of the final one.
 ///
 /// # Errors
-/// [`BootError::Board`] for a board that cannot be (no hart, an unknown label), [`BootError::Tree`] for a
-/// name or a value that a device tree cannot hold.
+/// [`BootError::Board`] for an invalid board (no hart, an unknown label), [`BootError::Tree`] for a
+/// name or a value that is invalid in a device tree.
 pub fn build(board: &Board) -> Result<Vec<u8>, BootError> {
     if board.cpus.is_empty() || board.memory.is_empty() {
         return Err(BootError::Board("it has no hart or no memory".into()));

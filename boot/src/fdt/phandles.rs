@@ -1,4 +1,4 @@
-//! Who has which phandle: harts first, then the interrupt controllers, then the devices.
+//! The phandles: harts first, then the interrupt controllers, then the devices.
 
 use super::board::{Board, DeviceNode, Irqchip, Value};
 use crate::error::BootError;
@@ -6,10 +6,10 @@ use crate::error::BootError;
 /// The label of the interrupt controller that devices are wired to.
 const IRQCHIP: &str = "irqchip";
 
-/// The label of the interrupt controller that takes MSIs.
+/// The label of the interrupt controller that receives MSIs.
 const MSI: &str = "msi";
 
-/// The phandles of a board; fixed by its shape alone, so that the same board gives the same tree.
+/// The phandles of a board; they depend only on its structure, so the same board gives the same tree.
 pub(super) struct Phandles {
     harts: u32,
     has_msi: bool,
@@ -52,7 +52,7 @@ impl Phandles {
         1 + 2 * self.harts
     }
 
-    /// The interrupt controller that takes MSIs.
+    /// The interrupt controller that receives MSIs.
     pub(super) fn msi(&self) -> u32 {
         2 + 2 * self.harts
     }
@@ -78,7 +78,7 @@ impl Phandles {
     }
 }
 
-/// Whether any property of the board refers to `device`.
+/// True if any property of the board refers to `device`.
 pub(super) fn is_referred_to(board: &Board, device: &DeviceNode) -> bool {
     let owns = device.companions.iter().flat_map(|node| &node.properties);
     let mut owners = owns.chain(&device.node.properties);
@@ -88,7 +88,7 @@ pub(super) fn is_referred_to(board: &Board, device: &DeviceNode) -> bool {
         || values.any(|value| matches!(value, Value::Phandle(label) if *label == device.label))
 }
 
-/// An index as a number; there are fewer nodes than 2^32 in 2 MiB.
+/// Converts an index; 2 MiB hold fewer than 2^32 nodes.
 fn number(index: usize) -> u32 {
     u32::try_from(index).unwrap_or(u32::MAX / 4)
 }

@@ -1,4 +1,4 @@
-//! Changes to a blob that somebody else built: properties of `/chosen` and room behind the end, everything else as it was.
+//! Changes to an existing blob: properties of `/chosen` and free space at the end; everything else is kept.
 
 use std::ops::Range;
 
@@ -6,12 +6,12 @@ use super::blob::{self, BEGIN_NODE, END_NODE, HEADER_LEN, Header, Item, MAGIC, P
 use super::{MAX_LEN, writer::ROOM};
 use crate::region::Region;
 
-/// The names of the two properties, as the strings block has them.
+/// The names of the two properties, as in the strings block.
 const NAMES: &[u8] = b"linux,initrd-start\0linux,initrd-end\0";
 const END_NAME: usize = b"linux,initrd-start\0".len();
 
-/// A sound blob with `initrd` in `/chosen` instead of what is there, if there is one, and with at least [`ROOM`] bytes behind
-/// what is used of it, as far as [`MAX_LEN`] allows.
+/// Returns a valid blob with its initrd in `/chosen` replaced by `initrd`, if there is one, and with at least [`ROOM`]
+/// unused bytes at the end, as far as [`MAX_LEN`] allows.
 pub(super) fn completed(blob: &[u8], initrd: Option<Region>) -> Vec<u8> {
     let Ok(header) = Header::parse(blob) else { return blob.to_vec() };
     let mut blob = match initrd {
@@ -29,14 +29,14 @@ pub(super) fn completed(blob: &[u8], initrd: Option<Region>) -> Vec<u8> {
     blob
 }
 
-/// Where in a blob the properties go, and which are there already.
+/// The positions in a blob of the properties to add and to replace.
 #[derive(Default)]
 struct Places {
     /// The end of `/chosen`'s name.
     chosen: Option<usize>,
     /// The end of the root's last child.
     root_end: usize,
-    /// The properties that are replaced.
+    /// The properties to replace.
     replaced: Vec<Range<usize>>,
 }
 
@@ -88,13 +88,13 @@ fn with_initrd(blob: &[u8], header: &Header, initrd: Region) -> Vec<u8> {
     join(header.boot_cpu, part(header.reservations.clone()), &structure, &strings)
 }
 
-/// A property of 8 bytes whose name is at `name` of the strings block.
+/// A property of 8 bytes whose name is at offset `name` of the strings block.
 fn property(name: usize, value: u64) -> Vec<u8> {
     let words = [PROPERTY, 8, number(name)].map(u32::to_be_bytes).concat();
     [words, value.to_be_bytes().to_vec()].concat()
 }
 
-/// A blob of these blocks (Devicetree Specification 0.4, sections 5.1 and 5.2).
+/// The blob with these blocks (Devicetree Specification 0.4, sections 5.1 and 5.2).
 fn join(boot_cpu: u32, reservations: &[u8], structure: &[u8], strings: &[u8]) -> Vec<u8> {
     let structure_at = HEADER_LEN + reservations.len();
     let strings_at = structure_at + structure.len();
@@ -114,7 +114,7 @@ fn join(boot_cpu: u32, reservations: &[u8], structure: &[u8], strings: &[u8]) ->
     [&header.map(u32::to_be_bytes).concat(), reservations, structure, strings].concat()
 }
 
-/// A blob is shorter than 4 GiB: it was at most [`MAX_LEN`] long.
+/// Converts a length; blobs are shorter than 4 GiB, as the original was at most [`MAX_LEN`] long.
 fn number(len: usize) -> u32 {
     u32::try_from(len).unwrap_or(u32::MAX)
 }

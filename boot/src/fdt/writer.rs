@@ -1,4 +1,4 @@
-//! vm-fdt's writer with nodes as closures, errors that say where, and no name twice.
+//! vm-fdt's writer with nodes as closures, errors with their path, and a check for duplicate names.
 
 use std::collections::BTreeSet;
 
@@ -6,8 +6,8 @@ use vm_fdt::FdtWriter;
 
 use crate::error::BootError;
 
-/// Bytes that a firmware may add where the tree lies. U-Boot adds the kernel's command line and more, without a look at what is
-/// behind the tree: its own data, when there is no room.
+/// Free space at the end of the tree, in bytes, for firmware that adds to it in place. U-Boot adds the kernel's command
+/// line and more without checking for space, and otherwise overwrites the data after the tree, which is its own.
 pub(super) const ROOM: usize = 8192;
 
 /// Writes nodes and properties, depth first.
@@ -30,7 +30,7 @@ impl Writer {
         Ok(Self { inner, open: Vec::new() })
     }
 
-    /// Ends the tree and gives the blob, with room behind it (Devicetree Specification 5.2, totalsize).
+    /// Ends the tree and returns the blob, with free space at the end (Devicetree Specification 5.2, totalsize).
     pub(super) fn finish(self) -> Result<Vec<u8>, BootError> {
         let blob = self.inner.finish();
         let mut blob = blob.map_err(|source| BootError::Tree { at: "/".into(), source })?;
@@ -91,7 +91,7 @@ impl Writer {
         self.property(name, |writer| writer.property_string_list(name, values.to_vec()))
     }
 
-    /// Makes the open node one that others can refer to.
+    /// Gives the open node a phandle, so that others can refer to it.
     pub(super) fn phandle(&mut self, value: u32) -> Result<(), BootError> {
         self.property("phandle", |writer| writer.property_phandle(value))
     }

@@ -1,4 +1,4 @@
-//! Files and texts of a user, played from bytes: opened or refused in one line, never a panic, never a long wait.
+//! Files and texts of a user, derived from bytes: opened or refused in one line, without a panic and within bounded time.
 #![allow(unreachable_pub, reason = "fuzz/ includes this file")]
 
 use std::io::Write;
@@ -8,16 +8,16 @@ use rvmm_boot::{Cmdline, Cpio, Kernel, Region, Request, Source, place};
 
 const RAM: u64 = 0x8000_0000;
 
-/// Guest memory, and so the most that a kernel may unpack to.
+/// Size of guest memory, and so the maximum size of a decompressed kernel.
 const MEM: u64 = 4 << 20;
 
-/// What a refusal looks like.
+/// Checks that an error is one line.
 fn check(error: &dyn std::error::Error) {
     let text = error.to_string();
     assert!(!text.is_empty() && !text.contains('\n'), "{text:?}");
 }
 
-/// A kernel file of any format. The first byte says what is put before the rest: nothing, or a magic at its place, or a
+/// A kernel file of any format. The first byte selects what is put over the rest: nothing, a magic at its offset, or a
 /// compression around it.
 pub fn kernel(bytes: &[u8]) {
     let Some((how, rest)) = bytes.split_first() else { return };
@@ -65,8 +65,8 @@ pub fn kernel(bytes: &[u8]) {
     }
 }
 
-/// A tree of the user's: what is accepted can be walked to its end and is balanced. The first byte says whether the rest is
-/// the file, or a structure block and strings behind a header that fits them.
+/// A tree supplied by the user: one that is accepted can be walked to its end and is balanced. The first byte selects if
+/// the rest is the file, or a structure block and strings after a header that matches them.
 pub fn device_tree(bytes: &[u8]) {
     let Some((how, rest)) = bytes.split_first() else { return };
     let tree = if how % 4 == 0 { rest.to_vec() } else { with_header(rest, *how) };
@@ -143,9 +143,9 @@ pub fn command_line(bytes: &[u8]) {
     }
 }
 
-/// Plays from these bytes.
-pub type Play = fn(&[u8]);
+/// Runs one of the functions above on an input.
+pub type Target = fn(&[u8]);
 
-/// The fuzz targets that play these, by name.
-pub const TARGETS: [(&str, Play); 3] =
+/// The fuzz targets of these functions, by name.
+pub const TARGETS: [(&str, Target); 3] =
     [("kernel", kernel), ("device_tree", device_tree), ("command_line", command_line)];

@@ -1,4 +1,4 @@
-//! Kernels, archives and boards made from numbers, for the tests.
+//! Generated kernels, archives and boards for the tests.
 #![allow(dead_code, reason = "each test file uses some of them")]
 
 use std::fmt::{self, Debug, Formatter};
@@ -18,7 +18,7 @@ pub(crate) const MIB2: u64 = 2 << 20;
 /// The start of RAM.
 pub(crate) const RAM: u64 = 0x8000_0000;
 
-/// What a thread has computed since the beginning, whatever else the machine does.
+/// CPU time of the thread since the start, which does not depend on the machine's load.
 pub(crate) struct Work(Timespec);
 
 impl Work {
@@ -30,7 +30,7 @@ impl Work {
         (clock_gettime(ClockId::ThreadCPUTime) - self.0).try_into().unwrap()
     }
 
-    /// Less than what anybody would wait for; a file that is made to be slow takes minutes.
+    /// True if the CPU time is short; a malicious file without bounds takes minutes.
     pub(crate) fn is_little(&self) -> bool {
         self.done() < Duration::from_secs(5)
     }
@@ -42,7 +42,7 @@ impl Debug for Work {
     }
 }
 
-/// A folder that vanishes with the test.
+/// A temporary folder, deleted at the end of the test.
 pub(crate) struct Folder(tempfile::TempDir);
 
 impl Folder {
@@ -59,7 +59,7 @@ impl Folder {
         self.path(name)
     }
 
-    /// A file with `bytes` at the start and nothing behind, up to `len` bytes.
+    /// A sparse file of `len` bytes with `bytes` at the start.
     pub(crate) fn sparse(&self, name: &str, bytes: &[u8], len: u64) -> PathBuf {
         let path = self.write(name, bytes);
         std::fs::File::options().write(true).open(&path).unwrap().set_len(len).unwrap();
@@ -80,7 +80,7 @@ pub(crate) fn image(text_offset: u64, image_size: u64, body: usize) -> Vec<u8> {
     image
 }
 
-/// As [`image`], with an EFI stub's PE header for `machine` that says that the file has `len` bytes.
+/// As [`image`], with an EFI stub's PE header for `machine` and a file length of `len` bytes.
 pub(crate) fn efi_image(machine: u16, len: u32, body: usize) -> Vec<u8> {
     let mut image = image(MIB2, 4 * MIB2, body.max(256));
     image[0x3c..0x40].copy_from_slice(&0x40_u32.to_le_bytes());
@@ -122,7 +122,7 @@ pub(crate) fn elf(entry: u64, loads: &[Load], len: usize) -> Vec<u8> {
     elf
 }
 
-/// U-Boot's shape: one segment at RAM + 2 MiB with a BSS.
+/// An ELF file like U-Boot: one segment at RAM + 2 MiB with a BSS.
 pub(crate) fn u_boot() -> Vec<u8> {
     let at = RAM + MIB2;
     elf(at, &[Load(at, 0x1000, 0x2000, 0x5000)], 0x3000)
@@ -138,7 +138,7 @@ pub(crate) fn zstd(bytes: &[u8]) -> Vec<u8> {
     ruzstd::encoding::compress_to_vec(bytes, ruzstd::encoding::CompressionLevel::Fastest)
 }
 
-/// An APLIC and IMSICs where rvmm puts them.
+/// An APLIC and IMSICs at rvmm's addresses.
 pub(crate) const AIA: Irqchip = Irqchip::Aia {
     aplic: Region::new(0x0d00_0000, 0x8000),
     sources: 96,
@@ -148,7 +148,7 @@ pub(crate) const AIA: Irqchip = Irqchip::Aia {
     hart_index_bits: 1,
 };
 
-/// A PLIC where QEMU's `virt` has it.
+/// A PLIC at the address of QEMU's `virt`.
 pub(crate) const PLIC: Irqchip = Irqchip::Plic {
     registers: Region::new(0x0c00_0000, 0x60_0000),
     sources: 95,

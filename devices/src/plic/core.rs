@@ -1,14 +1,14 @@
-//! The PLIC's gateways and core as a state machine: which sources are pending, whose line is high.
+//! The PLIC's gateways and core as a state machine: pending sources, and the level of each hart's line.
 
 use std::sync::Arc;
 
 use super::sources::Sources;
 use crate::irq::IrqLine;
 
-/// The highest priority; a power of two less one, and so the mask of the bits that are kept.
+/// The highest priority; a power of two minus one, and so the mask of the implemented bits.
 pub(super) const PRIORITY_MAX: u32 = 7;
 
-/// The state machine and the harts' lines that follow it.
+/// The state machine and the harts' lines that it drives.
 pub(super) struct Core {
     sources: u32,
     /// The supervisor external interrupt of each hart.
@@ -17,25 +17,25 @@ pub(super) struct Core {
     state: State,
 }
 
-/// All that the guest can see, and the levels of the lines.
+/// The guest-visible state, and the levels of the lines.
 struct State {
     /// By source; number 0 is not a source.
     priorities: Box<[u8]>,
     level: Sources,
-    /// Forwarded by the gateway and not claimed yet.
+    /// Forwarded by the gateway, not claimed yet.
     pending: Sources,
-    /// Claimed and not completed: the gateway forwards nothing.
+    /// Claimed, not completed: the gateway forwards nothing.
     claimed: Sources,
     /// The supervisor context of each hart.
     contexts: Box<[Context]>,
-    /// After a reset the gateways have not looked at the lines yet.
-    gateways_shut: bool,
+    /// The gateways have not sampled the lines since a reset.
+    is_unsampled: bool,
 }
 
 struct Context {
     enabled: Sources,
     threshold: u8,
-    /// The level that the hart's line has.
+    /// The level of the hart's line.
     output: bool,
 }
 
@@ -45,19 +45,19 @@ impl Core {
         Self { sources, outputs: outputs.into(), state }
     }
 
-    /// Everything but the lines' levels goes back to its value after power-on. A line that is still
-    /// high is forwarded when the guest next touches the PLIC: until then devices are being reset.
+    /// Resets everything but the lines' levels to its value after power-on. A line that is still
+    /// high is forwarded at the guest's next access to the PLIC: until then devices are being reset.
     pub(super) fn reset(&mut self) {
         let fresh = State::at_power_on(self.sources, self.outputs.len());
         let old = std::mem::replace(&mut self.state, fresh);
         self.state.level = old.level;
-        self.state.gateways_shut = true;
+        self.state.is_unsampled = true;
         for output in &self.outputs {
             output.set_level(false);
         }
     }
 
-    /// A device sets its line.
+    /// Sets the level of a device's line.
     pub(super) fn set_level(&mut self, source: u32, high: bool) {
         self.state.level.set(source, high);
         if high && !self.state.claimed.contains(source) && !self.state.pending.contains(source) {
@@ -65,9 +65,9 @@ impl Core {
         }
     }
 
-    /// The guest touches the PLIC: gateways that were shut by a reset forward what is high.
-    pub(super) fn open_gateways(&mut self) {
-        if std::mem::take(&mut self.state.gateways_shut) {
+    /// At the guest's first access after a reset, the gateways forward the lines that are high.
+    pub(super) fn sample_lines(&mut self) {
+        if std::mem::take(&mut self.state.is_unsampled) {
             self.state.pending.add_all(&self.state.level);
             self.drive_all();
         }
@@ -110,7 +110,7 @@ impl Core {
         self.drive(hart);
     }
 
-    /// Hands the most urgent pending source to the hart: the highest priority, then the lowest
+    /// Claims the most urgent pending source for the hart: the highest priority, then the lowest
     /// number; 0 if there is none.
     pub(super) fn claim(&mut self, hart: usize) -> u32 {
         let source = self.state.most_urgent(hart);
@@ -122,7 +122,7 @@ impl Core {
         source
     }
 
-    /// The hart is done with a source: its gateway looks at the line again.
+    /// Completes a source for the hart: its gateway samples the line again.
     pub(super) fn complete(&mut self, hart: usize, source: u32) {
         let context = self.state.contexts.get(hart);
         let enabled = context.is_some_and(|context| context.enabled.contains(source));
@@ -135,7 +135,7 @@ impl Core {
         }
     }
 
-    /// A gateway makes a source pending: harts that it interrupts get their line.
+    /// Makes a source pending, and raises the lines of the harts that it interrupts.
     fn forward(&mut self, source: u32) {
         self.state.pending.set(source, true);
         let priority = self.state.priority(source);
@@ -148,7 +148,7 @@ impl Core {
         }
     }
 
-    /// A source is no longer pending: lines that are high may fall.
+    /// Updates the lines that are high, after a source is no longer pending.
     fn drive_high(&mut self) {
         for hart in 0..self.outputs.len() {
             if self.state.contexts.get(hart).is_some_and(|context| context.output) {
@@ -163,7 +163,7 @@ impl Core {
         }
     }
 
-    /// Derives the level of a hart's line from the state.
+    /// Drives a hart's line to the level that follows from the state.
     fn drive(&mut self, hart: usize) {
         let high = self.state.interrupts(hart);
         let context = self.state.contexts.get_mut(hart);
@@ -185,7 +185,7 @@ impl State {
             pending: none.clone(),
             claimed: none.clone(),
             contexts: (0..harts).map(|_| context()).collect(),
-            gateways_shut: false,
+            is_unsampled: false,
         }
     }
 
@@ -193,7 +193,7 @@ impl State {
         self.priorities.get(source as usize).copied().unwrap_or(0)
     }
 
-    /// The source that the hart gets if it claims; 0 for none. The threshold does not matter here.
+    /// The source that a claim of the hart returns; 0 for none. A claim ignores the threshold.
     fn most_urgent(&self, hart: usize) -> u32 {
         let Some(context) = self.contexts.get(hart) else { return 0 };
         let mut best = (0, 0);
@@ -206,7 +206,7 @@ impl State {
         best.1
     }
 
-    /// Whether a source is pending that the hart has enabled and whose priority is above its
+    /// True if a source is pending that is enabled for the hart and has a priority above its
     /// threshold.
     fn interrupts(&self, hart: usize) -> bool {
         let Some(context) = self.contexts.get(hart) else { return false };
@@ -215,7 +215,7 @@ impl State {
     }
 }
 
-/// A priority or threshold as the register keeps it.
+/// A priority or threshold with only the implemented bits.
 fn legal(value: u32) -> u8 {
     u8::try_from(value & PRIORITY_MAX).unwrap_or(0)
 }

@@ -1,5 +1,5 @@
-//! Platform-level interrupt controller (SiFive PLIC 1.0.0): from device lines to harts, for hosts
-//! whose KVM has no interrupt controller of its own.
+//! Platform-level interrupt controller (SiFive PLIC 1.0.0), for hosts whose KVM has no in-kernel
+//! interrupt controller.
 //!
 //! Source: RISC-V Platform-Level Interrupt Controller Specification 1.0.0. All registers are 32
 //! bits wide. Priorities are 0 (never) to 7; further bits of a priority or a threshold read as
@@ -8,12 +8,12 @@
 //! Contexts are numbered as on QEMU's `virt` board, because guests written for it have these
 //! addresses built in: hart `h` has context `2h` for machine mode and `2h + 1` for supervisor mode.
 //! Under KVM there is no machine mode: the registers of those contexts read as zero and ignore
-//! writes. (QEMU's `virt` under KVM numbers supervisor contexts only; Linux does not mind, it reads
+//! writes. (QEMU's `virt` under KVM numbers supervisor contexts only; Linux works with both, as it reads
 //! the device tree.)
 //!
-//! Where QEMU differs from the specification, this follows the specification: a request that has
+//! If QEMU differs from the specification, this follows the specification: a request that has
 //! been forwarded stays pending when its line falls before it is claimed (section "Interrupt
-//! Gateways"), a claim does not look at the threshold, and the completion of a source that is not
+//! Gateways"), a claim ignores the threshold, and the completion of a source that is not
 //! enabled for the context is ignored.
 //!
 //! Locks: a line is set with its device's lock held; that takes the PLIC's lock, under which the
@@ -64,16 +64,16 @@ fn register_name(offset: u64, _: bool) -> Option<&'static str> {
     })
 }
 
-/// Harts that the register map has room for.
+/// Maximum number of harts in the register map.
 const HARTS_MAX: usize = 512;
 
-/// A handle on a PLIC; every clone is the same PLIC. One of them goes on the bus.
+/// A handle on a PLIC; every clone refers to the same PLIC. One of them is placed on the bus.
 #[derive(Clone)]
 pub struct Plic {
     shared: Arc<Shared>,
 }
 
-/// Why a PLIC cannot be built.
+/// An error while building a PLIC.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum PlicError {
     /// The number of sources is outside 1 to 1023.
@@ -90,7 +90,7 @@ struct Shared {
     core: Mutex<Core>,
 }
 
-/// What an offset means.
+/// The register at an offset.
 enum Register {
     Priority(u32),
     Pending {
@@ -106,18 +106,18 @@ enum Register {
     Claim {
         hart: usize,
     },
-    /// Of a context that is not wired to anything.
+    /// A register of a context that is not connected.
     Unwired,
 }
 
-/// A device's line into the PLIC.
+/// A device's interrupt line.
 struct SourceLine {
     shared: Arc<Shared>,
     source: u32,
 }
 
 impl Plic {
-    /// Bytes of address space, as on QEMU's `virt`: room for the contexts of 512 harts.
+    /// Size in bytes, as on QEMU's `virt`: enough for the contexts of 512 harts.
     pub const SIZE: u64 = 0x60_0000;
 
     /// A PLIC with sources 1 to `sources` (at most 1023; 95 on QEMU's `virt`) that drives the
@@ -139,7 +139,7 @@ impl Plic {
         Ok(Self { shared: Arc::new(Shared { sources, harts, core }) })
     }
 
-    /// The line of a source, from 1 on; `None` if the PLIC has no such source.
+    /// Returns the line of a source, from 1 on; `None` if the PLIC has no such source.
     #[must_use]
     pub fn source(&self, number: u32) -> Option<Arc<dyn IrqLine>> {
         (1..=self.shared.sources)
@@ -170,7 +170,7 @@ impl MmioDevice for Plic {
     fn read(&mut self, offset: u64, data: &mut [u8]) -> Access {
         let register = self.shared.register(register32(offset, data.len())?)?;
         let mut core = self.shared.lock();
-        core.open_gateways();
+        core.sample_lines();
         let value = match register {
             Register::Priority(source) => core.priority(source),
             Register::Pending { word } => core.pending(word),
@@ -187,7 +187,7 @@ impl MmioDevice for Plic {
         let register = self.shared.register(register32(offset, data.len())?)?;
         let value = u32::from_le_bytes(data.try_into().map_err(|_| AccessError::Width)?);
         let mut core = self.shared.lock();
-        core.open_gateways();
+        core.sample_lines();
         match register {
             Register::Priority(source) => core.set_priority(source, value),
             Register::Pending { .. } => return Err(AccessError::ReadOnly),
@@ -220,7 +220,7 @@ impl MmioDevice for Plic {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Core> {
-        // A test that panicked must not take the other tests' PLIC with it.
+        // A test that panicked must not block the PLIC.
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -253,7 +253,7 @@ impl Shared {
         }
     }
 
-    /// The word of sources at this many bytes into a set.
+    /// The index of the word at byte `at` of a set of sources.
     fn word(&self, at: u64) -> Result<usize, AccessError> {
         let word = usize::try_from(at / 4).ok();
         word.filter(|&word| word < Sources::word_count(self.sources)).ok_or(AccessError::NoRegister)

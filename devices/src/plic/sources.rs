@@ -1,9 +1,9 @@
-//! A set of interrupt sources, as the words of bits in which a PLIC shows it.
+//! A set of interrupt sources, as a bitmap of 32-bit words as in the PLIC's registers.
 
-/// The highest source number that the register map has room for.
+/// The highest source number in the register map.
 pub(super) const SOURCES_MAX: u32 = 1023;
 
-/// A set of the sources 1 to `last`; bits of other numbers stay clear.
+/// A set of sources 1 to `last`; bits of other numbers stay clear.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Sources {
     last: u32,
@@ -16,7 +16,7 @@ impl Sources {
         Self { last, words: (0..Self::word_count(last)).map(|_| 0).collect() }
     }
 
-    /// How many words show the set.
+    /// Number of words in the set.
     pub(super) fn word_count(last: u32) -> usize {
         place(last).0 + 1
     }
@@ -37,11 +37,11 @@ impl Sources {
         self.words.get(index).copied().unwrap_or(0)
     }
 
-    /// Replaces a word, but for the bits that stand for no source.
+    /// Replaces a word, except for the bits without a source.
     pub(super) fn set_word(&mut self, index: usize, value: u32) {
         let last = place(self.last);
         let Some(word) = self.words.get_mut(index) else { return };
-        // Up to and with the last source; number 0 is none.
+        // Up to and including the last source; number 0 is not a source.
         let below = if index == last.0 { last.1 | (last.1 - 1) } else { u32::MAX };
         let above = if index == 0 { !1 } else { u32::MAX };
         *word = value & below & above;
@@ -52,7 +52,7 @@ impl Sources {
         self.words.iter_mut().zip(&other.words).for_each(|(word, more)| *word |= more);
     }
 
-    /// The sources that are in both sets, in order.
+    /// Iterates over the sources in both sets, in order.
     pub(super) fn both<'a>(&'a self, other: &'a Self) -> impl Iterator<Item = u32> + 'a {
         let words = self.words.iter().zip(&other.words).map(|(a, b)| a & b);
         words.zip((0..).step_by(32)).flat_map(|(mut word, first)| {
@@ -65,7 +65,7 @@ impl Sources {
     }
 }
 
-/// A source's word and its bit in there.
+/// The index of a source's word, and its bit in that word.
 fn place(source: u32) -> (usize, u32) {
     ((source / 32) as usize, 1 << (source % 32))
 }
@@ -75,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_word_keeps_no_bit_that_stands_for_no_source() {
+    fn a_word_keeps_no_bit_without_a_source() {
         for last in [1, 30, 31, 32, 33, 63, 64, 95, 96, 1023] {
             let mut sources = Sources::none(last);
             (0..40).for_each(|index| sources.set_word(index, u32::MAX));

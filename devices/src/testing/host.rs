@@ -1,4 +1,4 @@
-//! A host for tests: everything a device opens there is in memory, or a socket of this process.
+//! A host for tests: all backends are in memory, or sockets of this process.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -20,7 +20,7 @@ use crate::virtio::vhost_user::testing::{Quiet, Traits, serve};
 use crate::virtio::vhost_user::{Daemon, Service};
 use crate::virtio::{DmaMemory, feature};
 
-/// A host that has everything, in memory but for its sockets, only the console `null`, and remembers what was opened.
+/// A host with all kinds of backends, in memory except for sockets, and only the console `null`; records opened networks and sockets.
 #[derive(Debug, Clone, Default)]
 pub struct MemoryHost {
     disk: Option<MemoryDisk>,
@@ -30,25 +30,25 @@ pub struct MemoryHost {
 }
 
 impl MemoryHost {
-    /// A host on which every disk is this one.
+    /// A host whose disks are all this one.
     #[must_use]
     pub fn with_disk(disk: MemoryDisk) -> Self {
         Self { disk: Some(disk), ..Self::default() }
     }
 
-    /// A host on which every flash holds these bytes, and zeroes up to a whole page.
+    /// A host whose flash memories all contain these bytes, padded with zeroes to a whole page.
     #[must_use]
     pub fn with_flash(bytes: &[u8]) -> Self {
         Self { flash: bytes.to_vec(), ..Self::default() }
     }
 
-    /// The networks opened so far, by what was asked for.
+    /// The networks opened so far, each with its request.
     #[must_use]
     pub fn networks(&self) -> Vec<(NetworkEnd, MemoryNet)> {
         lock(&self.networks).clone()
     }
 
-    /// The queues of sockets that a kernel works on, by the guest's CID.
+    /// The vhost-vsock backends opened so far, each with the guest's CID.
     #[must_use]
     pub fn sockets(&self) -> Vec<(u32, FakeKernel)> {
         lock(&self.sockets).clone()
@@ -59,7 +59,7 @@ impl Host for MemoryHost {
     fn console(&self, to: &str) -> Result<Box<dyn ConsoleBackend>, HostError> {
         match to {
             "null" => Ok(Box::new(NullConsole)),
-            other => Err(HostError::mistake(format!("{other} is no console here"))),
+            other => Err(HostError::mistake(format!("Cannot open {other}: not a test console"))),
         }
     }
 
@@ -82,7 +82,7 @@ impl Host for MemoryHost {
     }
 
     fn network(&self, end: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError> {
-        let refused = |error| HostError::refused("Cannot make a network in memory", error);
+        let refused = |error| HostError::refused("Cannot create a network in memory", error);
         let network = MemoryNet::new().map_err(refused)?;
         lock(&self.networks).push((end.clone(), network.clone()));
         Ok(Box::new(network))
@@ -99,7 +99,7 @@ impl Host for MemoryHost {
     }
 
     fn serve(&self, _: &Service) -> Result<(UnixStream, Box<dyn Daemon>), HostError> {
-        let refused = |error| HostError::refused("Cannot make a pair of sockets", error);
+        let refused = |error| HostError::refused("Cannot create a socket pair", error);
         let (near, far) = UnixStream::pair().map_err(refused)?;
         drop(serve(far, Traits::default()));
         Ok((near, Box::new(Quiet)))
@@ -110,7 +110,7 @@ impl Host for MemoryHost {
         plan: &DiskPlan,
         memory: Arc<dyn DmaMemory>,
     ) -> Result<Box<dyn DiskBackend>, HostError> {
-        let refused = |error| HostError::refused("Cannot make a disk in memory", error);
+        let refused = |error| HostError::refused("Cannot create a disk in memory", error);
         let disk = match &self.disk {
             Some(disk) => disk.clone(),
             None => MemoryDisk::new(8).map_err(refused)?,
@@ -119,7 +119,7 @@ impl Host for MemoryHost {
     }
 }
 
-/// Bytes that no guest can be shown: they have no place that is whole pages.
+/// Contents that cannot be mapped into a guest: they are not page-aligned.
 #[derive(Debug)]
 struct TestFlash(Vec<u8>);
 
@@ -140,7 +140,7 @@ impl FlashMemory for TestFlash {
     }
 }
 
-/// A socket of the standard library's, and its file.
+/// A socket of the standard library, and its path.
 #[derive(Debug)]
 struct TestListener(UnixListener, PathBuf);
 

@@ -1,4 +1,4 @@
-//! What is written into the log, for a test that looks at it.
+//! Captures log lines for tests.
 
 use std::cell::RefCell;
 
@@ -8,10 +8,10 @@ thread_local! {
     static LINES: RefCell<Option<Vec<String>>> = const { RefCell::new(None) };
 }
 
-/// The log of a process of tests: each thread's lines are its own.
-struct Told;
+/// The logger of a test process: keeps the lines of each thread apart.
+struct ThreadLog;
 
-impl Log for Told {
+impl Log for ThreadLog {
     fn enabled(&self, _: &Metadata<'_>) -> bool {
         true
     }
@@ -25,13 +25,13 @@ impl Log for Told {
     fn flush(&self) {}
 }
 
-/// What this thread logs at `warn` and above while `f` runs, a line each.
+/// Returns the lines that this thread logs at `warn` and above while `f` runs.
 ///
 /// # Panics
 /// The process has another logger.
-#[expect(clippy::panic, reason = "a test without its log is no test")]
+#[expect(clippy::panic, reason = "the test depends on the log")]
 pub fn told(f: impl FnOnce()) -> Vec<String> {
-    static LOG: Told = Told;
+    static LOG: ThreadLog = ThreadLog;
     static SET: std::sync::Once = std::sync::Once::new();
     SET.call_once(|| {
         if log::set_logger(&LOG).is_err() {

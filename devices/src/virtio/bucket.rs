@@ -1,4 +1,4 @@
-//! Token buckets: how much of something a device may do in a time (the model is Firecracker's: size, burst, refill time).
+//! Rate limits by token buckets (with Firecracker's parameters: size, burst, refill time).
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -9,29 +9,29 @@ use vmm_sys_util::timerfd::TimerFd;
 /// A limit: `size` tokens, refilled evenly over `refill`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limit {
-    /// Tokens that the bucket holds: bytes or operations.
+    /// Capacity of the bucket in tokens: bytes or operations.
     pub size: u64,
-    /// Tokens on top that are there once, at the start.
+    /// Additional tokens at the start, not refilled.
     pub burst: u64,
-    /// In how long an empty bucket is full again; at least a millisecond.
+    /// Time to refill an empty bucket; at least a millisecond.
     pub refill: Duration,
 }
 
 impl Limit {
-    /// So many tokens a second.
+    /// This number of tokens a second, without a burst.
     #[must_use]
     pub fn per_second(size: u64) -> Self {
         Self { size, burst: 0, refill: Duration::from_secs(1) }
     }
 }
 
-/// A bucket and what is in it.
+/// A bucket and its tokens.
 #[derive(Debug)]
 struct Bucket {
     limit: Limit,
     tokens: u64,
     burst: u64,
-    /// Up to when the refill has been counted.
+    /// The time up to which the refill has been added.
     counted: Instant,
 }
 
@@ -51,7 +51,7 @@ impl Bucket {
         }
     }
 
-    /// What is there suffices. More than the bucket ever holds is let through when it is full.
+    /// True if there are `wanted` tokens. A request larger than the bucket passes when the bucket is full.
     fn has(&self, wanted: u64) -> bool {
         self.burst.saturating_add(self.tokens) >= wanted || self.tokens == self.limit.size
     }
@@ -62,7 +62,7 @@ impl Bucket {
         self.tokens = self.tokens.saturating_sub(wanted - from_burst);
     }
 
-    /// How long until `wanted` are there, with nobody else taking any.
+    /// Time until there are `wanted` tokens, if no others are taken.
     fn wait(&self, wanted: u64) -> Duration {
         let missing =
             wanted.min(self.limit.size).saturating_sub(self.tokens.saturating_add(self.burst));
@@ -80,7 +80,7 @@ pub struct Limiter {
     bytes: Option<Bucket>,
     operations: Option<Bucket>,
     timer: TimerFd,
-    /// When it is time to try again, where something was not allowed.
+    /// The time of the next try, if an operation was not allowed.
     waits_until: Option<Instant>,
 }
 
@@ -100,8 +100,8 @@ impl Limiter {
         })
     }
 
-    /// Takes one operation of `bytes` bytes, if that may be now. Otherwise nothing is taken, the limiter waits, and its
-    /// descriptor tells when to try again.
+    /// Takes the tokens of one operation of `bytes` bytes and returns true, if there are enough. Otherwise takes nothing and waits: the
+    /// descriptor becomes readable when it is time to try again.
     pub fn allows(&mut self, bytes: u64) -> bool {
         if self.bytes.is_none() && self.operations.is_none() {
             return true;
@@ -121,7 +121,7 @@ impl Limiter {
         if wait > Duration::ZERO {
             self.waits_until =
                 self.timer.reset(wait, None).ok().and_then(|()| now.checked_add(wait));
-            // Without a timer nothing would ever try again: the limit gives way.
+            // Without a timer there would be no further try: the operation is allowed.
             return self.waits_until.is_none();
         }
         for (bucket, wanted) in [(&mut self.bytes, bytes), (&mut self.operations, 1)] {
@@ -132,22 +132,22 @@ impl Limiter {
         true
     }
 
-    /// Whether something was not allowed, and the time to try again has not been announced.
+    /// True if an operation was not allowed, and [`expired`](Self::expired) has not yet found that it is time to try again.
     #[must_use]
     pub fn is_waiting(&self) -> bool {
         self.waits_until.is_some()
     }
 
-    /// The descriptor that becomes readable when it is time to try again; to be watched always.
+    /// The descriptor that becomes readable when it is time to try again; must always be watched.
     #[must_use]
     pub fn fd(&self) -> RawFd {
         self.timer.as_raw_fd()
     }
 
-    /// The descriptor was readable, or may have been. Afterwards [`is_waiting`](Self::is_waiting) tells whether it is time to
+    /// Processes an event of the descriptor, which may be stale. Afterwards [`is_waiting`](Self::is_waiting) is false if it is time to
     /// try again.
     pub fn expired(&mut self) {
-        // The counter is read so that the descriptor is quiet again; before its time that would block.
+        // Reading the counter makes the descriptor unreadable again; before the expiry it would block.
         if self.waits_until.is_some_and(|until| until <= Instant::now()) {
             let _ = self.timer.wait();
             self.waits_until = None;
@@ -165,13 +165,13 @@ mod tests {
     }
 
     #[test]
-    fn without_limits_everything_goes() {
+    fn without_limits_every_operation_is_allowed() {
         let mut limiter = limiter(0, 0);
         assert!((0..1000).all(|_| limiter.allows(u64::MAX)));
     }
 
     #[test]
-    fn a_second_holds_what_the_limit_says_and_the_next_one_as_much() {
+    fn the_bucket_is_refilled_evenly_up_to_its_size() {
         let mut limiter = limiter(1000, 0);
         let start = limiter.bytes.as_ref().unwrap().counted;
         let count =
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_larger_than_the_bucket_goes_through_when_it_is_full() {
+    fn an_operation_larger_than_the_bucket_is_allowed_when_it_is_full() {
         let mut limiter = limiter(1000, 0);
         let now = limiter.bytes.as_ref().unwrap().counted;
         assert!(limiter.allows_at(5000, now));
@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn a_burst_is_there_once() {
+    fn a_burst_is_not_refilled() {
         let limit = Limit { size: 10, burst: 90, refill: Duration::from_secs(1) };
         let mut limiter = Limiter::new(None, Some(limit)).unwrap();
         let now = limiter.operations.as_ref().unwrap().counted;
@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn the_descriptor_tells_when_to_try_again() {
+    fn operations_are_allowed_again_after_the_wait() {
         let mut limiter = limiter(0, 1000);
         while limiter.allows(0) {}
         assert!(limiter.is_waiting());
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn a_look_before_its_time_neither_waits_nor_ends_the_wait() {
+    fn a_stale_event_neither_blocks_nor_ends_the_wait() {
         let hour = Limit { size: 1, burst: 0, refill: Duration::from_secs(3600) };
         let mut limiter = Limiter::new(None, Some(hour)).unwrap();
         assert!(limiter.allows(0) && !limiter.allows(0));

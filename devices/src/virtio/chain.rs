@@ -1,17 +1,17 @@
-//! A descriptor chain, taken apart and judged before a device sees it (virtio 1.3, sections 2.7.4 to 2.7.8).
+//! Parsing and validation of a descriptor chain before a device gets it (virtio 1.3, sections 2.7.4 to 2.7.8).
 //!
-//! Every field is read once. What comes out is a list of pieces of RAM: first those that the device may read, then those
-//! that it may write. Whatever does not have that shape is refused as a whole.
+//! Every field is read once. The result is a list of segments of RAM: first the device-readable ones, then the
+//! device-writable ones. Any other chain is refused as a whole.
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-/// A descriptor as it lies in memory.
+/// A descriptor's bytes in memory.
 type Raw = [u8; 16];
 
-/// Bytes of a descriptor.
+/// Size in bytes of a descriptor.
 const DESCRIPTOR: u64 = size_of::<Raw>() as u64;
 
-/// Descriptors of an indirect table that are read at once: drivers fill such tables in order.
+/// Number of descriptors of an indirect table that are read at once: drivers fill such tables in order.
 const BLOCK: usize = 32;
 
 mod flag {
@@ -23,50 +23,50 @@ mod flag {
     pub(super) const INDIRECT: u16 = 4;
 }
 
-/// A piece of guest RAM, all of it inside one region.
+/// A range of guest RAM within one region.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Segment {
     /// Guest-physical address.
     pub addr: GuestAddress,
-    /// Bytes, at least 1.
+    /// Length in bytes, at least 1.
     pub len: u32,
 }
 
-/// Why a chain is not one.
+/// The reason for which a chain is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ChainError {
-    /// `next` is no index into the table.
+    /// `next` is not an index into the table.
     #[error("a descriptor's next is outside its table")]
     Next,
-    /// More descriptors than the queue has, which is also what a loop looks like.
+    /// More descriptors than the queue has; also the result of a loop.
     #[error("a chain is longer than its queue")]
     TooLong,
-    /// An indirect table where none may be, of a length that is no number of descriptors, or inside another one.
-    #[error("an indirect table is not allowed there or has no proper length")]
+    /// An indirect table that is not allowed, is nested, or whose length is not a multiple of a descriptor's.
+    #[error("an indirect table is not allowed there or has an invalid length")]
     Indirect,
-    /// A table or a buffer is not all RAM.
+    /// A table or a buffer is not entirely in RAM.
     #[error("a descriptor or a buffer is outside RAM")]
     NotRam,
-    /// A buffer to be read comes after one to be written.
-    #[error("a readable buffer comes after a writable one")]
+    /// A device-readable buffer follows a device-writable one.
+    #[error("a readable buffer follows a writable one")]
     Order,
     /// More than 2^32 - 1 bytes.
-    #[error("a chain has more than 4 GiB")]
+    #[error("a chain is larger than 4 GiB")]
     TooLarge,
 }
 
 /// A request that the driver has made available: the head of a chain and its buffers.
 ///
-/// It goes back to the driver by [`Work::complete`](super::Work::complete), exactly once.
+/// [`Work::complete`](super::Work::complete) returns it to the driver, exactly once.
 #[derive(Debug)]
 #[must_use = "a chain that is not completed is lost to the driver"]
 pub struct Chain {
     pub(super) queue: u16,
     pub(super) head: u16,
-    /// Where in the sequence of chains it was taken from.
+    /// The index in the available ring that it was taken from.
     pub(super) position: u16,
-    /// Set-ups that the queue had seen when the chain was taken.
-    pub(super) life: u32,
+    /// The queue's epoch when the chain was taken.
+    pub(super) epoch: u32,
     pub(super) segments: Vec<Segment>,
     pub(super) readable: usize,
     readable_bytes: u32,
@@ -74,37 +74,37 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// The queue that it came from.
+    /// The queue that it was taken from.
     #[must_use]
     pub fn queue(&self) -> u16 {
         self.queue
     }
 
-    /// The buffers that the device may read, in order; pieces without any byte are left out.
+    /// The device-readable buffers, in order, without empty ones.
     #[must_use]
     pub fn readable(&self) -> &[Segment] {
         self.segments.get(..self.readable).unwrap_or_default()
     }
 
-    /// The buffers that the device may write, in order; pieces without any byte are left out.
+    /// The device-writable buffers, in order, without empty ones.
     #[must_use]
     pub fn writable(&self) -> &[Segment] {
         self.segments.get(self.readable..).unwrap_or_default()
     }
 
-    /// Bytes that can be read.
+    /// Number of device-readable bytes.
     #[must_use]
     pub fn readable_bytes(&self) -> u32 {
         self.readable_bytes
     }
 
-    /// Bytes that can be written.
+    /// Number of device-writable bytes.
     #[must_use]
     pub fn writable_bytes(&self) -> u32 {
         self.writable_bytes
     }
 
-    /// Copies the readable bytes from `offset` on into `into`, as many as there are, and gives their number.
+    /// Copies the readable bytes from `offset` on to `into`, as many as there are, and returns their number.
     pub fn read_at(&self, memory: &GuestMemoryMmap, offset: u32, into: &mut [u8]) -> usize {
         let mut done = 0;
         for piece in pieces(self.readable(), offset, into.len()) {
@@ -117,7 +117,7 @@ impl Chain {
         done
     }
 
-    /// Copies `from` to the writable bytes from `offset` on, as many as there is room for, and gives their number.
+    /// Copies `from` to the writable bytes from `offset` on, as many as there is room for, and returns their number.
     pub fn write_at(&self, memory: &GuestMemoryMmap, offset: u32, from: &[u8]) -> usize {
         let mut done = 0;
         for piece in pieces(self.writable(), offset, from.len()) {
@@ -131,7 +131,7 @@ impl Chain {
     }
 }
 
-/// What `count` bytes from `offset` on are in `segments`: fewer where there are not so many.
+/// Iterates over the parts of `segments` with the `count` bytes from `offset` on; fewer if there are not as many.
 pub fn pieces(
     segments: &[Segment],
     offset: u32,
@@ -150,18 +150,18 @@ pub fn pieces(
     })
 }
 
-/// Where chains are looked up.
+/// The descriptor table of a queue.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Tables {
-    /// The queue's descriptor table.
+    /// Its address.
     pub(super) descriptors: u64,
-    /// Its size: entries of the table, and descriptors in a chain at most.
+    /// Number of entries of the table, and maximum number of descriptors in a chain.
     pub(super) size: u16,
-    /// Indirect tables were negotiated.
+    /// True if indirect tables were negotiated.
     pub(super) indirect: bool,
 }
 
-/// A descriptor, read.
+/// A parsed descriptor.
 #[derive(Clone, Copy)]
 struct Descriptor {
     addr: u64,
@@ -171,7 +171,6 @@ struct Descriptor {
 }
 
 impl Descriptor {
-    // Truncations pick the fields out of the 16 bytes.
     #[expect(clippy::cast_possible_truncation, reason = "fields of a descriptor")]
     fn from_bytes(raw: Raw) -> Self {
         let raw = u128::from_le_bytes(raw);
@@ -188,7 +187,7 @@ impl Descriptor {
     }
 }
 
-/// The table that a chain is in now, and what of it was read last.
+/// The table of the current descriptor, and the descriptors of it read last.
 struct Table {
     addr: u64,
     entries: u16,
@@ -205,7 +204,7 @@ impl Table {
         Self { addr, entries, is_indirect, block, first: 0, count: 0 }
     }
 
-    /// The descriptor at `index`: a copy, in which the driver can change nothing any more.
+    /// The descriptor at `index`: a copy, which the driver cannot change any more.
     fn descriptor(
         &mut self,
         memory: &GuestMemoryMmap,
@@ -223,7 +222,7 @@ impl Table {
         Ok(Descriptor::from_bytes(*raw))
     }
 
-    /// Reads from `index` on: a block of an indirect table, one descriptor of the queue's own, where chains are short.
+    /// Reads descriptors from `index` on: a block of an indirect table, but one of the queue's own table, in which chains are short.
     fn read(&mut self, memory: &GuestMemoryMmap, index: u16) -> Result<(), ChainError> {
         let most = if self.is_indirect { BLOCK } else { 1 };
         let count = usize::from(self.entries.saturating_sub(index)).min(most);
@@ -239,10 +238,10 @@ impl Table {
     }
 }
 
-/// Finds out whether buffers are RAM; those of one chain mostly lie in one region.
+/// Checks that buffers are in RAM; those of one chain are mostly in one region.
 #[derive(Default)]
 struct Ram {
-    /// First address and bytes of the region that was found last.
+    /// First address and length of the region found last.
     region: (u64, u64),
 }
 
@@ -262,11 +261,11 @@ impl Ram {
 }
 
 impl Tables {
-    /// Takes the chain of `head` (an index into the table) apart, into `segments`.
+    /// Parses the chain of `head` (an index into the table) into `segments`.
     pub(super) fn walk(
         &self,
         memory: &GuestMemoryMmap,
-        (queue, life): (u16, u32),
+        (queue, epoch): (u16, u32),
         head: u16,
         segments: Vec<Segment>,
     ) -> Result<Chain, (ChainError, Vec<Segment>)> {
@@ -274,7 +273,7 @@ impl Tables {
             queue,
             head,
             position: 0,
-            life,
+            epoch,
             segments,
             readable: 0,
             readable_bytes: 0,
@@ -295,7 +294,7 @@ impl Tables {
     ) -> Result<(), ChainError> {
         let mut table = Table::new(self.descriptors, self.size, false);
         let (mut ram, mut index) = (Ram::default(), head);
-        // Descriptors with a buffer. With the one that leads to an indirect table a chain may have one more (2.7.5.3.1).
+        // Counts descriptors with a buffer. In addition a chain may have the one that refers to an indirect table (2.7.5.3.1).
         let mut left = self.size;
         loop {
             let descriptor = table.descriptor(memory, index)?;
@@ -316,7 +315,7 @@ impl Tables {
         }
     }
 
-    /// Entries of an indirect table of `len` bytes.
+    /// Number of entries of an indirect table of `len` bytes.
     fn entries(&self, len: u32) -> Result<u16, ChainError> {
         let entries = u64::from(len) / DESCRIPTOR;
         if entries == 0 || !u64::from(len).is_multiple_of(DESCRIPTOR) {

@@ -1,12 +1,12 @@
-//! Results that wait for others before the driver is interrupted and asked for more.
+//! Interrupt coalescing: used buffers wait for others before the driver is interrupted.
 //!
-//! A driver with many requests on the way makes the next one available whether it was interrupted or not; each interrupt and each kick
-//! costs it a way out of the guest. So results are held back until there are [`MOST`] of them, and new requests are fetched by a timer meanwhile.
-//! A driver that waits for the result shows itself by making nothing available: then everything goes out, and holding is not
-//! tried again for a number of interrupts that doubles each time. The timer follows the pace of the requests themselves, so that a machine
-//! of any speed loses a few requests' time in a thousand requests at most.
+//! A driver with many requests in flight makes the next one available without waiting for an interrupt; each interrupt and each kick
+//! costs an exit. So the interrupt is held back until there are [`BATCH`] results, and a timer polls for new requests meanwhile.
+//! A driver that waits for a result makes no new request available: then the interrupt is sent, and holding is not
+//! tried again for a number of interrupts that doubles each time. The timer adapts to the rate of the requests, so that a machine
+//! of any speed loses the time of a few requests in a thousand at most.
 //!
-//! Left out: limits per queue, and a guest's own wishes (virtio has notification coalescing for network devices only).
+//! Not implemented: limits per queue, and settings by the guest (virtio has notification coalescing for network devices only).
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -14,93 +14,94 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::timerfd::TimerFd;
 
-/// Results that are worth an interrupt.
-const MOST: u16 = 8;
+/// Number of results after which the interrupt is sent.
+const BATCH: u16 = 8;
 
-/// Intervals between results after which nothing more is expected.
-const PATIENCE: u32 = 4;
+/// Number of average intervals without a result after which none is expected.
+const QUIET_INTERVALS: u32 = 4;
 
-/// Bounds of the time in which nothing comes, and the longest that a result is held. Results that come further apart than the longest
-/// gap are never gathered; on an emulated host they come 2.5 ms apart, because of the interrupts and kicks that this is to save.
-const SHORTEST: Duration = Duration::from_micros(20);
-const LONGEST: Duration = Duration::from_millis(8);
-const LONGEST_IN_ALL: Duration = Duration::from_millis(20);
+/// Bounds of the time without a result after which the interrupt is sent, and the longest time that a result is held. Results further
+/// apart than the longest gap are never coalesced; on an emulated host they are 2.5 ms apart, due to the interrupts and kicks to be saved.
+const MIN_GAP: Duration = Duration::from_micros(20);
+const MAX_GAP: Duration = Duration::from_millis(8);
+const MAX_HOLD: Duration = Duration::from_millis(20);
 
-/// Interrupts that pass before holding is tried: 2 to the power of this; at first, and at most.
+/// Number of interrupts before holding is tried: 2 to the power of this; initially, and at most.
 const FIRST_PENALTY: u8 = 4;
-const MOST_PENALTY: u8 = 10;
+const MAX_PENALTY: u8 = 10;
 
-/// The decision, without the timer.
+/// The decisions, without the timer.
 #[derive(Debug)]
 struct Policy {
-    /// Results held, and since when.
+    /// Number of results held, and the time of the first.
     held: Option<(u16, Instant)>,
-    /// When the last result came.
+    /// The time of the last result.
     last: Instant,
-    /// How far apart results come, smoothed.
+    /// The average interval between results, smoothed.
     interval: Duration,
-    /// Interrupts that pass before the next try.
-    pass: u16,
+    /// Number of interrupts before the next try.
+    skip: u16,
     penalty: u8,
 }
 
 impl Policy {
     fn new(now: Instant) -> Self {
         let penalty = FIRST_PENALTY;
-        Self { held: None, last: now, interval: LONGEST, pass: 1 << penalty, penalty }
+        Self { held: None, last: now, interval: MAX_GAP, skip: 1 << penalty, penalty }
     }
 
-    /// How long nothing may come before everything goes out.
+    /// Time without a result after which the interrupt is sent.
     fn gap(&self) -> Duration {
-        self.interval.saturating_mul(PATIENCE).clamp(SHORTEST, LONGEST)
+        self.interval.saturating_mul(QUIET_INTERVALS).clamp(MIN_GAP, MAX_GAP)
     }
 
-    /// Whether the driver is to be told of `count` results, at least 1, of which it does not know.
-    fn tells(&mut self, count: u16, now: Instant) -> bool {
+    /// Returns true if the driver is to be interrupted, with `count` results (at least 1) since the last interrupt.
+    fn interrupts(&mut self, count: u16, now: Instant) -> bool {
         let (before, since) = self.held.unwrap_or((0, now));
         let new = count.saturating_sub(before);
         if new > 0 {
-            let passed = now.saturating_duration_since(self.last).min(LONGEST);
+            let passed = now.saturating_duration_since(self.last).min(MAX_GAP);
             self.interval = (self.interval * 3 + passed / u32::from(new)) / 4;
             self.last = now;
         }
-        if self.held.is_none() && self.pass > 0 {
-            self.pass -= 1;
+        if self.held.is_none() && self.skip > 0 {
+            self.skip -= 1;
             return true;
         }
-        let is_worth_it = count >= MOST;
-        if is_worth_it {
+        let is_batch = count >= BATCH;
+        if is_batch {
             self.penalty = self.penalty.saturating_sub(1);
         }
-        let tells = is_worth_it || now.saturating_duration_since(since) >= LONGEST_IN_ALL;
-        self.held = (!tells).then_some((count, since));
-        tells
+        let interrupts = is_batch || now.saturating_duration_since(since) >= MAX_HOLD;
+        self.held = (!interrupts).then_some((count, since));
+        interrupts
     }
 
-    /// The time is up, and what is there was fetched. None where the driver is to be told of everything, else how long to wait.
+    /// Called after the timer has expired and new requests were processed. Returns the time to wait further; `None` if the driver is
+    /// to be interrupted.
     fn expired(&mut self, now: Instant) -> Option<Duration> {
         let quiet = now.saturating_duration_since(self.last);
         let left = self.gap().checked_sub(quiet).filter(|left| !left.is_zero());
         if left.is_none() {
             self.held = None;
-            self.penalty = self.penalty.saturating_add(1).min(MOST_PENALTY);
-            self.pass = 1 << self.penalty;
+            self.penalty = self.penalty.saturating_add(1).min(MAX_PENALTY);
+            self.skip = 1 << self.penalty;
         }
         left
     }
 }
 
-/// Holds results of a device back.
+/// Holds back a device's interrupts.
 #[derive(Debug)]
 pub(super) struct Hold {
     policy: Policy,
     timer: TimerFd,
-    /// When the timer expires, where it is set.
+    /// The time of the timer's expiry, if it is set.
     due: Option<Instant>,
 }
 
 impl Hold {
-    /// Nothing is held, and nothing will be before a few interrupts have passed.
+    /// Holds nothing until after the first interrupts.
     ///
     /// # Errors
     /// The host has no timers left.
@@ -108,28 +109,28 @@ impl Hold {
         Ok(Self { policy: Policy::new(Instant::now()), timer: TimerFd::new()?, due: None })
     }
 
-    /// Readable when it [`is_time`](Self::is_time).
+    /// The timer's descriptor, readable when [`is_time`](Self::is_time) returns true.
     pub(super) fn fd(&self) -> RawFd {
         self.timer.as_raw_fd()
     }
 
-    /// Whether results wait.
+    /// True if results are held.
     pub(super) fn is_holding(&self) -> bool {
         self.policy.held.is_some()
     }
 
-    /// Whether the driver is to be told of `count` results, at least 1, of which it does not know.
-    pub(super) fn tells(&mut self, count: u16) -> bool {
-        let tells = self.policy.tells(count, Instant::now());
-        if !tells && self.due.is_none() {
+    /// Returns true if the driver is to be interrupted, with `count` results (at least 1) since the last interrupt.
+    pub(super) fn interrupts(&mut self, count: u16) -> bool {
+        let interrupts = self.policy.interrupts(count, Instant::now());
+        if !interrupts && self.due.is_none() {
             return !self.arm(self.policy.gap());
         }
-        tells
+        interrupts
     }
 
-    /// The timer has expired, or may have. Whether something waits and it is time to fetch new requests.
+    /// Processes an event of the timer, which may be stale. Returns true if results are held and it is time to poll for new requests.
     pub(super) fn is_time(&mut self) -> bool {
-        // The counter is read so that the descriptor is quiet again; before its time that would block.
+        // Reading the counter makes the descriptor unreadable again; before the expiry it would block.
         if self.due.is_none_or(|due| due > Instant::now()) {
             return false;
         }
@@ -138,7 +139,7 @@ impl Hold {
         self.is_holding()
     }
 
-    /// Whether the driver is to be told now, after new requests were fetched because the timer has expired.
+    /// Returns true if the driver is to be interrupted now, after the timer has expired and new requests were processed.
     pub(super) fn is_over(&mut self) -> bool {
         if !self.is_holding() {
             return false;
@@ -149,12 +150,12 @@ impl Hold {
         }
     }
 
-    /// Nothing waits any more: the driver is gone.
+    /// Drops the held results: the driver was reset.
     pub(super) fn forget(&mut self) {
         self.policy.held = None;
     }
 
-    /// False, and nothing is held, where the host refuses: nobody would ever look again.
+    /// Sets the timer. If that fails, returns false and holds nothing, as nothing would end the hold.
     fn arm(&mut self, after: Duration) -> bool {
         let due = Instant::now().checked_add(after);
         self.due = self.timer.reset(after, None).ok().and(due);
@@ -169,20 +170,20 @@ impl Hold {
 mod tests {
     use super::*;
 
-    /// A driver that makes a request available every `pace`, whatever happens, and counts what it is told.
+    /// A driver that makes a request available every `pace` without waiting for results; returns the number of interrupts.
     fn run(policy: &mut Policy, now: &mut Instant, pace: Duration, requests: u32) -> u32 {
-        let (mut untold, mut told) = (0, 0);
+        let (mut pending, mut count) = (0, 0);
         for _ in 0..requests {
             *now += pace;
-            untold += 1;
-            if policy.tells(untold, *now) {
-                (untold, told) = (0, told + 1);
+            pending += 1;
+            if policy.interrupts(pending, *now) {
+                (pending, count) = (0, count + 1);
             }
         }
-        told
+        count
     }
 
-    /// A driver that waits for each result.
+    /// A driver that waits for each result; returns the time lost.
     fn wait_for_each(
         policy: &mut Policy,
         now: &mut Instant,
@@ -192,7 +193,7 @@ mod tests {
         let mut lost = Duration::ZERO;
         for _ in 0..requests {
             *now += pace;
-            if policy.tells(1, *now) {
+            if policy.interrupts(1, *now) {
                 continue;
             }
             while let Some(left) = policy.expired(*now) {
@@ -203,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn a_driver_that_goes_on_by_itself_is_told_of_eight_results_at_once() {
+    fn a_driver_that_does_not_wait_gets_one_interrupt_for_eight_results() {
         for pace in [5, 60, 400, 2_400] {
             let (mut now, pace) = (Instant::now(), Duration::from_micros(pace));
             let mut policy = Policy::new(now);
@@ -221,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn a_driver_that_begins_to_go_on_by_itself_is_noticed() {
+    fn a_driver_that_stops_waiting_gets_fewer_interrupts_again() {
         let (mut now, pace) = (Instant::now(), Duration::from_micros(60));
         let mut policy = Policy::new(now);
         wait_for_each(&mut policy, &mut now, pace, 5_000);
@@ -240,11 +241,11 @@ mod tests {
             loop {
                 now += pace;
                 count += 1;
-                if policy.tells(count, now) {
+                if policy.interrupts(count, now) {
                     break;
                 }
             }
-            assert!(now - first < LONGEST_IN_ALL + pace);
+            assert!(now - first < MAX_HOLD + pace);
         }
     }
 
@@ -255,8 +256,8 @@ mod tests {
         let mut lost = Duration::ZERO;
         for _ in 0..10_000 {
             now += pace;
-            if !policy.tells(1, now) {
-                // The next one comes after the timer.
+            if !policy.interrupts(1, now) {
+                // The next result follows after the timer.
                 lost += policy.gap();
                 assert_eq!(policy.expired(now + policy.gap()), None);
             }
@@ -265,19 +266,19 @@ mod tests {
     }
 
     #[test]
-    fn the_timer_ends_a_hold_in_which_nothing_comes() {
+    fn the_timer_ends_a_hold_without_further_results() {
         let mut hold = Hold::new().unwrap();
-        (0..1 << FIRST_PENALTY).for_each(|_| assert!(hold.tells(1)));
-        assert!(!hold.tells(1) && hold.is_holding());
+        (0..1 << FIRST_PENALTY).for_each(|_| assert!(hold.interrupts(1)));
+        assert!(!hold.interrupts(1) && hold.is_holding());
         while !(hold.is_time() && hold.is_over()) {}
-        assert!(!hold.is_holding() && hold.tells(1));
+        assert!(!hold.is_holding() && hold.interrupts(1));
     }
 
     #[test]
-    fn a_driver_that_is_gone_is_told_nothing() {
+    fn after_a_reset_nothing_is_held() {
         let mut hold = Hold::new().unwrap();
-        (0..1 << FIRST_PENALTY).for_each(|_| assert!(hold.tells(1)));
-        assert!(!hold.tells(1));
+        (0..1 << FIRST_PENALTY).for_each(|_| assert!(hold.interrupts(1)));
+        assert!(!hold.interrupts(1));
         hold.forget();
         assert!(!hold.is_time() && !hold.is_over());
     }

@@ -1,10 +1,10 @@
-//! Input device (virtio 1.3, section 5.8): a keyboard of one key, the power button.
+//! Input device (virtio 1.3, section 5.8): a keyboard with one key, the power button.
 //!
-//! Whoever holds the other end of [`Wiring::power_button`] presses it: the guest gets KEY_POWER down and up, as from a machine's
-//! own button, and its init powers off in order. Presses before the guest has a driver are kept as one; those that come
-//! while the last is still on its way count as that one.
+//! A write to the eventfd [`Wiring::power_button`] presses it: the guest gets KEY_POWER down and up, as from a hardware
+//! button, and its init shuts down in order. Presses before the guest has a driver are merged into one, as are presses
+//! while a previous one is not fully delivered.
 //!
-//! Left out: other keys, axes, and lights; the status queue, by which a driver would switch those, is emptied.
+//! Not implemented: other keys, axes, and LEDs; buffers of the status queue, by which a driver sets LEDs, are returned unused.
 
 use std::os::fd::AsRawFd;
 
@@ -54,13 +54,13 @@ const NAME: &[u8] = b"rvmm power button";
 /// Bus BUS_VIRTUAL, vendor and product 1, version 1, 16 bits each.
 const DEVIDS: [u8; 8] = [6, 0, 1, 0, 1, 0, 1, 0];
 
-/// A press: type, code, value. What follows a SYN is another moment.
+/// The events of a press: type, code, value. A SYN separates the key down from the key up.
 const PRESS: [(u16, u16, u32); 4] =
     [(EV_KEY, KEY_POWER, 1), (EV_SYN, 0, 0), (EV_KEY, KEY_POWER, 0), (EV_SYN, 0, 0)];
 
 struct Input {
     button: Option<EventFd>,
-    /// Events of a press that the guest has not got; all of them sent where it has none.
+    /// Number of events of the current press that were sent; all if there is no press to deliver.
     sent: usize,
     config: [u8; config::LEN],
 }
@@ -72,7 +72,7 @@ fn build(_: &Options, mut wiring: Wiring) -> Built {
 }
 
 impl Input {
-    /// Sends what the guest has room for.
+    /// Sends events as long as the guest has buffers.
     fn send(&mut self, work: &mut Work<'_>) -> Result<(), VirtioError> {
         while let Some((kind, code, value)) = PRESS.get(self.sent) {
             let Some(chain) = work.pop(EVENTS)? else { break };
@@ -88,27 +88,27 @@ impl Input {
         Ok(())
     }
 
-    /// Shows in the configuration space what the driver has selected.
-    fn show(&mut self) {
+    /// Updates the configuration space to the driver's selection.
+    fn update_config(&mut self) {
         let [select, subsel, rest @ ..] = &mut self.config;
         rest.fill(0);
-        // A bit per code, as far as the last one that there is.
+        // A bit per code, up to the highest code.
         let mut keys = [0; KEY_POWER as usize / 8 + 1];
         if let Some(last) = keys.last_mut() {
             *last = 1 << (KEY_POWER % 8);
         }
-        let shown: &[u8] = match (*select, *subsel) {
+        let selected: &[u8] = match (*select, *subsel) {
             (config::ID_NAME, 0) => NAME,
             (config::ID_DEVIDS, 0) => &DEVIDS,
             (config::EV_BITS, kind) if u16::from(kind) == EV_KEY => &keys,
             _ => &[],
         };
-        let size = u8::try_from(shown.len()).unwrap_or(0);
+        let size = u8::try_from(selected.len()).unwrap_or(0);
         if let Some(field) = self.config.get_mut(config::SIZE) {
             *field = size;
         }
         let data = self.config.iter_mut().skip(config::DATA);
-        data.zip(shown).for_each(|(to, from)| *to = *from);
+        data.zip(selected).for_each(|(to, from)| *to = *from);
     }
 }
 
@@ -125,7 +125,7 @@ impl VirtioDevice for Input {
         &[64, 64]
     }
 
-    /// Events are the same without it.
+    /// The events have the same format without it.
     fn may_lack_version_1(&self) -> bool {
         true
     }
@@ -141,7 +141,7 @@ impl VirtioDevice for Input {
     fn write_config(&mut self, offset: usize, data: &[u8]) {
         let own = self.config.iter_mut().take(config::SUBSEL + 1);
         own.skip(config::SELECT + offset).zip(data).for_each(|(to, from)| *to = *from);
-        self.show();
+        self.update_config();
     }
 
     fn activate(&mut self, _features: u64) {}
@@ -159,7 +159,7 @@ impl VirtioDevice for Input {
 
     fn reset(&mut self) {
         self.config = [0; config::LEN];
-        // A press that the guest has not got whole is pressed again for the next driver.
+        // A press that is not fully delivered is repeated for the next driver.
         if self.sent < PRESS.len() {
             self.sent = 0;
         }
@@ -244,7 +244,7 @@ mod tests {
         {
             assert_eq!(select(&mut rig, what, sub), b"", "{what:#x} {sub}");
         }
-        // The rest of the configuration is not the driver's.
+        // The driver cannot write the rest of the configuration.
         rig.device.write(0x102, &[9; 8]).unwrap();
         assert_eq!(select(&mut rig, 1, 0), NAME);
     }
@@ -272,13 +272,13 @@ mod tests {
         button.write(1).unwrap();
         rig.run();
         supply(&mut rig, 5);
-        assert_eq!(events(&mut rig), [SYN], "a press during a press is that press");
+        assert_eq!(events(&mut rig), [SYN], "a press during a press is merged with it");
         button.write(1).unwrap();
         assert_eq!(events(&mut rig).len(), 4);
     }
 
     #[test]
-    fn half_a_press_is_whole_for_the_next_driver() {
+    fn a_partly_delivered_press_is_repeated_for_the_next_driver() {
         let (mut rig, button) = rig();
         rig.start(0);
         supply(&mut rig, 2);
@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn buffers_without_room_and_lights_come_back() {
+    fn buffers_that_are_too_small_and_status_buffers_are_returned() {
         let (mut rig, button) = rig();
         rig.start(0);
         button.write(1).unwrap();

@@ -1,4 +1,4 @@
-//! The interrupt of a virtio device: the status register, the line that follows it, and when results are worth an interrupt.
+//! The interrupt of a virtio device: the status register, its line, and interrupt coalescing.
 
 use std::io;
 use std::sync::Arc;
@@ -12,16 +12,16 @@ pub(super) mod isr {
     pub(crate) const CONFIG_CHANGE: u32 = 2;
 }
 
-/// A device's interrupt. Who changes it under the device's lock drives the line when that is given back.
+/// A device's interrupt. Changes under the device's lock are driven onto the line after releasing it.
 pub(super) struct Interrupt {
     pin: Arc<StatusPin>,
     is_undriven: bool,
-    /// Results that wait for others, where the device allows it.
+    /// Interrupt coalescing, if the device allows it.
     pub(super) hold: Option<Hold>,
 }
 
 impl Interrupt {
-    /// On this line, which is low; `may_hold` where results may wait for others.
+    /// Creates an interrupt on this line, which is low; with coalescing if `may_hold`.
     ///
     /// # Errors
     /// The host has no timers left.
@@ -30,7 +30,7 @@ impl Interrupt {
         Ok(Self { pin: Arc::new(StatusPin::new(line)), is_undriven: false, hold })
     }
 
-    /// The register, for whoever does not hold the device's lock.
+    /// The register, accessible without the device's lock.
     pub(super) fn pin(&self) -> &Arc<StatusPin> {
         &self.pin
     }
@@ -45,33 +45,33 @@ impl Interrupt {
         self.is_undriven |= self.pin.clear(bits);
     }
 
-    /// Others raise the line by themselves for results of queues, or nobody does any more.
-    pub(super) fn share(&mut self, with_others: bool) {
-        self.pin.share(if with_others { isr::USED_BUFFER } else { 0 });
-        // They may have raised it.
-        self.is_undriven |= !with_others;
+    /// Sets whether remote queues raise the line directly for used buffers.
+    pub(super) fn share(&mut self, with_remote: bool) {
+        self.pin.share(if with_remote { isr::USED_BUFFER } else { 0 });
+        // The line may be high.
+        self.is_undriven |= !with_remote;
     }
 
-    /// Nothing is raised or held; the line is driven whatever it was: nobody's memory of it counts.
+    /// Clears everything, and always drives the line: its level may differ from the remembered one.
     pub(super) fn reset(&mut self) {
         self.clear(u32::MAX);
         self.is_undriven = true;
         self.forget();
     }
 
-    /// Nothing is held any more.
+    /// Drops the held results.
     pub(super) fn forget(&mut self) {
         let _ = self.hold.as_mut().map(Hold::forget);
     }
 
-    /// Drives the line now, where its level has changed.
+    /// Drives the line now, if its level has changed.
     pub(super) fn sync(&mut self) {
         if let Some(pin) = self.undriven() {
             pin.drive();
         }
     }
 
-    /// What has to be driven, once.
+    /// Returns the pin if it has to be driven, once per change.
     pub(super) fn undriven(&mut self) -> Option<Arc<StatusPin>> {
         std::mem::take(&mut self.is_undriven).then(|| Arc::clone(&self.pin))
     }

@@ -1,9 +1,9 @@
-//! Virtio over MMIO, version 2 (virtio 1.3, section 4.2): the registers. What they mean is in `life.rs`.
+//! Virtio over MMIO, version 2 (virtio 1.3, section 4.2): the registers. Their semantics are in `state.rs`.
 //!
-//! An access of 8 bytes reaches two registers, the lower first: QEMU's `virt` does so, and guests load and store addresses by it.
+//! An access of 8 bytes accesses two registers, the lower first, as on QEMU's `virt`: guests access 64-bit addresses that way.
 //!
-//! Left out: shared memory regions (all have the length -1, as for those that do not exist) and version 1, the legacy
-//! interface (4.2.4): who writes to its registers is told about in the log.
+//! Not implemented: shared memory regions (all have the length -1, as for those that do not exist) and version 1, the legacy
+//! interface (4.2.4): writes to its registers are logged.
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -12,8 +12,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::VirtioDevice;
 use super::hold::Hold;
-use super::life::Core;
 use super::queue::Queue;
+use super::state::Core;
 use crate::catalog::{BuildError, Built, Wiring};
 use crate::device::{
     Access, AccessError, Doorbell, FdtDesc, FdtProperty, FdtValue, Interest, MmioDevice,
@@ -21,16 +21,16 @@ use crate::device::{
 };
 use crate::irq::StatusPin;
 
-/// Tokens from here on are the queues' kicks; those below are the device's own.
+/// Tokens from this one on are the queues' kicks; those below are the device's own.
 pub const KICK: u32 = 1 << 31;
 
-/// The timer of results that wait for others.
+/// The token of the timer for interrupt coalescing.
 const HOLD: u32 = u32::MAX;
 
-/// Bytes of address space: the registers and all of the configuration space.
+/// Size in bytes: the registers and the configuration space.
 const SIZE: u64 = 0x1000;
 
-/// Where the configuration space begins.
+/// Offset of the configuration space.
 const CONFIG: u64 = 0x100;
 
 mod reg {
@@ -64,13 +64,13 @@ mod reg {
     pub(super) const QUEUE_RESET: u64 = 0x0c0;
     pub(super) const CONFIG_GENERATION: u64 = 0x0fc;
 
-    /// Those that only version 1 has.
+    /// Registers of version 1 only.
     pub(super) const GUEST_PAGE_SIZE: u64 = 0x028;
     pub(super) const QUEUE_ALIGN: u64 = 0x03c;
     pub(super) const QUEUE_PFN: u64 = 0x040;
 }
 
-/// The registers under the names of the specification; what a device has in its configuration space is its own.
+/// Names of the registers, as in the specification; the fields of the configuration space depend on the device.
 fn register_name(offset: u64, _: bool) -> Option<&'static str> {
     Some(match offset {
         reg::MAGIC_VALUE => "MagicValue",
@@ -112,16 +112,16 @@ fn register_name(offset: u64, _: bool) -> Option<&'static str> {
 
 /// "virt", little-endian.
 const MAGIC: u32 = 0x7472_6976;
-/// "QEMU", little-endian: the subsystem vendor. The specification gives it no meaning, but drivers that were written for QEMU's `virt`
-/// (xv6, RT-Thread and others) take no other.
+/// "QEMU", little-endian: the subsystem vendor. The specification gives it no meaning, but drivers written for QEMU's `virt`
+/// (xv6, RT-Thread and others) accept no other.
 const VENDOR: u32 = 0x554d_4551;
 
-/// A virtio device in a slot of the bus.
+/// A virtio device with the MMIO transport.
 pub struct VirtioMmio {
     core: Core,
 }
 
-/// The registers that a driver reaches in every interrupt.
+/// The registers that a driver accesses in every interrupt.
 struct InterruptRegisters(Arc<StatusPin>);
 
 impl Unlocked for InterruptRegisters {
@@ -143,7 +143,7 @@ impl Unlocked for InterruptRegisters {
 }
 
 impl VirtioMmio {
-    /// Puts `device` behind the registers, wired to `wiring`.
+    /// Creates the transport of `device`, connected to `wiring`.
     ///
     /// # Errors
     /// The host has no event descriptors left.
@@ -154,7 +154,7 @@ impl VirtioMmio {
         Ok(Box::new(Self { core }))
     }
 
-    /// Requests that went back to the driver unserved since the device was made, because they made no sense.
+    /// Number of requests that were refused as invalid since the device was created.
     #[must_use]
     pub fn refused(&self) -> u64 {
         self.core.refused()
@@ -176,7 +176,7 @@ impl VirtioMmio {
             reg::SHM_LEN_LOW | reg::SHM_LEN_HIGH | reg::SHM_BASE_LOW | reg::SHM_BASE_HIGH => {
                 u32::MAX
             }
-            // Nearly always a reset is over before anybody can ask.
+            // A reset is nearly always complete before the driver can read this.
             reg::QUEUE_RESET => core.is_queue_resetting().into(),
             reg::CONFIG_GENERATION => state.generation,
             other if is_write_only(other) => return Err(AccessError::WriteOnly),
@@ -191,7 +191,7 @@ impl VirtioMmio {
             reg::DRIVER_FEATURES_SEL => core.state.driver_features_sel = value,
             reg::DRIVER_FEATURES => return core.take_features(value),
             reg::QUEUE_SEL => core.state.queue_sel = value,
-            reg::QUEUE_NOTIFY => core.ring(value),
+            reg::QUEUE_NOTIFY => core.kick(value),
             reg::INTERRUPT_ACK => core.interrupt.clear(value),
             reg::STATUS => return core.write_status(value),
             reg::SHM_SEL => {}
@@ -280,7 +280,7 @@ impl MmioDevice for VirtioMmio {
             token: KICK | index,
             interest: Interest::Read,
         };
-        // The others are read by who works on the queue.
+        // Kicks of remote queues are read by their backend.
         let core = &self.core;
         let is_own = |(index, _): &(u32, &EventFd)| {
             !u16::try_from(*index)
@@ -296,7 +296,7 @@ impl MmioDevice for VirtioMmio {
 
     fn ready(&mut self, token: u32) {
         if token == HOLD {
-            self.core.look();
+            self.core.hold_expired();
         } else if token & KICK == 0 {
             self.core.work(|device, work| device.ready(token, work), None);
         } else if let Ok(queue) = u16::try_from(token & !KICK) {
@@ -319,8 +319,8 @@ impl MmioDevice for VirtioMmio {
     }
 
     fn doorbells(&self) -> Vec<Doorbell<'_>> {
-        let doorbell = |(value, event)| Doorbell { offset: reg::QUEUE_NOTIFY, value, event };
-        (0..).zip(self.core.kicks.iter()).map(doorbell).collect()
+        let notify = |(value, event)| Doorbell { offset: reg::QUEUE_NOTIFY, value, event };
+        (0..).zip(self.core.kicks.iter()).map(notify).collect()
     }
 }
 
@@ -349,7 +349,7 @@ fn is_write_only(register: u64) -> bool {
     )
 }
 
-/// Word `selector` of 64 bits of features; there are no others.
+/// Word `selector` of 64 bits of features; zero beyond them.
 fn half(features: u64, selector: u32) -> u32 {
     let word = match selector {
         0 => features,
@@ -367,7 +367,7 @@ fn set_high(address: &mut u64, value: u32) {
     *address = *address & u64::from(u32::MAX) | u64::from(value) << 32;
 }
 
-/// What lies at `offset`; zeroes behind the end.
+/// Copies the configuration space from `offset` on; zeroes past its end.
 fn read_config(config: &[u8], offset: u64, data: &mut [u8]) {
     let from = usize::try_from(offset).ok().and_then(|offset| config.get(offset..));
     let from = from.unwrap_or_default();

@@ -1,23 +1,23 @@
-//! Virtio devices (virtio 1.3): what they share, and the seam between a device and its transport.
+//! Virtio devices (virtio 1.3): common parts, and the interface between a device and its transport.
 //!
-//! | file | what |
+//! | file | contents |
 //! |---|---|
-//! | `life.rs`, `pass.rs` | the life of a device: status, features, queues; and its work |
+//! | `state.rs`, `pass.rs` | the state of a device: status, features, queues; and the processing of its queues |
 //! | `mmio.rs` | the transport: registers and interrupt |
-//! | `queue.rs` | a virtqueue that a driver cannot break; the only one that knows `virtio-queue` |
-//! | `chain.rs` | a descriptor chain, taken apart and judged |
-//! | `work.rs` | what a device works with: chains in, chains out |
-//! | `remote.rs` | queues that somebody else works on |
-//! | `interrupt.rs`, `hold.rs` | the interrupt, and results that wait for others |
+//! | `queue.rs` | a virtqueue that validates the driver's rings; the only file that uses `virtio-queue` |
+//! | `chain.rs` | parsing and validation of descriptor chains |
+//! | `work.rs` | a device's access to its queues |
+//! | `remote.rs` | queues processed by another program or the kernel (vhost) |
+//! | `interrupt.rs`, `hold.rs` | the interrupt, and its coalescing |
 //! | `bucket.rs` | token buckets |
-//! | one file or folder per device | what only that device does |
+//! | one file or folder per device | the device type |
 //!
-//! Everything that a device does happens on the I/O thread: kicks come as events, results go back under the device's lock.
-//! A hart only reaches the transport's registers; a reset, which a hart causes, is the one thing that waits for the host, and
-//! not for long: where a host's call does not end, the driver sees a reset that is not over.
+//! A device does all its work on the I/O thread: kicks arrive as events, results are returned under the device's lock.
+//! A hart only accesses the transport's registers. Only a device reset, on a hart, waits for the host, for a bounded
+//! time: if a call of the host does not return, the driver reads that the reset is not complete.
 //!
-//! A queue may also be another program's or the host's kernel's ([`VirtioDevice::is_remote`]): then it gets the driver's set-up and
-//! the kicks, and what is in the rings is between it and the driver.
+//! A queue may also be processed by another program or the host's kernel ([`VirtioDevice::is_remote`]): the device then passes on
+//! the driver's set-up and the kicks, and does not access the rings.
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -31,13 +31,13 @@ pub(crate) mod console;
 mod hold;
 pub(crate) mod input;
 mod interrupt;
-mod life;
 pub mod mmio;
 pub mod net;
 mod pass;
 pub mod queue;
 mod remote;
 pub(crate) mod rng;
+mod state;
 pub mod testing;
 pub mod vhost_kernel;
 pub mod vhost_user;
@@ -52,13 +52,13 @@ pub use vm_memory::GuestMemoryMmap;
 use vm_memory::{Bytes, GuestAddress};
 pub use work::Work;
 
-/// Guest RAM as devices reach it: alive as long as somebody holds this.
+/// Guest RAM for DMA: stays mapped until the last reference is dropped.
 pub trait DmaMemory: Send + Sync {
     /// The RAM, by guest-physical address.
     fn view(&self) -> &GuestMemoryMmap;
 
-    /// The guest needs what is in these `len` bytes from `addr` no more: whole pages of RAM inside may be given to the host.
-    /// They stay RAM, and read as zero or as before. What of the range is not RAM is left alone.
+    /// Releases whole pages of RAM within these `len` bytes from `addr` to the host: the guest no longer needs their contents.
+    /// They stay RAM, and read as zero or as before. Addresses in the range that are not RAM are ignored.
     fn release(&self, addr: u64, len: u64);
 }
 
@@ -67,7 +67,7 @@ impl DmaMemory for GuestMemoryMmap {
         self
     }
 
-    /// Only makes them read as zero: giving them back takes more than this crate may do.
+    /// Only zeroes the pages: releasing them needs unsafe code.
     fn release(&self, addr: u64, len: u64) {
         let end = addr.saturating_add(len) / 4096 * 4096;
         let first = addr.checked_next_multiple_of(4096).unwrap_or(end);
@@ -81,36 +81,36 @@ impl DmaMemory for GuestMemoryMmap {
 
 /// Feature bits that the transport offers for every device (virtio 1.3, chapter 6).
 pub mod feature {
-    /// `VIRTIO_F_INDIRECT_DESC`: chains in tables of their own.
+    /// `VIRTIO_F_INDIRECT_DESC`: indirect descriptor tables.
     pub const INDIRECT_DESC: u64 = 1 << 28;
-    /// `VIRTIO_F_EVENT_IDX`: both sides say when they want to hear of the other.
+    /// `VIRTIO_F_EVENT_IDX`: both sides give the index at which they want to be notified.
     pub const EVENT_IDX: u64 = 1 << 29;
-    /// `VIRTIO_F_VERSION_1`: not a legacy driver; without it most devices do not start.
+    /// `VIRTIO_F_VERSION_1`: not a legacy driver; most devices require it.
     pub const VERSION_1: u64 = 1 << 32;
     /// `VIRTIO_F_RING_RESET`: one queue can be reset alone.
     pub const RING_RESET: u64 = 1 << 40;
-    /// All of them. ACCESS_PLATFORM is not among them: no IOMMU stands between these devices and RAM.
+    /// All of them. ACCESS_PLATFORM is not offered: there is no IOMMU between these devices and RAM.
     pub const TRANSPORT: u64 = INDIRECT_DESC | EVENT_IDX | VERSION_1 | RING_RESET;
 }
 
-/// The driver broke the device: it needs a reset and does nothing before it.
+/// An error after which the device does nothing until it is reset (DEVICE_NEEDS_RESET).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum VirtioError {
-    /// A ring cannot be read any further.
+    /// A ring is invalid.
     #[error(transparent)]
     Ring(#[from] RingError),
-    /// The host's end is gone for good.
-    #[error("the host's end is gone")]
+    /// The backend is gone for good.
+    #[error("the backend is gone")]
     Gone,
-    /// The host's kernel, which works on the rings, makes no sense of them.
-    #[error("the host's kernel cannot go on with its queues")]
+    /// The host's kernel (vhost), which processes the queues, found them invalid.
+    #[error("the host's kernel stopped processing the queues")]
     Stuck,
 }
 
-/// A queue as the driver has set it up: checked to be RAM, and frozen until it is reset. Addresses are guest-physical.
+/// A queue as set up by the driver: its rings are in RAM, and fixed until it is reset. Addresses are guest-physical.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rings {
-    /// Its number.
+    /// The queue's number.
     pub queue: u16,
     /// Entries; a power of two.
     pub size: u16,
@@ -122,7 +122,7 @@ pub struct Rings {
     pub device: u64,
 }
 
-/// What only one kind of device does. The transport owns the rest.
+/// A device type. The transport implements the rest.
 pub trait VirtioDevice: Send {
     /// The model's name, as in the catalog.
     fn name(&self) -> &'static str;
@@ -130,81 +130,81 @@ pub trait VirtioDevice: Send {
     /// The device type (virtio 1.3, chapter 5).
     fn id(&self) -> u32;
 
-    /// The greatest size of each queue: powers of two up to [`MAX_QUEUE_SIZE`].
+    /// The maximum size of each queue: powers of two up to [`MAX_QUEUE_SIZE`].
     fn queue_sizes(&self) -> &[u16];
 
-    /// The features of this kind of device that are offered; constant.
+    /// The offered features of this device type; constant.
     fn features(&self) -> u64;
 
     /// The configuration space, little-endian.
     fn config(&self) -> &[u8];
 
-    /// The driver writes `data` at `offset` of the configuration space, inside it. Fields that are not the driver's stay
-    /// as they are.
+    /// Writes `data` at `offset` of the configuration space, inside it, for the driver. Read-only fields do not
+    /// change.
     fn write_config(&mut self, offset: usize, data: &[u8]);
 
-    /// Of [`feature::TRANSPORT`], what is offered: all of it, where nobody else works on the queues.
+    /// The offered features of [`feature::TRANSPORT`]: all of them, unless a remote queue's backend lacks some.
     fn transport_features(&self) -> u64 {
         feature::TRANSPORT
     }
 
-    /// Whether somebody else works on `queue` where the driver has taken these features: nothing is taken from it here, and
-    /// no kick of it counts; always the same for the same features.
+    /// True if another program or the kernel processes `queue` with these negotiated features: the device then takes no chains from
+    /// it, and ignores its kicks. Depends on nothing but the arguments.
     fn is_remote(&self, queue: u16, features: u64) -> bool {
         let _ = (queue, features);
         false
     }
 
-    /// A queue that somebody else works on starts, set up like this: before the device is activated, or later where it was reset alone.
+    /// Starts a remote queue with this set-up: before the device is activated, or later after a reset of the queue alone.
     /// Every notification of the driver is written to `kick`.
     fn start_remote(&mut self, rings: Rings, kick: &EventFd) {
         let _ = (rings, kick);
     }
 
-    /// Whether those who work on its queues raise the interrupt line by themselves ([`crate::IrqLine::raise_by`]) while it is active, without a
-    /// word to the transport; constant.
+    /// True if remote queues raise the interrupt line directly ([`crate::IrqLine::raise_by`]) while the device is active, bypassing
+    /// the transport; constant.
     fn raises_line(&self) -> bool {
         false
     }
 
-    /// Whether a driver may do without [`feature::VERSION_1`] (virtio 1.3, 6.2: a device may refuse to go on then): only where nothing that
-    /// passes between the two looks different without it; constant.
+    /// True if a driver may leave out [`feature::VERSION_1`] (virtio 1.3, 6.2: a device may fail to operate then): only if the
+    /// device's data formats are the same without it; constant.
     fn may_lack_version_1(&self) -> bool {
         false
     }
 
-    /// Whether results may wait for others for a moment, so that one interrupt is for several (`hold.rs`); constant.
+    /// True if results may be held back for a short time, so that several share one interrupt (`hold.rs`); constant.
     fn may_hold(&self) -> bool {
         false
     }
 
-    /// The driver is ready (DRIVER_OK) and has taken `features` of those offered.
+    /// Starts the device: the driver has set DRIVER_OK and accepted these `features`.
     fn activate(&mut self, features: u64);
 
-    /// The driver has made chains of `queue` available, or may have.
+    /// Processes `queue`, in which the driver may have made chains available.
     ///
     /// # Errors
-    /// [`VirtioError`] where the device cannot go on without a reset.
+    /// [`VirtioError`] if the device needs a reset.
     fn kicked(&mut self, queue: u16, work: &mut Work<'_>) -> Result<(), VirtioError>;
 
-    /// The driver resets `queue` alone: what was taken from it is forgotten, and no longer touches guest memory when this
-    /// returns and [`is_settled`](Self::is_settled).
+    /// Resets `queue` alone: drops the chains taken from it, which are no longer accessed in guest memory when this has
+    /// returned and [`is_settled`](Self::is_settled) is true.
     fn reset_queue(&mut self, queue: u16);
 
-    /// Back to the state after power-on. Nothing that was taken from a queue touches guest memory when this returns and
-    /// [`is_settled`](Self::is_settled). Waits for a second at most.
+    /// Resets the device to its state after power-on. Chains taken from its queues are no longer accessed in guest memory when this
+    /// has returned and [`is_settled`](Self::is_settled) is true. Waits for a second at most.
     fn reset(&mut self);
 
-    /// Whether nothing of before the last resets touches guest memory any more. The driver sees a reset as not over before;
-    /// the device is called ([`ready`](Self::ready)) when it is.
+    /// True if no request from before the last resets accesses guest memory any more. Until then the driver reads that the reset is not
+    /// complete; the device gets an event ([`ready`](Self::ready)) when it is.
     fn is_settled(&self) -> bool {
         true
     }
 
-    /// What the I/O loop has to watch for this device; tokens are below [`mmio::KICK`].
+    /// The descriptors for the I/O loop to watch for this device; tokens are below [`mmio::KICK`].
     fn sources(&self) -> Vec<Source>;
 
-    /// A source may be ready, whether the driver is or not.
+    /// Processes a source that may be ready; the device may be inactive.
     ///
     /// # Errors
     /// As for [`kicked`](Self::kicked).

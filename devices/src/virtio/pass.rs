@@ -1,4 +1,4 @@
-//! A device at work: bounded passes over its queues, and what the driver is told of them.
+//! Bounded passes of a device over its queues, and the resulting interrupts and notifications.
 
 use std::sync::Arc;
 
@@ -6,13 +6,13 @@ use log::warn;
 
 use super::hold::Hold;
 use super::interrupt::isr;
-use super::life::Core;
 use super::queue::Queue;
+use super::state::Core;
 use super::work::{Outcome, Work};
 use super::{DmaMemory, VirtioDevice, VirtioError};
 
 impl Core {
-    /// Lets the device work for a bounded time, and draws the consequences.
+    /// Runs `task` of the device for a bounded number of chains, then interrupts the driver and re-enables notifications as needed.
     pub(super) fn work(
         &mut self,
         task: impl Fn(&mut dyn VirtioDevice, &mut Work<'_>) -> Result<(), VirtioError>,
@@ -29,45 +29,45 @@ impl Core {
             self.note(outcome);
             self.settle();
             if let Err(error) = result {
-                self.break_down(&error.to_string());
+                self.fail(&error.to_string());
                 return;
             }
             let has_more = self.end_pass(&memory);
             let own = kicked.map_or(0, |queue| 1 << (queue % 64));
             if cut_short != 0 || has_more & own == 0 || budget == 0 {
-                // The rest comes after everybody else had a turn.
-                return self.ring_all(has_more | cut_short);
+                // The rest follows after the other devices' events.
+                return self.kick_all(has_more | cut_short);
             }
-            // A device may have looked at other queues too.
-            self.ring_all(has_more & !own);
+            // A device may have processed other queues, too.
+            self.kick_all(has_more & !own);
         }
     }
 
-    /// The time in which results wait for others is up.
-    pub(super) fn look(&mut self) {
+    /// Processes an event of the timer for interrupt coalescing.
+    pub(super) fn hold_expired(&mut self) {
         if !self.interrupt.hold.as_mut().is_some_and(Hold::is_time) {
             return;
         }
         let queues = u16::try_from(self.queues.len()).unwrap_or(u16::MAX);
-        // Notifications are off meanwhile.
+        // Notifications are off while results are held: poll all queues.
         self.work(|device, work| (0..queues).try_for_each(|q| device.kicked(q, work)), None);
         if self.interrupt.hold.as_mut().is_some_and(Hold::is_over) {
             let memory = Arc::clone(&self.memory);
-            let has_more = self.tell(&memory);
-            self.ring_all(has_more);
+            let has_more = self.signal(&memory);
+            self.kick_all(has_more);
         }
     }
 
-    /// Ends a pass, unless its results wait for others. Gives the queues to which something has come meanwhile, a bit each.
+    /// Ends a pass, unless its results are held. Returns the queues in which new chains are available, a bit each.
     fn end_pass(&mut self, memory: &Arc<dyn DmaMemory>) -> u64 {
-        let untold = self.queues.iter().map(Queue::untold).fold(0, u16::saturating_add);
-        let hold = self.interrupt.hold.as_mut().filter(|_| untold > 0);
-        if hold.is_none_or(|hold| hold.tells(untold)) { self.tell(memory) } else { 0 }
+        let count = self.queues.iter().map(Queue::unsignalled).fold(0, u16::saturating_add);
+        let hold = self.interrupt.hold.as_mut().filter(|_| count > 0);
+        if hold.is_none_or(|hold| hold.interrupts(count)) { self.signal(memory) } else { 0 }
     }
 
-    /// Turns notifications on where a queue was drained, and the interrupt where the driver wants it. Gives the queues
-    /// to which something has come meanwhile, a bit each.
-    fn tell(&mut self, memory: &Arc<dyn DmaMemory>) -> u64 {
+    /// Enables notifications of drained queues, and raises the interrupt if the driver wants it. Returns the queues
+    /// in which new chains are available, a bit each.
+    fn signal(&mut self, memory: &Arc<dyn DmaMemory>) -> u64 {
         let memory = memory.view();
         let (mut has_more, mut interrupts) = (0, 0);
         for (index, queue) in self.queues.iter_mut().enumerate() {
@@ -82,8 +82,8 @@ impl Core {
         has_more
     }
 
-    fn ring_all(&self, queues: u64) {
-        (0..64).filter(|queue| queues >> queue & 1 == 1).for_each(|queue| self.ring(queue));
+    fn kick_all(&self, queues: u64) {
+        (0..64).filter(|queue| queues >> queue & 1 == 1).for_each(|queue| self.kick(queue));
     }
 
     fn note(&mut self, outcome: Outcome) {
@@ -97,9 +97,9 @@ impl Core {
             }
         }
         self.state.refused = self.state.refused.saturating_add(outcome.refused.into());
-        if let (Some(why), false) = (outcome.why_refused, self.said.refused) {
-            self.said.refused = true;
-            warn!("{}: a request was refused: {why}", self.device.name());
+        if let (Some(error), false) = (outcome.last_error, self.logged.refused) {
+            self.logged.refused = true;
+            warn!("{}: a request was refused: {error}", self.device.name());
         }
     }
 }

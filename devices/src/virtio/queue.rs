@@ -1,8 +1,8 @@
-//! A split virtqueue (virtio 1.3, section 2.7): the one room that knows the crate `virtio-queue`.
+//! A split virtqueue (virtio 1.3, section 2.7): the only file that uses the crate `virtio-queue`.
 //!
-//! That crate keeps the rings' indices and notifications. What it leaves open is closed here: the set-up is frozen while
-//! the queue works, rings are checked before it starts, chains are taken apart in `chain.rs`, a head that is still with the
-//! device is not taken again, the driver's suppression flag is honoured, and an error of the ring is told from its end.
+//! That crate implements the rings' indices and notifications. This file adds: the set-up is fixed while
+//! the queue is active, rings are checked before it starts, chains are parsed in `chain.rs`, a head that is in flight
+//! is not accepted again, the driver's suppression flag is honoured, and an invalid ring is distinguished from an empty one.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -12,16 +12,16 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use super::Rings;
 use super::chain::{Chain, Segment, Tables};
 
-/// The most entries that a queue of rvmm has.
+/// Maximum size of a queue.
 pub const MAX_QUEUE_SIZE: u16 = 1024;
 
-/// Lists of segments kept for the next chains.
+/// Maximum number of segment lists kept for reuse.
 const SPARE: usize = 64;
 
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT`
 const NO_INTERRUPT: u16 = 1;
 
-/// What a driver has written into the queue's registers.
+/// The contents of the queue's registers, as written by the driver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct SetUp {
     /// Entries; a power of two up to the device's maximum once it is accepted.
@@ -34,24 +34,24 @@ pub(super) struct SetUp {
     pub(super) device: u64,
 }
 
-/// The ring cannot be used any more: the device needs a reset.
+/// An error of the ring: the device needs a reset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RingError {
     /// The available index is ahead by more than the queue's size.
     #[error("the available index is ahead by more than the queue's size")]
     Index,
-    /// A head is no index into the descriptor table.
+    /// A head is not an index into the descriptor table.
     #[error("the available ring holds an index outside the descriptor table")]
     Head,
-    /// A head was made available again before it came back.
+    /// A head was made available again while in flight.
     #[error("a descriptor chain was made available twice")]
     Twice,
 }
 
-/// What a look for the next chain found.
+/// The next chain, if any.
 pub(super) enum Popped {
     Chain(Chain),
-    /// The chain was no chain; it went back without a byte written.
+    /// The chain was invalid, and was returned to the driver with length 0.
     Refused(super::chain::ChainError),
     Nothing,
 }
@@ -62,26 +62,26 @@ pub(super) struct Queue {
     index: u16,
     max_size: u16,
     pub(super) set_up: SetUp,
-    /// The driver says that the set-up is whole.
+    /// The driver has completed the set-up (QueueReady).
     is_ready: bool,
-    /// The driver has reset this queue alone, and may set it up anew while the device runs.
+    /// The driver has reset this queue alone, and may set it up again while the device runs.
     was_reset: bool,
-    /// Set-ups so far: chains of an earlier one are not completed in a later one.
-    life: u32,
+    /// Number of starts and stops so far: chains from before the last one are not completed.
+    epoch: u32,
     active: Option<Active>,
     spare: Vec<Vec<Segment>>,
 }
 
-/// A queue at work.
+/// The state of an active queue.
 #[derive(Debug)]
 struct Active {
     ring: Ring,
     tables: Tables,
-    /// One bit per head that is with the device.
+    /// One bit per head, set while it is in flight.
     in_flight: Box<[u64]>,
-    /// The used index when the driver was last considered for an interrupt.
-    considered: u16,
-    /// The last look found nothing: notifications have to be on.
+    /// The used index at the last decision on an interrupt.
+    signalled: u16,
+    /// The last `pop` found no chain: notifications have to be enabled.
     is_drained: bool,
 }
 
@@ -94,7 +94,7 @@ impl Queue {
             set_up: SetUp::default_for(max_size),
             is_ready: false,
             was_reset: false,
-            life: 0,
+            epoch: 0,
             active: None,
             spare: Vec::new(),
         }
@@ -116,19 +116,19 @@ impl Queue {
         self.is_ready = ready;
     }
 
-    /// Whether the driver has reset this queue alone since the device was last reset, and not started it again.
+    /// True if the driver has reset this queue alone since the last device reset, and not started it again.
     pub(super) fn was_reset(&self) -> bool {
         self.was_reset
     }
 
-    /// The set-up of a queue at work.
+    /// The set-up, if the queue is active.
     pub(super) fn rings(&self) -> Option<Rings> {
         let SetUp { descriptors, driver, device, .. } = self.set_up;
         let size = self.active.as_ref()?.ring.size();
         Some(Rings { queue: self.index, size, descriptors, driver, device })
     }
 
-    /// Starts the queue as it is set up, if it can be.
+    /// Starts the queue; returns false if its set-up is invalid.
     pub(super) fn start(
         &mut self,
         memory: &GuestMemoryMmap,
@@ -141,18 +141,18 @@ impl Queue {
         let tables = Tables { descriptors: self.set_up.descriptors, size, indirect };
         let words = usize::from(size).div_ceil(64);
         self.was_reset = false;
-        self.life = self.life.wrapping_add(1);
+        self.epoch = self.epoch.wrapping_add(1);
         self.active = Some(Active {
             ring,
             tables,
             in_flight: vec![0; words].into(),
-            considered: 0,
+            signalled: 0,
             is_drained: false,
         });
         true
     }
 
-    /// The ring of the set-up, where every part of it is aligned and all RAM.
+    /// The ring of the set-up, if every part of it is aligned and entirely in RAM.
     fn ring(&self, memory: &GuestMemoryMmap) -> Option<Ring> {
         let SetUp { size, descriptors, driver, device } = self.set_up;
         let size = u16::try_from(size).ok()?;
@@ -163,21 +163,21 @@ impl Queue {
         ring.try_set_used_ring_address(GuestAddress(device)).ok()?;
         ring.set_ready(true);
         let entries = usize::from(size);
-        // Section 2.7: 16 bytes a descriptor; 6 and 2 an entry, 6 and 8 an entry for the rings with their events.
+        // Section 2.7: 16 bytes per descriptor; for the rings with their event fields 6, and 2 or 8 per entry.
         let parts =
             [(descriptors, 16 * entries), (driver, 6 + 2 * entries), (device, 6 + 8 * entries)];
-        // The crate takes a ring at address 0 for one that is not set up.
+        // The crate treats address 0 as not set up.
         let is_ram = |(addr, len)| addr != 0 && memory.check_range(GuestAddress(addr), len);
         parts.into_iter().all(is_ram).then_some(ring)
     }
 
-    /// Stops the queue; what is with the device never goes back. The set-up stays.
+    /// Stops the queue; chains in flight are never returned. The set-up stays.
     pub(super) fn stop(&mut self) {
         self.active = None;
-        self.life = self.life.wrapping_add(1);
+        self.epoch = self.epoch.wrapping_add(1);
     }
 
-    /// Stops the queue and forgets its set-up; `alone` where the device goes on.
+    /// Stops the queue and clears its set-up; `alone` if the device keeps running.
     pub(super) fn reset(&mut self, alone: bool) {
         self.stop();
         self.is_ready = false;
@@ -185,7 +185,7 @@ impl Queue {
         self.set_up = SetUp::default_for(self.max_size);
     }
 
-    /// Takes the next chain. A queue that is not at work has none.
+    /// Takes the next chain. An inactive queue has none.
     pub(super) fn pop(&mut self, memory: &GuestMemoryMmap) -> Result<Popped, RingError> {
         let Some(active) = &mut self.active else { return Ok(Popped::Nothing) };
         let next = active.ring.iter(memory).map(|mut iter| iter.next().map(|c| c.head_index()));
@@ -196,28 +196,28 @@ impl Queue {
         };
         active.take(head)?;
         let segments = self.spare.pop().unwrap_or_default();
-        match active.tables.walk(memory, (self.index, self.life), head, segments) {
+        match active.tables.walk(memory, (self.index, self.epoch), head, segments) {
             Ok(mut chain) => {
                 chain.position = active.ring.next_avail().wrapping_sub(1);
                 Ok(Popped::Chain(chain))
             }
             Err((error, segments)) => {
-                active.give(memory, head, 0);
+                active.complete(memory, head, 0);
                 self.keep(segments);
                 Ok(Popped::Refused(error))
             }
         }
     }
 
-    /// Gives a chain back, with `written` bytes from the start of its writable part filled. One of an earlier life is dropped.
+    /// Returns a chain to the driver, with `written` bytes from the start of its writable part filled. One of an earlier epoch is dropped.
     pub(super) fn complete(&mut self, memory: &GuestMemoryMmap, chain: Chain, written: u32) {
-        if let (Some(active), true) = (&mut self.active, chain.life == self.life) {
-            active.give(memory, chain.head, written.min(chain.writable_bytes()));
+        if let (Some(active), true) = (&mut self.active, chain.epoch == self.epoch) {
+            active.complete(memory, chain.head, written.min(chain.writable_bytes()));
         }
         self.keep(chain.segments);
     }
 
-    /// Gives chains back that belong together: the driver sees all of them or none.
+    /// Returns chains that belong together: the driver sees all of them or none.
     pub(super) fn complete_together(
         &mut self,
         memory: &GuestMemoryMmap,
@@ -225,7 +225,7 @@ impl Queue {
     ) {
         let mut count = 0;
         for (chain, written) in chains {
-            if let (Some(active), true) = (&mut self.active, chain.life == self.life) {
+            if let (Some(active), true) = (&mut self.active, chain.epoch == self.epoch) {
                 active.stage(memory, count, chain.head, written.min(chain.writable_bytes()));
                 count += 1;
             }
@@ -236,21 +236,21 @@ impl Queue {
         }
     }
 
-    /// Undoes the last [`pop`](Self::pop): the chain is the next again. One that is not the last goes back empty.
+    /// Undoes the last [`pop`](Self::pop): the chain is the next again. One that is not the last is returned with length 0.
     pub(super) fn put_back(&mut self, memory: &GuestMemoryMmap, chain: Chain) {
-        if let (Some(active), true) = (&mut self.active, chain.life == self.life) {
+        if let (Some(active), true) = (&mut self.active, chain.epoch == self.epoch) {
             if active.ring.next_avail() == chain.position.wrapping_add(1) {
                 active.ring.set_next_avail(chain.position);
                 active.release(chain.head);
                 active.is_drained = false;
             } else {
-                active.give(memory, chain.head, 0);
+                active.complete(memory, chain.head, 0);
             }
         }
         self.keep(chain.segments);
     }
 
-    /// Ends a pass: asks for notifications where nothing was left, and says whether something has come meanwhile.
+    /// Ends a pass: enables notifications if the queue was drained, and returns true if new chains are available.
     pub(super) fn has_more(&mut self, memory: &GuestMemoryMmap) -> bool {
         let Some(active) = &mut self.active else { return false };
         if !std::mem::take(&mut active.is_drained) || !active.ring.event_idx_enabled() {
@@ -259,34 +259,34 @@ impl Queue {
         active.ring.enable_notification(memory).unwrap_or(false)
     }
 
-    /// Chains that went back since the last call of [`wants_interrupt`](Self::wants_interrupt).
-    pub(super) fn untold(&self) -> u16 {
+    /// Number of chains returned since the last call of [`wants_interrupt`](Self::wants_interrupt).
+    pub(super) fn unsignalled(&self) -> u16 {
         self.active
             .as_ref()
-            .map_or(0, |active| active.ring.next_used().wrapping_sub(active.considered))
+            .map_or(0, |active| active.ring.next_used().wrapping_sub(active.signalled))
     }
 
-    /// Whether the driver wants an interrupt for what went back since the last call (virtio 1.3, sections 2.7.7 and 2.7.10).
+    /// Returns true if the driver wants an interrupt for the chains returned since the last call (virtio 1.3, sections 2.7.7 and 2.7.10).
     pub(super) fn wants_interrupt(&mut self, memory: &GuestMemoryMmap) -> bool {
         let Some(active) = &mut self.active else { return false };
         let used = active.ring.next_used();
-        let before = std::mem::replace(&mut active.considered, used);
+        let before = std::mem::replace(&mut active.signalled, used);
         let count = used.wrapping_sub(before);
         if count == 0 {
             return false;
         }
-        // The used index is visible before the driver's wish is read; else both would wait for each other.
+        // The used index must be visible before the driver's suppression is read; else both could wait for each other.
         fence(Ordering::SeqCst);
-        let wish = |offset: u64| {
+        let read = |offset: u64| {
             let addr = active.ring.avail_ring().checked_add(offset)?;
             let word: u16 = memory.load(GuestAddress(addr), Ordering::SeqCst).ok()?;
             Some(u16::from_le(word))
         };
         if active.ring.event_idx_enabled() {
-            let used_event = wish(4 + 2 * u64::from(active.ring.size()));
+            let used_event = read(4 + 2 * u64::from(active.ring.size()));
             return used_event.is_none_or(|event| used.wrapping_sub(event).wrapping_sub(1) < count);
         }
-        wish(0).is_none_or(|flags| flags & NO_INTERRUPT == 0)
+        read(0).is_none_or(|flags| flags & NO_INTERRUPT == 0)
     }
 
     fn keep(&mut self, segments: Vec<Segment>) {
@@ -303,7 +303,7 @@ impl SetUp {
 }
 
 impl Active {
-    /// Notes that `head` is with the device.
+    /// Marks `head` as in flight.
     fn take(&mut self, head: u16) -> Result<(), RingError> {
         if head >= self.ring.size() {
             return Err(RingError::Head);
@@ -323,23 +323,23 @@ impl Active {
         }
     }
 
-    fn give(&mut self, memory: &GuestMemoryMmap, head: u16, written: u32) {
+    fn complete(&mut self, memory: &GuestMemoryMmap, head: u16, written: u32) {
         self.release(head);
-        // The ring was checked to be RAM, and RAM does not go away.
+        // Cannot fail: the ring was checked to be in RAM, and RAM is never removed.
         let _ = self.ring.add_used(memory, head, written);
     }
 
-    /// Writes an element `ahead` of the used index, where the driver does not look yet.
+    /// Writes a used element `ahead` of the used index, which the driver does not read yet.
     fn stage(&mut self, memory: &GuestMemoryMmap, ahead: u16, head: u16, written: u32) {
         self.release(head);
         let slot = self.ring.next_used().wrapping_add(ahead) % self.ring.size();
         let element = u64::from(head) | u64::from(written) << 32;
         let addr = self.ring.used_ring().checked_add(4 + 8 * u64::from(slot));
-        // The ring was checked to be RAM, and RAM does not go away.
+        // Cannot fail: the ring was checked to be in RAM, and RAM is never removed.
         let _ = addr.map(|addr| memory.write_slice(&element.to_le_bytes(), GuestAddress(addr)));
     }
 
-    /// Moves the used index over `count` elements that are written.
+    /// Advances the used index by `count` elements.
     fn publish(&mut self, memory: &GuestMemoryMmap, count: u16) {
         let used = self.ring.next_used().wrapping_add(count);
         self.ring.set_next_used(used);

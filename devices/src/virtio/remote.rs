@@ -1,9 +1,9 @@
-//! Queues that somebody else works on, another program or the kernel: what is the same for both (QEMU's documentation,
-//! "Vhost-user Protocol", and include/uapi/linux/vhost.h, from which that comes).
+//! Remote queues, processed by another program (vhost-user) or the kernel (vhost): the common parts (QEMU's documentation,
+//! "Vhost-user Protocol", and include/uapi/linux/vhost.h, on which it is based).
 //!
-//! Whoever works on a queue writes to an eventfd for an interrupt. The I/O loop reads it and raises the line, which is a level. Where
-//! there is an AIA, the kernel may raise the line itself (an irqfd), which spares the way through the I/O thread; it never lowers it, so
-//! the driver's acknowledgement does ([`crate::StatusPin`]). Without an AIA it would swallow the events.
+//! The backend writes to an eventfd, the queue's call, for an interrupt. The I/O loop reads it and raises the line, which is
+//! level-triggered. With an AIA, the kernel may raise the line itself (an irqfd), bypassing the I/O thread; it never lowers it, so
+//! the driver's acknowledgement does ([`crate::StatusPin`]). Without an AIA the events would be lost.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -16,7 +16,7 @@ use super::{DmaMemory, Rings, Work};
 use crate::device::{Interest, Source};
 use crate::irq::IrqLine;
 
-/// A queue as it was handed over.
+/// A queue passed to its backend.
 pub(super) struct Remote {
     pub(super) rings: Rings,
     pub(super) kick: Arc<EventFd>,
@@ -35,37 +35,37 @@ impl Remote {
 /// The interrupts of a device's first queues, one eventfd each.
 pub(super) struct Calls {
     all: Vec<Arc<EventFd>>,
-    /// How many of them, the first ones, raise the line without the I/O loop.
+    /// Number of them, the first ones, with which the kernel raises the line.
     by_kernel: usize,
-    /// The first queue's token; the others follow.
+    /// The token of the first queue; the others follow.
     first: u32,
 }
 
 impl Calls {
-    /// Of `count` queues, whose tokens begin with `first`.
+    /// Creates the eventfds of `count` queues, whose tokens begin with `first`.
     pub(super) fn new(count: u16, first: u32) -> io::Result<Self> {
         let call = |_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Arc::new);
         Ok(Self { all: (0..count).map(call).collect::<Result<_, _>>()?, by_kernel: 0, first })
     }
 
-    /// Has them raise `line` without the I/O loop, where that can be had; before a queue is handed over.
+    /// Lets the kernel raise `line` for them, if it can; to be called before a queue is passed on.
     pub(super) fn raise(&mut self, line: &dyn IrqLine) {
         self.by_kernel = self.all.iter().take_while(|call| line.raise_by(call)).count();
     }
 
-    /// Whether some of them raise the line without the I/O loop.
+    /// True if the kernel raises the line for some of them.
     pub(super) fn raise_line(&self) -> bool {
         self.by_kernel > 0
     }
 
-    /// The queue that is handed over with these rings and this kick; none where there are no descriptors left: then it stands
-    /// still, and the machine is about to end of that anyway.
+    /// Creates the queue with these rings and this kick; `None` if there are no descriptors left: then it is not
+    /// processed, and the machine is about to fail for the same reason.
     pub(super) fn queue(&self, rings: Rings, kick: &EventFd) -> Option<Remote> {
         let call = self.all.get(usize::from(rings.queue)).cloned()?;
         Some(Remote { rings, kick: Arc::new(kick.try_clone().ok()?), call })
     }
 
-    /// What the I/O loop has to watch.
+    /// The descriptors for the I/O loop to watch.
     pub(super) fn sources(&self) -> impl Iterator<Item = Source> {
         let source = |(token, call): (u32, &Arc<EventFd>)| Source {
             fd: call.as_raw_fd(),
@@ -75,7 +75,7 @@ impl Calls {
         (self.first..).zip(&self.all).skip(self.by_kernel).map(source)
     }
 
-    /// A source of these may be ready.
+    /// Processes an event of one of these sources, which may be stale.
     pub(super) fn ready(&self, token: u32, work: &mut Work<'_>) {
         let queue = token.checked_sub(self.first).and_then(|queue| usize::try_from(queue).ok());
         let call = queue.and_then(|queue| self.all.get(queue));

@@ -1,6 +1,6 @@
 //! Entropy device (virtio 1.3, section 5.4): random numbers from the host's kernel.
 //!
-//! A request is filled with at most [`MAX_BYTES`] however large it is, as the specification allows: the driver asks again.
+//! A request gets at most [`MAX_BYTES`] whatever its size, as the specification allows: the driver sends another one.
 
 use std::num::NonZeroU64;
 
@@ -27,13 +27,13 @@ pub(crate) const MODEL: Model = Model {
     build,
 };
 
-/// Bytes of one request that are filled at most.
+/// Maximum number of bytes for one request.
 const MAX_BYTES: usize = 64 << 10;
 
-/// Bytes that one pass draws, but for the last request's: drawing them is work of this thread.
+/// Number of bytes after which a pass ends: generating them keeps the I/O thread busy.
 const PASS: usize = 256 << 10;
 
-/// Bytes that are drawn at once.
+/// Bytes per system call.
 const CHUNK: usize = 4096;
 
 const QUEUE: u16 = 0;
@@ -57,7 +57,7 @@ fn build(options: &Options, wiring: Wiring) -> Built {
 }
 
 impl Rng {
-    /// Serves requests until there are no more, the limit is reached, or it has been enough for now.
+    /// Processes requests until there are no more, the rate limit is reached, or the pass has reached its own limit.
     fn serve(&mut self, work: &mut Work<'_>) -> Result<(), VirtioError> {
         let mut drawn = 0;
         while !self.limiter.is_waiting() {
@@ -81,13 +81,13 @@ impl Rng {
     }
 }
 
-/// Fills the chain with up to `wanted` random bytes, and gives how many.
+/// Fills the chain with up to `wanted` random bytes, and returns their number.
 fn fill(chain: &Chain, wanted: usize, work: &Work<'_>) -> u32 {
     let mut chunk = [0; CHUNK];
     let mut filled = 0;
     while let Some(left) = wanted.checked_sub(filled as usize).filter(|left| *left > 0) {
         let part = chunk.get_mut(..left.min(CHUNK)).unwrap_or_default();
-        // The pool is ready long before guests run; a signal cannot interrupt so few bytes.
+        // The kernel's generator is initialised long before guests run; a signal cannot interrupt so few bytes.
         let Ok(drawn) = getrandom(&mut *part, GetRandomFlags::empty()) else { break };
         let written = chain.write_at(work.memory(), filled, part.get(..drawn).unwrap_or_default());
         if written == 0 {
@@ -111,7 +111,7 @@ impl VirtioDevice for Rng {
         &[64]
     }
 
-    /// Random bytes are the same without it.
+    /// The data has the same format without it.
     fn may_lack_version_1(&self) -> bool {
         true
     }
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_is_filled_with_what_nobody_can_guess() {
+    fn a_request_is_filled_with_random_bytes() {
         let mut rig = rig("rng");
         let first = rig.ask(0, &[Buffer::Write(64)]).unwrap();
         let second = rig.ask(0, &[Buffer::Write(32), Buffer::Write(32)]).unwrap();
@@ -190,7 +190,7 @@ mod tests {
         rig.kick(0);
         assert_eq!(rig.take_used(0), Some((heads[0], 60_000)));
         assert_eq!(rig.take_used(0), None, "the second is over the limit");
-        // A twentieth and three fifths of a second: waits end when the timer says so.
+        // The waits are 0.2 and 0.6 s; the timer ends them.
         let mut rest = Vec::new();
         while rest.len() < 2 {
             crate::testing::turn(rig.device.as_mut(), 10_000).unwrap();

@@ -1,5 +1,4 @@
-//! The other side of a virtio device, for tests: a driver that does what the specification says, and whatever else a test
-//! wants it to do.
+//! A virtio driver for tests: it follows the specification, except where a test makes it violate it.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,11 +11,11 @@ use crate::catalog::{BuildError, Built, Wiring};
 use crate::device::MmioDevice;
 use crate::testing::{TestIrq, turn, wiring};
 
-/// Where the test's RAM begins.
+/// Start address of the test's RAM.
 pub const RAM: u64 = 0x8000_0000;
-/// How much there is.
+/// Size of the test's RAM.
 pub const RAM_SIZE: u64 = 8 << 20;
-/// Entries of each queue, where the device allows as many.
+/// Size of each queue, if the device allows it.
 pub const QUEUE_SIZE: u16 = 16;
 
 /// Descriptor flag: another descriptor follows.
@@ -26,7 +25,7 @@ pub const WRITE: u16 = 2;
 /// Descriptor flag: the buffer is a table of descriptors.
 pub const INDIRECT: u16 = 4;
 
-/// Room for one queue's rings in RAM, and where buffers begin.
+/// Size of the RAM for one queue's rings, and start address of the buffers.
 const RINGS: u64 = 0x1_0000;
 const BUFFERS: u64 = RAM + (1 << 20);
 
@@ -34,9 +33,9 @@ const BUFFERS: u64 = RAM + (1 << 20);
 pub mod status {
     /// ACKNOWLEDGE and DRIVER.
     pub const FOUND: u32 = 3;
-    /// FEATURES_OK and all before it.
+    /// FEATURES_OK and the bits before it.
     pub const FEATURES_OK: u32 = 11;
-    /// DRIVER_OK and all before it.
+    /// DRIVER_OK and the bits before it.
     pub const RUNNING: u32 = 15;
     /// DEVICE_NEEDS_RESET
     pub const NEEDS_RESET: u32 = 64;
@@ -47,13 +46,13 @@ pub mod status {
 pub enum Buffer<'a> {
     /// Bytes for the device to read.
     Read(&'a [u8]),
-    /// So many bytes for the device to write.
+    /// Number of bytes for the device to write.
     Write(u32),
 }
 
-/// A machine of one virtio device and its driver. A step that the test cannot do panics.
+/// A machine with one virtio device and its driver. Panics if a step fails.
 pub struct Rig {
-    /// The device behind its registers.
+    /// The device with its transport.
     pub device: Box<dyn MmioDevice>,
     /// Its interrupt line.
     pub irq: TestIrq,
@@ -78,7 +77,7 @@ struct Rings {
     clippy::unwrap_used,
     clippy::indexing_slicing,
     clippy::panic,
-    reason = "a test's step that fails is the test's failure"
+    reason = "a failed step fails the test"
 )]
 impl Rig {
     /// A machine with this device.
@@ -87,15 +86,15 @@ impl Rig {
         Self::build(|wiring| VirtioMmio::create(device, wiring).unwrap())
     }
 
-    /// A machine with the device that `build` makes of the wiring.
+    /// A machine with the device that `build` creates with the wiring.
     pub fn build(build: impl FnOnce(Wiring) -> Box<dyn MmioDevice>) -> Self {
         Self::try_build(|wiring| Ok(build(wiring))).unwrap()
     }
 
-    /// The same, where there may be no such device.
+    /// As [`build`](Self::build), if the device may be refused.
     ///
     /// # Errors
-    /// That of `build`.
+    /// The error of `build`.
     pub fn try_build(build: impl FnOnce(Wiring) -> Built) -> Result<Self, BuildError> {
         let memory = shared_memory(RAM, RAM_SIZE).unwrap();
         let irq = TestIrq::default();
@@ -107,7 +106,7 @@ impl Rig {
         Ok(Self { device, irq, memory, queues: HashMap::new(), free: BUFFERS })
     }
 
-    /// Reads a register; 0 where the device refuses.
+    /// Reads a register; returns 0 if the device refuses.
     pub fn read(&mut self, register: u64) -> u32 {
         let mut data = [0; 4];
         match self.device.read(register, &mut data) {
@@ -116,7 +115,7 @@ impl Rig {
         }
     }
 
-    /// Writes a register; false where the device refuses.
+    /// Writes a register; returns false if the device refuses.
     pub fn write(&mut self, register: u64, value: u32) -> bool {
         self.device.write(register, &value.to_le_bytes()).is_ok()
     }
@@ -134,12 +133,12 @@ impl Rig {
         u64::from(self.read(0x10)) << 32 | u64::from(low)
     }
 
-    /// Takes these features and VERSION_1, and says whether the device agrees.
+    /// Accepts these features and VERSION_1; returns true if the device sets FEATURES_OK.
     pub fn negotiate(&mut self, features: u64) -> bool {
         self.negotiate_only(features | feature::VERSION_1)
     }
 
-    /// Takes these features and no other, and says whether the device agrees.
+    /// Accepts only these features; returns true if the device sets FEATURES_OK.
     pub fn negotiate_only(&mut self, features: u64) -> bool {
         self.write(0x70, 0);
         self.write(0x70, 1);
@@ -154,7 +153,7 @@ impl Rig {
 
     /// Resets the device and starts it with these features and all its queues.
     pub fn start(&mut self, features: u64) {
-        assert!(self.negotiate(features), "the device does not agree to {features:#x}");
+        assert!(self.negotiate(features), "the device refuses features {features:#x}");
         self.queues.clear();
         self.free = BUFFERS;
         let mut queue = 0;
@@ -166,7 +165,7 @@ impl Rig {
         self.run();
     }
 
-    /// Sets a queue up, without the device being started; false where there is none of that number.
+    /// Sets a queue up, without starting the device; returns false if there is no queue of that number.
     pub fn set_up(&mut self, queue: u32) -> bool {
         self.write(0x30, queue);
         let size = self.read(0x34).min(QUEUE_SIZE.into());
@@ -188,14 +187,14 @@ impl Rig {
         true
     }
 
-    /// Where the descriptor table, the available ring and the used ring of a queue are.
+    /// The addresses of the descriptor table, the available ring and the used ring of a queue.
     #[must_use]
     pub fn rings(&self, queue: u32) -> [u64; 3] {
         let base = RAM + u64::from(queue) * RINGS;
         [base, base + 0x4000, base + 0x8000]
     }
 
-    /// Takes a piece of RAM that nothing else uses, until the next start.
+    /// Allocates RAM until the next start.
     pub fn allocate(&mut self, len: u64) -> u64 {
         let addr = self.free;
         self.free = (addr + len).next_multiple_of(64);
@@ -218,7 +217,7 @@ impl Rig {
         self.memory.write_slice(&raw.to_le_bytes(), at).unwrap();
     }
 
-    /// Makes a head available, whatever it is the head of.
+    /// Makes a head available, without any check.
     pub fn make_available(&mut self, queue: u32, head: u16) {
         let [_, ring, _] = self.rings(queue);
         let rings = self.queues.get_mut(&queue).unwrap();
@@ -229,8 +228,8 @@ impl Rig {
         self.memory.write_obj(index, GuestAddress(ring + 2)).unwrap();
     }
 
-    /// Makes a request of these buffers available, and gives its head. The driver does not wait for free descriptors: a
-    /// test has at most a queue's size of them on the way.
+    /// Makes a request of these buffers available, and returns its head. Reuses descriptors without a check: a
+    /// test has at most a queue's size of them in flight.
     pub fn add(&mut self, queue: u32, buffers: &[Buffer<'_>]) -> u16 {
         let [table, ..] = self.rings(queue);
         let Rings { size, next_descriptor, .. } = self.queues[&queue];
@@ -257,23 +256,23 @@ impl Rig {
         head
     }
 
-    /// Tells the device to look at a queue, and lets it work until it sleeps.
+    /// Notifies the device of a queue, and runs it until it is idle.
     pub fn kick(&mut self, queue: u32) {
         self.write(0x50, queue);
         self.run();
     }
 
-    /// Lets the device work until it sleeps.
+    /// Runs the device until it is idle.
     pub fn run(&mut self) {
         for _ in 0..10_000 {
             if turn(self.device.as_mut(), 0).unwrap() == 0 {
                 return;
             }
         }
-        panic!("the device never sleeps");
+        panic!("the device is never idle");
     }
 
-    /// The next request that came back: its head, and how many bytes the device says it has written.
+    /// Returns the next used element: the head of the request, and the number of bytes written by the device.
     pub fn take_used(&mut self, queue: u32) -> Option<(u16, u32)> {
         let [.., ring] = self.rings(queue);
         let rings = self.queues.get_mut(&queue).unwrap();
@@ -288,7 +287,7 @@ impl Rig {
         Some((head, u32::try_from(element >> 32).unwrap()))
     }
 
-    /// What is in the writable buffers of a request.
+    /// The contents of the writable buffers of a request.
     #[must_use]
     pub fn written(&self, queue: u32, head: u16) -> Vec<u8> {
         let mut all = Vec::new();
@@ -300,18 +299,18 @@ impl Rig {
         all
     }
 
-    /// Makes a request, lets the device work, and gives what it has written. `None` where the request does not come back.
+    /// Makes a request, runs the device, and returns the bytes it has written; `None` if the request is not completed.
     pub fn ask(&mut self, queue: u32, buffers: &[Buffer<'_>]) -> Option<Vec<u8>> {
         let head = self.add(queue, buffers);
         self.kick(queue);
         let (used, len) = self.take_used(queue)?;
-        assert_eq!(used, head, "another request came back");
+        assert_eq!(used, head, "another request was completed");
         let mut written = self.written(queue, head);
         written.truncate(usize::try_from(len).unwrap());
         Some(written)
     }
 
-    /// Acknowledges all interrupts, and gives those that were there.
+    /// Acknowledges all interrupts, and returns the bits that were set.
     pub fn acknowledge(&mut self) -> u32 {
         let pending = self.read(0x60);
         self.write(0x64, pending);

@@ -1,4 +1,4 @@
-//! What a device gets to work with: the queues, guest memory, and ways to answer.
+//! A device's access to its queues and guest memory during one pass.
 
 use vm_memory::GuestMemoryMmap;
 
@@ -7,7 +7,7 @@ use super::chain::{Chain, ChainError};
 use super::interrupt::{Interrupt, isr};
 use super::queue::{Popped, Queue};
 
-/// One bounded pass of a device over its queues. What is left at its end is looked at again after everybody else had a turn.
+/// One bounded pass of a device over its queues. Remaining chains are processed in another pass, after the other devices' events.
 pub struct Work<'a> {
     queues: &'a mut [Queue],
     memory: &'a GuestMemoryMmap,
@@ -15,20 +15,20 @@ pub struct Work<'a> {
     outcome: Outcome,
 }
 
-/// What came of a pass.
+/// The result of a pass.
 #[derive(Debug, Default)]
 pub(super) struct Outcome {
-    /// Chains that may still be taken, refused ones included.
+    /// Number of chains that may still be taken, refused ones included.
     pub(super) budget: u16,
-    /// Queues, a bit each, that were left because the budget was used up.
+    /// Queues, a bit each, to be processed again: the budget was used up, or the device asked for it.
     pub(super) cut_short: u64,
-    /// The device's configuration is another.
+    /// The configuration space has changed.
     pub(super) config_changed: bool,
-    /// The driver is to look at its queues.
+    /// The driver is to be interrupted for a remote queue.
     pub(super) notify: bool,
-    /// Chains that were refused, and why the last one was.
+    /// Number of refused chains, and the last error of an invalid one.
     pub(super) refused: u32,
-    pub(super) why_refused: Option<ChainError>,
+    pub(super) last_error: Option<ChainError>,
 }
 
 impl<'a> Work<'a> {
@@ -47,17 +47,17 @@ impl<'a> Work<'a> {
         self.memory
     }
 
-    /// Whether the driver has set up this queue and the device runs.
+    /// True if the driver has set up this queue and the device runs.
     #[must_use]
     pub fn is_active(&self, queue: u16) -> bool {
         self.queues.get(usize::from(queue)).is_some_and(Queue::is_active)
     }
 
-    /// Takes the next chain of `queue`; `None` where there is none now, or this pass has done enough. Chains that are none
-    /// go back to the driver here.
+    /// Takes the next chain of `queue`; `None` if there is none now, or the budget of this pass is used up. Invalid chains
+    /// are returned to the driver.
     ///
     /// # Errors
-    /// The ring itself is broken: the device needs a reset. To be handed on.
+    /// The ring is invalid: the device needs a reset. The caller must return the error.
     pub fn pop(&mut self, queue: u16) -> Result<Option<Chain>, VirtioError> {
         let Some(from) = self.queues.get_mut(usize::from(queue)) else { return Ok(None) };
         loop {
@@ -71,23 +71,23 @@ impl<'a> Work<'a> {
                     self.outcome.budget -= 1;
                     return Ok(Some(chain));
                 }
-                Popped::Refused(why) => {
+                Popped::Refused(error) => {
                     self.outcome.budget -= 1;
                     self.outcome.refused += 1;
-                    self.outcome.why_refused = Some(why);
+                    self.outcome.last_error = Some(error);
                 }
             }
         }
     }
 
-    /// Gives a chain back to the driver, with the first `written` bytes of its writable part filled.
+    /// Returns a chain to the driver, with the first `written` bytes of its writable part filled.
     pub fn complete(&mut self, chain: Chain, written: u32) {
         if let Some(queue) = self.queues.get_mut(usize::from(chain.queue)) {
             queue.complete(self.memory, chain, written);
         }
     }
 
-    /// Gives chains of one queue back that belong together, such as the parts of one frame: the driver sees all of them or
+    /// Returns chains of one queue that belong together, such as the buffers of one frame: the driver sees all of them or
     /// none.
     pub fn complete_together(&mut self, queue: u16, chains: impl Iterator<Item = (Chain, u32)>) {
         if let Some(queue) = self.queues.get_mut(usize::from(queue)) {
@@ -95,48 +95,48 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// Chains that this pass may still take.
+    /// Number of chains that this pass may still take.
     #[must_use]
     pub fn budget(&self) -> u16 {
         self.outcome.budget
     }
 
-    /// Tells the driver of what went back in `queue` so far, where it wants to know, so that it need not wait for the end of the pass.
+    /// Interrupts the driver for the chains returned to `queue` so far, if it wants that, before the end of the pass.
     pub fn tell(&mut self, queue: u16) {
         let queue = self.queues.get_mut(usize::from(queue));
         if queue.is_some_and(|queue| queue.wants_interrupt(self.memory)) {
             self.interrupt.raise(isr::USED_BUFFER);
-            // The hart asks for the cause without the device's lock.
+            // The hart reads the cause without the device's lock.
             self.interrupt.sync();
         }
     }
 
-    /// The device has done enough of `queue` for this pass: it is kicked again after everybody else had a turn.
+    /// Stops processing `queue` in this pass: it is kicked again, after the other devices' events.
     pub fn leave(&mut self, queue: u16) {
         self.outcome.cut_short |= 1 << (queue % 64);
     }
 
-    /// Gives a chain back that makes no sense to the device, and counts it.
+    /// Returns a chain that is invalid for the device with length 0, and counts it.
     pub fn refuse(&mut self, chain: Chain) {
         self.outcome.refused += 1;
         self.complete(chain, 0);
     }
 
-    /// Undoes the last [`pop`](Self::pop) of that queue: the chain is the next one again. The device looks for it itself
-    /// when it can go on; no notification tells it to. Several are put back in the opposite order; one whose turn it is not
-    /// goes back to the driver empty.
+    /// Undoes the last [`pop`](Self::pop) of that queue: the chain is the next one again. The device must take it again by itself
+    /// when it can continue; there is no notification. Several must be put back in reverse order; one that was not the last
+    /// is returned to the driver with length 0.
     pub fn put_back(&mut self, chain: Chain) {
         if let Some(queue) = self.queues.get_mut(usize::from(chain.queue)) {
             queue.put_back(self.memory, chain);
         }
     }
 
-    /// The device's configuration has changed: the driver is told.
+    /// Marks the configuration space as changed: the driver gets an interrupt.
     pub fn config_changed(&mut self) {
         self.outcome.config_changed = true;
     }
 
-    /// Another program that works on the queues wants the driver to look at them.
+    /// Interrupts the driver for a remote queue.
     pub fn notify_driver(&mut self) {
         self.outcome.notify = true;
     }

@@ -1,4 +1,4 @@
-//! What fuzzers and reviews have found, each with its name: how long one pass of a device may keep the I/O thread, and what
+//! Regression tests for findings of fuzzers and reviews: how long one pass of a device may occupy the I/O thread, and what
 //! it waits for.
 
 use std::sync::{Arc, Mutex};
@@ -19,12 +19,12 @@ fn rig(options: &str) -> Rig {
     rig
 }
 
-/// Streams, where there are any.
+/// The features to negotiate: streams for a vsock device.
 fn rig_features(options: &Options) -> u64 {
     u64::from(options.name() == "vsock")
 }
 
-/// How many requests of `queue` come back from one call of the device, and how many when it may go on.
+/// Number of requests of `queue` that are returned by one call of the device, and in total.
 fn served(rig: &mut Rig, queue: u32) -> (usize, usize) {
     hand_over(rig.device.as_mut(), KICK | queue);
     let first = std::iter::from_fn(|| rig.take_used(queue)).count();
@@ -45,7 +45,7 @@ fn one_pass_draws_a_quarter_of_a_mib_of_random_numbers_and_the_next_goes_on() {
 fn one_pass_takes_half_a_mib_of_a_guests_packets_and_the_next_goes_on() {
     let folder = tempfile::tempdir().unwrap();
     let mut rig = rig(&format!("vsock,path={}", folder.path().join("s").display()));
-    // For a stream that there is not: from 3 to 2, 64 KiB, type 1, RW.
+    // For a stream that does not exist: from 3 to 2, 64 KiB, type 1, RW.
     let header = [3_u32, 0, 2, 0, 7, 8, 64 << 10, 5 << 16 | 1, 0, 0, 0];
     let mut packet: Vec<u8> = header.into_iter().flat_map(u32::to_le_bytes).collect();
     packet.resize(44 + (64 << 10), 1);
@@ -56,7 +56,7 @@ fn one_pass_takes_half_a_mib_of_a_guests_packets_and_the_next_goes_on() {
 }
 
 #[test]
-fn a_report_of_more_memory_than_a_pass_may_give_back_is_worked_off_in_turns() {
+fn a_report_of_more_memory_than_a_pass_may_release_takes_several_passes() {
     let released = Arc::new(Mutex::new(0));
     let options = Options::parse("balloon,reporting=on").unwrap();
     let mut rig = Rig::build(|mut wiring| {
@@ -65,7 +65,7 @@ fn a_report_of_more_memory_than_a_pass_may_give_back_is_worked_off_in_turns() {
         Model::find("balloon").unwrap().create(&options, wiring).unwrap()
     });
     rig.start(1 << 5);
-    // All of RAM, sixteen times over, and not on page boundaries.
+    // All of RAM, sixteen times, not page-aligned.
     let table = rig.rings(2)[0];
     for index in 0..16 {
         let flags = if index < 15 { WRITE | NEXT } else { WRITE };
@@ -87,7 +87,7 @@ fn a_report_of_more_memory_than_a_pass_may_give_back_is_worked_off_in_turns() {
     assert!(calls >= 8, "{calls}");
 }
 
-/// A disk of two queues whose host does not answer, and a read of its first sector that is on the way.
+/// A disk with two queues whose host does not complete requests, and a read of its first sector in flight.
 fn stuck(features: u64) -> (Rig, MemoryDisk, u16) {
     let disk = MemoryDisk::new(8).unwrap();
     disk.change(|bytes| bytes.fill(0xd5));
@@ -113,7 +113,7 @@ fn a_reset_does_not_wait_for_a_disk_that_hangs_and_is_over_when_the_disk_has_ans
     let (mut rig, disk, _) = stuck(0);
     for value in [0, 1, 3, 11, 15, 0] {
         rig.write(0x70, value);
-        // Memory may still be written to: the driver sees a device that nothing can be done with.
+        // The host may still write to memory: the driver sees a device that needs a reset.
         assert_eq!(rig.status(), 64, "after {value}");
     }
     rig.run();

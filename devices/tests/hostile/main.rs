@@ -1,4 +1,4 @@
-//! Hostile guests: scripts that fuzzers have found and proptest makes up, races in guest memory, resets under load.
+//! Hostile guests: scripts from fuzzers and from proptest, races in guest memory, resets under load.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -25,7 +25,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 200, max_shrink_iters: 1000, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_script_that_nobody_wrote_breaks_nothing_but_its_guest(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+    fn a_random_script_breaks_nothing_but_its_guest(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
         for (_, target) in scenario::TARGETS {
             target(&bytes);
         }
@@ -33,7 +33,7 @@ proptest! {
 }
 
 #[test]
-fn every_seed_of_the_fuzzers_is_played() {
+fn every_seed_of_the_fuzzers_passes() {
     for (name, target) in scenario::TARGETS {
         let seeds = seeds::of(name);
         assert!(!seeds.is_empty(), "no seeds of {name}");
@@ -41,7 +41,7 @@ fn every_seed_of_the_fuzzers_is_played() {
     }
 }
 
-/// A running device with one buffer of 64 bytes, which it has not looked at.
+/// A running device with one buffer of 64 bytes that it has not processed yet.
 fn stage() -> Stage {
     let mut stage = Stage::new(Kind::Rng, "rng");
     stage.start(0, 16);
@@ -51,14 +51,14 @@ fn stage() -> Stage {
 
 #[test]
 #[should_panic(expected = "the device wrote to")]
-fn the_judge_sees_a_byte_outside_of_all_buffers() {
+fn the_checker_finds_a_write_outside_of_all_buffers() {
     let mut stage = stage();
     stage.forge(|stage| stage.ram.memory.write_slice(&[1], GuestAddress(CANARY.start)).unwrap());
 }
 
 #[test]
 #[should_panic(expected = "the device wrote to")]
-fn the_judge_sees_a_byte_in_a_buffer_that_has_come_back() {
+fn the_checker_finds_a_write_to_a_returned_buffer() {
     let mut stage = stage();
     stage.kick(0);
     assert_eq!(stage.run(), [1]);
@@ -68,7 +68,7 @@ fn the_judge_sees_a_byte_in_a_buffer_that_has_come_back() {
     stage.forge(|stage| stage.ram.memory.write_slice(&change, GuestAddress(buffer)).unwrap());
 }
 
-/// Puts an element into the used ring as a device would.
+/// Writes an element into the used ring as a device would.
 fn forge(stage: &Stage, position: u64, head: u32, len: u32) {
     let used = stage.rings(0)[2];
     let element = u64::from(head) | u64::from(len) << 32;
@@ -77,8 +77,8 @@ fn forge(stage: &Stage, position: u64, head: u32, len: u32) {
 }
 
 #[test]
-#[should_panic(expected = "and only 1 were there")]
-fn the_judge_sees_a_chain_that_comes_back_twice() {
+#[should_panic(expected = "and only 1 were available")]
+fn the_checker_finds_a_chain_that_is_returned_twice() {
     let mut stage = stage();
     stage.kick(0);
     stage.run();
@@ -86,19 +86,19 @@ fn the_judge_sees_a_chain_that_comes_back_twice() {
 }
 
 #[test]
-#[should_panic(expected = "came back and was never there")]
-fn the_judge_sees_a_head_that_was_never_made_available() {
+#[should_panic(expected = "was returned and was never available")]
+fn the_checker_finds_a_head_that_was_never_made_available() {
     stage().forge(|stage| forge(stage, 0, 5, 0));
 }
 
 #[test]
 #[should_panic(expected = "65 bytes written to 64")]
-fn the_judge_sees_a_length_beyond_the_buffers() {
+fn the_checker_finds_a_length_beyond_the_buffers() {
     stage().forge(|stage| forge(stage, 0, 0, 65));
 }
 
 #[test]
-fn the_judge_lets_a_guest_hurt_itself() {
+fn the_checker_accepts_a_table_inside_its_own_buffer() {
     let mut stage = stage();
     // The table of an indirect chain is its own buffer.
     stage.descriptor(HIGH.start, 0, (HIGH.start, 64, 2, 0));
@@ -110,7 +110,7 @@ fn the_judge_lets_a_guest_hurt_itself() {
 }
 
 #[test]
-fn the_judge_lets_a_guest_have_its_used_ring_written_over_as_a_whole() {
+fn the_checker_accepts_a_used_ring_inside_a_buffer() {
     let mut stage = stage();
     let [table, _, used] = stage.rings(0);
     stage.descriptor(table, 3, (used, 6 + 8 * 16, 2, 0));

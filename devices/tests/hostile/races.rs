@@ -1,7 +1,7 @@
 //! A guest that changes its descriptors, rings, tables and headers on another hart while the device works on them.
 //!
-//! Whatever the device reads twice may be another thing the second time. Nothing here waits for a clock: the device makes a
-//! number of passes, and the other thread writes until they are over.
+//! Anything that the device reads twice may differ the second time. Nothing here depends on time: the device makes a number
+//! of passes, and the other thread writes until they are over.
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
@@ -16,13 +16,13 @@ use crate::scenario::script::Script;
 use crate::scenario::stage::{BUFFERS, CANARY, Stage};
 use crate::scenario::{RING_RESET, works};
 
-/// Lives of each device, and passes in each of them.
-const LIVES: u64 = 6;
+/// Cycles of each device from start to reset, and passes in each cycle.
+const CYCLES: u64 = 6;
 const PASSES: usize = 60;
 
 const SIZE: u16 = 16;
 
-/// Numbers without a pattern (xorshift).
+/// Pseudo-random numbers (xorshift).
 pub(crate) struct Numbers(pub(crate) u64);
 
 impl Numbers {
@@ -42,12 +42,12 @@ impl Numbers {
     }
 }
 
-/// What the other hart writes to.
+/// The other hart, which writes to guest memory.
 struct Mutator {
     memory: GuestMemoryMmap,
     /// Descriptor tables and available rings of the queues.
     rings: Vec<[u64; 2]>,
-    /// The available rings are written to as well, not only what they lead to.
+    /// True if it writes to the available rings as well, not only to the descriptors.
     wild: bool,
     numbers: Numbers,
 }
@@ -57,7 +57,7 @@ impl Mutator {
         self.memory.write_slice(bytes, GuestAddress(addr)).unwrap();
     }
 
-    /// One write: never an address of the canary's into a descriptor.
+    /// One write. No descriptor gets an address of the canary.
     fn step(&mut self) {
         let [table, available] = self.rings[self.numbers.below(self.rings.len() as u64) as usize];
         let table = if self.numbers.below(3) == 0 { HIGH.start } else { table };
@@ -80,7 +80,7 @@ impl Mutator {
             }
             3 => self.put(descriptor + 12, &((value % 8) as u16).to_le_bytes()),
             4 => self.put(descriptor + 14, &((value % 18) as u16).to_le_bytes()),
-            // Headers and lists: their numbers change while they are looked at.
+            // Headers and lists: their fields change while they are read.
             5..8 => self.put(BUFFERS + value % (LOW.end - BUFFERS - 8), &value.to_le_bytes()),
             8 => self
                 .put(available + 4 + 2 * (value % 16), &((value >> 8) as u16 % 18).to_le_bytes()),
@@ -89,8 +89,8 @@ impl Mutator {
     }
 }
 
-/// A life of a device under fire; the heads that came back.
-fn live(stage: &mut Stage, numbers: &mut Numbers, wild: bool) {
+/// Runs a started device while the other hart writes.
+fn run_racing(stage: &mut Stage, numbers: &mut Numbers, wild: bool) {
     let is_over = AtomicBool::new(false);
     let queues = stage.queues.len();
     let mutator = Mutator {
@@ -112,11 +112,11 @@ fn live(stage: &mut Stage, numbers: &mut Numbers, wild: bool) {
             let mut script = Script::new(&bytes);
             for index in 0..queues {
                 let request = stage.kind.request(index, &mut script);
-                stage.throw(index, &request, pass % 2 == 1);
+                stage.post_unchecked(index, &request, pass % 2 == 1);
                 stage.kick(index as u32);
             }
-            stage.ends.happen(stage.kind, &mut script);
-            // The other hart may find new work for the device for ever: it is not waited for.
+            stage.ends.random_event(stage.kind, &mut script);
+            // The device may get new work for ever: do not wait until it is idle.
             for _ in 0..6 {
                 turn(stage.device.as_mut(), 0).unwrap();
             }
@@ -130,22 +130,22 @@ fn race(kind: Kind, wild: bool) {
         let mut stage = Stage::new(kind, options);
         let mut numbers = Numbers(0x9e37_79b9 + index as u64);
         let mut served = 0;
-        for life in 0..LIVES {
-            let features = if life % 2 == 0 { 1 << 28 | RING_RESET } else { u64::MAX };
+        for cycle in 0..CYCLES {
+            let features = if cycle % 2 == 0 { 1 << 28 | RING_RESET } else { u64::MAX };
             stage.start(features, SIZE.into());
             stage.ram.memory.write_slice(&[0xca; 64], GuestAddress(CANARY.start)).unwrap();
-            live(&mut stage, &mut numbers, wild);
+            run_racing(&mut stage, &mut numbers, wild);
             let mut canary = [0; 64];
             stage.ram.memory.read_slice(&mut canary, GuestAddress(CANARY.start)).unwrap();
-            assert_eq!(canary, [0xca; 64], "{kind:?} has written where no buffer was");
+            assert_eq!(canary, [0xca; 64], "{kind:?} has written outside of all buffers");
             for index in 0..stage.queues.len() {
                 served += came_back(&stage, index);
             }
-            // What the other hart has written is the driver's.
+            // The other hart's writes count as the driver's.
             stage.ram.changes();
             stage.reset();
-            stage.ends.mend();
-            // Without a driver nothing touches memory any more.
+            stage.ends.restore();
+            // Without a driver the device must not access memory.
             stage.run();
         }
         works(&mut stage);
@@ -153,14 +153,14 @@ fn race(kind: Kind, wild: bool) {
     }
 }
 
-/// How many chains came back; each of them is one that there is.
+/// Number of returned chains; checks that each head is valid.
 fn came_back(stage: &Stage, index: usize) -> u64 {
     let used = stage.rings(index)[2];
     let count = stage.ram.peek16(used + 2);
     for slot in 0..count.min(SIZE) {
         let head: [u8; 4] = stage.ram.peek(used + 4 + 8 * u64::from(slot)).unwrap();
         let head = u32::from_le_bytes(head);
-        assert!(head < SIZE.into(), "head {head} came back");
+        assert!(head < SIZE.into(), "head {head} was returned");
     }
     count.into()
 }
@@ -184,7 +184,7 @@ fn one_hart_resets_and_starts_while_another_kicks_and_the_device_works() {
         let bytes = Numbers(7).bytes(200);
         for index in 0..stage.queues.len() {
             let request = kind.request(index, &mut Script::new(&bytes));
-            stage.throw(index, &request, false);
+            stage.post_unchecked(index, &request, false);
         }
         let rings: Vec<[u64; 3]> =
             (0..stage.queues.len()).map(|index| stage.rings(index)).collect();

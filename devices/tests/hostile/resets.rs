@@ -1,5 +1,5 @@
-//! Resets of every device, again and again, with requests on the way: nothing that was taken from a queue touches memory
-//! afterwards, and the device works. The judge of `play/` sees every byte that changes.
+//! Repeated resets of every device with requests in flight: no request from before a reset writes to memory afterwards, and
+//! the device works. The checker in `scenario/` sees every byte that changes.
 
 use crate::races::Numbers;
 use crate::scenario::kind::Kind;
@@ -9,9 +9,9 @@ use crate::scenario::works;
 
 const RESETS: usize = 100;
 
-/// Requests in every queue, held up at the host's end in most of the lives.
-fn load(stage: &mut Stage, numbers: &mut Numbers, life: usize) {
-    if life % 4 != 3 {
+/// Posts requests to every queue; in most cycles the host's backend is blocked.
+fn load(stage: &mut Stage, numbers: &mut Numbers, cycle: usize) {
+    if cycle % 4 != 3 {
         stage.ends.hold();
     }
     for round in 0..6 {
@@ -23,21 +23,21 @@ fn load(stage: &mut Stage, numbers: &mut Numbers, life: usize) {
                 stage.kick(index as u32);
             }
         }
-        if round < life % 7 {
+        if round < cycle % 7 {
             stage.run();
         }
-        if round % 2 == 0 && life % 4 == 3 {
-            stage.ends.happen(stage.kind, &mut script);
+        if round % 2 == 0 && cycle % 4 == 3 {
+            stage.ends.random_event(stage.kind, &mut script);
         }
     }
-    if !life.is_multiple_of(3) {
+    if !cycle.is_multiple_of(3) {
         stage.run();
     }
 }
 
 fn for_all(mut test: impl FnMut(&mut Stage, &mut Numbers)) {
     for kind in Kind::ALL {
-        // A disk of several queues, a balloon with all of them.
+        // A disk with several queues, a balloon with all optional ones.
         let options = kind.options();
         let mut stage = Stage::new(kind, options[1 % options.len()]);
         test(&mut stage, &mut Numbers(0x5eed));
@@ -45,19 +45,19 @@ fn for_all(mut test: impl FnMut(&mut Stage, &mut Numbers)) {
     }
 }
 
-fn features(life: usize) -> u64 {
-    if life.is_multiple_of(2) { u64::MAX } else { 1 << 28 | crate::scenario::RING_RESET }
+fn features(cycle: usize) -> u64 {
+    if cycle.is_multiple_of(2) { u64::MAX } else { 1 << 28 | crate::scenario::RING_RESET }
 }
 
 #[test]
 fn every_device_is_reset_100_times_under_load() {
     for_all(|stage, numbers| {
-        for life in 0..RESETS {
-            stage.start(features(life), 16);
-            load(stage, numbers, life);
+        for cycle in 0..RESETS {
+            stage.start(features(cycle), 16);
+            load(stage, numbers, cycle);
             stage.reset();
-            // Everything that was held up may go now; there is nobody left to be given it.
-            stage.ends.mend();
+            // Blocked requests complete now, without a driver that waits for them.
+            stage.ends.restore();
             stage.run();
         }
     });
@@ -66,12 +66,12 @@ fn every_device_is_reset_100_times_under_load() {
 #[test]
 fn a_reset_of_the_machine_is_a_reset_of_every_device() {
     for_all(|stage, numbers| {
-        for life in 0..RESETS / 4 {
-            stage.start(features(life), 16);
-            load(stage, numbers, life);
+        for cycle in 0..RESETS / 4 {
+            stage.start(features(cycle), 16);
+            load(stage, numbers, cycle);
             stage.device.reset();
             stage.reset();
-            stage.ends.mend();
+            stage.ends.restore();
             stage.run();
         }
     });
@@ -81,11 +81,11 @@ fn a_reset_of_the_machine_is_a_reset_of_every_device() {
 fn every_queue_is_reset_100_times_alone_under_load() {
     for_all(|stage, numbers| {
         stage.start(u64::MAX, 16);
-        for life in 0..RESETS {
-            load(stage, numbers, life);
-            let queue = life % stage.queues.len();
+        for cycle in 0..RESETS {
+            load(stage, numbers, cycle);
+            let queue = cycle % stage.queues.len();
             stage.reset_queue(queue);
-            stage.ends.mend();
+            stage.ends.restore();
             stage.run();
             stage.set_up(queue, 16);
             if stage.status() != 15 {

@@ -1,5 +1,5 @@
-//! The list of what a driver can do wrong with rings (docs/hostile-guests.md, group B), against every queue of every device:
-//! the request comes back or the device waits for a reset, and after a reset it works.
+//! The list of driver errors in rings (docs/hostile-guests.md, group B), against every queue of every device: the request is
+//! returned or the device needs a reset, and after a reset it works.
 
 use crate::scenario::RING_RESET;
 use crate::scenario::kind::Kind;
@@ -16,13 +16,13 @@ const INDIRECT_DESC: u64 = 1 << 28;
 const EVENT_IDX: u64 = 1 << 29;
 const NEEDS_RESET: u32 = 64;
 
-/// Does something wrong to each queue of each device, kicks, and looks what has become of it.
+/// Applies `wrong` to each queue of each device, kicks, and checks the device.
 fn each(features: u64, wrong: impl Fn(&mut Stage, usize)) {
     for kind in Kind::ALL {
         let mut stage = Stage::new(kind, kind.options()[0]);
         for queue in 0..stage.queues.len() {
             stage.start(features, SIZE.into());
-            // A disk answers a running device; nothing is held up.
+            // Backends complete requests at once.
             wrong(&mut stage, queue);
             stage.kick(queue as u32);
             stage.run();
@@ -70,7 +70,7 @@ fn indices_outside_of_the_table_are_no_descriptors() {
 }
 
 #[test]
-fn indirect_tables_that_are_none_come_back() {
+fn invalid_indirect_tables_come_back() {
     let table = HIGH.start;
     let fields = [
         (table, 0, INDIRECT, 0),
@@ -89,7 +89,7 @@ fn indirect_tables_that_are_none_come_back() {
     for features in [0, INDIRECT_DESC] {
         for fields in fields {
             each(features, |stage, queue| {
-                // A table that leads to another one.
+                // A table inside a table.
                 stage.descriptor(table, 0, (table, 16, INDIRECT, 0));
                 descriptor(stage, queue, 0, fields);
                 descriptor(stage, queue, 1, (BUFFERS, 8, 0, 0));
@@ -100,7 +100,7 @@ fn indirect_tables_that_are_none_come_back() {
 }
 
 #[test]
-fn buffers_that_are_not_ram_come_back_and_odd_ones_that_are_hurt_nobody_else() {
+fn buffers_outside_of_ram_come_back_and_odd_ones_harm_only_the_guest() {
     let buffers = [
         (0, 64),
         (LOW.end, 64),
@@ -143,7 +143,7 @@ fn buffers_of_the_wrong_direction_stay_as_they_are() {
 }
 
 #[test]
-fn a_head_that_is_there_twice_is_served_once_at_a_time() {
+fn a_head_made_available_twice_is_served_once_at_a_time() {
     for times in [2, SIZE] {
         each(0, |stage, queue| {
             stage.ends.hold();
@@ -206,7 +206,7 @@ fn kicks_without_a_reason_cost_nothing() {
 }
 
 #[test]
-fn a_driver_that_never_looks_at_what_came_back_fills_its_own_ring_only() {
+fn a_driver_that_ignores_the_used_ring_fills_only_its_own_ring() {
     for kind in Kind::ALL {
         for size in [1, 2, 16] {
             let mut stage = Stage::new(kind, kind.options()[0]);
@@ -229,12 +229,12 @@ fn a_driver_that_never_looks_at_what_came_back_fills_its_own_ring_only() {
 }
 
 #[test]
-fn a_driver_that_takes_fewer_features_than_the_last_one_gets_no_more_than_those() {
+fn a_driver_gets_only_its_own_features_after_one_with_more() {
     for kind in Kind::ALL {
         let mut stage = Stage::new(kind, kind.options()[0]);
         stage.start(u64::MAX, SIZE.into());
         stage.start(0, SIZE.into());
-        // Indirect tables were not negotiated this time: what is in one is no buffer.
+        // Indirect tables are not negotiated this time: their descriptors are not buffers.
         for index in 0..stage.queues.len() {
             let table = stage.rings(index)[0];
             stage.descriptor(HIGH.start, 0, (BUFFERS, 4096, WRITE, 0));
@@ -242,8 +242,8 @@ fn a_driver_that_takes_fewer_features_than_the_last_one_gets_no_more_than_those(
             stage.offer(index, 0);
             stage.kick(index as u32);
         }
-        // Something to say to the guest, for those who say something.
-        (0..4).for_each(|_| stage.ends.happen(kind, &mut Script::new(&[7])));
+        // Gives devices that send to the guest something to send.
+        (0..4).for_each(|_| stage.ends.random_event(kind, &mut Script::new(&[7])));
         stage.run();
         assert_eq!(stage.ram.peek::<64>(BUFFERS).unwrap(), [0; 64], "{kind:?}");
         works(&mut stage);
@@ -251,12 +251,12 @@ fn a_driver_that_takes_fewer_features_than_the_last_one_gets_no_more_than_those(
 }
 
 #[test]
-fn an_interrupt_that_nobody_acknowledges_stays_and_the_device_sleeps() {
+fn an_unacknowledged_interrupt_stays_and_the_device_is_idle() {
     for kind in Kind::ALL {
         let mut stage = Stage::new(kind, kind.options()[0]);
         works(&mut stage);
         stage.start(0, SIZE.into());
-        // The queue from which every device takes what it finds.
+        // A queue that the device processes on every kick.
         let queue = usize::from(!matches!(kind, Kind::Rng | Kind::Blk | Kind::Balloon));
         descriptor(&mut stage, queue, 0, (BUFFERS, 64, NEXT, 64));
         stage.offer(queue, 0);
@@ -267,7 +267,7 @@ fn an_interrupt_that_nobody_acknowledges_stays_and_the_device_sleeps() {
             assert!(stage.run().iter().all(|count| *count == 0));
         }
         stage.write(0x64, 0xffff_fffe);
-        assert_eq!(stage.read(0x60), 1, "{kind:?}: what was not acknowledged is gone");
+        assert_eq!(stage.read(0x60), 1, "{kind:?}: a cause that was not acknowledged is lost");
         stage.write(0x64, 1);
         assert_eq!(stage.read(0x60), 0);
         works(&mut stage);

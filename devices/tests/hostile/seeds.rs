@@ -1,4 +1,4 @@
-//! What the fuzzers have found worth keeping: `fuzz/seeds/TARGET.txt`, an input a line, in hexadecimal.
+//! Inputs saved from fuzzing: `fuzz/seeds/TARGET.txt`, one per line, in hexadecimal.
 
 use std::path::Path;
 

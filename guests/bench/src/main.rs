@@ -1,9 +1,9 @@
-//! How long a way out of the guest and back takes, in nanoseconds, one line per way: `NAME NUMBER`. scripts/bench runs it
-//! where one instruction takes one nanosecond, so that the numbers are instructions.
+//! The duration of exits of several kinds in nanoseconds, one line per kind: `NAME NUMBER`. scripts/bench runs it
+//! on a machine where one instruction takes one nanosecond, so that the numbers are instructions.
 //!
-//! `rows=NAME,NAME` in the boot arguments chooses; without it all are measured, but for `dbcn_write`: how long a mebibyte takes through
-//! the SBI debug console, 4 KiB a call, which ends up on the console. What is printed goes to the UART without
-//! a look at its status, since the floor (bench/floor.c) has no more of a UART than that.
+//! `rows=NAME,NAME` in the boot arguments selects; by default all are measured, except `dbcn_write`: the time for a
+//! mebibyte through the SBI debug console, 4 KiB per call, which is visible on the console. Output is written to the UART
+//! without reading its status, because the minimal VMM (bench/floor.c) implements nothing else of a UART.
 
 #![no_std]
 #![no_main]
@@ -15,16 +15,15 @@ use runtime::{Board, mmio, sbi, time, uart};
 
 runtime::guest!(run);
 
-/// Round trips in a row, of which the mean is taken.
+/// Number of consecutive round trips over which the mean is taken.
 const ROUNDS: u64 = 10_000;
-/// Round trips before that: the first ones meet cold caches of the kernel.
+/// Number of round trips before that, to warm up the kernel's caches.
 const WARM_UP: u64 = 100;
 
-/// The first extension of the range that the specification leaves to firmware vendors (SBI 3.0, chapter 18): KVM hands
-/// it to user space.
+/// The first extension of the range for firmware vendors (SBI 3.0, chapter 18), which KVM forwards to user space.
 const VENDOR: usize = 0x0900_0000;
 
-/// A way out of the guest.
+/// A kind of exit.
 struct Row {
     name: &'static str,
     once: fn(),
@@ -37,7 +36,7 @@ const ROWS: [Row; 4] = [
     Row { name: "sbi_kernel", once: || _ = sbi::call2(sbi::BASE, 0, 0, 0) },
 ];
 
-/// Bytes for the debug console in all, and in a call.
+/// Number of bytes for the debug console in total, and per call.
 const TEXT: usize = 1 << 20;
 const CALL: usize = 4096;
 
@@ -74,7 +73,7 @@ fn measure(row: &Row, hz: u64) {
     let _ = writeln!(Unpolled, "{} {}", row.name, total_ns / ROUNDS);
 }
 
-/// A mebibyte through the debug console.
+/// Writes a mebibyte to the debug console.
 fn write_text(hz: u64) {
     let start = time::now();
     let mut left = TEXT;
@@ -98,7 +97,7 @@ fn repeat(once: fn(), rounds: u64) {
     }
 }
 
-/// The UART, blindly.
+/// The UART, without polling its status.
 struct Unpolled;
 
 impl Write for Unpolled {

@@ -1,8 +1,8 @@
-//! Calls of SBI 0.1 are answered however their numbers are made, and what only looks like one stays what it is: system calls of a
-//! program that the kernel carries within itself, in place and copied, and breakpoints.
+//! SBI 0.1 calls are answered no matter how their number is loaded, and similar code is left unchanged: system calls of a
+//! program embedded in the kernel, in place and copied, and breakpoints.
 //!
-//! Boot arguments: with `unpatched` nobody answers such calls here, and nothing else is different. With `timer` (of two harts and
-//! `--timer user`) each hart's interrupts are its own: what one hart's calls do loses none of those that others send it.
+//! Boot arguments: with `unpatched` such calls fail, and everything else is the same. With `timer` (needs two harts and
+//! `--timer user`) timer calls of a hart lose no interrupts that other harts send to it.
 
 #![no_std]
 #![no_main]
@@ -18,11 +18,11 @@ use runtime::{
 
 runtime::guest!(run);
 
-/// A heap that the file does not hold.
+/// A heap in the BSS.
 static HEAP: [AtomicU8; 32 << 20] = [const { AtomicU8::new(0) }; 32 << 20];
 
 const PUTCHAR: usize = 1;
-/// A number of SBI 0.1 that means something else to programs, as `exec` in xv6.
+/// A number of SBI 0.1 with another meaning in programs, such as `exec` in xv6.
 const EXEC: usize = 7;
 
 global_asm!(
@@ -86,7 +86,7 @@ fn run(board: &'static Board) {
             ("constant numbers", constants),
             ("numbers that are moved", moved),
             ("newer calls", newer),
-            // In place they turn out to be none, and later copies would be of that.
+            // Copies first: running in place reverts the patches, and later copies would be of the reverted code.
             ("system calls of copies", copies),
             ("system calls in place", in_place),
             ("calls of a copy", copied_calls),
@@ -94,10 +94,10 @@ fn run(board: &'static Board) {
     );
 }
 
-/// Sends a byte by a call whose number stands right before it.
+/// Sends a byte by a call whose number is loaded right before it.
 fn put(byte: u8) -> isize {
     let answer;
-    // SAFETY: the old console changes a0 alone.
+    // SAFETY: the legacy console call changes only a0.
     unsafe { asm!("li a7, 1", "ecall", inlateout("a0") usize::from(byte) => answer, out("a7") _) }
     answer
 }
@@ -134,10 +134,10 @@ fn moved(board: &'static Board) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Calls that the kernel answers, through the same places.
+/// Calls that the kernel answers, made by the same instructions.
 fn newer(board: &'static Board) -> Result<(), Failure> {
     for _ in 0..1000 {
-        // SAFETY: `get_spec_version` and the like change a0 and a1 alone.
+        // SAFETY: `get_spec_version` and similar calls change only a0 and a1.
         let error = unsafe { calls_generic(sbi::BASE, 0) };
         ensure_eq!(error, 0, "a call of the base extension");
     }
@@ -149,7 +149,7 @@ fn newer(board: &'static Board) -> Result<(), Failure> {
     answered(board, unsafe { calls_generic(PUTCHAR, b'\n'.into()) }, "putchar, after the others")
 }
 
-/// What a program's call, and the breakpoint behind it, lead to.
+/// Checks the traps of a program's system call and of the breakpoint after it.
 fn traps(at: usize) -> Result<(), Failure> {
     for (pc, cause) in [(at, trap::USER_ECALL), (at + 8, trap::BREAKPOINT)] {
         let got = trap::user(pc, EXEC);
@@ -168,7 +168,7 @@ fn in_place(_: &'static Board) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Copies the program to where it was before, or to somewhere else.
+/// Copies the program to its own address or to another one.
 fn copy_to(to: usize) -> usize {
     let (from, end) =
         ((&raw const calls_program) as usize, (&raw const calls_program_end) as usize);
@@ -181,7 +181,7 @@ fn copy_to(to: usize) -> usize {
 }
 
 fn copies(_: &'static Board) -> Result<(), Failure> {
-    // In the middle of the heap; the second so that an instruction lies on two pages.
+    // In the middle of the heap; at the second address an instruction crosses a page boundary.
     let page = (HEAP.as_ptr() as usize + (16 << 20)).next_multiple_of(4096);
     for (to, view) in [(page, 0), (page + 4096 - 6, 0), (page + 16384, paging::USER)] {
         let generic = copy_to(to);
@@ -195,9 +195,9 @@ fn copies(_: &'static Board) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Sets the timer by a call whose number stands right before it.
+/// Sets the timer by a call whose number is loaded right before it.
 fn set_timer(due: u64) {
-    // SAFETY: the call changes a0 and a1 alone.
+    // SAFETY: the call changes only a0 and a1.
     unsafe {
         asm!("li a7, 0x54494d45", "li a6, 0", "ecall", inout("a0") due => _, out("a1") _, out("a6") _, out("a7") _);
     }
@@ -215,7 +215,7 @@ fn timer(_: &'static Board) -> Result<(), Failure> {
         set_timer(due);
         ensure!(time::wait_until(|| is_pending(csr::SIE_TIMER)), "never pending, round {round}");
         ensure!(time::now() >= due, "pending before it was due, round {round}");
-        // One that waits for it wakes.
+        // A hart that waits for it wakes up.
         csr_set!("sie", csr::SIE_TIMER);
         set_timer(time::now() + time::ticks(5));
         csr::wait_for_interrupt();
@@ -226,7 +226,7 @@ fn timer(_: &'static Board) -> Result<(), Failure> {
     Ok(())
 }
 
-/// One hart sets its timer again and again; the other sends it interrupts, each after the last has been seen.
+/// One hart sets its timer repeatedly; the other sends it IPIs, each after the last has been received.
 fn ipis(board: &'static Board) -> Result<(), Failure> {
     const MANY: usize = 300;
     static SENT: AtomicUsize = AtomicUsize::new(0);
@@ -245,7 +245,7 @@ fn ipis(board: &'static Board) -> Result<(), Failure> {
     let other = board.cpus().iter().find(|cpu| cpu.hart != board.boot_hart).map(|cpu| cpu.hart);
     let Some(other) = other else { return Err(Failure::new(format_args!("one hart only"))) };
     ensure_eq!(smp::start(other, receive).error, 0, "start of hart {other}");
-    // A hart that has been started is reset when its thread gets to it, and KVM forgets what was sent to it until then.
+    // KVM resets a started hart when its thread first runs, and loses interrupts sent to it until then.
     ensure!(time::wait_until(|| STARTED.load(SeqCst) == 1), "hart {other} does not start");
     for count in 1..=MANY {
         SENT.store(count, SeqCst);
@@ -255,7 +255,7 @@ fn ipis(board: &'static Board) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A kernel that moves itself: the copy's calls are calls.
+/// A kernel that relocates itself: the SBI calls of the copy work.
 fn copied_calls(board: &'static Board) -> Result<(), Failure> {
     let page = (HEAP.as_ptr() as usize + (24 << 20)).next_multiple_of(4096);
     let from = calls_generic as *const () as usize;

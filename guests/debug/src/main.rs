@@ -1,4 +1,4 @@
-//! A debugger finds functions that call each other, their arguments and a variable, and may change it: the result shows that.
+//! A debugger finds nested functions, their arguments and a variable, and may change it, which the result shows.
 
 #![no_std]
 #![no_main]
@@ -11,7 +11,7 @@ use runtime::{Board, Failure, ensure_eq, println, report};
 
 runtime::guest!(run);
 
-/// Where the sum begins. A debugger may change it before it is read.
+/// The initial value of the sum. A debugger may change it before it is read.
 static INPUT: AtomicU64 = AtomicU64::new(5);
 
 fn run(board: &'static Board) {
@@ -19,7 +19,7 @@ fn run(board: &'static Board) {
 }
 
 fn sum(_: &'static Board) -> Result<(), Failure> {
-    // Nobody here changes it, which the compiler would see.
+    // Nothing here changes it, so the compiler would otherwise assume its value.
     let from = black_box(&INPUT).load(SeqCst);
     let total = sum_down(from, 0);
     println!("debug: the sum from {from} down is {total}");
@@ -27,10 +27,10 @@ fn sum(_: &'static Board) -> Result<(), Failure> {
     Ok(())
 }
 
-/// One call within the other, so that there is something to trace back.
+/// Nested calls, for a backtrace.
 #[inline(never)]
 fn sum_down(number: u64, so_far: u64) -> u64 {
-    // In memory, so that a debugger finds them wherever it stops.
+    // In memory, so that a debugger finds them at any stop.
     black_box((&number, &so_far));
     let total = so_far + number;
     if number == 0 {

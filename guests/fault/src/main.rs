@@ -1,6 +1,6 @@
-//! What hardware would refuse is an access fault that the guest survives: atomics, floating point and misaligned accesses on
-//! device addresses, and jumps to where no memory is. With translation off, on at the same addresses, on at others, and from
-//! user mode; `scause`, `stval` and `sepc` are those of the instruction.
+//! Accesses that hardware would refuse are access faults that the guest can handle: atomics, floating point and misaligned
+//! accesses to device addresses, and jumps outside of memory. Without translation, with the identity mapping, with an
+//! offset, and from user mode; `scause`, `stval` and `sepc` are those of the instruction.
 
 #![no_std]
 #![no_main]
@@ -15,8 +15,8 @@ use runtime::{
 
 runtime::guest!(run);
 
-// Each label is a function whose first instruction makes one access to the address in a0. Where that does not trap, the
-// breakpoint behind it does.
+// Each label is a function whose first instruction makes one access to the address in a0. If that does not trap, the
+// breakpoint after it does.
 global_asm!(
     r#"
     .section .text.accesses, "ax"
@@ -71,7 +71,7 @@ struct Access {
     name: &'static str,
     code: usize,
     cause: usize,
-    /// What the instruction adds to a0.
+    /// The offset that the instruction adds to a0.
     offset: isize,
 }
 
@@ -137,10 +137,10 @@ fn all() -> [Access; 21] {
     }
 }
 
-/// Where the accesses go: a device that knows only bytes, one that knows only words, and a hole.
+/// The addresses of the accesses: a device with byte registers, one with word registers, and a hole.
 const PLACES: [usize; 3] = [uart::BASE, rtc::BASE, 0x6000_0000];
 
-/// Makes an access at `addr`, in S-mode or (where `user` holds the offset of the code's view) in U-mode.
+/// Makes an access at `addr`, in S-mode or (if `user` holds the offset of the code's mapping) in U-mode.
 fn make(access: Access, addr: usize, user: Option<usize>) -> Option<Trap> {
     match user {
         Some(view) => trap::user(access.code + view, addr),
@@ -152,7 +152,7 @@ fn make(access: Access, addr: usize, user: Option<usize>) -> Option<Trap> {
     }
 }
 
-/// Every access at every place must be the fault that its row says; `data` and `code` are what is added to addresses.
+/// Checks that every access at every place causes the fault in its row; `data` and `user` are offsets of addresses.
 fn sweep(data: usize, user: Option<usize>) -> Result<(), Failure> {
     for access in all() {
         for place in PLACES {
@@ -197,7 +197,7 @@ fn user_moved(_: &'static Board) -> Result<(), Failure> {
     with_paging(|| sweep(paging::USER, Some(paging::USER)))
 }
 
-/// Without a reservation `sc` may fail without looking at the address: both that and the fault are right.
+/// Without a reservation `sc` may fail without accessing the address: both that and the fault are correct.
 fn store_conditional(_: &'static Board) -> Result<(), Failure> {
     let [sc] = accesses! { a_sc_w STORE_ACCESS 0, };
     for place in PLACES {
@@ -209,10 +209,10 @@ fn store_conditional(_: &'static Board) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Jumps to `target` and gives the trap.
+/// Jumps to `target` and returns the trap.
 fn jump(target: usize) -> Option<Trap> {
     trap::expect(|| {
-        // SAFETY: there is no instruction there; only a trap comes back.
+        // SAFETY: there is no instruction there; only a trap returns.
         let code: extern "C" fn() = unsafe { core::mem::transmute(target) };
         code();
     })
@@ -249,8 +249,8 @@ fn jumps_moved(_: &'static Board) -> Result<(), Failure> {
     })
 }
 
-/// The first half of an instruction in the last halfword of memory, the second half nowhere: `sepc` is the instruction's
-/// address, `stval` that of the part that is missing.
+/// The first half of an instruction in the last halfword of memory, the second half outside of it: `sepc` is the
+/// instruction's address, `stval` that of the missing half.
 fn edge(board: &'static Board) -> Result<(), Failure> {
     let end = board.ram.0 + board.ram.1;
     let saved = mmio::read16(end - 2);
@@ -278,7 +278,7 @@ fn page_faults(_: &'static Board) -> Result<(), Failure> {
 fn extensions(board: &'static Board) -> Result<(), Failure> {
     if board.has_extension("v") {
         csr_write!("sstatus", csr_read!("sstatus") | 3 << 9);
-        // SAFETY: eight elements of eight bits, into registers that the compiler does not use.
+        // SAFETY: loads eight elements of eight bits into registers that the compiler does not use.
         unsafe {
             core::arch::asm!(
                 ".option push",
@@ -301,7 +301,7 @@ fn extensions(board: &'static Board) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A fault keeps `sstatus.SIE` for after the return, and takes it away for the handler.
+/// A fault saves `sstatus.SIE` in SPIE and clears it for the handler.
 fn interrupt_state(_: &'static Board) -> Result<(), Failure> {
     let [access, ..] = all();
     for on in [false, true] {
@@ -329,7 +329,7 @@ fn many(_: &'static Board) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Devices and memory are as they were.
+/// Devices and memory are unchanged.
 fn afterwards(_: &'static Board) -> Result<(), Failure> {
     uart::write(reg::SCR, 0xa5);
     ensure_eq!(uart::read(reg::SCR), 0xa5, "the scratch register");

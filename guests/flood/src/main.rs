@@ -1,7 +1,7 @@
-//! Console output arrives byte for byte: `bytes` of it, as fast as the guest can, then a line with the count and a checksum.
+//! Prints `bytes` bytes of console output as fast as possible, then a line with their number and a checksum.
 //!
 //! Boot arguments: `bytes=N` (default 1000000), `via=uart` (default) or `via=dbcn`; `read=N`: before that, read N bytes of
-//! input slowly and print their checksum. The bytes are lines of 63 letters from a generator that the reader can run too.
+//! input slowly and print their checksum. The bytes are lines of 63 letters from a generator that the reader can run as well.
 
 #![no_std]
 #![no_main]
@@ -78,7 +78,7 @@ fn send_by_sbi(mut bytes: &[u8]) {
     }
 }
 
-/// Reads with a pause now and then, so that the host's side fills up.
+/// Reads with occasional pauses, so that the host's buffers fill up.
 fn read(count: usize) {
     println!("flood: reading {count} bytes");
     let mut checksum = Checksum(FNV_START);

@@ -1,4 +1,4 @@
-//! A guest starts where the boot protocol says, finds a device tree that describes the machine, speaks, and powers off.
+//! Checks the state at boot and the device tree, prints, and powers off.
 
 #![no_std]
 #![no_main]

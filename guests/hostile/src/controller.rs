@@ -13,7 +13,7 @@ pub(crate) fn control_registers(board: &'static Board) -> (usize, usize) {
     }
 }
 
-/// Registers that raise, enable or configure an interrupt for real are left alone where `junk` would.
+/// Resets the registers that raise, enable or configure an interrupt.
 pub(crate) fn put_back(board: &'static Board) {
     match &board.irqchip {
         Irqchip::Plic(plic) => {
@@ -105,7 +105,7 @@ pub(crate) fn absent(board: &'static Board) -> Result<(), Failure> {
                     }
                 }
             }
-            // Sources behind the last one, and source 0.
+            // Sources after the last one, and source 0.
             for source in [0, plic.sources + 1, 512, 1023] {
                 mmio::write32(plic.priority(source), 7);
                 ensure_eq!(mmio::read32(plic.priority(source)), 0, "priority of source {source}");
@@ -125,7 +125,7 @@ pub(crate) fn absent(board: &'static Board) -> Result<(), Failure> {
             );
         }
         Irqchip::Aia(aia) => {
-            // Sources that send to harts, guests and identities that are not there.
+            // Sources that target nonexistent harts, guests and identities.
             for target in [
                 0x3fff << 18 | 1,
                 63 << 12 | 1,

@@ -1,8 +1,8 @@
-//! No access, however wrong, harms the machine; and the last one, a trap whose vector is nowhere, ends it with a documented
-//! stop.
+//! No invalid access harms the machine; and the last one, a trap whose vector is outside of memory, ends it with a
+//! documented stop.
 //!
-//! Boot argument `end=vector` (the trap vector lies where nothing is), `end=spin` (it lies on a page that is not mapped: the
-//! hart takes page faults for ever), or nothing (power off).
+//! Boot argument `end=vector` (the trap vector is outside of memory), `end=spin` (it is on an unmapped page: the hart
+//! takes page faults for ever), or none (power off).
 
 #![no_std]
 #![no_main]
@@ -54,7 +54,7 @@ fn run(board: &'static Board) {
 }
 
 fn uart_registers(_: &'static Board) -> Result<(), Failure> {
-    // Loopback, so that what is written to THR does not show.
+    // Loopback, so that bytes written to THR are not printed.
     for value in [0x10, 0x1f, 0xff, 0x30] {
         uart::write(reg::MCR, value);
         for lcr in [0, 0x80, 0xff, 3] {
@@ -103,7 +103,7 @@ fn storm(board: &'static Board) -> Result<(), Failure> {
     for round in 0..5_000u32 {
         uart::write(reg::IER, (round & 0xf) as u8);
     }
-    // Up, claimed and never completed; the host must not spin (which only the host can see).
+    // High, claimed and not completed; the host must not spin (which only the host can detect).
     uart::write(reg::IER, uart::IER_THRE);
     let _ = board.irqchip.claim(board.boot_hart);
     time::pause(20);
@@ -146,8 +146,8 @@ fn power(_: &'static Board) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Accesses that begin in memory and end behind it, or that begin in one page of a device and end in the next: a fault or an
-/// answer, and the machine goes on.
+/// Accesses that begin in memory and end after it, or that begin in one page of a device and end in the next: a fault or a
+/// result, and the machine continues.
 fn across(board: &'static Board) -> Result<(), Failure> {
     let end = board.ram.0 + board.ram.1;
     for at in [end - 4, end - 1, end - 7, rtc::BASE + 0xffd, uart::BASE + 0xffc + 1, rtc::BASE - 2]
@@ -229,7 +229,7 @@ fn spin() {
 }
 
 fn jump(target: usize) {
-    // SAFETY: nothing is there, and nothing is meant to come back.
+    // SAFETY: there is no memory, and the access is not expected to return.
     let code: extern "C" fn() = unsafe { core::mem::transmute(target) };
     code();
 }

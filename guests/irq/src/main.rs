@@ -1,5 +1,5 @@
-//! Level-triggered interrupts reach the hart through whichever interrupt controller the tree shows: they come when the
-//! line is up and the way is open, they stay while the line is up, and they stop when it goes down.
+//! Level-triggered interrupts reach the hart through the interrupt controller in the device tree: they are taken when
+//! the line is high and they are enabled, they stay pending while the line is high, and they end when it is low.
 //!
 //! Boot argument `input`: also waits for a line of console input by interrupt.
 
@@ -20,13 +20,13 @@ use runtime::{
 
 runtime::guest!(run);
 
-/// How often each source was claimed.
+/// Number of claims of each source.
 static TAKEN: [AtomicU32; 64] = [const { AtomicU32::new(0) }; 64];
 /// The hart that took the last interrupt.
 static TAKER: AtomicUsize = AtomicUsize::new(usize::MAX);
-/// Whether the hook leaves a source claimed.
+/// True if the hook leaves a source claimed.
 static HOLD: AtomicBool = AtomicBool::new(false);
-/// What the UART's interrupt does; the sum of bytes received goes to `RECEIVED`.
+/// True if the UART's interrupt hook clears the cause; it adds received bytes to `RECEIVED`.
 static QUIET: AtomicBool = AtomicBool::new(true);
 static RECEIVED: AtomicU32 = AtomicU32::new(0);
 static LINE_ENDED: AtomicBool = AtomicBool::new(false);
@@ -58,7 +58,7 @@ fn external() {
     count.fetch_add(1, SeqCst);
     TAKER.store(hart, SeqCst);
     if source == uart::IRQ && QUIET.load(SeqCst) {
-        quieten();
+        clear_cause();
     }
     if source == rtc::IRQ {
         rtc::write(rtc::reg::CLEAR_INTERRUPT, 1);
@@ -68,8 +68,8 @@ fn external() {
     }
 }
 
-/// Takes the UART's reason away, as a driver does.
-fn quieten() {
+/// Clears the UART's cause, as a driver does.
+fn clear_cause() {
     loop {
         match uart::read(reg::IIR) & uart::IIR_MASK {
             id if id & uart::IIR_NONE != 0 => return,
@@ -90,12 +90,12 @@ fn taken(source: u32) -> u32 {
     TAKEN[source as usize].load(SeqCst)
 }
 
-/// A quiet UART, routed and unmasked at the calling hart, which takes interrupts from here on.
+/// Routes and unmasks an idle UART at the calling hart, and enables the hart's interrupts.
 fn begin(board: &'static Board) {
     csr::interrupts_off();
     let hart = trap::hart().id;
     uart::init();
-    quieten();
+    clear_cause();
     QUIET.store(true, SeqCst);
     HOLD.store(false, SeqCst);
     board.irqchip.init(hart);
@@ -116,7 +116,7 @@ fn end(board: &'static Board) {
     board.irqchip.mask(uart::IRQ, trap::hart().id);
 }
 
-/// Long enough for an interrupt that must not come.
+/// Waits long enough for an unexpected interrupt.
 fn settle() {
     time::pause(5);
 }
@@ -202,7 +202,7 @@ fn held(board: &'static Board) -> Result<(), Failure> {
     ensure!(time::wait_until(|| taken(uart::IRQ) == 1), "no interrupt");
     settle();
     ensure_eq!(taken(uart::IRQ), 1, "interrupts while claimed and the line is up");
-    // Completed with the line still up: it comes again, and again.
+    // Completed with the line still high: it is taken repeatedly.
     for again in 2..5 {
         board.irqchip.complete(uart::IRQ, board.boot_hart);
         ensure!(
@@ -210,7 +210,7 @@ fn held(board: &'static Board) -> Result<(), Failure> {
             "not again ({again}) after completion with the line up"
         );
     }
-    // Completed with the line down: it does not.
+    // Completed with the line low: it is not taken again.
     let _ = uart::read(reg::RBR);
     board.irqchip.complete(uart::IRQ, board.boot_hart);
     settle();
@@ -301,7 +301,7 @@ fn alarm(board: &'static Board) -> Result<(), Failure> {
     let now = rtc::now_ns();
     ensure!(now >= due, "the alarm came {} ns early", due - now);
     ensure_eq!(rtc::read(rtc::reg::ALARM_STATUS), 0, "the alarm is still armed");
-    // One in the past comes at once; one that is cleared does not come.
+    // An alarm in the past fires at once; a cleared one does not fire.
     rtc::set_alarm_ns(start);
     ensure!(time::wait_until(|| taken(rtc::IRQ) == 2), "no alarm for a time in the past");
     rtc::set_alarm_ns(rtc::now_ns() + 20_000_000);
@@ -322,7 +322,7 @@ fn every_hart(board: &'static Board) -> Result<(), Failure> {
         let ret = smp::start(cpu.hart, take_one);
         ensure_eq!(ret.error, 0, "start of hart {}", cpu.hart);
         ensure!(time::wait_until(|| TURN.load(SeqCst) == 1), "hart {} is not ready", cpu.hart);
-        // This hart causes it, that hart takes it.
+        // This hart causes it, the other one takes it.
         uart::write(reg::THR, 9);
         let taken = time::wait_until(|| TURN.load(SeqCst) == 2);
         ensure!(taken, "hart {} took no interrupt", cpu.hart);

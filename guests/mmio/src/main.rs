@@ -1,8 +1,8 @@
-//! Every width at every kind of address is answered as documented: a register answers in its own width; any other access to a
-//! device reads zero and changes nothing; where nothing is, reads give zero and writes vanish.
+//! Accesses of every width to every kind of address behave as documented: a register supports its own width; any other access
+//! to a device reads zero and changes nothing; unassigned addresses read as zero and ignore writes.
 //!
-//! Boot argument `unassigned=fault`: where nothing is, the guest takes the access fault of real hardware instead (which is
-//! also what QEMU's `virt` machine does).
+//! Boot argument `unassigned=fault`: unassigned addresses cause access faults instead, as on real hardware and on QEMU's
+//! `virt` machine.
 
 #![no_std]
 #![no_main]
@@ -35,7 +35,7 @@ fn run(board: &'static Board) {
     );
 }
 
-/// Reads in one of the four widths.
+/// Reads with one of the four widths.
 fn read(addr: usize, width: usize) -> u64 {
     match width {
         1 => mmio::read8(addr).into(),
@@ -45,7 +45,7 @@ fn read(addr: usize, width: usize) -> u64 {
     }
 }
 
-/// Writes in one of the four widths.
+/// Writes with one of the four widths.
 fn write(addr: usize, width: usize, value: u64) {
     match width {
         1 => mmio::write8(addr, value as u8),
@@ -82,12 +82,12 @@ fn uart_wide(_: &'static Board) -> Result<(), Failure> {
     uart::write(reg::MCR, 0x0b);
     for (width, at) in [(2, reg::MCR), (4, reg::MCR)] {
         ensure_eq!(read(uart::BASE + at, width), 0x0b, "{width} bytes at {at}");
-        // The bytes above the low one would show in SCR.
+        // The bytes above the low one would be visible in SCR.
         write(uart::BASE + at, width, 0x5858_5858_5858_580b);
     }
     ensure_eq!(uart::read(reg::MCR), 0x0b, "MCR after writes in other widths");
     ensure_eq!(uart::read(reg::SCR), 0x5a, "the scratch register after writes in other widths");
-    // In loopback what is stored comes back, one byte for each store.
+    // In loopback, each store returns one byte.
     uart::write(reg::MCR, uart::MCR_LOOP);
     for (byte, width) in [(0x31, 2), (0x32, 4), (0x33, 8)] {
         write(uart::BASE + reg::THR, width, 0xffff_ffff_ffff_ff00 | byte);
@@ -157,7 +157,7 @@ fn rtc_other(_: &'static Board) -> Result<(), Failure> {
     let first = rtc::now_ns();
     let second = read(rtc::BASE, 8);
     ensure!(second >= first, "eight bytes of the time are {second}, after {first}");
-    // The low half is written first and arms the alarm, which must not be over with the old high half.
+    // The low half is written first and arms the alarm, which must not expire with the old high half.
     rtc::write(rtc::reg::ALARM_HIGH, 0x7fff_ffff);
     write(rtc::BASE + 8, 8, u64::MAX);
     ensure_eq!(rtc::read(rtc::reg::ALARM_HIGH), u32::MAX, "the alarm's high half of eight bytes");
@@ -175,7 +175,7 @@ fn power(_: &'static Board) -> Result<(), Failure> {
         mmio::write32(FINISHER, junk);
     }
     if sbi::is_kvm() {
-        // A request in a width that the register does not have, or next to it, is none.
+        // A write with another width than the register's, or next to it, is not a request.
         for (at, width) in [(0, 1), (0, 8), (4, 4), (8, 8), (0xffc, 4), (2, 2)] {
             ensure_eq!(read(FINISHER + at, width), 0, "{width} bytes at {at:#x}");
             write(FINISHER + at, width, 0x5555);
@@ -184,7 +184,7 @@ fn power(_: &'static Board) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Addresses where neither memory nor a device is.
+/// Addresses without memory or a device.
 fn holes(board: &'static Board) -> [usize; 14] {
     let end = board.ram.0 + board.ram.1;
     [
@@ -208,7 +208,7 @@ fn holes(board: &'static Board) -> [usize; 14] {
 fn nowhere(board: &'static Board) -> Result<(), Failure> {
     let faults = board.arg("unassigned") == Some("fault");
     for hole in holes(board) {
-        // On QEMU's own machine some of these are devices that rvmm does not have.
+        // On QEMU's machine some of these are devices that rvmm lacks.
         if !sbi::is_kvm() && !(0x8000_0000..1 << 55).contains(&hole) {
             continue;
         }
@@ -238,7 +238,7 @@ fn nowhere(board: &'static Board) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Whoever serves the controller: what is reserved in it is a register, not a hole.
+/// Reserved registers of the controller are registers, not holes, for every implementation.
 fn aplic(board: &'static Board) -> Result<(), Failure> {
     let Some((base, _)) = board.fdt.compatible("riscv,aplic").and_then(|node| node.reg(0)) else {
         return Ok(());
@@ -253,7 +253,7 @@ fn aplic(board: &'static Board) -> Result<(), Failure> {
     Ok(())
 }
 
-/// `c.lw`, `c.sw`, `c.lwsp`, `c.swsp` and their kin, which the kernel decodes on their own.
+/// `c.lw`, `c.sw`, `c.lwsp`, `c.swsp` and similar, which the kernel decodes separately.
 fn compressed(_: &'static Board) -> Result<(), Failure> {
     let alarm_high = rtc::BASE + rtc::reg::ALARM_HIGH;
     let (value, by_stack): (u64, u64);
@@ -283,7 +283,7 @@ fn compressed(_: &'static Board) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Every register that a load can have as its destination, and a store as its source.
+/// Every destination register of a load, and every source register of a store.
 fn destinations(_: &'static Board) -> Result<(), Failure> {
     macro_rules! each {
         ($($register:literal)*) => {
@@ -310,7 +310,7 @@ fn destinations(_: &'static Board) -> Result<(), Failure> {
     }
     each!("ra" "gp" "s0" "s1" "s2" "s3" "s4" "s5" "s6" "s7" "s8" "s9" "s10" "s11");
     each!("a0" "a1" "a2" "a3" "a4" "a5" "a6" "a7" "t3" "t4" "t5" "t6");
-    // A load whose result nobody wants still happens: it takes the byte out of the receiver.
+    // A load into x0 is still executed: it removes the byte from the receiver.
     uart::write(reg::MCR, uart::MCR_LOOP);
     uart::write(reg::THR, b'x');
     // SAFETY: a load from a device register.

@@ -1,6 +1,6 @@
-//! A reset gives a new machine: memory clear, devices as at power-on, the files loaded afresh, whatever was done before.
+//! A reset gives a new machine: memory zero, devices in power-on state, the files loaded again.
 //!
-//! Nothing survives in the guest, so the host says what comes next, one byte per boot: `c` SBI cold reboot, `w` SBI warm
+//! The guest keeps no state, so the host selects the next action, one byte per boot: `c` SBI cold reboot, `w` SBI warm
 //! reboot, `s` reboot by the syscon, `b` reboot by the last hart while the others run, `p` power off by SBI, `q` power off
 //! by the syscon, `f` failure 42 by the syscon, `F` power off by SBI because of a system failure.
 
@@ -20,7 +20,7 @@ use runtime::{
 runtime::guest!(run);
 
 const FINISHER: usize = 0x10_0000;
-/// Initialised data: a new boot must find it as the file has it.
+/// Initialised data: must have the value from the file at each boot.
 static MARK: AtomicU32 = AtomicU32::new(0x600d_f11e);
 
 fn run(board: &'static Board) {
@@ -46,7 +46,7 @@ fn run(board: &'static Board) {
         b'f' => mmio::write32(FINISHER, 42 << 16 | 0x3333),
         other => panic!("unknown wish {other:#x}"),
     }
-    // The finisher stops the machine a moment after the store.
+    // The machine stops a moment after the store to the finisher.
     time::pause(60_000);
     println!("FAIL reboot: still here");
 }
@@ -56,7 +56,7 @@ fn reset(kind: usize) {
     println!("FAIL reboot: reset {kind} came back: {ret:?}");
 }
 
-/// Free memory: behind the image, up to where the tree (or the end of RAM) is, a page in every 64 KiB.
+/// Free memory: after the image, up to the tree (or the end of RAM), a page in every 64 KiB.
 fn free_pages(board: &'static Board) -> impl Iterator<Item = usize> {
     let fdt = entry::fdt_address() & !0xfff
         ..(entry::fdt_address() + board.fdt.len()).next_multiple_of(4096);
@@ -114,7 +114,7 @@ fn harts(board: &'static Board) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Changes all that a reset must put right.
+/// Changes all state that a reset must restore.
 fn spoil(board: &'static Board) {
     MARK.store(0xbad, SeqCst);
     for page in free_pages(board) {
@@ -123,7 +123,7 @@ fn spoil(board: &'static Board) {
     if sbi::is_kvm() {
         mmio::write64(board.ram.0, 0xbad);
     }
-    // The tree too: no reset may take it from memory. (Nothing reads it from here on.)
+    // Also the tree: a reset must not reuse it from memory. (It is not read from here on.)
     for at in (entry::fdt_address()..entry::fdt_address() + board.fdt.len()).step_by(4) {
         mmio::write32(at, 0xbad);
     }
@@ -135,7 +135,7 @@ fn spoil(board: &'static Board) {
     board.irqchip.route(uart::IRQ, board.boot_hart);
     board.irqchip.unmask(uart::IRQ, board.boot_hart);
     csr_set!("sip", csr::SIE_SOFTWARE);
-    // All but the last, which may be asked to reset the machine.
+    // All except the last, which may have to reset the machine.
     for cpu in board.cpus().iter().filter(|cpu| cpu.hart != board.boot_hart).rev().skip(1) {
         smp::start(cpu.hart, || {
             loop {

@@ -20,7 +20,7 @@ pub mod reg {
     pub const SETIENUM: usize = 0x1edc;
     /// Clears one enable bit by number
     pub const CLRIENUM: usize = 0x1fdc;
-    /// Like [`SETIPNUM`], little-endian whatever the domain's order
+    /// Like [`SETIPNUM`], always little-endian
     pub const SETIPNUM_LE: usize = 0x2000;
     /// Target of source 1
     pub const TARGET: usize = 0x3004;
@@ -33,11 +33,11 @@ const LEVEL_HIGH: u32 = 6;
 /// Interrupt number of S-mode external interrupts at a hart's `riscv,cpu-intc`.
 const S_EXTERNAL: u32 = 9;
 
-/// IMSIC registers behind `siselect` (AIA 3.8).
+/// IMSIC registers accessed through `siselect` (AIA 3.8).
 pub mod imsic {
     /// 1: interrupts are delivered
     pub const EIDELIVERY: usize = 0x70;
-    /// Identities from this number on are held back; 0: none
+    /// Identities from this number on are masked; 0: none
     pub const EITHRESHOLD: usize = 0x72;
     /// Pending bits; even numbers only on a 64-bit hart
     pub const EIP0: usize = 0x80;
@@ -45,7 +45,7 @@ pub mod imsic {
     pub const EIE0: usize = 0xc0;
 }
 
-/// An APLIC and the IMSICs that it sends to.
+/// An APLIC and the IMSICs to which it sends.
 pub struct Aia {
     /// First address of the APLIC.
     pub aplic: usize,
@@ -53,7 +53,7 @@ pub struct Aia {
     pub sources: u32,
     /// Identities of each IMSIC: 1 to this number.
     pub ids: u32,
-    /// Where the IMSICs lie: (first address, bytes).
+    /// The memory of the IMSICs: (first address, bytes).
     pub imsics: (usize, usize),
     /// Hart ids in the order of the IMSICs' hart index.
     harts: [usize; MAX_HARTS],
@@ -94,14 +94,14 @@ impl Aia {
         self.aplic + offset
     }
 
-    /// The APLIC's domain on, this hart's IMSIC delivering.
+    /// Enables the APLIC's domain and the delivery of this hart's IMSIC.
     pub fn init(&self) {
         mmio::write32(self.register(reg::DOMAINCFG), DOMAINCFG_IE_MSI);
         write_imsic(imsic::EITHRESHOLD, 0);
         write_imsic(imsic::EIDELIVERY, 1);
     }
 
-    /// Makes `source` the identity of the same number at `hart`, which must be the calling hart; masked.
+    /// Routes `source` to the identity of the same number at `hart`, which must be the calling hart; masked.
     pub fn route(&self, source: u32, hart: usize) {
         let offset = 4 * (source as usize - 1);
         self.mask(source);
@@ -113,17 +113,17 @@ impl Aia {
         );
     }
 
-    /// Lets `source` be sent.
+    /// Enables `source`.
     pub fn unmask(&self, source: u32) {
         mmio::write32(self.register(reg::SETIENUM), source);
     }
 
-    /// Keeps `source` from being sent.
+    /// Disables `source`.
     pub fn mask(&self, source: u32) {
         mmio::write32(self.register(reg::CLRIENUM), source);
     }
 
-    /// True if the APLIC or this hart's IMSIC holds `source` as pending.
+    /// True if `source` is pending in the APLIC or in this hart's IMSIC.
     #[must_use]
     pub fn is_pending(&self, source: u32) -> bool {
         let word = self.register(reg::SETIP + 4 * (source as usize / 32));
@@ -131,7 +131,7 @@ impl Aia {
         sent || mmio::read32(word) >> (source % 32) & 1 != 0
     }
 
-    /// The rectified input: whether the wire is up.
+    /// The rectified input: true if the line is high.
     #[must_use]
     pub fn input(&self, source: u32) -> bool {
         let word = self.register(reg::IN_CLRIP + 4 * (source as usize / 32));
@@ -144,7 +144,7 @@ impl Aia {
         (csr_swap!("0x15c", 0) >> 16) as u32
     }
 
-    /// Makes the APLIC look at the level again (AIA 4.9.2: a write to `setipnum` does so for a level source).
+    /// Makes the APLIC sample the level again (AIA 4.9.2: a write to `setipnum` does so for a level source).
     pub fn complete(&self, source: u32) {
         mmio::write32(self.register(reg::SETIPNUM_LE), source);
     }

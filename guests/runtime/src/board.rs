@@ -1,4 +1,4 @@
-//! What the device tree says about the machine, read once at boot.
+//! The description of the machine from the device tree, read once at boot.
 
 use core::cell::UnsafeCell;
 
@@ -12,15 +12,15 @@ use crate::uart;
 pub struct Cpu {
     /// Hart id (`reg`).
     pub hart: usize,
-    /// Phandle of its `riscv,cpu-intc`, by which interrupt controllers name it.
+    /// Phandle of its `riscv,cpu-intc`, to which interrupt controllers refer.
     pub intc: u32,
 }
 
-/// The machine as the guest finds it.
+/// The machine.
 pub struct Board {
-    /// The tree itself.
+    /// The device tree.
     pub fdt: Fdt,
-    /// The hart that the guest started on.
+    /// The boot hart.
     pub boot_hart: usize,
     /// `bootargs`
     pub bootargs: &'static str,
@@ -45,7 +45,7 @@ impl Board {
     /// Reads the tree at `fdt`. Called once, by the boot hart, before any other hart runs.
     pub(crate) fn init(boot_hart: usize, fdt: usize) -> &'static Self {
         uart::init();
-        // SAFETY: a1 as the boot hart got it.
+        // SAFETY: the value of a1 at boot.
         let fdt = unsafe { Fdt::at(fdt) }.expect("no device tree in a1");
         let mut board = Self {
             fdt,
@@ -71,7 +71,7 @@ impl Board {
         Self::get()
     }
 
-    /// The board, for code that cannot be handed it (interrupt hooks).
+    /// The board, for code that has no reference to it (interrupt hooks).
     #[must_use]
     pub fn get() -> &'static Self {
         // SAFETY: written once by `init` before anything else runs.
@@ -112,7 +112,7 @@ impl Board {
         self.arg(key)?.parse().ok()
     }
 
-    /// True if the first hart's node names the ISA extension `name` (lower case).
+    /// True if the first hart's node has the ISA extension `name` (lower case).
     #[must_use]
     pub fn has_extension(&self, name: &str) -> bool {
         let cpu = self.fdt.nodes().find(|n| n.strings("device_type").next() == Some("cpu"));

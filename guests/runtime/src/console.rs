@@ -44,7 +44,7 @@ pub fn print(args: fmt::Arguments<'_>) {
     BUSY.store(false, Ordering::Release);
 }
 
-/// Forgets who is writing, for a report out of a trap that may have hit the writer.
+/// Releases the lock, for a report from a trap that may have interrupted the writer.
 pub(crate) fn break_lock() {
     BUSY.store(false, Ordering::Release);
 }

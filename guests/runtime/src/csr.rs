@@ -5,7 +5,7 @@
 macro_rules! csr_read {
     ($csr:literal) => {{
         let value: usize;
-        // SAFETY: reading a supervisor CSR changes no memory; where it traps, the trap handler reports it.
+        // SAFETY: reading a supervisor CSR changes no memory; if it traps, the trap handler reports it.
         unsafe {
             core::arch::asm!(concat!("csrr {}, ", $csr), out(reg) value, options(nostack));
         }
@@ -18,14 +18,14 @@ macro_rules! csr_read {
 macro_rules! csr_write {
     ($csr:literal, $value:expr) => {{
         let value: usize = $value;
-        // SAFETY: the runtime and the guests write CSRs only where the hart's state allows it; see each caller.
+        // SAFETY: the runtime and the guests write CSRs only if the hart's state allows it; see each caller.
         unsafe {
             core::arch::asm!(concat!("csrw ", $csr, ", {}"), in(reg) value, options(nostack));
         }
     }};
 }
 
-/// Writes a CSR and gives what it held.
+/// Writes a CSR and returns its old value.
 #[macro_export]
 macro_rules! csr_swap {
     ($csr:literal, $value:expr) => {{
@@ -76,18 +76,18 @@ pub const SIE_TIMER: usize = 1 << 5;
 /// `sie.SEIE`, `sip.SEIP`: the external interrupt
 pub const SIE_EXTERNAL: usize = 1 << 9;
 
-/// Sleeps until an enabled interrupt is pending, whether or not `sstatus.SIE` lets it be taken.
+/// Sleeps until an enabled interrupt is pending, independent of `sstatus.SIE`.
 pub fn wait_for_interrupt() {
     // SAFETY: `wfi` only waits.
     unsafe { core::arch::asm!("wfi", options(nostack)) }
 }
 
-/// Lets this hart take interrupts.
+/// Enables interrupts of this hart.
 pub fn interrupts_on() {
     csr_set!("sstatus", SSTATUS_SIE);
 }
 
-/// Keeps this hart from taking interrupts.
+/// Disables interrupts of this hart.
 pub fn interrupts_off() {
     csr_clear!("sstatus", SSTATUS_SIE);
 }

@@ -1,5 +1,5 @@
-//! The first instructions: the RISC-V Image header (Linux: Documentation/arch/riscv/boot-image-header.rst), the way of the
-//! boot hart and of a started hart into Rust, and the stacks.
+//! The first instructions: the RISC-V Image header (Linux: Documentation/arch/riscv/boot-image-header.rst), the entry of
+//! the boot hart and of a started hart into Rust, and the stacks.
 
 use core::arch::global_asm;
 use core::sync::atomic::{AtomicUsize, Ordering};
@@ -7,12 +7,12 @@ use core::sync::atomic::{AtomicUsize, Ordering};
 use crate::board::Board;
 use crate::{sbi, smp, trap};
 
-/// Harts that a guest can use. The boot hart has slot 0.
+/// Maximum number of harts of a guest. The boot hart has slot 0.
 pub const MAX_HARTS: usize = 8;
-/// Bytes of each hart's stack.
+/// Size of each hart's stack in bytes.
 const STACK: usize = 32 << 10;
 
-/// A hart's stacks, as the assembly below finds them: the slot's index times the size of this.
+/// A hart's stacks, which the assembly below finds at the slot's index times the size of this.
 #[repr(C, align(4096))]
 struct Slot {
     stack: [u8; STACK],
@@ -22,7 +22,7 @@ struct Slot {
 static mut SLOTS: [Slot; MAX_HARTS] =
     [const { Slot { stack: [0; STACK], trap: trap::TrapStack::new() } }; MAX_HARTS];
 
-/// The address of the device tree, as the boot hart was given it in a1.
+/// The address of the device tree, from a1 of the boot hart.
 static FDT: AtomicUsize = AtomicUsize::new(0);
 
 global_asm!(
@@ -111,13 +111,13 @@ unsafe extern "Rust" {
     fn guest_main(board: &'static Board);
 }
 
-/// Physical addresses that the guest's image occupies, BSS and stacks included.
+/// Physical addresses of the guest's image, BSS and stacks included.
 #[must_use]
 pub fn image() -> core::ops::Range<usize> {
     (&raw const _image_start) as usize..(&raw const _image_end) as usize
 }
 
-/// What the boot hart was given in a1.
+/// The value of a1 at the start of the boot hart.
 #[must_use]
 pub fn fdt_address() -> usize {
     FDT.load(Ordering::Relaxed)
@@ -126,7 +126,7 @@ pub fn fdt_address() -> usize {
 extern "C" fn boot(hart: usize, fdt: usize) -> ! {
     FDT.store(fdt, Ordering::Relaxed);
     let board = Board::init(hart, fdt);
-    // SAFETY: the guest defines it with `guest!`, which gives it this signature.
+    // SAFETY: the guest defines it with `guest!`, with this signature.
     unsafe { guest_main(board) };
     sbi::power_off()
 }

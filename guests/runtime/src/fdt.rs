@@ -1,4 +1,4 @@
-//! Reading a flattened device tree (Devicetree specification 0.4, chapter 5) in place: just enough to find devices.
+//! Reading a flattened device tree (Devicetree specification 0.4, chapter 5) in place, as far as needed to find devices.
 
 /// A device tree in memory.
 #[derive(Clone, Copy)]
@@ -8,7 +8,7 @@ pub struct Fdt {
     total: usize,
 }
 
-/// A node: where its properties begin, and how its parent counts addresses.
+/// A node: the start of its properties, and its parent's address and size cells.
 #[derive(Clone, Copy)]
 pub struct Node {
     fdt: Fdt,
@@ -44,13 +44,13 @@ fn text(bytes: &'static [u8], at: usize) -> Option<&'static str> {
 }
 
 impl Fdt {
-    /// The tree at `addr`, if its header says that there is one.
+    /// The tree at `addr`, if there is a header.
     ///
     /// # Safety
-    /// `addr` must be what the boot hart got in a1.
+    /// `addr` must be the value of a1 at the start of the boot hart.
     #[must_use]
     pub unsafe fn at(addr: usize) -> Option<Self> {
-        // SAFETY: the caller vouches for 40 bytes of header, and the header for the rest.
+        // SAFETY: the caller guarantees 40 bytes of header, and the header gives the length of the rest.
         let blob = unsafe {
             let head = core::slice::from_raw_parts(addr as *const u8, 40);
             if be32(head, 0)? != MAGIC {
@@ -65,13 +65,13 @@ impl Fdt {
         Some(Self { structure: block(8, 36)?, strings: block(12, 32)?, total: blob.len() })
     }
 
-    /// Bytes of the whole tree.
+    /// Size of the tree in bytes.
     #[must_use]
     pub fn len(&self) -> usize {
         self.total
     }
 
-    /// True for a tree without a single byte.
+    /// True for a tree of size 0.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.total == 0
@@ -106,7 +106,7 @@ impl Fdt {
         })
     }
 
-    /// The first enabled node whose `compatible` names `what`.
+    /// The first enabled node whose `compatible` contains `what`.
     #[must_use]
     pub fn compatible(self, what: &str) -> Option<Node> {
         self.nodes().find(|node| node.is_enabled() && node.strings("compatible").any(|s| s == what))
@@ -176,7 +176,7 @@ impl Node {
         Some((number(address)?, number(size)?))
     }
 
-    /// False if `status` says anything but `okay`.
+    /// False if there is a `status` other than `okay`.
     #[must_use]
     pub fn is_enabled(self) -> bool {
         self.strings("status").next().is_none_or(|status| status == "okay" || status == "ok")

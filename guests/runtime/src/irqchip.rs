@@ -1,4 +1,4 @@
-//! The interrupt controller that the tree shows, behind one set of verbs.
+//! One interface to the interrupt controller in the device tree.
 
 use crate::aia::Aia;
 use crate::board::Board;
@@ -32,7 +32,7 @@ impl Irqchip {
         }
     }
 
-    /// Prepares the controller and this hart's side of it: nothing enabled, everything enabled gets through.
+    /// Prepares the controller and this hart's context: all sources are disabled, enabled ones are delivered.
     pub fn init(&self, hart: usize) {
         match self {
             Self::None => {}
@@ -50,7 +50,7 @@ impl Irqchip {
         }
     }
 
-    /// Lets a routed `source` through to `hart`.
+    /// Enables a routed `source` for `hart`.
     pub fn unmask(&self, source: u32, hart: usize) {
         match self {
             Self::None => {}
@@ -59,7 +59,7 @@ impl Irqchip {
         }
     }
 
-    /// Keeps `source` from `hart`.
+    /// Disables `source` for `hart`.
     pub fn mask(&self, source: u32, hart: usize) {
         match self {
             Self::None => {}
@@ -78,7 +78,7 @@ impl Irqchip {
         }
     }
 
-    /// Takes the most urgent source of `hart` (which must be the calling hart); 0 if none is pending.
+    /// Claims the source of `hart` (which must be the calling hart) with the highest priority; 0 if none is pending.
     #[must_use]
     pub fn claim(&self, hart: usize) -> u32 {
         match self {
@@ -88,7 +88,7 @@ impl Irqchip {
         }
     }
 
-    /// Ends the handling of a claimed level-triggered source: it comes again if its line is still up.
+    /// Completes a claimed level-triggered source: it is pending again if its line is still high.
     pub fn complete(&self, source: u32, hart: usize) {
         match self {
             Self::None => {}

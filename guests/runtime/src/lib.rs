@@ -1,7 +1,7 @@
-//! What every guest stands on: the way in, traps that can be survived, a console, SBI calls, the device tree, and both
+//! The runtime of all guests: entry code, traps that can be caught, a console, SBI calls, the device tree, and both
 //! kinds of interrupt controller. A guest is `guest!(run)` and a function that makes checks and reports them.
 //!
-//! In boot order: [`entry`] (assembly, stacks) -> [`board`] (what the device tree says) -> the guest's function ->
+//! In boot order: [`entry`] (assembly, stacks) -> [`board`] (reads the device tree) -> the guest's function ->
 //! [`report`] (one line per check) -> [`sbi::power_off`].
 
 #![no_std]
@@ -29,11 +29,11 @@ pub mod virtio;
 pub use board::Board;
 pub use report::Failure;
 
-/// Names the function in which the guest's boot hart starts: `fn(&'static Board)`. When it returns, the guest powers off.
+/// Sets the main function of the guest's boot hart: `fn(&'static Board)`. When it returns, the guest powers off.
 #[macro_export]
 macro_rules! guest {
     ($run:path) => {
-        // SAFETY: the one symbol of this name in a guest; the runtime declares it with this signature.
+        // SAFETY: the only symbol of this name in a guest; the runtime declares it with this signature.
         #[unsafe(no_mangle)]
         fn guest_main(board: &'static $crate::Board) {
             $run(board)

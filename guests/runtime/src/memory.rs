@@ -1,5 +1,5 @@
-//! The four memory functions that the compiler calls and that no C library provides here. In assembly, because a loop
-//! written in Rust would be recognised and replaced by a call to itself.
+//! The four memory functions that the compiler calls, as there is no C library. In assembly, because the compiler
+//! would replace a loop in Rust by a call of the same function.
 
 use core::arch::global_asm;
 

@@ -1,4 +1,4 @@
-//! Loads and stores at physical addresses, in exactly the width that is written down.
+//! Loads and stores at physical addresses with an exact width.
 
 use core::arch::asm;
 
@@ -9,7 +9,7 @@ macro_rules! access {
         #[inline(always)]
         pub fn $read(addr: usize) -> $type {
             let value: u64;
-            // SAFETY: guests map nothing but devices and their own image; what an address does is what is under test.
+            // SAFETY: guests map only devices and their own image; the effect of an address is under test.
             unsafe {
                 asm!(concat!($load, " {v}, 0({a})"), v = out(reg) value, a = in(reg) addr, options(nostack));
             }

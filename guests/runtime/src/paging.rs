@@ -1,17 +1,17 @@
-//! Sv39 with three gigabyte-page views of the same first 4 GiB: as they are, moved up for S-mode, and moved up for U-mode.
+//! Sv39 with three gigapage mappings of the first 4 GiB: identity, at an offset for S-mode, and at an offset for U-mode.
 
 use core::arch::asm;
 
 use crate::csr_write;
 
-/// Bytes that the views cover: devices and 2 GiB of RAM.
+/// Size of the mappings in bytes: devices and 2 GiB of RAM.
 const COVERED: usize = 4 << 30;
 const GIGABYTE: usize = 1 << 30;
-/// What a physical address becomes in the S-mode view that does not lie where the memory is.
+/// Offset of the S-mode mapping that is not the identity.
 pub const OFFSET: usize = 32 * GIGABYTE;
-/// What a physical address becomes in the U-mode view.
+/// Offset of the U-mode mapping.
 pub const USER: usize = 64 * GIGABYTE;
-/// An address range that no view maps.
+/// Start of an unmapped address range.
 pub const UNMAPPED: usize = 16 * GIGABYTE;
 
 const VALID_RWX_ACCESSED_DIRTY: usize = 0b1100_1111;
@@ -23,7 +23,7 @@ struct Table([usize; 512]);
 
 static mut ROOT: Table = Table([0; 512]);
 
-/// Builds the views and switches translation on for the calling hart.
+/// Builds the mappings and enables translation for the calling hart.
 pub fn on() {
     let root = &raw mut ROOT;
     for gigabyte in 0..COVERED / GIGABYTE {
@@ -38,13 +38,13 @@ pub fn on() {
     switch(SV39 | root as usize >> 12);
 }
 
-/// Switches translation off for the calling hart, which must be running in the view that lies where the memory is.
+/// Disables translation for the calling hart, which must be running in the identity mapping.
 pub fn off() {
     switch(0);
 }
 
 fn switch(satp: usize) {
     csr_write!("satp", satp);
-    // SAFETY: code and stacks lie at the same addresses before and after.
+    // SAFETY: code and stacks are at the same addresses before and after.
     unsafe { asm!("sfence.vma", options(nostack)) }
 }

@@ -7,15 +7,15 @@ use crate::mmio;
 /// Interrupt number of S-mode external interrupts at a hart's `riscv,cpu-intc`.
 const S_EXTERNAL: u32 = 9;
 
-/// A PLIC and which context is whose.
+/// A PLIC and the contexts of the harts.
 pub struct Plic {
     /// First address.
     pub base: usize,
-    /// Bytes of its window.
+    /// Size of its registers in bytes.
     pub size: usize,
     /// Sources: 1 to this number (`riscv,ndev`).
     pub sources: u32,
-    /// Contexts of the controller, M-mode's included.
+    /// Number of contexts, those of M-mode included.
     pub contexts: usize,
     /// (hart, context)
     owners: [(usize, usize); MAX_HARTS],
@@ -72,7 +72,7 @@ impl Plic {
         self.base + 0x2000 + 0x80 * context + 4 * (source as usize / 32)
     }
 
-    /// Address of a context's threshold; claim and complete lie 4 behind it.
+    /// Address of a context's threshold; claim and complete are at offset 4 from it.
     #[must_use]
     pub fn threshold(&self, context: usize) -> usize {
         self.base + 0x20_0000 + 0x1000 * context
@@ -84,7 +84,7 @@ impl Plic {
         self.threshold(context) + 4
     }
 
-    /// Nothing enabled for this hart, threshold 0.
+    /// Disables all sources for this hart and sets the threshold to 0.
     pub fn init(&self, hart: usize) {
         let context = self.context(hart);
         for source in (0..=self.sources).step_by(32) {
@@ -93,19 +93,19 @@ impl Plic {
         mmio::write32(self.threshold(context), 0);
     }
 
-    /// Priority 1, the enable bit off.
+    /// Sets priority 1 and clears the enable bit.
     pub fn route(&self, source: u32, hart: usize) {
         mmio::write32(self.priority(source), 1);
         self.mask(source, hart);
     }
 
-    /// The enable bit on.
+    /// Sets the enable bit.
     pub fn unmask(&self, source: u32, hart: usize) {
         let word = self.enables(self.context(hart), source);
         mmio::write32(word, mmio::read32(word) | 1 << (source % 32));
     }
 
-    /// The enable bit off.
+    /// Clears the enable bit.
     pub fn mask(&self, source: u32, hart: usize) {
         let word = self.enables(self.context(hart), source);
         mmio::write32(word, mmio::read32(word) & !(1 << (source % 32)));

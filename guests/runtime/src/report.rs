@@ -1,21 +1,21 @@
-//! One line per check: `PASS name`, or `FAIL name: why`.
+//! One line per check: `PASS name`, or `FAIL name: reason`.
 
 use core::fmt::{self, Write};
 
 use crate::{Board, println, uart};
 
-/// Why a check failed.
+/// The reason why a check failed.
 pub struct Failure {
     text: [u8; 200],
     len: usize,
 }
 
 impl Failure {
-    /// A failure with its reason; cut at 200 bytes.
+    /// A failure with its reason, truncated to 200 bytes.
     #[must_use]
     pub fn new(args: fmt::Arguments<'_>) -> Self {
         let mut failure = Self { text: [0; 200], len: 0 };
-        // What does not fit is cut off.
+        // Longer text is truncated.
         let _ = failure.write_fmt(args);
         failure
     }

@@ -2,7 +2,7 @@
 
 use crate::mmio;
 
-/// Where the clock lies on QEMU's `virt` machine and on rvmm's.
+/// Address of the RTC on QEMU's `virt` machine and on rvmm's.
 pub const BASE: usize = 0x10_1000;
 /// Its interrupt source there.
 pub const IRQ: u32 = 11;

@@ -4,18 +4,18 @@ use core::arch::asm;
 
 use crate::csr;
 
-/// What a call answers.
+/// The result of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ret {
     /// 0 or one of the negative error codes below.
     pub error: isize,
-    /// The value, where the call has one.
+    /// The value, if the call has one.
     pub value: usize,
 }
 
 /// No error
 pub const SUCCESS: isize = 0;
-/// The extension, the function or what it asks for does not exist
+/// The extension, the function or the requested feature does not exist
 pub const NOT_SUPPORTED: isize = -2;
 /// An argument is wrong
 pub const INVALID_PARAM: isize = -3;
@@ -43,14 +43,14 @@ pub const DBCN: usize = 0x4442_434e;
 /// System suspend (chapter 13)
 pub const SUSP: usize = 0x5355_5350;
 
-/// What `get_impl_id` answers under KVM (section 4.4).
+/// The result of `get_impl_id` under KVM (section 4.4).
 const IMPL_KVM: usize = 3;
 
 /// Makes an SBI call.
 pub fn call(extension: usize, function: usize, args: [usize; 6]) -> Ret {
     let (error, value);
-    // SAFETY: the firmware or the hypervisor keeps all registers but a0 and a1; memory is only touched where the
-    // arguments say, which is the caller's matter.
+    // SAFETY: the firmware or the hypervisor preserves all registers except a0 and a1; it accesses only the memory
+    // given by the arguments, for which the caller is responsible.
     unsafe {
         asm!(
             "ecall",
@@ -73,7 +73,7 @@ pub fn call2(extension: usize, function: usize, a0: usize, a1: usize) -> Ret {
     call(extension, function, [a0, a1, 0, 0, 0, 0])
 }
 
-/// True where `probe_extension` finds `extension`.
+/// True if `probe_extension` finds `extension`.
 #[must_use]
 pub fn has(extension: usize) -> bool {
     let ret = call2(BASE, 3, extension, 0);
@@ -86,7 +86,7 @@ pub fn is_kvm() -> bool {
     call2(BASE, 1, 0, 0).value == IMPL_KVM
 }
 
-/// Sets this hart's timer to `time` (SBI 6.1), which clears a pending timer interrupt if it lies ahead.
+/// Sets this hart's timer to `time` (SBI 6.1), which clears a pending timer interrupt if it is in the future.
 pub fn set_timer(time: u64) -> Ret {
     call2(TIME, 0, time as usize, 0)
 }
@@ -96,7 +96,7 @@ pub fn hart_start(hart: usize, addr: usize, opaque: usize) -> Ret {
     call(HSM, 0, [hart, addr, opaque, 0, 0, 0])
 }
 
-/// Stops the calling hart (SBI 9.2); comes back only with an error.
+/// Stops the calling hart (SBI 9.2); returns only with an error.
 pub fn hart_stop() -> Ret {
     call2(HSM, 1, 0, 0)
 }
@@ -111,12 +111,12 @@ pub fn send_ipi(mask: usize, base: usize) -> Ret {
     call2(IPI, 0, mask, base)
 }
 
-/// Writes memory to the debug console (SBI 12.1); `value` says how much was written.
+/// Writes memory to the debug console (SBI 12.1); `value` is the number of bytes written.
 pub fn console_write(len: usize, lo: usize, hi: usize) -> Ret {
     call(DBCN, 0, [len, lo, hi, 0, 0, 0])
 }
 
-/// Reads from the debug console into memory (SBI 12.2); `value` says how much was read.
+/// Reads from the debug console into memory (SBI 12.2); `value` is the number of bytes read.
 pub fn console_read(len: usize, lo: usize, hi: usize) -> Ret {
     call(DBCN, 1, [len, lo, hi, 0, 0, 0])
 }
@@ -131,19 +131,19 @@ pub fn system_reset(kind: usize, reason: usize) -> Ret {
     call2(SRST, 0, kind, reason)
 }
 
-/// Powers the machine off; sleeps forever if it does not go.
+/// Powers the machine off; sleeps forever if that fails.
 pub fn power_off() -> ! {
     system_reset(0, 0);
     sleep_forever()
 }
 
-/// Powers off and gives a system failure as the reason.
+/// Powers off with a system failure as the reason.
 pub fn power_off_with_failure() -> ! {
     system_reset(0, 1);
     sleep_forever()
 }
 
-/// Sleeps with all interrupts off.
+/// Sleeps with all interrupts disabled.
 pub fn sleep_forever() -> ! {
     csr::interrupts_off();
     crate::csr_write!("sie", 0);

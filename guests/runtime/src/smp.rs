@@ -1,4 +1,4 @@
-//! Starting further harts.
+//! Start and suspend of harts.
 
 use core::sync::atomic::{AtomicUsize, Ordering};
 
@@ -18,23 +18,23 @@ fn slot(hart: usize) -> Option<usize> {
     others.position(|cpu| cpu.hart == hart).map(|index| index + 1)
 }
 
-/// Starts `hart`, which must be another one and stopped, in `job`. When `job` returns, the hart stops itself.
+/// Starts `hart`, which must be another one and stopped, at `job`. When `job` returns, the hart stops itself.
 pub fn start(hart: usize, job: fn()) -> sbi::Ret {
     let slot = slot(hart).expect("no such hart in the tree");
     JOBS[slot].store(job as usize, Ordering::SeqCst);
     sbi::hart_start(hart, (&raw const _start_hart) as usize, slot)
 }
 
-/// Suspends the whole machine to RAM (SBI 13.1), which takes that this hart is the only one started. After the wake-up the
-/// hart runs `job` on a fresh stack, and then stops; comes back only with an error.
+/// Suspends the whole machine to RAM (SBI 13.1); this hart must be the only started one. After the wake-up the
+/// hart runs `job` on a new stack, and then stops; returns only with an error.
 pub fn suspend_system(job: fn()) -> sbi::Ret {
     let slot = slot(trap::hart().id).expect("a hart outside the tree");
     JOBS[slot].store(job as usize, Ordering::SeqCst);
     sbi::call(sbi::SUSP, 0, [0, (&raw const _start_hart) as usize, slot, 0, 0, 0])
 }
 
-/// Suspends the calling hart, which keeps nothing of its state (SBI 9.4). After the wake-up it runs `job` on a fresh stack, and
-/// then stops; comes back only with an error.
+/// Suspends the calling hart non-retentively (SBI 9.4). After the wake-up it runs `job` on a new stack, and
+/// then stops; returns only with an error.
 pub fn suspend(job: fn()) -> sbi::Ret {
     const NON_RETENTIVE: usize = 0x8000_0000;
     let slot = slot(trap::hart().id).expect("a hart outside the tree");

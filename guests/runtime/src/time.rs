@@ -21,7 +21,7 @@ pub fn ticks(ms: u64) -> u64 {
     Board::get().timebase_hz * ms / 1000
 }
 
-/// Waits until `done`, at most a minute; false if it never came.
+/// Waits until `done`, at most a minute; false after that.
 pub fn wait_until(mut done: impl FnMut() -> bool) -> bool {
     let start = now();
     while !done() {
@@ -33,7 +33,7 @@ pub fn wait_until(mut done: impl FnMut() -> bool) -> bool {
     true
 }
 
-/// Lets `ms` milliseconds pass.
+/// Waits `ms` milliseconds.
 pub fn pause(ms: u64) {
     let start = now();
     while now() - start < ticks(ms) {
@@ -41,8 +41,8 @@ pub fn pause(ms: u64) {
     }
 }
 
-/// Sets the SBI timer for sure. KVM on a host with Sstc forgets a call when the hart's thread is preempted right behind it:
-/// the comparator, which is the guest's `stimecmp`, then still holds what it held before.
+/// Sets the SBI timer reliably. KVM on a host with Sstc loses a call when the hart's thread is preempted right after it:
+/// the comparator, which is the guest's `stimecmp`, then still holds its old value.
 pub fn set_timer(due: u64) -> sbi::Ret {
     loop {
         let ret = sbi::set_timer(due);
@@ -68,7 +68,7 @@ unsafe extern "C" {
     static time_in_user_mode: u8;
 }
 
-/// True where user mode may read `time` on this hart (`scounteren.TM`): it does, and is back by its call.
+/// True if user mode may read `time` on this hart (`scounteren.TM`): it reads it and returns by an `ecall`.
 #[must_use]
 pub fn is_open_to_user_mode() -> bool {
     let code = &raw const time_in_user_mode;

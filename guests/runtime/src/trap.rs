@@ -1,7 +1,7 @@
-//! Traps: one vector for every hart, a way to survive an exception that was provoked on purpose, and hooks for interrupts.
+//! Traps: one vector for all harts, a way to catch an expected exception, and hooks for interrupts.
 //!
-//! `sscratch` holds the address of the hart's [`Hart`], which lies on top of its trap stack; while a trap is being handled
-//! it holds 0, so that an exception inside the handler is told apart and ends the guest instead of looping.
+//! `sscratch` holds the address of the hart's [`Hart`], which is on top of its trap stack; while a trap is being handled
+//! it holds 0, so that an exception inside the handler is detected and ends the guest instead of looping.
 
 use core::arch::global_asm;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -28,7 +28,7 @@ pub const STORE_PAGE: usize = 15;
 const INTERRUPT: usize = 1 << 63;
 const TRAP_STACK: usize = 16 << 10;
 
-/// An exception that was survived.
+/// A caught exception.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Trap {
     /// `scause`
@@ -41,14 +41,14 @@ pub struct Trap {
     pub from_user: bool,
 }
 
-/// What a hart knows about itself; `tp` points at it outside user mode. The assembly knows the first three fields.
+/// The data of a hart; `tp` points at it outside of user mode. The assembly uses the first three fields.
 #[repr(C, align(16))]
 pub struct Hart {
     /// Hart id, as given in a0.
     pub id: usize,
-    /// Which of the runtime's slots (stacks) it uses.
+    /// The index of its slot (stacks) in the runtime.
     pub slot: usize,
-    /// The [`Jump`] of an [`expect`] that is under way, or 0.
+    /// The [`Jump`] of an active [`expect`], or 0.
     probe: usize,
     trap: Trap,
 }
@@ -61,7 +61,7 @@ pub(crate) struct TrapStack {
 }
 
 impl TrapStack {
-    /// Where the [`Hart`] lies in it.
+    /// Offset of the [`Hart`] in it.
     pub(crate) const HART: usize = core::mem::offset_of!(Self, hart);
 
     pub(crate) const fn new() -> Self {
@@ -70,7 +70,7 @@ impl TrapStack {
     }
 }
 
-/// Registers as the vector saves them: x1 to x31, then `sepc` and `sstatus`.
+/// The registers saved by the vector: x1 to x31, then `sepc` and `sstatus`.
 #[repr(C)]
 struct Frame {
     x: [usize; 31],
@@ -79,7 +79,7 @@ struct Frame {
     spare: usize,
 }
 
-/// Where [`expect`] goes on after a trap: sp and s0 to s11; the return address lies on the stack.
+/// The state with which [`expect`] continues after a trap: sp and s0 to s11; the return address is on the stack.
 #[repr(C)]
 struct Jump {
     saved: [usize; 13],
@@ -89,7 +89,7 @@ static ON_SOFTWARE: AtomicUsize = AtomicUsize::new(0);
 static ON_TIMER: AtomicUsize = AtomicUsize::new(0);
 static ON_EXTERNAL: AtomicUsize = AtomicUsize::new(0);
 
-/// An interrupt that a function can be hung on.
+/// An interrupt to which a function can be attached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Interrupt {
     /// IPI (cause 1)
@@ -110,16 +110,16 @@ impl Interrupt {
     }
 }
 
-/// Hangs `f` on an interrupt, on every hart. It runs on the trap stack with interrupts off and must take the cause away.
+/// Attaches `f` to an interrupt on every hart. It runs on the trap stack with interrupts disabled and must clear the cause.
 pub fn on(interrupt: Interrupt, f: fn()) {
     interrupt.hook().store(f as usize, Ordering::SeqCst);
 }
 
-/// The hart that runs this.
+/// The calling hart.
 #[must_use]
 pub fn hart() -> &'static Hart {
     let hart: *const Hart;
-    // SAFETY: `tp` is set at entry and kept by the vector; the struct lives as long as the guest.
+    // SAFETY: `tp` is set at entry and kept by the vector; the struct exists as long as the guest runs.
     unsafe {
         core::arch::asm!("mv {}, tp", out(reg) hart, options(nomem, nostack));
         &*hart
@@ -227,11 +227,11 @@ unsafe extern "C" {
     fn trap_enter_user(pc: usize, arg: usize);
 }
 
-/// Runs `f` and gives the exception that ended it, if one did. What `f` had on its stack is forgotten then, so it must
-/// hold nothing that needs dropping. Does not nest.
+/// Runs `f` and returns the exception that ended it, if any. The stack of `f` is discarded then, so it must
+/// hold nothing that needs dropping. Cannot be nested.
 pub fn expect<F: FnOnce()>(f: F) -> Option<Trap> {
     extern "C" fn call<F: FnOnce()>(f: *mut ()) {
-        // SAFETY: `f` is the option below, which is still there and still full.
+        // SAFETY: `f` is the option below, which still exists and is `Some`.
         let f = unsafe { (*f.cast::<Option<F>>()).take() };
         if let Some(f) = f {
             f();
@@ -240,8 +240,8 @@ pub fn expect<F: FnOnce()>(f: F) -> Option<Trap> {
     let mut f = Some(f);
     let mut jump = Jump { saved: [0; 13] };
     let hart = core::ptr::from_ref(hart()).cast_mut();
-    // SAFETY: the hart's struct belongs to this hart alone. The assembly saves what a call must keep and, after a trap,
-    // returns as if `call` had returned.
+    // SAFETY: only this hart uses its struct. The assembly saves the callee-saved registers and, after a trap, returns as
+    // if `call` had returned.
     unsafe {
         (&raw mut (*hart).probe).write_volatile((&raw mut jump) as usize);
         let trapped = trap_probe(call::<F>, (&raw mut f).cast(), &raw mut jump);
@@ -250,9 +250,9 @@ pub fn expect<F: FnOnce()>(f: F) -> Option<Trap> {
     }
 }
 
-/// Runs the code at `pc` in user mode with `arg` in a0 until it traps. Interrupts are as they were.
+/// Runs the code at `pc` in user mode with `arg` in a0 until it traps. The interrupt state is unchanged.
 pub fn user(pc: usize, arg: usize) -> Option<Trap> {
-    // SAFETY: user mode cannot return here but by a trap, which `expect` catches.
+    // SAFETY: user mode returns only by a trap, which `expect` catches.
     expect(|| unsafe { trap_enter_user(pc, arg) })
 }
 
@@ -273,7 +273,7 @@ extern "C" fn handle(frame: &mut Frame, cause: usize, tval: usize) {
         return hook();
     }
     let hart = core::ptr::from_ref(hart()).cast_mut();
-    // SAFETY: the hart's struct belongs to this hart alone, and `expect` looks at it only after this returns.
+    // SAFETY: only this hart uses its struct, and `expect` reads it only after this returns.
     let jump = unsafe {
         (*hart).trap =
             Trap { cause, tval, epc: frame.epc, from_user: frame.status & csr::SSTATUS_SPP == 0 };
@@ -294,7 +294,7 @@ extern "C" fn nested(cause: usize, tval: usize, epc: usize) -> ! {
 
 fn fatal(what: &str, cause: usize, tval: usize, epc: usize) -> ! {
     static REPORTED: AtomicBool = AtomicBool::new(false);
-    // A trap of the report itself must not report again.
+    // A trap in the report itself must not be reported again.
     if !REPORTED.swap(true, Ordering::SeqCst) {
         console::break_lock();
         println!(

@@ -2,7 +2,7 @@
 
 use crate::mmio;
 
-/// Where the UART lies on QEMU's `virt` machine and on rvmm's.
+/// Address of the UART on QEMU's `virt` machine and on rvmm's.
 pub const BASE: usize = 0x1000_0000;
 /// Its interrupt source there.
 pub const IRQ: u32 = 10;
@@ -55,7 +55,7 @@ pub const IIR_NONE: u8 = 1;
 pub const IIR_THRE: u8 = 2;
 /// IIR: received data available
 pub const IIR_RX: u8 = 4;
-/// IIR: the bits that identify
+/// IIR: the identification bits
 pub const IIR_MASK: u8 = 0xf;
 /// LCR: divisor latch access
 pub const LCR_DLAB: u8 = 0x80;
@@ -73,7 +73,7 @@ pub fn write(reg: usize, value: u8) {
     mmio::write8(BASE + reg, value);
 }
 
-/// Switches the FIFOs on and the interrupts off.
+/// Enables the FIFOs and disables the interrupts.
 pub fn init() {
     write(reg::IER, 0);
     write(reg::LCR, LCR_8N1);
@@ -81,7 +81,7 @@ pub fn init() {
     write(reg::MCR, MCR_OUT2 | 3);
 }
 
-/// Sends bytes, looking at LSR once per 16 of them, as many as the FIFO holds.
+/// Sends bytes, reading LSR once per 16 of them, the size of the FIFO.
 pub fn send(bytes: &[u8]) {
     for chunk in bytes.chunks(16) {
         while read(reg::LSR) & LSR_THRE == 0 {
@@ -93,7 +93,7 @@ pub fn send(bytes: &[u8]) {
     }
 }
 
-/// A received byte, if one is there.
+/// A received byte, if there is one.
 #[must_use]
 pub fn try_receive() -> Option<u8> {
     (read(reg::LSR) & LSR_DR != 0).then(|| read(reg::RBR))

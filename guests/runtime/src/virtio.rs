@@ -1,4 +1,4 @@
-//! A driver for virtio devices over MMIO, version 2 (virtio 1.3, section 4.2.2), with split queues in a quiet corner of RAM.
+//! A driver for virtio devices over MMIO, version 2 (virtio 1.3, section 4.2.2), with split queues in otherwise unused RAM.
 
 use core::sync::atomic::{Ordering, fence};
 
@@ -11,15 +11,15 @@ pub mod reg {
     pub const MAGIC: usize = 0x00;
     /// 2
     pub const VERSION: usize = 0x04;
-    /// What kind of device; 0 for none
+    /// Kind of device; 0 for none
     pub const DEVICE_ID: usize = 0x08;
-    /// Features offered, the word that the next register selects
+    /// Offered features, in the word selected by the next register
     pub const DEVICE_FEATURES: usize = 0x10;
-    /// Selects a word of the features offered
+    /// Selects a word of the offered features
     pub const DEVICE_FEATURES_SEL: usize = 0x14;
-    /// Features taken
+    /// Accepted features
     pub const DRIVER_FEATURES: usize = 0x20;
-    /// Selects a word of the features taken
+    /// Selects a word of the accepted features
     pub const DRIVER_FEATURES_SEL: usize = 0x24;
     /// Selects a queue
     pub const QUEUE_SEL: usize = 0x30;
@@ -27,15 +27,15 @@ pub mod reg {
     pub const QUEUE_SIZE_MAX: usize = 0x34;
     /// Its size
     pub const QUEUE_SIZE: usize = 0x38;
-    /// 1 where it is set up
+    /// 1 if it is set up
     pub const QUEUE_READY: usize = 0x44;
-    /// Rings a queue
+    /// Notifies the device of a queue
     pub const QUEUE_NOTIFY: usize = 0x50;
     /// Pending interrupts
     pub const INTERRUPT_STATUS: usize = 0x60;
     /// Clears interrupts
     pub const INTERRUPT_ACK: usize = 0x64;
-    /// Steps of the start
+    /// Device status
     pub const STATUS: usize = 0x70;
     /// Address of the descriptor table (two words)
     pub const QUEUE_DESC: usize = 0x80;
@@ -69,16 +69,16 @@ pub type Descriptor = (usize, u32, u16, u16);
 /// Entries of every queue.
 pub const SIZE: u16 = 8;
 
-/// Bytes of RAM per queue and per device, and where in RAM the first one lies: past image, stacks and tree of a guest of 64 MiB.
+/// Bytes of RAM per queue and per device, and the offset of the first one in RAM: after image, stacks and tree of a 64 MiB guest.
 const ROOM: usize = 0x1_0000;
 const ROOMS: usize = 0x10_0000;
 const CORNER: usize = 0x8300_0000;
-/// Where in a queue's room the rings and the buffers begin.
+/// Offsets of the rings and of the buffers in a queue's RAM.
 const DRIVER: usize = 0x1000;
 const DEVICE: usize = 0x2000;
 const BUFFERS: usize = 0x4000;
 
-/// A device that the tree shows.
+/// A device in the device tree.
 #[derive(Clone, Copy)]
 pub struct Device {
     /// Address of its registers.
@@ -87,7 +87,7 @@ pub struct Device {
     pub irq: u32,
 }
 
-/// A queue of a running device. Its descriptors are used in turn, one request at a time.
+/// A queue of a running device. Its descriptors are used in order, one request at a time.
 pub struct Queue {
     index: u32,
     room: usize,
@@ -119,7 +119,7 @@ impl Device {
         mmio::write32(self.base + register, value);
     }
 
-    /// The features that it offers.
+    /// The offered features.
     #[must_use]
     pub fn features(&self) -> u64 {
         let word = |index| {
@@ -190,7 +190,7 @@ impl Queue {
         mmio::write64(at + 8, u64::from(len) | u64::from(flags) << 32 | u64::from(next) << 48);
     }
 
-    /// Makes the chain of `head` available, without telling the device.
+    /// Makes the chain of `head` available, without notifying the device.
     pub fn offer(&mut self, head: u16) {
         let slot = usize::from(self.available % SIZE);
         mmio::write16(self.room + DRIVER + 4 + 2 * slot, head);
@@ -198,29 +198,29 @@ impl Queue {
         self.publish(self.available);
     }
 
-    /// Sets the available index, whatever it says.
+    /// Sets the available index to any value.
     pub fn publish(&self, index: u16) {
         fence(Ordering::SeqCst);
         mmio::write16(self.room + DRIVER + 2, index);
         fence(Ordering::SeqCst);
     }
 
-    /// Writes the available ring's flags: 1 asks for no interrupts.
+    /// Writes the available ring's flags: 1 suppresses interrupts.
     pub fn set_flags(&self, flags: u16) {
         mmio::write16(self.room + DRIVER, flags);
     }
 
-    /// Asks for an interrupt at used index `index`, where event indices were negotiated.
+    /// Requests an interrupt at used index `index`, if event indices were negotiated.
     pub fn ask_at(&self, index: u16) {
         mmio::write16(self.room + DRIVER + 4 + 2 * usize::from(SIZE), index);
     }
 
-    /// Rings the doorbell.
+    /// Notifies the device.
     pub fn ring(&self, device: &Device) {
         device.write(reg::QUEUE_NOTIFY, self.index);
     }
 
-    /// The next chain that came back: its head and the bytes written.
+    /// The next returned chain: its head and the number of bytes written.
     pub fn take(&mut self) -> Option<(u32, u32)> {
         fence(Ordering::SeqCst);
         if mmio::read16(self.room + DEVICE + 2) == self.used {
@@ -231,7 +231,7 @@ impl Queue {
         Some((mmio::read32(at), mmio::read32(at + 4)))
     }
 
-    /// Waits for the next chain to come back.
+    /// Waits for the next returned chain.
     pub fn wait(&mut self) -> Result<(u32, u32), Failure> {
         let mut came = None;
         ensure!(
@@ -245,7 +245,7 @@ impl Queue {
         came.ok_or_else(|| Failure::new(format_args!("nothing came back")))
     }
 
-    /// One request of one buffer for the device to write, from offer to answer.
+    /// Makes one request with one writable buffer and waits for it.
     pub fn fill(&mut self, device: &Device, len: u32) -> Result<u32, Failure> {
         self.describe(0, (self.buffer(0), len, WRITE, 0));
         self.offer(0);

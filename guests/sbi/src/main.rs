@@ -1,7 +1,7 @@
-//! Every SBI call is answered, whatever its arguments; and so is the one CSR that the kernel leaves to user space.
+//! Every SBI call with any arguments is answered, and so is the one CSR that the kernel leaves to user space.
 //!
-//! Boot arguments: `input` also reads bytes from the debug console, and suspends the machine where SUSP is there: its timer, an interrupt
-//! and input wake it. `suspend` does the second alone.
+//! Boot arguments: `input` also reads bytes from the debug console, and suspends the machine if SUSP exists: its timer, an
+//! interrupt and input wake it. `suspend` does only the second.
 
 #![no_std]
 #![no_main]
@@ -16,7 +16,7 @@ use runtime::{
 
 runtime::guest!(run);
 
-/// Most bytes that rvmm moves in one call.
+/// Maximum number of bytes that rvmm copies in one call.
 const AT_ONCE: usize = 4096;
 const OUTSIDE: usize = 0x5000_0000;
 
@@ -72,7 +72,7 @@ fn base(_: &'static Board) -> Result<(), Failure> {
     for extension in [sbi::BASE, sbi::TIME, sbi::IPI, sbi::RFENCE, sbi::HSM, sbi::SRST, sbi::DBCN] {
         ensure!(sbi::has(extension), "extension {extension:#x} is missing");
     }
-    // (The last number there is, KVM takes for its place-holder of the calls of SBI 0.1.)
+    // (KVM uses the last number as its placeholder for SBI 0.1 calls.)
     for extension in [
         0x0800_0000,
         0x08ff_ffff,
@@ -117,7 +117,7 @@ fn unknown(_: &'static Board) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The calls of SBI 0.1: there or not, as the host's kernel has it; never an end.
+/// SBI 0.1 calls: supported or not, depending on the host's kernel; they never end the guest.
 fn version_0_1(_: &'static Board) -> Result<(), Failure> {
     sbi::call2(1, 0, b'!'.into(), 0);
     sbi::call2(1, 0, b'\n'.into(), 0);
@@ -135,7 +135,7 @@ fn console_write(_: &'static Board) -> Result<(), Failure> {
     for byte in b"sbi: byte by byte\n" {
         ensure_eq!(sbi::console_write_byte(usize::from(*byte)).error, 0, "a write of one byte");
     }
-    // Only the low eight bits count.
+    // Only the low eight bits are used.
     ensure_eq!(
         sbi::console_write_byte(usize::MAX << 8 | usize::from(b'\n')).error,
         0,
@@ -156,7 +156,7 @@ fn console_write(_: &'static Board) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Addresses and lengths that do not lie in RAM.
+/// Addresses and lengths outside of RAM.
 fn outside(board: &'static Board) -> [(&'static str, usize, usize, usize); 12] {
     let (ram, size) = board.ram;
     let end = ram + size;
@@ -178,7 +178,7 @@ fn outside(board: &'static Board) -> [(&'static str, usize, usize, usize); 12] {
 
 fn console_write_hostile(board: &'static Board) -> Result<(), Failure> {
     if !sbi::is_kvm() {
-        // OpenSBI takes any address that it may touch itself, and all of 4 GiB.
+        // OpenSBI accepts any address that it can access itself, and all of 4 GiB.
         return Ok(());
     }
     for (what, len, lo, hi) in outside(board) {
@@ -205,7 +205,7 @@ fn console_read_hostile(board: &'static Board) -> Result<(), Failure> {
 
 fn hart_state(board: &'static Board) -> Result<(), Failure> {
     for bad in [board.cpus().len() + 1000, 1 << 31, usize::MAX] {
-        // Linux 6.12 says "started" of a hart that is not there.
+        // Linux 6.12 reports a nonexistent hart as started.
         let error = sbi::hart_status(bad).error;
         ensure!(error == sbi::INVALID_PARAM || error == 0, "status of hart {bad:#x}: {error}");
         let error = sbi::hart_start(bad, 0x8020_0000, 0).error;
@@ -213,11 +213,11 @@ fn hart_state(board: &'static Board) -> Result<(), Failure> {
         let error = sbi::send_ipi(1, bad).error;
         ensure!(bad == usize::MAX || error <= 0, "IPI to hart {bad:#x}: {error}");
     }
-    // Firmware and kernel look at 32 bits of a hart id.
+    // Firmware and kernel use 32 bits of a hart id.
     ensure!(sbi::hart_status(1 << 32).error <= 0, "status of hart 1 << 32");
     let error = sbi::hart_start(board.boot_hart, 0x8020_0000, 0).error;
     ensure_eq!(error, sbi::ALREADY_AVAILABLE, "start of the running hart");
-    // A kind of suspend that does not exist.
+    // An undefined suspend type.
     let error = sbi::call(sbi::HSM, 3, [0x7fff_ffff, 0, 0, 0, 0, 0]).error;
     ensure!(error < 0, "suspend of kind 0x7fffffff: {error}");
     Ok(())
@@ -245,7 +245,7 @@ fn reset_hostile(_: &'static Board) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The entropy source (Zkr): bits 31:30 say 10 where bits 15:0 are random.
+/// The entropy source (Zkr): bits 31:30 are 10 if bits 15:0 are random.
 fn seed(board: &'static Board) -> Result<(), Failure> {
     if !board.has_extension("zkr") {
         println!("sbi: no Zkr here");
@@ -272,25 +272,25 @@ fn console_read(_: &'static Board) -> Result<(), Failure> {
         ensure!(ret.value <= buffer.len() - done, "more read than asked for: {}", ret.value);
         done += ret.value;
     }
-    // SAFETY: the console wrote it behind the compiler's back.
+    // SAFETY: the console has written it, unknown to the compiler.
     let buffer = unsafe { (&raw const buffer).read_volatile() };
     println!("sbi: read '{}'", core::str::from_utf8(&buffer).unwrap_or("?"));
     Ok(())
 }
 
-/// How often the machine has been suspended, and when its timer is due.
+/// Number of suspends of the machine, and due time of its timer.
 static ROUND: AtomicUsize = AtomicUsize::new(0);
 static DUE: AtomicU64 = AtomicU64::new(0);
 
 const ALARM_MS: u64 = 100;
 
-/// Suspends the machine four times: its timer wakes it; its timer again, while an interrupt that nobody lets through does not; an
-/// interrupt that is let through; and input.
+/// Suspends the machine four times. It is woken by its timer; by its timer again, and not by a masked interrupt; by an
+/// unmasked interrupt; and by input.
 fn suspend() {
     if !sbi::has(sbi::SUSP) {
         return;
     }
-    // What comes before the machine sleeps is to stay pending.
+    // Interrupts before the machine sleeps have to stay pending.
     csr::interrupts_off();
     let board = Board::get();
     let hart = board.boot_hart;
@@ -325,7 +325,7 @@ fn suspend() {
     csr::interrupts_off();
 }
 
-/// A resumed hart begins anew.
+/// The start of the resumed hart.
 fn resumed() {
     let board = Board::get();
     let late = time::now().checked_sub(DUE.load(SeqCst));
@@ -341,7 +341,7 @@ fn resumed() {
             Ok("input")
         }
     };
-    // What the kernel forgets when it starts a hart.
+    // The kernel clears this when it starts a hart.
     let open = time::wait_until(time::is_open_to_user_mode);
     match outcome {
         Err(why) => println!("FAIL sbi: suspend {round}: {why}"),
@@ -355,7 +355,7 @@ fn resumed() {
     sbi::power_off();
 }
 
-/// The interrupt that woke the machine is still there, to be taken.
+/// Checks that the interrupt that woke the machine is still pending.
 fn interrupted(board: &'static Board) -> Result<&'static str, &'static str> {
     if !time::wait_until(|| csr_read!("sip") & csr::SIE_EXTERNAL != 0) {
         return Err("no interrupt is pending");

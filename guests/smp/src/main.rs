@@ -16,10 +16,10 @@ use runtime::{
 
 runtime::guest!(run);
 
-/// What the harts report about their start, one bit per hart.
+/// The harts that have started, one bit per hart.
 static STARTED: AtomicUsize = AtomicUsize::new(0);
 static WRONG_STATE: AtomicUsize = AtomicUsize::new(0);
-/// IPIs that each hart took.
+/// Number of IPIs that each hart has taken.
 static IPIS: [AtomicUsize; MAX_HARTS] = [const { AtomicUsize::new(0) }; MAX_HARTS];
 static LEAVE: AtomicBool = AtomicBool::new(false);
 
@@ -61,7 +61,7 @@ fn ipis(hart: usize) -> usize {
     IPIS[hart].load(SeqCst)
 }
 
-/// A started hart: says so, and sleeps between IPIs until it is told to leave.
+/// Runs on a started hart: reports the start, and sleeps between IPIs until `LEAVE` is set.
 fn sleeper() {
     let me = trap::hart().id;
     if csr_read!("satp") != 0
@@ -154,7 +154,7 @@ fn ipi_to_all(board: &'static Board) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Each hart passes an IPI on to the next, three times around.
+/// Each hart forwards an IPI to the next, for three rounds.
 fn ipi_ring(board: &'static Board) -> Result<(), Failure> {
     fn pass_on() {
         ipi();
@@ -222,8 +222,8 @@ fn start_again(board: &'static Board) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Firmware opens `time` to user mode before it starts a hart: the boot hart has it from the first instruction, others within moments
-/// after each start.
+/// Firmware enables `time` for user mode before it starts a hart: on the boot hart from the first instruction, on others
+/// shortly after each start.
 fn user_time(board: &'static Board) -> Result<(), Failure> {
     static OPEN: AtomicUsize = AtomicUsize::new(0);
     fn job() {
@@ -243,7 +243,7 @@ fn user_time(board: &'static Board) -> Result<(), Failure> {
         }
         let expected = all_mask(board) & !(1 << board.boot_hart);
         ensure_eq!(OPEN.load(SeqCst), expected, "harts that it is open on after start {round}");
-        // A kernel that takes a CPU off line and on again does not do that in one breath.
+        // A kernel does not take a CPU offline and online again at once either.
         time::pause(300);
     }
     Ok(())

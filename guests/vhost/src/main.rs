@@ -1,8 +1,8 @@
-//! Rings that make no sense, for queues that the host's kernel works on (a network card with `vhost=on`, sockets with
-//! `backend=kernel`): each costs the device until its reset. Meanwhile and afterwards the entropy device, whose queue is rvmm's
-//! own, answers, and the device itself works again as soon as it is reset.
+//! Invalid rings for vhost queues (a network card with `vhost=on`, sockets with `backend=kernel`): each breaks the device
+//! until its reset. Meanwhile and afterwards the entropy device, whose queue rvmm serves itself, works, and the device works
+//! again after its reset.
 //!
-//! On the other side of the card somebody has to send frames, whatever they are, from the first line on that this guest prints.
+//! The host has to send arbitrary frames to the card, starting with the first line that this guest prints.
 
 #![no_std]
 #![no_main]
@@ -15,16 +15,16 @@ use runtime::{Board, Failure, ensure, ensure_eq, mmio, println, report, time};
 
 runtime::guest!(run);
 
-/// Ids of devices.
+/// Device ids.
 const NET: u32 = 1;
 const RNG: u32 = 4;
 const VSOCK: u32 = 19;
 
-/// Their queues.
+/// Queue indices.
 const RECEIVE: usize = 0;
 const SEND: usize = 1;
 
-/// Bytes of `virtio_net_hdr` (virtio 1.3, section 5.1.6) and of `virtio_vsock_hdr` (section 5.10.6).
+/// Size of `virtio_net_hdr` (virtio 1.3, section 5.1.6) and of `virtio_vsock_hdr` (section 5.10.6).
 const NET_HEADER: u32 = 12;
 const VSOCK_HEADER: u32 = 44;
 
@@ -34,10 +34,10 @@ fn run(board: &'static Board) {
         "vhost",
         board,
         &[
-            ("frames that make no sense", |board| suffer(board, NET, SEND)),
-            ("buffers for frames that make no sense", |board| suffer(board, NET, RECEIVE)),
-            ("packets that make no sense", |board| suffer(board, VSOCK, SEND)),
-            ("buffers for packets that make no sense", |board| suffer(board, VSOCK, RECEIVE)),
+            ("frames that make no sense", |board| check_queue(board, NET, SEND)),
+            ("buffers for frames that make no sense", |board| check_queue(board, NET, RECEIVE)),
+            ("packets that make no sense", |board| check_queue(board, VSOCK, SEND)),
+            ("buffers for packets that make no sense", |board| check_queue(board, VSOCK, RECEIVE)),
             ("a hundred resets under load", resets),
             ("frames and packets", |board| {
                 exchange_frames(&find(board, NET)?)?;
@@ -47,23 +47,23 @@ fn run(board: &'static Board) {
     );
 }
 
-/// Something that makes no sense in a ring.
+/// Invalid contents of a ring.
 #[derive(Debug, Clone, Copy)]
-enum Nonsense {
-    /// A chain that begins with this descriptor; the one behind it leads back to it.
+enum Invalid {
+    /// A chain that begins with this descriptor; the second one links back to it.
     Chain(Descriptor),
-    /// An indirect table that begins with this descriptor, and the bytes that it is said to have.
+    /// An indirect table that begins with this descriptor, and its stated size.
     Table(Descriptor, u32),
-    /// The number of a descriptor that is not there.
+    /// The index of a nonexistent descriptor.
     Head(u16),
-    /// An available index, where the last one was 0.
+    /// An available index; the last one was 0.
     Index(u16),
 }
 
-use Nonsense::{Chain, Head, Index, Table};
+use Invalid::{Chain, Head, Index, Table};
 
-/// What there is, for a queue whose buffers have these flags. RAM ends at `end`.
-fn nonsense(queue: &Queue, end: usize, flags: u16) -> [Nonsense; 20] {
+/// All variants, for a queue whose buffers have these flags. RAM ends at `end`.
+fn invalid(queue: &Queue, end: usize, flags: u16) -> [Invalid; 20] {
     let here = queue.buffer(0);
     [
         Chain((here, 64, flags | NEXT, 0)),
@@ -89,9 +89,9 @@ fn nonsense(queue: &Queue, end: usize, flags: u16) -> [Nonsense; 20] {
     ]
 }
 
-impl Nonsense {
-    /// Puts it into the ring.
-    fn give(self, queue: &mut Queue) {
+impl Invalid {
+    /// Writes it into the ring.
+    fn write_into(self, queue: &mut Queue) {
         match self {
             Chain(descriptor) => {
                 let (addr, len, flags, _) = descriptor;
@@ -118,20 +118,20 @@ fn find(board: &Board, id: u32) -> Result<Device, Failure> {
         .ok_or_else(|| Failure::new(format_args!("no device with id {id} in the tree")))
 }
 
-/// Gives all of it to one queue of a device, a life of the device each.
-fn suffer(board: &'static Board, id: u32, number: usize) -> Result<(), Failure> {
+/// Applies each variant to one queue of a device, with a reset before each.
+fn check_queue(board: &'static Board, id: u32, number: usize) -> Result<(), Failure> {
     let (device, rng) = (find(board, id)?, find(board, RNG)?);
     let [mut numbers] = rng.start(0)?;
     let flags = if number == RECEIVE { WRITE } else { 0 };
     let end = board.ram.0 + board.ram.1;
     for place in 0.. {
         let mut queues: [Queue; 2] = device.start(INDIRECT_DESC)?;
-        let Some(given) = nonsense(&queues[number], end, flags).get(place).copied() else { break };
-        given.give(&mut queues[number]);
+        let Some(given) = invalid(&queues[number], end, flags).get(place).copied() else { break };
+        given.write_into(&mut queues[number]);
         queues[number].ring(&device);
         if (id, number) == (VSOCK, RECEIVE) {
-            // The kernel looks for a buffer when it has something to say.
-            call_nobody(&device, &mut queues[SEND]);
+            // The kernel takes a buffer when it has a packet to deliver.
+            request_stream(&device, &mut queues[SEND]);
         }
         let needs_reset = || device.read(reg::STATUS) & NEEDS_RESET != 0;
         ensure!(time::wait_until(needs_reset), "no NEEDS_RESET for {given:x?}");
@@ -165,7 +165,7 @@ fn give_buffers(device: &Device, receive: &mut Queue) {
     receive.ring(device);
 }
 
-/// A frame to everybody, and one from whoever sends.
+/// Sends a broadcast frame, and receives any frame.
 fn exchange_frames(device: &Device) -> Result<(), Failure> {
     let [mut receive, mut send]: [Queue; 2] = device.start(0)?;
     give_buffers(device, &mut receive);
@@ -173,7 +173,7 @@ fn exchange_frames(device: &Device) -> Result<(), Failure> {
     for word in (0..128).step_by(8) {
         mmio::write64(at + word, 0);
     }
-    // To all, from an address that nobody has, of the EtherType for experiments.
+    // Broadcast, from an unused address, with the EtherType for experiments.
     let frame = at + NET_HEADER as usize;
     mmio::write32(frame, u32::MAX);
     mmio::write32(frame + 4, 0x0002_ffff);
@@ -187,19 +187,19 @@ fn exchange_frames(device: &Device) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Asks for a stream to a port of the host where nobody listens.
-fn call_nobody(device: &Device, send: &mut Queue) {
+/// Requests a stream to a port of the host without a listener.
+fn request_stream(device: &Device, send: &mut Queue) {
     let at = send.buffer(7);
     for (place, word) in [
         device.read(reg::CONFIG),
         0,
-        // The host, by its number; the ports; no bytes.
+        // The host's CID; the ports; no bytes.
         2,
         0,
         1234,
         0xfff0_0001,
         0,
-        // A stream: a request.
+        // Type stream, operation request.
         1 | 1 << 16,
         0,
         4096,
@@ -215,11 +215,11 @@ fn call_nobody(device: &Device, send: &mut Queue) {
     send.ring(device);
 }
 
-/// A call that is refused, as it should be.
+/// Checks that a connection is refused.
 fn exchange_packets(device: &Device) -> Result<(), Failure> {
     let [mut receive, mut send]: [Queue; 2] = device.start(0)?;
     give_buffers(device, &mut receive);
-    call_nobody(device, &mut send);
+    request_stream(device, &mut send);
     let (head, len) = receive.wait()?;
     let operation = mmio::read16(receive.buffer(head as usize) + 30);
     // VIRTIO_VSOCK_OP_RST

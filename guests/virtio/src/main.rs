@@ -1,5 +1,5 @@
-//! A virtio device answers by doorbell and interrupt, through whichever interrupt controller the tree shows; what a driver
-//! breaks is its device, until the next reset. The device is the entropy device: it needs nothing from outside.
+//! A virtio device handles notifications and interrupts, through the interrupt controller in the device tree; a driver's
+//! errors break only its device, until the next reset. The device is the entropy device, which needs no backend.
 
 #![no_std]
 #![no_main]
@@ -16,7 +16,7 @@ runtime::guest!(run);
 /// The entropy device's id.
 const RNG: u32 = 4;
 
-/// Interrupts taken from the device, and what its status register said then.
+/// Number of interrupts taken from the device, and the values of its status register then.
 static TAKEN: AtomicU32 = AtomicU32::new(0);
 static REASONS: AtomicU32 = AtomicU32::new(0);
 static BASE: AtomicUsize = AtomicUsize::new(0);
@@ -61,7 +61,7 @@ fn device(board: &Board) -> Result<Device, Failure> {
         .ok_or_else(|| Failure::new(format_args!("no entropy device in the tree")))
 }
 
-/// A started device whose interrupts are not taken.
+/// A started device whose interrupts are masked.
 fn quiet(board: &Board, features: u64) -> Result<(Device, Queue), Failure> {
     csr::interrupts_off();
     let device = device(board)?;
@@ -77,7 +77,7 @@ fn counted(board: &'static Board, features: u64) -> Result<(Device, Queue), Fail
     board.irqchip.init(hart);
     board.irqchip.route(device.irq, hart);
     board.irqchip.unmask(device.irq, hart);
-    // What the controller has kept from an earlier check, although the line has fallen since.
+    // An interrupt pending in the controller from an earlier check, although the line is low now.
     while board.irqchip.claim(hart) != 0 {
         board.irqchip.complete(device.irq, hart);
     }

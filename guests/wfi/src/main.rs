@@ -1,8 +1,8 @@
-//! Timers wake a sleeping hart, by SBI TIME and by Sstc's `stimecmp`; then every hart sleeps for good, so that the host can
-//! try to stop a machine in which nothing will ever happen.
+//! Timers wake a sleeping hart, by SBI TIME and by Sstc's `stimecmp`; then every hart sleeps for ever, so that the host can
+//! try to stop a machine without any pending events.
 //!
-//! Boot argument `end=armed`: in place of the sleep a timer is set and its interrupt enabled but never taken, and the host says what is
-//! next, one byte: `p` power off, `c` cold reboot.
+//! Boot argument `end=armed`: instead of the sleep a timer is set and its interrupt enabled but never taken, and the host selects the
+//! end with one byte: `p` power off, `c` cold reboot.
 
 #![no_std]
 #![no_main]
@@ -52,7 +52,7 @@ fn sleep() {
     sbi::sleep_forever()
 }
 
-/// Leaves a deadline behind, for whom it may concern.
+/// Ends the guest with an armed timer.
 fn armed() {
     csr::interrupts_off();
     csr_set!("sie", csr::SIE_TIMER);
@@ -75,7 +75,7 @@ fn ticks() -> usize {
     TICKS.load(SeqCst)
 }
 
-/// Sleeps until `ticks` has changed; the hart takes the interrupt in here.
+/// Sleeps until `ticks` has changed; the hart takes the interrupt meanwhile.
 fn sleep_until_tick() {
     let before = ticks();
     while ticks() == before {
@@ -101,7 +101,7 @@ fn edge_timers(_: &'static Board) -> Result<(), Failure> {
         time::set_timer(past);
         sleep_until_tick();
     }
-    // Pending and then moved away: no longer pending.
+    // Pending and then set to a later time: no longer pending.
     csr::interrupts_off();
     time::set_timer(0);
     let pending = time::wait_until(|| csr_read!("sip") & csr::SIE_TIMER != 0);

@@ -1,4 +1,4 @@
-//! From facts to lines: each function looks at one thing. No file is opened and nobody is asked here.
+//! Turns facts into lines: each function checks one topic. It opens no files and makes no queries.
 
 use rvmm_boot::error::Size;
 
@@ -11,7 +11,7 @@ use crate::host::node::{self, DeviceNode};
 use crate::kvm::release;
 use crate::kvm::report::HostReport;
 
-/// All lines of the report, in the order in which they matter.
+/// All lines of the report, the most important ones first.
 pub(super) fn all(host: &Host, kvm: &Result<HostReport, String>) -> Vec<Check> {
     let mut checks = vec![arch(host)];
     checks.extend(kernel(host));
@@ -22,7 +22,7 @@ pub(super) fn all(host: &Host, kvm: &Result<HostReport, String>) -> Vec<Check> {
         Err(reason) if host.kvm == Node::Usable && host.arch == "riscv64" => {
             checks.push(Check::missing("kvm-api", reason).required());
         }
-        // Another line has said it.
+        // Another line reports it.
         Err(_) => {}
     }
     checks.extend(memory(host));
@@ -45,7 +45,7 @@ fn arch(host: &Host) -> Check {
     Check::missing(
         "host",
         format!(
-            "this rvmm is built for {}{cpus}, and KVM runs a host's own kind of guest",
+            "this rvmm is built for {}{cpus}, and KVM only runs guests of the host's architecture",
             host.arch
         ),
     )
@@ -55,7 +55,7 @@ fn arch(host: &Host) -> Check {
 
 fn kernel(host: &Host) -> Vec<Check> {
     let Some(release) = &host.release else {
-        return vec![Check::note("kernel", "the kernel does not tell its release")];
+        return vec![Check::note("kernel", "the kernel does not report its release")];
     };
     let Some(version) = release::version(release) else {
         return vec![Check::note(
@@ -88,7 +88,7 @@ fn kernel(host: &Host) -> Vec<Check> {
     checks
 }
 
-/// The hypervisor extension, as far as /proc/cpuinfo tells.
+/// The hypervisor extension, according to /proc/cpuinfo.
 fn hypervisor(host: &Host) -> Option<Check> {
     if host.arch != "riscv64" {
         return None;
@@ -119,7 +119,7 @@ fn kvm_node(host: &Host) -> Check {
 
 fn memory(host: &Host) -> Vec<Check> {
     let Some(memory) = host.memory else {
-        return vec![Check::note("memory", "the kernel does not tell how much memory there is")];
+        return vec![Check::note("memory", "the kernel does not report the amount of memory")];
     };
     let mut checks = vec![free_memory(memory), huge_pages(memory)];
     if let Some(mode) = &host.thp {
@@ -145,7 +145,7 @@ fn huge_pages(memory: Memory) -> Check {
     const SIZE: u64 = 2 << 20;
     if memory.huge_size != SIZE {
         let found = format!(
-            "the default huge page is {} KiB, and --hugepages takes those of 2 MiB",
+            "the default huge page is {} KiB, and --hugepages needs those of 2 MiB",
             memory.huge_size >> 10
         );
         return Check::note("huge-pages", found)
@@ -160,7 +160,7 @@ fn huge_pages(memory: Memory) -> Check {
     )
 }
 
-/// What devices of a guest may be backed by.
+/// Device nodes for the backends of a guest's devices.
 fn nodes(host: &Host) -> [Check; 3] {
     let check = |topic, device: DeviceNode, found: &Node, what: &str| {
         let path = device.path;
@@ -184,14 +184,14 @@ fn nodes(host: &Host) -> [Check; 3] {
     ]
 }
 
-/// What disks are fastest with.
+/// The fastest backend of disks.
 fn io_uring(host: &Host) -> Check {
-    const INSTEAD: &str = "disks go through a thread each, which is slower";
+    const INSTEAD: &str = "disks use a thread each, which is slower";
     match host.io_uring_disabled {
-        Some(0) => Check::ok("io_uring", "io_uring is there for disks"),
+        Some(0) => Check::ok("io_uring", "io_uring is available for disks"),
         Some(1) => Check::note(
             "io_uring",
-            format!("io_uring is for users with the right to it: {INSTEAD}"),
+            format!("io_uring is restricted to privileged users: {INSTEAD}"),
         )
         .advise(
             "sudo sysctl kernel.io_uring_disabled=0, or join the group of kernel.io_uring_group",
@@ -199,7 +199,7 @@ fn io_uring(host: &Host) -> Check {
         Some(_) => Check::note("io_uring", format!("io_uring is switched off: {INSTEAD}"))
             .advise("sudo sysctl kernel.io_uring_disabled=0"),
         None => Check::note("io_uring", format!("the kernel has no io_uring: {INSTEAD}"))
-            .advise("use a kernel with CONFIG_IO_URING, where disks have to be fast"),
+            .advise("use a kernel with CONFIG_IO_URING if disks have to be fast"),
     }
 }
 
@@ -217,7 +217,7 @@ fn programs(host: &Host) -> [Check; 2] {
 }
 
 fn limits(host: &Host) -> Vec<Check> {
-    // rvmm itself holds some ten descriptors and two for each hart; devices add theirs.
+    // rvmm itself has about ten descriptors and two for each hart; devices add theirs.
     const FEW_FILES: u64 = 256;
     let mut checks = Vec::new();
     if let Some(limit) = host.open_files {
@@ -238,7 +238,7 @@ fn limits(host: &Host) -> Vec<Check> {
         let found = bytes(limit, "a process");
         checks.push(match limit {
             Some(_) => Check::note("address-space", found)
-                .advise("guest memory counts: ulimit -v unlimited"),
+                .advise("guest memory counts, too: ulimit -v unlimited"),
             None => Check::ok("address-space", found),
         });
     }
@@ -257,7 +257,7 @@ fn cgroup(host: &Host) -> Vec<Check> {
         Check::note(
             "cgroup-pids",
             format!(
-                "this control group has at most {most} threads; a machine takes its harts and 2"
+                "this control group has at most {most} threads; a machine needs one for each hart and 2 more"
             ),
         )
     });

@@ -1,4 +1,4 @@
-//! What files of the host say: /proc, /sys and /dev below a root, which is `/` but in tests.
+//! Facts from the host's files: /proc, /sys and /dev below a root, which is `/` except in tests.
 
 use std::env;
 use std::fs::{self, OpenOptions};
@@ -10,12 +10,12 @@ use rustix::fs::OFlags;
 
 use crate::host::node::Place;
 
-/// A device node, as far as an attempt to open it tells.
+/// The state of a device node, from an attempt to open it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Node {
     /// It can be opened for reading and writing.
     Usable,
-    /// There is none, or nothing is behind it.
+    /// There is none, or it has no driver.
     Absent,
     /// This user may not open it.
     Denied,
@@ -37,12 +37,12 @@ pub(super) struct Memory {
 /// A soft limit of this process (getrlimit(2)); `None` for no limit.
 pub(super) type Limit = Option<u64>;
 
-/// The facts. `None` where the host does not tell.
+/// The facts. `None` if the host does not report one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Host {
     /// The instruction set that rvmm is built for, as Rust calls it.
     pub(super) arch: &'static str,
-    /// Whether this is a container.
+    /// A machine or a container.
     pub(super) place: Place,
     /// Release of the kernel: `6.12.107+deb13-riscv64`.
     pub(super) release: Option<String>,
@@ -56,9 +56,9 @@ pub(super) struct Host {
     pub(super) tun: Node,
     pub(super) vhost_net: Node,
     pub(super) vhost_vsock: Node,
-    /// Who may not use io_uring (Documentation/admin-guide/sysctl/kernel.rst): 0 nobody, 1 users without a right, 2 everybody.
+    /// Users that may not use io_uring (Documentation/admin-guide/sysctl/kernel.rst): 0 for none, 1 for unprivileged ones, 2 for all.
     pub(super) io_uring_disabled: Option<u8>,
-    /// Whether the programs are there that rvmm starts for shared folders and for networks without a tap.
+    /// True if the programs that rvmm starts for shared folders and for networks without a tap are installed.
     pub(super) has_virtiofsd: bool,
     pub(super) has_passt: bool,
     pub(super) open_files: Option<Limit>,
@@ -101,7 +101,7 @@ impl Host {
     }
 }
 
-/// Opens the node and lets it go again. Opening is what loads a module that the kernel can load by itself.
+/// Opens the node and closes it. Opening loads a module that the kernel can load by itself.
 fn node(root: &Path, path: &str) -> Node {
     let flags = i32::try_from((OFlags::NONBLOCK | OFlags::CLOEXEC).bits()).unwrap_or(0);
     match OpenOptions::new().read(true).write(true).custom_flags(flags).open(root.join(path)) {
@@ -109,14 +109,14 @@ fn node(root: &Path, path: &str) -> Node {
         Err(error) => match error.kind() {
             ErrorKind::NotFound => Node::Absent,
             ErrorKind::PermissionDenied => Node::Denied,
-            // ENODEV, ENXIO: a node whose driver is not there.
+            // ENODEV, ENXIO: a node without a driver.
             _ if matches!(error.raw_os_error(), Some(6 | 19)) => Node::Absent,
             _ => Node::Refused(error.to_string()),
         },
     }
 }
 
-/// Whether a program lies in a folder of PATH, or in one of `more`, where Debian puts what only programs start.
+/// True if a program is in a folder of PATH, or in one of `more`, where Debian installs those that only programs start.
 fn has_program(root: &Path, name: &str, more: &[&str]) -> bool {
     let path = env::var_os("PATH").unwrap_or_default();
     let below = |folder: PathBuf| root.join(folder.strip_prefix("/").unwrap_or(&folder));
@@ -135,7 +135,7 @@ fn isa(cpuinfo: &str) -> Option<String> {
     })
 }
 
-/// How many CPUs a list such as `0-3,6` names.
+/// Number of CPUs in a list such as `0-3,6`.
 fn count_cpus(list: &str) -> Option<u32> {
     let mut count = 0_u32;
     for range in list.trim().split(',') {
@@ -184,7 +184,7 @@ fn cgroups(root: &Path, own: &str) -> Vec<PathBuf> {
         return Vec::new();
     };
     let base = root.join("sys/fs/cgroup");
-    // A path out of this process's namespace begins with "..": nothing to see there.
+    // A path outside this process's namespace begins with ".." and cannot be read.
     if path.starts_with("..") {
         return Vec::new();
     }
@@ -192,7 +192,7 @@ fn cgroups(root: &Path, own: &str) -> Vec<PathBuf> {
     folder.ancestors().take_while(|folder| folder.starts_with(&base)).map(Path::to_owned).collect()
 }
 
-/// The smallest limit in `file` of the folders; `max` and no such file are none.
+/// The smallest limit in `file` of the folders; `max` and a missing file are no limit.
 fn smallest(folders: &[PathBuf], file: &str) -> Limit {
     let limits = folders.iter().filter_map(|folder| fs::read_to_string(folder.join(file)).ok());
     limits.filter_map(|text| text.trim().parse().ok()).min()

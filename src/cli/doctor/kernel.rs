@@ -1,11 +1,11 @@
-//! Releases of Linux, and what KVM on RISC-V does not do before them.
+//! Releases of Linux, with the limits and faults of KVM on RISC-V.
 
 use crate::kvm::release::Version;
 
 /// The oldest kernel that rvmm is tested with.
 pub(super) const OLDEST: Version = (6, 12);
 
-/// Limits of KVM on RISC-V: the release that lifted it, and what it means for guests, in words that follow
+/// Limits of KVM on RISC-V: the release that lifted each, and its effect on guests, in words that follow
 /// "Before Linux X.Y". From the kernel's own history of arch/riscv/kvm.
 pub(super) const LIMITS: &[(Version, &str)] = &[
     ((6, 14), "a guest cannot suspend itself (SBI SUSP)"),
@@ -18,12 +18,12 @@ pub(super) const LIMITS: &[(Version, &str)] = &[
     ((7, 2), "signed loads from device registers (lb, lh, lw) are not sign-extended"),
 ];
 
-/// Faults of KVM on RISC-V that a user has to know of: the release that brought it, the one that mended it, and what it means, in words that
+/// Faults of KVM on RISC-V that affect users: the release that introduced each, the one that fixed it, and its effect, in words that
 /// follow "From Linux X.Y on and before A.B".
 pub(super) const FAULTS: &[(Version, Version, &str)] = &[(
     (7, 1),
     (7, 3),
-    "a CPU of the host that is taken offline and online again spoils the machines that have run on it: leave the CPUs as they are while machines run (one that is paused meanwhile is safe)",
+    "a host CPU that is taken offline and online again breaks the machines that have run on it: do not change the CPUs while machines run (a machine that is paused meanwhile is safe)",
 )];
 
 #[cfg(test)]
@@ -31,7 +31,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn limits_stand_in_the_order_in_which_they_were_lifted() {
+    fn limits_are_in_the_order_in_which_they_were_lifted() {
         assert!(LIMITS.is_sorted_by_key(|(since, _)| *since));
         assert!(FAULTS.iter().all(|(since, until, _)| since < until));
     }

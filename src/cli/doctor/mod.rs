@@ -1,7 +1,7 @@
-//! The verb `doctor`: what this host can do, and what to do about what it cannot.
+//! The verb `doctor`: what this host supports, with advice for what is missing.
 //!
-//! `host.rs` reads files, `crate::kvm` asks KVM, `checks.rs` turns facts into lines, `report.rs` prints them; `kernel.rs`
-//! knows which release of Linux brought what.
+//! `host.rs` reads files, `crate::kvm` queries KVM, `checks.rs` turns facts into lines, `report.rs` prints them; `kernel.rs`
+//! lists the limits of each release of Linux.
 
 use std::path::Path;
 
@@ -18,7 +18,7 @@ mod virtualization;
 use host::Host;
 use report::Report;
 
-/// Examines this host, prints the report (as JSON where `json`), and gives the exit code: 1 where rvmm cannot run.
+/// Examines this host, prints the report (as JSON if `json`), and returns the exit code: 1 if rvmm cannot run.
 pub(super) fn examine(json: bool) -> u8 {
     let host = Host::read(Path::new("/"));
     let kvm = kvm::probe().map_err(|e| output::chain(&e));

@@ -6,45 +6,45 @@ use serde::Serialize;
 
 use crate::cli::output::push_escaped;
 
-/// How a check ended.
+/// The result of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Status {
-    /// It is there.
+    /// It is available.
     Ok,
-    /// It is not there.
+    /// It is missing.
     Missing,
-    /// Worth knowing.
+    /// It is worth knowing.
     Note,
 }
 
 /// One line of the report.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(super) struct Check {
-    /// What was looked at; stable, for programs.
+    /// The subject of the check; stable, for programs.
     pub(super) topic: &'static str,
-    /// How it ended.
+    /// The result.
     pub(super) status: Status,
-    /// Whether rvmm cannot run where this is missing.
+    /// True if rvmm cannot run without it.
     pub(super) required: bool,
-    /// What was found.
+    /// The finding.
     pub(super) found: String,
-    /// What to do, where there is something to do.
+    /// Advice, if there is something to do.
     pub(super) advice: Option<String>,
 }
 
 impl Check {
-    /// It is there.
+    /// It is available.
     pub(super) fn ok(topic: &'static str, found: impl Into<String>) -> Self {
         Self { topic, status: Status::Ok, required: false, found: found.into(), advice: None }
     }
 
-    /// Worth knowing.
+    /// It is worth knowing.
     pub(super) fn note(topic: &'static str, found: impl Into<String>) -> Self {
         Self { status: Status::Note, ..Self::ok(topic, found) }
     }
 
-    /// It is not there, and some feature is not to be had.
+    /// It is missing, and a feature is not available.
     pub(super) fn missing(topic: &'static str, found: impl Into<String>) -> Self {
         Self { status: Status::Missing, ..Self::ok(topic, found) }
     }
@@ -54,7 +54,7 @@ impl Check {
         Self { required: true, ..self }
     }
 
-    /// The same check, with what to do.
+    /// The same check, with advice.
     pub(super) fn advise(self, advice: impl Into<String>) -> Self {
         Self { advice: Some(advice.into()), ..self }
     }
@@ -69,7 +69,7 @@ impl Check {
 pub(super) struct Report {
     /// The version of rvmm.
     rvmm: &'static str,
-    /// Whether rvmm can run machines here.
+    /// True if rvmm can run machines here.
     can_run: bool,
     /// The lines.
     checks: Vec<Check>,
@@ -85,7 +85,7 @@ impl Report {
         self.can_run
     }
 
-    /// One line per check, one more where there is something to do, and the verdict.
+    /// One line per check, one more for its advice, and the verdict.
     pub(super) fn text(&self) -> String {
         let mut text = String::new();
         for check in &self.checks {
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn each_check_is_a_line_and_what_to_do_another() {
+    fn each_check_is_a_line_and_its_advice_another() {
         let text = report().text();
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines[0], "ok       kernel         Linux 6.12\\n\\u{1b}[31m");
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn json_says_the_same() {
+    fn json_has_the_same_content() {
         let json: serde_json::Value = serde_json::from_str(&report().json()).expect("JSON");
         assert_eq!(json["can_run"], true);
         assert_eq!(json["checks"][1]["status"], "missing");

@@ -1,4 +1,4 @@
-//! Every line of the report, from fake trees of files and from facts made up.
+//! Every line of the report, from fake file trees and made-up facts.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -99,7 +99,7 @@ fn a_good_host_has_nothing_but_ok() {
 }
 
 #[test]
-fn whatever_is_missing_is_said_with_what_to_do() {
+fn everything_that_is_missing_has_advice() {
     let nothing = Host {
         arch: "riscv64",
         place: Place::Machine,
@@ -164,7 +164,7 @@ fn each_way_not_to_open_kvm_has_its_own_advice() {
 }
 
 #[test]
-fn in_a_container_what_is_missing_has_to_be_given_to_it() {
+fn in_a_container_the_advice_is_to_pass_the_device_in() {
     for topic in ["kvm", "tun", "vhost-net", "vhost-vsock"] {
         for node in [Node::Absent, Node::Denied] {
             let check = line(topic, |host, _| {
@@ -186,8 +186,8 @@ fn in_a_container_what_is_missing_has_to_be_given_to_it() {
 }
 
 #[test]
-fn what_kvm_says_is_shown_where_it_opens_and_then_refuses() {
-    let checks = all(&good_host(), &Err("Cannot make a virtual machine: out of memory".into()));
+fn an_error_of_kvm_is_shown_if_its_node_can_be_opened() {
+    let checks = all(&good_host(), &Err("Cannot create a virtual machine: out of memory".into()));
     let check = checks.iter().find(|check| check.topic == "kvm-api").expect("a line");
     assert!(check.found.contains("out of memory"));
     assert!(!Report::new(checks).can_run());
@@ -214,13 +214,13 @@ fn limits_of_the_kernel_are_those_of_its_release() {
 }
 
 #[test]
-fn a_host_without_aia_is_told_that_the_plic_serves() {
+fn a_host_without_aia_gives_guests_the_plic() {
     let check = line("aia", |_, kvm| kvm.aia = None);
     assert_eq!((check.status, check.required), (Status::Missing, false));
     assert!(check.found.contains("PLIC"));
     for (guest_files, words) in [
         (GuestFiles::Absent, "no guest interrupt files"),
-        (GuestFiles::Unsafe, "forgets to wake harts"),
+        (GuestFiles::Unsafe, "does not always wake harts"),
     ] {
         let check = line("aia", |_, kvm| {
             kvm.aia = Some(AiaOffer { guest_files, ids: 255, all_ids_work: true })
@@ -231,7 +231,7 @@ fn a_host_without_aia_is_told_that_the_plic_serves() {
 }
 
 #[test]
-fn a_host_whose_emulated_controller_loses_interrupts_says_what_machines_with_many_devices_get() {
+fn a_host_whose_emulated_controller_loses_interrupts_gives_many_devices_the_plic() {
     let check = line("aia-identities", |_, kvm| {
         kvm.aia = kvm.aia.map(|aia| AiaOffer { all_ids_work: false, ..aia });
     });
@@ -241,7 +241,7 @@ fn a_host_whose_emulated_controller_loses_interrupts_says_what_machines_with_man
 }
 
 #[test]
-fn an_sbi_extension_that_a_guest_could_do_harm_with_is_said_to_be_off() {
+fn an_sbi_extension_that_could_harm_the_kernel_is_reported_as_off() {
     let sbi = lines("sbi", |_, kvm| {
         for offer in kvm.sbi.iter_mut().filter(|offer| offer.name == "pmu") {
             offer.state = SbiState::Withheld;
@@ -317,7 +317,7 @@ fn huge_pages_are_counted_and_their_size_matters() {
 }
 
 #[test]
-fn tun_and_vhost_are_wanted_but_not_needed() {
+fn tun_and_vhost_are_optional() {
     let host = Host {
         tun: Node::Absent,
         vhost_net: Node::Denied,
@@ -338,7 +338,7 @@ fn tun_and_vhost_are_wanted_but_not_needed() {
 }
 
 #[test]
-fn limits_of_the_process_are_shown_and_noted_where_they_bite() {
+fn limits_of_the_process_are_shown_and_noted_if_they_are_low() {
     assert_eq!(line("open-files", |host, _| host.open_files = Some(Some(64))).status, Status::Note);
     assert_eq!(line("open-files", |host, _| host.open_files = Some(None)).status, Status::Ok);
     assert!(
@@ -458,24 +458,24 @@ fn files_full_of_nonsense_give_no_facts_and_no_panic() {
 }
 
 #[test]
-fn io_uring_is_there_restricted_switched_off_or_unknown() {
+fn io_uring_is_available_restricted_switched_off_or_unknown() {
     for (disabled, status, part) in [
-        (Some(0), Status::Ok, "is there"),
-        (Some(1), Status::Note, "with the right to it"),
+        (Some(0), Status::Ok, "is available"),
+        (Some(1), Status::Note, "restricted to privileged users"),
         (Some(2), Status::Note, "switched off"),
         (None, Status::Note, "CONFIG_IO_URING"),
     ] {
         let line = line("io_uring", |host, _| host.io_uring_disabled = disabled);
-        let said = format!("{} {:?}", line.found, line.advice);
-        assert!(line.status == status && said.contains(part), "{disabled:?}: {line:?}");
+        let text = format!("{} {:?}", line.found, line.advice);
+        assert!(line.status == status && text.contains(part), "{disabled:?}: {line:?}");
     }
 }
 
 #[test]
-fn programs_count_where_they_can_be_run() {
+fn programs_count_if_they_are_executable() {
     let root = tree(&[("usr/libexec/virtiofsd", "#!/bin/sh"), ("usr/bin/passt", "#!/bin/sh")]);
     let host = || Host::read(root.path());
-    assert!(!host().has_virtiofsd && !host().has_passt, "nobody may run them");
+    assert!(!host().has_virtiofsd && !host().has_passt, "not executable");
     for program in ["usr/libexec/virtiofsd", "usr/bin/passt"] {
         let path = root.path().join(program);
         fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();

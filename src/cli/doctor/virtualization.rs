@@ -1,9 +1,9 @@
-//! What KVM says about itself, as lines.
+//! Lines about the capabilities that KVM reports.
 
 use super::report::Check;
 use crate::kvm::report::{AiaOffer, GuestFiles, HostReport, SbiState};
 
-/// SBI extensions that a guest may miss, and what brings them.
+/// SBI extensions that a guest may need, and their requirements.
 const SBI_WANTED: [(&str, &str); 6] = [
     ("dbcn", "the debug console (earlycon=sbi): Linux 6.7"),
     ("susp", "system suspend: Linux 6.14"),
@@ -19,17 +19,21 @@ pub(super) fn checks(kvm: &HostReport) -> Vec<Check> {
     checks.extend(identities(kvm));
     checks.extend([Check::ok("isa", kvm.isa.join(" ")), clock_and_mmu(kvm)]);
     checks.push(match kvm.has_isa("sstc") {
-        true => Check::ok("sstc", "guests set their timers without leaving the guest"),
+        true => Check::ok("sstc", "guests set their timers without an exit"),
         false => Check::note(
             "sstc",
             "the CPU has no Sstc: each timer of a guest is a call to the kernel",
         ),
     });
     checks.push(match kvm.has_isa("smstateen") {
-        true => {
-            Check::ok("smstateen", "KVM can keep the AIA's registers from a guest: --isa -ssaia")
-        }
-        false => Check::note("smstateen", "the CPU has no Smstateen: ssaia can only be hidden"),
+        true => Check::ok(
+            "smstateen",
+            "KVM can disable a guest's access to the AIA's registers: --isa -ssaia",
+        ),
+        false => Check::note(
+            "smstateen",
+            "the CPU has no Smstateen: ssaia can only be hidden in the device tree",
+        ),
     });
     checks.push(Check::ok("sbi", sbi(kvm)));
     let lacking = SBI_WANTED.iter().filter(|(name, _)| !kvm.has_sbi(name));
@@ -38,12 +42,12 @@ pub(super) fn checks(kvm: &HostReport) -> Vec<Check> {
     checks.extend(withheld.map(|offer| {
         let name = offer.name;
         Check::note("sbi", format!("{name} is off: with it a guest could harm this kernel"))
-            .advise(format!("use Linux 7.2 or newer, or trust the guest: --sbi +{name}"))
+            .advise(format!("use Linux 7.2 or newer, or for a trusted guest --sbi +{name}"))
     }));
     checks.push(sbi_v01(kvm));
     checks.push(match kvm.guest_debug {
-        true => Check::ok("guest-debug", "breakpoints of a debugger can be set in guests"),
-        false => Check::note("guest-debug", "no breakpoints in guests: Linux 6.10"),
+        true => Check::ok("guest-debug", "a debugger can set breakpoints in guests"),
+        false => Check::note("guest-debug", "no breakpoints in guests: they need Linux 6.10"),
     });
     checks.push(Check::ok(
         "vcpus",
@@ -72,17 +76,17 @@ fn aia(kvm: &HostReport) -> Check {
         ),
         Some(AiaOffer { guest_files: GuestFiles::Unsafe, .. }) => Check::ok(
             "aia",
-            "interrupt controller in the kernel (APLIC, IMSICs), emulated: with guest interrupt files this kernel forgets to wake harts (Linux 6.18 does not)",
+            "interrupt controller in the kernel (APLIC, IMSICs), emulated: with guest interrupt files this kernel does not always wake harts (fixed in Linux 6.18)",
         ),
         None => Check::missing(
             "aia",
             "no interrupt controller in the kernel: guests get the PLIC of rvmm",
         )
-        .advise("nothing to do: it works, with more exits for each interrupt of a device"),
+        .advise("nothing to do: it works, with more exits for each device interrupt"),
     }
 }
 
-/// What machines with many devices meet.
+/// The limit of machines with many devices.
 fn identities(kvm: &HostReport) -> Option<Check> {
     let limit = kvm.aia.filter(|aia| !aia.all_ids_work)?.ids.min(31);
     Some(
@@ -99,15 +103,15 @@ fn clock_and_mmu(kvm: &HostReport) -> Check {
         8 => "Sv39",
         9 => "Sv48",
         10 => "Sv57",
-        _ => "no paging that rvmm knows",
+        _ => "an unknown paging mode",
     };
-    Check::ok("mmu", format!("{mmu}; the clock of guests ticks {} times a second", kvm.timebase_hz))
+    Check::ok("mmu", format!("{mmu}; the guests' time base is {} Hz", kvm.timebase_hz))
 }
 
-/// SBI extensions that KVM leaves off and rvmm switches on.
+/// SBI extensions that are off by default in KVM and that rvmm switches on.
 const SBI_OURS: [&str; 2] = ["dbcn", "susp"];
 
-/// The extensions that a guest can have, those marked that it gets only where the user asks for them.
+/// The extensions that a guest can have; those that it gets only on request are marked.
 fn sbi(kvm: &HostReport) -> String {
     let names = kvm.sbi.iter().filter_map(|offer| match offer.state {
         SbiState::On => Some(offer.name.to_owned()),
@@ -127,6 +131,6 @@ fn sbi_v01(kvm: &HostReport) -> Check {
             "sbi-0.1",
             "the kernel is built without SBI 0.1: guests print through dbcn or the UART",
         ),
-        None => Check::note("sbi-0.1", "no guest could be run to find out about SBI 0.1"),
+        None => Check::note("sbi-0.1", "SBI 0.1 is not known: no guest could be run to test it"),
     }
 }

@@ -1,4 +1,4 @@
-//! The verbs `stat`, `regs` and `walk`: a running machine is asked, and the answer becomes text.
+//! The verbs `stat`, `regs` and `walk`: queries to a running machine, and its replies as text.
 
 use std::io;
 
@@ -11,29 +11,29 @@ mod walk;
 
 pub(super) use stat::watch;
 
-/// What is asked, and of which machine.
+/// A query, and the machine it is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Request {
     pub(super) query: Query,
-    /// A name or a process; the only machine where nothing is said.
+    /// A name or a process ID; `None` for the only machine.
     pub(super) target: Option<String>,
-    /// The answer as it came.
+    /// True to print the reply as JSON.
     pub(super) json: bool,
 }
 
-/// Asks once, prints the answer, and gives the exit code.
+/// Sends one query, prints the reply, and returns the exit code.
 pub(super) fn ask(request: &Request) -> u8 {
-    let answer = connect(request.target.as_deref())
+    let reply = connect(request.target.as_deref())
         .and_then(|mut connection| query(&mut connection, request.query));
-    let text = answer.and_then(|answer| match answer {
+    let text = reply.and_then(|reply| match reply {
         Reply::Error(what) => Err(what),
-        answer if request.json => json(&answer),
+        reply if request.json => json(&reply),
         Reply::Registers(harts) => Ok(harts.iter().map(registers).collect()),
         Reply::Walk(walk) => Ok(walk::text(&walk)),
         Reply::Stat(stat) => Ok(stat::table(&stat, None)),
     });
     match text {
-        Ok(text) => output::show(&harmless(&text)),
+        Ok(text) => output::show(&escaped(&text)),
         Err(what) => refuse(&what),
     }
 }
@@ -43,30 +43,30 @@ fn connect(target: Option<&str>) -> Result<Connection, String> {
 }
 
 fn query(connection: &mut Connection, query: Query) -> Result<Reply, String> {
-    connection.ask(query).map_err(|error| gone(&error))
+    connection.ask(query).map_err(|error| no_reply(&error))
 }
 
-fn gone(error: &io::Error) -> String {
+fn no_reply(error: &io::Error) -> String {
     format!("The machine does not answer: {error} (has it ended?)")
 }
 
 fn refuse(what: &str) -> u8 {
-    output::complain(what);
+    output::print_message(what);
     EXIT_HOST
 }
 
-fn json(answer: &Reply) -> Result<String, String> {
-    let text = match answer {
+fn json(reply: &Reply) -> Result<String, String> {
+    let text = match reply {
         Reply::Stat(stat) => serde_json::to_string_pretty(stat),
         Reply::Registers(harts) => serde_json::to_string_pretty(harts),
         Reply::Walk(walk) => serde_json::to_string_pretty(walk),
         Reply::Error(what) => serde_json::to_string_pretty(what),
     };
-    text.map(|text| text + "\n").map_err(|error| format!("Cannot print the answer: {error}"))
+    text.map(|text| text + "\n").map_err(|error| format!("Cannot print the reply: {error}"))
 }
 
-/// What came over the socket, without anything that could reach into the terminal.
-fn harmless(text: &str) -> String {
+/// Text from the socket, with control characters escaped.
+fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for line in text.split_inclusive('\n') {
         output::push_escaped(&mut out, line.trim_end_matches('\n'));
@@ -88,9 +88,9 @@ fn registers(hart: &HartRegisters) -> String {
     text
 }
 
-/// Ends well where the machine has ended while it was looked at.
+/// Reports that the machine has ended, which is no failure, and returns the exit code.
 fn ended(name: &str) -> u8 {
-    output::complain(&format!("The machine {name} has ended"));
+    output::print_message(&format!("The machine {name} has ended"));
     EXIT_OK
 }
 
@@ -99,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn registers_stand_four_in_a_line_and_those_that_are_not_there_are_a_dash() {
+    fn registers_are_printed_four_in_a_line_and_missing_ones_as_a_dash() {
         let pairs = [
             ("pc", Some(0x8000_0000)),
             ("mode", Some(1)),
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_that_comes_over_the_socket_reaches_into_the_terminal() {
-        assert_eq!(harmless("a\u{1b}[2J\nb\r\n"), "a\\u{1b}[2J\nb\\r\n");
+    fn control_characters_from_the_socket_are_escaped() {
+        assert_eq!(escaped("a\u{1b}[2J\nb\r\n"), "a\\u{1b}[2J\nb\\r\n");
     }
 }

@@ -1,4 +1,4 @@
-//! The verb `stat`: what a machine counts, as a table that goes on on a terminal, once elsewhere.
+//! The verb `stat`: a machine's counters as a table, updated each second on a terminal, printed once elsewhere.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -8,18 +8,18 @@ use std::time::Duration;
 
 use rustix::termios::isatty;
 
-use super::{Request, ask, connect, ended, gone, harmless, refuse};
+use super::{Request, ask, connect, ended, escaped, no_reply, refuse};
 use crate::cli::output;
 use crate::error::EXIT_OK;
 use crate::inspect::{Query, Reply, Stat};
 
-/// The time between two looks.
-const STEP: Duration = Duration::from_secs(1);
+/// The time between two queries.
+const INTERVAL: Duration = Duration::from_secs(1);
 
-/// To the upper left, and what was there is gone (ECMA-48: CUP, ED).
+/// Moves the cursor to the upper left, and clears the screen (ECMA-48: CUP, ED).
 const CLEAR: &str = "\x1b[H\x1b[2J";
 
-/// Columns of the table of harts: their heads, and the counters of KVM that they add up.
+/// Columns of the table of harts: their headings, and the KVM counters that they add up.
 const COLUMNS: [(&str, &[&str]); 7] = [
     ("exits", &["exits"]),
     ("MMIO rvmm", &["mmio_exit_user"]),
@@ -30,8 +30,8 @@ const COLUMNS: [(&str, &[&str]); 7] = [
     ("kicks", &["signal_exits"]),
 ];
 
-/// Shows a machine until it ends or the user does; one look, over a second, where standard output is no terminal. Gives the exit
-/// code.
+/// Shows a machine until it ends or the user ends rvmm; if standard output is no terminal, shows one second of it. Returns the
+/// exit code.
 pub(in crate::cli) fn watch(request: &Request) -> u8 {
     if request.json {
         return ask(request);
@@ -45,21 +45,21 @@ pub(in crate::cli) fn watch(request: &Request) -> u8 {
     loop {
         let now = match connection.ask(Query::Stat) {
             Ok(Reply::Stat(stat)) => stat,
-            // Between two lives; the counters begin anew.
+            // Between two runs of the guest; the counters start from zero.
             Ok(_) => {
                 before = None;
-                sleep(STEP);
+                sleep(INTERVAL);
                 continue;
             }
             Err(error) => {
                 return match &before {
                     Some(last) => ended(&last.name),
-                    None => refuse(&gone(&error)),
+                    None => refuse(&no_reply(&error)),
                 };
             }
         };
         if before.is_some() || is_terminal {
-            let text = harmless(&table(&now, before.as_ref()));
+            let text = escaped(&table(&now, before.as_ref()));
             let clear = if is_terminal { CLEAR } else { "" };
             let code = output::show(&format!("{clear}{text}"));
             if code != EXIT_OK || !is_terminal {
@@ -67,11 +67,11 @@ pub(in crate::cli) fn watch(request: &Request) -> u8 {
             }
         }
         before = Some(now);
-        sleep(STEP);
+        sleep(INTERVAL);
     }
 }
 
-/// A table of what happened since `before`, a second; or since the machine began, where nothing is before.
+/// A table of events per second since `before`, or since the machine's start if that is `None`.
 pub(super) fn table(now: &Stat, before: Option<&Stat>) -> String {
     let before = before.filter(|before| before.age_ns < now.age_ns);
     let passed_ns = now.age_ns.saturating_sub(before.map_or(0, |before| before.age_ns));
@@ -106,14 +106,14 @@ pub(super) fn table(now: &Stat, before: Option<&Stat>) -> String {
         let then = |names: &[&str]| old.map_or(0, |old| value(names, &old.counters));
         let _ = write!(out, "{:<6}", hart.hart);
         for (_, names) in COLUMNS {
-            // A kernel that does not count it.
+            // The kernel does not count it.
             if names.iter().all(|name| !hart.counters.contains_key(*name)) {
                 let _ = write!(out, "{:>11}", "-");
                 continue;
             }
             let _ = write!(out, "{:>11}", rate(value(names, &hart.counters), then(names)));
         }
-        // With what it polled for before and instead.
+        // Includes the time of polling before or instead of sleeping.
         let slept = ["halt_wait_ns", "halt_poll_success_ns", "halt_poll_fail_ns"];
         let asleep = value(&slept, &hart.counters).saturating_sub(then(&slept));
         let percent = u128::from(asleep) * 100 / u128::from(passed_ns.max(1));
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_has_what_happened_in_a_second() {
+    fn a_table_has_the_events_of_a_second() {
         let text = table(&stat(3662, 5000, 300), Some(&stat(3660, 1000, 100)));
         assert!(text.contains("running for 1:01:02"), "{text}");
         assert_eq!(line(&text, "0 "), ["0", "2000", "-", "-", "-", "-", "-", "-", "50", "%"]);
@@ -180,8 +180,8 @@ mod tests {
     }
 
     #[test]
-    fn without_a_look_before_it_is_all_since_the_start() {
-        // A machine that has begun anew since counts from nothing, too.
+    fn without_an_earlier_reply_events_are_counted_since_the_start() {
+        // After a reboot a machine counts from zero, too.
         for before in [None, Some(stat(20, 9000, 9000))] {
             let text = table(&stat(10, 5000, 300), before.as_ref());
             assert!(text.contains("since its start"), "{text}");

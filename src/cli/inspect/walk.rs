@@ -1,10 +1,10 @@
-//! The walk of an address as text, a line for each step.
+//! A page table walk as text, a line for each step.
 
 use std::fmt::Write;
 
 use crate::inspect::{Landing, Walk};
 
-/// The walk, for people.
+/// The walk as text.
 pub(super) fn text(walk: &Walk) -> String {
     let mut out = String::new();
     let root = (walk.satp & ((1 << 44) - 1)) << 12;
@@ -19,7 +19,7 @@ pub(super) fn text(walk: &Walk) -> String {
     for step in &walk.steps {
         let next = (step.entry >> 10 & ((1 << 44) - 1)) << 12;
         let what = match (step.entry & 1, step.is_leaf) {
-            (0, _) => "nothing".into(),
+            (0, _) => "not valid".into(),
             (_, true) => format!("page at {next:#x}"),
             (_, false) => format!("table at {next:#x}"),
         };
@@ -39,7 +39,7 @@ pub(super) fn text(walk: &Walk) -> String {
     }
     let _ = writeln!(
         out,
-        "Second stage (G), KVM's page tables: no interface shows them; this is what is behind them"
+        "Second stage (G), KVM's page tables: no interface shows them; this is what they map to"
     );
     if let Some(landing) = &walk.landing {
         let _ = writeln!(out, "  {}", place(landing));
@@ -52,7 +52,7 @@ pub(super) fn text(walk: &Walk) -> String {
         };
         let _ = writeln!(
             out,
-            "  {levels} levels: {sum} = {accesses} accesses to memory, where the hart has nothing cached and KVM maps pages of 4 KiB"
+            "  {levels} levels: {sum} = {accesses} accesses to memory, if the hart has nothing cached and KVM maps pages of 4 KiB"
         );
     }
     out
@@ -61,23 +61,23 @@ pub(super) fn text(walk: &Walk) -> String {
 fn place(landing: &Landing) -> String {
     match landing {
         Landing::Memory { slot, base, offset } => {
-            format!("memory: slot {slot}, {offset:#x} bytes behind {base:#x}")
+            format!("memory: slot {slot}, {offset:#x} bytes from {base:#x}")
         }
         Landing::Device { name, offset, register } => {
             let register =
                 register.as_ref().map_or(String::new(), |name| format!(", register {name}"));
-            // Of a flash the guest may read what the device has put into slots.
+            // The guest reads the parts of a flash that are memory slots.
             let exit = match name.starts_with("flash") {
-                true => "what it shows as memory is read without an exit, all else is one",
+                true => "its parts that are memory are read without an exit, every other access is an exit",
                 false => "no slot, so every access is an exit to rvmm",
             };
             format!("device {name}, offset {offset:#x}{register}: {exit}")
         }
         Landing::Range(name) => format!(
-            "the range \"{name}\" of the memory map: the kernel's interrupt controller where the machine has it, else nothing"
+            "the range \"{name}\" of the memory map: the kernel's interrupt controller if the machine has it, else nothing"
         ),
         Landing::Nothing => {
-            "neither a slot nor a device: an access is an exit that --unassigned decides".into()
+            "neither a slot nor a device: an access is an exit, with the effect that --unassigned sets".into()
         }
     }
 }
@@ -121,7 +121,7 @@ mod tests {
             "level 2: entry at 0x0080200000",
             "page at 0x80000000",
             "guest-physical address 0x80001234",
-            "slot 0, 0x1234 bytes behind 0x80000000",
+            "slot 0, 0x1234 bytes from 0x80000000",
             "(2 + 1) * (5 + 1) - 1 = 17 accesses",
         ] {
             assert!(text.contains(part), "no {part:?} in {text}");
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn a_walk_that_ends_early_says_why() {
+    fn a_walk_that_ends_early_shows_the_fault() {
         let fault =
             Walk { physical: None, fault: "page fault: so".into(), landing: None, ..walk() };
         assert!(text(&fault).contains("  page fault: so\n"));

@@ -1,4 +1,4 @@
-//! A debugger that speaks packets, and a machine of tiny harts for it.
+//! A client of the protocol's packets, and a guest of minimal harts for it.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -13,7 +13,7 @@ use std::{env, fs, process};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::hart::{Outside, TinyHart};
+use super::hart::{HartProbe, TinyHart};
 use crate::config::{GdbAddress, GdbConfig, Unassigned};
 use crate::gdb::{DebugContext, Server};
 use crate::memory::GuestRam;
@@ -22,25 +22,25 @@ use crate::vcpu::stop::StopReason;
 use crate::vcpu::testing::{RAM, world};
 use crate::vcpu::{Control, Debugger, spawn_hart};
 
-/// Where the harts' code is: hart N begins N pages behind it.
+/// Address of the code of hart 0; that of hart N is N pages further.
 pub(in crate::gdb) const CODE: u64 = RAM.base + 0x1_0000;
-/// Where each hart's code traps to, from its beginning.
+/// Offset of the trap vector from the start of each hart's code.
 pub(in crate::gdb) const VECTOR: u64 = 0x800;
 
-/// What only a hang meets.
+/// Time-out for hangs.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// One life of a machine.
-pub(in crate::gdb) struct Life {
+/// One run of a guest.
+pub(in crate::gdb) struct TestGuest {
     pub(in crate::gdb) control: Arc<Control>,
     pub(in crate::gdb) ram: Arc<GuestRam>,
     pub(in crate::gdb) context: Arc<DebugContext>,
-    pub(in crate::gdb) harts: Vec<Arc<Outside>>,
+    pub(in crate::gdb) harts: Vec<Arc<HartProbe>>,
     threads: Vec<JoinHandle<()>>,
 }
 
-impl Life {
-    /// Harts with these programs, which have not started.
+impl TestGuest {
+    /// Creates harts with these programs, not started.
     pub(in crate::gdb) fn new(programs: &[&[u32]]) -> Self {
         let mut world = world(Unassigned::Zero).0;
         let (control, ram) = (Arc::new(Control::new()), Arc::clone(&world.ram));
@@ -54,9 +54,9 @@ impl Life {
             let start = CODE + u64::from(id) * 0x1000;
             let bytes: Vec<u8> = program.iter().flat_map(|word| word.to_le_bytes()).collect();
             ram.write(start, &bytes).unwrap();
-            let outside = Arc::new(Outside::default());
-            let hart = Box::new(TinyHart::new(id, &ram, start, &outside));
-            harts.push(outside);
+            let probe = Arc::new(HartProbe::default());
+            let hart = Box::new(TinyHart::new(id, &ram, start, &probe));
+            harts.push(probe);
             let thread =
                 spawn_hart(hart, Arc::clone(&world), Arc::clone(&control), None, Unrecorded);
             threads.push(thread.unwrap());
@@ -70,7 +70,7 @@ impl Life {
         bytes
     }
 
-    /// Waits for the end.
+    /// Waits until the run has ended.
     pub(in crate::gdb) fn end(self) -> StopReason {
         let (done, over) = channel();
         let control = self.control;
@@ -83,14 +83,14 @@ impl Life {
     }
 }
 
-/// A server at a socket of its own.
-pub(in crate::gdb) struct Place {
+/// A server on a socket of its own.
+pub(in crate::gdb) struct TestServer {
     pub(in crate::gdb) server: Server,
     pub(in crate::gdb) socket: PathBuf,
     _folder: Folder,
 }
 
-/// A folder of its own, gone with its place.
+/// A temporary folder, removed when dropped.
 struct Folder(PathBuf);
 
 impl Folder {
@@ -109,7 +109,7 @@ impl Drop for Folder {
     }
 }
 
-impl Place {
+impl TestServer {
     pub(in crate::gdb) fn new(wait: bool) -> Self {
         let folder = Folder::new();
         let socket = folder.0.join("gdb");
@@ -117,19 +117,19 @@ impl Place {
         Self { server: Server::open(&config).unwrap(), socket, _folder: folder }
     }
 
-    /// Begins a life, as a machine does.
-    pub(in crate::gdb) fn begin(&self, life: &Life) {
-        self.server.begin(Arc::clone(&life.context));
-        life.control.start();
+    /// Begins a run, as a machine does.
+    pub(in crate::gdb) fn begin(&self, guest: &TestGuest) {
+        self.server.begin(Arc::clone(&guest.context));
+        guest.control.start();
     }
 }
 
-/// A debugger.
+/// A debugger's connection.
 pub(in crate::gdb) struct Client(UnixStream);
 
 impl Client {
     pub(in crate::gdb) fn new(socket: &Path) -> Self {
-        // A fuzzer has an alarm now and then.
+        // A fuzzer's alarm signal may interrupt the call.
         let stream = loop {
             match UnixStream::connect(socket) {
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -140,7 +140,7 @@ impl Client {
         Self(stream)
     }
 
-    /// Sends bytes; a server that has closed the connection need not take them.
+    /// Sends bytes; ignores the error if the server has closed the connection.
     pub(in crate::gdb) fn raw(&mut self, bytes: &[u8]) {
         let _ = self.0.write_all(bytes);
     }
@@ -149,13 +149,13 @@ impl Client {
         self.raw(&framed(packet.as_bytes()));
     }
 
-    /// Sends a packet and gives the answer.
+    /// Sends a packet and returns the reply.
     pub(in crate::gdb) fn ask(&mut self, packet: &str) -> String {
         self.send(packet);
-        self.reply().unwrap_or_else(|| panic!("no answer to {packet}"))
+        self.reply().unwrap_or_else(|| panic!("no reply to {packet}"))
     }
 
-    /// The next packet, without its run lengths; nothing at the end of the connection.
+    /// The next packet, with run lengths expanded; `None` at the end of the connection.
     pub(in crate::gdb) fn reply(&mut self) -> Option<String> {
         while self.byte()? != b'$' {}
         let mut text = Vec::new();
@@ -177,29 +177,29 @@ impl Client {
     fn byte(&mut self) -> Option<u8> {
         let mut byte = [0];
         loop {
-            // A reset is an end, too.
+            // A reset ends the connection as well.
             return match self.0.read(&mut byte) {
                 Ok(1) => Some(byte[0]),
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => panic!("no answer"),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => panic!("no reply"),
                 _ => None,
             };
         }
     }
 
-    /// Whether there is something to read; waits a millisecond for it.
+    /// True if there is something to read; waits a millisecond for it.
     pub(in crate::gdb) fn has_more(&self) -> bool {
         let limit = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
         poll(&mut [PollFd::new(&self.0, PollFlags::IN)], Some(&limit)).is_ok_and(|count| count > 0)
     }
 
-    /// Says that nothing more comes, and waits until the server has gone, too.
+    /// Shuts down the sending side, and waits until the server has closed the connection.
     pub(in crate::gdb) fn hang_up(mut self) {
         let _ = self.0.shutdown(Shutdown::Write);
         assert!(self.is_at_its_end());
     }
 
-    /// Whether the server has closed the connection, once what it has said is read.
+    /// Reads everything until the server closes the connection.
     pub(in crate::gdb) fn is_at_its_end(&mut self) -> bool {
         while self.byte().is_some() {}
         true

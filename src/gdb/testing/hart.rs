@@ -14,20 +14,20 @@ const SIE: u64 = 1 << 1;
 /// The cause of a timer interrupt.
 pub(in crate::gdb) const TIMER: u64 = 1 << 63 | 5;
 
-/// What a test sees of a hart, and does to it, while it runs.
+/// The state of a running hart that a test reads and changes.
 #[derive(Default)]
-pub(in crate::gdb) struct Outside {
-    /// Whether a timer interrupt is pending.
+pub(in crate::gdb) struct HartProbe {
+    /// True while a timer interrupt is pending.
     pub(in crate::gdb) timer: AtomicBool,
     pub(in crate::gdb) traps_ebreaks: AtomicBool,
     kicked: Mutex<bool>,
     changed: Condvar,
-    /// x10 as it was when it last changed.
+    /// Current value of x10.
     a0: Mutex<u64>,
 }
 
-impl Outside {
-    /// Waits until x10 is other than `before`.
+impl HartProbe {
+    /// Waits until x10 differs from `before`.
     pub(in crate::gdb) fn await_a0(&self, before: u64) -> u64 {
         let a0 = self.a0.lock().unwrap();
         *self.changed.wait_while(a0, |a0| *a0 == before).unwrap()
@@ -38,7 +38,7 @@ impl Outside {
     }
 }
 
-impl Kick for Outside {
+impl Kick for HartProbe {
     fn kick(&self) {
         *self.kicked.lock().unwrap() = true;
         self.changed.notify_all();
@@ -49,7 +49,7 @@ pub(in crate::gdb) struct TinyHart {
     id: u32,
     ram: Arc<GuestRam>,
     regs: HashMap<String, u64>,
-    outside: Arc<Outside>,
+    probe: Arc<HartProbe>,
 }
 
 impl TinyHart {
@@ -57,10 +57,10 @@ impl TinyHart {
         id: u32,
         ram: &Arc<GuestRam>,
         pc: u64,
-        outside: &Arc<Outside>,
+        probe: &Arc<HartProbe>,
     ) -> Self {
         let mut hart =
-            Self { id, ram: Arc::clone(ram), regs: HashMap::new(), outside: Arc::clone(outside) };
+            Self { id, ram: Arc::clone(ram), regs: HashMap::new(), probe: Arc::clone(probe) };
         hart.put(Reg::Pc, pc);
         hart.put(Reg::Mode, 1);
         hart
@@ -76,8 +76,8 @@ impl TinyHart {
         }
         self.regs.insert(format!("{reg:?}"), value);
         if reg == Reg::X(10) {
-            *self.outside.a0.lock().unwrap() = value;
-            self.outside.changed.notify_all();
+            *self.probe.a0.lock().unwrap() = value;
+            self.probe.changed.notify_all();
         }
     }
 
@@ -99,10 +99,10 @@ impl TinyHart {
         Some(u16::from_le_bytes(bytes))
     }
 
-    /// Runs one instruction; false where it is one that waits.
+    /// Runs one instruction; false if it is one that waits.
     fn run(&mut self) -> Result<bool, Exit<'static>> {
-        let wants = self.csr(Csr::Sie) != 0 && self.csr(Csr::Sstatus) & SIE != 0;
-        if wants && self.outside.timer.load(SeqCst) {
+        let is_enabled = self.csr(Csr::Sie) != 0 && self.csr(Csr::Sstatus) & SIE != 0;
+        if is_enabled && self.probe.timer.load(SeqCst) {
             self.trap(TIMER);
         }
         let pc = self.value(Reg::Pc);
@@ -113,7 +113,7 @@ impl TinyHart {
         let imm = i64::from(word.cast_signed() >> 20);
         match word {
             _ if low == 0x9002 || word == 0x0010_0073 => {
-                if self.outside.traps_ebreaks.load(SeqCst) {
+                if self.probe.traps_ebreaks.load(SeqCst) {
                     return Err(Exit::Debug);
                 }
                 self.trap(3);
@@ -142,20 +142,20 @@ impl Hart for TinyHart {
     }
 
     fn bind(&mut self) -> io::Result<Arc<dyn Kick>> {
-        Ok(Arc::<Outside>::clone(&self.outside))
+        Ok(Arc::<HartProbe>::clone(&self.probe))
     }
 
     fn enter(&mut self) -> io::Result<Exit<'_>> {
         loop {
-            if std::mem::take(&mut *self.outside.kicked.lock().unwrap()) {
+            if std::mem::take(&mut *self.probe.kicked.lock().unwrap()) {
                 return Ok(Exit::Interrupted);
             }
             match self.run() {
                 Err(exit) => return Ok(exit),
                 Ok(true) => std::thread::yield_now(),
                 Ok(false) => {
-                    let kicked = self.outside.kicked.lock().unwrap();
-                    drop(self.outside.changed.wait_while(kicked, |kicked| !*kicked).unwrap());
+                    let kicked = self.probe.kicked.lock().unwrap();
+                    drop(self.probe.changed.wait_while(kicked, |kicked| !*kicked).unwrap());
                 }
             }
         }
@@ -168,7 +168,7 @@ impl Hart for TinyHart {
     fn abandon(&mut self) {}
 
     fn trap_ebreaks(&mut self, on: bool) -> io::Result<()> {
-        self.outside.traps_ebreaks.store(on, SeqCst);
+        self.probe.traps_ebreaks.store(on, SeqCst);
         Ok(())
     }
 

@@ -1,9 +1,9 @@
-//! A debugger and harts for tests, and what a fuzzer makes of them: bytes become packets of a client, and whatever those are, the
-//! next client is served, finds a guest that stands still, and no breakpoint in its memory.
+//! A client and harts for tests and for a fuzzer, whose bytes become packets of a client: whatever those are, the next client is
+//! served, and finds a stopped guest without breakpoints in its memory.
 //!
 //! | file | what is in it |
 //! |---|---|
-//! | `client.rs` | a debugger that speaks packets, and a machine of tiny harts for it |
+//! | `client.rs` | a client of the protocol's packets, and a guest of minimal harts for it |
 //! | `hart.rs` | a hart that runs a few instructions out of guest memory |
 #![allow(
     clippy::unwrap_used,
@@ -12,18 +12,18 @@
     clippy::indexing_slicing,
     clippy::cast_possible_truncation,
     unreachable_pub,
-    reason = "a test fails by panicking, and fuzz/ reaches what is public"
+    reason = "a test fails by panicking, and fuzz/ uses the public items"
 )]
 #![cfg_attr(fuzzing, allow(dead_code, missing_docs, reason = "tests use all of it"))]
 
 pub(in crate::gdb) mod client;
 pub(in crate::gdb) mod hart;
 
-use client::{CODE, Client, Life, Place, framed};
+use client::{CODE, Client, TestGuest, TestServer, framed};
 
 use crate::vcpu::stop::StopReason;
 
-/// How packets begin that mean something, or did once.
+/// Beginnings of packets of the protocol, obsolete ones included.
 pub(super) const HEADS: [&str; 49] = [
     "g",
     "G",
@@ -76,7 +76,7 @@ pub(super) const HEADS: [&str; 49] = [
     "x",
 ];
 
-/// How they may go on here.
+/// Continuations that are valid for this guest.
 const TAILS: [&str; 15] = [
     "80010000",
     "80010004",
@@ -95,35 +95,36 @@ const TAILS: [&str; 15] = [
     "0400010080000000",
 ];
 
-/// The guest of a fuzzer's debugger: code that counts, and code that waits, also where a step takes it past its `wfi`.
+/// The guest under a fuzzer: code that counts, and code that waits, also after a step over its `wfi`.
 const PROGRAMS: [&[u32]; 2] = [
     &[0x0000_0013, 0x0015_0513, 0x0001_0001, 0xff9f_f06f],
     &[0x0000_0013, 0x1050_0073, 0xffdf_f06f],
 ];
 
-/// Bytes from this on end a packet and send it; those between here and 0x80 are words.
+/// Bytes from here on end a packet and send it; those from 0x80 to here stand for entries of [`HEADS`] and [`TAILS`].
 const SEND: u8 = 0xf0;
-/// Without a frame.
+/// The same, without a frame.
 const SEND_RAW: u8 = 0xfa;
 const INTERRUPT: u8 = 0xfc;
-const NEXT_AS_IT_IS: u8 = 0xfd;
-/// And the one that is left hangs up.
+/// Takes the next byte literally.
+const LITERAL: u8 = 0xfd;
+/// Resets the guest; the one byte above closes the connection.
 const RESTART: u8 = 0xfe;
 
-/// Actions of one run at most: each takes a millisecond or so.
-const ACTIONS: usize = 50;
+/// Maximum number of actions per input: each takes a millisecond or so.
+const MAX_ACTIONS: usize = 50;
 
-/// A session or several, of a client whose bytes these are.
+/// Runs one or more sessions of a client whose packets are made of `bytes`.
 ///
 /// # Panics
-/// The server does what it must not.
+/// The server misbehaves.
 pub fn run_packets(bytes: &[u8]) {
-    let (place, life) = (Place::new(true), Life::new(&PROGRAMS));
-    place.begin(&life);
+    let (fixture, guest) = (TestServer::new(true), TestGuest::new(&PROGRAMS));
+    fixture.begin(&guest);
     let mut run = PacketRun {
-        place,
-        code: code(&life),
-        life,
+        fixture,
+        code: code(&guest),
+        guest,
         gdb: None,
         packet: Vec::new(),
         is_in_step: true,
@@ -132,7 +133,7 @@ pub fn run_packets(bytes: &[u8]) {
     let (mut bytes, mut actions) = (bytes.iter().copied(), 0);
     while let Some(byte) = bytes.next() {
         match byte {
-            NEXT_AS_IT_IS => run.packet.extend(bytes.next()),
+            LITERAL => run.packet.extend(bytes.next()),
             0..0x80 => run.packet.push(byte),
             0x80..SEND => {
                 let at = usize::from(byte - 0x80) % (HEADS.len() + TAILS.len());
@@ -144,26 +145,26 @@ pub fn run_packets(bytes: &[u8]) {
                 actions += 1;
             }
         }
-        if actions == ACTIONS || run.life.control.reason().is_some() {
+        if actions == MAX_ACTIONS || run.guest.control.reason().is_some() {
             break;
         }
     }
     run.end();
 }
 
-/// The memory that packets of a fuzzer's are about.
-fn code(life: &Life) -> Vec<u8> {
-    life.memory(CODE - 0x1000, 0x4000)
+/// The memory that a fuzzer's packets access.
+fn code(guest: &TestGuest) -> Vec<u8> {
+    guest.memory(CODE - 0x1000, 0x4000)
 }
 
 struct PacketRun {
-    place: Place,
-    life: Life,
-    /// What memory is like without a debugger.
+    fixture: TestServer,
+    guest: TestGuest,
+    /// The original contents of that memory.
     code: Vec<u8>,
     gdb: Option<Client>,
     packet: Vec<u8>,
-    /// Whether each packet so far had its one answer. Otherwise nobody knows what is still to come, and nobody waits for it.
+    /// True if each packet so far had exactly one reply. Otherwise the number of outstanding replies is unknown, and none is waited for.
     is_in_step: bool,
     has_written: bool,
 }
@@ -185,13 +186,13 @@ impl PacketRun {
     }
 
     fn client(&mut self) -> &mut Client {
-        let socket = &self.place.socket;
+        let socket = &self.fixture.socket;
         self.gdb.get_or_insert_with(|| Client::new(socket))
     }
 
-    /// Sends a packet, and waits for its answer where it has exactly one.
+    /// Sends a packet, and waits for its reply if it has exactly one.
     fn send(&mut self, packet: &[u8]) {
-        // What follows is outside of the packet, or a packet of its own.
+        // The bytes after such a mark are outside of the packet, or another packet.
         self.is_in_step &= !packet.iter().any(|byte| matches!(byte, b'#' | b'$'));
         let is_write = |first: &u8| matches!(first, b'M' | b'X');
         self.has_written |= !self.is_in_step || packet.first().is_some_and(is_write);
@@ -200,12 +201,12 @@ impl PacketRun {
             return;
         }
         if !self.client().has_more() {
-            // The guest may run, and for ever. Where it stands still, nothing comes of this.
+            // The guest may run forever. A stopped guest ignores the interrupt.
             self.client().raw(&[3]);
         }
         while !self.client().has_more() {
-            // The answer is the machine's end, which the machine's own thread tells.
-            if self.life.control.reason().is_some() {
+            // The reply is the end of the machine, which its own thread reports.
+            if self.guest.control.reason().is_some() {
                 return;
             }
         }
@@ -221,39 +222,42 @@ impl PacketRun {
         self.is_in_step = true;
     }
 
-    /// The guest restarts, under the debugger if one is there.
+    /// Resets the guest, under the debugger if one is connected.
     fn restart(&mut self) {
-        let next = Life::new(&PROGRAMS);
+        let next = TestGuest::new(&PROGRAMS);
         self.code = code(&next);
-        let life = std::mem::replace(&mut self.life, next);
-        // It may have ended by itself just before.
-        life.control.stop(StopReason::Reset);
-        let _ = life.end();
-        self.place.server.over();
-        self.place.begin(&self.life);
+        let guest = std::mem::replace(&mut self.guest, next);
+        // It may already have ended by itself.
+        guest.control.stop(StopReason::Reset);
+        let _ = guest.end();
+        self.fixture.server.over();
+        self.fixture.begin(&self.guest);
     }
 
     fn end(mut self) {
         self.hang_up();
         self.check();
-        let Self { place, life, .. } = self;
-        life.control.stop(StopReason::PowerOff);
-        let _ = life.end();
-        place.server.over();
-        place.server.end(0);
+        let Self { fixture, guest, .. } = self;
+        guest.control.stop(StopReason::PowerOff);
+        let _ = guest.end();
+        fixture.server.over();
+        fixture.server.end(0);
     }
 
-    /// Whether the next debugger finds everything as if there had been none; unless the machine has ended.
+    /// Checks that the next debugger finds an unchanged guest, unless the machine has ended.
     fn check(&self) {
-        let mut gdb = Client::new(&self.place.socket);
+        let mut gdb = Client::new(&self.fixture.socket);
         gdb.send("?");
-        let Some(answer) = gdb.reply() else {
-            assert!(self.life.control.reason().is_some(), "a debugger is sent away for no reason");
+        let Some(reply) = gdb.reply() else {
+            assert!(
+                self.guest.control.reason().is_some(),
+                "a debugger is disconnected for no reason"
+            );
             return;
         };
-        assert!(answer.starts_with("T05thread:"), "{answer}");
-        assert!(self.life.context.is_empty());
-        assert!(self.has_written || code(&self.life) == self.code, "a breakpoint is left");
+        assert!(reply.starts_with("T05thread:"), "{reply}");
+        assert!(self.guest.context.is_empty());
+        assert!(self.has_written || code(&self.guest) == self.code, "a breakpoint is left");
         gdb.send("D");
         gdb.hang_up();
     }

@@ -1,4 +1,4 @@
-//! LLDB as the debugger, where it is installed: it speaks GDB's protocol, to harts of tests.
+//! LLDB as the debugger, if it is installed, through GDB's protocol.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -6,11 +6,11 @@ use std::{env, fs};
 
 use rvmm_devices::testing::skip;
 
-use super::super::testing::client::{CODE, Life, Place};
+use super::super::testing::client::{CODE, TestGuest, TestServer};
 use super::{COUNTER, WAITER, finish};
 use crate::vcpu::stop::StopReason;
 
-/// The newest LLDB in PATH: `lldb`, or `lldb-19` as Debian has it; or `None`, said aloud.
+/// The newest LLDB in PATH: `lldb`, or `lldb-19` as Debian has it; or `None`, reported as skipped.
 fn lldb() -> Option<PathBuf> {
     let version = |path: &Path| {
         let rest = path.file_name()?.to_str()?.strip_prefix("lldb")?;
@@ -26,12 +26,12 @@ fn lldb() -> Option<PathBuf> {
     found.map(|(_, path)| path)
 }
 
-/// What LLDB prints for these commands, connected to `place`. It leaves at the first that fails.
-fn tell(lldb: &Path, place: &Place, commands: &[String]) -> String {
+/// Runs LLDB, connected to `fixture`, and returns its output. It quits at the first command that fails.
+fn run_lldb(lldb: &Path, fixture: &TestServer, commands: &[String]) -> String {
     let first = [
         "settings set target.default-arch riscv64".to_owned(),
         "settings set plugin.process.gdb-remote.packet-timeout 120".to_owned(),
-        format!("process connect --plugin gdb-remote unix-connect://{}", place.socket.display()),
+        format!("process connect --plugin gdb-remote unix-connect://{}", fixture.socket.display()),
     ];
     let mut command = Command::new(lldb);
     command.args(["--no-lldbinit", "--batch", "--no-use-colors"]).stdin(Stdio::null());
@@ -39,25 +39,25 @@ fn tell(lldb: &Path, place: &Place, commands: &[String]) -> String {
         command.args(["--one-line", one]);
     }
     let output = command.output().unwrap();
-    let said = [output.stdout, output.stderr].concat();
-    String::from_utf8_lossy(&said).into_owned()
+    let output = [output.stdout, output.stderr].concat();
+    String::from_utf8_lossy(&output).into_owned()
 }
 
-/// True if these pieces stand in `text` one after the other.
+/// Checks that `text` contains these pieces in this order.
 #[track_caller]
-fn in_order(text: &str, pieces: &[&str]) {
+fn check_order(text: &str, pieces: &[&str]) {
     let mut rest = text;
     for piece in pieces {
         let found = rest.split_once(piece);
-        rest = found.unwrap_or_else(|| panic!("no {piece:?} in its place in:\n{text}")).1;
+        rest = found.unwrap_or_else(|| panic!("no {piece:?} at this point in:\n{text}")).1;
     }
 }
 
 #[test]
 fn lldb_attaches_reads_and_writes_stops_at_a_breakpoint_steps_and_leaves() {
     let Some(lldb) = lldb() else { return };
-    let (place, life) = (Place::new(true), Life::new(&[COUNTER, WAITER]));
-    place.begin(&life);
+    let (fixture, guest) = (TestServer::new(true), TestGuest::new(&[COUNTER, WAITER]));
+    fixture.begin(&guest);
     let word = CODE + 0x100;
     let commands = [
         "thread list".to_owned(),
@@ -76,7 +76,7 @@ fn lldb_attaches_reads_and_writes_stops_at_a_breakpoint_steps_and_leaves() {
         "breakpoint delete --force".to_owned(),
         "detach".to_owned(),
     ];
-    let said = tell(&lldb, &place, &commands);
+    let output = run_lldb(&lldb, &fixture, &commands);
     let seen = [
         "tid = 0x0001, 0x0000000080010000",
         "tid = 0x0002, 0x0000000080011000",
@@ -93,25 +93,25 @@ fn lldb_attaches_reads_and_writes_stops_at_a_breakpoint_steps_and_leaves() {
         "a0 = 0x0000000000001002",
         "Process 1 detached",
     ];
-    in_order(&said, &seen);
-    assert_eq!(life.memory(word, 8), 0x1122_3344_5566_7788_u64.to_le_bytes());
-    // It goes on from what was written, without the breakpoint.
-    assert!(life.harts[0].await_a0(0x1002) > 0x1002);
-    finish(place, life);
+    check_order(&output, &seen);
+    assert_eq!(guest.memory(word, 8), 0x1122_3344_5566_7788_u64.to_le_bytes());
+    // It continues from the written value, without the breakpoint.
+    assert!(guest.harts[0].await_a0(0x1002) > 0x1002);
+    finish(fixture, guest);
 }
 
 #[test]
 fn lldb_has_no_watchpoints_and_ends_the_machine_where_it_quits_without_detaching() {
     let Some(lldb) = lldb() else { return };
-    let (place, life) = (Place::new(true), Life::new(&[COUNTER]));
-    place.begin(&life);
+    let (fixture, guest) = (TestServer::new(true), TestGuest::new(&[COUNTER]));
+    fixture.begin(&guest);
     let commands = [
         format!("breakpoint set --hardware --address {:#x}", CODE + 4),
         format!("watchpoint set expression -- {:#x}", CODE + 0x100),
     ];
-    let said = tell(&lldb, &place, &commands);
-    in_order(&said, &["ardware breakpoint", "error: Watchpoint creation failed"]);
-    assert_eq!(life.end(), StopReason::Requested);
-    place.server.over();
-    place.server.end(0);
+    let output = run_lldb(&lldb, &fixture, &commands);
+    check_order(&output, &["ardware breakpoint", "error: Watchpoint creation failed"]);
+    assert_eq!(guest.end(), StopReason::Requested);
+    fixture.server.over();
+    fixture.server.end(0);
 }

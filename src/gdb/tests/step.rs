@@ -1,4 +1,4 @@
-//! Where instructions lead; their encodings are those of the GNU assembler.
+//! The addresses that instructions next_of to; the encodings are the GNU assembler's.
 
 use proptest::prelude::*;
 
@@ -22,7 +22,7 @@ fn frame() -> Frame {
     frame
 }
 
-/// The code `words` from the program counter on, 16 bits of each that is no more.
+/// The code `words` from the program counter on; compressed instructions take 16 bits.
 fn code(words: &[u32]) -> impl Fn(u64) -> Option<u16> {
     let mut halves = Vec::new();
     for word in words {
@@ -34,21 +34,21 @@ fn code(words: &[u32]) -> impl Fn(u64) -> Option<u16> {
     move |va| halves.get(usize::try_from(va.wrapping_sub(PC) / 2).ok()?).copied()
 }
 
-fn lead(frame: &Frame, words: &[u32]) -> Next {
+fn next_of(frame: &Frame, words: &[u32]) -> Next {
     next(frame, &code(words)).unwrap()
 }
 
-/// How far from the program counter the one place is.
+/// Checks that the only target is `distance` from the program counter.
 #[track_caller]
 fn check(word: u32, distance: i64) {
-    let next = lead(&frame(), &[word]);
+    let next = next_of(&frame(), &[word]);
     assert_eq!(next.places, [PC.wrapping_add_signed(distance)], "{word:#x}");
-    assert!(!next.is_wait && !next.needs_interrupts && next.satp.is_none(), "{word:#x}");
+    assert!(!next.is_wfi && !next.needs_interrupts && next.satp.is_none(), "{word:#x}");
 }
 
 #[test]
-fn branches_go_where_they_are_decided_to() {
-    // a0 is small and positive, a1 negative, or huge where there are no signs.
+fn branches_are_evaluated() {
+    // a0 is small and positive, a1 negative, or huge if unsigned.
     check(0x7eb5_0f63, 4); // beq a0,a1,.+0x7fe
     check(0x80b5_10e3, -0x800); // bne a0,a1,.-0x800
     check(0x00b5_4863, 4); // blt a0,a1,.+16
@@ -64,12 +64,12 @@ fn branches_go_where_they_are_decided_to() {
         (0xfeb5_7fe3, -2),      // bgeu a0,a1,.-2
     ] {
         let place = PC.wrapping_add_signed(distance);
-        assert_eq!(lead(&equal, &[word]).places, [place], "{word:#x}");
+        assert_eq!(next_of(&equal, &[word]).places, [place], "{word:#x}");
     }
 }
 
 #[test]
-fn jumps_go_where_they_say() {
+fn jumps_lead_to_their_targets() {
     check(0x7fff_f0ef, 0xf_fffe); // jal ra,.+0xffffe
     check(0x8000_006f, -0x10_0000); // j .-0x100000
     check(0x0010_006f, 0x800); // j .+0x800
@@ -77,7 +77,7 @@ fn jumps_go_where_they_say() {
     check(0xaffd, 2046); // c.j .+2046
     check(0xb001, -2048); // c.j .-2048
     check(0xbffd, -2); // c.j .-2
-    let to = |word| lead(&frame(), &[word]).places;
+    let to = |word| next_of(&frame(), &[word]).places;
     assert_eq!(to(0x8005_00e7), [0x1_0001 - 0x801]); // jalr ra,-2048(a0), without its lowest bit
     assert_eq!(to(0x7ff5_8067), [0x7ee]); // jr 2047(a1), which wraps
     assert_eq!(to(0x8502), [0x1_0000]); // c.jr a0
@@ -85,14 +85,14 @@ fn jumps_go_where_they_say() {
 }
 
 #[test]
-fn compressed_branches_go_where_they_are_decided_to() {
+fn compressed_branches_are_evaluated() {
     check(0xcd7d, 2); // c.beqz a0,.+254
     check(0xf101, -256); // c.bnez a0,.-256
     check(0xdc7d, -2); // c.beqz s0,.-2, and s0 is zero
 }
 
 #[test]
-fn everything_else_goes_on_behind_itself() {
+fn everything_else_leads_to_the_next_instruction() {
     for word in [0x0015_0513, 0x0000_100f, 0x18c5_a52f, 0x00c5_a52f, 0x3020_0073, 0x1415_1073] {
         check(word, 4); // addi, fence.i, sc.w, amoadd.w, mret (which traps), csrw sepc
     }
@@ -102,15 +102,15 @@ fn everything_else_goes_on_behind_itself() {
 }
 
 #[test]
-fn a_return_from_a_trap_leads_to_sepc_and_from_user_mode_nowhere() {
-    assert_eq!(lead(&frame(), &[0x1020_0073]).places, [0x5000]);
+fn a_return_from_a_trap_leads_to_sepc_but_not_in_user_mode() {
+    assert_eq!(next_of(&frame(), &[0x1020_0073]).places, [0x5000]);
     let user = Frame { mode: 0, ..frame() };
-    assert_eq!(lead(&user, &[0x1020_0073]).places, [PC + 4]);
+    assert_eq!(next_of(&user, &[0x1020_0073]).places, [PC + 4]);
 }
 
 #[test]
-fn instructions_that_look_at_interrupts_keep_them() {
-    assert!(lead(&frame(), &[0x1050_0073]).is_wait); // wfi
+fn instructions_that_depend_on_interrupts_keep_them_enabled() {
+    assert!(next_of(&frame(), &[0x1050_0073]).is_wfi); // wfi
     for (word, needs) in [
         (0x0000_0073, true),  // ecall
         (0x1040_2573, true),  // csrr a0,sie
@@ -118,7 +118,7 @@ fn instructions_that_look_at_interrupts_keep_them() {
         (0x0010_0073, false), // ebreak
         (0x1415_1073, false), // csrw sepc,a0
     ] {
-        assert_eq!(lead(&frame(), &[word]).needs_interrupts, needs, "{word:#x}");
+        assert_eq!(next_of(&frame(), &[word]).needs_interrupts, needs, "{word:#x}");
     }
 }
 
@@ -130,7 +130,7 @@ fn a_write_to_satp_is_known_beforehand() {
         (0x1805_3073, 0xf0),     // csrc satp,a0
         (0x1802_d073, 5),        // csrwi satp,5
     ] {
-        assert_eq!(lead(&frame(), &[word]).satp, Some(satp), "{word:#x}");
+        assert_eq!(next_of(&frame(), &[word]).satp, Some(satp), "{word:#x}");
     }
 }
 
@@ -141,10 +141,10 @@ const BNE: u32 = 0x00b5_1863; // bne a0,a1,.+16
 
 #[test]
 fn a_sequence_from_lr_to_sc_is_one_step() {
-    let places = |words: &[u32]| lead(&frame(), words).places;
+    let places = |words: &[u32]| next_of(&frame(), words).places;
     assert_eq!(places(&[LR, ADD, SC]), [PC + 12]);
     assert_eq!(places(&[LR, 0x0505, SC, ADD]), [PC + 10]);
-    // Out of it, to behind the SC; within it, nowhere.
+    // Branches out of the sequence are targets as well as the end; those within it are not.
     assert_eq!(places(&[LR, BNE, ADD, SC]), [PC + 20, PC + 16]);
     assert_eq!(places(&[LR, BNE, ADD, ADD, ADD, SC]), [PC + 24]);
     // Back to its start.
@@ -152,7 +152,7 @@ fn a_sequence_from_lr_to_sc_is_one_step() {
 }
 
 #[test]
-fn what_begins_with_lr_and_is_no_sequence_is_one_instruction() {
+fn lr_without_a_constrained_sequence_is_one_instruction() {
     for words in [
         &[LR, ADD][..],
         &[LR, 0x0000_006f, SC],
@@ -162,7 +162,7 @@ fn what_begins_with_lr_and_is_no_sequence_is_one_instruction() {
         &[LR, 0x0000_0073, SC],
         &[&[LR][..], &[ADD; 16], &[SC]].concat(),
     ] {
-        assert_eq!(lead(&frame(), words).places, [PC + 4], "{words:x?}");
+        assert_eq!(next_of(&frame(), words).places, [PC + 4], "{words:x?}");
     }
 }
 

@@ -1,4 +1,4 @@
-//! Which options a program knows: its own `--help` tells, and is asked only where the program has failed.
+//! Options that a program supports, according to its `--help`, which is run only after the program has failed.
 
 use std::ffi::OsString;
 use std::io::{self, Read};
@@ -8,15 +8,15 @@ use std::time::{Duration, Instant};
 
 use super::is_readable;
 
-/// How long a program may take to tell what it knows, and how much of it is read.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Time-out for the output of `--help`, and the limit of its bytes.
+const TIMEOUT: Duration = Duration::from_secs(10);
 const LONGEST: usize = 64 << 10;
 
-/// What has to be there, for those who have an older one.
-const WANTED: [(&str, &str); 2] = [
+/// Advice for a program that is too old.
+const NEEDED: [(&str, &str); 2] = [
     (
         "virtiofsd",
-        "virtiofsd 1.10 or newer is needed, 1.13 for folders that nothing can be changed in; Debian 13 has it",
+        "virtiofsd 1.10 or newer is needed, 1.13 for read-only folders; Debian 13 has it",
     ),
     ("passt", "passt 2024_11_27 or newer is needed; Debian 13 has it"),
 ];
@@ -27,32 +27,32 @@ pub(super) fn options(arguments: &[OsString]) -> Vec<String> {
     texts.filter(|text| text.starts_with("--")).map(Into::into).collect()
 }
 
-/// Says which of `options` a program does not know; none where it knows them all, or does not tell.
+/// A message about those of `options` that a program does not support; none if it supports them all, or its `--help` is of no use.
 pub(super) fn complaint(name: &str, program: &Path, options: &[String]) -> Option<String> {
     let help = ask(program, "--help").ok()?;
     let missing: Vec<&str> =
-        options.iter().map(String::as_str).filter(|option| !knows(&help, option)).collect();
-    // Without any of them it is no help.
+        options.iter().map(String::as_str).filter(|option| !lists(&help, option)).collect();
+    // A text without any of them is no list of options.
     if missing.is_empty() || missing.len() == options.len() {
         return None;
     }
     let version = ask(program, "--version").unwrap_or_default();
     let version = version.lines().next().unwrap_or_default().trim().chars();
     let version: String = version.filter(|c| !c.is_control()).take(80).collect();
-    let wanted = WANTED.iter().find(|(known, _)| *known == name).map_or("", |(_, wanted)| wanted);
+    let needed = NEEDED.iter().find(|(known, _)| *known == name).map_or("", |(_, needed)| needed);
     let missing = missing.join(", ");
-    Some(format!("{} does not know {missing} (it is {version}; {wanted})", program.display()))
+    Some(format!("{} does not support {missing} (it is {version}; {needed})", program.display()))
 }
 
-/// Whether an option stands in a text as a word of its own.
-fn knows(help: &str, option: &str) -> bool {
+/// True if an option is in a text as a word of its own.
+fn lists(help: &str, option: &str) -> bool {
     help.match_indices(option).any(|(at, _)| {
         let behind = help.get(at + option.len()..).and_then(|rest| rest.chars().next());
         behind.is_none_or(|c| !c.is_ascii_alphanumeric() && c != '-')
     })
 }
 
-/// What a program says to one option, on both of its outputs.
+/// Output and error output of a program that is run with one option.
 fn ask(program: &Path, option: &str) -> io::Result<String> {
     let (mut reader, writer) = io::pipe()?;
     let mut child = Command::new(program)
@@ -63,7 +63,7 @@ fn ask(program: &Path, option: &str) -> io::Result<String> {
         .stderr(writer)
         .spawn()?;
     let now = Instant::now();
-    let deadline = now.checked_add(PATIENCE).unwrap_or(now);
+    let deadline = now.checked_add(TIMEOUT).unwrap_or(now);
     let mut text = Vec::new();
     while text.len() < LONGEST
         && is_readable(&reader, deadline.saturating_duration_since(Instant::now()))
@@ -74,7 +74,7 @@ fn ask(program: &Path, option: &str) -> io::Result<String> {
             count => text.extend(page.get(..count).unwrap_or_default()),
         }
     }
-    // One that goes on is not waited for.
+    // It may still be running.
     let _ = child.kill();
     child.wait()?;
     Ok(String::from_utf8_lossy(&text).into_owned())

@@ -1,4 +1,4 @@
-//! System calls on a disk's files, made by somebody else while the I/O thread goes on: what is common to both ways.
+//! The interface of the engines, which make system calls on a disk's files while the I/O thread continues.
 #![expect(unsafe_code, reason = "buffers are handed over by address")]
 
 use std::io;
@@ -8,21 +8,20 @@ use std::time::Duration;
 /// One system call.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Call {
-    pub(super) what: What,
-    /// Of the file that is meant.
+    pub(super) kind: CallKind,
     pub(super) fd: RawFd,
-    /// Where in the file, in bytes.
+    /// Offset in the file, in bytes.
     pub(super) offset: u64,
-    /// Bytes that it is about.
+    /// Length of the range, in bytes.
     pub(super) len: u64,
 }
 
-/// Which system call.
+/// The kind of a system call.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum What {
+pub(super) enum CallKind {
     /// preadv(2)
     Read(Buffers),
-    /// pwritev2(2), with RWF_DSYNC where it has to be durable.
+    /// pwritev2(2), with RWF_DSYNC if it has to be durable.
     Write { from: Buffers, is_durable: bool },
     /// fdatasync(2)
     Sync,
@@ -37,43 +36,43 @@ pub(super) struct Buffers {
     pub(super) count: u32,
 }
 
-// SAFETY: plain addresses; who hands a call to an engine answers for what is there (`Engine::push`), in every thread.
+// SAFETY: plain addresses; the caller of `Engine::push` guarantees that they are valid, in every thread.
 unsafe impl Send for Buffers {}
 
-/// What came of a call: bytes moved, or the kernel's error.
+/// The ID of a call, and the bytes moved or the kernel's error.
 pub(super) type Outcome = (u32, io::Result<u32>);
 
-/// Makes one call, and waits for it.
-pub(super) trait Maker: Send {
+/// Makes calls synchronously.
+pub(super) trait Executor: Send {
     /// # Safety
     /// The file is open, and the buffers and their list stay where they are, until this returns.
-    unsafe fn make(&mut self, call: Call) -> io::Result<u32>;
+    unsafe fn execute(&mut self, call: Call) -> io::Result<u32>;
 }
 
-/// Makes calls.
+/// Makes calls asynchronously.
 pub(super) trait Engine: Send {
-    /// What it is called in the log.
+    /// Its name in the log.
     fn name(&self) -> &'static str;
 
-    /// Takes a call in, under a number that no other call has at the time. It is made after the next `submit`, or before.
+    /// Takes a call with an ID that no other call in flight has. It is made after the next `submit`, or before.
     ///
     /// # Safety
     /// The file stays open, and the buffers and their list stay where they are, until the outcome was reaped.
     unsafe fn push(&mut self, id: u32, call: Call);
 
-    /// Sets going what was pushed.
+    /// Starts the calls that were pushed.
     fn submit(&mut self);
 
-    /// Whether calls that were submitted wait for somebody to submit again, a little later, and nothing announces when.
+    /// True if submitted calls are waiting for another `submit` a little later, which no event announces.
     fn is_behind(&self) -> bool;
 
-    /// Takes a call back that has not begun. False where it may have: its outcome comes, as soon as that can be had.
+    /// Takes back a call that has not started. False if it may have: its outcome follows, as early as possible.
     fn withdraw(&mut self, id: u32) -> bool;
 
-    /// Adds the outcomes that are there.
+    /// Adds the outcomes that are available.
     fn reap(&mut self, outcomes: &mut Vec<Outcome>);
 
-    /// Submits, and waits for an outcome, where `most` is given for that long at most. Only when a call is on the way.
+    /// Submits, and waits for an outcome, at most for `most` if it is given. Only valid with a call in flight.
     fn wait(&mut self, most: Option<Duration>);
 
     /// Readable when there may be outcomes.

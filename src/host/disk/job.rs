@@ -1,8 +1,8 @@
-//! One request on its way through system calls: which is the next one, and what its outcome means. The same for every engine.
+//! The system calls of one request: the next call, and the meaning of its outcome. The same for every engine.
 //!
-//! A call may move less than it was asked for; the rest follows. With `O_DIRECT` the kernel wants aligned addresses and
-//! lengths: buffers that are not go through a bounded one that is, and ranges of the disk that are not through the page
-//! cache. Zeroes that the file system cannot make are written, a bounded piece at a time.
+//! A call may be short; the rest follows. `O_DIRECT` requires aligned addresses and lengths: unaligned buffers go through a
+//! bounded bounce buffer, and unaligned ranges of the disk through the page cache. Zeroes that the file system cannot make
+//! (fallocate(2)) are written, a bounded piece at a time.
 #![expect(unsafe_code, reason = "lists of buffers are made of addresses in guest RAM")]
 
 use std::io;
@@ -14,61 +14,61 @@ use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
 
-use super::engine::{Buffers, Call, What};
+use super::engine::{Buffers, Call, CallKind};
 use super::open::Files;
 
-/// Bytes that one call moves: a reset waits for calls, not for requests, and a guest makes its requests as large as its RAM.
+/// Limit of the bytes of one call: a reset waits for calls, not for requests, which may be as large as guest RAM.
 const MOST_BYTES: u64 = 2 << 20;
 
-/// Bytes of a buffer in the list that the kernel gets; larger ones are several. A multiple of every alignment.
+/// Limit of the bytes of an iovec; larger buffers are split. A multiple of every alignment.
 const MOST_PART: usize = 1 << 20;
 
-/// Bytes that are moved at once where a bounce buffer is needed. Every request that is on the way may have one.
+/// Size of a bounce buffer. Every request in flight may have one.
 const BOUNCE: u64 = 128 << 10;
 
-/// Alignment of bounce buffers: a page, which is more than any disk asks for.
+/// Alignment of bounce buffers: a page, which is more than any disk needs.
 const PAGE: usize = 4096;
 
-/// What is written where zeroes have to be.
+/// Source of zeroes that are written.
 static ZEROES: [u8; PAGE] = [0; PAGE];
 
-/// Pages of zeroes that are written at once.
+/// Limit of the pages of zeroes in one call.
 const ZERO_PAGES: u64 = 256;
 
-/// How often the kernel may say that it was interrupted.
+/// Limit of retries after EINTR and EAGAIN.
 const MOST_TRIES: u32 = 100;
 
-/// A request and how far it has come.
+/// A request and its progress.
 pub(super) struct Job {
     stage: Stage,
     op: DiskOp,
-    /// What is left of the range.
+    /// The rest of the range.
     offset: u64,
     left: u64,
-    /// All of guest RAM that the request is about, and how many bytes of it are done.
+    /// All buffers of the request in guest RAM, and the bytes of them that are done.
     data: Vec<Segment>,
     moved: u32,
-    /// What is left of that, as the kernel takes it.
+    /// The rest of the buffers.
     iovecs: Vec<libc::iovec>,
     bounce: Vec<u8>,
-    /// The call that is on the way goes through the bounce buffer.
+    /// The call in flight uses the bounce buffer.
     is_bounced: bool,
     tries: u32,
     is_given_up: bool,
 }
 
-// SAFETY: the addresses in `iovecs` are those of guest RAM and of a static, which are the same in every thread; nothing here
-// follows them.
+// SAFETY: the addresses in `iovecs` are those of guest RAM and of a static, which are the same in every thread; they are not
+// dereferenced here.
 unsafe impl Send for Job {}
 
-/// The region of guest RAM that was looked up last: the buffers of a request mostly lie in one.
+/// The region of guest RAM that was looked up last: the buffers of a request are mostly in one.
 #[derive(Default)]
 struct Ram<'a> {
     region: Option<&'a GuestRegionMmap>,
 }
 
 impl<'a> Ram<'a> {
-    /// Where `len` bytes from `addr` are in this process; none where they are not all in one region.
+    /// Host virtual address of `len` bytes at `addr`; none if they are not all in one region.
     fn find(
         &mut self,
         memory: &'a GuestMemoryMmap,
@@ -89,7 +89,7 @@ impl<'a> Ram<'a> {
     }
 }
 
-/// Where a job is.
+/// The stage of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
     Idle,
@@ -100,11 +100,11 @@ enum Stage {
     ZeroRange,
     /// Zeroes are written.
     Zeroes,
-    /// What was done has to last.
+    /// fdatasync(2) after a durable request.
     Sync,
 }
 
-/// What an outcome means.
+/// The state of a request after an outcome.
 #[derive(Debug)]
 pub(super) enum Progress {
     /// There is another call to make.
@@ -130,8 +130,8 @@ impl Job {
         }
     }
 
-    /// Takes a request in that is not a flush. False where its data is not all RAM, or another one has not ended, whose call
-    /// may be on the way.
+    /// Takes a request that is not a flush. False if its data is not all RAM, or if the previous one has not ended, whose call
+    /// may be in flight.
     pub(super) fn begin(&mut self, request: &DiskRequest<'_>, memory: &dyn DmaMemory) -> bool {
         if !self.is_idle() {
             return false;
@@ -169,7 +169,7 @@ impl Job {
 
     pub(super) fn end(&mut self) {
         self.stage = Stage::Idle;
-        // Large, and seldom needed.
+        // Freed: it is large and rarely needed.
         self.bounce = Vec::new();
     }
 
@@ -181,7 +181,7 @@ impl Job {
         self.is_given_up
     }
 
-    /// What it does, for the log.
+    /// Name of the operation, for the log.
     pub(super) fn verb(&self) -> &'static str {
         match self.op {
             DiskOp::Read => "read",
@@ -203,20 +203,22 @@ impl Job {
         )
     }
 
-    /// The next call. Its buffers stay where they are until its outcome was handed to [`advance`](Self::advance).
+    /// The next call. Its buffers stay valid until its outcome is passed to [`advance`](Self::advance).
     pub(super) fn next(&mut self, files: &Files, memory: &dyn DmaMemory) -> Call {
         let keep_size = libc::FALLOC_FL_KEEP_SIZE;
-        let call = |what, fd| Call { what, fd, offset: self.offset, len: self.left };
+        let call = |kind, fd| Call { kind, fd, offset: self.offset, len: self.left };
         match self.stage {
             Stage::Transfer => self.transfer(files, memory),
             Stage::Zeroes => self.zeroes(files),
-            Stage::Punch => {
-                call(What::Allocate { mode: libc::FALLOC_FL_PUNCH_HOLE | keep_size }, files.main())
-            }
-            Stage::ZeroRange => {
-                call(What::Allocate { mode: libc::FALLOC_FL_ZERO_RANGE | keep_size }, files.main())
-            }
-            Stage::Sync | Stage::Idle => call(What::Sync, files.main()),
+            Stage::Punch => call(
+                CallKind::Allocate { mode: libc::FALLOC_FL_PUNCH_HOLE | keep_size },
+                files.main(),
+            ),
+            Stage::ZeroRange => call(
+                CallKind::Allocate { mode: libc::FALLOC_FL_ZERO_RANGE | keep_size },
+                files.main(),
+            ),
+            Stage::Sync | Stage::Idle => call(CallKind::Sync, files.main()),
         }
     }
 
@@ -236,14 +238,14 @@ impl Job {
             }
         }
         let buffers = if self.is_bounced { self.bounced(len) } else { self.first(parts) };
-        let what = match self.op {
-            DiskOp::Read => What::Read(buffers),
-            _ => What::Write { from: buffers, is_durable: self.is_durable() },
+        let kind = match self.op {
+            DiskOp::Read => CallKind::Read(buffers),
+            _ => CallKind::Write { from: buffers, is_durable: self.is_durable() },
         };
-        Call { what, fd, offset: self.offset, len }
+        Call { kind, fd, offset: self.offset, len }
     }
 
-    /// How many buffers of the list go into the next call, and their bytes.
+    /// Number of buffers of the list for the next call, and their bytes.
     fn first_parts(&self) -> (usize, u64) {
         let (mut parts, mut bytes) = (0, 0);
         for part in &self.iovecs {
@@ -260,7 +262,7 @@ impl Job {
         Buffers { first: self.iovecs.as_ptr(), count: u32::try_from(parts).unwrap_or(0) }
     }
 
-    /// The bounce buffer, put before the list of the rest until the outcome is there.
+    /// The bounce buffer, inserted at the start of the list until the outcome is known.
     fn bounced(&mut self, len: u64) -> Buffers {
         let iov_base = self.bounce_part(len).as_mut_ptr().cast();
         let iov_len = usize::try_from(len).unwrap_or(0);
@@ -286,14 +288,14 @@ impl Job {
         }
     }
 
-    /// Copies `len` bytes between the bounce buffer and what of guest RAM comes next, in the direction of the request.
+    /// Copies `len` bytes between the bounce buffer and the next bytes in guest RAM, in the direction of the request.
     fn copy(&mut self, len: u64, memory: &dyn DmaMemory) {
         let data = std::mem::take(&mut self.data);
         let (moved, is_read) = (self.moved, self.op == DiskOp::Read);
         let mut rest = self.bounce_part(len);
         for piece in pieces(&data, moved, rest.len()) {
             let Some((part, after)) = rest.split_at_mut_checked(piece.len as usize) else { break };
-            // All of it was found to be RAM, and RAM does not go away.
+            // `begin` has checked that it is all RAM, and RAM is never removed.
             let _ = match is_read {
                 true => memory.view().write_slice(part, piece.addr),
                 false => memory.view().read_slice(part, piece.addr),
@@ -309,14 +311,14 @@ impl Job {
         let mut left = usize::try_from(len).unwrap_or(0);
         while left > 0 {
             let iov_len = left.min(PAGE);
-            // Only ever written from.
+            // Only the source of writes.
             let iov_base = ZEROES.as_ptr().cast_mut().cast();
             self.iovecs.push(libc::iovec { iov_base, iov_len });
             left -= iov_len;
         }
-        let what =
-            What::Write { from: self.first(self.iovecs.len()), is_durable: self.is_durable() };
-        Call { what, fd: files.buffered(), offset: self.offset, len }
+        let kind =
+            CallKind::Write { from: self.first(self.iovecs.len()), is_durable: self.is_durable() };
+        Call { kind, fd: files.buffered(), offset: self.offset, len }
     }
 
     /// Takes the outcome of the last call.
@@ -377,7 +379,7 @@ impl Job {
         Progress::More
     }
 
-    /// Leaves the first `bytes` of the list of buffers behind.
+    /// Removes the first `bytes` from the list of buffers.
     fn skip(&mut self, mut bytes: usize) {
         let mut whole = 0;
         for part in &mut self.iovecs {

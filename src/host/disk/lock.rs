@@ -1,11 +1,11 @@
-//! One writer or many readers of a disk, agreed on with other programs by open file description locks (fcntl(2)).
+//! One writer or many readers of a disk, enforced among programs by open file description locks (fcntl(2)).
 //!
-//! Two agreements stand beside each other. Between machines of rvmm, and with programs that lock whole files: everything but
-//! QEMU's bytes, for itself where it is written, shared where it is read. With QEMU (its block/file-posix.c): a byte for each
-//! right that somebody uses, and one for each right that somebody grants to nobody else. Those bytes are only ever locked
-//! shared: who has locked his own looks whether the opposite ones of somebody else are locked, and goes where they are. rvmm
-//! says to QEMU what a machine of QEMU says: others may read on, nobody else may write or resize. Left out: rights that only
-//! QEMU's block jobs use.
+//! There are two protocols. Between machines of rvmm, and with programs that lock whole files: all bytes but QEMU's are locked
+//! exclusively if the disk is writable, shared if it is read-only. With QEMU (its block/file-posix.c): one byte for each
+//! permission that a program uses, and one for each permission that it does not share. These bytes are only ever locked
+//! shared: a program locks its own and then checks the opposite ones; if another program has one locked, opening fails. rvmm
+//! takes the permissions that QEMU takes for a machine's disk: others may read, but not write or resize. Left out: permissions
+//! that only QEMU's block jobs use.
 #![expect(unsafe_code, reason = "locks of a range are not in any safe crate here")]
 
 use std::fs::File;
@@ -15,14 +15,14 @@ use std::os::fd::AsRawFd;
 use log::warn;
 use rvmm_devices::HostError;
 
-/// Bytes that are rvmm's: the first, and how many; zero for all that follow. In between are QEMU's.
+/// Ranges of rvmm's bytes: the first byte, and their number; zero for all that follow. In between are QEMU's.
 const OURS: [(i64, i64); 2] = [(0, 100), (300, 0)];
 
-/// Where QEMU has a byte for each right that is used, and for each that is not granted to others.
+/// First of QEMU's bytes for permissions that are used, and for those that are not shared.
 const USED: i64 = 100;
-const REFUSED: i64 = 200;
+const UNSHARED: i64 = 200;
 
-/// QEMU's rights: to read and find what was written, to write, and to change the size.
+/// QEMU's permissions: BLK_PERM_CONSISTENT_READ, BLK_PERM_WRITE, BLK_PERM_RESIZE.
 const READ: i64 = 0;
 const WRITE: i64 = 1;
 const RESIZE: i64 = 3;
@@ -30,13 +30,13 @@ const RESIZE: i64 = 3;
 /// Locks the file as long as it is open.
 ///
 /// # Errors
-/// Another program's lock stands in the way.
+/// Another program has a conflicting lock.
 pub(super) fn take(path: &str, file: &File, is_read_only: bool) -> Result<(), HostError> {
     match try_all(file, is_read_only) {
         Ok(true) => return Ok(()),
         Ok(false) => {}
         Err(error) => {
-            warn!("Disk {path} cannot be locked, see that nobody else uses it: {error}");
+            warn!("Cannot lock disk {path}: {error} (make sure that no other program uses it)");
             return Ok(());
         }
     }
@@ -51,30 +51,30 @@ pub(super) fn take(path: &str, file: &File, is_read_only: bool) -> Result<(), Ho
     Err(HostError::refused(what, io::ErrorKind::ResourceBusy.into()))
 }
 
-/// Lets go of all that was locked.
+/// Releases all locks.
 pub(super) fn give_back(file: &File) {
-    // Nothing is lost where it fails: the locks end with the file.
+    // A failure is harmless: closing the file releases the locks, too.
     let _ = set(file, libc::F_UNLCK, (0, 0));
 }
 
-/// False where somebody else's lock stands in the way; an error where the file system has no locks.
+/// False if another program has a conflicting lock; an error if the file system has no locks.
 fn try_all(file: &File, is_read_only: bool) -> io::Result<bool> {
     let kind = if is_read_only { libc::F_RDLCK } else { libc::F_WRLCK };
     let used: &[i64] = if is_read_only { &[READ] } else { &[READ, WRITE, RESIZE] };
-    let refused = [WRITE, RESIZE];
+    let unshared = [WRITE, RESIZE];
     for range in OURS {
         if !set(file, kind, range)? {
             return Ok(false);
         }
     }
     let bytes = used.iter().map(|right| USED + right);
-    for byte in bytes.chain(refused.map(|right| REFUSED + right)) {
+    for byte in bytes.chain(unshared.map(|right| UNSHARED + right)) {
         if !set(file, libc::F_RDLCK, (byte, 1))? {
             return Ok(false);
         }
     }
-    let opposite = used.iter().map(|right| REFUSED + right);
-    for byte in opposite.chain(refused.map(|right| USED + right)) {
+    let opposite = used.iter().map(|right| UNSHARED + right);
+    for byte in opposite.chain(unshared.map(|right| USED + right)) {
         if qemu_has(file, byte)? {
             return Ok(false);
         }
@@ -82,7 +82,7 @@ fn try_all(file: &File, is_read_only: bool) -> io::Result<bool> {
     Ok(true)
 }
 
-/// Whether what stands in the way is somebody who writes.
+/// True if the conflicting lock is that of a writer.
 fn is_written(file: &File) -> bool {
     let [first, _] = OURS;
     match held(file, first) {
@@ -98,7 +98,7 @@ fn lock_of(kind: libc::c_int, (l_start, l_len): (i64, i64)) -> libc::flock {
     libc::flock { l_type, l_whence, l_start, l_len, l_pid: 0 }
 }
 
-/// False where somebody else's lock stands in the way.
+/// Sets a lock; false if another program has a conflicting one.
 fn set(file: &File, kind: libc::c_int, range: (i64, i64)) -> io::Result<bool> {
     let lock = lock_of(kind, range);
     // SAFETY: fcntl reads a `flock` that outlives the call.
@@ -112,7 +112,7 @@ fn set(file: &File, kind: libc::c_int, range: (i64, i64)) -> io::Result<bool> {
     }
 }
 
-/// Whether somebody else has locked a byte of QEMU's. A lock of the whole file lies over it too, and means no right.
+/// True if another program has locked a byte of QEMU's. A lock of the whole file covers it too, but is no permission.
 fn qemu_has(file: &File, byte: i64) -> io::Result<bool> {
     let [(_, first), (end, _)] = OURS;
     let lock = held(file, (byte, 1))?;
@@ -122,7 +122,7 @@ fn qemu_has(file: &File, byte: i64) -> io::Result<bool> {
     }))
 }
 
-/// Somebody else's lock in a range.
+/// Another program's lock in a range.
 fn held(file: &File, range: (i64, i64)) -> io::Result<Option<libc::flock>> {
     let mut lock = lock_of(libc::F_WRLCK, range);
     let none = lock_of(libc::F_UNLCK, range).l_type;
@@ -153,7 +153,7 @@ mod tests {
         File::options().read(true).write(true).open(file.path()).unwrap()
     }
 
-    /// Opens for writing, then for reading only: `opened`, or why not.
+    /// Opens for writing, then for reading only: `opened`, or the reason why not.
     fn both(file: &NamedTempFile) -> [String; 2] {
         [false, true].map(|is_read_only| {
             let what =
@@ -166,17 +166,16 @@ mod tests {
     const WRITING: &str = "writing (stop that program)";
     const READING: &str = "reading (stop that program, or add ro=on)";
 
-    /// What another program's bytes of QEMU's come to.
     #[test]
     fn the_bytes_of_qemu_are_heeded() {
         for (bytes, expected) in [
             // qemu-io on raw bytes: for writing, for reading.
             (&[100, 101][..], [WRITING, WRITING]),
             (&[100], [OPENED, OPENED]),
-            // On an image: nobody else may write.
+            // qemu-io on an image: no other program may write.
             (&[100, 101, 103, 201, 203], [WRITING, WRITING]),
             (&[100, 201, 203], [READING, OPENED]),
-            // A block job that leaves nothing to be read meanwhile, and one that changes nothing.
+            // A block job that does not share reading, and one without permissions of interest.
             (&[200], [READING, WRITING]),
             (&[102, 204], [OPENED, OPENED]),
         ] {
@@ -204,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn who_was_refused_keeps_nothing_locked() {
+    fn a_failed_lock_leaves_nothing_locked() {
         let file = disk();
         let (other, refused) = (reopen(&file), reopen(&file));
         assert!(set(&other, libc::F_RDLCK, (101, 1)).unwrap());
@@ -213,7 +212,7 @@ mod tests {
         assert_eq!(both(&file), [OPENED, OPENED]);
     }
 
-    /// Runs a program of QEMU's, with the disk for `DISK`; whether it agreed. None, aloud, where there is none.
+    /// Runs a program of QEMU's, with the disk for `DISK`, and returns true if it succeeded. Reports a skip if it is not installed.
     fn qemu(program: &str, arguments: &str, file: &NamedTempFile) -> Option<bool> {
         let path = file.path().to_str().unwrap();
         let arguments = arguments.split('|').map(|word| if word == "DISK" { path } else { word });
@@ -226,7 +225,7 @@ mod tests {
         }
     }
 
-    /// qemu-io, until it has the disk open.
+    /// Starts qemu-io, and waits until it has the disk open.
     fn qemu_io(options: &[&str], file: &NamedTempFile) -> Option<Child> {
         qemu("qemu-io", "-V", &disk())?;
         let mut command = Command::new("qemu-io");
@@ -240,7 +239,7 @@ mod tests {
         Some(child)
     }
 
-    /// Ends it by the end of its input.
+    /// Stops it by the end of its input.
     fn end(mut child: Child) {
         drop(child.stdin.take());
         child.wait().unwrap();
@@ -259,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn qemu_does_not_write_a_disk_that_is_open_here_and_reads_what_nobody_writes() {
+    fn qemu_does_not_write_an_open_disk_and_reads_one_without_a_writer() {
         let file = disk();
         let write = "-f|raw|-c|write 0 512|DISK";
         let other = disk();
@@ -270,7 +269,7 @@ mod tests {
             let Some(is_ok) = qemu("qemu-io", write, &file) else { return };
             assert!(!is_ok, "written by two");
             assert_eq!(qemu("qemu-img", &copy, &file), Some(may_read));
-            // Who says that it may change meanwhile looks on, as at a machine of QEMU.
+            // With -U (force share) it is read nevertheless, as the disk of a machine of QEMU.
             assert_eq!(qemu("qemu-img", "info|-U|DISK", &file), Some(true));
             give_back(&ours);
             assert_eq!(qemu("qemu-io", write, &file), Some(true));

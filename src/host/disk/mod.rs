@@ -1,17 +1,17 @@
 //! Disks in files and block devices: raw bytes, or qcow2 images.
 //!
-//! | file | what |
+//! | file | content |
 //! |---|---|
-//! | `open.rs` | from a path to files: judged and opened |
-//! | `lock.rs` | one writer or many readers, also among other programs |
-//! | `job.rs` | one request on its way through system calls |
-//! | `engine.rs` | who makes system calls while the I/O thread goes on |
-//! | `uring.rs`, `worker.rs` | the two who do: io_uring, and a thread |
-//! | `qcow2/` | images: calls that are made of them on the thread |
+//! | `open.rs` | checks and opens the file of a path |
+//! | `lock.rs` | locks: one writer or many readers, also among other programs |
+//! | `job.rs` | the system calls of one request |
+//! | `engine.rs` | interface of the engines, which make system calls asynchronously |
+//! | `uring.rs`, `worker.rs` | the engines: io_uring, and a thread |
+//! | `qcow2/` | images, accessed on the thread |
 //!
-//! Guest RAM is given to the kernel by address. It stays because the disk holds it, and the disk waits for every call before
-//! it lets go. The size is looked up anew at every flush, and when a read ends early: that is how a file that was made larger
-//! becomes a larger disk.
+//! Guest RAM is passed to the kernel by address. The disk keeps it mapped, and waits for every call before it releases it.
+//! The size is read again at every flush, and when a read ends early: that is how a file that was extended becomes a larger
+//! disk.
 #![expect(unsafe_code, reason = "buffers are handed to the engine by address")]
 
 use std::os::fd::RawFd;
@@ -36,37 +36,37 @@ mod worker;
 #[cfg(test)]
 mod tests;
 
-use engine::{Call, Engine, Outcome, What};
+use engine::{Call, CallKind, Engine, Outcome};
 use job::{Job, Progress};
 use open::{Files, whole_sectors};
 use qcow2::Image;
 use uring::Uring;
 use worker::Worker;
 
-/// The number of the flush, which slots do not reach.
+/// ID of the flush, which is no slot number.
 const SYNC: u32 = u32::MAX;
 
-/// Bytes between two polls that are copied here, where the disk is memory; what is beyond that is the engine's, however large
-/// the guest makes its requests.
+/// Limit of the bytes between two polls that are copied in this thread, if the disk is in memory; the rest is left to the
+/// engine, however large the guest's requests are.
 const INLINE: u64 = 4 << 20;
 
-/// Rounds of calls that follow from outcomes, before others get their turn.
+/// Limit of rounds of follow-up calls in one poll, so that other devices get their turn.
 const MOST_ROUNDS: u32 = 4;
 
 /// An open disk.
 ///
-/// Fields are dropped in this order: no call is on the way when files and memory go.
+/// Fields are dropped in this order: no call is in flight when files and memory are released.
 pub(super) struct Disk {
     engine: Box<dyn Engine>,
     /// By slot.
     jobs: Vec<Job>,
     flushes: Flushes,
     done: Vec<DiskDone>,
-    /// Given up while a call was on the way, whose end is to be reported.
+    /// Slots given up while a call was in flight, whose end is to be reported.
     abandoned: Vec<u32>,
-    /// Of calls that were made here.
+    /// Outcomes of calls that were made in this thread.
     outcomes: Vec<Outcome>,
-    /// Bytes of them since the last poll; none where the disk is not memory.
+    /// Bytes of them since the last poll; none if the disk is not in memory.
     inline: Option<u64>,
     has_pushed: bool,
     has_warned: bool,
@@ -79,17 +79,17 @@ pub(super) struct Disk {
     memory: Arc<dyn DmaMemory>,
 }
 
-/// Flushes that wait: all that come while one runs are served by the next.
+/// Pending flushes: all that arrive while one runs are served by the next.
 #[derive(Debug, Default)]
 struct Flushes {
     is_running: bool,
-    /// Whose flush runs.
+    /// Slots that the running flush serves.
     served: Vec<u32>,
-    /// Who came later.
+    /// Slots that the next one serves.
     waiting: Vec<u32>,
 }
 
-/// Opens a disk, with the best engine that the kernel has.
+/// Opens a disk, with io_uring if the kernel has it.
 pub(super) fn open(plan: &DiskPlan, memory: Arc<dyn DmaMemory>) -> Result<Disk, HostError> {
     if plan.format != DiskFormat::Raw {
         return Disk::open_image(plan, memory);
@@ -97,7 +97,7 @@ pub(super) fn open(plan: &DiskPlan, memory: Arc<dyn DmaMemory>) -> Result<Disk, 
     let engine: Box<dyn Engine> = match Uring::new() {
         Ok(ring) => Box::new(ring),
         Err(error) => {
-            info!("No io_uring for disk {}: {error}", plan.path);
+            info!("Disk {} does not use io_uring: {error}", plan.path);
             Box::new(Worker::new().map_err(|source| no_thread(plan, source))?)
         }
     };
@@ -116,7 +116,7 @@ impl Disk {
     ) -> Result<Self, HostError> {
         let files = Files::open(plan)?;
         let size = files.first_size(&plan.path)?;
-        // io_uring would give each call to one of the kernel's workers: tmpfs does not say that it never waits.
+        // io_uring would pass each call to one of its workers: tmpfs does not set FMODE_NOWAIT.
         let inline = files.is_in_memory().then_some(0);
         let mut disk = Self::new(plan, memory, engine, files, size);
         disk.inline = inline;
@@ -127,7 +127,7 @@ impl Disk {
         let mut files = Files::open(plan)?;
         let image = Image::open(plan, &files)?;
         let size = image.size();
-        // The image sees to it.
+        // The image respects the alignment.
         files.forget_direct();
         let engine = Worker::with(image).map_err(|source| no_thread(plan, source))?;
         let mut disk = Self::new(plan, memory, Box::new(engine), files, size);
@@ -162,35 +162,35 @@ impl Disk {
         }
     }
 
-    fn look_at_size(&mut self) {
+    fn update_size(&mut self) {
         if !self.is_raw {
             return;
         }
         let now = self.files.bytes().map(whole_sectors).unwrap_or(self.size);
         if now != self.size && now > 0 {
-            info!("Disk {} has {now} bytes now", self.name);
+            info!("Disk {} now has {now} bytes", self.name);
             self.size = now;
         }
     }
 
     fn push(&mut self, id: u32, call: Call) {
-        // SAFETY: the files are closed and the memory is let go after the engine, whose calls `Drop` waits for; a job does not
+        // SAFETY: the files are closed and the memory is released after the engine, whose calls `Drop` waits for; a job does not
         // change its list of buffers before it gets the outcome.
         unsafe { self.engine.push(id, call) };
         self.has_pushed = true;
     }
 
-    /// Makes the first call of a request here and now, where that is a copy in memory; else pushes it. Its outcome waits for
-    /// `reap`, and follow-ups are the engine's: the next poll has all of them.
+    /// Makes the first call of a request in this thread, if it is a copy in memory; else pushes it. `reap` takes the outcome,
+    /// and follow-up calls go to the engine.
     fn push_first(&mut self, id: u32, call: Call) {
-        let is_copy = !matches!(call.what, What::Allocate { .. });
+        let is_copy = !matches!(call.kind, CallKind::Allocate { .. });
         let bytes = self.inline.filter(|_| is_copy).map(|bytes| bytes.saturating_add(call.len));
         let Some(bytes) = bytes.filter(|bytes| *bytes <= INLINE) else {
             return self.push(id, call);
         };
         self.inline = Some(bytes);
         // SAFETY: the files are open and the memory is held while this runs, and the job waits for its outcome.
-        self.outcomes.push((id, unsafe { worker::make(call) }));
+        self.outcomes.push((id, unsafe { worker::execute(call) }));
     }
 
     fn push_next(&mut self, slot: u32) {
@@ -202,10 +202,10 @@ impl Disk {
     fn start_flush(&mut self) -> Call {
         self.flushes.is_running = true;
         self.flushes.served.append(&mut self.flushes.waiting);
-        Call { what: What::Sync, fd: self.files.main(), offset: 0, len: 0 }
+        Call { kind: CallKind::Sync, fd: self.files.main(), offset: 0, len: 0 }
     }
 
-    /// Takes what outcomes are there, and lets requests go on or end.
+    /// Takes the outcomes that are available, and continues or completes their requests.
     fn reap(&mut self) {
         let mut outcomes = std::mem::take(&mut self.outcomes);
         self.engine.reap(&mut outcomes);
@@ -232,7 +232,7 @@ impl Disk {
                 job.end();
                 if let Err(error) = &result {
                     self.complain(&format!("{verb} {left} bytes at {offset} of"), error);
-                    self.look_at_size();
+                    self.update_size();
                 }
                 self.done.push(DiskDone { slot, is_ok: result.is_ok() });
             }
@@ -252,18 +252,18 @@ impl Disk {
         }
     }
 
-    /// A guest that goes on after errors does not fill the log.
+    /// Logs the first error only: a guest that continues after errors does not fill the log.
     fn complain(&mut self, what: &str, error: &std::io::Error) {
         if !std::mem::replace(&mut self.has_warned, true) {
             let name = &self.name;
             warn!(
-                "Cannot {what} disk {name}: {error} (the guest is told; further errors are not logged)"
+                "Cannot {what} disk {name}: {error} (reported to the guest; further errors are not logged)"
             );
         }
     }
 
-    /// Gives requests up and waits for those of which a call is on the way, where `patience` is given for that long at most.
-    /// Gives those that are left.
+    /// Gives requests up and waits for those with a call in flight, at most for `patience` if it is given. Returns those still
+    /// in flight.
     fn give_up(&mut self, slots: &[u32], patience: Option<Duration>) -> Vec<u32> {
         let start = Instant::now();
         let is_meant = |slot: &u32| slots.contains(slot);
@@ -314,7 +314,7 @@ impl DiskBackend for Disk {
             };
         }
         if request.op == DiskOp::Flush {
-            self.look_at_size();
+            self.update_size();
             if self.is_unsafe {
                 self.done.push(DiskDone { slot, is_ok: true });
                 return;
@@ -343,7 +343,7 @@ impl DiskBackend for Disk {
 
     fn poll(&mut self, done: &mut Vec<DiskDone>) {
         self.inline = self.inline.map(|_| 0);
-        // What had no room in the kernel is tried again, too.
+        // Also retries calls for which the ring had no room.
         self.engine.submit();
         for _ in 0..MOST_ROUNDS {
             self.has_pushed = false;
@@ -362,7 +362,7 @@ impl DiskBackend for Disk {
 
     fn drain(&mut self, slots: &[u32]) {
         self.give_up(slots, None);
-        // Others may have gone a step further.
+        // Other requests may have pushed follow-up calls.
         self.engine.submit();
     }
 

@@ -1,4 +1,4 @@
-//! From a path to files that a disk can live in: opened, judged, locked.
+//! The file of a disk: checked, opened and locked.
 #![expect(unsafe_code, reason = "a system call that no safe crate here has")]
 
 use std::fs::{File, FileType, OpenOptions};
@@ -16,51 +16,51 @@ use rvmm_devices::virtio::blk::{DiskCache, DiskPlan};
 
 use super::lock;
 
-/// Bytes of a sector.
+/// Size of a sector in bytes.
 const SECTOR: u64 = 512;
 
-/// File systems that are nothing but memory: tmpfs and ramfs (<linux/magic.h>).
+/// File systems in memory: tmpfs and ramfs (<linux/magic.h>).
 const IN_MEMORY: [i64; 2] = [0x0102_1994, 0x8584_58f6];
 
-/// What O_DIRECT wants where the kernel does not say: more than any disk does.
+/// Alignment for O_DIRECT if the kernel does not report one: more than any disk needs.
 const STRICT: Align = Align { memory: 4096, offset: 4096 };
 
-/// The open files of a disk. The lock is given back with them.
+/// The open files of a disk. Dropping them releases the lock.
 #[derive(Debug)]
 pub(super) struct Files {
     main: File,
-    /// Its path without links, dots and where rvmm was started.
+    /// Its canonical path.
     name: Vec<u8>,
     is_block: bool,
     is_in_memory: bool,
-    /// With O_DIRECT: what it wants, and the same file without.
+    /// With O_DIRECT: its alignment, and the same file without O_DIRECT.
     direct: Option<(Align, File)>,
 }
 
-/// What O_DIRECT wants of a transfer.
+/// Alignment that O_DIRECT requires.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Align {
-    /// Of addresses and lengths of buffers.
+    /// For addresses and lengths of buffers.
     pub(super) memory: usize,
-    /// Of offsets and lengths on the disk.
+    /// For offsets and lengths on the disk.
     pub(super) offset: u64,
 }
 
 impl Align {
-    /// Whether a buffer of `len` bytes at `address` will do.
+    /// True if a buffer of `len` bytes at `address` is aligned.
     pub(super) fn fits(self, address: usize, len: usize) -> bool {
         address.is_multiple_of(self.memory) && len.is_multiple_of(self.memory)
     }
 }
 
 impl Files {
-    /// Opens what the plan names and locks it: for itself where it is written, against writers where it is read.
+    /// Opens the file that the plan names and locks it: exclusively if it is writable, against writers if it is read-only.
     pub(super) fn open(plan: &DiskPlan) -> Result<Self, HostError> {
         let path = &plan.path;
         let kind = std::fs::metadata(path).map_err(|error| not_open(path, error))?.file_type();
-        judge(path, kind)?;
-        // What is exclusive of a block device is that nobody has mounted it. NONBLOCK: should it have become something else
-        // meanwhile, nothing waits.
+        check_kind(path, kind)?;
+        // O_EXCL on a block device fails if it is mounted. NONBLOCK: should the file have been replaced meanwhile, opening it does
+        // not block.
         let mut flags = OFlags::NONBLOCK;
         flags.set(OFlags::EXCL, kind.is_block_device() && !plan.is_read_only);
         flags.set(OFlags::DIRECT, plan.cache == DiskCache::None);
@@ -72,23 +72,23 @@ impl Files {
             _ => not_open(path, error),
         })?;
         let kind = main.metadata().map_err(|error| not_open(path, error))?.file_type();
-        judge(path, kind)?;
-        // io_uring would take it for a wish to fail instead of waiting.
+        check_kind(path, kind)?;
+        // With O_NONBLOCK, io_uring fails with EAGAIN instead of waiting.
         fcntl_getfl(&main)
             .and_then(|flags| fcntl_setfl(&main, flags - OFlags::NONBLOCK))
             .map_err(|error| not_open(path, error.into()))?;
         lock::take(path, &main, plan.is_read_only)?;
         let is_block = kind.is_block_device();
-        // The node of a block device may lie in a file system of memory, the device does not.
+        // The node of a block device may be in a file system in memory, the device is not.
         let is_in_memory =
             !is_block && fstatfs(&main).is_ok_and(|stat| IN_MEMORY.contains(&stat.f_type));
-        // One that is gone meanwhile has the name that was given.
+        // A file that was deleted meanwhile keeps the path that was given.
         let name = std::fs::canonicalize(path).unwrap_or_else(|_| path.into());
         let name = name.into_os_string().into_vec();
         let mut files = Self { main, name, is_block, is_in_memory, direct: None };
         if plan.cache == DiskCache::None {
             let align = alignment(&files.main).ok_or_else(|| no_direct(path))?;
-            // The same file whatever became of the path.
+            // The same file, even if the path is now another one's.
             let same = format!("/proc/self/fd/{}", files.main());
             let mut options = OpenOptions::new();
             let buffered = options.read(true).write(!plan.is_read_only).open(same);
@@ -100,7 +100,7 @@ impl Files {
     /// The size of the disk in bytes: whole sectors.
     pub(super) fn first_size(&self, path: &str) -> Result<u64, HostError> {
         let bytes = self.bytes().map_err(|source| {
-            HostError::refused(format!("Cannot find out the size of disk {path}"), source)
+            HostError::refused(format!("Cannot read the size of disk {path}"), source)
         })?;
         let size = whole_sectors(bytes);
         if size == 0 {
@@ -111,13 +111,13 @@ impl Files {
         if size != bytes {
             let rest = bytes - size;
             warn!(
-                "Disk {path} has {bytes} bytes, no whole sectors: the guest does not see the last {rest}"
+                "Disk {path} has {bytes} bytes, not a multiple of 512: the guest does not see the last {rest}"
             );
         }
         Ok(size)
     }
 
-    /// Bytes of the file or device, now.
+    /// Current size of the file or device.
     pub(super) fn bytes(&self) -> io::Result<u64> {
         if self.is_block {
             Ok(seek(&self.main, SeekFrom::End(0))?)
@@ -126,37 +126,37 @@ impl Files {
         }
     }
 
-    /// Whether reads and writes are copies and no more: nothing is worth handing to somebody else.
+    /// True if reads and writes are copies in memory, which are not worth another thread.
     pub(super) fn is_in_memory(&self) -> bool {
         self.is_in_memory
     }
 
-    /// The path of the file, the same however the user spelt it.
+    /// The canonical path of the file.
     pub(super) fn name(&self) -> &[u8] {
         &self.name
     }
 
-    /// The descriptor that everything goes through that can.
+    /// The descriptor for all calls that are aligned.
     pub(super) fn main(&self) -> RawFd {
         self.main.as_raw_fd()
     }
 
-    /// Whether it is a block device.
+    /// True if it is a block device.
     pub(super) fn is_block(&self) -> bool {
         self.is_block
     }
 
-    /// The same open file once more: it has the lock, and what is set of one is set of both.
+    /// A duplicate of the descriptor: both share the lock and the file status flags.
     pub(super) fn share(&self) -> io::Result<File> {
         self.main.try_clone()
     }
 
-    /// The file as everybody may read it, of any alignment.
+    /// The file, for reads of any alignment.
     pub(super) fn readable(&self) -> &File {
         self.direct.as_ref().map_or(&self.main, |(_, buffered)| buffered)
     }
 
-    /// From now on somebody else minds what O_DIRECT wants.
+    /// Leaves the alignment for O_DIRECT to the caller from now on.
     pub(super) fn forget_direct(&mut self) {
         self.direct = None;
     }
@@ -166,7 +166,7 @@ impl Files {
         self.readable().as_raw_fd()
     }
 
-    /// What the main descriptor wants, where it has O_DIRECT.
+    /// Alignment of the main descriptor, if it has O_DIRECT.
     pub(super) fn direct(&self) -> Option<Align> {
         self.direct.as_ref().map(|(align, _)| *align)
     }
@@ -174,17 +174,17 @@ impl Files {
 
 impl Drop for Files {
     fn drop(&mut self) {
-        // A call that has just ended may hold the file for a moment longer than we do, and with it the lock.
+        // A call that has just ended may hold a reference to the file, and with it the lock, for a moment longer.
         lock::give_back(&self.main);
     }
 }
 
-/// The part of `bytes` that is whole sectors.
+/// Rounds `bytes` down to whole sectors.
 pub(super) fn whole_sectors(bytes: u64) -> u64 {
     bytes / SECTOR * SECTOR
 }
 
-fn judge(path: &str, kind: FileType) -> Result<(), HostError> {
+fn check_kind(path: &str, kind: FileType) -> Result<(), HostError> {
     if kind.is_file() || kind.is_block_device() {
         return Ok(());
     }
@@ -205,9 +205,9 @@ fn judge(path: &str, kind: FileType) -> Result<(), HostError> {
 fn not_open(path: &str, error: io::Error) -> HostError {
     let what = format!("Cannot open disk {path}");
     let hint = match error.kind() {
-        io::ErrorKind::NotFound => format!("make one: truncate -s 1G {path}"),
+        io::ErrorKind::NotFound => format!("create it: truncate -s 1G {path}"),
         io::ErrorKind::PermissionDenied => {
-            "give yourself the right to it, or add ro=on where reading is allowed".into()
+            "change its permissions, or add ro=on if you may only read it".into()
         }
         io::ErrorKind::ReadOnlyFilesystem => "add ro=on".into(),
         io::ErrorKind::ResourceBusy => {
@@ -224,7 +224,7 @@ fn no_direct(path: &str) -> HostError {
     ))
 }
 
-/// What O_DIRECT wants of this file; `None` where it is not possible.
+/// Alignment for O_DIRECT on this file; `None` if O_DIRECT is not possible.
 fn alignment(file: &File) -> Option<Align> {
     let mut stat = MaybeUninit::<libc::statx>::zeroed();
     let fd = file.as_fd().as_raw_fd();

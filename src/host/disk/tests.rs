@@ -1,4 +1,4 @@
-//! Disks over files, on this machine: with each engine that its kernel has, and with one that a test answers for.
+//! Disks over files, on this machine: with each engine that its kernel has, and with one whose outcomes the test makes up.
 #![allow(clippy::cast_possible_truncation, reason = "a test's sizes are small")]
 
 use std::fs::{self, File};
@@ -24,7 +24,7 @@ pub(super) const RAM: u64 = 0x8000_0000;
 const RAM_SIZE: usize = 16 << 20;
 const DISK_SIZE: u64 = 8 << 20;
 
-/// Bytes that are nowhere the same for long.
+/// A byte pattern with a long period.
 pub(super) fn pattern(len: usize, seed: usize) -> Vec<u8> {
     (0..len).map(|i| (i.wrapping_mul(31) ^ (i >> 9).wrapping_mul(7) ^ seed) as u8).collect()
 }
@@ -51,7 +51,7 @@ fn engines() -> Vec<Box<dyn Engine>> {
     engines
 }
 
-/// A disk, the file it lives in, and RAM.
+/// A disk, its file, and RAM.
 pub(super) struct Bench {
     pub(super) disk: Disk,
     memory: GuestMemoryMmap,
@@ -65,19 +65,19 @@ impl Bench {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(RAM), RAM_SIZE)]).unwrap();
         let ram = Arc::new(memory.clone());
         let mut disk = Disk::open(&plan(file.path().to_str().unwrap(), options), ram, engine)?;
-        // Wherever the file lies, the engine is what is tested.
+        // All calls go to the engine, also if the file is in memory.
         disk.inline = None;
         Ok(Self { disk, memory, file })
     }
 
-    /// One over a file that is there, as its plan says.
+    /// One over an existing file, according to `plan`.
     pub(super) fn over(plan: &DiskPlan) -> Result<Self, HostError> {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(RAM), RAM_SIZE)]).unwrap();
         let disk = open(plan, Arc::new(memory.clone()))?;
         Ok(Self { disk, memory, file: NamedTempFile::new().unwrap() })
     }
 
-    /// One with each engine, and one that takes its file for memory.
+    /// One with each engine, and one whose file counts as in memory.
     fn all(options: &str) -> Vec<Self> {
         let new = |engine| Self::new(options, engine).unwrap();
         let mut all: Vec<Self> = engines().into_iter().map(new).collect();
@@ -96,7 +96,7 @@ impl Bench {
         self.disk.start(DiskRequest { slot, op, offset, len, data: &[] });
     }
 
-    /// Waits until so many requests have ended.
+    /// Waits until `count` requests have ended.
     pub(super) fn ended(&mut self, count: usize) -> Vec<DiskDone> {
         let mut done = Vec::new();
         loop {
@@ -106,7 +106,7 @@ impl Bench {
                 done.sort_by_key(|done| done.slot);
                 return done;
             }
-            // SAFETY: the descriptor is the disk's, which lives longer than this.
+            // SAFETY: the descriptor is the disk's, which outlives the borrow.
             let fd = unsafe { BorrowedFd::borrow_raw(self.disk.fd()) };
             let timeout = Timespec { tv_sec: 60, tv_nsec: 0 };
             let ready = poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timeout));
@@ -149,7 +149,7 @@ fn what_is_written_is_in_the_file_and_is_read_again() {
     for mut bench in Bench::all("") {
         let data = pattern(3 * 512, 99);
         bench.fill(RAM + 5, &data);
-        // In three pieces that fit together nowhere.
+        // In three pieces that are not adjacent.
         let out = [segment(RAM + 5, 1), segment(RAM + 6, 1000), segment(RAM + 1006, 535)];
         assert!(bench.run(WRITE, 7 * 512, &out));
         assert!(bench.run(DiskOp::Write { is_durable: true }, 100 * 512, &out));
@@ -167,7 +167,7 @@ fn what_is_written_is_in_the_file_and_is_read_again() {
 }
 
 #[test]
-fn many_requests_are_on_the_way_at_once_and_each_gets_its_own() {
+fn many_requests_in_flight_each_get_their_own_data() {
     for mut bench in Bench::all("") {
         let name = bench.disk.engine.name();
         for slot in 0..200_u32 {
@@ -227,7 +227,7 @@ fn zeroes_and_discards_clear_their_range_and_nothing_else() {
         expected[512..][..100 * 512].fill(0);
         expected[512 + (1 << 20)..][..100 * 512].fill(0);
         assert!(bench.bytes() == expected);
-        // What a discard leaves is not said, but where it ends is.
+        // The contents of a discarded range are undefined, its bounds are not.
         bench.clear(0, DiskOp::Discard, 0, DISK_SIZE / 2);
         assert!(bench.ended(1)[0].is_ok);
         let half = DISK_SIZE as usize / 2;
@@ -246,7 +246,7 @@ fn without_the_page_cache_nothing_has_to_be_aligned() {
         };
         let name = bench.disk.engine.name();
         let mut expected = pattern(DISK_SIZE as usize, 0);
-        // Addresses, lengths and sectors that are aligned and that are not, within and across bounce buffers.
+        // Aligned and unaligned addresses, lengths and sectors, within and across bounce buffers.
         let shapes: [(u64, u64, &[u32]); 6] = [
             (0, 0, &[4096, 4096]),
             (1, 8, &[4096]),
@@ -287,11 +287,11 @@ fn after_a_drain_nothing_touches_memory_and_the_others_are_reported() {
             bench.clear(32, DiskOp::Flush, 0, 0);
             bench.clear(33, DiskOp::Flush, 0, 0);
             if round % 2 == 0 {
-                // Some are on the way, some not even submitted.
+                // Some are in flight, some not submitted yet.
                 let mut done = Vec::new();
                 bench.disk.poll(&mut done);
                 if !done.is_empty() {
-                    // As in a device: a slot that was reported is not given up.
+                    // As a device does: a slot that was reported is not given up.
                     let mut left: Vec<u32> = (0..34).collect();
                     left.retain(|slot| done.iter().all(|done| done.slot != *slot));
                     bench.disk.drain(&left);
@@ -313,7 +313,7 @@ fn after_a_drain_nothing_touches_memory_and_the_others_are_reported() {
 }
 
 #[test]
-fn a_disk_that_is_dropped_in_the_middle_waits_for_what_is_on_the_way() {
+fn a_disk_that_is_dropped_waits_for_calls_in_flight() {
     for mut bench in Bench::all("") {
         for slot in 0..64_u32 {
             bench.start(slot, DiskOp::Read, 0, &[segment(RAM, 1 << 20)]);
@@ -397,7 +397,7 @@ fn what_cannot_be_a_disk_is_refused_in_one_line() {
         ("/dev/null".into(), "it is a character device"),
         (at("empty"), "it has 0 bytes"),
         (at("short"), "truncate -s"),
-        (at("missing"), "make one"),
+        (at("missing"), "create it"),
         (at("empty/x"), "Not a directory"),
         ("\0".into(), "NUL byte"),
     ] {
@@ -421,7 +421,7 @@ fn a_file_that_ends_within_a_sector_loses_that() {
     assert_eq!(disk.size(), 1024);
 }
 
-/// An engine whose outcomes the test makes up, and which takes nothing back where its last part says so.
+/// An engine whose outcomes the test makes up, and which withdraws no call if its last field is true.
 #[derive(Clone)]
 struct Script(
     Arc<Mutex<Vec<(u32, Call)>>>,
@@ -436,11 +436,11 @@ impl Script {
         Self(Arc::default(), Arc::default(), event, Arc::default())
     }
 
-    /// The only call that is on the way.
-    fn call(&self) -> (u32, What, u64, u64) {
+    /// The only call in flight.
+    fn call(&self) -> (u32, CallKind, u64, u64) {
         let mut calls = self.0.lock().unwrap();
         assert_eq!(calls.len(), 1);
-        calls.pop().map(|(id, call)| (id, call.what, call.offset, call.len)).unwrap()
+        calls.pop().map(|(id, call)| (id, call.kind, call.offset, call.len)).unwrap()
     }
 
     fn answer(&self, id: u32, result: io::Result<u32>) {
@@ -478,7 +478,7 @@ impl Engine for Script {
     }
 
     fn wait(&mut self, most: Option<Duration>) {
-        assert!(most.is_some(), "nothing is on the way that could be waited for");
+        assert!(most.is_some(), "no call is in flight");
     }
 
     fn fd(&self) -> RawFd {
@@ -505,7 +505,7 @@ fn a_call_that_does_not_end_is_waited_for_a_while_and_reported_when_it_has_ended
     script.3.store(true, SeqCst);
     bench.start(3, DiskOp::Read, 0, &[segment(RAM, 512)]);
     bench.clear(4, DiskOp::Flush, 0, 0);
-    // A flush touches no memory: it is over at once.
+    // A flush accesses no memory: it is not waited for.
     assert_eq!(bench.disk.abandon(&[3, 4], Duration::from_millis(1)), [3]);
     let mut done = Vec::new();
     bench.disk.poll(&mut done);
@@ -513,7 +513,7 @@ fn a_call_that_does_not_end_is_waited_for_a_while_and_reported_when_it_has_ended
     script.answer(3, Ok(512));
     bench.disk.poll(&mut done);
     assert_eq!(done, [DiskDone { slot: 3, is_ok: false }]);
-    // The slot is free again. What ends in time is not reported.
+    // The slot is free again. A call that ends in time is not reported.
     bench.start(3, DiskOp::Read, 0, &[segment(RAM, 512)]);
     script.answer(3, Ok(512));
     assert!(bench.disk.abandon(&[3], Duration::from_secs(600)).is_empty());
@@ -529,19 +529,19 @@ fn zeroes_that_the_file_system_cannot_make_are_written_in_bounded_pieces() {
     let len = (2 << 20) + 512;
     bench.clear(0, zeroes(true), 4096, len);
     for mode in [libc::FALLOC_FL_PUNCH_HOLE, libc::FALLOC_FL_ZERO_RANGE] {
-        let (id, what, offset, bytes) = script.call();
+        let (id, kind, offset, bytes) = script.call();
         assert!(
-            matches!(what, What::Allocate { mode: m } if m == mode | libc::FALLOC_FL_KEEP_SIZE)
+            matches!(kind, CallKind::Allocate { mode: m } if m == mode | libc::FALLOC_FL_KEEP_SIZE)
         );
         assert_eq!((offset, bytes), (4096, len));
         script.answer(id, unsupported());
         bench.disk.poll(&mut Vec::new());
     }
     let mut left = len;
-    // The second is cut short.
+    // The second is short.
     for moved in [1 << 20, 1000, 1 << 20, 1 << 20] {
-        let (id, what, offset, bytes) = script.call();
-        assert!(matches!(what, What::Write { from, is_durable: true } if from.count <= 256));
+        let (id, kind, offset, bytes) = script.call();
+        assert!(matches!(kind, CallKind::Write { from, is_durable: true } if from.count <= 256));
         assert_eq!(offset, 4096 + len - left);
         assert!(bytes <= 1 << 20);
         let moved = bytes.min(moved);
@@ -567,12 +567,12 @@ fn a_discard_that_the_file_system_cannot_do_is_done() {
 }
 
 #[test]
-fn what_is_moved_in_parts_is_gone_on_with_where_it_stopped() {
+fn a_short_transfer_is_continued_where_it_stopped() {
     let (mut bench, script) = scripted();
     bench.start(0, DiskOp::Read, 512, &[segment(RAM, 100), segment(RAM + 4096, 924)]);
     for (moved, offset, left) in [(60, 512, 1024), (40, 572, 964), (1, 612, 924), (923, 613, 923)] {
-        let (id, what, at, len) = script.call();
-        assert!(matches!(what, What::Read(_)));
+        let (id, kind, at, len) = script.call();
+        assert!(matches!(kind, CallKind::Read(_)));
         assert_eq!((at, len), (offset, left));
         script.answer(id, Ok(moved));
         if moved != 923 {
@@ -586,7 +586,7 @@ fn what_is_moved_in_parts_is_gone_on_with_where_it_stopped() {
 }
 
 #[test]
-fn an_interruption_is_tried_again_and_not_for_ever() {
+fn an_interrupted_call_is_retried_a_limited_number_of_times() {
     let (mut bench, script) = scripted();
     bench.start(0, DiskOp::Read, 0, &[segment(RAM, 512)]);
     let interrupted = || Err(io::Error::from_raw_os_error(libc::EINTR));
@@ -602,7 +602,7 @@ fn an_interruption_is_tried_again_and_not_for_ever() {
 }
 
 #[test]
-fn a_thousand_flushes_are_two() {
+fn a_thousand_flushes_are_merged_into_two() {
     let (mut bench, script) = scripted();
     for slot in 0..1000 {
         bench.clear(slot, DiskOp::Flush, 0, 0);
@@ -618,18 +618,18 @@ fn a_thousand_flushes_are_two() {
 fn durable_zeroes_end_with_a_sync() {
     let (mut bench, script) = scripted();
     bench.clear(0, zeroes(false), 0, 512);
-    let (id, what, ..) = script.call();
-    assert!(matches!(what, What::Allocate { .. }));
+    let (id, kind, ..) = script.call();
+    assert!(matches!(kind, CallKind::Allocate { .. }));
     script.answer(id, Ok(0));
     bench.disk.poll(&mut Vec::new());
-    let (id, what, ..) = script.call();
-    assert!(matches!(what, What::Sync) && id == 0);
+    let (id, kind, ..) = script.call();
+    assert!(matches!(kind, CallKind::Sync) && id == 0);
     script.answer(id, Ok(0));
     assert!(bench.ended(1)[0].is_ok);
 }
 
 #[test]
-fn nothing_of_an_unsafe_disk_waits_for_the_disk() {
+fn an_unsafe_disk_makes_nothing_durable() {
     let (mut bench, script) = scripted_with("unsafe");
     bench.clear(0, DiskOp::Flush, 0, 0);
     assert!(bench.ended(1)[0].is_ok);
@@ -637,8 +637,8 @@ fn nothing_of_an_unsafe_disk_waits_for_the_disk() {
     script.answer(script.call().0, Ok(0));
     assert!(bench.ended(1)[0].is_ok);
     bench.start(0, DiskOp::Write { is_durable: true }, 0, &[segment(RAM, 512)]);
-    let (id, what, ..) = script.call();
-    assert!(matches!(what, What::Write { is_durable: false, .. }));
+    let (id, kind, ..) = script.call();
+    assert!(matches!(kind, CallKind::Write { is_durable: false, .. }));
     script.answer(id, Ok(512));
     assert!(bench.ended(1)[0].is_ok);
 }
@@ -649,8 +649,8 @@ fn a_request_as_large_as_memory_is_moved_in_bounded_calls() {
     bench.start(0, DiskOp::Read, 0, &[segment(RAM, 1000), segment(RAM + 4096, (7 << 20) + 24)]);
     let mut left = (7 << 20) + 1024;
     while left > 0 {
-        let (id, what, offset, len) = script.call();
-        assert!(matches!(what, What::Read(Buffers { count: 1..=3, .. })));
+        let (id, kind, offset, len) = script.call();
+        assert!(matches!(kind, CallKind::Read(Buffers { count: 1..=3, .. })));
         assert!(len <= 2 << 20 && len <= left && offset == (7 << 20) + 1024 - left);
         left -= len;
         script.answer(id, Ok(u32::try_from(len).unwrap()));
@@ -662,7 +662,7 @@ fn a_request_as_large_as_memory_is_moved_in_bounded_calls() {
 }
 
 #[test]
-fn the_file_is_the_users_and_its_own_changes_are_seen() {
+fn changes_of_the_file_by_the_user_are_seen() {
     for mut bench in Bench::all("") {
         bench.file.as_file().write_all_at(b"changed", 512).unwrap();
         assert!(bench.run(DiskOp::Read, 512, &[segment(RAM, 512)]));
@@ -699,7 +699,7 @@ fn a_driver_reaches_the_file_through_the_device_and_its_event_loop() {
                         assert_eq!(used, head);
                         return rig.written(0, head);
                     }
-                    // What is not there yet is announced.
+                    // A result that is not available yet is announced by the descriptor.
                     None => assert_ne!(turn(rig.device.as_mut(), 60_000).unwrap(), 0),
                 }
             }
@@ -715,12 +715,12 @@ fn a_driver_reaches_the_file_through_the_device_and_its_event_loop() {
             assert!(read[..8192] == data && read[8192] == 0);
         }
         assert!(fs::read(path).unwrap()[..8192] == data);
-        // The last results may wait for others; then the loop sleeps.
+        // The last results may be delayed, while the loop sleeps.
         rig.run();
     }
 }
 
-/// What a driver is told that the disk at `path` is called.
+/// The serial number of the disk at `path`, as a driver reads it.
 fn serial_number(path: &str) -> Vec<u8> {
     let options = Options::parse(&format!("blk,ro=on,path={path}")).unwrap();
     let host = Arc::new(crate::host::Linux::new(Arc::new(|| {})));
@@ -742,7 +742,7 @@ fn the_serial_number_is_the_files_however_its_path_is_spelt() {
         File::create(at(name)).unwrap().set_len(1024).unwrap();
     }
     std::os::unix::fs::symlink("disk", at("link")).unwrap();
-    // From where the test runs.
+    // Relative to the current directory.
     let ups = std::env::current_dir().unwrap().components().count();
     let relative = format!("{}{}", "../".repeat(ups), at("disk"));
     let expected = serial_number(&at("disk"));
@@ -754,15 +754,15 @@ fn the_serial_number_is_the_files_however_its_path_is_spelt() {
 }
 
 #[test]
-fn a_disk_in_memory_copies_at_once_and_only_so_much() {
+fn a_disk_in_memory_copies_inline_up_to_a_limit() {
     let mut bench = Bench::all("").pop().unwrap();
     let page = |slot: u64| Segment { addr: GuestAddress(RAM + slot * 4096), len: 4096 };
     bench.start(0, DiskOp::Read, 0, &[page(0)]);
-    assert_eq!(bench.ram(RAM, 4096), pattern(4096, 0), "read before anybody polls");
+    assert_eq!(bench.ram(RAM, 4096), pattern(4096, 0), "read before a poll");
     let mut done = Vec::new();
     bench.disk.poll(&mut done);
     assert_eq!(done, [DiskDone { slot: 0, is_ok: true }]);
-    // Two of these are as much as one poll may cost; the third is the engine's, and all end.
+    // Two of these are the limit of one poll; the third goes to the engine, and all end.
     let large = Segment { addr: GuestAddress(RAM), len: 2 << 20 };
     for slot in 0..3 {
         bench.start(slot, DiskOp::Read, 0, &[large]);
@@ -772,7 +772,7 @@ fn a_disk_in_memory_copies_at_once_and_only_so_much() {
 }
 
 #[test]
-fn what_a_disk_in_memory_has_done_is_given_up_like_anything_else() {
+fn finished_requests_of_a_disk_in_memory_can_be_given_up() {
     let mut bench = Bench::all("").pop().unwrap();
     let page = |slot: u64| Segment { addr: GuestAddress(RAM + slot * 4096), len: 4096 };
     bench.start(0, DiskOp::Read, 0, &[page(0)]);
@@ -787,7 +787,7 @@ fn what_a_disk_in_memory_has_done_is_given_up_like_anything_else() {
 }
 
 #[test]
-fn memory_is_told_from_what_only_has_its_name_there() {
+fn only_a_file_in_a_tmpfs_is_in_memory() {
     let Ok(file) = NamedTempFile::new_in("/dev/shm") else {
         return skip("there is no tmpfs in /dev/shm");
     };

@@ -1,7 +1,7 @@
-//! The engine on io_uring(7): a batch of calls costs one system call, and what the page cache has is there when it returns.
+//! The engine on io_uring(7): a batch of calls costs one system call, and reads from the page cache are done when it returns.
 //!
-//! The ring's own descriptor is what epoll watches, so outcomes that are reaped at once wake nobody. Calls are made by
-//! whichever thread holds the device's lock: the I/O thread, and a hart that resets the device.
+//! epoll watches the ring's own descriptor, so outcomes that are reaped at once cause no wake-up. Calls are submitted by the
+//! thread that holds the device's lock: the I/O thread, or a hart that resets the device.
 #![expect(unsafe_code, reason = "the kernel works on guest RAM by address")]
 
 use std::collections::VecDeque;
@@ -14,35 +14,35 @@ use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, Probe, opcode, squeue};
 use log::warn;
 
-use super::engine::{Call, Engine, Outcome, What};
+use super::engine::{Call, CallKind, Engine, Outcome};
 
-/// Calls that are submitted at once, at most.
+/// Entries of the submission queue.
 const BATCH: u32 = 256;
 
-/// Outcomes that have room: of all that the device has on the way, and as many cancellations.
+/// Entries of the completion queue: for all requests that the device has in flight, and as many cancellations.
 const OUTCOMES: u32 = 1024;
 
-/// What cancellations are called; their outcomes are of no interest.
+/// User data of cancellations, whose outcomes are ignored.
 const CANCEL: u64 = u64::MAX;
 
-/// Bytes between two submits that may be copied from and to the page cache by the thread that submits; what is beyond that
-/// is done by the kernel's workers, however large the guest makes its requests.
+/// Limit of the bytes between two submits that the submitting thread may copy from and to the page cache; the rest is done by
+/// the kernel's workers, however large the guest's requests are.
 const INLINE: u64 = 4 << 20;
 
-/// How often the kernel may take a part at a time, or say that it was interrupted.
+/// Limit of calls of io_uring_enter(2) that take a part of the queue, or fail with EINTR.
 const MOST_TRIES: u32 = 100;
 
-/// How long a thread that waits for outcomes lets a kernel be that does not take calls.
+/// Pause of a thread that waits for outcomes while the kernel takes no calls.
 const PAUSE: Duration = Duration::from_micros(100);
 
 /// An instance of io_uring.
 pub(super) struct Uring {
     ring: IoUring,
-    /// Hands over what is in the ring, and waits for so many outcomes: io_uring_enter(2).
+    /// Submits the entries of the ring, and waits for a number of outcomes: io_uring_enter(2).
     enter: Enter,
-    /// Calls for which the ring has no room, the oldest first; no more than are on the way.
+    /// Calls for which the ring has no room, the oldest first; no more than are in flight.
     backlog: VecDeque<squeue::Entry>,
-    /// The kernel did not take everything when it was last entered.
+    /// The last io_uring_enter(2) did not take all entries.
     is_behind: bool,
     /// Bytes of the calls since the last submit.
     inline: u64,
@@ -52,10 +52,10 @@ pub(super) struct Uring {
 type Enter = Box<dyn FnMut(&IoUring, usize) -> io::Result<usize> + Send>;
 
 impl Uring {
-    /// A ring, where the kernel has one and allows it.
+    /// Creates a ring.
     ///
     /// # Errors
-    /// What the kernel says; `Unsupported` where one of the calls is missing.
+    /// The kernel's; `Unsupported` if one of the operations is missing.
     pub(super) fn new() -> io::Result<Self> {
         let ring = IoUring::builder().dontfork().setup_cqsize(OUTCOMES).build(BATCH)?;
         let mut probe = Probe::new();
@@ -77,16 +77,16 @@ impl Uring {
 
     fn entry(&mut self, id: u32, call: Call) -> squeue::Entry {
         let fd = Fd(call.fd);
-        let entry = match call.what {
-            What::Read(to) => {
+        let entry = match call.kind {
+            CallKind::Read(to) => {
                 opcode::Readv::new(fd, to.first, to.count).offset(call.offset).build()
             }
-            What::Write { from, is_durable } => opcode::Writev::new(fd, from.first, from.count)
+            CallKind::Write { from, is_durable } => opcode::Writev::new(fd, from.first, from.count)
                 .offset(call.offset)
                 .rw_flags(if is_durable { libc::RWF_DSYNC } else { 0 })
                 .build(),
-            What::Sync => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
-            What::Allocate { mode } => {
+            CallKind::Sync => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
+            CallKind::Allocate { mode } => {
                 opcode::Fallocate::new(fd, call.len).offset(call.offset).mode(mode).build()
             }
         };
@@ -96,11 +96,11 @@ impl Uring {
         entry.user_data(id.into()).flags(flags)
     }
 
-    /// Moves what waits for room into the queue of submissions, as far as there is some.
+    /// Moves calls from the backlog into the submission queue, as far as it has room.
     fn refill(&mut self) {
         let mut queue = self.ring.submission();
         while let Some(entry) = self.backlog.front() {
-            // SAFETY: who pushed it answers for the file, the buffers and their list until the outcome was reaped.
+            // SAFETY: the caller of `push` guarantees that file, buffers and their list are valid until the outcome is reaped.
             if unsafe { queue.push(entry) }.is_err() {
                 return;
             }
@@ -108,10 +108,10 @@ impl Uring {
         }
     }
 
-    /// Hands the kernel what it takes, and returns when `wanted` outcomes are there. What it does not take now, being short of
-    /// memory or of room for outcomes, is tried again by who looks at `is_behind`: the thread is that of all devices.
+    /// Submits, and returns when `wanted` outcomes are available. Calls that the kernel does not take now, being short of memory
+    /// or of room for outcomes, are retried when the caller sees `is_behind`: the thread also serves all other devices.
     fn enter(&mut self, wanted: usize) {
-        // Every time it may take a part, or be interrupted.
+        // Each call may take a part, or be interrupted.
         for _ in 0..MOST_TRIES {
             self.refill();
             match (self.enter)(&self.ring, wanted) {
@@ -121,7 +121,7 @@ impl Uring {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
                     if !std::mem::replace(&mut self.has_warned, true) {
-                        warn!("The kernel does not take requests to disks for now: {error}");
+                        warn!("The kernel takes no requests to disks for now: {error} (retrying)");
                     }
                     break;
                 }
@@ -162,7 +162,7 @@ impl Engine for Uring {
         if self.backlog.len() < waiting {
             return true;
         }
-        // What waits for one of the kernel's workers ends at once; for the rest there is no harm in asking.
+        // Ends calls that wait for one of the kernel's workers; for the others it is harmless.
         let cancel = opcode::AsyncCancel::new(id.into()).build().user_data(CANCEL);
         // SAFETY: it has no buffers.
         let _ = unsafe { self.ring.submission().push(&cancel) };
@@ -186,11 +186,11 @@ impl Engine for Uring {
             return;
         }
         if self.is_behind {
-            // Who waits looks, and waits again.
+            // The caller checks, and waits again.
             thread::sleep(most.map_or(PAUSE, |most| most.min(PAUSE)));
         } else if let Some(most) = most {
             let most = Timespec::from(most);
-            // In time, too late, or interrupted: as above.
+            // An outcome, a time-out or EINTR: as above.
             let _ = self.ring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&most));
         }
     }
@@ -210,7 +210,7 @@ mod tests {
     use super::super::tests::{Bench, RAM, pattern, segment};
     use super::*;
 
-    /// A disk whose kernel refuses so many times, and how often it was asked. None, aloud, where there is no io_uring.
+    /// A disk whose kernel refuses `times` times, and the number of attempts. Reports a skip without io_uring.
     fn refusing(times: usize) -> Option<(Bench, Arc<AtomicUsize>)> {
         let mut ring = match Uring::new() {
             Ok(ring) => ring,
@@ -230,7 +230,7 @@ mod tests {
         Some((Bench::new("", Box::new(ring)).unwrap(), asked))
     }
 
-    /// Polls as a device does: again where the disk is behind, else when it announces something.
+    /// Polls as a device does: again if the disk is behind, else when its descriptor is readable.
     fn ended(bench: &mut Bench, count: usize) -> usize {
         let (mut done, mut polls) = (Vec::new(), 0);
         loop {
@@ -250,7 +250,7 @@ mod tests {
         let Some((mut bench, asked)) = refusing(250) else { return };
         bench.start(0, DiskOp::Read, 512, &[segment(RAM, 512)]);
         bench.disk.poll(&mut Vec::new());
-        assert!(asked.load(SeqCst) < 5, "the thread is that of all devices");
+        assert!(asked.load(SeqCst) < 5, "the thread also serves all other devices");
         assert!(ended(&mut bench, 1) > 100);
         assert_eq!(bench.ram(RAM, 512), pattern(1024, 0)[512..]);
         assert!(!bench.disk.is_behind());
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_given_up_while_the_kernel_refuses_touches_nothing_later() {
+    fn requests_given_up_while_the_kernel_refuses_access_no_memory_later() {
         let Some((mut bench, _)) = refusing(800) else { return };
         let slots: Vec<u32> = (0..BATCH + 100).collect();
         for slot in &slots {

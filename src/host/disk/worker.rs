@@ -1,5 +1,4 @@
-//! The engine on a thread of its own: calls are made one after the other. For files where there is no io_uring, and for what
-//! is more than a file.
+//! The engine on a thread of its own, which makes calls one after the other. For files without io_uring, and for images.
 #![expect(unsafe_code, reason = "preadv and pwritev2 go to guest RAM by address")]
 
 use std::collections::VecDeque;
@@ -11,19 +10,19 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::engine::{Call, Engine, Maker, Outcome, What};
+use super::engine::{Call, CallKind, Engine, Executor, Outcome};
 
 /// A thread that makes calls.
 pub(super) struct Worker {
     shared: Arc<Shared>,
-    /// Pushed and not submitted.
+    /// Calls that are not submitted yet.
     pushed: Vec<(u32, Call)>,
     thread: Option<JoinHandle<()>>,
 }
 
 struct Shared {
     calls: Mutex<Calls>,
-    /// There are calls, or the end.
+    /// There are calls, or `is_over` is set.
     begun: Condvar,
     /// There are outcomes.
     ended: Condvar,
@@ -38,7 +37,7 @@ struct Calls {
 }
 
 impl Worker {
-    /// Starts the thread, named `disk`, for calls of the system.
+    /// Starts the thread, named `disk`, for system calls.
     ///
     /// # Errors
     /// The host has no threads or descriptors left.
@@ -46,11 +45,11 @@ impl Worker {
         Self::with(System)
     }
 
-    /// Starts the thread for calls that `maker` makes; it is dropped there after the last one.
+    /// Starts the thread for calls that `executor` makes; the thread drops it after the last one.
     ///
     /// # Errors
     /// The host has no threads or descriptors left.
-    pub(super) fn with(maker: impl Maker + 'static) -> io::Result<Self> {
+    pub(super) fn with(executor: impl Executor + 'static) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             calls: Mutex::default(),
             begun: Condvar::new(),
@@ -58,7 +57,8 @@ impl Worker {
             event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
         });
         let its = Arc::clone(&shared);
-        let thread = thread::Builder::new().name("disk".into()).spawn(move || its.work(maker))?;
+        let thread =
+            thread::Builder::new().name("disk".into()).spawn(move || its.work(executor))?;
         Ok(Self { shared, pushed: Vec::new(), thread: Some(thread) })
     }
 }
@@ -68,7 +68,7 @@ impl Shared {
         self.calls.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn work(&self, mut maker: impl Maker) {
+    fn work(&self, mut executor: impl Executor) {
         let mut calls = self.calls();
         loop {
             let next = calls.waiting.pop_front();
@@ -80,24 +80,24 @@ impl Shared {
                 continue;
             };
             drop(calls);
-            // SAFETY: who pushed the call answers for file and buffers until the outcome is reaped.
-            let result = unsafe { maker.make(call) };
+            // SAFETY: the caller of `push` guarantees that file and buffers are valid until the outcome is reaped.
+            let result = unsafe { executor.execute(call) };
             calls = self.calls();
             calls.outcomes.push((id, result));
             self.ended.notify_all();
-            // Refused means that it is readable anyway.
+            // Fails if the counter is at its limit: it is readable anyway.
             let _ = self.event.write(1);
         }
     }
 }
 
-/// Calls of the system, on the file that each names.
+/// Makes system calls.
 struct System;
 
-impl Maker for System {
-    unsafe fn make(&mut self, call: Call) -> io::Result<u32> {
-        // SAFETY: the caller's promise.
-        unsafe { make(call) }
+impl Executor for System {
+    unsafe fn execute(&mut self, call: Call) -> io::Result<u32> {
+        // SAFETY: guaranteed by the caller.
+        unsafe { execute(call) }
     }
 }
 
@@ -105,25 +105,25 @@ impl Maker for System {
 ///
 /// # Safety
 /// As for [`Engine::push`], until this returns.
-pub(super) unsafe fn make(call: Call) -> io::Result<u32> {
+pub(super) unsafe fn execute(call: Call) -> io::Result<u32> {
     let refuse = |_| io::Error::from(io::ErrorKind::InvalidInput);
     let offset = libc::off_t::try_from(call.offset).map_err(refuse)?;
-    // SAFETY: the caller answers for the file being open.
+    // SAFETY: the caller guarantees that the file is open.
     let file = unsafe { BorrowedFd::borrow_raw(call.fd) };
-    let moved = match call.what {
-        What::Read(to) => {
+    let moved = match call.kind {
+        CallKind::Read(to) => {
             let count = i32::try_from(to.count).map_err(refuse)?;
-            // SAFETY: the caller answers for the buffers and their list.
+            // SAFETY: the caller guarantees that the buffers and their list are valid.
             unsafe { libc::preadv(call.fd, to.first, count, offset) }
         }
-        What::Write { from, is_durable } => {
+        CallKind::Write { from, is_durable } => {
             let count = i32::try_from(from.count).map_err(refuse)?;
             let flags = if is_durable { libc::RWF_DSYNC } else { 0 };
             // SAFETY: as above.
             unsafe { libc::pwritev2(call.fd, from.first, count, offset, flags) }
         }
-        What::Sync => return Ok(rustix::fs::fdatasync(file).map(|()| 0)?),
-        What::Allocate { mode } => {
+        CallKind::Sync => return Ok(rustix::fs::fdatasync(file).map(|()| 0)?),
+        CallKind::Allocate { mode } => {
             let mode = rustix::fs::FallocateFlags::from_bits_retain(mode.cast_unsigned());
             return Ok(rustix::fs::fallocate(file, mode, call.offset, call.len).map(|()| 0)?);
         }
@@ -162,7 +162,7 @@ impl Engine for Worker {
 
     fn reap(&mut self, outcomes: &mut Vec<Outcome>) {
         let mut calls = self.shared.calls();
-        // Empty where nothing has ended.
+        // Fails if no call has ended.
         let _ = self.shared.event.read();
         outcomes.append(&mut calls.outcomes);
     }
@@ -186,7 +186,7 @@ impl Drop for Worker {
     fn drop(&mut self) {
         self.shared.calls().is_over = true;
         self.shared.begun.notify_one();
-        // A thread that panicked is gone too.
+        // An error means that the thread panicked: it has ended, too.
         let _ = self.thread.take().map(JoinHandle::join);
     }
 }

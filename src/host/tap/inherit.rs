@@ -1,4 +1,4 @@
-//! A tap that whoever started rvmm has opened: /dev/net/tun, attached to an interface, or the /dev/tapN of a macvtap or an ipvtap (Linux,
+//! A tap that the parent process has opened: /dev/net/tun, attached to an interface, or the /dev/tapN of a macvtap or an ipvtap (Linux,
 //! drivers/net/tap.c), which is attached from the start.
 
 use std::io;
@@ -10,12 +10,11 @@ use rvmm_devices::HostError;
 
 use super::{FLAGS, Tap, check, empty_request, name_of};
 
-/// The major and minor number of /dev/net/tun (Documentation/admin-guide/devices.txt). Those of macvtaps are made up at each start.
+/// The major and minor number of /dev/net/tun (Documentation/admin-guide/devices.txt). Those of macvtaps are assigned dynamically.
 const TUN_DEVICE: (u32, u32) = (10, 200);
 
 impl Tap {
-    /// Uses a tap that whoever started rvmm has opened. The descriptor itself stays open, for the next time: a guest that
-    /// restarts needs its network again.
+    /// Uses a duplicate of a descriptor that the parent process has opened. The original stays open for the next boot of the guest.
     pub(in crate::host) fn inherit(fd: RawFd) -> Result<Self, HostError> {
         let refused = |error| HostError::refused(format!("Cannot use descriptor {fd}"), error);
         let own = duplicate(fd)?;
@@ -24,7 +23,7 @@ impl Tap {
         let is_tun = is_device && (major(stat.st_rdev), minor(stat.st_rdev)) == TUN_DEVICE;
         let name = attached_to(&own, is_device, is_tun)
             .map_err(|what| HostError::mistake(format!("Cannot use descriptor {fd}: {what}")))?;
-        // SAFETY: the number was just found open. Programs that rvmm starts do not get it.
+        // SAFETY: the descriptor was just found open. Programs that rvmm starts do not inherit it.
         let given = unsafe { BorrowedFd::borrow_raw(fd) };
         rustix::io::fcntl_setfd(given, rustix::io::FdFlags::CLOEXEC)
             .and_then(|()| fcntl_setfl(&own, fcntl_getfl(&own)? | OFlags::NONBLOCK))
@@ -35,19 +34,19 @@ impl Tap {
 }
 
 fn duplicate(fd: RawFd) -> Result<OwnedFd, HostError> {
-    // SAFETY: only the number is used, by one call that fails where it stands for nothing.
+    // SAFETY: only the number is used, by one call that fails if it is not open.
     let own = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
     check(own).map_err(|error| match error.raw_os_error() {
         Some(libc::EBADF) => HostError::mistake(format!(
-            "Cannot use descriptor {fd}: nothing is open there (open a tap before rvmm starts, and let it inherit the descriptor)"
+            "Cannot use descriptor {fd}: it is not open (open a tap before rvmm starts, and let it inherit the descriptor)"
         )),
         _ => HostError::refused(format!("Cannot use descriptor {fd}"), error),
     })?;
-    // SAFETY: the descriptor was made above, and nobody else knows it.
+    // SAFETY: the descriptor was created above, and has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(own) })
 }
 
-/// The name of the interface behind a tap, or why it is no tap for a guest.
+/// The name of the interface behind a tap, or the reason why a guest cannot use it.
 fn attached_to(fd: &OwnedFd, is_device: bool, is_tun: bool) -> Result<String, &'static str> {
     const NO_TAP: &str = "it is not a tap (it has to be /dev/net/tun, attached with TUNSETIFF, or the /dev/tapN of a macvtap or ipvtap)";
     if !is_device {
@@ -58,10 +57,10 @@ fn attached_to(fd: &OwnedFd, is_device: bool, is_tun: bool) -> Result<String, &'
     let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNGETIFF, &raw mut request) };
     check(result).map_err(|error| match error.raw_os_error() {
         _ if is_tun => "it is not attached to an interface (use TUNSETIFF first)",
-        Some(libc::ENOLINK) => "its interface is gone (open the /dev/tapN of one that is there)",
+        Some(libc::ENOLINK) => "its interface was deleted (open the /dev/tapN of another one)",
         _ => NO_TAP,
     })?;
-    // SAFETY: after TUNGETIFF the flags are what the union holds.
+    // SAFETY: after TUNGETIFF the union holds the flags.
     let flags = c_int::from(unsafe { request.ifr_ifru.ifru_flags });
     if flags & FLAGS != FLAGS {
         return Err(
@@ -76,7 +75,7 @@ fn address_of(fd: &OwnedFd) -> io::Result<[u8; 6]> {
     let mut request = empty_request();
     // SAFETY: SIOCGIFHWADDR writes one `ifreq`, which outlives the call.
     check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::SIOCGIFHWADDR, &raw mut request) })?;
-    // SAFETY: after SIOCGIFHWADDR an address is what the union holds.
+    // SAFETY: after SIOCGIFHWADDR the union holds an address.
     let bytes = unsafe { request.ifr_ifru.ifru_hwaddr.sa_data };
     let mut address = [0; 6];
     for (to, from) in address.iter_mut().zip(bytes) {
@@ -108,7 +107,7 @@ mod tests {
         status.is_ok_and(|status| status.success())
     }
 
-    /// The device of the macvtap mv0, opened. Its minor number is the first one that nobody has.
+    /// The device of the macvtap mv0, opened. Its minor number is the first free one.
     fn open_macvtap(folder: &Path) -> Option<File> {
         let devices = fs::read_to_string("/proc/devices").unwrap();
         let major = devices.lines().find_map(|line| line.trim().strip_suffix(" macvtap"))?;
@@ -127,7 +126,7 @@ mod tests {
     fn a_macvtap_is_taken_over_with_its_address_and_exchanges_frames() {
         in_a_namespace(|| {
             let folder = tempfile::tempdir().unwrap();
-            // The other end of the pair gets the name that the kernel gives: veth0.
+            // The kernel names the other end of the pair veth0.
             let is_made = ip("link add v0 type veth")
                 && ip("link add link v0 mv0 address 02:00:00:00:00:07 type macvtap");
             let Some(file) = is_made.then(|| open_macvtap(folder.path())).flatten() else {
@@ -140,40 +139,58 @@ mod tests {
                 assert_eq!(tap.address(), Some(MAC));
                 let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4096)]).unwrap();
                 let head = [&[0; HEADER][..], &frame(60)].concat();
-                tap.send(&memory, &head, &[]).unwrap();
-                let came = loop {
-                    assert!(poll_in(cable.as_fd()), "the guest's frame does not come");
-                    // None where only the kernel's own frames have come.
-                    if let Some(came) = cable.receive() {
-                        break came;
-                    }
-                };
-                assert_eq!(came, frame(60));
+                let got = until_received(
+                    cable.as_fd(),
+                    || {
+                        tap.send(&memory, &head, &[]).unwrap();
+                    },
+                    // None if there are only the kernel's own frames.
+                    || cable.receive(),
+                );
+                assert_eq!(got, frame(60));
 
                 let mut sent = frame(100);
                 sent[..6].copy_from_slice(&MAC);
-                cable.send(&sent);
-                let got = loop {
-                    // SAFETY: the tap is open as long as it is borrowed here.
-                    let fd = unsafe { BorrowedFd::borrow_raw(tap.fd()) };
-                    assert!(poll_in(fd), "the frame does not come");
-                    let (mut header, mut rest) = ([0; HEADER], vec![0; 2000]);
-                    let len = tap.receive(&memory, &mut header, &[], &mut rest).unwrap();
-                    if rest[12..14] == sent[12..14] {
+                // SAFETY: the tap is open as long as it is borrowed here.
+                let fd = unsafe { BorrowedFd::borrow_raw(tap.fd()) };
+                let got = until_received(
+                    fd,
+                    || cable.send(&sent),
+                    || {
+                        let (mut header, mut rest) = ([0; HEADER], vec![0; 2000]);
+                        let len = tap.receive(&memory, &mut header, &[], &mut rest).unwrap();
                         rest.truncate(len);
-                        break rest;
-                    }
-                };
+                        (rest[12..14] == sent[12..14]).then_some(rest)
+                    },
+                );
                 assert_eq!(got, sent);
             }
             assert!(ip("link del mv0"));
             let (what, _) = Tap::inherit(file.as_raw_fd()).unwrap_err().into_parts();
-            assert!(what.contains("its interface is gone"), "{what}");
+            assert!(what.contains("its interface was deleted"), "{what}");
         });
     }
 
+    /// Sends until the frame is received: the kernel drops frames of an interface until its carrier has been noticed, which a
+    /// worker of its own does.
+    fn until_received(
+        fd: BorrowedFd<'_>,
+        mut send: impl FnMut(),
+        mut receive: impl FnMut() -> Option<Vec<u8>>,
+    ) -> Vec<u8> {
+        for _ in 0..600 {
+            send();
+            while poll_in(fd) {
+                if let Some(frame) = receive() {
+                    return frame;
+                }
+            }
+        }
+        panic!("the frame does not arrive");
+    }
+
     fn poll_in(fd: BorrowedFd<'_>) -> bool {
-        let limit = Timespec::try_from(Duration::from_secs(30)).ok();
+        let limit = Timespec::try_from(Duration::from_millis(100)).ok();
         poll(&mut [PollFd::new(&fd, PollFlags::IN)], limit.as_ref()).is_ok_and(|ready| ready > 0)
     }
 }

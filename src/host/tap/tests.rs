@@ -1,4 +1,4 @@
-//! Taps of the kernel, each test in a network namespace of its own, so that nothing of the host is touched.
+//! Taps of the kernel, each test in a network namespace of its own, so that the host's interfaces are not touched.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd};
@@ -15,16 +15,16 @@ use super::*;
 
 const RAM: u64 = 0x8000_0000;
 
-/// An EtherType for experiments (IEEE 802.3): nobody else in the namespace sends it.
+/// An EtherType for experiments (IEEE 802.3), which the kernel does not send by itself.
 pub(crate) const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
 
-/// Runs `test` where there is nothing but a loopback interface, or says why it cannot.
+/// Runs `test` in a network namespace with only a loopback interface, or reports a skip.
 pub(crate) fn in_a_namespace(test: impl FnOnce() + Send + 'static) {
     let name = thread::current().name().unwrap_or("?").to_owned();
     let run = move || {
         // SAFETY: has no preconditions; it concerns this thread alone, which ends soon.
         if let Err(error) = check(unsafe { libc::unshare(libc::CLONE_NEWNET) }) {
-            return Err(format!("no network namespace can be made: {error}"));
+            return Err(format!("a network namespace cannot be created: {error}"));
         }
         File::open(TUN).map_err(|error| format!("{TUN} cannot be opened: {error}"))?;
         test();
@@ -39,7 +39,7 @@ pub(crate) fn in_a_namespace(test: impl FnOnce() + Send + 'static) {
     }
 }
 
-/// The host's side of a tap: a socket that sees and sends all of its frames.
+/// A packet socket on the host's side of a tap.
 pub(crate) struct Cable(OwnedFd);
 
 impl Cable {
@@ -47,14 +47,14 @@ impl Cable {
         self.0.as_fd()
     }
 
-    /// Brings the interface up and listens to it.
+    /// Brings the interface up and binds a socket to it.
     pub(crate) fn to(name: &str) -> Self {
         let domain = c_int::from(ETHERTYPE_ALL);
-        // SAFETY: makes a descriptor.
+        // SAFETY: creates a descriptor.
         let fd =
             unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_NONBLOCK, domain) };
         check(fd).unwrap();
-        // SAFETY: the descriptor was just made, and nobody else knows it.
+        // SAFETY: the descriptor was just created, and has no other owner.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         let mut request = request(name, 0).unwrap();
         request.ifr_ifru.ifru_flags = libc::c_short::try_from(libc::IFF_UP).unwrap();
@@ -70,7 +70,7 @@ impl Cable {
         addr.sll_protocol = ETHERTYPE_ALL;
         addr.sll_ifindex = index;
         let len = u32::try_from(size_of_val(&addr)).unwrap();
-        // SAFETY: the address is as long as is said, and outlives the call.
+        // SAFETY: the address has the length that is passed, and outlives the call.
         check(unsafe { libc::bind(fd.as_raw_fd(), (&raw const addr).cast(), len) }).unwrap();
         Self(fd)
     }
@@ -79,7 +79,7 @@ impl Cable {
         assert_eq!(rustix::io::write(&self.0, frame).unwrap(), frame.len());
     }
 
-    /// The next frame of the test's own kind; the kernel sends some of its own.
+    /// The next frame of the test's EtherType; the kernel sends some of its own.
     pub(crate) fn receive(&self) -> Option<Vec<u8>> {
         let mut bytes = vec![0; 70_000];
         loop {
@@ -110,7 +110,7 @@ fn segments(list: &[(u64, u32)]) -> Vec<Segment> {
     list.iter().map(|(addr, len)| Segment { addr: GuestAddress(*addr), len: *len }).collect()
 }
 
-/// Receives until a frame of the test's own kind comes, at most 1000 times.
+/// Receives at most 1000 frames, up to one of the test's EtherType.
 fn receive(tap: &mut Tap, memory: &GuestMemoryMmap, first: &[Segment]) -> (Vec<u8>, usize) {
     for _ in 0..1000 {
         let (mut header, mut rest) = ([0; HEADER], vec![0; 70_000]);
@@ -127,7 +127,7 @@ fn receive(tap: &mut Tap, memory: &GuestMemoryMmap, first: &[Segment]) -> (Vec<u
             return (bytes, len);
         }
     }
-    panic!("the frame does not come");
+    panic!("the frame does not arrive");
 }
 
 #[test]
@@ -165,7 +165,7 @@ fn the_kernel_is_told_what_frames_may_leave_to_the_guest() {
         let all = Offloads { csum: true, tso4: true, tso6: true, ecn: true };
         tap.set_offloads(all).unwrap();
         tap.set_offloads(Offloads::default()).unwrap();
-        // The kernel's own rules show that the bits arrive.
+        // The kernel rejects invalid combinations, so the bits arrive.
         assert!(tap.set_offloads(Offloads { csum: false, ..all }).is_err());
         assert!(tap.set_offloads(Offloads { tso4: false, tso6: false, ..all }).is_err());
     });
@@ -188,7 +188,7 @@ fn a_tap_of_several_queues_gives_frames_only_to_those_in_use() {
     in_a_namespace(|| {
         let mut taps = Tap::open_queues("t0", 3).unwrap();
         let (what, _) = Tap::open("t0").unwrap_err().into_parts();
-        assert!(what.contains("queues=2 for one made with multi_queue"), "{what}");
+        assert!(what.contains("queues=2 for one created with multi_queue"), "{what}");
         let (cable, memory) = (Cable::to("t0"), memory());
         for tap in &mut taps[1..] {
             tap.set_in_use(false).unwrap();
@@ -208,23 +208,23 @@ fn a_tap_of_several_queues_gives_frames_only_to_those_in_use() {
         drop(taps);
         let _one = Tap::open("t1").unwrap();
         let (what, _) = Tap::open_queues("t1", 2).unwrap_err().into_parts();
-        assert!(what.contains("leave queues away"), "{what}");
+        assert!(what.contains("omit queues"), "{what}");
     });
 }
 
 #[test]
-fn a_tap_tells_when_it_is_taken_up_and_down() {
+fn a_tap_reports_the_state_of_its_link() {
     in_a_namespace(|| {
         let mut tap = Tap::open("t0").unwrap();
         assert!(!tap.is_link_up(), "a new one is down");
         let is_told = |tap: &Tap| {
-            // SAFETY: the descriptor is the tap's, which lives longer than this.
+            // SAFETY: the descriptor is the tap's, which outlives the borrow.
             let fd = unsafe { BorrowedFd::borrow_raw(tap.link_fd().unwrap()) };
             let mut fds = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
             rustix::event::poll(&mut fds, Some(&rustix::event::Timespec::default())) == Ok(1)
         };
         let cable = Cable::to("t0");
-        // The kernel may tell of one change twice, a moment later.
+        // The kernel may report one change twice, with a delay.
         assert!(is_told(&tap));
         while is_told(&tap) {
             assert!(tap.is_link_up());
@@ -245,10 +245,10 @@ fn a_tap_tells_when_it_is_taken_up_and_down() {
 }
 
 #[test]
-fn what_is_no_tap_is_refused_with_what_to_do() {
+fn an_interface_that_is_not_a_tap_is_refused_with_advice() {
     in_a_namespace(|| {
         let (what, _) = Tap::open("lo").unwrap_err().into_parts();
-        assert!(what.contains("Cannot use tap lo (there is an interface"), "{what}");
+        assert!(what.contains("Cannot use tap lo (an interface of this name"), "{what}");
     });
     for name in ["", ".", "..", "a/b", "a b", "tap%d", "sixteen-letters-", "é"] {
         let (what, source) = Tap::open(name).unwrap_err().into_parts();
@@ -262,7 +262,7 @@ fn what_is_no_tap_is_refused_with_what_to_do() {
     assert!(sentence(libc::EACCES).contains("chmod"));
 }
 
-/// A tap that somebody else has opened and attached.
+/// A tap that the test has opened and attached, as a parent process does.
 pub(crate) fn attached(name: &str) -> File {
     let file = File::options().read(true).write(true).open(TUN).unwrap();
     let mut request = request(name, FLAGS).unwrap();
@@ -295,7 +295,7 @@ fn a_descriptor_that_is_no_tap_is_refused() {
         assert!(refusal(unattached.as_raw_fd()).contains("not attached"));
         let null = File::open("/dev/null").unwrap();
         assert!(refusal(null.as_raw_fd()).contains("not a tap"));
-        assert!(refusal(999_999).contains("nothing is open there"));
+        assert!(refusal(999_999).contains("it is not open"));
         let tun = File::options().read(true).write(true).open(TUN).unwrap();
         let mut request = request("t1", FLAGS).unwrap();
         let flags = libc::IFF_TUN | libc::IFF_NO_PI;
@@ -304,13 +304,13 @@ fn a_descriptor_that_is_no_tap_is_refused() {
         // SAFETY: TUNSETIFF reads and writes one `ifreq`, which outlives the call.
         check(unsafe { libc::ioctl(tun, libc::TUNSETIFF, &raw mut request) }).unwrap();
         assert!(refusal(tun).contains("IFF_TAP"));
-        // SAFETY: it was given away above, to this test.
+        // SAFETY: `into_raw_fd` above has given up its ownership.
         drop(unsafe { OwnedFd::from_raw_fd(tun) });
     });
 }
 
 #[test]
-fn a_tap_that_is_down_or_deleted_says_so() {
+fn a_tap_that_is_down_or_deleted_is_an_error() {
     in_a_namespace(|| {
         let (mut tap, memory) = (Tap::open("t0").unwrap(), memory());
         let head = [&[0; HEADER][..], &frame(60)].concat();
@@ -348,7 +348,7 @@ fn a_guest_and_the_kernel_exchange_frames_and_large_segments() {
         while let Some((head, len)) = rig.take_used(0) {
             let part = rig.written(0, head);
             got.extend_from_slice(&part[..len as usize]);
-            // Frames of the kernel's own may come first.
+            // The kernel's own frames may arrive first.
             if got.len() == HEADER + 1400 && got[24..26] == ETHERTYPE {
                 break;
             }
@@ -358,7 +358,7 @@ fn a_guest_and_the_kernel_exchange_frames_and_large_segments() {
         }
         assert_eq!((got[10], &got[HEADER..]), (3, frame(1400).as_slice()));
 
-        // A TCP segment over IPv4 that the kernel has to cut.
+        // A TCP segment over IPv4 that the kernel has to segment.
         let mut large = frame(9000);
         large[12..14].copy_from_slice(&[8, 0]);
         large[14..34].copy_from_slice(&[

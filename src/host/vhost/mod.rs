@@ -1,9 +1,9 @@
-//! The kernel's vhost (Linux, include/uapi/linux/vhost.h; drivers/vhost/{vhost,net,vsock}.c): queues of a guest that the kernel works
-//! on, in a thread of its own that belongs to this process.
+//! The kernel's vhost (Linux, include/uapi/linux/vhost.h; drivers/vhost/{vhost,net,vsock}.c): queues of a guest that a kernel thread
+//! of this process handles.
 //!
-//! The kernel reaches guest RAM as it is mapped here, so nothing of it need be shared. Requests are done when they return; the one
-//! that stops a queue waits for what is being worked on. (With the kernel's option `experimental_zcopytx`, which nobody should set,
-//! also for frames that the host still holds.) Left out: what `devices/src/virtio/vhost_kernel` leaves out.
+//! The kernel accesses guest RAM through this process's mapping, so RAM need not be shared. ioctls are synchronous; the one that
+//! stops a queue waits for buffers in flight. (With the module option `experimental_zcopytx`, which should be off, also for frames
+//! that the host still holds.) Left out: what `devices/src/virtio/vhost_kernel` leaves out.
 #![expect(unsafe_code, reason = "the ioctls of vhost have no safe interface")]
 
 use std::io;
@@ -20,33 +20,33 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::node::{DeviceNode as Node, Place, VHOST_NET as NET, VHOST_VSOCK as VSOCK};
 
-/// `VHOST_VIRTIO`: the requests' letter.
+/// `VHOST_VIRTIO`: the type of the ioctls.
 const VHOST: u32 = 0xaf;
 const GET_FEATURES: Ioctl = libc::_IOR::<u64>(VHOST, 0x00);
 const SET_OWNER: Ioctl = libc::_IO(VHOST, 0x01);
 /// The header alone; the regions follow it.
 const SET_MEM_TABLE: Ioctl = libc::_IOW::<[u32; 2]>(VHOST, 0x03);
-const SET_FEATURES: Order<u64> = Order::new(0x00);
-const SET_VRING_NUM: Order<VringState> = Order::new(0x10);
-const SET_VRING_ADDR: Order<VringAddr> = Order::new(0x11);
-const SET_VRING_BASE: Order<VringState> = Order::new(0x12);
-const SET_VRING_KICK: Order<VringFile> = Order::new(0x20);
-const SET_VRING_CALL: Order<VringFile> = Order::new(0x21);
-const SET_VRING_ERR: Order<VringFile> = Order::new(0x22);
-const NET_SET_BACKEND: Order<VringFile> = Order::new(0x30);
-const VSOCK_SET_GUEST_CID: Order<u64> = Order::new(0x60);
-const VSOCK_SET_RUNNING: Order<c_int> = Order::new(0x61);
+const SET_FEATURES: WriteIoctl<u64> = WriteIoctl::new(0x00);
+const SET_VRING_NUM: WriteIoctl<VringState> = WriteIoctl::new(0x10);
+const SET_VRING_ADDR: WriteIoctl<VringAddr> = WriteIoctl::new(0x11);
+const SET_VRING_BASE: WriteIoctl<VringState> = WriteIoctl::new(0x12);
+const SET_VRING_KICK: WriteIoctl<VringFile> = WriteIoctl::new(0x20);
+const SET_VRING_CALL: WriteIoctl<VringFile> = WriteIoctl::new(0x21);
+const SET_VRING_ERR: WriteIoctl<VringFile> = WriteIoctl::new(0x22);
+const NET_SET_BACKEND: WriteIoctl<VringFile> = WriteIoctl::new(0x30);
+const VSOCK_SET_GUEST_CID: WriteIoctl<u64> = WriteIoctl::new(0x60);
+const VSOCK_SET_RUNNING: WriteIoctl<c_int> = WriteIoctl::new(0x61);
 
-/// Stretches of RAM at most; rvmm's guests have one.
+/// Limit of RAM regions; rvmm's guests have one.
 const MOST_REGIONS: usize = 8;
 
 /// `VHOST_FILE_UNBIND`
 const NO_FILE: RawFd = -1;
 
-/// A request that gives the kernel a `T` to read, whose size is a part of the request's number.
-struct Order<T>(Ioctl, PhantomData<T>);
+/// An ioctl that reads a `T`, whose size is part of the request code.
+struct WriteIoctl<T>(Ioctl, PhantomData<T>);
 
-impl<T> Order<T> {
+impl<T> WriteIoctl<T> {
     const fn new(number: u32) -> Self {
         Self(libc::_IOW::<T>(VHOST, number), PhantomData)
     }
@@ -95,10 +95,10 @@ struct Table {
     regions: [Region; MOST_REGIONS],
 }
 
-/// One device of vhost, which knows guest RAM. Closing it stops its queues.
+/// One vhost device, with its memory table set. Closing it stops its queues.
 struct Vhost {
     fd: OwnedFd,
-    /// Mapped as long as the kernel may reach it.
+    /// Keeps RAM mapped as long as the kernel may access it.
     memory: Arc<dyn DmaMemory>,
 }
 
@@ -108,13 +108,13 @@ impl Vhost {
         let fd = open(node.path, flags, Mode::empty())
             .map_err(|error| not_opened(node, Place::here(), error.into()))?;
         let new = Self { fd, memory };
-        new.make_own()
+        new.initialize()
             .map_err(|error| HostError::refused(format!("Cannot set up {}", node.path), error))?;
         Ok(new)
     }
 
-    /// Has the kernel work for this process, on this RAM.
-    fn make_own(&self) -> io::Result<()> {
+    /// Makes this process the owner, and sets the memory table.
+    fn initialize(&self) -> io::Result<()> {
         let mut table = Table { count: 0, padding: 0, regions: [Region::default(); MOST_REGIONS] };
         let view = self.memory.view();
         let mut places = table.regions.iter_mut();
@@ -127,8 +127,8 @@ impl Vhost {
         }
         // SAFETY: SET_OWNER takes no argument.
         check(unsafe { libc::ioctl(self.fd.as_raw_fd(), SET_OWNER) })?;
-        // SAFETY: SET_MEM_TABLE reads the header and as many regions as that says, which are all in `table`. The kernel writes to
-        // that memory when a queue runs: it is guest RAM, which nobody in rvmm has a reference into and which `memory` keeps mapped.
+        // SAFETY: SET_MEM_TABLE reads the header and the number of regions in it, which are all in `table`. The kernel writes to
+        // that memory when a queue runs: it is guest RAM, into which rvmm has no reference and which `memory` keeps mapped.
         check(unsafe { libc::ioctl(self.fd.as_raw_fd(), SET_MEM_TABLE, &raw const table) })
     }
 
@@ -139,18 +139,18 @@ impl Vhost {
         Ok(features)
     }
 
-    fn tell<T>(&self, order: &Order<T>, value: &T) -> io::Result<()> {
-        // SAFETY: the request reads one `T`, which outlives the call. Addresses of rings in it are such as `address` gives.
-        check(unsafe { libc::ioctl(self.fd.as_raw_fd(), order.0, std::ptr::from_ref(value)) })
+    fn send<T>(&self, request: &WriteIoctl<T>, value: &T) -> io::Result<()> {
+        // SAFETY: the request reads one `T`, which outlives the call. Addresses of rings in it are results of `address`.
+        check(unsafe { libc::ioctl(self.fd.as_raw_fd(), request.0, std::ptr::from_ref(value)) })
     }
 
-    /// Where in this process `len` bytes of RAM are, all in one piece.
+    /// Host virtual address of `len` contiguous bytes of RAM.
     fn address(&self, guest: u64, len: usize) -> io::Result<u64> {
         let slice = self.memory.view().get_slice(GuestAddress(guest), len);
         Ok(slice.map_err(io::Error::other)?.ptr_guard_mut().as_ptr() as u64)
     }
 
-    /// Says where a queue lies, that it starts with its first entry, and by what its sides wake each other.
+    /// Sets the addresses of a queue's rings, its first index, and its eventfds.
     fn set_up(&self, queue: &KernelQueue<'_>) -> io::Result<()> {
         let rings = &queue.rings;
         let (index, entries) = (u32::from(rings.queue), usize::from(rings.size));
@@ -162,69 +162,69 @@ impl Vhost {
             available: self.address(rings.driver, 6 + 2 * entries)?,
             log: 0,
         };
-        self.tell(&SET_VRING_NUM, &VringState { index, num: rings.size.into() })?;
-        self.tell(&SET_VRING_BASE, &VringState { index, num: 0 })?;
-        self.tell(&SET_VRING_ADDR, &addr)?;
+        self.send(&SET_VRING_NUM, &VringState { index, num: rings.size.into() })?;
+        self.send(&SET_VRING_BASE, &VringState { index, num: 0 })?;
+        self.send(&SET_VRING_ADDR, &addr)?;
         let file = |fd: &dyn AsRawFd| VringFile { index, fd: fd.as_raw_fd() };
-        self.tell(&SET_VRING_ERR, &file(queue.error))?;
-        self.tell(&SET_VRING_CALL, &file(queue.call))?;
-        self.tell(&SET_VRING_KICK, &file(queue.kick))
+        self.send(&SET_VRING_ERR, &file(queue.error))?;
+        self.send(&SET_VRING_CALL, &file(queue.call))?;
+        self.send(&SET_VRING_KICK, &file(queue.kick))
     }
 }
 
-/// What is behind the two queues of a device.
-enum Behind {
+/// The backend of a device's queues.
+enum Backend {
     /// A queue of a tap.
     Tap(OwnedFd),
     /// The host's sockets.
     Sockets,
 }
 
-/// A device of vhost and what is behind it.
+/// A vhost device and its backend.
 struct Queues {
-    /// None where it could not be stopped but by closing it.
+    /// None if it could only be stopped by closing it.
     vhost: Option<Vhost>,
-    behind: Behind,
+    backend: Backend,
     features: u64,
 }
 
-/// The kernel between a guest's network card and this queue of a tap.
+/// Creates the vhost device between a guest's network card and this queue of a tap.
 pub(super) fn network(
     tap: OwnedFd,
     memory: Arc<dyn DmaMemory>,
 ) -> Result<Box<dyn KernelQueues>, HostError> {
-    queues(&NET, Vhost::open(&NET, memory)?, Behind::Tap(tap))
+    queues(&NET, Vhost::open(&NET, memory)?, Backend::Tap(tap))
 }
 
-/// The kernel's sockets for the guest of this CID.
+/// Creates the vhost device for the sockets of the guest with this CID.
 pub(super) fn sockets(
     guest_cid: u32,
     memory: Arc<dyn DmaMemory>,
 ) -> Result<Box<dyn KernelQueues>, HostError> {
     let vhost = Vhost::open(&VSOCK, memory)?;
     vhost
-        .tell(&VSOCK_SET_GUEST_CID, &guest_cid.into())
+        .send(&VSOCK_SET_GUEST_CID, &guest_cid.into())
         .map_err(|error| no_cid(guest_cid, error))?;
-    queues(&VSOCK, vhost, Behind::Sockets)
+    queues(&VSOCK, vhost, Backend::Sockets)
 }
 
-fn queues(node: &Node, vhost: Vhost, behind: Behind) -> Result<Box<dyn KernelQueues>, HostError> {
+fn queues(node: &Node, vhost: Vhost, backend: Backend) -> Result<Box<dyn KernelQueues>, HostError> {
     let features = vhost.features().map_err(|error| {
-        HostError::refused(format!("Cannot ask {} for its features", node.path), error)
+        HostError::refused(format!("Cannot read the features of {}", node.path), error)
     })?;
-    Ok(Box::new(Queues { vhost: Some(vhost), behind, features }))
+    Ok(Box::new(Queues { vhost: Some(vhost), backend, features }))
 }
 
 impl Queues {
-    /// Connects a queue with what is behind it, or disconnects it. The sockets' queues go together.
+    /// Connects a queue with its backend, or disconnects it. For sockets, both queues at once.
     fn connect(&self, queue: u16, is_on: bool) -> io::Result<()> {
         let vhost = self.vhost.as_ref().ok_or(io::ErrorKind::NotConnected)?;
-        match &self.behind {
-            Behind::Tap(tap) => {
+        match &self.backend {
+            Backend::Tap(tap) => {
                 let fd = if is_on { tap.as_raw_fd() } else { NO_FILE };
-                vhost.tell(&NET_SET_BACKEND, &VringFile { index: queue.into(), fd })
+                vhost.send(&NET_SET_BACKEND, &VringFile { index: queue.into(), fd })
             }
-            Behind::Sockets => vhost.tell(&VSOCK_SET_RUNNING, &c_int::from(is_on)),
+            Backend::Sockets => vhost.send(&VSOCK_SET_RUNNING, &c_int::from(is_on)),
         }
     }
 }
@@ -236,10 +236,10 @@ impl KernelQueues for Queues {
 
     fn start(&mut self, features: u64, queues: &[KernelQueue<'_>]) -> io::Result<()> {
         let vhost = self.vhost.as_ref().ok_or(io::ErrorKind::NotConnected)?;
-        if matches!(self.behind, Behind::Sockets) && queues.len() != 2 {
-            return Err(io::Error::other("sockets take both queues"));
+        if matches!(self.backend, Backend::Sockets) && queues.len() != 2 {
+            return Err(io::Error::other("vhost-vsock needs both queues"));
         }
-        vhost.tell(&SET_FEATURES, &features)?;
+        vhost.send(&SET_FEATURES, &features)?;
         queues.iter().try_for_each(|queue| vhost.set_up(queue))?;
         let numbers: Vec<u16> = queues.iter().map(|queue| queue.rings.queue).collect();
         let result = numbers.iter().try_for_each(|queue| self.connect(*queue, true));

@@ -1,4 +1,4 @@
-//! The kernel's vhost, where this machine has it: a driver of the tests' own on one side, a tap or nothing on the other.
+//! The kernel's vhost, if this machine has it, with a driver made of test code, and a tap or no backend.
 
 use std::error::Error;
 use std::path::Path;
@@ -15,7 +15,7 @@ use super::*;
 use crate::host::Linux;
 use crate::host::tap::tests::{Cable, ETHERTYPE, attached, frame, in_a_namespace};
 
-/// A device on this machine's kernel, or why there is none.
+/// A device on this machine's kernel, or the reason why it cannot be created.
 fn build(text: &str) -> Result<Rig, String> {
     let options = Options::parse(text).unwrap();
     let model = Model::find(options.name()).unwrap();
@@ -27,7 +27,7 @@ fn build(text: &str) -> Result<Rig, String> {
     .map_err(|error| error.source().map_or_else(String::new, ToString::to_string))
 }
 
-/// Says that the test is skipped where the kernel has no such device.
+/// True if the kernel has the device; else reports a skip.
 fn has(node: &Node) -> bool {
     let is_there = Path::new(node.path).exists();
     if !is_there {
@@ -36,7 +36,7 @@ fn has(node: &Node) -> bool {
     is_there
 }
 
-/// Waits for the next chain that comes back, as the I/O loop does.
+/// Waits for the next used buffer, as the I/O loop does.
 fn wait(rig: &mut Rig, queue: u32) -> (u16, u32) {
     for _ in 0..3000 {
         if let Some(used) = rig.take_used(queue) {
@@ -44,7 +44,7 @@ fn wait(rig: &mut Rig, queue: u32) -> (u16, u32) {
         }
         turn(rig.device.as_mut(), 100).unwrap();
     }
-    panic!("nothing comes back");
+    panic!("no buffer is used");
 }
 
 /// Gives the kernel buffers for frames.
@@ -53,7 +53,7 @@ fn feed(rig: &mut Rig, count: usize) {
     rig.write(0x50, 0);
 }
 
-/// Frames in both directions; the kernel sends some of its own.
+/// Exchanges frames in both directions; the kernel sends some of its own.
 fn exchange(rig: &mut Rig, cable: &Cable, len: usize) {
     let bytes = [&[0; HEADER][..], &frame(len)].concat();
     let head = rig.add(1, &[Buffer::Read(&bytes[..5]), Buffer::Read(&bytes[5..])]);
@@ -97,7 +97,7 @@ fn the_kernel_moves_frames_until_a_reset_and_again_after_it() {
             feed(&mut rig, 8);
             (0..3).for_each(|more| exchange(&mut rig, &cable, 300 + 10 * round + more));
         }
-        // One queue alone stops at once and starts anew, and the other one goes on.
+        // A reset of one queue does not affect the other one.
         rig.write(0x30, 1);
         assert!(rig.write(0xc0, 1));
         assert_eq!(rig.read(0xc0), 0);
@@ -108,12 +108,12 @@ fn the_kernel_moves_frames_until_a_reset_and_again_after_it() {
         while rig.take_used(0).is_some() {}
         cable.send(&frame(100));
         thread::sleep(Duration::from_millis(100));
-        assert_eq!(rig.take_used(0), None, "nothing comes after a reset");
+        assert_eq!(rig.take_used(0), None, "no buffer is used after a reset");
     });
 }
 
 #[test]
-fn a_tap_that_was_handed_over_is_the_kernels_as_often_as_it_is_wanted() {
+fn an_inherited_tap_can_be_used_with_vhost_again_and_again() {
     if !has(&NET) {
         return;
     }
@@ -130,7 +130,7 @@ fn a_tap_that_was_handed_over_is_the_kernels_as_often_as_it_is_wanted() {
 }
 
 #[test]
-fn a_ring_that_makes_no_sense_to_the_kernel_costs_the_device_until_a_reset() {
+fn a_ring_that_the_kernel_rejects_stops_the_device_until_a_reset() {
     if !has(&NET) {
         return;
     }
@@ -157,7 +157,7 @@ fn a_ring_that_makes_no_sense_to_the_kernel_costs_the_device_until_a_reset() {
 
 #[test]
 fn a_cid_belongs_to_one_guest_at_a_time() {
-    // Nobody gives a guest this one.
+    // A CID that no other guest has.
     const CID: u32 = 0x7fff_fff0;
     if !has(&VSOCK) {
         return;
@@ -175,8 +175,8 @@ fn a_cid_belongs_to_one_guest_at_a_time() {
 }
 
 #[test]
-fn requests_are_those_of_the_kernels_header() {
-    // From include/uapi/linux/vhost.h, worked out by hand for the sizes of its structures.
+fn ioctl_numbers_match_the_kernels_header() {
+    // From include/uapi/linux/vhost.h, calculated for the sizes of its structures.
     assert_eq!(GET_FEATURES, 0x8008_af00);
     assert_eq!(SET_OWNER, 0xaf01);
     assert_eq!(SET_MEM_TABLE, 0x4008_af03);
@@ -187,7 +187,7 @@ fn requests_are_those_of_the_kernels_header() {
 }
 
 #[test]
-fn what_cannot_be_had_of_the_kernel_is_refused_with_what_to_do() {
+fn a_device_node_that_cannot_be_opened_is_refused_with_advice() {
     let error = io::Error::from_raw_os_error;
     let sentence = |errno| not_opened(&NET, Place::Machine, error(errno)).to_string();
     assert!(sentence(libc::ENOENT).contains("sudo modprobe vhost_net"));

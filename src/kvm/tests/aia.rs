@@ -39,7 +39,7 @@ fn host_has_aia() -> bool {
 }
 
 #[test]
-fn the_aia_is_made_as_planned_or_refused_with_the_way_out() {
+fn the_aia_is_created_as_planned_or_refused_with_a_remedy() {
     let guest = Guest::new(&[SPIN]);
     let _harts = [guest.hart(0), guest.hart(1), guest.hart(2)];
     match guest.vm.create_irqchip(IrqchipChoice::Aia, &plan(3)) {
@@ -58,12 +58,12 @@ fn the_aia_is_made_as_planned_or_refused_with_the_way_out() {
             assert!(!host_has_aia());
             assert!(error.to_string().contains("--irqchip plic"), "{error}");
         }
-        Ok(Irqchip::None) => panic!("a choice that was forced is not met"),
+        Ok(Irqchip::None) => panic!("a forced choice is not met"),
     }
 }
 
 #[test]
-fn a_machine_with_more_interrupts_than_an_emulated_imsic_has_gets_a_plic_unless_it_is_told() {
+fn a_machine_with_more_interrupts_than_an_emulated_imsic_has_gets_a_plic_unless_aia_is_forced() {
     if !host_has_aia() {
         return skip("this host has no AIA");
     }
@@ -81,9 +81,9 @@ fn a_machine_with_more_interrupts_than_an_emulated_imsic_has_gets_a_plic_unless_
     }
 }
 
-/// In a machine that runs on guest files the guest would see the files' own enable bits, which are whole.
+/// In a machine that runs on guest files the guest would see the files' own enable bits, all of which work.
 #[test]
-fn identities_are_said_to_work_where_a_guest_can_enable_them() {
+fn identities_are_reported_to_work_where_a_guest_can_enable_them() {
     const EIE0: u32 = 0xc0;
     if !host_has_aia() {
         return skip("this host has no AIA");
@@ -122,12 +122,12 @@ fn a_plic_machine_gets_lines_to_its_harts_on_every_host() {
     assert!(guest.vm.external_line(1).is_ok());
     assert!(guest.vm.external_line(2).is_err());
     assert!(guest.vm.irq_line(1).is_err());
-    // A guest without the controller is not shown its CSRs either.
+    // The extension of its CSRs is hidden from a guest without the controller.
     assert!(!guest.vm.cpu_facts().unwrap().extensions.contains(&"ssaia".into()));
 }
 
 #[test]
-fn a_guest_with_aia_is_shown_ssaia() {
+fn ssaia_is_visible_to_a_guest_with_aia() {
     let guest = Guest::new(&[SPIN]);
     let _hart = guest.hart(0);
     let irqchip = guest.vm.create_irqchip(IrqchipChoice::Auto, &plan(1)).unwrap();
@@ -136,7 +136,7 @@ fn a_guest_with_aia_is_shown_ssaia() {
 }
 
 #[test]
-fn csrs_of_the_aia_are_kept_where_there_is_one() {
+fn csrs_of_the_aia_keep_their_values_where_there_is_one() {
     let guest = Guest::new(&[SPIN]);
     let mut hart = guest.hart(0);
     for (csr, value) in [(Csr::Siselect, 0x70), (Csr::Hviprio1, 0x0500), (Csr::Hviprio2, 0x0900)] {
@@ -158,7 +158,7 @@ fn a_guest_whose_ssaia_is_switched_off_gets_a_plic() {
 }
 
 #[test]
-fn harts_and_irqchip_are_made_in_their_order() {
+fn harts_and_irqchip_are_created_in_order_only() {
     let guest = Guest::new(&[SPIN]);
     let _hart = guest.hart(4);
     assert!(guest.vm.create_hart(4, &CpuKnobs::default()).is_err());
@@ -176,7 +176,7 @@ fn trap_to(at: u32) -> [u32; 3] {
 }
 
 #[test]
-fn an_external_interrupt_reaches_a_hart_that_waits_and_goes_when_the_line_does() {
+fn an_external_interrupt_reaches_a_waiting_hart_and_is_cleared_with_the_line() {
     // Enables SEIE and SIE and waits; the trap calls with scause, then with sip after the call.
     let seie = 0x200;
     let code = [
@@ -192,7 +192,7 @@ fn an_external_interrupt_reaches_a_hart_that_waits_and_goes_when_the_line_does()
     let line = guest.vm.external_line(0).unwrap();
     assert!(
         !line.raise_by(&EventFd::new(EFD_NONBLOCK).unwrap()),
-        "the controller is not the kernel's"
+        "the controller is not in the kernel"
     );
     let raise = std::thread::spawn({
         let line = Arc::clone(&line);
@@ -247,7 +247,7 @@ const LEVEL_HIGH: u32 = 6;
 struct Wired {
     hart: Box<dyn Hart>,
     vm: KvmVm,
-    /// Mapped as long as the machine lives.
+    /// Owns the machine's memory.
     _guest: Guest,
 }
 
@@ -264,14 +264,14 @@ impl Wired {
         Self { hart, vm, _guest: guest }
     }
 
-    /// The identity that the guest claims, 0 for none, and whether it finds source 7 high.
+    /// The identity that the guest claims, 0 for none, and true if it finds source 7 high.
     fn claim(&mut self) -> (u64, bool) {
         let (_, args) = called(self.hart.as_mut(), [0; 2]);
         (args[0] >> 16, args[1] & 1 << 7 != 0)
     }
 
-    /// Writes to a descriptor that is bound to interrupt `gsi` for so long. When the kernel has let go of it, nothing that it had still
-    /// to do for the event is left.
+    /// Signals an event descriptor that is bound to interrupt `gsi` for that time. Unbinding waits until the kernel has processed the
+    /// event.
     fn event(&self, gsi: u32) {
         let event = EventFd::new(EFD_NONBLOCK).unwrap();
         self.vm.fd().register_irqfd(&event, gsi).unwrap();
@@ -279,7 +279,7 @@ impl Wired {
         self.vm.fd().unregister_irqfd(&event, gsi).unwrap();
     }
 
-    /// Has interrupt 200, and no other one, be a message to identity 5 of the hart.
+    /// Routes interrupt 200, and no other one, as a message to identity 5 of the hart.
     fn route_a_message(&self) {
         let msi = kvm_irq_routing_msi {
             address_lo: u32::try_from(IMSICS).unwrap(),
@@ -329,11 +329,11 @@ fn an_event_descriptor_may_leave_its_source_high_for_ever() {
         machine.event(7);
         let (second, is_high) = machine.claim();
         assert_eq!(is_high, stays_high, "mode {mode}");
-        // Linux 6.12 raises the source and never lowers it: to an edge every later event is lost. A kernel that sends pulses
-        // rings each time; then a level is no level.
-        let rings_again = mode == LEVEL_HIGH || !stays_high;
-        assert_eq!(second, if rings_again { 5 } else { 0 }, "mode {mode}, high: {stays_high}");
-        // Only whoever has the line can lower it.
+        // Linux 6.12 raises the source and never lowers it: in edge mode every later event is lost. A kernel that sends pulses
+        // interrupts each time; then a level does not stay high.
+        let repeats = mode == LEVEL_HIGH || !stays_high;
+        assert_eq!(second, if repeats { 5 } else { 0 }, "mode {mode}, high: {stays_high}");
+        // Only the owner of the line can lower it.
         machine.vm.fd().set_irq_line(7, false).unwrap();
         assert_eq!(machine.claim(), (0, false), "mode {mode}");
         machine.event(7);
@@ -354,7 +354,7 @@ fn a_line_that_events_raise_is_low_when_its_device_says_so() {
         for round in 0..3 {
             event.write(1).unwrap();
             while machine.claim().0 != 5 {}
-            // A kernel that sends pulses may be through with the second level only now.
+            // A kernel that sends pulses may lower the source only now.
             while {
                 line.set_level(false);
                 machine.claim() != (0, false)
@@ -364,7 +364,7 @@ fn a_line_that_events_raise_is_low_when_its_device_says_so() {
             line.set_level(false);
             assert_eq!(machine.claim(), (0, false), "mode {mode}, round {round}");
         }
-        assert!(!line.raise_by(&event), "it raises something already");
+        assert!(!line.raise_by(&event), "the event raises a line already");
     }
 }
 
@@ -381,11 +381,11 @@ fn no_event_raises_a_line_that_has_to_wake_a_guest_that_is_suspended() {
     let event = EventFd::new(EFD_NONBLOCK).unwrap();
     assert!(!vm.irq_line(7).unwrap().raise_by(&event));
     event.write(1).unwrap();
-    assert!(event.read().is_ok(), "nobody has taken it");
+    assert!(event.read().is_ok(), "the kernel has not taken it");
 }
 
 #[test]
-fn an_event_descriptor_that_is_routed_to_a_message_rings_each_time() {
+fn an_event_descriptor_that_is_routed_to_a_message_interrupts_each_time() {
     if !host_has_aia() {
         return skip("this host has no AIA");
     }
@@ -409,10 +409,10 @@ fn without_an_aia_an_event_descriptor_takes_interrupts_and_loses_them() {
     let event = EventFd::new(EFD_NONBLOCK).unwrap();
     vm.fd().register_irqfd(&event, 7).unwrap();
     event.write(1).unwrap();
-    assert!(event.read().is_err(), "the kernel has taken it, and there is nobody to interrupt");
+    assert!(event.read().is_err(), "the kernel has taken it, and there is nothing to interrupt");
 }
 
-/// Whether `susp` is on in the only hart of a machine with `sbi` as knobs, once `choice` is met; `None` without SUSP.
+/// True if `susp` is on in the only hart of a machine with knobs `sbi` and the irqchip `choice`; `None` without SUSP.
 fn suspend_is_on(choice: IrqchipChoice, sbi: &[KnobChange]) -> Option<bool> {
     let vm = open().unwrap().new_vm().unwrap();
     let knobs = CpuKnobs { sbi: sbi.to_vec(), ..CpuKnobs::default() };

@@ -31,7 +31,7 @@ pub(super) fn lui(rd: u32, imm: u32) -> u32 {
     0x37 | rd << 7 | imm << 12
 }
 
-/// `rd` = the address of this instruction.
+/// `auipc rd, 0`: `rd` = the address of this instruction.
 pub(super) fn here(rd: u32) -> u32 {
     0x17 | rd << 7
 }
@@ -73,7 +73,7 @@ pub(super) fn csrrw(rd: u32, csr: u32, rs1: u32) -> u32 {
 
 /// `j` to `words` instructions before this one, 255 at most.
 pub(super) fn jump_back(words: u32) -> u32 {
-    // All of the upper bits of the offset are those of its sign.
+    // All of the upper bits of the offset are sign bits.
     0x801f_f06f | ((4 * words).wrapping_neg() & 0x7fe) << 20
 }
 
@@ -90,7 +90,7 @@ pub(super) fn csrr(rd: u32, csr: u32) -> u32 {
 /// `rd = value`, for a value of up to 31 bits: two instructions.
 pub(super) fn li(rd: u32, value: u32) -> [u32; 2] {
     let low = value & 0xfff;
-    // `addi` subtracts where bit 11 is set, so `lui` brings one more.
+    // `addi` subtracts where bit 11 is set, so `lui` adds one more.
     let high = (value + if low >= 0x800 { 0x1000 } else { 0 }) >> 12;
     [lui(rd, high & 0xf_ffff), addi(rd, rd, low)]
 }

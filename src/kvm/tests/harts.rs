@@ -1,4 +1,4 @@
-//! Running, being kicked, settling and abandoning.
+//! Running, kicking, settling and abandoning harts.
 
 use std::sync::mpsc;
 use std::thread;
@@ -13,8 +13,8 @@ use super::*;
 use crate::vcpu::exit::{Fault, SystemEvent};
 use crate::vcpu::hart::{Csr, Kick};
 
-/// How long a test waits for what must happen; generous, since the host may be an emulated one.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Time-out of the waits of a test; generous, since the host may be emulated.
+const TIME_OUT: Duration = Duration::from_secs(60);
 
 /// A call of the vendor range: `a7` and `ecall`.
 fn call() -> Vec<u32> {
@@ -34,7 +34,7 @@ fn a_call_carries_its_arguments_out_and_its_answer_in() {
 }
 
 #[test]
-fn a_load_from_where_nothing_is_takes_what_the_exit_was_filled_with() {
+fn a_load_from_an_unmapped_address_takes_the_data_of_the_exit() {
     for (funct3, len, value) in
         [(4, 1, 0x81_u64), (5, 2, 0x8001), (6, 4, 0x8000_0001), (3, 8, 1 << 63 | 1)]
     {
@@ -55,13 +55,13 @@ fn a_signed_load_arrives_signed_or_as_linux_6_12_has_it() {
     let mut hart = guest.hart(0);
     let Exit::MmioRead { data, .. } = hart.enter().unwrap() else { panic!("not a load") };
     data.copy_from_slice(&0x8000_0001_u32.to_le_bytes());
-    // Linux before 7.0 forgets the sign of loads that it emulates.
+    // Linux before 7.0 does not sign-extend loads that it emulates.
     let seen = called(hart.as_mut(), [0; 2]).1[0];
     assert!([0xffff_ffff_8000_0001, 0x8000_0001].contains(&seen), "{seen:#x}");
 }
 
 #[test]
-fn a_store_to_where_nothing_is_carries_the_bytes_of_its_width() {
+fn a_store_to_an_unmapped_address_carries_the_bytes_of_its_width() {
     for (funct3, len) in [(0, 1), (1, 2), (2, 4), (3, 8)] {
         let code = [&li(T0, 0x1000_0000)[..], &li(A0, 0x7654_3210), &[store(funct3, A0, T0, 0x10)]];
         let guest = Guest::new(&code.concat());
@@ -84,7 +84,7 @@ fn an_atomic_on_a_device_is_a_fault_and_the_program_counter_stays() {
 }
 
 #[test]
-fn a_crooked_access_to_a_device_is_a_fault_or_is_split_by_the_hardware() {
+fn a_misaligned_access_to_a_device_is_a_fault_or_is_split_by_the_hardware() {
     let guest = Guest::new(&[&li(T0, 0x1000_0001)[..], &[load(2, A0, T0, 0)], &call()].concat());
     let mut hart = guest.hart(0);
     let exit = hart.enter().unwrap();
@@ -92,7 +92,7 @@ fn a_crooked_access_to_a_device_is_a_fault_or_is_split_by_the_hardware() {
 }
 
 #[test]
-fn a_jump_to_where_nothing_is_is_a_fault_or_the_guests_own_trap() {
+fn a_jump_to_an_unmapped_address_is_a_fault_or_the_guests_own_trap() {
     let trap = 4 * 5;
     let code = [&[here(T1), addi(T1, T1, trap), csrw(STVEC, T1)][..], &li(T0, 0x1000_0000)];
     // `jr t0`, then the trap's target.
@@ -109,7 +109,7 @@ fn a_jump_to_where_nothing_is_is_a_fault_or_the_guests_own_trap() {
 }
 
 #[test]
-fn an_ebreak_comes_out_only_where_that_was_asked_for() {
+fn an_ebreak_exits_only_where_that_is_switched_on() {
     let trap = 4 * 4;
     let code = [here(T1), addi(T1, T1, trap), csrw(STVEC, T1), EBREAK];
     let code = [&code[..], &[csrr(A0, SCAUSE)], &call()].concat();
@@ -125,7 +125,7 @@ fn an_ebreak_comes_out_only_where_that_was_asked_for() {
     assert_eq!(called(hart.as_mut(), [0; 2]).1[0], 3);
 }
 
-/// Whether the guest sees its timer interrupt pending, in each of its calls.
+/// Runs the guest until its next call; true if it sees its timer interrupt pending.
 fn sees_timer(hart: &mut dyn Hart) -> bool {
     const STIP: u64 = 1 << 5;
     called(hart, [0; 2]).1[0] & STIP != 0
@@ -140,7 +140,7 @@ fn a_timer_interrupt_is_made_pending_and_taken_back_where_the_host_can() {
     for _ in 0..3 {
         hart.settle().unwrap();
         assert!(hart.set_timer_pending(true).unwrap());
-        // Without Sstc it is a timer of the kernel's that expires at once, in its own time.
+        // Without Sstc it is a timer of the kernel's, which expires asynchronously.
         while !sees_timer(hart.as_mut()) {
             thread::yield_now();
         }
@@ -183,7 +183,7 @@ fn settling_leaves_a_hart_alone_that_has_nothing_to_complete() {
     let mut hart = guest.hart(0);
     hart.settle().unwrap();
     assert_eq!(hart.get(Reg::Pc).unwrap(), BASE);
-    // Not even a run took place: what must be set before the first one still can be.
+    // KVM_RUN was not called: what must be set before the first one still can be.
     assert!(guest.hart_with(1, &CpuKnobs::default()).get(Reg::Mode).is_ok());
 }
 
@@ -236,7 +236,7 @@ fn registers_keep_what_is_written() {
     assert_eq!(hart.get(Reg::Mode).unwrap(), 0);
 }
 
-/// Runs `hart` on its own thread until it is kicked out, `times` times over; gives the kick and the end.
+/// Runs `hart` on its own thread until it is kicked out, `times` times; returns the kick and a channel with a message per exit.
 fn on_thread(mut hart: Box<dyn Hart>, times: u32) -> (Arc<dyn Kick>, mpsc::Receiver<()>) {
     let (send_kick, kick) = mpsc::channel();
     let (send_out, out) = mpsc::channel();
@@ -247,7 +247,7 @@ fn on_thread(mut hart: Box<dyn Hart>, times: u32) -> (Arc<dyn Kick>, mpsc::Recei
             send_out.send(()).unwrap();
         }
     });
-    (kick.recv_timeout(PATIENCE).unwrap(), out)
+    (kick.recv_timeout(TIME_OUT).unwrap(), out)
 }
 
 #[test]
@@ -257,18 +257,18 @@ fn a_kick_wakes_a_hart_that_waits_for_an_interrupt() {
     let (kick, out) = on_thread(guest.hart(0), 3);
     for _ in 0..3 {
         kick.kick();
-        out.recv_timeout(PATIENCE).unwrap();
+        out.recv_timeout(TIME_OUT).unwrap();
     }
 }
 
 #[test]
-fn a_kick_wakes_a_hart_that_nobody_has_started() {
+fn a_kick_wakes_a_hart_that_was_never_started() {
     let guest = Guest::new(&[SPIN]);
     let _boot = guest.hart(0);
     let (kick, out) = on_thread(guest.hart(1), 2);
     for _ in 0..2 {
         kick.kick();
-        out.recv_timeout(PATIENCE).unwrap();
+        out.recv_timeout(TIME_OUT).unwrap();
     }
 }
 
@@ -277,7 +277,7 @@ fn a_kick_ends_a_busy_loop() {
     let guest = Guest::new(&[SPIN]);
     let (kick, out) = on_thread(guest.hart(0), 1);
     kick.kick();
-    out.recv_timeout(PATIENCE).unwrap();
+    out.recv_timeout(TIME_OUT).unwrap();
 }
 
 #[test]
@@ -335,9 +335,9 @@ fn a_hart_dropped_elsewhere_leaves_its_thread_unharmed() {
     let first = thread::spawn(move || {
         let kick = hart.bind().unwrap();
         hand_over.send((hart, kick)).unwrap();
-        may_go_on.recv_timeout(PATIENCE).unwrap();
+        may_go_on.recv_timeout(TIME_OUT).unwrap();
     });
-    let (hart, kick) = handed.recv_timeout(PATIENCE).unwrap();
+    let (hart, kick) = handed.recv_timeout(TIME_OUT).unwrap();
     drop(hart);
     drop(guest);
     kick.kick();
@@ -383,7 +383,7 @@ fn a_doorbell_rings_without_an_exit_and_only_with_its_own_value() {
 }
 
 #[test]
-fn floating_point_registers_are_what_the_guest_has_and_gets() {
+fn floating_point_registers_are_read_from_and_written_to_the_guest() {
     // Floating point on; fmv.x.d a0,fa0; frcsr a1; fmv.d.x fa1,a0
     let code = [&[csrs(SSTATUS, T0), 0xe205_0553, 0x0030_25f3, 0xf205_05d3][..], &call()].concat();
     let code = [&li(T0, 0x2000)[..], &code].concat();
@@ -398,7 +398,7 @@ fn floating_point_registers_are_what_the_guest_has_and_gets() {
 }
 
 #[test]
-fn code_that_is_written_between_two_entries_is_what_runs() {
+fn code_that_is_written_between_two_entries_is_executed() {
     let guest = Guest::new(&[&[addi(A0, ZERO, 1)][..], &call()].concat());
     let mut hart = guest.hart(0);
     for number in 1..50 {

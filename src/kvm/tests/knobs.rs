@@ -1,4 +1,4 @@
-//! What becomes of the knobs, and what KVM tells about a hart.
+//! Effects of the knobs, and the facts that KVM reports of a hart.
 
 use rvmm_devices::testing::skip;
 
@@ -55,7 +55,7 @@ fn block_sizes_come_with_their_extensions() {
 }
 
 #[test]
-fn what_kvm_can_switch_off_is_illegal_afterwards() {
+fn an_extension_that_kvm_can_switch_off_is_illegal_afterwards() {
     let before = facts("");
     assert!(has(&before, "zicboz"), "the host of the tests has zicboz");
     let after = facts("-zicboz");
@@ -74,14 +74,14 @@ fn what_kvm_can_switch_off_is_illegal_afterwards() {
 }
 
 #[test]
-fn what_kvm_cannot_switch_off_is_hidden() {
+fn an_extension_that_kvm_cannot_switch_off_is_hidden() {
     assert!(has(&facts(""), "zba"), "the host of the tests has zba");
     assert!(!has(&facts("-zba"), "zba"));
     assert!(has(&facts("-zba +zba"), "zba"));
 }
 
 #[test]
-fn switching_off_takes_along_what_depends_on_it() {
+fn switching_off_an_extension_switches_off_its_dependents() {
     let facts = facts("-f");
     for name in ["f", "d", "v", "zfa", "zfhmin", "zcd"] {
         assert!(!has(&facts, name), "{name}");
@@ -89,12 +89,12 @@ fn switching_off_takes_along_what_depends_on_it() {
 }
 
 #[test]
-fn switching_off_what_the_host_does_not_have_is_no_error() {
+fn switching_off_an_extension_that_the_host_lacks_is_no_error() {
     assert!(!has(&facts("-v -zvbb -h"), "v"));
 }
 
 #[test]
-fn switching_on_what_the_host_does_not_have_says_so() {
+fn switching_on_an_extension_that_the_host_lacks_is_an_error() {
     let missing = ["zvkned", "zacas", "zicfiss"].into_iter().find(|name| !has(&facts(""), name));
     let missing = missing.expect("the host of the tests lacks one of them");
     let error = refusal(&knobs(&format!("+{missing}"), ""));
@@ -102,7 +102,7 @@ fn switching_on_what_the_host_does_not_have_says_so() {
 }
 
 #[test]
-fn a_wrong_name_is_answered_with_the_right_one() {
+fn a_misspelt_name_is_refused_with_a_suggestion() {
     let error = refusal(&knobs("-zicbon", "")).to_string();
     assert!(error.contains("\"zicbon\"") && error.contains("zicbom"), "{error}");
     let error = refusal(&knobs("", "-dbnc")).to_string();
@@ -110,14 +110,14 @@ fn a_wrong_name_is_answered_with_the_right_one() {
 }
 
 #[test]
-fn what_makes_no_sense_is_refused() {
+fn changes_that_make_no_sense_are_refused() {
     for (isa, sbi) in [("+h", ""), ("-i", ""), ("", "-base")] {
         let error = refusal(&knobs(isa, sbi)).to_string();
         assert!(error.starts_with("--isa: ") || error.starts_with("--sbi: "), "{error}");
     }
 }
 
-/// The kernel's own answer to `sbi_probe_extension` (SBI 4.4), or `None` if it asked us.
+/// The kernel's answer to `sbi_probe_extension` (SBI 4.4).
 fn probe(extension: u32, sbi: &str) -> u64 {
     let code = [
         &li(A7, 0x10)[..],
@@ -135,7 +135,7 @@ fn probe(extension: u32, sbi: &str) -> u64 {
 }
 
 #[test]
-fn the_debug_console_is_there_unless_switched_off() {
+fn the_debug_console_is_on_unless_switched_off() {
     assert_eq!(probe(0x4442_434e, ""), 1);
     assert_eq!(probe(0x4442_434e, "-dbcn"), 0);
 }
@@ -158,7 +158,7 @@ fn the_pmu_is_off_where_the_kernel_does_not_check_its_calls_unless_it_is_asked_f
         let applied = super::super::knobs::apply(&vcpu, &knobs("", sbi)).ok()?;
         Some((vcpu.reg(super::super::regs::sbi_extension(PMU)).ok()?, applied.withheld))
     };
-    // A kernel that has none for its guests refuses to be asked.
+    // A kernel without a PMU for guests has no such register.
     let Some(asked) = state("+pmu") else {
         return skip("this host's kernel has no PMU for guests");
     };
@@ -191,7 +191,7 @@ fn the_guest_sees_the_cpu_id_that_was_asked_for() {
 }
 
 #[test]
-fn knobs_come_too_late_once_a_hart_has_run() {
+fn knobs_are_refused_once_a_hart_has_run() {
     let guest = Guest::new(&[&li(A7, 0x0900_0000)[..], &[ECALL]].concat());
     let vcpu = guest.raw_vcpu();
     assert!(super::super::knobs::apply(&vcpu, &CpuKnobs::default()).is_ok());

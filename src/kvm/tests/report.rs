@@ -1,4 +1,4 @@
-//! What `doctor` is told, against what a machine then gets.
+//! The report for `doctor`, compared with a machine.
 
 use super::super::probe;
 use super::super::report::SbiState;
@@ -44,7 +44,7 @@ fn a_report_knows_what_every_kernel_since_6_12_has() {
 }
 
 #[test]
-fn calls_of_sbi_0_1_are_reported_as_they_are_and_not_as_they_are_listed() {
+fn calls_of_sbi_0_1_are_reported_by_a_trial_and_not_by_the_kernels_list() {
     let report = probe().unwrap();
     let v01 = report.sbi_v01.expect("the throwaway guest runs");
     assert_eq!(report.has_sbi("v01"), v01);

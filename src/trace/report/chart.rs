@@ -1,18 +1,18 @@
-//! The pictures of a report, as SVG: a lane of time for each hart, and a histogram for each kind of exit.
+//! The charts of a report, as SVG: a time line for each hart, and a histogram for each kind of exit.
 
 use std::fmt::Write;
 
-use super::tally::{COLUMNS, HartTally, Stat, Tally, beginning};
+use super::tally::{COLUMNS, HartTally, Stat, Tally, step_start};
 use super::text::{count, part_of, percent, time};
 use crate::trace::record::Kind;
 
-/// Lanes that are drawn; a machine has more harts than a page has room.
-pub(super) const MOST_LANES: usize = 32;
+/// Maximum number of time lines; a machine may have more harts than fit on a page.
+pub(super) const MAX_LANES: usize = 32;
 
-/// Lanes whose columns tell their numbers under the pointer.
-const TOLD_LANES: usize = 8;
+/// Number of time lines whose columns have tooltips with their numbers.
+const TOOLTIP_LANES: usize = 8;
 
-/// Width of the drawing, and height of a lane.
+/// Width of the chart, and height of a time line.
 const WIDTH: u64 = 960;
 const LANE: u64 = 44;
 
@@ -20,11 +20,11 @@ const LANE: u64 = 44;
 const SMALL_WIDTH: u64 = 300;
 const SMALL_HEIGHT: u64 = 96;
 
-/// The lanes of the busiest harts, in order of their numbers, and below them the time. All have one scale.
+/// Draws the time lines of the busiest harts, in order of their numbers, and the time axis below. All have the same scale.
 pub(super) fn lanes(out: &mut String, tally: &Tally) {
     let mut harts: Vec<_> = tally.harts.iter().collect();
     harts.sort_by_key(|(_, hart)| std::cmp::Reverse(hart.stat.count));
-    harts.truncate(MOST_LANES);
+    harts.truncate(MAX_LANES);
     harts.sort_by_key(|(number, _)| **number);
     let sums = harts.iter().flat_map(|(_, hart)| &hart.columns).map(sum);
     let highest = sums.max().unwrap_or(0).max(1);
@@ -45,8 +45,8 @@ pub(super) fn lanes(out: &mut String, tally: &Tally) {
             count(hart.stat.count)
         );
         lane(out, hart, used, highest);
-        if index < TOLD_LANES {
-            told(out, hart, used, tally.width_ns);
+        if index < TOOLTIP_LANES {
+            tooltips(out, hart, used, tally.width_ns);
         }
         out.push_str("</svg></div>");
     }
@@ -57,7 +57,7 @@ fn sum(column: &[u32; Kind::ALL.len()]) -> u64 {
     column.iter().map(|count| u64::from(*count)).sum()
 }
 
-/// One path for each kind, each column a box on top of those of the kinds before.
+/// Draws one path for each kind, each column a box stacked on those of the kinds before.
 fn lane(out: &mut String, hart: &HartTally, used: u64, highest: u64) {
     let mut paths = vec![String::new(); Kind::ALL.len()];
     for (index, column) in (0..used).zip(&hart.columns) {
@@ -70,7 +70,7 @@ fn lane(out: &mut String, hart: &HartTally, used: u64, highest: u64) {
             }
             let above = below.saturating_add(u64::from(*exits));
             let (low, high) = (part_of(LANE, below, highest), part_of(LANE, above, highest));
-            // What is there is seen, however little it is.
+            // Even a single exit is visible.
             let height = high.saturating_sub(low).max(1);
             let y = LANE.saturating_sub(low).saturating_sub(height);
             let _ = write!(path, "M{x} {y}h{width}v{height}h-{width}z");
@@ -82,8 +82,8 @@ fn lane(out: &mut String, hart: &HartTally, used: u64, highest: u64) {
     }
 }
 
-/// What a column holds, for the pointer that rests on it.
-fn told(out: &mut String, hart: &HartTally, used: u64, width_ns: u64) {
+/// Adds tooltips with the numbers of each column.
+fn tooltips(out: &mut String, hart: &HartTally, used: u64, width_ns: u64) {
     for (index, column) in (0..used).zip(&hart.columns).filter(|(_, column)| sum(column) > 0) {
         let (x, next) = (part_of(WIDTH, index, used), part_of(WIDTH, index + 1, used));
         let _ = write!(
@@ -108,7 +108,7 @@ fn axis(out: &mut String, span_ns: u64) {
     out.push_str("</div>");
 }
 
-/// How long exits of a kind took: a bar for each quarter of an octave.
+/// Draws the durations of a kind of exit: a bar for each quarter of an octave.
 pub(super) fn histogram(out: &mut String, kind: Kind, stat: &Stat) {
     let steps = stat.histogram();
     let highest = steps.iter().map(|(_, count)| *count).max().unwrap_or(0).max(1);
@@ -116,7 +116,7 @@ pub(super) fn histogram(out: &mut String, kind: Kind, stat: &Stat) {
     let (first, last) = (steps.first().map_or(0, |s| s.0), steps.last().map_or(0, |s| s.0));
     let _ = write!(
         out,
-        r#"<figure><figcaption><i class="{0}"></i>{0} <span>{1}</span></figcaption><svg viewBox="0 0 {SMALL_WIDTH} {SMALL_HEIGHT}" preserveAspectRatio="none" role="img" aria-label="How long exits of the kind {0} took"><rect class="ground" width="{SMALL_WIDTH}" height="{SMALL_HEIGHT}"/>"#,
+        r#"<figure><figcaption><i class="{0}"></i>{0} <span>{1}</span></figcaption><svg viewBox="0 0 {SMALL_WIDTH} {SMALL_HEIGHT}" preserveAspectRatio="none" role="img" aria-label="Durations of exits of the kind {0}"><rect class="ground" width="{SMALL_WIDTH}" height="{SMALL_HEIGHT}"/>"#,
         kind.name(),
         count(stat.count)
     );
@@ -130,16 +130,16 @@ pub(super) fn histogram(out: &mut String, kind: Kind, stat: &Stat) {
             r#"<rect class="{}" x="{x}" y="{}" width="{width}" height="{height}"><title>{} to {}: {} exits</title></rect>"#,
             kind.name(),
             SMALL_HEIGHT - height,
-            time(beginning(*step)),
-            time(beginning(step + 1)),
+            time(step_start(*step)),
+            time(step_start(step + 1)),
             count(*exits)
         );
     }
     let _ = write!(
         out,
-        r#"</svg><div class="axis"><span>{}</span><span>{}</span></div><p class="note">half of them below {}, 99 of 100 below {}, all below {}</p></figure>"#,
-        time(beginning(first)),
-        time(beginning(last + 1)),
+        r#"</svg><div class="axis"><span>{}</span><span>{}</span></div><p class="note">50 % below {}, 99 % below {}, all below {}</p></figure>"#,
+        time(step_start(first)),
+        time(step_start(last + 1)),
         time(stat.percentile_ns(50)),
         time(stat.percentile_ns(99)),
         time(stat.max_ns.saturating_add(1))

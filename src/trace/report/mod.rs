@@ -1,14 +1,14 @@
-//! A page that shows and explains a trace: `rvmm trace report`.
+//! Generates a page that shows and explains a trace: `rvmm trace report`.
 //!
 //! | file | what is in it |
 //! |---|---|
-//! | `read.rs` | a trace, line by line, judged |
-//! | `tally.rs` | what the page needs of it, in bounded memory |
+//! | `read.rs` | reads and checks a trace, line by line |
+//! | `tally.rs` | the statistics for the page, in bounded memory |
 //! | `chart.rs` | time lines and histograms |
-//! | `explain.rs` | what each kind of exit is |
+//! | `explain.rs` | explanations of the kinds of exits |
 //! | `page.rs`, `page.css` | the page around them |
-//! | `text.rs` | numbers for people; foreign texts made harmless |
-//! | `testing.rs` | what a fuzzer makes of traces |
+//! | `text.rs` | formats numbers and escapes texts |
+//! | `testing.rs` | the fuzz target |
 
 mod chart;
 mod explain;
@@ -37,15 +37,15 @@ const BLOCK: usize = 256 << 10;
 /// Reads the trace `input` and writes its report, one page of HTML, to `output`.
 ///
 /// # Errors
-/// [`Error::File`] for a file that cannot be read or written, [`Error::Config`] for one that is no trace of rvmm's, with the
-/// number of the line.
+/// [`Error::File`] for a file that cannot be read or written, [`Error::Config`] for one that is not a trace of rvmm's, with
+/// the number of the line.
 pub fn report(input: &Path, output: &Path) -> Result<(), Error> {
     let failed = |verb, path: &Path| {
         let path = path.to_path_buf();
         move |source| Error::File { verb, path, source }
     };
     let file = File::open(input).map_err(failed("open", input))?;
-    // What is there under the name of the page is replaced, and that must not be what it is made of.
+    // The page replaces the file of its name, which must not be the trace.
     let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
     let own = file.metadata().map(identity).map_err(failed("read", input))?;
     if fs::metadata(output).is_ok_and(|there| identity(there) == own) {

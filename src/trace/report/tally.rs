@@ -1,4 +1,4 @@
-//! What a report needs of a trace, gathered in one pass and bounded, whatever the trace holds: 240 columns of time a hart,
+//! The statistics of a trace for a report, gathered in one pass and in bounded memory, whatever the trace has: 240 columns of time a hart,
 //! 512 causes, histograms, and the ten slowest exits.
 
 use std::collections::BTreeMap;
@@ -6,25 +6,25 @@ use std::collections::BTreeMap;
 use super::read::{Event, Exit};
 use crate::trace::record::Kind;
 
-/// Columns of the time line. When time goes on behind the last one, each two become one.
+/// Columns of the time line. When the trace exceeds the last one, each two are merged.
 pub(super) const COLUMNS: usize = 240;
 
-/// The width of a column at first, in nanoseconds.
+/// The initial width of a column, in nanoseconds.
 const FIRST_WIDTH: u64 = 1024;
 
-/// Causes that are told apart; further ones count together.
-const MOST_CAUSES: usize = 512;
+/// Maximum number of separate causes; further ones are counted together.
+const MAX_CAUSES: usize = 512;
 
-/// The longest name of a cause, in characters; a machine's and a value's, too.
-const LONGEST_NAME: usize = 64;
+/// Maximum length in characters of the names of causes and machines, and of values.
+const MAX_NAME: usize = 64;
 
-/// The slowest exits that are named.
+/// Number of slowest exits that are listed.
 const SLOWEST: usize = 10;
 
-/// Steps of a histogram to an octave.
+/// Steps of a histogram in an octave.
 const STEPS: u64 = 4;
 
-/// How long exits took.
+/// Statistics of the durations of exits.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Stat {
     pub(super) count: u64,
@@ -49,7 +49,7 @@ fn step(ns: u64) -> usize {
 }
 
 /// The first nanosecond of a step.
-pub(super) fn beginning(step: usize) -> u64 {
+pub(super) fn step_start(step: usize) -> u64 {
     let (octave, rest) = (step as u64 / STEPS, step as u64 % STEPS);
     let octave = u32::try_from(octave).unwrap_or(63).min(63);
     if octave < 2 { 1 << octave } else { (STEPS + rest) << (octave - 2) }
@@ -69,20 +69,20 @@ impl Stat {
         self.total_ns.checked_div(self.count).unwrap_or(0)
     }
 
-    /// The time that so many of a hundred exits stay below, rounded up by a fifth at most.
+    /// The duration below which this percentage of the exits is, rounded up by a fifth at most.
     pub(super) fn percentile_ns(&self, percent: u64) -> u64 {
         let wanted = (u128::from(self.count) * u128::from(percent)).div_ceil(100);
         let mut seen = 0_u128;
         for (index, count) in self.steps.iter().enumerate() {
             seen += u128::from(*count);
             if seen >= wanted && seen > 0 {
-                return beginning(index + 1).min(self.max_ns);
+                return step_start(index + 1).min(self.max_ns);
             }
         }
         self.max_ns
     }
 
-    /// The steps from the first to the last that is not empty: their number and count.
+    /// The steps from the first to the last that is not empty: their numbers and counts.
     pub(super) fn histogram(&self) -> Vec<(usize, u64)> {
         let all: Vec<_> = self.steps.iter().copied().enumerate().collect();
         let first = all.iter().position(|(_, count)| *count > 0).unwrap_or(0);
@@ -91,12 +91,12 @@ impl Stat {
     }
 }
 
-/// What a hart did.
+/// Statistics of a hart.
 #[derive(Debug, Clone, Default)]
 pub(super) struct HartTally {
     pub(super) stat: Stat,
     pub(super) lost: u64,
-    /// By column and kind: exits.
+    /// Number of exits by column and kind.
     pub(super) columns: Vec<[u32; Kind::ALL.len()]>,
 }
 
@@ -112,7 +112,7 @@ pub(super) struct Slow {
     pub(super) pc: String,
 }
 
-/// All of it.
+/// All statistics.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
     pub(super) machine: String,
@@ -131,14 +131,14 @@ pub(super) struct Tally {
 }
 
 impl Tally {
-    /// An empty one, with columns of their first width.
+    /// An empty tally, with columns of the initial width.
     pub(super) fn new() -> Self {
         Self { width_ns: FIRST_WIDTH, ..Self::default() }
     }
 
     pub(super) fn take(&mut self, event: Event<'_>) {
         match event {
-            Event::Head { machine, harts, start_ns } => {
+            Event::Header { machine, harts, start_ns } => {
                 self.machine = short(&machine);
                 self.start_ns = start_ns;
                 let most = harts.min(crate::config::MAX_CPUS);
@@ -151,11 +151,11 @@ impl Tally {
                 tally.lost = tally.lost.saturating_add(count);
             }
             Event::End => self.is_complete = true,
-            Event::Nothing => {}
+            Event::Other => {}
         }
     }
 
-    /// How long the trace is, in nanoseconds.
+    /// The duration of the trace, in nanoseconds.
     pub(super) fn span_ns(&self) -> u64 {
         self.last_ns.saturating_sub(self.start_ns)
     }
@@ -186,8 +186,8 @@ impl Tally {
 
     fn cause(&mut self, exit: &Exit<'_>) -> &mut Stat {
         let key = (exit.kind, short(&exit.what));
-        let is_known = self.causes.len() < MOST_CAUSES || self.causes.contains_key(&key);
-        // Room for these was left: one a kind.
+        let is_known = self.causes.len() < MAX_CAUSES || self.causes.contains_key(&key);
+        // These are outside of the limit: one per kind.
         let key = if is_known { key } else { (exit.kind, "others".into()) };
         self.causes.entry(key).or_default()
     }
@@ -210,7 +210,7 @@ impl Tally {
 }
 
 impl HartTally {
-    /// Each two columns become one.
+    /// Merges each two columns.
     fn fold(&mut self) {
         let sum = |pair: &[[u32; Kind::ALL.len()]]| {
             let mut sum = [0_u32; Kind::ALL.len()];
@@ -229,5 +229,5 @@ impl HartTally {
 }
 
 fn short(text: &str) -> String {
-    text.chars().take(LONGEST_NAME).collect()
+    text.chars().take(MAX_NAME).collect()
 }

@@ -1,5 +1,5 @@
-//! What a fuzzer makes of traces: files of anybody's, of which there is a page or a sentence, and files of rvmm's own writer, of
-//! which the reader finds everything again.
+//! The fuzz target for traces: arbitrary files, which result in a page or an error message, and files of rvmm's own writer, of which
+//! the reader must find all events.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -12,7 +12,7 @@ use super::page;
 use super::read::events;
 use super::tally::Tally;
 use crate::config::{MAX_CPUS, TraceFormat, Unassigned};
-use crate::trace::format::{Format, Head, Timescale};
+use crate::trace::format::{Format, Header, Timescale};
 use crate::trace::names::Places;
 use crate::trace::record::{Kind, Record};
 use crate::vcpu::record::Ticks;
@@ -20,7 +20,7 @@ use crate::vcpu::testing::world;
 
 const HEAD: &str = r#"{"rvmm_trace":1,"machine":"web","harts":2,"start_ns":1000}"#;
 
-/// What a byte from 0x80 on stands for.
+/// The texts for bytes from 0x80 on.
 const WORDS: [&str; 44] = [
     "{",
     "}",
@@ -68,26 +68,26 @@ const WORDS: [&str; 44] = [
     "\u{202e}",
 ];
 
-/// A trace that these bytes are: the first says whether a head stands before them, or whether they are exits that rvmm writes.
+/// Tests a report of these bytes as a trace. The first selects arbitrary text, with or without a header, or exits that rvmm writes.
 ///
 /// # Panics
-/// The reader or the page does what it must not.
+/// The reader or the page is wrong.
 pub fn report_from_bytes(bytes: &[u8]) {
-    let Some((how, rest)) = bytes.split_first() else { return judge(&[]) };
+    let Some((how, rest)) = bytes.split_first() else { return check(&[]) };
     match how % 4 {
-        0 => judge(&spelled(rest)),
-        1 => judge(&[HEAD.as_bytes(), b"\n", &spelled(rest)].concat()),
-        2 => written(TraceFormat::Chrome, rest),
-        _ => written(TraceFormat::Lines, rest),
+        0 => check(&expand(rest)),
+        1 => check(&[HEAD.as_bytes(), b"\n", &expand(rest)].concat()),
+        2 => check_written(TraceFormat::Chrome, rest),
+        _ => check_written(TraceFormat::Lines, rest),
     }
 }
 
-fn spelled(bytes: &[u8]) -> Vec<u8> {
+fn expand(bytes: &[u8]) -> Vec<u8> {
     let mut text = Vec::new();
     for byte in bytes {
         match byte {
             0..0x80 => text.push(*byte),
-            // What is no UTF-8.
+            // Invalid UTF-8.
             0xff => text.push(0xff),
             _ => text.extend(WORDS[usize::from(byte - 0x80) % WORDS.len()].as_bytes()),
         }
@@ -95,8 +95,8 @@ fn spelled(bytes: &[u8]) -> Vec<u8> {
     text
 }
 
-/// A page or a sentence, and neither has anything in it that a terminal or a browser takes for more than text.
-fn judge(file: &[u8]) {
+/// Checks for a page or an error message, without anything that a terminal or a browser interprets as more than text.
+fn check(file: &[u8]) {
     let mut tally = Tally::new();
     match events(file, |event| tally.take(event)) {
         Ok(()) => {
@@ -112,15 +112,15 @@ fn judge(file: &[u8]) {
     }
 }
 
-/// Exits as rvmm writes them are found again, all of them.
-fn written(format: TraceFormat, bytes: &[u8]) {
+/// Checks that the reader finds all exits as rvmm writes them.
+fn check_written(format: TraceFormat, bytes: &[u8]) {
     let (world, _uart) = world(Unassigned::Zero);
     let hz = u64::from(bytes.first().copied().unwrap_or(1)) * 1_000_000;
     let scale = Timescale::new(Ticks { now: || 7, hz }, 1000);
     let format = Format::new(format, scale, Places::of(&world.bus));
-    let head = Head { name: "web-1_a".into(), harts: 4, start_ns: 1000, hz };
+    let header = Header { name: "web-1_a".into(), harts: 4, start_ns: 1000, hz };
     let (mut text, mut kinds, mut lost) = (String::new(), Vec::new(), 0_u64);
-    format.head(&mut text, &head);
+    format.header(&mut text, &header);
     for chunk in bytes.chunks(12) {
         let mut part = [0; 12];
         part[..chunk.len()].copy_from_slice(chunk);
@@ -143,10 +143,10 @@ fn written(format: TraceFormat, bytes: &[u8]) {
         let count = kinds.iter().filter(|known| **known == kind).count() as u64;
         assert_eq!(tally.kinds.get(&kind).map_or(0, |stat| stat.count), count, "{kind:?}");
     }
-    judge(text.as_bytes());
+    check(text.as_bytes());
 }
 
-/// The words of a record: numbers of every size, from few bytes.
+/// The words of a record: numbers of all sizes, from few bytes.
 fn words(part: [u8; 12]) -> [u64; 8] {
     let [_, _, kind, shape, left, cost, a, a_size, b, b_size, c, d] = part;
     let kind = u64::from(kind) % Kind::ALL.len() as u64;

@@ -1,4 +1,4 @@
-//! Reports of traces that are as they should be, and of files that are not.
+//! Reports of valid traces and of invalid files.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -6,7 +6,7 @@ use std::fs;
 use proptest::prelude::*;
 
 use super::read::events;
-use super::tally::{Tally, beginning};
+use super::tally::{Tally, step_start};
 use super::{page, report};
 use crate::error::EXIT_USAGE;
 use crate::trace::record::Kind;
@@ -49,7 +49,7 @@ fn exits_are_counted_by_hart_by_kind_and_by_cause() {
 }
 
 #[test]
-fn a_page_has_everything_in_it_and_nothing_from_elsewhere() {
+fn a_page_is_complete_and_has_no_external_resources() {
     let text = [
         HEAD.to_owned(),
         exit(0, 2000, 400, "mmio-read", "serial LSR"),
@@ -78,18 +78,18 @@ fn an_array_of_chrome_events_is_read_as_lines_are() {
 }
 
 #[test]
-fn what_is_wrong_is_said_with_the_number_of_its_line() {
+fn an_error_has_the_number_of_its_line() {
     let good = exit(0, 2000, 400, "debug", "ebreak");
     for (lines, line, part) in [
-        (vec![""], 1, "no head of a trace"),
-        (vec![good.as_str()], 1, "no head of a trace"),
-        (vec![HEAD, good.as_str(), "nonsense"], 3, "no event"),
-        (vec![HEAD, HEAD], 2, "second head"),
+        (vec![""], 1, "no header of a trace"),
+        (vec![good.as_str()], 1, "no header of a trace"),
+        (vec![HEAD, good.as_str(), "nonsense"], 3, "not an event"),
+        (vec![HEAD, HEAD], 2, "second header"),
         (vec![HEAD, r#"{"hart":0,"kind":"sbi"}"#], 2, "one of its times"),
         (vec![HEAD, "", r#"{"hart":512,"lost":1}"#], 3, "at most 512"),
         (vec![r#"{"rvmm_trace":2}"#], 1, "version 2"),
-        (vec![HEAD, r#"{"hart":-1}"#], 2, "no event"),
-        (vec![HEAD, &good.replace("debug", "a\\u001b<b>")], 2, "'a\\u{1b}<b>' are not known"),
+        (vec![HEAD, r#"{"hart":-1}"#], 2, "not an event"),
+        (vec![HEAD, &good.replace("debug", "a\\u001b<b>")], 2, "'a\\u{1b}<b>' is unknown"),
         (vec![HEAD, &"x".repeat(5000)], 2, "longer than 4096 bytes"),
         (vec![HEAD, &format!(r#"{{"hart":"{}"}}"#, "x".repeat(4000))], 2, "invalid type: string"),
     ] {
@@ -123,7 +123,7 @@ fn hostile_words_stay_words_and_hostile_numbers_stay_bounded() {
 }
 
 #[test]
-fn a_file_that_is_no_trace_is_a_mistake_and_leaves_no_report() {
+fn a_file_that_is_no_trace_is_a_usage_error_and_leaves_no_report() {
     let folder = tempfile::tempdir().unwrap();
     let (input, output) = (folder.path().join("a.json"), folder.path().join("a.html"));
     fs::write(&input, "{}\n").unwrap();
@@ -141,14 +141,14 @@ fn a_file_that_is_no_trace_is_a_mistake_and_leaves_no_report() {
 
 #[test]
 fn steps_of_a_histogram_follow_each_other() {
-    let all: Vec<u64> = (0..256).map(beginning).collect();
+    let all: Vec<u64> = (0..256).map(step_start).collect();
     assert!(all.windows(2).all(|pair| pair[0] <= pair[1]));
-    assert_eq!((beginning(40), beginning(41)), (1024, 1280));
+    assert_eq!((step_start(40), step_start(41)), (1024, 1280));
 }
 
 proptest! {
     #[test]
-    fn whatever_is_in_a_file_there_is_a_page_or_a_sentence(
+    fn every_file_results_in_a_page_or_an_error_message(
         lines in prop::collection::vec("(\\{\"(hart|lost|exit_ns|entry_ns|kind|what|args|harts)\":[0-9\"a-z{}\\[\\]]{0,12}(,\"(hart|kind|exit_ns)\":[0-9\"a-z]{0,20})*\\})|.{0,40}", 0..20)
     ) {
         let text = format!("{HEAD}\n{}", lines.join("\n"));

@@ -1,6 +1,6 @@
-//! Numbers and foreign texts as they may stand in a page.
+//! Formats numbers and escapes foreign texts for a page.
 
-/// A duration with three digits that count: `380 ns`, `4.12 µs`, `1.05 s`.
+/// A duration with three significant digits: `380 ns`, `4.12 µs`, `1.05 s`.
 pub(super) fn time(ns: u64) -> String {
     let (divisor, unit) = match ns {
         0..1_000 => return format!("{ns} ns"),
@@ -17,7 +17,7 @@ pub(super) fn time(ns: u64) -> String {
     }
 }
 
-/// A number with its thousands apart.
+/// A number with separated thousands.
 pub(super) fn count(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::new();
@@ -30,7 +30,7 @@ pub(super) fn count(number: u64) -> String {
     text
 }
 
-/// A part of a whole, in per cent.
+/// A part of a whole in per cent.
 pub(super) fn percent(part: u64, whole: u64) -> String {
     let permille = u128::from(part) * 1000 / u128::from(whole.max(1));
     match permille {
@@ -39,13 +39,13 @@ pub(super) fn percent(part: u64, whole: u64) -> String {
     }
 }
 
-/// A part of a whole as a length of `length`.
+/// A part of a whole, scaled to `length`.
 pub(super) fn part_of(length: u64, part: u64, whole: u64) -> u64 {
     let scaled = u128::from(length) * u128::from(part) / u128::from(whole.max(1));
     u64::try_from(scaled).unwrap_or(u64::MAX)
 }
 
-/// A text of the file, which can be anything, as text of a page: no markup, no control characters, no change of direction.
+/// Escapes a text of the file, which can be anything, for a page: no markup, no control characters, no change of direction.
 pub(super) fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
@@ -70,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_have_three_digits_that_count() {
+    fn times_have_three_significant_digits() {
         for (ns, text) in [
             (0, "0 ns"),
             (999, "999 ns"),

@@ -1,12 +1,12 @@
-//! SBI calls that come out as breakpoints. The console and the end of the machine are answered here; the others are shim_calls to
-//! the kernel, made in the guest's name from the shim's page with the registers that they need, and the registers put back.
+//! SBI calls that exit as breakpoints. The console and the shutdown are handled here; the others are forwarded to the kernel: the
+//! hart makes the call from the shim's page with the registers that it needs, and the registers are restored.
 //!
-//! Source: SBI specification 3.0, chapter 5 (the calls of version 0.1, numbers 0 to 8) and chapters 6 to 8, which have the same
+//! Source: SBI specification 3.0, chapter 5 (the calls of version 0.1, numbers 0 to 8) and chapters 6 to 8, which define the same
 //! services under other numbers.
 
 use std::io;
 
-use super::{Firmware, TrapResult, shim};
+use super::{BreakpointOutcome, Firmware, shim};
 use crate::vcpu::dispatch::Flow;
 use crate::vcpu::exit::SbiCall;
 use crate::vcpu::hart::{Csr, Hart, Reg};
@@ -29,7 +29,7 @@ pub(super) mod v01 {
     pub(in super::super) const SHUTDOWN: u64 = 8;
 }
 
-/// Extensions with the same services.
+/// Extensions that define the same services.
 pub(super) mod eid {
     pub(in super::super) const TIME: u64 = 0x5449_4d45;
     pub(in super::super) const IPI: u64 = 0x0073_5049;
@@ -44,7 +44,7 @@ const A7: u8 = 17;
 const SUCCESS: u64 = 0;
 const INVALID_ADDRESS: u64 = (-5_i64).cast_unsigned();
 
-/// How a hart goes back to where it made a call.
+/// The state with which a hart continues after a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Return {
     pc: u64,
@@ -53,14 +53,14 @@ pub(super) struct Return {
 }
 
 impl Return {
-    /// To `pc`, in the mode in which the hart is.
+    /// At `pc`, in the hart's current mode.
     fn from_here(hart: &dyn Hart, pc: u64) -> io::Result<Self> {
         Ok(Self { pc, mode: hart.get(Reg::Mode)?, sstatus: hart.get(Reg::Csr(Csr::Sstatus))? })
     }
 
-    /// To `pc`, in the mode from which the hart's last trap came, as `sret` would.
+    /// At `pc`, in the mode before the hart's last trap, as with `sret`.
     pub(super) fn from_trap(hart: &dyn Hart, pc: u64) -> io::Result<Self> {
-        let (mode, sstatus) = trap::before(hart.get(Reg::Csr(Csr::Sstatus))?);
+        let (mode, sstatus) = trap::after_return(hart.get(Reg::Csr(Csr::Sstatus))?);
         Ok(Self { pc, mode, sstatus })
     }
 
@@ -71,36 +71,36 @@ impl Return {
     }
 }
 
-/// A call that the kernel answers in the shim's page.
+/// A call to the kernel from the shim's page.
 #[derive(Debug)]
 pub(super) struct ShimCall {
     back: Return,
     satp: u64,
-    /// a0 to a7 as they were.
+    /// a0 to a7 before the call.
     args: [u64; 8],
-    /// A call of version 0.1, which answers in a0 alone.
+    /// A call of version 0.1, which returns its result in a0 alone.
     is_v01: bool,
 }
 
 impl Firmware {
-    /// The call that the hart has made, with its registers as they are; it goes on at `next`.
+    /// Handles the call that the hart's registers describe; the hart continues at `next`.
     pub(super) fn call(
         &self,
         hart: &mut dyn Hart,
         world: &World,
         next: u64,
-    ) -> io::Result<TrapResult> {
+    ) -> io::Result<BreakpointOutcome> {
         let back = Return::from_here(hart, next)?;
         self.call_from(hart, world, back)
     }
 
-    /// The same, for a hart that goes on as `back` says.
+    /// The same, for a hart that continues at `back`.
     pub(super) fn call_from(
         &self,
         hart: &mut dyn Hart,
         world: &World,
         back: Return,
-    ) -> io::Result<TrapResult> {
+    ) -> io::Result<BreakpointOutcome> {
         let mut args = [0; 8];
         for (arg, number) in args.iter_mut().zip(A0..) {
             *arg = hart.get(Reg::X(number))?;
@@ -113,12 +113,12 @@ impl Firmware {
             .filter(|_| matches!((extension, function), (v01::SET_TIMER, _) | (eid::TIME, 0)));
         if let Some(timer) = timer {
             if !timer.set(hart, a0)? {
-                // What is pending only the guest can take back, by a call that sets the kernel's timer to never.
+                // Only the guest can clear the pending interrupt, by a call that sets the kernel's timer to never.
                 let shim_call = ShimCall { is_v01: extension == v01::SET_TIMER, ..shim_call };
                 return self.send(
                     hart,
                     shim_call,
-                    (shim::ERRAND, eid::TIME, 0),
+                    (shim::KERNEL_CALL, eid::TIME, 0),
                     [u64::MAX, 0, 0, 0],
                 );
             }
@@ -126,28 +126,28 @@ impl Firmware {
             if extension == eid::TIME {
                 hart.set(Reg::X(A1), 0)?;
             }
-            return go_on(hart, back);
+            return resume_at(hart, back);
         }
-        let old = |a7, a6, now: [u64; 4]| (a7, a6, now, true);
+        let v01_call = |a7, a6, now: [u64; 4]| (a7, a6, now, true);
         let (a7, a6, now, is_v01) = match extension {
-            v01::PUTCHAR | v01::GETCHAR => return talk(hart, world, back, &args),
-            v01::SHUTDOWN => return Ok(TrapResult::Stop(StopReason::PowerOff)),
+            v01::PUTCHAR | v01::GETCHAR => return console_call(hart, world, back, &args),
+            v01::SHUTDOWN => return Ok(BreakpointOutcome::Stop(StopReason::PowerOff)),
             v01::CLEAR_IPI => {
                 return self.send(hart, shim_call, (shim::CLEAR_IPI, 0, 0), [SUCCESS, a1, a2, a3]);
             }
-            v01::SET_TIMER => old(eid::TIME, 0, [a0, a1, a2, a3]),
+            v01::SET_TIMER => v01_call(eid::TIME, 0, [a0, a1, a2, a3]),
             v01::SEND_IPI..=v01::SFENCE_VMA_ASID => {
                 let Some((mask, base)) = harts(hart, world, a0)? else {
                     hart.set(Reg::X(A0), INVALID_ADDRESS)?;
-                    return go_on(hart, back);
+                    return resume_at(hart, back);
                 };
                 match extension {
-                    v01::SEND_IPI => old(eid::IPI, 0, [mask, base, 0, 0]),
-                    v01::FENCE_I => old(eid::RFENCE, 0, [mask, base, 0, 0]),
-                    v01::SFENCE_VMA => old(eid::RFENCE, 1, [mask, base, a1, a2]),
+                    v01::SEND_IPI => v01_call(eid::IPI, 0, [mask, base, 0, 0]),
+                    v01::FENCE_I => v01_call(eid::RFENCE, 0, [mask, base, 0, 0]),
+                    v01::SFENCE_VMA => v01_call(eid::RFENCE, 1, [mask, base, a1, a2]),
                     _ => {
                         hart.set(Reg::X(A0 + 4), a3)?;
-                        old(eid::RFENCE, 2, [mask, base, a1, a2])
+                        v01_call(eid::RFENCE, 2, [mask, base, a1, a2])
                     }
                 }
             }
@@ -157,17 +157,17 @@ impl Firmware {
             hart.set(Reg::X(A0 + 4), a4)?;
             hart.set(Reg::X(A0 + 5), a5)?;
         }
-        self.send(hart, ShimCall { is_v01, ..shim_call }, (shim::ERRAND, a7, a6), now)
+        self.send(hart, ShimCall { is_v01, ..shim_call }, (shim::KERNEL_CALL, a7, a6), now)
     }
 
-    /// Sends the hart to an instruction of the shim, without translation and with its interrupts off.
+    /// Redirects the hart to an instruction of the shim, without translation and with its interrupts disabled.
     fn send(
         &self,
         hart: &mut dyn Hart,
         shim_call: ShimCall,
         (to, a7, a6): (u64, u64, u64),
         now: [u64; 4],
-    ) -> io::Result<TrapResult> {
+    ) -> io::Result<BreakpointOutcome> {
         for (value, number) in now.into_iter().zip(A0..) {
             hart.set(Reg::X(number), value)?;
         }
@@ -179,26 +179,26 @@ impl Firmware {
         hart.set(Reg::Pc, to)?;
         let id = hart.id();
         let mut shim_calls = self.shim_calls();
-        // One that the hart never came back from is void: the kernel has stopped it meanwhile.
+        // A call from which the hart never returned is void: the kernel has stopped the hart meanwhile.
         shim_calls.retain(|(owner, _)| *owner != id);
         shim_calls.push((id, shim_call));
-        Ok(TrapResult::Done)
+        Ok(BreakpointOutcome::Done)
     }
 
-    pub(super) fn is_on_errand(&self, hart: u32) -> bool {
+    pub(super) fn has_shim_call(&self, hart: u32) -> bool {
         self.shim_calls().iter().any(|(owner, _)| *owner == hart)
     }
 
-    /// The hart is back with the kernel's answer in a0 and a1.
-    pub(super) fn finish(&self, hart: &mut dyn Hart) -> io::Result<TrapResult> {
+    /// Completes a call to the kernel, whose result is in a0 and a1.
+    pub(super) fn finish(&self, hart: &mut dyn Hart) -> io::Result<BreakpointOutcome> {
         let id = hart.id();
         let mut shim_calls = self.shim_calls();
         let found = shim_calls.iter().position(|(owner, _)| *owner == id);
         let Some((_, shim_call)) = found.map(|index| shim_calls.swap_remove(index)) else {
-            return Ok(TrapResult::Strange);
+            return Ok(BreakpointOutcome::NotFirmware);
         };
         drop(shim_calls);
-        // a0 holds the answer; of the newer calls a1, too.
+        // a0 contains the result; for the newer calls a1 as well.
         let kept = if shim_call.is_v01 { A1 } else { A1 + 1 };
         for (value, number) in
             shim_call.args.into_iter().zip(A0..).filter(|(_, number)| *number >= kept)
@@ -206,43 +206,43 @@ impl Firmware {
             hart.set(Reg::X(number), value)?;
         }
         hart.set(Reg::Csr(Csr::Satp), shim_call.satp)?;
-        // A timer that has come meanwhile has waited: the shim_call may have been to take an older interrupt back.
-        self.attend(hart)?;
-        go_on(hart, shim_call.back)
+        // A timer interrupt that became due meanwhile was deferred: the call may have been the one that clears an older interrupt.
+        self.handle_kick(hart)?;
+        resume_at(hart, shim_call.back)
     }
 }
 
-fn go_on(hart: &mut dyn Hart, back: Return) -> io::Result<TrapResult> {
+fn resume_at(hart: &mut dyn Hart, back: Return) -> io::Result<BreakpointOutcome> {
     back.take(hart)?;
-    Ok(TrapResult::Done)
+    Ok(BreakpointOutcome::Done)
 }
 
-/// The console of version 0.1. A console that is full is met again by the same breakpoint.
-fn talk(
+/// Handles a console call of version 0.1. If the console is full, the hart hits the same breakpoint again.
+fn console_call(
     hart: &mut dyn Hart,
     world: &World,
     back: Return,
     args: &[u64; 8],
-) -> io::Result<TrapResult> {
+) -> io::Result<BreakpointOutcome> {
     let [a0, a1, a2, a3, a4, a5, function, extension] = *args;
     let mut ret = [0; 2];
     let args = [a0, a1, a2, a3, a4, a5];
-    let flow = sbi::answer(&mut SbiCall { extension, function, args: &args, ret: &mut ret }, world);
+    let flow = sbi::handle(&mut SbiCall { extension, function, args: &args, ret: &mut ret }, world);
     match flow {
         Flow::Retry => {
             std::thread::yield_now();
-            Ok(TrapResult::Done)
+            Ok(BreakpointOutcome::Done)
         }
-        Flow::Stop(reason) => Ok(TrapResult::Stop(*reason)),
+        Flow::Stop(reason) => Ok(BreakpointOutcome::Stop(*reason)),
         _ => {
             hart.set(Reg::X(A0), ret[0])?;
-            go_on(hart, back)
+            resume_at(hart, back)
         }
     }
 }
 
-/// The harts of a call of version 0.1: the mask that `pointer` leads to in the guest's own addresses, or all; `None` where it leads
-/// nowhere.
+/// The harts of a call of version 0.1: the mask at the guest-virtual address `pointer`, or all; `None` if the address has no
+/// translation.
 fn harts(hart: &dyn Hart, world: &World, pointer: u64) -> io::Result<Option<(u64, u64)>> {
     if pointer == 0 {
         // A base of all ones means every hart, whatever the mask.

@@ -1,5 +1,5 @@
-//! CSRs of machine mode for guests that expect to run there, by emulation of the instruction that the guest may not execute
-//! (Unprivileged specification, Zicsr).
+//! CSRs of machine mode for guests that expect to run there, by emulation of the illegal instruction (Unprivileged specification,
+//! Zicsr).
 
 use std::io;
 
@@ -7,22 +7,22 @@ use super::Firmware;
 use crate::config::CsrValue;
 use crate::vcpu::hart::{Hart, Reg};
 
-/// A CSR instruction: what it reads, and what it does to the value.
+/// A CSR instruction: the CSR, the destination register, and the write.
 #[derive(Debug, PartialEq, Eq)]
 struct CsrAccess {
     number: u16,
     rd: u8,
-    write: Option<Write>,
+    write: Option<CsrWrite>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
-struct Write {
-    how: How,
+struct CsrWrite {
+    op: WriteOp,
     operand: Operand,
 }
 
 #[derive(Debug, PartialEq, Eq)]
-enum How {
+enum WriteOp {
     Swap,
     Set,
     Clear,
@@ -40,50 +40,50 @@ fn decode(word: u32) -> Option<CsrAccess> {
     }
     let source = (word >> 15 & 31) as u8;
     let funct3 = word >> 12 & 7;
-    let how = match funct3 & 3 {
-        1 => How::Swap,
-        2 => How::Set,
-        3 => How::Clear,
+    let op = match funct3 & 3 {
+        1 => WriteOp::Swap,
+        2 => WriteOp::Set,
+        3 => WriteOp::Clear,
         _ => return None,
     };
     let operand =
         if funct3 & 4 == 0 { Operand::Register(source) } else { Operand::Immediate(source.into()) };
     // Setting and clearing with x0 or 0 only reads.
-    let write = (how == How::Swap || source != 0).then_some(Write { how, operand });
+    let write = (op == WriteOp::Swap || source != 0).then_some(CsrWrite { op, operand });
     let (number, rd) = ((word >> 20 & 0xfff) as u16, (word >> 7 & 31) as u8);
     Some(CsrAccess { number, rd, write })
 }
 
 impl Firmware {
-    /// Does what the instruction does, if it is an access to one of the CSRs that there are; false where it is none.
+    /// Emulates the instruction, if it accesses one of the configured CSRs; otherwise false.
     pub(super) fn emulate(&self, hart: &mut dyn Hart, word: u32) -> io::Result<bool> {
         let Some(access) = decode(word) else { return Ok(false) };
         let Some(initial) = self.csrs.iter().find(|csr| csr.number == access.number) else {
             return Ok(false);
         };
-        // The two top bits of a number say that it can only be read.
+        // Both top bits of the number set: the CSR is read-only.
         if access.write.is_some() && access.number >> 10 == 3 {
             return Ok(false);
         }
         let id = hart.id();
-        let is_it = |(owner, csr): &(u32, CsrValue)| *owner == id && csr.number == access.number;
+        let is_same = |(owner, csr): &(u32, CsrValue)| *owner == id && csr.number == access.number;
         let old = self
             .written()
             .iter()
-            .find(|entry| is_it(entry))
+            .find(|entry| is_same(entry))
             .map_or(initial.value, |(_, csr)| csr.value);
         if let Some(write) = &access.write {
             let operand = match write.operand {
                 Operand::Register(number) => hart.get(Reg::X(number))?,
                 Operand::Immediate(value) => value,
             };
-            let value = match write.how {
-                How::Swap => operand,
-                How::Set => old | operand,
-                How::Clear => old & !operand,
+            let value = match write.op {
+                WriteOp::Swap => operand,
+                WriteOp::Set => old | operand,
+                WriteOp::Clear => old & !operand,
             };
             let mut written = self.written();
-            written.retain(|entry| !is_it(entry));
+            written.retain(|entry| !is_same(entry));
             written.push((id, CsrValue { number: access.number, value }));
         }
         hart.set(Reg::X(access.rd), old)?;
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_access_to_a_csr_that_there_is_stays_illegal() {
+    fn other_instructions_and_accesses_to_other_csrs_stay_illegal() {
         let mut hart = ScriptHart::new(0, []);
         // unimp, sret, csrr a0,mstatus, csrw mhartid,a0, an addition.
         for word in [0, 0x1020_0073, 0x3000_2573, 0xf145_1073, 0x00b5_0533] {

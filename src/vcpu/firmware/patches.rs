@@ -1,12 +1,13 @@
-//! The breakpoints that stand in place of a guest's calls. Each is a guess, made by the bytes of a file ([`super::sites`]); who runs
-//! into one decides what it is.
+//! Breakpoints in place of a guest's SBI calls. Each is a guess from the bytes of a file ([`super::sites`]); the mode of the hart
+//! that hits one decides what it is.
 //!
-//! A supervisor makes a call there. User code makes a system call: the guess was wrong, and the `ecall` is put back. A kernel may carry
-//! its first program within itself and copy it, breakpoints and all, to where it runs: so a breakpoint elsewhere that stands among the
-//! same instructions as a patch is a copy of it, and treated alike. Where the number is not known before the call, a
-//! supervisor that makes only calls that the host's kernel answers itself is left alone after a while, unless the user asked otherwise.
+//! In supervisor mode it is an SBI call. In user mode it is a system call: the guess was wrong, and the `ecall` is restored. A kernel
+//! may contain its first program and copy it, breakpoints included, to where it runs: so a breakpoint elsewhere that is surrounded
+//! by the same instructions as a patch is a copy of it, and handled the same way. If the number is not known before the call, a
+//! patch from which a supervisor makes only calls that the host's kernel handles is removed after a while, unless the user chose
+//! otherwise.
 //!
-//! Only one byte tells `ecall` from `ebreak`, so that a hart on its way there finds either of the two.
+//! `ecall` and `ebreak` differ in one byte only, so a hart that fetches during a change finds one of the two.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -20,22 +21,22 @@ use crate::vcpu::hart::{Csr, Hart, Reg};
 use crate::vcpu::trap::{self, Fetched};
 use crate::vcpu::walk::translate;
 
-/// Has the harts see changed code.
+/// Makes changed code visible to the harts.
 pub type SyncCode = Box<dyn Fn() -> io::Result<()> + Send + Sync>;
 
-/// Patches that a machine has at most. A kernel makes its calls in tens of places.
+/// Maximum number of patches per machine. A kernel makes its calls in tens of places.
 pub const MOST: usize = 4096;
 
-/// Calls of other numbers at a patch before it is taken away.
-const ENOUGH: u32 = 256;
+/// Number of calls with other numbers after which a patch is removed.
+const MAX_OTHERS: u32 = 256;
 
-/// Bytes behind an `ecall` that a copy of it shares.
-const BEHIND: usize = 4;
+/// Bytes after an `ecall` that are compared to find copies.
+const BYTES_AFTER: usize = 4;
 
-/// Where in an `ecall` and an `ebreak` the byte is that differs.
-const DIFFERENT: usize = 2;
+/// Index of the byte in which `ecall` and `ebreak` differ.
+const DIFFERING_BYTE: usize = 2;
 
-/// The calls that patches are there for.
+/// The calls that are patched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Wanted {
     /// Those of SBI 0.1.
@@ -45,7 +46,7 @@ pub struct Wanted {
 }
 
 impl Wanted {
-    /// Whether a call of this number is one.
+    /// True if a call with this number is patched.
     #[must_use]
     pub fn has(self, number: u64) -> bool {
         self.v01 && sites::is_v01(number) || self.timer && sites::is_set_timer(number)
@@ -55,10 +56,10 @@ impl Wanted {
 /// All patches of a machine.
 pub struct Patches {
     wanted: Wanted,
-    /// Whether a patch of unknown number is taken away that no wanted call comes from.
-    gives_up: bool,
+    /// True if patches of unknown number are removed when they make no wanted calls.
+    removes_unused: bool,
     sync: SyncCode,
-    shapes: Vec<Shape>,
+    patterns: Vec<Pattern>,
     state: Mutex<State>,
 }
 
@@ -66,55 +67,55 @@ pub struct Patches {
 struct State {
     /// By guest-physical address.
     patches: BTreeMap<u64, Patch>,
-    has_told: bool,
+    has_logged: bool,
 }
 
 #[derive(Clone, Copy, Default)]
 struct Patch {
     /// The number is not known before the call.
-    is_open: bool,
+    is_unknown: bool,
     /// A supervisor has made a wanted call here.
     is_call: bool,
-    /// Other calls that a supervisor has made here so far.
+    /// Number of other calls that a supervisor has made here.
     others: u32,
 }
 
-/// The bytes in front of a patch, from where its number is put into a7, and some behind it.
+/// The bytes before a patch, from the instruction that sets a7, and some bytes after it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Shape {
+struct Pattern {
     before: Vec<u8>,
-    behind: Vec<u8>,
+    after: Vec<u8>,
 }
 
-/// What a breakpoint is.
+/// Classification of a breakpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum PatchHit {
     /// A supervisor's call.
     Call,
-    /// User code's system call, at a place where supervisors make calls, too.
+    /// User code's system call, at a place where supervisors make calls as well.
     UserCall,
-    /// Nothing any more: the guest's own instruction is there again.
+    /// The guest's own instruction, which has been restored.
     Restored,
     /// None of the patches.
-    Strange,
+    NotAPatch,
 }
 
 impl Patches {
-    /// No patches yet, for the calls `wanted`. With `gives_up` those that turn out useless are taken away; `sync` has harts see
-    /// changed code.
+    /// Creates an empty set of patches, for the calls `wanted`. With `removes_unused`, patches that turn out useless are removed;
+    /// `sync` makes changed code visible to harts.
     #[must_use]
-    pub fn new(wanted: Wanted, gives_up: bool, sync: SyncCode) -> Self {
-        Self { wanted, gives_up, sync, shapes: Vec::new(), state: Mutex::default() }
+    pub fn new(wanted: Wanted, removes_unused: bool, sync: SyncCode) -> Self {
+        Self { wanted, removes_unused, sync, patterns: Vec::new(), state: Mutex::default() }
     }
 
-    /// No patches, and none to come.
+    /// Creates a set that stays empty.
     #[must_use]
     pub fn none() -> Self {
         Self::new(Wanted { v01: false, timer: false }, true, Box::new(|| Ok(())))
     }
 
-    /// Puts a breakpoint in place of the `ecall` at `site` of `code`, which lies at guest-physical address `base`, if its number is or may
-    /// be a wanted one; false where there are too many already. The harts do not see it before [`SyncCode`].
+    /// Inserts a breakpoint in place of the `ecall` at `site` of `code`, which is at guest-physical address `base`, if its number is
+    /// or may be a wanted one; false if there are too many already. It becomes visible to harts by [`SyncCode`].
     ///
     /// # Errors
     /// The code is not in RAM.
@@ -134,51 +135,51 @@ impl Patches {
         }
         let addr = base.saturating_add(site.at as u64);
         ram.write(addr, &EBREAK)?;
-        let is_open = site.number == Number::Moved;
-        state.patches.insert(addr, Patch { is_open, ..Patch::default() });
+        let is_unknown = site.number == Number::Moved;
+        state.patches.insert(addr, Patch { is_unknown, ..Patch::default() });
         let end = site.at.saturating_add(EBREAK.len());
-        let shape = Shape {
+        let pattern = Pattern {
             before: code.get(site.start..site.at).unwrap_or_default().to_vec(),
-            behind: code.get(end..).unwrap_or_default().iter().copied().take(BEHIND).collect(),
+            after: code.get(end..).unwrap_or_default().iter().copied().take(BYTES_AFTER).collect(),
         };
-        if !self.shapes.contains(&shape) {
-            self.shapes.push(shape);
+        if !self.patterns.contains(&pattern) {
+            self.patterns.push(pattern);
         }
         Ok(true)
     }
 
-    /// How many there are.
+    /// Number of patches.
     #[must_use]
     pub fn count(&self) -> usize {
         self.lock().patches.len()
     }
 
-    /// What the breakpoint at `pc` is, to which the hart has come.
-    pub(super) fn meet(
+    /// Classifies the breakpoint at `pc`, which the hart has hit, and removes the patch if it is a wrong guess.
+    pub(super) fn classify(
         &self,
         hart: &mut dyn Hart,
         ram: &GuestRam,
         pc: u64,
     ) -> io::Result<PatchHit> {
         let satp = hart.get(Reg::Csr(Csr::Satp))?;
-        let Ok(addr) = translate(ram, satp, pc) else { return Ok(PatchHit::Strange) };
+        let Ok(addr) = translate(ram, satp, pc) else { return Ok(PatchHit::NotAPatch) };
         let is_user = hart.get(Reg::Mode)? != trap::SUPERVISOR;
         let number = hart.get(Reg::X(17))?;
         let mut state = self.lock();
-        let copy = Patch { is_open: true, ..Patch::default() };
+        let copy = Patch { is_unknown: true, ..Patch::default() };
         let patch = match state.patches.get(&addr) {
             Some(patch) => *patch,
             None if matches!(trap::fetch(ram, satp, pc), Fetched::Word(sites::ECALL)) => {
                 return Ok(PatchHit::Restored);
             }
-            None if !self.is_copy(ram, satp, pc) => return Ok(PatchHit::Strange),
-            // A supervisor that has copied itself makes all its calls there; what is no call's number may be a breakpoint of its own.
+            None if !self.is_copy(ram, satp, pc) => return Ok(PatchHit::NotAPatch),
+            // A supervisor that has copied itself makes all its calls there; with a number that no SBI call has, it may be its own breakpoint.
             None if !is_user && !self.wanted.has(number) && !sites::is_sbi(number) => {
-                return Ok(PatchHit::Strange);
+                return Ok(PatchHit::NotAPatch);
             }
             None => copy,
         };
-        let (met, patch) = self.judge(patch, is_user, number);
+        let (hit, patch) = self.update(patch, is_user, number);
         match patch {
             Some(patch) if state.patches.len() < MOST || state.patches.contains_key(&addr) => {
                 state.patches.insert(addr, patch);
@@ -186,16 +187,16 @@ impl Patches {
             Some(_) => {}
             None => {
                 state.patches.remove(&addr);
-                Self::tell(&mut state, pc, is_user);
+                Self::log_removal(&mut state, pc, is_user);
                 drop(state);
                 self.restore(ram, satp, pc)?;
             }
         }
-        Ok(met)
+        Ok(hit)
     }
 
-    /// What it is that the hart has come to, and what is known of it from now on: nothing where the `ecall` is put back.
-    fn judge(&self, mut patch: Patch, is_user: bool, number: u64) -> (PatchHit, Option<Patch>) {
+    /// Classifies a hit, and returns the new state of the patch: `None` if the `ecall` is to be restored.
+    fn update(&self, mut patch: Patch, is_user: bool, number: u64) -> (PatchHit, Option<Patch>) {
         match (is_user, patch.is_call) {
             (true, true) => return (PatchHit::UserCall, Some(patch)),
             (true, false) => return (PatchHit::Restored, None),
@@ -203,31 +204,29 @@ impl Patches {
         }
         if self.wanted.has(number) {
             patch.is_call = true;
-        } else if self.gives_up && patch.is_open && !patch.is_call {
+        } else if self.removes_unused && patch.is_unknown && !patch.is_call {
             patch.others += 1;
-            if patch.others >= ENOUGH {
+            if patch.others >= MAX_OTHERS {
                 return (PatchHit::Restored, None);
             }
         }
         (PatchHit::Call, Some(patch))
     }
 
-    fn tell(state: &mut State, pc: u64, is_user: bool) {
-        let whose = if is_user { "a program's system call" } else { "for the host's kernel" };
-        // One line for the first; a guest may make any number of copies.
-        let level = if state.has_told { Level::Debug } else { Level::Info };
-        state.has_told = true;
-        log!(
-            level,
-            "The call at {pc:#x}, a breakpoint until now (--sbi-v01), is {whose}: put back"
-        );
+    fn log_removal(state: &mut State, pc: u64, is_user: bool) {
+        let whose =
+            if is_user { "a program's system call" } else { "handled by the host's kernel" };
+        // Only the first at level info: a guest may make any number of copies.
+        let level = if state.has_logged { Level::Debug } else { Level::Info };
+        state.has_logged = true;
+        log!(level, "Removed the breakpoint of --sbi-v01 at {pc:#x}: the call is {whose}");
     }
 
-    /// Puts the `ecall` back at `pc`, if nobody has yet.
+    /// Restores the `ecall` at `pc`, unless that is already done.
     fn restore(&self, ram: &GuestRam, satp: u64, pc: u64) -> io::Result<()> {
         let [.., before, _] = EBREAK;
-        // The instruction may lie on two pages.
-        let Ok(addr) = translate(ram, satp, pc.wrapping_add(DIFFERENT as u64)) else {
+        // The instruction may cross a page boundary.
+        let Ok(addr) = translate(ram, satp, pc.wrapping_add(DIFFERING_BYTE as u64)) else {
             return Ok(());
         };
         let mut byte = [0];
@@ -237,13 +236,14 @@ impl Patches {
         Ok(())
     }
 
-    /// Whether the breakpoint at `pc` stands where a copy of a patch would.
+    /// True if the breakpoint at `pc` is surrounded by the same bytes as a patch.
     fn is_copy(&self, ram: &GuestRam, satp: u64, pc: u64) -> bool {
-        let behind = pc.wrapping_add(EBREAK.len() as u64);
+        let after = pc.wrapping_add(EBREAK.len() as u64);
         matches!(trap::fetch(ram, satp, pc), Fetched::Word(word) if word == u32::from_le_bytes(EBREAK))
-            && self.shapes.iter().any(|shape| {
-                let start = pc.wrapping_sub(shape.before.len() as u64);
-                holds(ram, satp, start, &shape.before) && holds(ram, satp, behind, &shape.behind)
+            && self.patterns.iter().any(|pattern| {
+                let start = pc.wrapping_sub(pattern.before.len() as u64);
+                matches_at(ram, satp, start, &pattern.before)
+                    && matches_at(ram, satp, after, &pattern.after)
             })
     }
 
@@ -252,8 +252,8 @@ impl Patches {
     }
 }
 
-/// Whether these bytes are at a virtual address. Reads two of them at a time, as they may lie on different pages.
-fn holds(ram: &GuestRam, satp: u64, start: u64, bytes: &[u8]) -> bool {
+/// True if these bytes are at a virtual address. Reads two at a time, as they may be on different pages.
+fn matches_at(ram: &GuestRam, satp: u64, start: u64, bytes: &[u8]) -> bool {
     (0..).step_by(2).zip(bytes.chunks(2)).all(|(offset, expected)| {
         let mut found = [0; 2];
         let Some(found) = found.get_mut(..expected.len()) else { return false };

@@ -1,38 +1,38 @@
-//! The trap shim: a page that the guest cannot write, where `stvec` points as long as the guest has not set it.
+//! The trap shim: a page that is read-only for the guest, to which `stvec` points until the guest sets it.
 //!
-//! Bare payloads have no trap vector: on KVM their first trap would lead to address 0, where nothing is. Here it leads to a
-//! breakpoint, and with the trap's CSRs rvmm does what a hypervisor of one's own does after a VM exit: emulate the instruction
-//! and return behind it, take the SBI call, or say what happened and stop. Once the guest has a vector, its traps are its own.
+//! Bare payloads have no trap vector: on KVM their first trap would lead to address 0, which is unassigned. Here it leads to a
+//! breakpoint, and with the trap's CSRs rvmm does what any hypervisor does after a VM exit: emulate the instruction and return to
+//! the next one, handle the SBI call, or report the trap and stop. Once the guest has set a vector, its traps are its own.
 //!
-//! A guest that switches its page tables on without a vector of its own takes a page fault at the shim again and again, as it
-//! would at address 0 on hardware.
+//! A guest that enables its page tables without a vector of its own takes a page fault at the shim again and again, as it would
+//! at address 0 on hardware.
 
 use std::io;
 
 use super::calls::Return;
-use super::{Firmware, TrapResult};
+use super::{BreakpointOutcome, Firmware};
 use crate::vcpu::hart::{Csr, Hart, Reg};
 use crate::vcpu::stop::StopReason;
 use crate::vcpu::trap::{self, Fetched};
 use crate::vcpu::world::World;
 
-/// Where the page is. Not the first one: what a guest loads from there is to come out.
+/// Address of the page. Not page 0, so that a guest's loads from there still exit.
 pub const PAGE: u64 = 0x1000;
 
-/// What `stvec` points to.
+/// Initial value of `stvec`.
 pub const VECTOR: u64 = PAGE;
 
-/// Where calls to the kernel are made in the guest's name: an `ecall`.
-pub const ERRAND: u64 = PAGE + 0x10;
+/// Address of the `ecall` by which calls are forwarded to the kernel.
+pub const KERNEL_CALL: u64 = PAGE + 0x10;
 
-/// The breakpoint behind it.
-pub const RETURN: u64 = ERRAND + ECALL_LEN;
+/// The breakpoint after it.
+pub const RETURN: u64 = KERNEL_CALL + ECALL_LEN;
 
-/// Where a hart clears its own software interrupt, in the guest's name: `csrci sip, 2`. From outside that cannot be done without losing
-/// what comes meanwhile.
+/// Address of `csrci sip, 2`, by which a hart clears its own software interrupt. User space cannot clear it without losing one that
+/// arrives meanwhile.
 pub const CLEAR_IPI: u64 = RETURN + ECALL_LEN;
 
-/// The breakpoint behind it.
+/// The breakpoint after it.
 pub const CLEARED: u64 = CLEAR_IPI + ECALL_LEN;
 
 /// Bytes of an `ecall`.
@@ -47,10 +47,10 @@ const CSRCI_SIP_SSIP: u32 = 0x1441_7073;
 const ILLEGAL_INSTRUCTION: u64 = 2;
 const CALL_FROM_USER: u64 = 8;
 
-/// What stands in the page, from its start.
+/// The contents of the page, from its start.
 #[must_use]
 pub fn code() -> Vec<u8> {
-    // Twelve bytes that nobody runs lie between the two.
+    // The first word is the vector; the next three are unused.
     [EBREAK, EBREAK, EBREAK, EBREAK, ECALL, EBREAK, CSRCI_SIP_SSIP, EBREAK]
         .iter()
         .flat_map(|word| word.to_le_bytes())
@@ -58,21 +58,25 @@ pub fn code() -> Vec<u8> {
 }
 
 impl Firmware {
-    /// The guest has taken a trap without a vector of its own.
-    pub(super) fn vectorless(&self, hart: &mut dyn Hart, world: &World) -> io::Result<TrapResult> {
+    /// Handles a trap of a guest without a vector of its own.
+    pub(super) fn vectorless(
+        &self,
+        hart: &mut dyn Hart,
+        world: &World,
+    ) -> io::Result<BreakpointOutcome> {
         let cause = hart.get(Reg::Csr(Csr::Scause))?;
         let pc = hart.get(Reg::Csr(Csr::Sepc))?;
         match cause {
             ILLEGAL_INSTRUCTION => {
                 let word = match hart.get(Reg::Csr(Csr::Stval))? {
-                    // Hardware need not say which one it was.
+                    // Hardware may write zero instead of the instruction.
                     0 => trap::fetch(&world.ram, hart.get(Reg::Csr(Csr::Satp))?, pc),
                     word => Fetched::Word((word & 0xffff_ffff) as u32),
                 };
                 match word {
                     Fetched::Word(word) if self.emulate(hart, word)? => {
                         leave(hart, pc.wrapping_add(4))?;
-                        Ok(TrapResult::Done)
+                        Ok(BreakpointOutcome::Done)
                     }
                     Fetched::Word(word) => Ok(stop(
                         hart,
@@ -110,6 +114,10 @@ fn leave(hart: &mut dyn Hart, pc: u64) -> io::Result<()> {
     Return::from_trap(hart, pc)?.take(hart)
 }
 
-fn stop(hart: &dyn Hart, what: String) -> TrapResult {
-    TrapResult::Stop(StopReason::HartFault { hart: hart.id(), what, dump: crate::vcpu::dump(hart) })
+fn stop(hart: &dyn Hart, what: String) -> BreakpointOutcome {
+    BreakpointOutcome::Stop(StopReason::HartFault {
+        hart: hart.id(),
+        what,
+        dump: crate::vcpu::dump(hart),
+    })
 }

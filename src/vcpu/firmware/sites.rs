@@ -1,45 +1,45 @@
-//! Which `ecall`s of a guest may be SBI calls that the host's kernel does not answer.
+//! Finds `ecall`s of a guest that may be SBI calls which the host's kernel does not handle.
 //!
-//! The call's number is in a7, and it is nearly always put there shortly before, as a constant or, in a function that makes all calls,
-//! from another register or the stack: so each `ecall` in a file is looked at backwards for an instruction that does so and from
-//! which the instructions lead straight to it, without a jump, a call, or another value for a7. A conditional branch may stand
-//! between: what counts is the way that falls through. Where there is none, the `ecall` stays as it is: so a function that gets the
-//! number in a7 is not found, and neither is a number that stands for a word of data.
+//! The call's number is in a7, and is nearly always loaded shortly before, as a constant or, in a function that makes all calls,
+//! from another register or the stack: so the code before each `ecall` in a file is searched backwards for an instruction that does
+//! so and from which execution falls through to the `ecall`, without a jump, a call, or another value for a7. Conditional branches
+//! in between are assumed not taken. If there is none, the `ecall` stays as it is: so a function that receives the number in a7 is
+//! not found, and neither is a data word that looks like a number.
 //!
-//! What is found is a guess. Who runs into it decides: see `patches.rs`.
+//! The result is a guess. The hart that hits the breakpoint decides: see `patches.rs`.
 
 use super::calls::{eid, v01};
 use crate::vcpu::insn::length;
 
-/// Bytes in front of an `ecall` that are looked at.
+/// Maximum number of bytes searched before an `ecall`.
 pub const REACH: usize = 256;
 
-/// The instruction.
+/// The `ecall` instruction.
 pub(super) const ECALL: u32 = 0x0000_0073;
-/// What is put there instead.
+/// The `ebreak` that replaces it.
 pub const EBREAK: [u8; 4] = 0x0010_0073_u32.to_le_bytes();
 
 const SP: u32 = 2;
 const S0: u32 = 8;
 const A7: u32 = 17;
 
-/// An `ecall` and the instruction that gives it its number, as offsets in the code where they were found.
+/// An `ecall` and the instruction that loads its number, as offsets in the code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Site {
-    /// Where the `ecall` is.
+    /// Offset of the `ecall`.
     pub at: usize,
-    /// Where the instructions begin that give a7 its value, at most [`REACH`] before.
+    /// Offset of the first instruction that contributes to a7, at most [`REACH`] before.
     pub start: usize,
     /// The call's number.
     pub number: Number,
 }
 
-/// What a7 holds at an `ecall`.
+/// The value of a7 at an `ecall`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Number {
-    /// This.
+    /// A constant.
     Constant(u64),
-    /// What another register or the stack held: known when the call is made.
+    /// A copy from another register or the stack: known only when the call is made.
     Moved,
 }
 
@@ -51,27 +51,27 @@ impl Number {
         }
     }
 
-    /// Whether it is `wanted`, or may be.
+    /// True if it is or may be `wanted`.
     pub fn may_be(self, wanted: impl Fn(u64) -> bool) -> bool {
         self.known().is_none_or(wanted)
     }
 }
 
-/// The `ecall`s in `code` whose number is a constant, or is moved into a7.
+/// Finds the `ecall`s in `code` whose number is a constant, or is moved into a7.
 pub fn find(code: &[u8]) -> Vec<Site> {
     let calls = (0..code.len().saturating_sub(3)).step_by(2);
     let calls = calls.filter(|at| word(code, *at) == Some(ECALL));
     calls.filter_map(|at| site(code, at)).collect()
 }
 
-/// Whether the number is one of SBI 0.1's (chapter 5).
+/// True if the number is one of SBI 0.1's (chapter 5).
 #[must_use]
 pub fn is_v01(number: u64) -> bool {
     number <= v01::SHUTDOWN
 }
 
-/// Whether the number can be an extension's (SBI 3.0, chapters 3 to 19): the old calls, the base, those of vendors and of firmware, and names
-/// in letters.
+/// True if the number can be an extension id (SBI 3.0, chapters 3 to 19): the legacy calls, the base, the vendor and firmware
+/// ranges, and names in ASCII.
 #[must_use]
 pub fn is_sbi(number: u64) -> bool {
     let letters = number.to_be_bytes().into_iter().skip_while(|byte| *byte == 0);
@@ -81,17 +81,17 @@ pub fn is_sbi(number: u64) -> bool {
             && letters.into_iter().all(|byte| byte.is_ascii_alphanumeric())
 }
 
-/// Whether a call of this number sets the timer.
+/// True if a call with this number sets the timer.
 #[must_use]
 pub fn is_set_timer(number: u64) -> bool {
     matches!(number, v01::SET_TIMER | eid::TIME)
 }
 
-/// The `ecall` at offset `at` with what is put into a7 nearest to it.
+/// The `ecall` at offset `at` with the nearest instruction that sets a7.
 fn site(code: &[u8], at: usize) -> Option<Site> {
     let first = at.saturating_sub(REACH);
     (first..at).rev().step_by(2).find_map(|start| {
-        // Two bytes apart, counted from the call, so that every instruction can be one.
+        // In steps of two bytes, aligned to the call, to cover every possible start of an instruction.
         let start = start & !1 | at & 1;
         number(word(code, start)?, None)?;
         let number = follow(code, start, at)?;
@@ -99,7 +99,7 @@ fn site(code: &[u8], at: usize) -> Option<Site> {
     })
 }
 
-/// What a7 holds when the instructions from `start` on have come to `at`.
+/// The value of a7 after executing the instructions from `start` to `at`.
 fn follow(code: &[u8], start: usize, at: usize) -> Option<Number> {
     let (mut here, mut a7) = (start, None);
     while here < at {
@@ -114,13 +114,13 @@ fn follow(code: &[u8], start: usize, at: usize) -> Option<Number> {
     if here == at { a7 } else { None }
 }
 
-/// What the instruction puts into a7, which held `before`, if that can be a call's number.
+/// The value that the instruction writes to a7, which was `before`, if it can be a call's number.
 fn number(word: u32, before: Option<Number>) -> Option<Number> {
     let before = before.and_then(Number::known);
     constant(word, before).map(Number::Constant).or_else(|| moves(word).then_some(Number::Moved))
 }
 
-/// The instruction at an offset: two bytes where that is all that there is of a compressed one.
+/// The instruction at an offset: two bytes if it is compressed.
 fn word(code: &[u8], at: usize) -> Option<u32> {
     let low = code.get(at..at.checked_add(2)?)?;
     let low = u16::from_le_bytes(low.try_into().ok()?);
@@ -140,12 +140,12 @@ fn sign_extended(value: u32, bits: u32) -> u64 {
     i64::from((value << unused).cast_signed() >> unused).cast_unsigned()
 }
 
-/// The low half, sign-extended, as instructions on words leave it.
+/// The low half, sign-extended, as word instructions (`addiw`) produce it.
 fn word_of(value: u64) -> u64 {
     ((value << 32).cast_signed() >> 32).cast_unsigned()
 }
 
-/// The constant that the instruction puts into a7, which held `before`: `li`, `lui`, and `addi` to what is known.
+/// The constant that the instruction writes to a7, which was `before`: `li`, `lui`, and `addi` to a known value.
 fn constant(word: u32, before: Option<u64>) -> Option<u64> {
     let (rd, rs1) = (bits(word, 7, 5), bits(word, 15, 5));
     if word & 3 == 3 {
@@ -169,7 +169,7 @@ fn constant(word: u32, before: Option<u64>) -> Option<u64> {
     }
 }
 
-/// Whether the instruction copies a word into a7 from another register or from the stack.
+/// True if the instruction copies a word into a7 from another register or from the stack.
 fn moves(word: u32) -> bool {
     let (rd, rs1, rs2) = (bits(word, 7, 5), bits(word, 15, 5), bits(word, 2, 5));
     if rd != A7 {
@@ -177,7 +177,7 @@ fn moves(word: u32) -> bool {
     }
     let funct = bits(word, 12, 3);
     match (word & 3, word & 0x7f) {
-        // addi with 0, that is mv
+        // addi with 0, i.e. mv
         (3, 0x13) => funct == 0 && bits(word, 20, 12) == 0 && !matches!(rs1, 0 | A7),
         // lw and ld, from the frame
         (3, 0x03) => matches!(funct, 2 | 3) && matches!(rs1, SP | S0),
@@ -191,8 +191,8 @@ fn moves(word: u32) -> bool {
     }
 }
 
-/// Whether what follows is not reached from the instruction, or not with the same registers: jumps, calls, returns, other calls to
-/// the outside, and what is no instruction.
+/// True if the next instruction is not reached from this one, or not with the same registers: jumps, calls, returns, `ecall`s, and
+/// invalid instructions.
 fn leaves(word: u32) -> bool {
     let funct = bits(word, 13, 3);
     match word & 3 {
@@ -208,12 +208,12 @@ fn leaves(word: u32) -> bool {
     }
 }
 
-/// The integer register that the instruction writes, as far as it could be a7.
+/// The integer register that the instruction writes, if that can be a7.
 fn destination(word: u32) -> Option<u32> {
     let rd = bits(word, 7, 5);
     let funct = bits(word, 13, 3);
     match word & 3 {
-        // Branches, stores and fences have no destination; what floating-point and vector instructions write is not told apart.
+        // Branches, stores and fences have no destination; destinations of floating-point and vector instructions are not distinguished.
         3 => (!matches!(word & 0x7f, 0x63 | 0x23 | 0x27 | 0x0f)).then_some(rd),
         1 => matches!(funct, 0b000..=0b011).then_some(rd),
         2 => matches!(funct, 0b000 | 0b010 | 0b011 | 0b100).then_some(rd),
@@ -267,11 +267,11 @@ mod tests {
     }
 
     #[test]
-    fn the_number_may_be_loaded_in_either_length_and_some_way_before() {
+    fn the_number_may_be_loaded_by_instructions_of_either_length_and_some_way_before() {
         assert_eq!(of(&[LI_A7_1, ECALL]), [4]);
         assert_eq!(of(&[C_LI_A7_8, ECALL]), [2]);
         assert_eq!(of(&[LI_A7_1, NOP, C_NOP, NOP, ECALL, C_LI_A7_8, ECALL]), [14, 20]);
-        // li a7,1; beqz a0,.+8; mv a0,a1; ecall: a loop's number is loaded in front of it.
+        // li a7,1; beqz a0,.+8; mv a0,a1; ecall: the number for a loop is loaded before it.
         assert_eq!(of(&[LI_A7_1, 0x0005_0463, 0x852e, ECALL]), [10]);
     }
 
@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn a_number_that_does_not_lead_straight_to_the_call_does_not_count() {
+    fn a_number_that_does_not_fall_through_to_the_call_does_not_count() {
         for between in [
             0x8882,      // c.jr a7
             0x8082,      // ret
@@ -318,19 +318,19 @@ mod tests {
             (0x48a2, 2),      // c.lwsp a7,8(sp)
         ] {
             assert_eq!(moved(&[NOP, way, ECALL]), [(4, 4 + len)], "{way:#x}");
-            // mv a0,a1 may stand between, another value for a7 may not.
+            // mv a0,a1 may be in between, another value for a7 may not.
             assert_eq!(moved(&[way, 0x852e, ECALL]), [(0, len + 2)], "{way:#x}");
             assert!(moved(&[way, LI_A7_1, ECALL]).is_empty(), "{way:#x}");
             assert!(moved(&[way, 0x8082, ECALL]).is_empty(), "{way:#x}");
         }
-        // What is computed, and what lies elsewhere: add a7,a0,a1; addi a7,a0,1; ld a7,0(a0); c.add a7,a0.
+        // Computed numbers, and numbers in other memory: add a7,a0,a1; addi a7,a0,1; ld a7,0(a0); c.add a7,a0.
         for way in [0x00b5_08b3, 0x0015_0893, 0x0005_3883, 0x98aa] {
             assert!(moved(&[way, ECALL]).is_empty(), "{way:#x}");
         }
     }
 
     #[test]
-    fn a_call_far_behind_its_number_stays_a_call() {
+    fn a_call_far_after_its_number_stays_a_call() {
         let near: Vec<u32> =
             std::iter::once(LI_A7_1).chain(std::iter::repeat_n(NOP, 60)).chain([ECALL]).collect();
         let far: Vec<u32> =
@@ -340,7 +340,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_looked_through_and_only_calls_found(bytes in proptest::collection::vec(any::<u8>(), 0..600)) {
+        fn any_bytes_are_searched_and_only_calls_found(bytes in proptest::collection::vec(any::<u8>(), 0..600)) {
             for Site { at, start, .. } in find(&bytes) {
                 prop_assert_eq!(&bytes[at..at + 4], &[0x73, 0, 0, 0]);
                 prop_assert!(start < at && at - start <= REACH);

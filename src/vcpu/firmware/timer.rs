@@ -1,7 +1,7 @@
-//! The timer of `--timer user`: what KVM does inside the kernel, done where it can be seen.
+//! The timer of `--timer user`: emulates in user space, where it is visible, what KVM does inside the kernel.
 //!
-//! A guest sets its timer by an SBI call, which comes out as a breakpoint; a thread sleeps until then, kicks the hart, and the hart
-//! has its own timer interrupt raised: `hip.VSTIP`, by a comparator (`vstimecmp`) that is due at once. Privileged specification, 15.2.3;
+//! A guest sets its timer by an SBI call, which exits as a breakpoint; a thread sleeps until the deadline and kicks the hart, which
+//! raises its own timer interrupt: `hip.VSTIP`, by a comparator (`vstimecmp`) that is due at once. Privileged specification, 15.2.3;
 //! Sstc. A pending timer of the kernel's also ends `wfi`, as it must.
 
 use std::io;
@@ -25,7 +25,7 @@ pub struct UserTimer {
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
-    /// Whose time has come, by hart.
+    /// True for harts whose timer has expired.
     due: Vec<AtomicBool>,
 }
 
@@ -36,7 +36,7 @@ struct State {
 }
 
 impl UserTimer {
-    /// Timers for `harts` harts whose `time` has `hz` ticks a second. What happens is told to `observer`.
+    /// Starts timers for `harts` harts whose `time` has `hz` ticks per second. Events are reported to `observer`.
     ///
     /// # Errors
     /// The host has no thread left.
@@ -49,19 +49,19 @@ impl UserTimer {
         let state = State { deadlines: (0..harts).map(|_| None).collect(), ended: false };
         let due = (0..harts).map(|_| AtomicBool::new(false)).collect();
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), due });
-        let (mine, control) = (Arc::clone(&shared), Arc::clone(control));
+        let (this, control) = (Arc::clone(&shared), Arc::clone(control));
         let thread =
-            thread::Builder::new().name("timer".into()).spawn(move || mine.run(&control))?;
+            thread::Builder::new().name("timer".into()).spawn(move || this.run(&control))?;
         Ok(Self { shared, hz: hz.max(1), observer, thread: Some(thread) })
     }
 
-    /// Sets the hart's timer to the tick `at` of its `time`, and takes its interrupt back; false where the guest has to do that.
+    /// Sets the hart's timer to the tick `at` of its `time`, and clears its interrupt; false if the guest has to clear it.
     pub(super) fn set(&self, hart: &mut dyn Hart, at: u64) -> io::Result<bool> {
         let id = hart.id();
-        self.tell(id, HartEvent::TimerSet);
+        self.notify(id, HartEvent::TimerSet);
         let now = hart.get(Reg::Time)?;
-        let is_taken_back = hart.set_timer_pending(false)?;
-        // Too far away for the host's clock is never.
+        let is_cleared = hart.set_timer_pending(false)?;
+        // A deadline beyond the range of the host's clock is never.
         let left = at.saturating_sub(now);
         let wait = Duration::from_secs(left / self.hz)
             + Duration::from_nanos((left % self.hz).saturating_mul(1_000_000_000) / self.hz);
@@ -76,10 +76,10 @@ impl UserTimer {
         }
         drop(state);
         self.shared.changed.notify_all();
-        Ok(is_taken_back)
+        Ok(is_cleared)
     }
 
-    /// Raises the hart's timer interrupt if its time has come. The hart has been kicked for it.
+    /// Raises the hart's timer interrupt if its timer has expired. The hart was kicked for that.
     pub(super) fn fire(&self, hart: &mut dyn Hart) -> io::Result<()> {
         let id = hart.id();
         let index = usize::try_from(id).unwrap_or(usize::MAX);
@@ -87,12 +87,12 @@ impl UserTimer {
         if !due.is_some_and(|due| due.swap(false, SeqCst)) {
             return Ok(());
         }
-        self.tell(id, HartEvent::TimerFired);
+        self.notify(id, HartEvent::TimerFired);
         hart.set_timer_pending(true)?;
         Ok(())
     }
 
-    fn tell(&self, hart: u32, note: HartEvent) {
+    fn notify(&self, hart: u32, note: HartEvent) {
         if let Some(observer) = &self.observer {
             observer.note(hart, note);
         }
@@ -140,7 +140,7 @@ impl Drop for UserTimer {
         self.shared.lock().ended = true;
         self.shared.changed.notify_all();
         if let Some(thread) = self.thread.take() {
-            // A thread that panicked has nothing left to be done.
+            // A thread that panicked needs no cleanup.
             let _ = thread.join();
         }
     }

@@ -9,37 +9,37 @@ use std::time::Duration;
 use super::super::hart::{Hart, Reg};
 use super::super::record::Unrecorded;
 use super::super::stop::StopReason;
-use super::super::testing::{Diary, Event, ScriptHart, Step, world};
+use super::super::testing::{Event, EventLog, ScriptHart, Step, world};
 use super::super::{Control, spawn_hart};
 use crate::config::Unassigned;
 
 const SUSPEND: Step = Step::Sbi { extension: 0x5355_5350, function: 0, args: [0; 6] };
-/// What a hart notes when its suspend call is settled, on its way to sleep.
+/// The event of a hart whose suspend call is settled, before it sleeps.
 const ASLEEP: Event = Event::Sbi([0, 0]);
 
 struct Run {
     control: Arc<Control>,
-    diaries: Vec<Diary>,
+    logs: Vec<EventLog>,
     threads: Vec<JoinHandle<()>>,
 }
 
-/// A machine of harts with these scripts, not started.
+/// Harts with these scripts, not started.
 fn machine(scripts: &[&[Step]]) -> Run {
     let world = Arc::new(world(Unassigned::Zero).0);
     let control = Arc::new(Control::new());
-    let (mut diaries, mut threads) = (Vec::new(), Vec::new());
+    let (mut logs, mut threads) = (Vec::new(), Vec::new());
     for (id, script) in (0..).zip(scripts) {
         let hart = ScriptHart::new(id, script.iter().cloned());
-        diaries.push(hart.diary());
+        logs.push(hart.log());
         let thread =
             spawn_hart(Box::new(hart), Arc::clone(&world), Arc::clone(&control), None, Unrecorded);
         threads.push(thread.unwrap());
     }
-    Run { control, diaries, threads }
+    Run { control, logs, threads }
 }
 
 impl Run {
-    /// Waits for the end, with a time-out that only a hang meets.
+    /// Waits for the end, with a time-out for hangs.
     fn end(self) -> StopReason {
         let (done, over) = channel();
         let control = self.control;
@@ -52,12 +52,12 @@ impl Run {
     }
 
     fn count(&self, hart: usize, event: &Event) -> usize {
-        self.diaries[hart].events().iter().filter(|e| *e == event).count()
+        self.logs[hart].events().iter().filter(|e| *e == event).count()
     }
 
     fn await_inside(&self, times: usize) {
-        for diary in &self.diaries {
-            diary.await_event(&Event::Entered, times);
+        for log in &self.logs {
+            log.await_event(&Event::Entered, times);
         }
     }
 }
@@ -80,9 +80,9 @@ fn a_stop_before_the_start_ends_the_run() {
     let run = machine(&[&[], &[]]);
     assert!(run.control.stop(StopReason::Reset));
     run.control.start();
-    let diary = run.diaries[0].clone();
+    let log = run.logs[0].clone();
     assert_eq!(run.end(), StopReason::Reset);
-    assert!(!diary.events().contains(&Event::Entered));
+    assert!(!log.events().contains(&Event::Entered));
 }
 
 #[test]
@@ -151,8 +151,8 @@ fn a_pause_settles_every_hart_and_lets_none_run() {
         drop(first);
         assert!(run.control.is_paused());
         drop(second);
-        run.diaries[0].await_event(&Event::Entered, entered[0] + 1);
-        run.diaries[1].await_event(&Event::Entered, entered[1] + 1);
+        run.logs[0].await_event(&Event::Entered, entered[0] + 1);
+        run.logs[1].await_event(&Event::Entered, entered[1] + 1);
     }
     run.control.stop(StopReason::Requested);
     assert_eq!(run.end(), StopReason::Requested);
@@ -165,7 +165,7 @@ fn an_answer_is_in_the_registers_when_a_hart_pauses() {
     run.control.start();
     run.await_inside(2);
     let _pause = run.control.pause().unwrap();
-    assert!(run.diaries[0].events().contains(&Event::Loaded(vec![0; 4])));
+    assert!(run.logs[0].events().contains(&Event::Loaded(vec![0; 4])));
     run.control.stop(StopReason::Requested);
     run.end();
 }
@@ -194,8 +194,8 @@ fn pause_and_resume_from_many_threads_lose_no_wake_up() {
 fn a_suspended_system_sleeps_until_a_host_event() {
     let run = machine(&[&[SUSPEND]]);
     run.control.start();
-    run.diaries[0].await_event(&ASLEEP, 1);
-    let pause = run.control.pause().expect("asleep is out of the guest");
+    run.logs[0].await_event(&ASLEEP, 1);
+    let pause = run.control.pause().expect("a sleeping hart is out of the guest");
     assert_eq!(run.count(0, &Event::Entered), 1);
     drop(pause);
     while run.count(0, &Event::Entered) == 1 {
@@ -210,7 +210,7 @@ fn a_suspended_system_sleeps_until_a_host_event() {
 fn a_suspended_system_can_be_stopped() {
     let run = machine(&[&[SUSPEND], &[]]);
     run.control.start();
-    run.diaries[0].await_event(&ASLEEP, 1);
+    run.logs[0].await_event(&ASLEEP, 1);
     run.control.stop(StopReason::Requested);
     assert_eq!(run.end(), StopReason::Requested);
 }
@@ -219,13 +219,13 @@ fn a_suspended_system_can_be_stopped() {
 fn a_wake_up_during_a_pause_counts_after_it() {
     let run = machine(&[&[SUSPEND]]);
     run.control.start();
-    run.diaries[0].await_event(&ASLEEP, 1);
+    run.logs[0].await_event(&ASLEEP, 1);
     let pause = run.control.pause().unwrap();
     run.control.wake();
     drop(run.control.pause().unwrap());
     assert_eq!(run.count(0, &Event::Entered), 1);
     drop(pause);
-    run.diaries[0].await_event(&Event::Entered, 2);
+    run.logs[0].await_event(&Event::Entered, 2);
     run.control.stop(StopReason::Requested);
     run.end();
 }
@@ -240,7 +240,7 @@ fn without_harts_a_stop_is_the_end() {
 }
 
 #[test]
-fn who_waits_for_an_end_for_a_while_learns_whether_it_came() {
+fn a_wait_with_a_limit_returns_whether_the_run_has_ended() {
     let control = Arc::new(Control::new());
     assert!(!control.ends_within(Duration::from_millis(1)));
     let stopper = Arc::clone(&control);
@@ -250,18 +250,18 @@ fn who_waits_for_an_end_for_a_while_learns_whether_it_came() {
 }
 
 #[test]
-fn a_held_hart_is_visited_on_its_own_thread_and_none_enters_the_guest() {
+fn a_held_hart_runs_tasks_on_its_own_thread_and_none_enters_the_guest() {
     let run = machine(&[&[], &[]]);
     run.control.hold();
     run.control.start();
     assert!(run.control.await_held());
     assert_eq!(run.control.harts(), [0, 1]);
     for id in [1, 0, 1] {
-        let errand = |hart: &mut dyn Hart| {
+        let task = |hart: &mut dyn Hart| {
             hart.set(Reg::X(5), 7 + u64::from(hart.id())).unwrap();
             thread::current().name().map(str::to_owned)
         };
-        assert_eq!(run.control.run_on(id, errand).flatten().unwrap(), format!("vcpu{id}"));
+        assert_eq!(run.control.run_on(id, task).flatten().unwrap(), format!("vcpu{id}"));
         let value = run.control.run_on(id, |hart| hart.get(Reg::X(5)).unwrap());
         assert_eq!(value, Some(7 + u64::from(id)));
     }
@@ -269,15 +269,15 @@ fn a_held_hart_is_visited_on_its_own_thread_and_none_enters_the_guest() {
     assert_eq!(run.count(0, &Event::Entered) + run.count(1, &Event::Entered), 0);
     // One of them, then both.
     run.control.release(Some(&[1]));
-    run.diaries[1].await_event(&Event::Entered, 1);
+    run.logs[1].await_event(&Event::Entered, 1);
     assert_eq!(run.count(0, &Event::Entered), 0);
     run.control.release(None);
-    run.diaries[0].await_event(&Event::Entered, 1);
+    run.logs[0].await_event(&Event::Entered, 1);
     run.control.hold_one(0);
-    run.diaries[0].await_event(&Event::Settled, 2);
+    run.logs[0].await_event(&Event::Settled, 2);
     assert_eq!(run.control.run_on(0, |hart| hart.id()), Some(0));
     run.control.stop(StopReason::Requested);
-    assert_eq!(run.control.run_on(0, |_| ()), None, "nobody visits when all is over");
+    assert_eq!(run.control.run_on(0, |_| ()), None, "no task runs after the end");
     assert!(!run.control.await_held());
     assert_eq!(run.end(), StopReason::Requested);
 }
@@ -295,56 +295,56 @@ fn a_hold_and_a_pause_do_not_end_each_other() {
     let pause = run.control.pause().unwrap();
     run.control.release(None);
     assert!(run.control.is_paused());
-    assert_eq!(run.control.run_on(0, |hart| hart.id()), Some(0), "a paused one is visited as well");
+    assert_eq!(run.control.run_on(0, |hart| hart.id()), Some(0), "a paused one runs tasks as well");
     assert_eq!(run.count(0, &Event::Entered), 1);
     drop(pause);
-    run.diaries[0].await_event(&Event::Entered, 2);
+    run.logs[0].await_event(&Event::Entered, 2);
     run.control.stop(StopReason::Requested);
     assert_eq!(run.end(), StopReason::Requested);
 }
 
 #[test]
-fn a_pause_that_begins_during_anothers_outlives_it() {
+fn a_pause_that_begins_during_another_outlives_it() {
     let run = machine(&[&[]]);
     run.control.start();
     run.await_inside(1);
-    let visitors = run.control.pause().unwrap();
-    let owners = run.control.pause().unwrap();
-    drop(visitors);
+    let first = run.control.pause().unwrap();
+    let second = run.control.pause().unwrap();
+    drop(first);
     assert!(run.control.is_paused());
     assert_eq!(run.control.run_on(0, |hart| hart.id()), Some(0));
     assert_eq!(run.count(0, &Event::Entered), 1);
-    drop(owners);
-    run.diaries[0].await_event(&Event::Entered, 2);
+    drop(second);
+    run.logs[0].await_event(&Event::Entered, 2);
     run.control.stop(StopReason::Requested);
     assert_eq!(run.end(), StopReason::Requested);
 }
 
 #[test]
-fn a_visitor_whose_machine_ends_does_not_wait() {
+fn a_task_is_not_waited_for_once_the_machine_ends() {
     for _ in 0..50 {
         let run = machine(&[&[]]);
         run.control.hold();
         let control = Arc::clone(&run.control);
-        let visitor = thread::spawn(move || while control.run_on(0, |_| ()).is_some() {});
+        let requester = thread::spawn(move || while control.run_on(0, |_| ()).is_some() {});
         run.control.stop(StopReason::Requested);
-        visitor.join().unwrap();
+        requester.join().unwrap();
         assert_eq!(run.end(), StopReason::Requested);
     }
 }
 
 #[test]
-fn a_hart_that_sleeps_is_visited_and_sleeps_on() {
+fn a_hart_that_sleeps_runs_tasks_and_sleeps_on() {
     let run = machine(&[&[SUSPEND]]);
     run.control.start();
-    run.diaries[0].await_event(&ASLEEP, 1);
+    run.logs[0].await_event(&ASLEEP, 1);
     run.control.hold();
     assert!(run.control.await_held());
     assert_eq!(run.control.run_on(0, |hart| hart.id()), Some(0));
     run.control.release(None);
     assert_eq!(run.count(0, &Event::Entered), 1, "it sleeps on");
     run.control.wake();
-    run.diaries[0].await_event(&Event::Entered, 2);
+    run.logs[0].await_event(&Event::Entered, 2);
     run.control.stop(StopReason::Requested);
     assert_eq!(run.end(), StopReason::Requested);
 }

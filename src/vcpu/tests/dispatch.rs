@@ -1,4 +1,4 @@
-//! Every exit, and what comes of it.
+//! Every exit, and its result.
 
 use super::super::exit::{CsrAccess, Exit, Fault, SystemEvent};
 use super::super::stop::StopReason;
@@ -30,7 +30,7 @@ fn a_store_reaches_its_device() {
 }
 
 #[test]
-fn where_nothing_is_loads_give_zero_and_stores_vanish() {
+fn loads_from_unassigned_addresses_give_zero_and_stores_have_no_effect() {
     for addr in [0, NOWHERE, 1 << 55, u64::MAX - 7, u64::MAX] {
         let mut data = [0xff; 8];
         assert_eq!(dispatch(&mut Exit::MmioRead { addr, data: &mut data }, &zero()), Flow::Resume);
@@ -40,7 +40,7 @@ fn where_nothing_is_loads_give_zero_and_stores_vanish() {
 }
 
 #[test]
-fn under_the_other_policies_the_hart_decides() {
+fn under_the_other_policies_an_unassigned_access_needs_the_hart() {
     for policy in [Unassigned::Fault, Unassigned::Stop] {
         let (world, _) = world(policy);
         let load = dispatch(&mut Exit::MmioRead { addr: NOWHERE, data: &mut [0; 4] }, &world);

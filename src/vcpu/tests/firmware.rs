@@ -1,4 +1,4 @@
-//! What stands in for firmware, with a scripted hart whose breakpoints are all there is.
+//! Emulated firmware, with a scripted hart that only hits breakpoints.
 
 use std::sync::Arc;
 
@@ -28,7 +28,7 @@ fn with(firmware: Firmware) -> (World, FakeUart) {
     (world, uart)
 }
 
-/// `li a7,8` in front of the call at [`SITE`], and `ret` behind.
+/// `li a7,8` before the call at [`SITE`], and `ret` after it.
 const NUMBERED: [u32; 3] = [0x0080_0893, 0x73, 0x0000_8067];
 /// `mv a7,a0` in its place.
 const MOVED: [u32; 3] = [0x0005_0893, 0x73, 0x0000_8067];
@@ -38,12 +38,12 @@ fn bytes(code: &[u32]) -> Vec<u8> {
     code.iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
-/// A machine with this code around [`SITE`], whose calls are patches now.
-fn patched(code: &[u32], wanted: Wanted, gives_up: bool) -> (World, FakeUart) {
+/// A machine with this code around [`SITE`], whose calls are patched.
+fn patched(code: &[u32], wanted: Wanted, removes_unused: bool) -> (World, FakeUart) {
     let (mut world, uart) = world(Unassigned::Zero);
     let code = bytes(code);
     world.ram.write(SITE - 4, &code).unwrap();
-    let mut patches = Patches::new(wanted, gives_up, Box::new(|| Ok(())));
+    let mut patches = Patches::new(wanted, removes_unused, Box::new(|| Ok(())));
     let found = sites::find(&code);
     assert_eq!(found.len(), 1);
     for site in found {
@@ -54,7 +54,7 @@ fn patched(code: &[u32], wanted: Wanted, gives_up: bool) -> (World, FakeUart) {
     (world, uart)
 }
 
-fn planted() -> (World, FakeUart) {
+fn patched_v01() -> (World, FakeUart) {
     patched(&NUMBERED, V01, true)
 }
 
@@ -79,8 +79,8 @@ fn reg(hart: &ScriptHart, reg: Reg) -> u64 {
 }
 
 #[test]
-fn a_byte_for_the_old_console_is_sent_and_the_hart_goes_on_behind_the_call() {
-    let (world, uart) = planted();
+fn a_byte_for_the_v01_console_is_sent_and_the_hart_continues_after_the_call() {
+    let (world, uart) = patched_v01();
     uart.line().room = 1;
     let mut hart = at(SITE, &[b'x'.into(), 7, 0, 0, 0, 0, 9, 1]);
     assert_eq!(step(&mut hart, &world), None);
@@ -96,8 +96,8 @@ fn a_byte_for_the_old_console_is_sent_and_the_hart_goes_on_behind_the_call() {
 }
 
 #[test]
-fn the_old_console_gives_what_was_typed_or_says_that_nothing_was() {
-    let (world, uart) = planted();
+fn the_v01_console_returns_input_or_an_error() {
+    let (world, uart) = patched_v01();
     uart.line().typed.push_back(b'k');
     for expected in [u64::from(b'k'), u64::MAX] {
         let mut hart = at(SITE, &[0, 0, 0, 0, 0, 0, 0, 2]);
@@ -107,22 +107,22 @@ fn the_old_console_gives_what_was_typed_or_says_that_nothing_was() {
 }
 
 #[test]
-fn the_old_shutdown_powers_the_machine_off() {
-    let (world, _) = planted();
+fn the_v01_shutdown_powers_the_machine_off() {
+    let (world, _) = patched_v01();
     assert_eq!(step(&mut at(SITE, &[0, 0, 0, 0, 0, 0, 0, 8]), &world), Some(StopReason::PowerOff));
 }
 
 #[test]
-fn a_call_that_the_kernel_answers_is_made_from_the_shim_and_leaves_no_other_trace() {
-    let (world, _) = planted();
+fn a_call_to_the_kernel_is_made_from_the_shim_and_changes_no_other_register() {
+    let (world, _) = patched_v01();
     let satp = 8 << 60 | 0x80100;
-    // Without translation here, so that the site is found; satp is put back all the same.
+    // Without translation here, so that the site is found; satp is restored all the same.
     let mut hart = at(SITE, &[1234, 5, 6, 7, 8, 9, 3, 0]).with([(Reg::Csr(Csr::Sstatus), SIE)]);
     assert_eq!(step(&mut hart, &world), None);
-    assert_eq!(reg(&hart, Reg::Pc), shim::ERRAND);
+    assert_eq!(reg(&hart, Reg::Pc), shim::KERNEL_CALL);
     assert_eq!((reg(&hart, Reg::X(17)), reg(&hart, Reg::X(16))), (0x5449_4d45, 0));
     assert_eq!((reg(&hart, Reg::X(10)), reg(&hart, Reg::Csr(Csr::Sstatus)) & SIE), (1234, 0));
-    // The kernel has answered.
+    // The kernel has handled the call.
     let mut hart = hart.with([
         (Reg::Pc, shim::RETURN),
         (Reg::X(10), 0),
@@ -136,23 +136,23 @@ fn a_call_that_the_kernel_answers_is_made_from_the_shim_and_leaves_no_other_trac
     );
     assert_eq!((reg(&hart, Reg::X(16)), reg(&hart, Reg::X(17))), (3, 0));
     assert_eq!((reg(&hart, Reg::Csr(Csr::Sstatus)), reg(&hart, Reg::Csr(Csr::Satp))), (SIE, 0));
-    // A second time nobody is on an errand: the breakpoint is the guest's own.
+    // A second time there is no pending call: the breakpoint is the guest's own.
     let mut hart = hart.with([(Reg::Pc, shim::RETURN)]);
     step(&mut hart, &world);
     assert_eq!(reg(&hart, Reg::Csr(Csr::Scause)), 3);
 }
 
 #[test]
-fn the_harts_of_an_old_call_are_read_where_its_pointer_leads() {
-    let (world, _) = planted();
+fn the_harts_of_a_v01_call_are_read_through_its_pointer() {
+    let (world, _) = patched_v01();
     world.ram.write(RAM.base + 0x800, &6_u64.to_le_bytes()).unwrap();
     for (pointer, expected) in [(0, (0, u64::MAX)), (RAM.base + 0x800, (6, 0))] {
         let mut hart = at(SITE, &[pointer, 0, 0, 0, 0, 0, 0, 4]);
         step(&mut hart, &world);
         assert_eq!((reg(&hart, Reg::X(10)), reg(&hart, Reg::X(11))), expected);
-        assert_eq!((reg(&hart, Reg::X(17)), reg(&hart, Reg::Pc)), (0x73_5049, shim::ERRAND));
+        assert_eq!((reg(&hart, Reg::X(17)), reg(&hart, Reg::Pc)), (0x73_5049, shim::KERNEL_CALL));
     }
-    // One that leads nowhere is an invalid address, and the guest goes on.
+    // A pointer without memory is an invalid address, and the guest continues.
     let mut hart = at(SITE, &[8, 0, 0, 0, 0, 0, 0, 4]);
     step(&mut hart, &world);
     assert_eq!((reg(&hart, Reg::X(10)).cast_signed(), reg(&hart, Reg::Pc)), (-5, SITE + 4));
@@ -165,7 +165,7 @@ fn user_at(pc: u64, args: &[u64]) -> ScriptHart {
 }
 
 #[test]
-fn a_system_call_at_a_patch_puts_the_guests_instruction_back() {
+fn a_system_call_at_a_patch_restores_the_guests_instruction() {
     for code in [NUMBERED, MOVED] {
         let (world, _) = patched(&code, V01, true);
         let mut hart = user_at(SITE, &[0, 0, 0, 0, 0, 0, 0, 8]);
@@ -173,7 +173,7 @@ fn a_system_call_at_a_patch_puts_the_guests_instruction_back() {
         // It runs its ecall now, which is no exit.
         assert_eq!((reg(&hart, Reg::Pc), reg(&hart, Reg::Mode)), (SITE, 0));
         assert_eq!(word(&world, SITE), ECALL);
-        // Another hart that had come to the breakpoint before does the same.
+        // Another hart that hit the breakpoint before continues the same way.
         let mut late = user_at(SITE, &[0, 0, 0, 0, 0, 0, 0, 8]);
         assert_eq!(step(&mut late, &world), None);
         assert_eq!((reg(&late, Reg::Pc), reg(&late, Reg::Csr(Csr::Scause))), (SITE, 0));
@@ -181,7 +181,7 @@ fn a_system_call_at_a_patch_puts_the_guests_instruction_back() {
 }
 
 #[test]
-fn a_system_call_where_supervisors_make_calls_too_goes_to_the_guests_kernel() {
+fn a_system_call_where_supervisors_make_calls_as_well_is_delivered_to_the_guests_kernel() {
     let (world, uart) = patched(&MOVED, V01, true);
     uart.line().room = 1;
     step(&mut at(SITE, &[b'x'.into(), 0, 0, 0, 0, 0, 0, 1]), &world);
@@ -192,10 +192,10 @@ fn a_system_call_where_supervisors_make_calls_too_goes_to_the_guests_kernel() {
     assert_eq!(word(&world, SITE), EBREAK);
 }
 
-/// As xv6's kernel carries its first program: in its own file, from which it copies it to a page of its own.
+/// As xv6's kernel does: it contains its first program, and copies it to a page of its own.
 #[test]
 fn a_program_that_the_kernel_has_copied_gets_its_system_calls_back() {
-    let (world, _) = planted();
+    let (world, _) = patched_v01();
     let copy = RAM.base + 0x1_0ffc;
     let mut code = vec![0; 12];
     world.ram.read(SITE - 4, &mut code).unwrap();
@@ -206,7 +206,7 @@ fn a_program_that_the_kernel_has_copied_gets_its_system_calls_back() {
         (reg(&hart, Reg::Pc), word(&world, copy), word(&world, SITE)),
         (copy, ECALL, EBREAK)
     );
-    // A breakpoint of the program's own is nobody else's.
+    // A breakpoint of the program's own stays.
     world.ram.write(copy, &EBREAK.to_le_bytes()).unwrap();
     world.ram.write(copy - 4, &[0x13, 0, 0, 0]).unwrap();
     let mut hart = user_at(copy, &[0, 0, 0, 0, 0, 0, 0, 8]);
@@ -216,21 +216,21 @@ fn a_program_that_the_kernel_has_copied_gets_its_system_calls_back() {
 
 #[test]
 fn a_kernel_that_has_copied_itself_keeps_its_calls() {
-    let (world, _) = planted();
+    let (world, _) = patched_v01();
     let copy = RAM.base + 0x1_0000;
     let mut code = vec![0; 12];
     world.ram.read(SITE - 4, &mut code).unwrap();
     world.ram.write(copy - 4, &code).unwrap();
     let shutdown = step(&mut at(copy, &[0, 0, 0, 0, 0, 0, 0, 8]), &world);
     assert_eq!(shutdown, Some(StopReason::PowerOff));
-    // Its other calls go to the host's kernel from there, too: U-Boot's first one behind its relocation is the base extension's.
-    let (world, _) = planted();
+    // Its other calls are forwarded to the host's kernel from there, too: U-Boot's first one after its relocation is to the base extension.
+    let (world, _) = patched_v01();
     world.ram.write(copy - 4, &code).unwrap();
     let mut hart = at(copy, &[0, 0, 0, 0, 0, 0, 0, 0x10]).with([(Reg::Csr(Csr::Stvec), VECTOR)]);
     assert_eq!(step(&mut hart, &world), None);
-    assert_eq!((reg(&hart, Reg::X(17)), reg(&hart, Reg::Pc)), (0x10, shim::ERRAND));
+    assert_eq!((reg(&hart, Reg::X(17)), reg(&hart, Reg::Pc)), (0x10, shim::KERNEL_CALL));
     // With another number in a7 it is a breakpoint of its own that only looks like one.
-    let (world, _) = planted();
+    let (world, _) = patched_v01();
     world.ram.write(copy - 4, &code).unwrap();
     let mut hart = at(copy, &[0, 0, 0, 0, 0, 0, 0, 93]).with([(Reg::Csr(Csr::Stvec), VECTOR)]);
     step(&mut hart, &world);
@@ -238,7 +238,7 @@ fn a_kernel_that_has_copied_itself_keeps_its_calls() {
 }
 
 #[test]
-fn a_function_that_makes_all_calls_is_left_alone_once_none_of_them_is_of_the_old_kind() {
+fn a_patch_without_v01_calls_is_removed_after_a_while() {
     let set_timer = [7, 0, 0, 0, 0, 0, 0, 0x5449_4d45];
     let calls = |world: &World, most: usize| {
         let is_patched = |_: &usize| {
@@ -249,7 +249,7 @@ fn a_function_that_makes_all_calls_is_left_alone_once_none_of_them_is_of_the_old
     };
     let (world, _) = patched(&MOVED, V01, true);
     assert!((100..1000).contains(&calls(&world, 1000)));
-    // One call of the old kind, and it stays; so it does where the user has asked for it.
+    // After one legacy call the patch stays; so it does if the user requested it.
     let (world, uart) = patched(&MOVED, V01, true);
     uart.line().room = 1;
     step(&mut at(SITE, &[b'x'.into(), 0, 0, 0, 0, 0, 0, 1]), &world);
@@ -259,15 +259,15 @@ fn a_function_that_makes_all_calls_is_left_alone_once_none_of_them_is_of_the_old
 }
 
 #[test]
-fn a_breakpoint_that_nobody_planted_is_the_guests_own() {
-    let (world, _) = planted();
+fn a_breakpoint_that_is_no_patch_is_the_guests_own() {
+    let (world, _) = patched_v01();
     let mut hart =
         at(SITE + 4, &[0, 0, 0, 0, 0, 0, 0, 8]).with([(Reg::Csr(Csr::Stvec), RAM.base + 0x400)]);
     assert_eq!(step(&mut hart, &world), None);
     assert_eq!((reg(&hart, Reg::Csr(Csr::Scause)), reg(&hart, Reg::Csr(Csr::Sepc))), (3, SITE + 4));
 }
 
-/// A guest without a vector that has trapped from user mode.
+/// A hart without a trap vector that has trapped from user mode.
 fn trapped(cause: u64, tval: u64, args: &[u64]) -> ScriptHart {
     at(shim::VECTOR, args).with([
         (Reg::Csr(Csr::Stvec), shim::VECTOR),
@@ -287,7 +287,7 @@ fn a_csr_of_machine_mode_is_read_and_the_guest_goes_on_in_its_own_mode() {
     let (world, _) = bare();
     let word: u32 = 0xf140_25f3; // csrr a1,mhartid
     world.ram.write(RAM.base, &word.to_le_bytes()).unwrap();
-    // Hardware may say which instruction it was, or 0.
+    // Hardware may write the instruction to stval, or 0.
     for tval in [word.into(), 0] {
         let mut hart = trapped(2, tval, &[]);
         assert_eq!(step(&mut hart, &world), None);
@@ -300,7 +300,7 @@ fn a_csr_of_machine_mode_is_read_and_the_guest_goes_on_in_its_own_mode() {
 }
 
 #[test]
-fn what_a_guest_without_a_vector_cannot_be_given_stops_it_and_says_what_to_do() {
+fn an_unhandled_trap_without_a_vector_stops_the_guest_with_advice() {
     let (world, _) = bare();
     for (cause, tval, word) in
         [(2, 0x1002_6073, "--mode vs"), (13, 0x40, "trap 13"), (2, 0, "illegal")]
@@ -314,7 +314,7 @@ fn what_a_guest_without_a_vector_cannot_be_given_stops_it_and_says_what_to_do() 
 }
 
 #[test]
-fn a_call_from_user_mode_is_answered_or_made_in_the_guests_name() {
+fn a_call_from_user_mode_is_handled_or_forwarded() {
     let (world, _) = bare();
     assert_eq!(
         step(&mut trapped(8, 0, &[0, 0, 0, 0, 0, 0, 0, 8]), &world),
@@ -322,7 +322,7 @@ fn a_call_from_user_mode_is_answered_or_made_in_the_guests_name() {
     );
     let mut hart = trapped(8, 0, &[1, 2, 3, 4, 5, 6, 3, 0x10]);
     assert_eq!(step(&mut hart, &world), None);
-    assert_eq!(reg(&hart, Reg::Pc), shim::ERRAND);
+    assert_eq!(reg(&hart, Reg::Pc), shim::KERNEL_CALL);
     let mut hart = hart.with([(Reg::Pc, shim::RETURN), (Reg::X(10), 0), (Reg::X(11), 77)]);
     step(&mut hart, &world);
     assert_eq!(
@@ -332,7 +332,7 @@ fn a_call_from_user_mode_is_answered_or_made_in_the_guests_name() {
     assert_eq!((reg(&hart, Reg::Pc), reg(&hart, Reg::Mode)), (RAM.base + 4, 0));
 }
 
-/// A machine with a timer of user space whose calls are patches.
+/// A machine with a timer driven by user space, whose calls are patched.
 fn timed() -> World {
     let control = Arc::new(Control::new());
     let timer = Arc::new(UserTimer::start(1, 10_000_000, &control, None).unwrap());
@@ -352,57 +352,57 @@ fn timer_events(hart: &ScriptHart) -> Vec<bool> {
         Event::TimerPending(on) => Some(on),
         _ => None,
     };
-    hart.diary().events().into_iter().filter_map(pending).collect()
+    hart.log().events().into_iter().filter_map(pending).collect()
 }
 
 #[test]
-fn a_timer_of_user_space_raises_its_interrupt_once_its_time_has_come() {
+fn a_timer_of_user_space_raises_its_interrupt_once_it_expires() {
     let world = timed();
     let firmware = world.firmware.as_ref().unwrap();
     let mut hart = at(SITE, &[0, 0, 0, 0, 0, 0, 0, 0x5449_4d45]);
     assert_eq!(step(&mut hart, &world), None);
     assert_eq!((timer_events(&hart), reg(&hart, Reg::Pc)), (vec![false], SITE + 4));
     while timer_events(&hart).len() < 2 {
-        firmware.attend(&mut hart).unwrap();
+        firmware.handle_kick(&mut hart).unwrap();
         std::thread::yield_now();
     }
     std::thread::sleep(std::time::Duration::from_millis(20));
-    firmware.attend(&mut hart).unwrap();
+    firmware.handle_kick(&mut hart).unwrap();
     assert_eq!(timer_events(&hart), [false, true], "once");
-    // A time that never comes takes it back.
+    // Setting the timer to never clears it.
     let mut hart = hart.with([(Reg::Pc, SITE), (Reg::X(10), u64::MAX), (Reg::X(17), 0)]);
     step(&mut hart, &world);
-    firmware.attend(&mut hart).unwrap();
+    firmware.handle_kick(&mut hart).unwrap();
     assert_eq!(timer_events(&hart), [false, true, false]);
-    // Nothing of that writes sip, where others' interrupts are.
+    // None of that writes sip, which contains other interrupts.
     assert_eq!(reg(&hart, Reg::Csr(Csr::Sip)), 0);
 }
 
 #[test]
-fn without_sstc_the_guest_itself_takes_its_timer_interrupt_back_before_the_next_comes() {
+fn without_sstc_the_guest_itself_clears_its_timer_interrupt_before_the_next_is_raised() {
     let world = timed();
     let firmware = world.firmware.as_ref().unwrap();
     let mut hart = at(SITE, &[0, 5, 6, 7, 8, 9, 0, 0]).without_sstc();
     assert_eq!(step(&mut hart, &world), None);
-    assert_eq!((reg(&hart, Reg::Pc), reg(&hart, Reg::X(10))), (shim::ERRAND, u64::MAX));
+    assert_eq!((reg(&hart, Reg::Pc), reg(&hart, Reg::X(10))), (shim::KERNEL_CALL, u64::MAX));
     assert_eq!((reg(&hart, Reg::X(17)), reg(&hart, Reg::X(16))), (0x5449_4d45, 0));
-    // Its time has come, but the call to the kernel would take that away as well.
+    // The timer has expired, but the pending call to the kernel would clear a new interrupt as well.
     std::thread::sleep(std::time::Duration::from_millis(20));
-    firmware.attend(&mut hart).unwrap();
+    firmware.handle_kick(&mut hart).unwrap();
     assert_eq!(timer_events(&hart), [false]);
     let mut hart = hart.with([(Reg::Pc, shim::RETURN), (Reg::X(10), 0)]);
     assert_eq!(step(&mut hart, &world), None);
     assert_eq!((reg(&hart, Reg::Pc), reg(&hart, Reg::X(17))), (SITE + 4, 0));
     while timer_events(&hart).len() < 2 {
-        firmware.attend(&mut hart).unwrap();
+        firmware.handle_kick(&mut hart).unwrap();
         std::thread::yield_now();
     }
     assert_eq!(timer_events(&hart), [false, true]);
 }
 
 #[test]
-fn an_old_call_clears_the_harts_own_software_interrupt_inside_the_guest() {
-    let (world, _) = planted();
+fn a_v01_call_clears_the_harts_own_software_interrupt_inside_the_guest() {
+    let (world, _) = patched_v01();
     let mut hart = at(SITE, &[1, 2, 3, 4, 5, 6, 7, 3]);
     assert_eq!(step(&mut hart, &world), None);
     assert_eq!(reg(&hart, Reg::Pc), shim::CLEAR_IPI);
@@ -411,11 +411,11 @@ fn an_old_call_clears_the_harts_own_software_interrupt_inside_the_guest() {
     let answer = (reg(&hart, Reg::Pc), reg(&hart, Reg::X(10)), reg(&hart, Reg::X(11)));
     assert_eq!(answer, (SITE + 4, 0, 2));
     assert_eq!((reg(&hart, Reg::X(16)), reg(&hart, Reg::X(17))), (7, 3));
-    assert_eq!(reg(&hart, Reg::Csr(Csr::Sip)), 0, "nobody has written it from outside");
+    assert_eq!(reg(&hart, Reg::Csr(Csr::Sip)), 0, "user space has not written it");
 }
 
 #[test]
-fn the_shims_page_is_breakpoints_around_one_call() {
+fn the_shims_page_consists_of_breakpoints_and_two_instructions() {
     let code = shim::code();
     let word = |addr: u64| {
         let at = usize::try_from(addr - shim::PAGE).unwrap();
@@ -423,7 +423,7 @@ fn the_shims_page_is_breakpoints_around_one_call() {
     };
     let ebreak = u32::from_le_bytes(sites::EBREAK);
     assert_eq!(
-        (word(shim::VECTOR), word(shim::ERRAND), word(shim::RETURN)),
+        (word(shim::VECTOR), word(shim::KERNEL_CALL), word(shim::RETURN)),
         (ebreak, 0x73, ebreak)
     );
     assert_eq!((word(shim::CLEAR_IPI), word(shim::CLEARED)), (0x1441_7073, ebreak));

@@ -1,4 +1,4 @@
-//! The room's tests: every exit through `dispatch`, traps and page tables by hand, harts and their control on threads.
+//! Tests: every exit through `dispatch`, traps, page tables built by hand, harts and their control on threads.
 
 mod control;
 mod dispatch;

@@ -1,4 +1,4 @@
-//! A hart's thread from its first breath to its last.
+//! A hart's thread from start to end.
 
 use std::io;
 use std::sync::Arc;
@@ -15,17 +15,17 @@ use super::super::testing::{Event, NOWHERE, RAM, ScriptHart, Step, UART, world};
 use super::super::{Control, World, spawn_hart};
 use crate::config::Unassigned;
 
-/// Runs one hart to its end.
+/// Runs one hart until it stops.
 fn run(world: World, hart: ScriptHart) -> (StopReason, Vec<Event>) {
     let control = Arc::new(Control::new());
-    let diary = hart.diary();
+    let log = hart.log();
     control.start();
     let thread =
         spawn_hart(Box::new(hart), Arc::new(world), Arc::clone(&control), None, Unrecorded)
             .unwrap();
     let reason = control.wait();
     let _ = thread.join();
-    (reason, diary.events())
+    (reason, log.events())
 }
 
 fn zero() -> World {
@@ -101,7 +101,7 @@ fn an_unknown_exit_stops_with_the_harts_number_and_registers() {
 #[test]
 fn a_hart_that_cannot_be_entered_is_the_hosts_failure() {
     match run(zero(), ScriptHart::new(2, [Step::Broken])).0 {
-        StopReason::HostFailure(what) => assert_eq!(what, "Hart 2 cannot go on: broken"),
+        StopReason::HostFailure(what) => assert_eq!(what, "Hart 2 cannot continue: broken"),
         other => panic!("{other:?}"),
     }
 }
@@ -161,7 +161,7 @@ fn a_pending_interrupt_keeps_a_suspended_system_awake() {
 }
 
 #[test]
-fn input_that_nobody_has_read_keeps_a_suspended_system_awake() {
+fn unread_input_keeps_a_suspended_system_awake() {
     let (world, uart) = world(Unassigned::Zero);
     uart.line().typed.push_back(b'x');
     let suspend = Step::Sbi { extension: 0x5355_5350, function: 0, args: [0; 6] };
@@ -181,7 +181,7 @@ fn suspending(sie: u64, due: u64) -> ScriptHart {
 
 #[test]
 fn the_timer_of_a_suspended_system_wakes_it() {
-    // Past, now, and in a millisecond of the ten megahertz that the world has.
+    // Past, now, and in a millisecond at the world's 10 MHz.
     for due in [0, 100, 10_100] {
         let (reason, events) = run(zero(), suspending(STIP, due));
         assert_eq!(reason, StopReason::PowerOff);
@@ -190,16 +190,16 @@ fn the_timer_of_a_suspended_system_wakes_it() {
 }
 
 #[test]
-fn a_timer_that_is_off_or_a_century_away_wakes_nobody() {
+fn a_timer_that_is_off_or_a_century_away_does_not_wake() {
     for (sie, due) in [(0, 0), (0, 10_100), (STIP, u64::MAX), (STIP, u64::MAX - 1)] {
         let control = Arc::new(Control::new());
         let hart = suspending(sie, due);
-        let diary = hart.diary();
+        let log = hart.log();
         control.start();
         let thread =
             spawn_hart(Box::new(hart), Arc::new(zero()), Arc::clone(&control), None, Unrecorded);
-        let entries = || diary.events().iter().filter(|event| **event == Event::Entered).count();
-        diary.await_event(&Event::Settled, 1);
+        let entries = || log.events().iter().filter(|event| **event == Event::Entered).count();
+        log.await_event(&Event::Settled, 1);
         drop(control.pause().expect("it sleeps"));
         thread::sleep(Duration::from_millis(20));
         assert_eq!(entries(), 1);
@@ -212,29 +212,29 @@ fn a_timer_that_is_off_or_a_century_away_wakes_nobody() {
     }
 }
 
-/// A count that moves with each look.
-struct Moving(AtomicU64);
+/// A count that increases with each read.
+struct Increasing(AtomicU64);
 
-impl Exits for Moving {
+impl Exits for Increasing {
     fn count(&self) -> io::Result<u64> {
         Ok(self.0.fetch_add(1, SeqCst))
     }
 }
 
 #[test]
-fn a_hart_that_wakes_is_given_what_its_start_has_made_the_kernel_forget() {
+fn a_hart_that_wakes_gets_the_state_back_that_the_kernel_lost_at_its_start() {
     let control = Arc::new(Control::new());
     for opens in [false, true] {
         let mut world = zero();
-        let exits: Vec<Box<dyn Exits>> = vec![Box::new(Moving(AtomicU64::new(0)))];
+        let exits: Vec<Box<dyn Exits>> = vec![Box::new(Increasing(AtomicU64::new(0)))];
         world.restarts = Some(Restarts::watch(exits, opens, &control).unwrap());
         let restarts = world.restarts.as_ref().unwrap();
         let mut hart = ScriptHart::new(0, []);
-        restarts.attend(&mut hart).unwrap();
-        assert!(hart.diary().events().is_empty(), "nobody expects a start");
+        restarts.handle_kick(&mut hart).unwrap();
+        assert!(hart.log().events().is_empty(), "no start is expected");
         restarts.expect(0);
-        while !hart.diary().events().contains(&Event::ExternalDriven) {
-            restarts.attend(&mut hart).unwrap();
+        while !hart.log().events().contains(&Event::ExternalDriven) {
+            restarts.handle_kick(&mut hart).unwrap();
             thread::yield_now();
         }
         let expected = if opens { COUNTERS } else { 0 };

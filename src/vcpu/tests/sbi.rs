@@ -1,4 +1,4 @@
-//! SBI calls, as polite and as hostile guests make them.
+//! SBI calls of well-behaved and of hostile guests.
 
 use super::super::exit::{Exit, SbiCall};
 use super::super::testing::{RAM, world};
@@ -20,7 +20,7 @@ fn call(world: &World, extension: u64, function: u64, args: &[u64]) -> (Flow, [u
     (dispatch(&mut Exit::Sbi(call), world), ret)
 }
 
-/// A call that lets the guest go on.
+/// A call after which the guest continues.
 #[track_caller]
 fn done(world: &World, extension: u64, function: u64, args: &[u64]) -> [u64; 2] {
     let (flow, ret) = call(world, extension, function, args);
@@ -40,7 +40,7 @@ fn console_write_sends_the_bytes_and_counts_them() {
         world.ram.write(RAM.base + 5, &pattern(len)).unwrap();
         assert_eq!(done(&world, DBCN, WRITE, &[len as u64, RAM.base + 5, 0]), [0, len as u64]);
         assert_eq!(uart.line().sent, pattern(len));
-        assert_eq!(uart.line().strange, 0);
+        assert_eq!(uart.line().unexpected, 0);
     }
 }
 
@@ -72,7 +72,7 @@ fn console_read_gives_what_was_typed() {
         let mut seen = vec![0xee; got + 1];
         world.ram.read(RAM.base, &mut seen).unwrap();
         assert_eq!(seen[..got], pattern(got));
-        assert_eq!(seen[got], 0, "nothing is written behind what was read");
+        assert_eq!(seen[got], 0, "nothing is written after the bytes that were read");
         assert_eq!(uart.line().typed.len(), typed - got);
     }
 }
@@ -156,7 +156,7 @@ fn console_calls_cost_one_access_a_chunk_and_none_to_the_registers() {
         uart.line().room = usize::MAX;
         assert_eq!(done(&world, DBCN, WRITE, &[len, RAM.base, 0]), [0, len]);
         let line = uart.line();
-        assert_eq!((line.accesses, line.strange), (accesses, 0), "{len} bytes");
+        assert_eq!((line.accesses, line.unexpected), (accesses, 0), "{len} bytes");
     }
     let (world, uart) = world(Unassigned::Zero);
     uart.line().typed = pattern(300).into();
@@ -165,7 +165,7 @@ fn console_calls_cost_one_access_a_chunk_and_none_to_the_registers() {
 }
 
 #[test]
-fn without_a_console_writes_vanish_and_reads_give_nothing() {
+fn without_a_console_writes_are_discarded_and_reads_give_nothing() {
     let (mut world, _) = world(Unassigned::Zero);
     world.console = None;
     assert_eq!(done(&world, DBCN, WRITE, &[9000, RAM.base, 0]), [0, 4096]);
@@ -198,7 +198,7 @@ fn probes_of_vendor_extensions_find_nothing() {
 }
 
 #[test]
-fn extensions_that_nobody_has_are_not_supported() {
+fn unknown_extensions_are_not_supported() {
     let (world, _) = world(Unassigned::Zero);
     let mut extensions: Vec<u64> = (0..64).map(|bit| 1 << bit).collect();
     extensions.retain(|extension| ![1, 2].contains(extension));

@@ -1,4 +1,4 @@
-//! What the guest finds in its trap vector, and what stops the machine.
+//! The traps that a guest takes, and the faults that stop the machine.
 
 use proptest::prelude::*;
 
@@ -26,7 +26,7 @@ const FSD: u32 = 0x00a5_b427; // fsd fa0,8(a1)
 const C_FLD: u32 = 0x2588; // c.fld fa0,8(a1)
 const ECALL: u32 = 0x73;
 
-/// A hart in supervisor mode at `pc`, with `a1` (x11) pointing to nowhere.
+/// A hart in supervisor mode at `pc`, with `a1` (x11) pointing to [`NOWHERE`].
 fn hart(pc: u64) -> ScriptHart {
     ScriptHart::new(3, []).with([
         (Reg::Pc, pc),
@@ -54,7 +54,7 @@ fn settle(hart: &mut ScriptHart, world: &World, fault: Fault) -> Option<StopReas
 fn check_trap(hart: &ScriptHart, cause: u64, tval: u64, epc: u64) {
     let seen = [Csr::Scause, Csr::Stval, Csr::Sepc].map(|name| csr(hart, name));
     assert_eq!(seen, [cause, tval, epc], "scause, stval, sepc");
-    assert_eq!(hart.get(Reg::Pc).unwrap(), VECTOR, "exceptions go to the base of stvec");
+    assert_eq!(hart.get(Reg::Pc).unwrap(), VECTOR, "exceptions use the base of stvec");
     assert_eq!(hart.get(Reg::Mode).unwrap(), 1);
 }
 
@@ -132,7 +132,7 @@ fn the_previous_mode_and_interrupt_enable_are_kept_as_hardware_keeps_them() {
 }
 
 #[test]
-fn a_fetch_from_where_nothing_is_is_a_fetch_access_fault() {
+fn a_fetch_from_an_unassigned_address_is_a_fetch_access_fault() {
     for fault in [Fault::Unemulated, Fault::Memory] {
         for pc in [NOWHERE, 0, RAM.base + RAM.size, u64::MAX - 1] {
             let mut hart = hart(pc);
@@ -196,7 +196,7 @@ fn user_code_at_the_vectors_address_still_traps_once() {
 }
 
 #[test]
-fn what_no_trap_answers_stops_the_machine() {
+fn a_fault_that_is_no_trap_stops_the_machine() {
     let world = world_with(ECALL);
     let stop = settle(&mut hart(CODE), &world, Fault::Unemulated);
     check_fault(stop, "instruction 0x00000073 at 0x80001000");
@@ -208,7 +208,7 @@ fn what_no_trap_answers_stops_the_machine() {
 }
 
 #[test]
-fn what_the_host_cannot_do_is_the_hosts_failure() {
+fn an_error_of_the_host_is_the_hosts_failure() {
     for fault in [Fault::Entry { reason: 0x600, cpu: 2 }, Fault::Host(12)] {
         let stop = settle(&mut hart(CODE), &world_with(ECALL), fault);
         assert!(matches!(stop, Some(StopReason::HostFailure(_))), "{stop:?}");
@@ -244,7 +244,7 @@ fn memory_that_a_shrunken_file_backed_is_lost() {
 }
 
 #[test]
-fn a_breakpoint_goes_back_into_the_guest() {
+fn a_breakpoint_is_delivered_to_the_guest() {
     let mut hart = hart(CODE);
     assert_eq!(resolve(&mut hart, &world_with(ECALL), Trouble::Breakpoint).unwrap(), None);
     check_trap(&hart, 3, CODE, CODE);
@@ -259,7 +259,7 @@ fn under_the_policy_fault_an_unassigned_access_faults_at_its_virtual_address() {
         let trouble = Trouble::Unassigned { addr: 0xdead_0000, write };
         assert_eq!(resolve(&mut hart, &world, trouble).unwrap(), None);
         check_trap(&hart, cause, NOWHERE + 4, CODE);
-        assert_eq!(hart.diary().events(), [Event::Abandoned], "the access is not completed");
+        assert_eq!(hart.log().events(), [Event::Abandoned], "the access is not completed");
     }
 }
 

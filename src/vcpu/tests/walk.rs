@@ -1,4 +1,4 @@
-//! Page tables made by hand, as guests make them and as they should not.
+//! Page tables built by hand, valid and invalid ones.
 
 use proptest::prelude::*;
 
@@ -155,8 +155,8 @@ proptest! {
         let entries: Vec<_> = entries
             .into_iter()
             .map(|(table, index, bits, to)| {
-                let tame = bits % 3 == 0;
-                (table, index, if tame { entry(page(to), bits & 0x3ff | 1) } else { bits })
+                let is_valid = bits % 3 == 0;
+                (table, index, if is_valid { entry(page(to), bits & 0x3ff | 1) } else { bits })
             })
             .collect();
         let ram = tables(&entries);

@@ -1,4 +1,4 @@
-//! A balloon from outside: how much is asked of the guest, and how much it says it has given.
+//! Control of a balloon from outside the device: its target, and the size that the guest reports.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -10,89 +10,89 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::pages::PAGE;
 
-/// Nothing was asked yet: more pages than a balloon can have.
-const NOTHING: u64 = u64::MAX;
+/// Target that is not set yet: more pages than a balloon can have.
+const UNSET: u64 = u64::MAX;
 
-/// Sets the size of a balloon and reads it, from any thread, over all lives of the guest. Clones mean the same balloon.
+/// Sets the size of a balloon and reads it, from any thread and across reboots. A clone is a handle to the same balloon.
 #[derive(Debug, Clone)]
 pub struct BalloonControl(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
-    /// Pages that the guest is asked for.
+    /// Target in pages.
     target: AtomicU64,
-    /// Pages that the guest says it has given.
+    /// Pages in the balloon, as the guest reports.
     actual: AtomicU32,
     /// Readable when the target has changed.
     changed: EventFd,
 }
 
-/// A balloon cannot be asked for so much.
+/// A target too large for a balloon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[error(
-    "Cannot ask a balloon for {bytes} bytes: page numbers have 32 bits (ask for less than 16 TiB)"
+    "Cannot set the balloon to {bytes} bytes: page numbers have 32 bits (set less than 16 TiB)"
 )]
 pub struct BalloonTooLarge {
     bytes: u64,
 }
 
 impl BalloonControl {
-    /// A control of which no balloon knows yet.
+    /// Creates a control that belongs to no balloon yet.
     ///
     /// # Errors
     /// The host has no descriptors left.
     pub fn new() -> io::Result<Self> {
         let changed = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        let (target, actual) = (AtomicU64::new(NOTHING), AtomicU32::new(0));
+        let (target, actual) = (AtomicU64::new(UNSET), AtomicU32::new(0));
         Ok(Self(Arc::new(Shared { target, actual, changed })))
     }
 
-    /// Asks the guest to have this many bytes in the balloon, whole pages of 4 KiB; what it does is up to its driver, and
-    /// [`actual`](Self::actual) tells. It is asked for the same again after a reset.
+    /// Sets the target: bytes to have in the balloon, in whole pages of 4 KiB. The guest's driver decides if it follows;
+    /// [`actual`](Self::actual) has the result. The target persists across resets.
     ///
     /// # Errors
     /// 2^32 pages (16 TiB) or more.
     pub fn set_target(&self, bytes: u64) -> Result<(), BalloonTooLarge> {
         let pages = u32::try_from(bytes / PAGE).map_err(|_| BalloonTooLarge { bytes })?;
         self.0.target.store(pages.into(), Ordering::SeqCst);
-        // Refused means that it is readable already.
+        // An error means that it is readable already.
         let _ = self.0.changed.write(1);
         Ok(())
     }
 
-    /// Bytes that the guest is asked for.
+    /// The target in bytes.
     #[must_use]
     pub fn target(&self) -> u64 {
-        self.asked().map_or(0, |pages| u64::from(pages) * PAGE)
+        self.target_pages().map_or(0, |pages| u64::from(pages) * PAGE)
     }
 
-    /// Bytes that the guest says it has given; it may say anything.
+    /// Bytes in the balloon, as the guest reports; not verified.
     #[must_use]
     pub fn actual(&self) -> u64 {
         u64::from(self.0.actual.load(Ordering::SeqCst)) * PAGE
     }
 
-    /// Pages that the guest is asked for: what was asked before, else `first` from now on.
+    /// Attaches a new balloon, and returns its target in pages: the one set before, else `first`.
     pub(super) fn begin(&self, first: u32) -> u32 {
         let (new, order) = (u64::from(first), Ordering::SeqCst);
-        let _ = self.0.target.compare_exchange(NOTHING, new, order, order);
+        let _ = self.0.target.compare_exchange(UNSET, new, order, order);
         self.0.actual.store(0, order);
-        self.asked().unwrap_or(first)
+        self.target_pages().unwrap_or(first)
     }
 
-    /// Pages that the guest is asked for, if somebody has asked.
-    pub(super) fn asked(&self) -> Option<u32> {
+    /// The target in pages, if one is set.
+    pub(super) fn target_pages(&self) -> Option<u32> {
         u32::try_from(self.0.target.load(Ordering::SeqCst)).ok()
     }
 
-    /// The guest says how many pages it has given.
-    pub(super) fn gave(&self, pages: u32) {
+    /// Stores the number of pages that the guest reports.
+    pub(super) fn set_actual(&self, pages: u32) {
         self.0.actual.store(pages, Ordering::SeqCst);
     }
 
-    /// Takes note that the target may have changed; before it is looked at.
-    pub(super) fn heard(&self) {
-        // Empty where the event was stale.
+    /// Clears the event of a changed target; before the target is read.
+    pub(super) fn clear_event(&self) {
+        // Fails if the event was stale.
         let _ = self.0.changed.read();
     }
 }

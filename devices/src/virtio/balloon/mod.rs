@@ -1,16 +1,16 @@
 //! Memory balloon device (virtio 1.3, section 5.5): a guest that cooperates gives memory back to the host.
 //!
-//! * Pages that the guest puts into the balloon are given to the host at once ([`DmaMemory::release`]); they read as zero or as
-//!   before when it takes them out again, and nothing has to be done for that: the host provides memory as it is touched.
-//!   So a guest that goes on to use them gets them, and the limit of a machine's memory is its `--mem`.
+//! * Inflated pages are released to the host at once ([`DmaMemory::release`]). After deflation they read as zero or as before, and
+//!   the device does nothing for that: the host provides memory as it is touched. So a guest can use inflated pages all the same,
+//!   and the limit of a machine's memory is its `--mem`.
 //! * The target is `size=MIB` at first; a [`BalloonControl`] changes it while the guest runs.
-//! * With `stats=SECONDS` the guest's own numbers are logged (level `info`).
-//! * With `reporting=on` the guest tells of free pages without giving them up.
+//! * With `stats=SECONDS` the guest's memory statistics are logged (level `info`).
+//! * With `reporting=on` the guest reports free pages without giving them up.
 //!
-//! Left out: free page hinting, which serves migration, and page poisoning. Queues are numbered without gaps, as Linux and
-//! every device it knows do: the reporting queue has the number 3 with statistics and 2 without, where the specification has 4.
+//! Left out: free page hinting, which serves migration, and page poisoning. Queues are numbered without gaps, as in Linux and
+//! the devices it supports: the reporting queue has the number 3 with statistics and 2 without, where the specification has 4.
 //!
-//! A pass handles `PAGES_PER_PASS` pages; a request that has more is gone on with after everybody else had a turn.
+//! A pass handles `PAGES_PER_PASS` pages; a longer request is continued after the other devices of the I/O thread.
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -43,25 +43,21 @@ pub(crate) const MODEL: Model = Model {
     name: "balloon",
     summary: "virtio memory balloon: the guest gives memory back to the host",
     keys: &[
-        Key {
-            name: "size",
-            value: "MIB",
-            help: "memory that the guest is to give at first (default: 0)",
-        },
+        Key { name: "size", value: "MIB", help: "initial target of the balloon (default: 0)" },
         Key {
             name: "stats",
             value: "SECONDS",
-            help: "log the guest's numbers so often (default: never)",
+            help: "interval for logging the guest's memory statistics (default: never)",
         },
         Key {
             name: "reporting",
             value: "on|off",
-            help: "take back what the guest reports as free (default: off)",
+            help: "take back pages that the guest reports as free (default: off)",
         },
         Key {
             name: "deflate_on_oom",
             value: "on|off",
-            help: "the guest may take memory back when it runs out (default: on)",
+            help: "the guest may deflate the balloon when it runs out of memory (default: on)",
         },
     ],
     placement: Placement::Slot,
@@ -70,21 +66,21 @@ pub(crate) const MODEL: Model = Model {
     build,
 };
 
-/// Bytes of page numbers in one request at most: a GiB of pages.
+/// Maximum length of one request in bytes: page numbers for a GiB.
 const MAX_REQUEST: u32 = 1 << 20;
 
-/// Pages that one pass gives back at most, put into the balloon or reported.
+/// Maximum number of pages released in one pass, inflated or reported.
 const PAGES_PER_PASS: u64 = 4096;
 
-/// Page numbers that are looked at together.
+/// Page numbers that are read at once.
 const CHUNK: usize = 1024;
 
 const INFLATE: u16 = 0;
 const DEFLATE: u16 = 1;
-/// The first queue that is there only with a feature.
+/// The first queue that depends on a feature.
 const FIRST_OPTIONAL: u16 = 2;
 
-const TOKEN_AGAIN: u32 = 0;
+const TOKEN_RESUME: u32 = 0;
 const TOKEN_STATS: u32 = 1;
 const TOKEN_TARGET: u32 = 2;
 
@@ -93,22 +89,22 @@ struct Balloon {
     queue_sizes: Vec<u16>,
     memory: Arc<dyn DmaMemory>,
     stats_every: Option<Duration>,
-    /// Readable when a pass has left something.
-    again: EventFd,
+    /// Readable when a pass has left requests unfinished.
+    resume: EventFd,
     timer: TimerFd,
-    /// Who sets the target; nobody does where there is none.
+    /// Sets the target; without one the target is constant.
     control: Option<BalloonControl>,
     has_warned: bool,
-    /// Page numbers that were no RAM.
+    /// Number of page numbers that were not in RAM.
     ignored: u64,
 
-    /// What the driver has taken.
+    /// Negotiated features.
     active: u64,
     config: [u8; 8],
-    /// A request that has more pages than a pass, and how far it is.
+    /// A request with more pages than one pass handles, and its next offset.
     unfinished: Option<(Chain, u32)>,
     reports: Reports,
-    /// The buffer by which the guest is asked for its numbers.
+    /// The guest's statistics buffer; returning it requests new statistics.
     stats: Option<Chain>,
     is_asked: bool,
 }
@@ -125,7 +121,7 @@ fn build(options: &Options, wiring: Wiring) -> Built {
         queue_sizes: vec![128; usize::from(FIRST_OPTIONAL) + optional.count()],
         memory: Arc::clone(&wiring.memory),
         stats_every,
-        again: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(failed("event descriptor"))?,
+        resume: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(failed("event descriptor"))?,
         timer: TimerFd::new().map_err(|error| failed("timer")(error.into()))?,
         has_warned: false,
         ignored: 0,
@@ -137,13 +133,13 @@ fn build(options: &Options, wiring: Wiring) -> Built {
         stats: None,
         is_asked: false,
     };
-    balloon.ask_for(target);
+    balloon.set_target(target);
     VirtioMmio::create(Box::new(balloon), wiring)
 }
 
 impl Balloon {
-    /// Writes the target, in pages, where the driver reads it. True where it was another.
-    fn ask_for(&mut self, pages: u32) -> bool {
+    /// Writes the target, in pages, to the configuration space. True if it has changed.
+    fn set_target(&mut self, pages: u32) -> bool {
         let field = self.config.first_chunk_mut::<4>();
         field.is_some_and(|field| {
             std::mem::replace(field, pages.to_le_bytes()) != pages.to_le_bytes()
@@ -173,8 +169,8 @@ impl Balloon {
             self.reports.take(queue, work, self.memory.as_ref(), &mut left)?;
         }
         if left == 0 {
-            // Refused means that it is readable already.
-            let _ = self.again.write(1);
+            // An error means that it is readable already.
+            let _ = self.resume.write(1);
         }
         Ok(())
     }
@@ -206,8 +202,7 @@ impl Balloon {
         Ok(())
     }
 
-    /// Gives pages whose numbers begin at `offset` to the host, at most `most`, and says how many numbers that were: at
-    /// least one.
+    /// Releases at most `most` pages, whose numbers begin at `offset`, and returns the count of numbers: at least one.
     fn take_pages(&mut self, chain: &Chain, offset: u32, most: u64, work: &Work<'_>) -> u32 {
         let mut raw = [0; 4 * CHUNK];
         let most = usize::try_from(most).map_or(CHUNK, |most| most.min(CHUNK));
@@ -222,12 +217,12 @@ impl Balloon {
 
     fn ignore(&mut self, count: usize) {
         if count > 0 && !std::mem::replace(&mut self.has_warned, true) {
-            warn!("{}: the guest gives pages that it does not have: ignored", MODEL.name);
+            warn!("{}: the guest inflates pages outside its RAM: ignored", MODEL.name);
         }
         self.ignored = self.ignored.saturating_add(count as u64);
     }
 
-    /// Keeps the guest's buffer until its numbers are wanted anew, and logs those in it if they were.
+    /// Keeps the guest's statistics buffer until the next request, and logs the statistics in it if they were requested.
     fn take_stats(&mut self, queue: u16, work: &mut Work<'_>) -> Result<(), VirtioError> {
         while let Some(chain) = work.pop(queue)? {
             if std::mem::take(&mut self.is_asked) {
@@ -259,7 +254,7 @@ impl Balloon {
     }
 }
 
-/// Gives back a request of which nothing is written, or refuses one that asks for nothing.
+/// Completes a request with nothing written, or refuses an empty one.
 fn answer(chain: Chain, work: &mut Work<'_>) {
     if chain.readable_bytes() == 0 && chain.writable_bytes() == 0 {
         work.refuse(chain);
@@ -268,7 +263,7 @@ fn answer(chain: Chain, work: &mut Work<'_>) {
     }
 }
 
-/// Whether a request is a list of page numbers of a length that is served.
+/// True if a request is a list of page numbers of a valid length.
 fn is_list(chain: &Chain) -> bool {
     let bytes = chain.readable_bytes();
     bytes > 0 && bytes.is_multiple_of(4) && bytes <= MAX_REQUEST
@@ -277,7 +272,7 @@ fn is_list(chain: &Chain) -> bool {
 impl Drop for Balloon {
     fn drop(&mut self) {
         if self.ignored > 0 {
-            info!("{}: {} pages were none of the guest's", MODEL.name, self.ignored);
+            info!("{}: {} inflated pages were outside the guest's RAM", MODEL.name, self.ignored);
         }
     }
 }
@@ -304,11 +299,11 @@ impl VirtioDevice for Balloon {
     }
 
     fn write_config(&mut self, offset: usize, data: &[u8]) {
-        // Only `actual`, the second half, is the driver's.
+        // Only `actual`, the second half, is writable.
         let bytes = self.config.iter_mut().enumerate().skip(offset).zip(data);
         bytes.filter(|((at, _), _)| *at >= 4).for_each(|((_, to), from)| *to = *from);
         if let (Some(control), Some(actual)) = (&self.control, self.config.last_chunk()) {
-            control.gave(u32::from_le_bytes(*actual));
+            control.set_actual(u32::from_le_bytes(*actual));
         }
     }
 
@@ -340,14 +335,14 @@ impl VirtioDevice for Balloon {
         self.stats = None;
         self.is_asked = false;
         self.config.iter_mut().skip(4).for_each(|byte| *byte = 0);
-        let _ = self.control.as_ref().map(|control| control.gave(0));
+        let _ = self.control.as_ref().map(|control| control.set_actual(0));
         self.set_timer();
     }
 
     fn sources(&self) -> Vec<Source> {
         let read = |fd, token| Source { fd, token, interest: Interest::Read };
         let mut sources = vec![
-            read(self.again.as_raw_fd(), TOKEN_AGAIN),
+            read(self.resume.as_raw_fd(), TOKEN_RESUME),
             read(self.timer.as_raw_fd(), TOKEN_STATS),
         ];
         let control = self.control.as_ref();
@@ -357,19 +352,19 @@ impl VirtioDevice for Balloon {
 
     fn ready(&mut self, token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {
         match token {
-            // Drained; empty if the event was stale.
-            TOKEN_AGAIN => drop(self.again.read()),
+            // Fails if the event was stale.
+            TOKEN_RESUME => drop(self.resume.read()),
             TOKEN_STATS => {
-                // Setting the timer takes back its expiry, so it need not be read.
+                // Setting the timer clears its expiry, so it need not be read.
                 self.set_timer();
                 self.ask_for_stats(work);
             }
             TOKEN_TARGET => {
-                let asked = self.control.as_ref().and_then(|control| {
-                    control.heard();
-                    control.asked()
+                let target = self.control.as_ref().and_then(|control| {
+                    control.clear_event();
+                    control.target_pages()
                 });
-                if asked.is_some_and(|pages| self.ask_for(pages)) {
+                if target.is_some_and(|pages| self.set_target(pages)) {
                     work.config_changed();
                 }
             }

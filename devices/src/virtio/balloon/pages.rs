@@ -1,6 +1,6 @@
-//! A list of page numbers, as a driver writes it: sorted, without those that are no RAM and those that are there twice.
+//! A driver's list of page numbers: sorted, without pages outside RAM and without duplicates.
 
-/// Bytes of a page of the balloon, whatever the guest's are.
+/// Bytes of a page of the balloon, independent of the guest's page size.
 pub(super) const PAGE: u64 = 4096;
 
 /// The pages of a list.
@@ -8,9 +8,9 @@ pub(super) const PAGE: u64 = 4096;
 pub(super) struct List {
     /// Their addresses, ascending.
     pages: Vec<u64>,
-    /// Numbers that were in the list.
+    /// Count of numbers in the list.
     pub(super) count: usize,
-    /// Those of them that are no RAM.
+    /// Count of those outside RAM.
     pub(super) ignored: usize,
 }
 
@@ -28,7 +28,7 @@ impl List {
         Self { pages, count, ignored }
     }
 
-    /// Pages side by side: the address of the first, and how many.
+    /// Runs of contiguous pages: the address of the first, and their count.
     pub(super) fn runs(&self) -> impl Iterator<Item = (u64, u64)> {
         let runs = self.pages.chunk_by(|page, next| page + PAGE == *next);
         runs.filter_map(|run| Some((*run.first()?, run.len() as u64)))

@@ -1,5 +1,5 @@
-//! Free pages that the guest tells of without giving them up (virtio 1.3, section 5.5.6.5): they go to the host, a bounded number
-//! in a pass. One buffer may be as large as RAM.
+//! Free page reporting (virtio 1.3, section 5.5.6.5): free pages that the guest does not give up are released to the host, a bounded
+//! number in a pass. One buffer may be as large as RAM.
 
 use super::{PAGE, answer};
 use crate::virtio::{Chain, DmaMemory, Segment, VirtioError, Work, pieces};
@@ -7,17 +7,17 @@ use crate::virtio::{Chain, DmaMemory, Segment, VirtioError, Work, pieces};
 /// The reports of a guest.
 #[derive(Debug, Default)]
 pub(super) struct Reports {
-    /// One that has more pages than a pass, and how far it is.
+    /// A report with more pages than one pass handles, and its next offset.
     unfinished: Option<(Chain, u32)>,
 }
 
 impl Reports {
-    /// Forgets what was begun.
+    /// Drops an unfinished report.
     pub(super) fn reset(&mut self) {
         self.unfinished = None;
     }
 
-    /// Gives what is reported in `queue` to the host, at most `left` pages, which become fewer.
+    /// Releases the pages reported in `queue` to the host, at most `left`, which decreases.
     pub(super) fn take(
         &mut self,
         queue: u16,
@@ -48,8 +48,8 @@ impl Reports {
     }
 }
 
-/// What comes at `offset` of a report, at most `most` pages of it, and whole ones where it goes on behind them; none where
-/// `most` is 0 or the report is over.
+/// The piece at `offset` of a report: at most `most` pages, and whole ones if the report continues behind it; `None` if `most` is
+/// 0 or the report is at its end.
 fn next_piece(chain: &Chain, offset: u32, most: u64) -> Option<Segment> {
     let rest = usize::try_from(chain.writable_bytes()).unwrap_or(usize::MAX);
     let Segment { addr, len } = pieces(chain.writable(), offset, rest).next()?;

@@ -1,4 +1,4 @@
-//! What the user says of the balloon.
+//! The options of the balloon.
 
 use std::time::Duration;
 
@@ -14,9 +14,9 @@ pub(super) mod f {
 pub(super) struct BalloonSettings {
     /// The first target, in pages of 4 KiB.
     pub(super) pages: u32,
-    /// What is offered to the driver.
+    /// Offered features.
     pub(super) features: u64,
-    /// How often the guest's numbers are logged.
+    /// Interval for logging the guest's statistics.
     pub(super) stats_every: Option<Duration>,
 }
 

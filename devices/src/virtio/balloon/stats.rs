@@ -1,6 +1,6 @@
-//! What a guest says of its memory (virtio 1.3, section 5.5.6.3), as a text.
+//! The guest's memory statistics (virtio 1.3, section 5.5.6.3), as a text.
 
-/// Statistics that are logged: the tag and its words (section 5.5.6.3).
+/// Statistics that are logged: tag and name (section 5.5.6.3).
 const TAGS: [(u16, &str); 7] = [
     (4, "free"),
     (5, "total"),
@@ -14,10 +14,10 @@ const TAGS: [(u16, &str); 7] = [
 /// Bytes of one statistic.
 const STAT: usize = 10;
 
-/// Bytes of statistics that are looked at.
+/// Maximum length of statistics read, in bytes.
 pub(super) const MAX_BYTES: usize = 32 * STAT;
 
-/// The guest's numbers as a text: those that are known, once each.
+/// Formats the guest's statistics: the known ones, once each.
 pub(super) fn numbers(raw: &[u8]) -> String {
     let stat = |raw: &[u8]| {
         let (tag, value) = raw.split_at_checked(2)?;
@@ -30,7 +30,7 @@ pub(super) fn numbers(raw: &[u8]) -> String {
         Some(format!("{word} {value}"))
     });
     let words: Vec<String> = words.collect();
-    if words.is_empty() { "the guest has no numbers".into() } else { words.join(", ") }
+    if words.is_empty() { "the guest reports no statistics".into() } else { words.join(", ") }
 }
 
 #[cfg(test)]
@@ -42,10 +42,10 @@ mod tests {
     }
 
     #[test]
-    fn known_numbers_are_told_and_unknown_and_half_ones_left_out() {
+    fn known_statistics_are_shown_and_unknown_and_truncated_ones_are_not() {
         let raw = [stat(4, 1000), stat(77, 5), stat(6, 2000), stat(4, 9), vec![5, 0, 1]].concat();
         assert_eq!(numbers(&raw), "free 1000, available 2000");
-        assert_eq!(numbers(&raw[..9]), "the guest has no numbers");
-        assert_eq!(numbers(&stat(u16::MAX, 1)), "the guest has no numbers");
+        assert_eq!(numbers(&raw[..9]), "the guest reports no statistics");
+        assert_eq!(numbers(&stat(u16::MAX, 1)), "the guest reports no statistics");
     }
 }

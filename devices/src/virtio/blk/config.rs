@@ -1,9 +1,9 @@
 //! The configuration space of a disk (virtio 1.3, section 5.2.4). Left out: geometry and `size_max`, whose features are not
-//! offered, and everything behind `write_zeroes_may_unmap`.
+//! offered, and all fields after `write_zeroes_may_unmap`.
 
 use super::request::{MAX_DISCARD_SECTORS, MAX_ZEROES_SECTORS, SECTOR};
 
-/// Where the fields lie.
+/// Offsets of the fields.
 mod field {
     pub(super) const CAPACITY: usize = 0;
     pub(super) const SEG_MAX: usize = 12;
@@ -19,12 +19,12 @@ mod field {
     pub(super) const END: usize = 60;
 }
 
-/// What the driver reads, kept as the bytes that it reads.
+/// The configuration space, as the driver reads it.
 #[derive(Debug, Clone)]
 pub(super) struct Config([u8; field::END]);
 
 impl Config {
-    /// Of a disk of `capacity` bytes, with so many queues and at most `seg_max` buffers of data in a request.
+    /// Creates that of a disk of `capacity` bytes with `queues` queues and at most `seg_max` data buffers in a request.
     pub(super) fn new(capacity: u64, queues: u16, seg_max: u32) -> Self {
         let mut config = Self([0; field::END]);
         config.set_capacity(capacity);
@@ -51,7 +51,7 @@ impl Config {
         &self.0
     }
 
-    /// Bytes of the disk.
+    /// Size of the disk in bytes.
     pub(super) fn capacity(&self) -> u64 {
         let sectors = self.0.first_chunk().map_or(0, |raw| u64::from_le_bytes(*raw));
         sectors.saturating_mul(SECTOR)
@@ -61,7 +61,7 @@ impl Config {
         self.put(field::CAPACITY, &(bytes / SECTOR).to_le_bytes());
     }
 
-    /// Whether completed writes may wait for a flush.
+    /// True if completed writes need not be durable before a flush.
     pub(super) fn is_writeback(&self) -> bool {
         self.0.get(field::WRITEBACK) == Some(&1)
     }
@@ -70,7 +70,7 @@ impl Config {
         self.put(field::WRITEBACK, &[u8::from(on)]);
     }
 
-    /// The driver writes: `writeback` takes 0 and 1, nothing else is the driver's.
+    /// Takes a write of the driver: only `writeback` is writable, with 0 or 1.
     pub(super) fn write(&mut self, offset: usize, data: &[u8]) {
         let value = field::WRITEBACK.checked_sub(offset).and_then(|at| data.get(at));
         if let Some(value @ (0 | 1)) = value {

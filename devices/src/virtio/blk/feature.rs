@@ -1,4 +1,4 @@
-//! Feature bits of a disk (virtio 1.3, section 5.2.3), and those that are offered to every driver or with a disk that may be written.
+//! Feature bits of a disk (virtio 1.3, section 5.2.3), and the sets offered with every disk and with a writable one.
 
 pub(super) const SEG_MAX: u64 = 1 << 2;
 pub(super) const RO: u64 = 1 << 5;

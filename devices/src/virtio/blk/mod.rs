@@ -1,8 +1,8 @@
-//! Block device (virtio 1.3, section 5.2): a disk whose contents lie in a file or block device of the host.
+//! Block device (virtio 1.3, section 5.2): a disk in a file or block device of the host.
 //!
-//! The format is what the user says, raw if nothing: what lies in the file is never asked for it, so a guest cannot make its
-//! disk into something else by what it writes. Requests go to the host's end ([`DiskBackend`]) and come back in any order; how many are on the way is bounded.
-//! Left out: legacy geometry, secure erase, lifetime, zones.
+//! The format is an option, raw by default, and never probed from the file, so a guest cannot change it by writing to its disk.
+//! Requests go to a [`DiskBackend`] and complete in any order; their number in flight is bounded. Left out: legacy geometry, secure
+//! erase, lifetime, zones.
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -26,7 +26,7 @@ pub mod testing;
 pub use backend::{DiskBackend, DiskCache, DiskDone, DiskFormat, DiskOp, DiskPlan, DiskRequest};
 
 use config::Config;
-use request::{HEADER, ID_BYTES, Limits, Status, Verdict, judge, room};
+use request::{HEADER, ID_BYTES, Limits, Request, Status, parse, room};
 use settings::{BlkSettings, derived_id};
 
 /// The catalog's entry.
@@ -34,7 +34,7 @@ pub(crate) const MODEL: Model = Model {
     name: "blk",
     summary: "virtio block device: a disk in a file or block device",
     keys: &[
-        key("path", "FILE", "the file or block device; has to be given"),
+        key("path", "FILE", "the file or block device (needed)"),
         key("ro", "on|off", "the guest cannot write (default: off)"),
         key("serial", "TEXT", "identity of up to 20 bytes (default: derived from the file)"),
         key(
@@ -43,9 +43,9 @@ pub(crate) const MODEL: Model = Model {
             "writeback, none (O_DIRECT) or unsafe (no flush) (default: writeback)",
         ),
         key("queues", "N", "request queues, 1 to 8 (default: 1)"),
-        key("iops", "N", "requests a second at most (default: no limit)"),
-        key("bps", "BYTES", "bytes a second at most (default: no limit)"),
-        key("format", "FORMAT", "raw or qcow2 (default: raw, whatever the file holds)"),
+        key("iops", "N", "limit of requests per second (default: no limit)"),
+        key("bps", "BYTES", "limit of bytes per second (default: no limit)"),
+        key("format", "FORMAT", "raw or qcow2; never probed (default: raw)"),
         key("backing", "on|off", "a qcow2 image may name a backing file (default: off)"),
     ],
     placement: Placement::Slot,
@@ -54,24 +54,24 @@ pub(crate) const MODEL: Model = Model {
     build,
 };
 
-/// Entries of each queue: a mebibyte of scattered pages is one request.
+/// Entries of each queue: a mebibyte of scattered pages fits into one request.
 const QUEUE_SIZE: u16 = 512;
-/// Buffers of data in a request: header and status take two descriptors.
+/// Maximum number of data buffers in a request: header and status take two descriptors.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
-/// Requests that are with the host's end at most, of all queues together.
+/// Maximum number of requests in the backend, of all queues together.
 const MAX_IN_FLIGHT: u32 = 256;
 
-/// How long a reset waits for the disk, with the device's lock held. What takes longer is waited for by the driver.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// Time for which a reset waits for the disk, with the device's lock held. After that the driver waits.
+const RESET_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// After how long a host's end that did not take everything is polled again.
-const LATER: Duration = Duration::from_millis(1);
-/// What a timer takes for now.
+/// Delay before a backend that did not accept everything is polled poll_timer.
+const POLL_DELAY: Duration = Duration::from_millis(1);
+/// The shortest time that a timer accepts.
 const NOW: Duration = Duration::from_nanos(1);
 
 const TOKEN_LIMIT: u32 = 0;
 const TOKEN_DISK: u32 = 1;
-const TOKEN_AGAIN: u32 = 2;
+const TOKEN_POLL: u32 = 2;
 
 const fn key(name: &'static str, value: &'static str, help: &'static str) -> Key {
     Key { name, value, help }
@@ -79,25 +79,25 @@ const fn key(name: &'static str, value: &'static str, help: &'static str) -> Key
 
 /// A disk.
 struct Blk {
-    // Fixed.
+    // Constant.
     queue_sizes: Box<[u16]>,
     features: u64,
     is_read_only: bool,
     id: [u8; ID_BYTES],
 
-    // The host's side.
+    // Host side.
     disk: Box<dyn DiskBackend>,
     limiter: Limiter,
-    /// Makes the I/O thread look again: after a queue was reset by a hart, and where the host's end is behind.
-    again: TimerFd,
-    /// What is with the host's end, by slot: never by the driver's head, which the driver chooses.
+    /// Makes the I/O thread poll the backend: after a hart has reset a queue, and when the backend is behind.
+    poll_timer: TimerFd,
+    /// Requests in the backend, by slot: never by the descriptor's head, which the driver chooses.
     in_flight: Box<[Option<InFlight>]>,
     free: Vec<u32>,
-    /// Slots of requests that were given up and with which the host's end is not through.
+    /// Slots of abandoned requests that the backend has not finished.
     abandoned: Vec<u32>,
-    /// A queue was left because no slot was free.
+    /// Requests wait in a queue because no slot was free.
     is_starved: bool,
-    /// Kept for their room only.
+    /// Buffers, kept to reuse their allocations.
     done: Vec<DiskDone>,
     data: Vec<Segment>,
 
@@ -105,17 +105,17 @@ struct Blk {
     state: State,
 }
 
-/// A request that is with the host's end.
+/// A request in the backend.
 struct InFlight {
     chain: Chain,
-    /// Bytes of the chain's writable part that are filled when all goes well, the status apart.
+    /// Bytes of the chain's writable part that are filled on success, without the status.
     fills: u32,
 }
 
-/// What the driver sees and sets.
+/// State that the driver reads and writes.
 struct State {
     config: Config,
-    /// The driver knows that it has to flush.
+    /// `VIRTIO_BLK_F_FLUSH` was negotiated.
     has_flush: bool,
 }
 
@@ -128,8 +128,8 @@ fn build(options: &Options, wiring: Wiring) -> Built {
         .map_err(|source| BuildError::End { model: MODEL.name, source })?;
     let host = |what| move |source| BuildError::Host { model: MODEL.name, what, source };
     let limiter = Limiter::new(settings.bps, settings.iops).map_err(host("timer"))?;
-    let again = TimerFd::new().map_err(|error| host("timer")(error.into()))?;
-    VirtioMmio::create(Box::new(Blk::new(&settings, disk, limiter, again)), wiring)
+    let poll_timer = TimerFd::new().map_err(|error| host("timer")(error.into()))?;
+    VirtioMmio::create(Box::new(Blk::new(&settings, disk, limiter, poll_timer)), wiring)
 }
 
 impl Blk {
@@ -137,7 +137,7 @@ impl Blk {
         settings: &BlkSettings,
         disk: Box<dyn DiskBackend>,
         limiter: Limiter,
-        again: TimerFd,
+        poll_timer: TimerFd,
     ) -> Self {
         let is_read_only = settings.plan.is_read_only;
         let access = if is_read_only { feature::RO } else { feature::WRITABLE };
@@ -150,9 +150,9 @@ impl Blk {
             id: settings.serial.unwrap_or_else(|| derived_id(disk.file_name())),
             disk,
             limiter,
-            again,
+            poll_timer,
             in_flight: (0..MAX_IN_FLIGHT).map(|_| None).collect(),
-            // The lowest is taken first.
+            // The lowest slot is taken first.
             free: (0..MAX_IN_FLIGHT).rev().collect(),
             abandoned: Vec::new(),
             is_starved: false,
@@ -162,7 +162,7 @@ impl Blk {
         }
     }
 
-    /// Takes what the driver has made available, as far as limits and slots allow.
+    /// Takes the requests of a queue, as far as limits and slots allow.
     fn serve(&mut self, queue: u16, work: &mut Work<'_>) -> Result<(), VirtioError> {
         while !self.limiter.is_waiting() {
             let Some(slot) = self.free.last().copied() else {
@@ -175,16 +175,16 @@ impl Blk {
                 is_read_only: self.is_read_only,
                 is_write_through: !self.state.has_flush || !self.state.config.is_writeback(),
             };
-            match judge(&chain, work.memory(), &limits) {
-                Verdict::Refuse => work.refuse(chain),
-                Verdict::Answer(status) => answer(chain, status, 0, work),
-                Verdict::Identity => {
+            match parse(&chain, work.memory(), &limits) {
+                Request::Refuse => work.refuse(chain),
+                Request::Complete(status) => complete(chain, status, 0, work),
+                Request::GetId => {
                     let id = self.id.get(..room(&chain) as usize).unwrap_or(&self.id);
                     let filled = chain.write_at(work.memory(), 0, id);
                     let filled = u32::try_from(filled).unwrap_or(0);
-                    answer(chain, Status::Ok, filled, work);
+                    complete(chain, Status::Ok, filled, work);
                 }
-                Verdict::Do { op, offset, len } => {
+                Request::Disk { op, offset, len } => {
                     let bytes =
                         if matches!(op, DiskOp::Read | DiskOp::Write { .. }) { len } else { 0 };
                     if self.limiter.allows(bytes) {
@@ -204,7 +204,7 @@ impl Blk {
         (0..queues).try_for_each(|queue| self.serve(queue, work))
     }
 
-    /// Hands a request to the host's end; `slot` is the next free one.
+    /// Starts a request in the backend; `slot` is the next free one.
     fn start(&mut self, slot: u32, chain: Chain, (op, offset, len): (DiskOp, u64, u64)) {
         self.data.clear();
         let bytes = usize::try_from(len).unwrap_or(usize::MAX);
@@ -224,8 +224,8 @@ impl Blk {
         self.disk.start(DiskRequest { slot, op, offset, len, data: &self.data });
     }
 
-    /// Sets everything going and gives back what has ended, until there is nothing more to do now.
-    fn turn(&mut self, work: &mut Work<'_>) -> Result<(), VirtioError> {
+    /// Starts and completes requests, until there is nothing more to do now.
+    fn run(&mut self, work: &mut Work<'_>) -> Result<(), VirtioError> {
         loop {
             self.collect(work);
             if !self.is_starved || self.free.is_empty() || self.limiter.is_waiting() {
@@ -235,20 +235,21 @@ impl Blk {
         }
     }
 
+    /// Completes the requests that the backend has finished.
     fn collect(&mut self, work: &mut Work<'_>) {
         let mut done = std::mem::take(&mut self.done);
         self.disk.poll(&mut done);
         for DiskDone { slot, is_ok } in done.drain(..) {
             let Some(InFlight { chain, fills }) = self.release(slot) else {
-                self.note_through(slot);
+                self.free_abandoned(slot);
                 continue;
             };
             let (status, filled) = if is_ok { (Status::Ok, fills) } else { (Status::IoErr, 0) };
-            answer(chain, status, filled, work);
+            complete(chain, status, filled, work);
         }
         self.done = done;
         if self.disk.is_behind() {
-            self.look_again(LATER);
+            self.poll_after(POLL_DELAY);
         }
         let size = self.disk.size();
         if size != self.state.config.capacity() {
@@ -257,9 +258,9 @@ impl Blk {
         }
     }
 
-    fn look_again(&mut self, after: Duration) {
-        // The kernel refuses no time that is one.
-        let _ = self.again.reset(after, None);
+    fn poll_after(&mut self, after: Duration) {
+        // The kernel accepts every valid time.
+        let _ = self.poll_timer.reset(after, None);
     }
 
     fn release(&mut self, slot: u32) -> Option<InFlight> {
@@ -268,26 +269,26 @@ impl Blk {
         Some(request)
     }
 
-    /// The host's end is through with a request that was given up.
-    fn note_through(&mut self, slot: u32) {
+    /// Frees the slot of an abandoned request that the backend has finished.
+    fn free_abandoned(&mut self, slot: u32) {
         if let Some(at) = self.abandoned.iter().position(|abandoned| *abandoned == slot) {
             self.abandoned.swap_remove(at);
             self.free.push(slot);
         }
     }
 
-    /// Gives up what is in flight and `is_meant`.
-    fn give_up(&mut self, is_meant: impl Fn(&Chain) -> bool) {
+    /// Abandons the requests in flight whose chains are selected by `is_meant`.
+    fn abandon(&mut self, is_meant: impl Fn(&Chain) -> bool) {
         let is_meant = |(slot, place): (u32, &Option<InFlight>)| {
             place.as_ref().is_some_and(|request| is_meant(&request.chain)).then_some(slot)
         };
         let slots: Vec<u32> = (0..).zip(&self.in_flight).filter_map(is_meant).collect();
         if !slots.is_empty() {
-            let left = self.disk.abandon(&slots, PATIENCE);
+            let left = self.disk.abandon(&slots, RESET_TIMEOUT);
             for slot in slots {
                 drop(self.release(slot));
                 if left.contains(&slot) {
-                    // As it was, but for the request.
+                    // The slot stays in use.
                     self.free.pop();
                     self.abandoned.push(slot);
                 }
@@ -296,11 +297,11 @@ impl Blk {
     }
 }
 
-/// Gives a request back with its status, after the first `filled` bytes of its writable part.
-fn answer(chain: Chain, status: Status, filled: u32, work: &mut Work<'_>) {
+/// Completes a request with its status, after the first `filled` bytes of its writable part.
+fn complete(chain: Chain, status: Status, filled: u32, work: &mut Work<'_>) {
     let at = room(&chain);
     chain.write_at(work.memory(), at, &[status as u8]);
-    // The length is that of an unbroken run from the start (section 2.7.8.2), which the status may not be part of.
+    // The used length covers a contiguous part from the start (section 2.7.8.2), which may end before the status.
     work.complete(chain, if filled == at { at + 1 } else { filled });
 }
 
@@ -317,7 +318,7 @@ impl VirtioDevice for Blk {
         &self.queue_sizes
     }
 
-    /// Requests are the same without it, and there are drivers that never take it (the crate virtio-drivers).
+    /// Requests are the same without it, and some drivers never accept it (the crate virtio-drivers).
     fn may_lack_version_1(&self) -> bool {
         true
     }
@@ -346,13 +347,13 @@ impl VirtioDevice for Blk {
 
     fn kicked(&mut self, queue: u16, work: &mut Work<'_>) -> Result<(), VirtioError> {
         self.serve(queue, work)?;
-        self.turn(work)
+        self.run(work)
     }
 
     fn reset_queue(&mut self, queue: u16) {
-        self.give_up(|chain| chain.queue() == queue);
-        // Others may have ended meanwhile.
-        self.look_again(NOW);
+        self.abandon(|chain| chain.queue() == queue);
+        // Requests of other queues may have completed meanwhile.
+        self.poll_after(NOW);
     }
 
     fn is_settled(&self) -> bool {
@@ -360,9 +361,9 @@ impl VirtioDevice for Blk {
     }
 
     fn reset(&mut self) {
-        self.give_up(|_| true);
+        self.abandon(|_| true);
         if self.disk.is_behind() {
-            self.look_again(LATER);
+            self.poll_after(POLL_DELAY);
         }
         self.is_starved = false;
         self.state.config.set_writeback(true);
@@ -374,7 +375,7 @@ impl VirtioDevice for Blk {
         vec![
             source(self.limiter.fd(), TOKEN_LIMIT),
             source(self.disk.fd(), TOKEN_DISK),
-            source(self.again.as_raw_fd(), TOKEN_AGAIN),
+            source(self.poll_timer.as_raw_fd(), TOKEN_POLL),
         ]
     }
 
@@ -384,11 +385,11 @@ impl VirtioDevice for Blk {
                 self.limiter.expired();
                 self.serve_all(work)?;
             }
-            // Quiet until it is set again.
-            TOKEN_AGAIN => drop(self.again.clear()),
+            // Disarmed until it is set again.
+            TOKEN_POLL => drop(self.poll_timer.clear()),
             _ => {}
         }
-        self.turn(work)
+        self.run(work)
     }
 }
 
@@ -400,7 +401,7 @@ mod tests {
     use crate::virtio::GuestMemoryMmap;
     use crate::virtio::testing::{Buffer, Rig};
 
-    /// A disk of which two requests can be in flight, and who holds them up.
+    /// A device with at most two requests in flight, and the disk that holds them up.
     fn narrow() -> (Rig, MemoryDisk) {
         let disk = MemoryDisk::new(8).unwrap();
         let host = disk.clone();

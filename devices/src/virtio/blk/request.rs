@@ -1,26 +1,26 @@
-//! A request of the driver, taken apart and judged before anything is done (virtio 1.3, section 5.2.6).
+//! Parsing and validation of the driver's requests (virtio 1.3, section 5.2.6).
 //!
-//! The header is copied once and may lie in any number of buffers; the status is the last byte that the device may write;
-//! what is between them is data. Left out: secure erase, lifetime and zones, whose features are not offered.
+//! The header is copied once and may be spread over any number of buffers; the status is the last byte that the device may write;
+//! the data is between them. Left out: secure erase, lifetime and zones, whose features are not offered.
 
 use crate::virtio::Chain;
 
 use super::backend::DiskOp;
 use vm_memory::GuestMemoryMmap;
 
-/// Bytes of a sector, in which the protocol counts whatever the disk's blocks are.
+/// Bytes of a sector, the unit of the protocol whatever the disk's block size is.
 pub(super) const SECTOR: u64 = 512;
 
 /// Bytes of the header: type, a reserved word, sector.
 pub(super) const HEADER: u32 = 16;
 
-/// Bytes of the identity that GET_ID asks for.
+/// Bytes of the serial number that GET_ID reads.
 pub(super) const ID_BYTES: usize = 20;
 
-/// Sectors that one DISCARD may name: 1 GiB.
+/// Maximum number of sectors of one DISCARD: 1 GiB.
 pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 21;
 
-/// Sectors that one WRITE_ZEROES may name: 16 MiB, because the host may have to write them.
+/// Maximum number of sectors of one WRITE_ZEROES: 16 MiB, because the host may have to write them.
 pub(super) const MAX_ZEROES_SECTORS: u32 = 1 << 15;
 
 /// Bytes of a DISCARD's or WRITE_ZEROES' segment: sector, number of sectors, flags.
@@ -35,7 +35,7 @@ mod kind {
     pub(super) const WRITE_ZEROES: u32 = 13;
 }
 
-/// The bit of a segment's flags: the host may give the space back.
+/// The `unmap` flag of a segment: the host may deallocate it.
 const UNMAP: u32 = 1;
 
 /// The byte that ends every request.
@@ -47,54 +47,54 @@ pub(super) enum Status {
     Unsupp = 2,
 }
 
-/// What a request is judged against.
+/// The state of the device that a request is validated against.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
-    /// Bytes of the disk.
+    /// Size of the disk in bytes.
     pub(super) capacity: u64,
     pub(super) is_read_only: bool,
-    /// Writes are done when they are durable.
+    /// Writes complete only when they are durable.
     pub(super) is_write_through: bool,
 }
 
-/// What is to be done about a chain.
+/// A parsed request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Verdict {
-    /// There is no room for a status: the chain goes back as it came.
+pub(super) enum Request {
+    /// Has no room for a status: the chain is returned unchanged.
     Refuse,
-    /// It is answered at once.
-    Answer(Status),
-    /// It asks for the disk's identity.
-    Identity,
-    /// The disk has to do something.
-    Do { op: DiskOp, offset: u64, len: u64 },
+    /// Completes at once, with this status.
+    Complete(Status),
+    /// Reads the serial number.
+    GetId,
+    /// An operation for the backend.
+    Disk { op: DiskOp, offset: u64, len: u64 },
 }
 
-/// The bytes that the device may write before the status.
+/// Bytes that the device may write before the status.
 pub(super) fn room(chain: &Chain) -> u32 {
     chain.writable_bytes().saturating_sub(1)
 }
 
-/// Judges a chain.
-pub(super) fn judge(chain: &Chain, memory: &GuestMemoryMmap, limits: &Limits) -> Verdict {
+/// Parses and validates a chain.
+pub(super) fn parse(chain: &Chain, memory: &GuestMemoryMmap, limits: &Limits) -> Request {
     if chain.writable_bytes() == 0 {
-        return Verdict::Refuse;
+        return Request::Refuse;
     }
     let mut header = [0; HEADER as usize];
     if chain.read_at(memory, 0, &mut header) != header.len() {
-        return Verdict::Answer(Status::IoErr);
+        return Request::Complete(Status::IoErr);
     }
     let [k0, k1, k2, k3, _, _, _, _, sector @ ..] = header;
     let sector = u64::from_le_bytes(sector);
-    // The header was read, so there are that many bytes.
+    // The header was read, so there are at least that many bytes.
     let sent = chain.readable_bytes().saturating_sub(HEADER);
     let is_durable = limits.is_write_through;
-    let verdict = match u32::from_le_bytes([k0, k1, k2, k3]) {
+    let request = match u32::from_le_bytes([k0, k1, k2, k3]) {
         kind::IN => transfer(DiskOp::Read, sector, room(chain), limits),
         kind::OUT if limits.is_read_only => Err(Status::IoErr),
         kind::OUT => transfer(DiskOp::Write { is_durable }, sector, sent, limits),
-        kind::FLUSH => Ok(Verdict::Do { op: DiskOp::Flush, offset: 0, len: 0 }),
-        kind::GET_ID => Ok(Verdict::Identity),
+        kind::FLUSH => Ok(Request::Disk { op: DiskOp::Flush, offset: 0, len: 0 }),
+        kind::GET_ID => Ok(Request::GetId),
         kind::DISCARD | kind::WRITE_ZEROES if limits.is_read_only => Err(Status::IoErr),
         kind::DISCARD => segment(chain, memory, limits, MAX_DISCARD_SECTORS, |flags| {
             (flags == 0).then_some(DiskOp::Discard)
@@ -105,10 +105,10 @@ pub(super) fn judge(chain: &Chain, memory: &GuestMemoryMmap, limits: &Limits) ->
         }),
         _ => Err(Status::Unsupp),
     };
-    verdict.unwrap_or_else(Verdict::Answer)
+    request.unwrap_or_else(Request::Complete)
 }
 
-fn transfer(op: DiskOp, sector: u64, len: u32, limits: &Limits) -> Result<Verdict, Status> {
+fn transfer(op: DiskOp, sector: u64, len: u32, limits: &Limits) -> Result<Request, Status> {
     let len = u64::from(len);
     if !len.is_multiple_of(SECTOR) {
         return Err(Status::IoErr);
@@ -116,21 +116,21 @@ fn transfer(op: DiskOp, sector: u64, len: u32, limits: &Limits) -> Result<Verdic
     range(op, sector, len, limits)
 }
 
-/// The one segment of a DISCARD or WRITE_ZEROES; `op` says what its flags make of it.
+/// Parses the only segment of a DISCARD or WRITE_ZEROES; `op` maps its flags to an operation.
 fn segment(
     chain: &Chain,
     memory: &GuestMemoryMmap,
     limits: &Limits,
     most: u32,
     op: impl Fn(u32) -> Option<DiskOp>,
-) -> Result<Verdict, Status> {
+) -> Result<Request, Status> {
     let mut raw = [0; SEGMENT as usize];
     let sent = chain.readable_bytes().saturating_sub(HEADER);
     if sent != SEGMENT || chain.read_at(memory, HEADER, &mut raw) != raw.len() {
         return Err(Status::IoErr);
     }
     let raw = u128::from_le_bytes(raw);
-    // Truncations pick the fields out of the 16 bytes.
+    // The casts truncate to the fields of the 16 bytes.
     #[expect(clippy::cast_possible_truncation, reason = "fields of a segment")]
     let (sector, count, flags) = (raw as u64, (raw >> 64) as u32, (raw >> 96) as u32);
     let op = op(flags).ok_or(Status::Unsupp)?;
@@ -140,11 +140,11 @@ fn segment(
     range(op, sector, u64::from(count) * SECTOR, limits)
 }
 
-fn range(op: DiskOp, sector: u64, len: u64, limits: &Limits) -> Result<Verdict, Status> {
+fn range(op: DiskOp, sector: u64, len: u64, limits: &Limits) -> Result<Request, Status> {
     let offset = sector.checked_mul(SECTOR).ok_or(Status::IoErr)?;
     let end = offset.checked_add(len).ok_or(Status::IoErr)?;
     if len == 0 || end > limits.capacity {
         return Err(Status::IoErr);
     }
-    Ok(Verdict::Do { op, offset, len })
+    Ok(Request::Disk { op, offset, len })
 }

@@ -1,4 +1,4 @@
-//! What a user wants of a disk: the options of `--device blk`, read and judged.
+//! The options of `--device blk`.
 
 use std::num::NonZeroU64;
 
@@ -7,13 +7,13 @@ use super::request::ID_BYTES;
 use crate::options::{OptionError, Options};
 use crate::virtio::Limit;
 
-/// Queues at most.
+/// Maximum number of queues.
 const MAX_QUEUES: u16 = 8;
 
-/// What the options ask for.
+/// The settings of a disk.
 pub(super) struct BlkSettings {
     pub(super) plan: DiskPlan,
-    /// What the guest is told that the disk is called, where the user says so.
+    /// The serial number given by the user.
     pub(super) serial: Option<[u8; ID_BYTES]>,
     pub(super) queues: u16,
     pub(super) bps: Option<Limit>,
@@ -29,12 +29,12 @@ impl BlkSettings {
         let has_backing = options.switch("backing", false)?;
         let format = match options.get("format") {
             None | Some("raw") if options.get("backing").is_some() => {
-                return Err(options.bad("backing", "for raw disks: it goes with format=qcow2"));
+                return Err(options.bad("backing", "possible with a raw disk (add format=qcow2)"));
             }
             None | Some("raw") => DiskFormat::Raw,
             Some("qcow2") => DiskFormat::Qcow2 { has_backing },
             Some(_) => {
-                const KNOWN: &str = "raw or qcow2 (make one of other formats: qemu-img convert)";
+                const KNOWN: &str = "raw or qcow2 (convert other formats with qemu-img convert)";
                 return Err(options.bad("format", KNOWN));
             }
         };
@@ -78,7 +78,7 @@ fn padded(text: &str) -> [u8; ID_BYTES] {
     id
 }
 
-/// A serial number that the same name of a file always gets: FNV-1a of it.
+/// Derives a serial number from the identity of a file: FNV-1a of it.
 pub(super) fn derived_id(name: &[u8]) -> [u8; ID_BYTES] {
     let fold = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3);
     let hash = name.iter().fold(0xcbf2_9ce4_8422_2325, fold);

@@ -1,4 +1,4 @@
-//! A disk in memory, for tests: it can be slow, fail, stop halfway, answer out of order, and change its size.
+//! A disk in memory, for tests: it can be slow, fail, stop halfway, complete out of order, and change its size.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,31 +10,31 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::{DiskBackend, DiskDone, DiskOp, DiskPlan, DiskRequest};
 use crate::virtio::{DmaMemory, Segment};
 
-/// A disk in memory. A handle: a clone is the same disk.
+/// A disk in memory. A clone is a handle to the same disk.
 #[derive(Debug, Clone)]
 pub struct MemoryDisk(Arc<Mutex<State>>);
 
 #[derive(Debug)]
 struct State {
     bytes: Vec<u8>,
-    /// Operations wait until they are let go.
+    /// Operations wait until they are released.
     is_held: bool,
-    /// Operations that have been started are not taken back.
+    /// Started operations cannot be abandoned.
     is_stuck: bool,
-    /// Polls at which nothing is taken.
+    /// Number of polls at which nothing is accepted.
     refusals: u32,
     is_behind: bool,
     /// Bytes of each operation that are moved before it fails.
     fails_after: Option<usize>,
     started: Vec<Started>,
-    /// Let go one by one.
+    /// Released one by one.
     released: Vec<Started>,
     journal: Vec<String>,
     plan: Option<DiskPlan>,
     event: EventFd,
 }
 
-/// An operation that has not ended.
+/// An operation in flight.
 #[derive(Debug)]
 struct Started {
     slot: u32,
@@ -44,7 +44,7 @@ struct Started {
     data: Vec<Segment>,
 }
 
-/// The device's end of it.
+/// The backend that a device gets.
 struct End {
     disk: MemoryDisk,
     name: Vec<u8>,
@@ -53,7 +53,7 @@ struct End {
 }
 
 impl MemoryDisk {
-    /// A disk of so many sectors of zeroes.
+    /// Creates a disk of `sectors` sectors of zeroes.
     ///
     /// # Errors
     /// The system has no event descriptors left.
@@ -77,46 +77,46 @@ impl MemoryDisk {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is on the disk.
+    /// The contents of the disk.
     #[must_use]
     pub fn bytes(&self) -> Vec<u8> {
         self.state().bytes.clone()
     }
 
-    /// Changes what is on the disk, and how much.
+    /// Changes the contents and the size of the disk.
     pub fn change(&self, change: impl FnOnce(&mut Vec<u8>)) {
         change(&mut self.state().bytes);
     }
 
-    /// What was done, in order: `write 512+1024`, `flush`, `drain [0, 1]`.
+    /// Takes the operations since the last call, in order: `write 512+1024`, `flush`, `drain [0, 1]`.
     #[must_use]
     pub fn journal(&self) -> Vec<String> {
         std::mem::take(&mut self.state().journal)
     }
 
-    /// What it was opened for.
+    /// The parameters with which it was opened.
     #[must_use]
     pub fn plan(&self) -> Option<DiskPlan> {
         self.state().plan.clone()
     }
 
-    /// Operations from now on wait for [`release`](Self::release).
+    /// Makes operations wait for [`release`](Self::release).
     pub fn hold(&self) {
         self.state().is_held = true;
     }
 
-    /// Operations from now on wait for [`release`](Self::release), and the host cannot take them back before.
+    /// Makes operations wait for [`release`](Self::release); until then they cannot be abandoned.
     pub fn get_stuck(&self) {
         let mut state = self.state();
         (state.is_held, state.is_stuck) = (true, true);
     }
 
-    /// Takes nothing at the next so many polls, and does not tell when it would.
+    /// Accepts nothing at the next `polls` polls, and signals no event afterwards.
     pub fn refuse(&self, polls: u32) {
         self.state().refusals = polls;
     }
 
-    /// Lets all operations go, and holds no others.
+    /// Releases all operations, and holds no further ones.
     pub fn release(&self) {
         {
             let mut state = self.state();
@@ -125,7 +125,7 @@ impl MemoryDisk {
         self.announce();
     }
 
-    /// Lets the `index`th of the waiting operations go; false where there are not so many.
+    /// Releases the `index`th of the waiting operations; false if there are fewer.
     pub fn release_one(&self, index: usize) -> bool {
         let mut state = self.state();
         let is_there = index < state.started.len();
@@ -138,18 +138,18 @@ impl MemoryDisk {
         is_there
     }
 
-    /// How many operations wait.
+    /// Number of waiting operations.
     #[must_use]
     pub fn waiting(&self) -> usize {
         self.state().started.len()
     }
 
-    /// Every operation fails after so many bytes; `None` for no longer.
+    /// Makes every operation fail after this many bytes; `None` ends that.
     pub fn fail_after(&self, bytes: Option<usize>) {
         self.state().fails_after = bytes;
     }
 
-    /// The device's end of it, which reaches guest RAM through `memory`.
+    /// Opens a backend, which accesses guest RAM through `memory`.
     #[must_use]
     pub fn open(&self, plan: &DiskPlan, memory: Arc<dyn DmaMemory>) -> Box<dyn DiskBackend> {
         let mut state = self.state();
@@ -159,13 +159,13 @@ impl MemoryDisk {
     }
 
     fn announce(&self) {
-        // Refused means that it is readable anyway.
+        // An error means that it is readable already.
         let _ = self.state().event.write(1);
     }
 }
 
 impl State {
-    /// Does an operation, and says whether all of it could be done.
+    /// Performs an operation; true if all of it was done.
     fn perform(&mut self, started: &Started, memory: &dyn DmaMemory) -> bool {
         let Started { op, offset, len, data, .. } = started;
         let name = match op {
@@ -221,7 +221,7 @@ impl DiskBackend for End {
 
     fn poll(&mut self, done: &mut Vec<DiskDone>) {
         let mut state = self.disk.state();
-        // Empty where nothing was announced.
+        // Fails if nothing was signalled.
         let _ = state.event.read();
         state.is_behind = state.refusals > 0 && !state.started.is_empty();
         if state.is_behind {

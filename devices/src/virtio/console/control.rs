@@ -1,11 +1,11 @@
-//! Control messages (virtio 1.3, section 5.3.6.2): which ports there are, what they are called, who is there.
+//! Control messages (virtio 1.3, section 5.3.6.2): the ports, their names, and their connection state.
 //!
-//! What the driver has to be told is kept as facts and not as messages: a driver that asks without end, or has no buffers,
-//! costs nothing. Left out: removing ports.
+//! Pending messages to the driver are kept as flags and not as a list: a driver that sends requests without limit, or has no
+//! buffers, costs no memory. Left out: removing ports.
 
 use crate::virtio::{Chain, GuestMemoryMmap};
 
-/// Kinds of messages.
+/// Events of control messages.
 pub(super) mod event {
     pub(in super::super) const DEVICE_READY: u16 = 0;
     pub(super) const PORT_ADD: u16 = 1;
@@ -16,7 +16,7 @@ pub(super) mod event {
     pub(super) const PORT_NAME: u16 = 7;
 }
 
-/// A message.
+/// A control message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Message {
     pub(super) id: u32,
@@ -25,10 +25,10 @@ pub(super) struct Message {
 }
 
 impl Message {
-    /// What it takes without a name or a size behind it.
+    /// Bytes of a message without a name or a size behind it.
     pub(super) const BYTES: u32 = 8;
 
-    /// The message in a chain; `None` where it is too short for one.
+    /// Reads the message in a chain; `None` if it is too short.
     pub(super) fn read(chain: &Chain, memory: &GuestMemoryMmap) -> Option<Self> {
         let mut bytes = [0; Self::BYTES as usize];
         if chain.read_at(memory, 0, &mut bytes) < bytes.len() {
@@ -50,52 +50,52 @@ impl Message {
     }
 }
 
-/// What the driver has been told of a port, and what it has not.
+/// Messages about a port that are pending for the driver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct Talk {
-    owes_add: bool,
-    owes_console: bool,
-    owes_name: bool,
-    owes_size: bool,
-    /// The driver has the port.
+pub(super) struct Pending {
+    add: bool,
+    console: bool,
+    name: bool,
+    size: bool,
+    /// The driver has set up the port.
     is_ready: bool,
     is_connected: bool,
-    told_connected: bool,
+    sent_connected: bool,
 }
 
-impl Talk {
-    /// The driver is there, or has given up.
+impl Pending {
+    /// The state after DEVICE_READY.
     pub(super) fn begin(is_ready: bool) -> Self {
-        Self { owes_add: is_ready, ..Self::default() }
+        Self { add: is_ready, ..Self::default() }
     }
 
-    /// The driver has the port, or could not take it.
+    /// Takes a PORT_READY: the driver has set up the port, or could not.
     pub(super) fn ready(&mut self, is_ready: bool, is_console: bool, has_size: bool) {
         self.is_ready = is_ready;
-        self.told_connected = false;
-        self.owes_console = is_ready && is_console;
-        self.owes_name = is_ready && !is_console;
-        self.owes_size = is_ready && has_size;
+        self.sent_connected = false;
+        self.console = is_ready && is_console;
+        self.name = is_ready && !is_console;
+        self.size = is_ready && has_size;
     }
 
-    pub(super) fn owes_size(&mut self) {
-        self.owes_size = self.is_ready;
+    pub(super) fn resized(&mut self) {
+        self.size = self.is_ready;
     }
 
     pub(super) fn set_connected(&mut self, is_connected: bool) {
         self.is_connected = is_connected;
     }
 
-    /// There is something to tell.
-    pub(super) fn owes(&self) -> bool {
-        self.owes_add
-            || self.owes_console
-            || self.owes_name
-            || self.owes_size
-            || (self.is_ready && self.is_connected != self.told_connected)
+    /// True if a message is pending.
+    pub(super) fn has_message(&self) -> bool {
+        self.add
+            || self.console
+            || self.name
+            || self.size
+            || (self.is_ready && self.is_connected != self.sent_connected)
     }
 
-    /// The next thing to tell, which counts as told then. Names come before news, for a driver makes its files by them.
+    /// Takes the next message. A name precedes PORT_OPEN, since a driver names its files by it.
     pub(super) fn next(
         &mut self,
         id: u32,
@@ -104,22 +104,22 @@ impl Talk {
     ) -> Vec<u8> {
         let taken = std::mem::take::<bool>;
         let message = |event, value| Message { id, event, value }.bytes();
-        if taken(&mut self.owes_add) {
+        if taken(&mut self.add) {
             message(event::PORT_ADD, 1)
-        } else if taken(&mut self.owes_console) {
+        } else if taken(&mut self.console) {
             message(event::CONSOLE_PORT, 1)
-        } else if taken(&mut self.owes_name) {
+        } else if taken(&mut self.name) {
             let mut bytes = message(event::PORT_NAME, 1);
             bytes.extend_from_slice(name.unwrap_or_default().as_bytes());
             bytes
-        } else if taken(&mut self.owes_size) {
+        } else if taken(&mut self.size) {
             let (columns, rows) = size.unwrap_or_default();
             let mut bytes = message(event::RESIZE, 1);
             bytes.extend(columns.to_le_bytes());
             bytes.extend(rows.to_le_bytes());
             bytes
         } else {
-            self.told_connected = self.is_connected;
+            self.sent_connected = self.is_connected;
             message(event::PORT_OPEN, self.is_connected.into())
         }
     }

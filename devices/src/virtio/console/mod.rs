@@ -1,17 +1,16 @@
-//! Console device (virtio 1.3, section 5.3): `/dev/hvc0` in Linux, beside the UART, and named ports beside that
-//! (`/dev/virtio-ports/NAME`).
+//! Console device (virtio 1.3, section 5.3): a console (`/dev/hvc0` in Linux), and named ports (`/dev/virtio-ports/NAME`).
 //!
-//! | file | what |
+//! | file | contents |
 //! |---|---|
-//! | `settings.rs` | what a user asks for |
+//! | `settings.rs` | options |
 //! | `port.rs` | a port: bytes in both directions |
-//! | `control.rs` | what driver and device tell each other about ports |
+//! | `control.rs` | control messages about ports |
 //!
-//! What the guest prints stays in its queue until the other end takes it: a slow reader holds the guest back, and nothing is
-//! lost. Input is read only as the guest makes room for it. The size of the terminal, where the other end is one, is
-//! looked at whenever something happens on the console, and when the terminal says that it has changed.
+//! The guest's output stays in its queue until the backend accepts it: a slow reader holds the guest back, and no output is lost.
+//! Input is read only as the guest provides buffers. The size of the terminal, if the backend is one, is read on every
+//! event of the console, and when the terminal signals a change.
 //!
-//! Left out: ports that come and go while the guest runs.
+//! Left out: adding and removing ports while the guest runs.
 
 use std::os::fd::AsRawFd;
 
@@ -27,7 +26,7 @@ mod control;
 mod port;
 mod settings;
 
-use control::{Message, Talk, event};
+use control::{Message, Pending, event};
 use port::Port;
 use settings::ConsoleSettings;
 
@@ -42,7 +41,7 @@ pub(crate) const MODEL: Model = Model {
     build,
 };
 
-/// Queues: the first port's two, two for control messages, and two for each further port (section 5.3.2).
+/// Queue sizes. The queues are the first port's two, two for control messages, and two for each further port (section 5.3.2).
 const PORT_QUEUES: u16 = 64;
 const CONTROL_QUEUES: u16 = 32;
 const CONTROL_RECEIVE: u16 = 2;
@@ -52,28 +51,28 @@ const F_SIZE: u64 = 1;
 const F_MULTIPORT: u64 = 1 << 1;
 const F_EMERG_WRITE: u64 = 1 << 2;
 
-/// Where `max_nr_ports` and `emerg_wr` are in the configuration space, and how long that is (section 5.3.4).
-const MOST_PORTS: usize = 4;
+/// Offsets of `max_nr_ports` and `emerg_wr` in the configuration space, and its length (section 5.3.4).
+const MAX_NR_PORTS: usize = 4;
 const EMERG_WRITE: usize = 8;
 const CONFIG: usize = 12;
 
-/// Bytes of output that one pass moves at most, over all ports.
-const MOST_OUTPUT: usize = 256 << 10;
+/// Maximum number of bytes of output moved in one pass, over all ports.
+const MAX_OUTPUT: usize = 256 << 10;
 
-/// The device's own token is behind the first port's, and the second port's are behind that.
-const TOKEN_AGAIN: u32 = LAST_TOKEN + 1;
-const TOKENS: u32 = TOKEN_AGAIN + 1;
+/// The device's own token follows the first port's; those of the second port follow it.
+const TOKEN_RESUME: u32 = LAST_TOKEN + 1;
+const TOKENS: u32 = TOKEN_RESUME + 1;
 
 struct Console {
-    /// The console comes first, where there is one.
+    /// The console is the first one, if there is one.
     ports: Vec<Port>,
     queue_sizes: Box<[u16]>,
-    /// Readable when a pass has left output behind.
-    again: EventFd,
-    /// Features that are offered: the size where the other end is a terminal.
+    /// Readable when a pass has left output in a queue.
+    resume: EventFd,
+    /// Features that are offered; the size only if the backend is a terminal.
     offered: u64,
 
-    /// Features that the driver has taken.
+    /// Negotiated features.
     taken: u64,
     config: [u8; CONFIG],
 }
@@ -93,12 +92,12 @@ fn build(options: &Options, wiring: Wiring) -> Built {
     }
     let mut console =
         Console::new(ports, EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(failed)?);
-    console.look_at_size();
+    console.update_size();
     VirtioMmio::create(Box::new(console), wiring)
 }
 
 impl Console {
-    fn new(ports: Vec<Port>, again: EventFd) -> Self {
+    fn new(ports: Vec<Port>, resume: EventFd) -> Self {
         let has_size = ports.first().is_some_and(|port| port.is_console() && port.size().is_some());
         let has_ports = ports.len() > 1 || ports.iter().any(|port| !port.is_console());
         let mut queue_sizes = vec![PORT_QUEUES; 2];
@@ -108,26 +107,26 @@ impl Console {
             queue_sizes.extend(std::iter::repeat_n(PORT_QUEUES, 2 * further));
         }
         let mut config = [0; CONFIG];
-        if let Some(field) = config.get_mut(MOST_PORTS) {
+        if let Some(field) = config.get_mut(MAX_NR_PORTS) {
             *field = u8::try_from(ports.len()).unwrap_or(u8::MAX);
         }
         let flag = |is_on, bit| if is_on { bit } else { 0 };
         Self {
             ports,
             queue_sizes: queue_sizes.into(),
-            again,
+            resume,
             offered: flag(has_size, F_SIZE) | flag(has_ports, F_MULTIPORT) | F_EMERG_WRITE,
             taken: 0,
             config,
         }
     }
 
-    fn has_talk(&self) -> bool {
+    fn is_multiport(&self) -> bool {
         self.taken & F_MULTIPORT != 0
     }
 
-    /// Puts the size of the terminal into the configuration space; true where it is another than before.
-    fn look_at_size(&mut self) -> bool {
+    /// Writes the size of the terminal into the configuration space; true if it has changed.
+    fn update_size(&mut self) -> bool {
         let console = self.ports.first().filter(|port| port.is_console());
         let Some((columns, rows)) = console.and_then(Port::size) else { return false };
         let size = u32::from(columns) | u32::from(rows) << 16;
@@ -135,17 +134,17 @@ impl Console {
         std::mem::replace(field, size.to_le_bytes()) != *field
     }
 
-    /// The port that a queue belongs to; none for those of control messages.
+    /// The index of the port that a queue belongs to; `None` for the control queues.
     fn port_of(&self, queue: u16) -> Option<usize> {
         match queue {
             0 | 1 => Some(0),
             CONTROL_RECEIVE | CONTROL_TRANSMIT => None,
-            further if self.has_talk() => Some(usize::from(further / 2) - 1),
+            further if self.is_multiport() => Some(usize::from(further / 2) - 1),
             _ => None,
         }
     }
 
-    /// Moves bytes of a port, if something may be ready there.
+    /// Moves bytes of a port; `token` is the source of it that may be ready, if any.
     fn serve(
         &mut self,
         number: usize,
@@ -154,56 +153,56 @@ impl Console {
     ) -> Result<(), VirtioError> {
         let Some(port) = self.ports.get_mut(number) else { return Ok(()) };
         port.receive(token, work)?;
-        let mut left = MOST_OUTPUT;
+        let mut left = MAX_OUTPUT;
         port.transmit(&mut left, work)?;
         if left == 0 {
-            // Refused means that it is readable already.
-            let _ = self.again.write(1);
+            // An error means that it is readable already.
+            let _ = self.resume.write(1);
         }
-        if self.look_at_size() && self.taken & F_SIZE != 0 {
+        if self.update_size() && self.taken & F_SIZE != 0 {
             work.config_changed();
-            // Drivers of several ports do not look there.
-            self.ports.iter_mut().take(1).for_each(|console| console.talk.owes_size());
+            // Drivers with MULTIPORT ignore the configuration space.
+            self.ports.iter_mut().take(1).for_each(|console| console.pending.resized());
         }
-        self.tell(work)
+        self.send_messages(work)
     }
 
-    /// Takes what the driver says.
-    fn listen(&mut self, work: &mut Work<'_>) -> Result<(), VirtioError> {
+    /// Takes the driver's control messages.
+    fn receive_messages(&mut self, work: &mut Work<'_>) -> Result<(), VirtioError> {
         while let Some(chain) = work.pop(CONTROL_TRANSMIT)? {
             if let Some(message) = Message::read(&chain, work.memory()) {
-                self.obey(message);
+                self.apply(message);
             }
             work.complete(chain, 0);
         }
         Ok(())
     }
 
-    fn obey(&mut self, Message { id, event, value }: Message) {
+    fn apply(&mut self, Message { id, event, value }: Message) {
         if event == event::DEVICE_READY {
             let ports = self.ports.iter_mut();
-            return ports.for_each(|port| port.talk = Talk::begin(value == 1));
+            return ports.for_each(|port| port.pending = Pending::begin(value == 1));
         }
         let port = usize::try_from(id).ok().and_then(|id| self.ports.get_mut(id));
         let Some(port) = port else { return };
         match event {
             event::PORT_READY => {
                 let has_size = port.is_console() && port.size().is_some();
-                port.talk.ready(value == 1, port.is_console(), has_size);
+                port.pending.ready(value == 1, port.is_console(), has_size);
             }
             event::PORT_OPEN => port.set_open(value == 1),
             _ => {}
         }
     }
 
-    /// Tells the driver what it has to know, as far as it has buffers for that.
-    fn tell(&mut self, work: &mut Work<'_>) -> Result<(), VirtioError> {
-        if !self.has_talk() {
+    /// Sends pending control messages, as far as the driver has buffers.
+    fn send_messages(&mut self, work: &mut Work<'_>) -> Result<(), VirtioError> {
+        if !self.is_multiport() {
             return Ok(());
         }
         for port in &mut self.ports {
-            port.talk.set_connected(port.is_connected());
-            while port.talk.owes() {
+            port.pending.set_connected(port.is_connected());
+            while port.pending.has_message() {
                 let Some(chain) = work.pop(CONTROL_RECEIVE)? else { return Ok(()) };
                 if chain.writable_bytes() < Message::BYTES {
                     work.refuse(chain);
@@ -231,7 +230,7 @@ impl VirtioDevice for Console {
         &self.queue_sizes
     }
 
-    /// Bytes and messages are the same without it.
+    /// Bytes and messages are the same without VERSION_1.
     fn may_lack_version_1(&self) -> bool {
         true
     }
@@ -245,7 +244,7 @@ impl VirtioDevice for Console {
     }
 
     fn write_config(&mut self, offset: usize, data: &[u8]) {
-        // One character before any queue works, for a driver that has said that it knows of this.
+        // One character, without any queue, for a driver that has negotiated this.
         if let (EMERG_WRITE, Some(byte), Some(port)) =
             (offset, data.first(), self.ports.first_mut())
             && self.taken & F_EMERG_WRITE != 0
@@ -261,9 +260,9 @@ impl VirtioDevice for Console {
     fn kicked(&mut self, queue: u16, work: &mut Work<'_>) -> Result<(), VirtioError> {
         match self.port_of(queue) {
             Some(number) => self.serve(number, None, work),
-            None if self.has_talk() => {
-                self.listen(work)?;
-                // A port that was opened wants its input.
+            None if self.is_multiport() => {
+                self.receive_messages(work)?;
+                // A port that was opened may have input waiting.
                 (0..self.ports.len()).try_for_each(|number| self.serve(number, None, work))
             }
             None => Ok(()),
@@ -284,21 +283,21 @@ impl VirtioDevice for Console {
     }
 
     fn sources(&self) -> Vec<Source> {
-        let again =
-            Source { fd: self.again.as_raw_fd(), token: TOKEN_AGAIN, interest: Interest::Read };
+        let resume =
+            Source { fd: self.resume.as_raw_fd(), token: TOKEN_RESUME, interest: Interest::Read };
         let mut sources = Vec::new();
         for (number, port) in (0..).zip(&self.ports) {
             let own = |source: Source| Source { token: TOKENS * number + source.token, ..source };
             sources.extend(port.sources().into_iter().map(own));
         }
-        sources.push(again);
+        sources.push(resume);
         sources
     }
 
     fn ready(&mut self, token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {
-        if token == TOKEN_AGAIN {
-            // Drained; empty if the event was stale.
-            drop(self.again.read());
+        if token == TOKEN_RESUME {
+            // Fails if the event was stale.
+            drop(self.resume.read());
             return (0..self.ports.len()).try_for_each(|number| self.serve(number, None, work));
         }
         self.serve((token / TOKENS) as usize, Some(token % TOKENS), work)

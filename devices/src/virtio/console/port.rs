@@ -1,11 +1,11 @@
-//! A port of a console device: bytes in both directions, between two queues and the host's end.
+//! A port of a console device: bytes in both directions, between two queues and the backend.
 
-use super::control::Talk;
+use super::control::Pending;
 use crate::device::Source;
 use crate::link::Link;
 use crate::virtio::{Chain, VirtioError, Work};
 
-/// Bytes that are moved at once.
+/// Maximum number of bytes moved at once.
 const CHUNK: usize = 4096;
 
 /// A port.
@@ -14,21 +14,21 @@ pub(super) struct Port {
     receive: u16,
     transmit: u16,
     link: Link,
-    /// None for the console.
+    /// `None` for the console.
     name: Option<String>,
 
-    /// A program in the guest has it open; the console always is.
+    /// A program in the guest has it open; the console is always open.
     is_open: bool,
-    /// Output that the other end has not taken whole, and how much of it has.
+    /// A chain of output that is partly written, and the number of bytes written.
     unfinished: Option<(Chain, u32)>,
-    /// What driver and device tell each other about it.
-    pub(super) talk: Talk,
+    /// Control messages about it for the driver.
+    pub(super) pending: Pending,
 }
 
 impl Port {
-    /// The port `number` of its device.
+    /// Creates port `number` of its device.
     pub(super) fn new(number: u16, link: Link, name: Option<String>) -> Self {
-        // The queues of control messages lie behind the first port's.
+        // The control queues follow the first port's.
         let first = if number == 0 { 0 } else { 2 * number + 2 };
         Self {
             number: number.into(),
@@ -38,7 +38,7 @@ impl Port {
             is_open: name.is_none(),
             name,
             unfinished: None,
-            talk: Talk::default(),
+            pending: Pending::default(),
         }
     }
 
@@ -46,12 +46,12 @@ impl Port {
         self.name.is_none()
     }
 
-    /// Columns and rows, where the other end is a terminal.
+    /// Columns and rows, if the backend is a terminal.
     pub(super) fn size(&self) -> Option<(u16, u16)> {
         self.link.size()
     }
 
-    /// Somebody is at the other end.
+    /// True if a client is connected to the backend.
     pub(super) fn is_connected(&self) -> bool {
         self.link.is_connected()
     }
@@ -60,14 +60,14 @@ impl Port {
         self.link.push(byte);
     }
 
-    /// A driver drops what comes for a port that nobody has open: it stays outside until then.
+    /// Notes that the guest has opened or closed the port. A driver drops input for a closed port, so none is read until it is open.
     pub(super) fn set_open(&mut self, is_open: bool) {
         self.is_open = is_open || self.is_console();
     }
 
-    /// The next message to the driver.
+    /// Takes the next control message for the driver.
     pub(super) fn next_message(&mut self) -> Vec<u8> {
-        self.talk.next(self.number, self.name.as_deref(), self.link.size())
+        self.pending.next(self.number, self.name.as_deref(), self.link.size())
     }
 
     pub(super) fn sources(&self) -> Vec<Source> {
@@ -81,11 +81,11 @@ impl Port {
     pub(super) fn reset(&mut self) {
         self.unfinished = None;
         self.is_open = self.is_console();
-        self.talk = Talk::default();
+        self.pending = Pending::default();
         self.link.set_room(0);
     }
 
-    /// Reads input into the guest's next buffer, if something may be ready.
+    /// Reads input into the guest's next buffer, if `token` may be ready.
     pub(super) fn receive(
         &mut self,
         token: Option<u32>,
@@ -106,17 +106,17 @@ impl Port {
         let input = token.map_or(&[][..], |token| self.link.ready(token, room));
         let Some(chain) = chain else { return Ok(()) };
         if input.is_empty() {
-            // The next to be filled, when there is something.
+            // It is the next one to be filled.
             work.put_back(chain);
             return Ok(());
         }
         let written = chain.write_at(work.memory(), 0, input);
         work.complete(chain, u32::try_from(written).unwrap_or(u32::MAX));
-        // Whether there is another buffer decides whether more input is wanted.
+        // Sets the link's room: more input is read only if there is another buffer.
         self.receive(None, work)
     }
 
-    /// Hands on output as long as the other end takes it, `left` bytes at most.
+    /// Moves output as long as the backend accepts it, at most `left` bytes, which decreases.
     pub(super) fn transmit(
         &mut self,
         left: &mut usize,

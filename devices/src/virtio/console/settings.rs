@@ -1,10 +1,9 @@
-//! What a user asks of a console device: `to=WHERE,port1=NAME=WHERE,...`.
+//! The options of a console device: `to=WHERE,port1=NAME=WHERE,...`.
 
 use crate::catalog::Key;
 use crate::options::{OptionError, Options};
 
-const PORT: &str =
-    "a further port NAME=WHERE: letters, digits, '-', '_' and '.', and where as for to";
+const PORT: &str = "a port: NAME of letters, digits, '-', '_' and '.', and WHERE as for to";
 
 const fn port(name: &'static str) -> Key {
     Key { name, value: "NAME=WHERE", help: PORT }
@@ -14,7 +13,7 @@ pub(super) const KEYS: &[Key] = &[
     Key {
         name: "to",
         value: "WHERE",
-        help: "the console's other end: stdio, null, pty, file:PATH or unix:PATH (needed without ports)",
+        help: "the console's backend: stdio, null, pty, file:PATH or unix:PATH (needed without ports)",
     },
     port("port1"),
     port("port2"),
@@ -25,17 +24,17 @@ pub(super) const KEYS: &[Key] = &[
     port("port7"),
 ];
 
-/// Bytes of a port's name.
-const MOST_NAME: usize = 63;
+/// Maximum length of a port's name in bytes.
+const MAX_NAME: usize = 63;
 
-/// A port: the console where it has no name.
+/// A port: the console if it has no name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct End {
     pub(super) name: Option<String>,
     pub(super) to: String,
 }
 
-/// The ports, the console first.
+/// The settings of a console device: its ports, the console first.
 pub(super) struct ConsoleSettings {
     pub(super) ends: Vec<End>,
 }
@@ -50,10 +49,10 @@ impl ConsoleSettings {
             let Some(text) = options.get(key.name) else { continue };
             let good = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'_' | b'.');
             let is_name =
-                |name: &str| (1..=MOST_NAME).contains(&name.len()) && name.bytes().all(good);
+                |name: &str| (1..=MAX_NAME).contains(&name.len()) && name.bytes().all(good);
             let end = text.split_once('=').filter(|(name, _)| is_name(name));
             let Some((name, to)) = end else {
-                return Err(options.bad(key.name, "a port NAME=WHERE (log=file:/tmp/guest.log)"));
+                return Err(options.bad(key.name, "a port NAME=WHERE (as log=file:/tmp/guest.log)"));
             };
             if ends.iter().any(|end| end.name.as_deref() == Some(name)) {
                 return Err(options.bad(key.name, "a name that no other port has"));

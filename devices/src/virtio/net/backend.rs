@@ -1,4 +1,4 @@
-//! The host's end of a network device: what the device asks of it, and what a user may ask for.
+//! The host's end of a network device: its interface, and its kinds.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -9,40 +9,40 @@ use crate::host::HostError;
 use crate::virtio::vhost_kernel::KernelQueues;
 use crate::virtio::{DmaMemory, GuestMemoryMmap, Segment};
 
-/// Which network a device is to be connected to.
+/// The host network that a device is connected to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NetworkEnd {
-    /// The tap interface of this name; it is made where there is none and the user may.
+    /// The tap interface of this name; created if it does not exist and the user is permitted to.
     Tap(String),
-    /// A tap that whoever started the program has opened, by its descriptor.
+    /// The inherited descriptor of an open tap.
     Descriptor(RawFd),
 }
 
-/// An Ethernet segment that takes and gives whole frames, each behind a header of [`HEADER`] bytes (virtio 1.3, section
-/// 5.1.6). No call waits.
+/// An Ethernet segment that accepts and delivers whole frames, each behind a header of [`HEADER`] bytes (virtio 1.3, section
+/// 5.1.6). No call blocks.
 ///
-/// Three kinds of errors mean something: `WouldBlock`, that the descriptor will tell when to try again; `NotConnected`, that
-/// the other end is gone for good; every other one, that this frame is lost and the next one may not be.
+/// Three kinds of errors are distinguished: `WouldBlock`: the descriptor signals when to try again; `NotConnected`: the backend is
+/// gone for good; every other one: this frame is lost, later ones may not be.
 pub trait NetBackend: Send {
-    /// A text that is the same whenever the same end is opened on the same host: the default MAC address comes from it.
+    /// A text that is the same whenever the same end is opened on the same host: the default MAC address is derived from it.
     fn identity(&self) -> &str;
 
-    /// The address that the guest has to have, where only frames for this one come here; it is the default MAC address then.
+    /// The MAC address that the guest has to have, where only frames for that address arrive; it is then the default.
     fn address(&self) -> Option<[u8; 6]> {
         None
     }
 
-    /// Becomes readable when there is a frame, and writable when there is room for one.
+    /// Descriptor that is readable when there is a frame, and writable when there is room for one.
     fn fd(&self) -> RawFd;
 
-    /// What frames from the network may leave to their receiver. None at all right after opening.
+    /// Sets the offloads that frames from the network may need. None right after opening.
     ///
     /// # Errors
     /// The host refuses; nothing has changed then.
     fn set_offloads(&mut self, offloads: Offloads) -> io::Result<()>;
 
-    /// Whether the network brings frames here, where this is one of several queues of it; all are in use right after opening.
-    /// Nothing is sent or received while it is not.
+    /// Sets if frames arrive here, where this is one of several queues of the network; all are in use right after opening.
+    /// Nothing is sent or received on a queue that is not in use.
     ///
     /// # Errors
     /// The host refuses; nothing has changed then.
@@ -51,27 +51,27 @@ pub trait NetBackend: Send {
         Ok(())
     }
 
-    /// Becomes readable when the network's side of the cable may have gone up or down; none where it cannot tell.
+    /// Descriptor that is readable when the link may have changed; `None` if the backend cannot signal that.
     fn link_fd(&self) -> Option<RawFd> {
         None
     }
 
-    /// Whether that side is up. What [`link_fd`](Self::link_fd) has told of is done with then.
+    /// True if the link is up on the network's side. Clears the event of [`link_fd`](Self::link_fd).
     fn is_link_up(&mut self) -> bool {
         true
     }
 
-    /// The kernel's vhost in front of this end: it moves frames between the driver's queues in `memory` and the network, so that
-    /// nothing is sent or received here any more. Everything else goes on as before.
+    /// Opens the kernel's vhost for this end: it moves frames between the driver's queues in `memory` and the network, and
+    /// nothing is sent or received here any more. All other calls remain valid.
     ///
     /// # Errors
-    /// The host's kernel has no such thing, or not for this end or this user.
+    /// The host's kernel has no vhost, or not for this end or this user.
     fn kernel_queues(
         &self,
         memory: Arc<dyn DmaMemory>,
     ) -> Result<Box<dyn KernelQueues>, HostError> {
         let _ = memory;
-        Err(HostError::mistake("Cannot use vhost=on: this network's end is not in the kernel"))
+        Err(HostError::mistake("Cannot use vhost=on: this network's backend is not in the kernel"))
     }
 
     /// Sends a frame: the header and the frame's first bytes are in `head`, the rest of it in `rest`.
@@ -80,11 +80,11 @@ pub trait NetBackend: Send {
     /// See above; the frame was not sent.
     fn send(&mut self, memory: &GuestMemoryMmap, head: &[u8], rest: &[Segment]) -> io::Result<()>;
 
-    /// Receives a frame: its header into `header`, its bytes into `first` and, when that is full, into `rest`. Gives the
-    /// number of bytes without the header; more than there is room for means that the frame was cut off.
+    /// Receives a frame: its header into `header`, its bytes into `first` and, when that is full, into `rest`. Returns the
+    /// number of bytes without the header; more than there is room for means that the frame was truncated.
     ///
     /// # Errors
-    /// See above; in the case of `WouldBlock` nothing was received.
+    /// See above; with `WouldBlock` nothing was received.
     fn receive(
         &mut self,
         memory: &GuestMemoryMmap,

@@ -1,12 +1,12 @@
-//! The header before each frame (virtio 1.3, section 5.1.6), and what of it may pass.
+//! The header before each frame (virtio 1.3, section 5.1.6), and its validation.
 //!
-//! A header asks somebody else to finish the frame: fill in a checksum, cut it into segments. Nothing passes that was not
-//! negotiated or that points outside of the frame. Left out: UFO and USO, hash reports, RSC.
+//! A header asks the receiver to complete the frame: to fill in a checksum, or to segment it. No header passes that was not
+//! negotiated or that points outside the frame. Left out: UFO and USO, hash reports, RSC.
 
 /// Bytes of a header.
 pub const HEADER: usize = 12;
 
-/// As a length in a chain.
+/// [`HEADER`] as a length in a chain.
 pub(super) const HEADER_LEN: u32 = 12;
 
 /// Bytes of the largest frame: an IP packet of 64 KiB and its Ethernet header (virtio 1.3, section 5.1.6.3.1).
@@ -19,25 +19,25 @@ pub const MIN_FRAME: u32 = 14;
 pub mod bit {
     /// `VIRTIO_NET_F_CSUM`: the device completes checksums.
     pub const CSUM: u64 = 1 << 0;
-    /// `VIRTIO_NET_F_GUEST_CSUM`: the driver does.
+    /// `VIRTIO_NET_F_GUEST_CSUM`: the driver completes checksums.
     pub const GUEST_CSUM: u64 = 1 << 1;
-    /// `VIRTIO_NET_F_CTRL_GUEST_OFFLOADS`: what the driver takes changes while it runs.
+    /// `VIRTIO_NET_F_CTRL_GUEST_OFFLOADS`: the driver can change its offloads while it runs.
     pub const CTRL_GUEST_OFFLOADS: u64 = 1 << 2;
     /// `VIRTIO_NET_F_MTU`
     pub const MTU: u64 = 1 << 3;
     /// `VIRTIO_NET_F_MAC`
     pub const MAC: u64 = 1 << 5;
-    /// `VIRTIO_NET_F_GUEST_TSO4`: the driver takes TCP over IPv4 in large segments.
+    /// `VIRTIO_NET_F_GUEST_TSO4`: the driver accepts TSO over IPv4.
     pub const GUEST_TSO4: u64 = 1 << 7;
-    /// `VIRTIO_NET_F_GUEST_TSO6`: and over IPv6.
+    /// `VIRTIO_NET_F_GUEST_TSO6`: the driver accepts TSO over IPv6.
     pub const GUEST_TSO6: u64 = 1 << 8;
-    /// `VIRTIO_NET_F_GUEST_ECN`: and with congestion marks.
+    /// `VIRTIO_NET_F_GUEST_ECN`: the driver accepts TSO with ECN.
     pub const GUEST_ECN: u64 = 1 << 9;
-    /// `VIRTIO_NET_F_HOST_TSO4`: the device takes TCP over IPv4 in large segments.
+    /// `VIRTIO_NET_F_HOST_TSO4`: the device accepts TSO over IPv4.
     pub const HOST_TSO4: u64 = 1 << 11;
-    /// `VIRTIO_NET_F_HOST_TSO6`: and over IPv6.
+    /// `VIRTIO_NET_F_HOST_TSO6`: the device accepts TSO over IPv6.
     pub const HOST_TSO6: u64 = 1 << 12;
-    /// `VIRTIO_NET_F_HOST_ECN`: and with congestion marks.
+    /// `VIRTIO_NET_F_HOST_ECN`: the device accepts TSO with ECN.
     pub const HOST_ECN: u64 = 1 << 13;
     /// `VIRTIO_NET_F_MRG_RXBUF`: a frame may fill several buffers.
     pub const MRG_RXBUF: u64 = 1 << 15;
@@ -47,9 +47,9 @@ pub mod bit {
     pub const CTRL_VQ: u64 = 1 << 17;
     /// `VIRTIO_NET_F_CTRL_RX`
     pub const CTRL_RX: u64 = 1 << 18;
-    /// `VIRTIO_NET_F_MQ`: several pairs of queues.
+    /// `VIRTIO_NET_F_MQ`: several queue pairs.
     pub const MQ: u64 = 1 << 22;
-    /// What `VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET` may name, where it was negotiated.
+    /// Offloads that `VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET` may name if they were negotiated.
     pub const GUEST_OFFLOADS: u64 = GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN;
 }
 
@@ -65,27 +65,27 @@ mod gso {
     pub(super) const ECN: u8 = 0x80;
 }
 
-/// What the receiver of a frame finishes itself. Nothing, by default.
+/// Work on a frame that is left to its receiver. None by default.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Offloads {
     /// Checksums.
     pub csum: bool,
-    /// TCP over IPv4 in large segments.
+    /// TCP segmentation over IPv4.
     pub tso4: bool,
-    /// TCP over IPv6 in large segments.
+    /// TCP segmentation over IPv6.
     pub tso6: bool,
-    /// Large segments with congestion marks.
+    /// TCP segmentation with ECN.
     pub ecn: bool,
 }
 
 impl Offloads {
-    /// What these features let the driver leave to the device.
+    /// Offloads that these features permit in frames to the device.
     pub(super) fn of_device(features: u64) -> Self {
         let has = |bit| features & bit != 0;
         Self::new(has(bit::CSUM), has(bit::HOST_TSO4), has(bit::HOST_TSO6), has(bit::HOST_ECN))
     }
 
-    /// What these features let the device leave to the driver.
+    /// Offloads that these features permit in frames to the driver.
     pub(super) fn of_driver(features: u64) -> Self {
         let has = |bit| features & bit != 0;
         Self::new(
@@ -96,7 +96,7 @@ impl Offloads {
         )
     }
 
-    /// Without what depends on something that is missing (virtio 1.3, section 5.1.3.1).
+    /// Drops offloads whose prerequisites are missing (virtio 1.3, section 5.1.3.1).
     fn new(csum: bool, tso4: bool, tso6: bool, ecn: bool) -> Self {
         let (tso4, tso6) = (csum && tso4, csum && tso6);
         Self { csum, tso4, tso6, ecn: ecn && (tso4 || tso6) }
@@ -112,7 +112,7 @@ impl Offloads {
     }
 }
 
-/// A header, read once.
+/// A header, read once from guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Header {
     flags: u8,
@@ -147,12 +147,12 @@ impl Header {
         [self.flags, self.gso_type, a0, a1, b0, b1, c0, c1, d0, d1, e0, e1]
     }
 
-    /// Whether the frame is one large segment.
+    /// True if the frame is to be segmented.
     pub(super) fn is_segmented(self) -> bool {
         self.gso_type != gso::NONE
     }
 
-    /// The header of a frame of `len` bytes from the guest as the host may see it; `None` where the frame must not pass.
+    /// The header for the host of a frame of `len` bytes from the guest; `None` if it is invalid.
     ///
     /// Flags that a driver does not set are cleared (section 5.1.6.2.2).
     pub(super) fn sent_by_guest(self, len: u32, offloads: Offloads) -> Option<Self> {
@@ -164,8 +164,8 @@ impl Header {
         self.negotiated(flags, offloads).map(|header| Self { num_buffers: 0, ..header })
     }
 
-    /// The header of a frame of `len` bytes from the host as the guest may see it; `None` where it does not take such
-    /// frames, which then are left over from before it said so.
+    /// The header for the guest of a frame of `len` bytes from the host; `None` if it needs an offload that the guest does not
+    /// accept: it was queued before the offloads changed.
     pub(super) fn sent_by_host(self, len: u32, offloads: Offloads) -> Option<Self> {
         let needs_csum = self.flags & flag::NEEDS_CSUM != 0;
         if needs_csum && !self.has_checksum_in(len) {
@@ -180,7 +180,7 @@ impl Header {
         if needs_csum && !offloads.csum {
             return None;
         }
-        // Each segment gets a checksum of its own, so a frame to be cut asks for one.
+        // Each segment gets its own checksum, so a frame to be segmented has to ask for one.
         let is_whole = self.gso_size != 0 && needs_csum && offloads.allow(self.gso_type);
         if self.is_segmented() && !is_whole {
             return None;
@@ -195,7 +195,7 @@ impl Header {
         Some(header)
     }
 
-    /// The two bytes of the checksum lie in a frame of `len` bytes.
+    /// True if the two bytes of the checksum are inside a frame of `len` bytes.
     fn has_checksum_in(self, len: u32) -> bool {
         u32::from(self.csum_start) + u32::from(self.csum_offset) + 2 <= len
     }

@@ -1,19 +1,19 @@
-//! Network device (virtio 1.3, section 5.1): pairs of queues and a control queue.
+//! Network device (virtio 1.3, section 5.1): queue pairs and a control queue.
 //!
-//! | file | what |
+//! | file | contents |
 //! |---|---|
-//! | `pairs.rs` | the pairs of queues, of which the driver uses the first ones |
+//! | `pairs.rs` | the queue pairs, of which the driver uses the first ones |
 //! | `receive.rs`, `transmit.rs` | the two directions of a pair |
-//! | `header.rs` | the header before each frame, and what of it may pass |
+//! | `header.rs` | the header before each frame, and its validation |
 //! | `control.rs` | commands of the driver |
-//! | `backend.rs`, `port.rs` | the host's end, and what its errors mean |
-//! | `settings.rs`, `counters.rs` | what a user sets and sees |
+//! | `backend.rs`, `port.rs` | the host backend, and the handling of its errors |
+//! | `settings.rs`, `counters.rs` | options and statistics |
 //!
-//! Checksums and segmentation are negotiated end to end: the host's end gives the guest what the guest's driver takes, and
-//! takes what it was offered. Several pairs of queues spare the guest's harts waiting for each other; on this side one thread
-//! works for all of them, or with `vhost=on` the host's kernel, a thread for each pair (`vhost_kernel`): then the control queue
-//! and the configuration stay here, and what passes is the kernel's to judge. Left out: UFO and USO, hashing (the host's end spreads frames as it likes), VLAN filters, a MAC
-//! address that the driver sets.
+//! Checksums and segmentation are negotiated end to end: the backend passes to the guest only what its driver accepts, and accepts
+//! what the driver was offered. With several queue pairs the guest's harts do not wait for each other; in rvmm one thread serves
+//! all of them, or with `vhost=on` the host's kernel, one thread for each pair (`vhost_kernel`): then the control queue and the
+//! configuration stay here, and the kernel validates the frames. Left out: UFO and USO, hashing (the backend distributes frames by
+//! its own rules), VLAN filters, a MAC address set by the driver.
 
 use std::io;
 use std::sync::Arc;
@@ -45,7 +45,7 @@ pub use header::{HEADER, MAX_FRAME, MIN_FRAME, Offloads, bit};
 pub use settings::{NetSettings, Rates};
 pub(super) use settings::{mac_of, parse_mac};
 
-use control::Order;
+use control::Action;
 use pairs::Pairs;
 
 /// The catalog's entry.
@@ -59,14 +59,14 @@ pub(crate) const MODEL: Model = Model {
     build,
 };
 
-/// The queue of buffers for frames to the guest.
+/// The first receive queue: buffers for frames to the guest.
 pub const RX: u16 = 0;
-/// The queue of frames from the guest.
+/// The first transmit queue: frames from the guest.
 pub const TX: u16 = 1;
-/// The queue of commands, where the driver knows of one pair of queues; else it comes after all pairs.
+/// The control queue without `VIRTIO_NET_F_MQ`; with it, the control queue follows all pairs.
 pub const CTRL: u16 = 2;
 
-/// What every such device offers.
+/// Features that every network device offers.
 const FEATURES: u64 = bit::CSUM
     | bit::GUEST_CSUM
     | bit::CTRL_GUEST_OFFLOADS
@@ -90,14 +90,14 @@ const LINK_UP: u8 = 1;
 
 /// A network device.
 pub struct Net {
-    /// Features that only this one offers.
+    /// Features offered besides [`FEATURES`].
     extra: u64,
     queue_sizes: Box<[u16]>,
     pairs: Pairs,
     config: [u8; CONFIG],
-    /// What the driver has taken; nothing while there is none.
+    /// Negotiated features; 0 while there is no driver.
     taken: u64,
-    /// Who works on the data queues in place of `pairs`.
+    /// Serves the data queues in place of `pairs`.
     kernel: Option<Kernel>,
 }
 
@@ -124,14 +124,14 @@ fn build(options: &Options, wiring: Wiring) -> Built {
     VirtioMmio::create(Box::new(net), wiring)
 }
 
-/// The card's address: the user's, else the one that the other end has to have, else one that is made of its identity.
+/// The MAC address: the user's, else the one that the backend requires, else one derived from the backend's identity.
 fn address(settings: &NetSettings, end: Option<&dyn NetBackend>) -> [u8; 6] {
     let needed = end.and_then(NetBackend::address);
     if let (Some(wanted), Some(needed)) = (settings.mac, needed)
         && wanted != needed
     {
         warn!(
-            "net: the host's interface has the address {} and takes no frames for mac={}: the guest hears little (leave mac= away, or give the interface this address)",
+            "net: the host's interface has the address {} and drops frames for mac={}: the guest receives next to nothing (leave out mac=, or give the interface this address)",
             shown(needed),
             shown(wanted)
         );
@@ -145,7 +145,7 @@ fn shown(mac: [u8; 6]) -> String {
 }
 
 impl Net {
-    /// A device with one pair of queues, whose other end is `backend`.
+    /// Creates a device with one queue pair on `backend`.
     ///
     /// # Errors
     /// The host has no timers left.
@@ -153,7 +153,7 @@ impl Net {
         Self::with_queues(vec![backend], settings)
     }
 
-    /// A device with a pair of queues for each of `backends`, 1 to 8 queues of the same network.
+    /// Creates a device with a queue pair for each of `backends`, 1 to 8 queues of the same network.
     ///
     /// # Errors
     /// The host has no timers left.
@@ -177,10 +177,10 @@ impl Net {
         Ok(Self { extra: mtu | queues, queue_sizes, pairs, config, taken: 0, kernel: None })
     }
 
-    /// Has the host's kernel work on the data queues, an end for each pair, and raise the device's line.
+    /// Has the host's kernel serve the data queues, one end for each pair, and raise the device's line.
     ///
     /// # Errors
-    /// The host has no event descriptors left, or its kernel does not know virtio 1.
+    /// The host has no event descriptors left, or its kernel does not support virtio 1.
     fn hand_over(
         &mut self,
         ends: Vec<Box<dyn KernelQueues>>,
@@ -192,13 +192,13 @@ impl Net {
         Ok(())
     }
 
-    /// What it has let through and dropped; counts on while the device runs. Nothing that the kernel does counts.
+    /// Counters of frames passed and dropped, live. Frames that the kernel moves are not counted.
     #[must_use]
     pub fn counters(&self) -> Arc<Counters> {
         self.pairs.counters()
     }
 
-    /// Which queue has the commands (section 5.1.2).
+    /// Number of the control queue (section 5.1.2).
     fn control(&self) -> u16 {
         if self.taken & bit::MQ == 0 { CTRL } else { 2 * self.pairs.count() }
     }
@@ -209,32 +209,32 @@ impl Net {
                 work.refuse(chain);
                 continue;
             }
-            let order = control::order(&chain, work.memory(), self.taken);
-            let is_done = match order {
+            let action = control::action(&chain, work.memory(), self.taken);
+            let is_done = match action {
                 None => false,
-                Some(Order::Nothing) => true,
-                Some(Order::Offloads(features)) => self.set_offloads(features),
-                Some(Order::Pairs(count)) => self.pairs.use_first(count),
+                Some(Action::Nothing) => true,
+                Some(Action::Offloads(features)) => self.set_offloads(features),
+                Some(Action::Pairs(count)) => self.pairs.use_first(count),
             };
-            let answer = if is_done { control::OK } else { control::ERR };
-            chain.write_at(work.memory(), 0, &[answer]);
+            let ack = if is_done { control::OK } else { control::ERR };
+            chain.write_at(work.memory(), 0, &[ack]);
             work.complete(chain, 1);
         }
         if self.kernel.is_some() {
             return Ok(());
         }
-        // What waited in queues that were not in use.
+        // Frames in queues that were not in use until now.
         self.pairs.transmit_all(work)
     }
 
-    /// Frames may leave to the driver from now on what these features say, and nothing else reaches it; false, and nothing
-    /// has changed, where the host refuses.
+    /// Sets the offloads of frames to the driver to those of these features; frames that need others are dropped. False, with
+    /// nothing changed, if the host refuses.
     fn set_offloads(&mut self, features: u64) -> bool {
         self.pairs.set_offloads(Offloads::of_driver(features))
     }
 
-    /// Tells the driver when the link has gone up or down, or is gone with the host's end.
-    fn watch_link(&mut self, work: &mut Work<'_>) {
+    /// Reports a change of the link state to the driver; the link is down, too, once the backend is gone.
+    fn update_link(&mut self, work: &mut Work<'_>) {
         let [_, _, _, _, _, _, status, ..] = &mut self.config;
         let now = if self.pairs.is_link_up() { LINK_UP } else { 0 };
         if std::mem::replace(status, now) != now {
@@ -285,23 +285,23 @@ impl VirtioDevice for Net {
         &self.config
     }
 
-    // The MAC address is the driver's to write in legacy devices only (section 5.1.4.1).
+    // The driver may write the MAC address in legacy devices only (section 5.1.4.1).
     fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
 
     fn activate(&mut self, features: u64) {
         self.taken = features;
         self.pairs.start(features);
         if !self.set_offloads(features) {
-            // Frames come as they did; those that this driver does not take are dropped.
+            // The backend keeps its offloads; frames that need one that this driver has not accepted are dropped.
             self.pairs.take_only(Offloads::of_driver(features));
             if let Some(kernel) = &mut self.kernel {
-                kernel.fail(&io::Error::other("its offloads cannot be set"));
+                kernel.fail(&io::Error::other("the offloads cannot be set"));
             }
         }
         if let Some(kernel) = &mut self.kernel {
             kernel.activate(features);
             if features & bit::MQ == 0 {
-                // The commands may be in another queue than with the last driver.
+                // The control queue may be another one than with the last driver.
                 kernel.wake();
             }
         }
@@ -313,7 +313,7 @@ impl VirtioDevice for Net {
         } else if self.kernel.is_none() {
             self.pairs.kicked(queue, work)?;
         }
-        self.watch_link(work);
+        self.update_link(work);
         Ok(())
     }
 
@@ -344,7 +344,7 @@ impl VirtioDevice for Net {
             Some(kernel) if token >= FIRST_TOKEN => kernel.ready(token, work)?,
             _ => self.pairs.ready(token, work)?,
         }
-        self.watch_link(work);
+        self.update_link(work);
         Ok(())
     }
 }

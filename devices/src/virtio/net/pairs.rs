@@ -1,7 +1,7 @@
-//! The pairs of queues of a network device (virtio 1.3, sections 5.1.2 and 5.1.6.5.6): each has a queue of the host's end for
-//! itself, and the driver says how many of them it uses, the first ones.
+//! The queue pairs of a network device (virtio 1.3, sections 5.1.2 and 5.1.6.5.6): each has its own queue of the backend, and the
+//! driver sets how many of them it uses, the first ones.
 //!
-//! Which queue a frame arrives in is the host's end to choose. Limits are those of the device, over all pairs.
+//! The backend chooses the queue that a frame arrives in. Limits are those of the device, over all pairs.
 
 use std::io;
 use std::sync::Arc;
@@ -20,16 +20,16 @@ const TOKEN_NETWORK: u32 = 0;
 const TOKEN_RX_LIMIT: u32 = 1;
 const TOKEN_TX_LIMIT: u32 = 2;
 const TOKEN_LINK: u32 = 3;
-/// The second pair's, and then one after the other.
+/// The second pair's token; those of further pairs follow.
 const TOKEN_FURTHER: u32 = 4;
 
-/// All pairs of a device.
+/// All queue pairs of a device.
 pub(super) struct Pairs {
     all: Vec<Pair>,
     rx_limit: Limiter,
     tx_limit: Limiter,
     counters: Arc<Counters>,
-    /// The network's side of the cable was up when it was last looked at.
+    /// Last known link state of the network's side.
     is_up: bool,
 }
 
@@ -40,7 +40,7 @@ struct Pair {
 }
 
 impl Pairs {
-    /// One for each of `backends`; the first is in use.
+    /// Creates a pair for each of `backends`; only the first is in use.
     ///
     /// # Errors
     /// The host has no timers left.
@@ -59,7 +59,7 @@ impl Pairs {
         let (rx_limit, tx_limit) = (settings.rx.limiter()?, settings.tx.limiter()?);
         let mut pairs = Self { all, rx_limit, tx_limit, counters, is_up: true };
         pairs.use_first(1);
-        pairs.look_at_link();
+        pairs.read_link();
         Ok(pairs)
     }
 
@@ -71,18 +71,17 @@ impl Pairs {
         Arc::clone(&self.counters)
     }
 
-    /// There is a network, and its side of the cable is up.
+    /// True if the backend is there and its link is up.
     pub(super) fn is_link_up(&self) -> bool {
-        // The queues are of one network: where one is gone for good, all are.
+        // All queues belong to one network: if one is gone for good, all are.
         self.is_up && !self.all.iter().any(|pair| pair.port.is_gone)
     }
 
-    fn look_at_link(&mut self) {
+    fn read_link(&mut self) {
         self.is_up = self.all.first_mut().is_none_or(|first| first.port.is_link_up());
     }
 
-    /// The driver uses the first `count` pairs from now on; false, and nothing has changed, where there are not so many or the
-    /// host refuses.
+    /// Sets the number of pairs in use; false, with nothing changed, if there are fewer or the host refuses.
     pub(super) fn use_first(&mut self, count: u16) -> bool {
         if !(1..=self.count()).contains(&count) {
             return false;
@@ -106,9 +105,9 @@ impl Pairs {
         }
     }
 
-    /// Frames may leave so much to the driver; false, and nothing has changed, where the host refuses.
+    /// Sets the offloads of frames to the driver; false, with nothing changed, if the host refuses.
     pub(super) fn set_offloads(&mut self, offloads: Offloads) -> bool {
-        // They are those of the network, whichever queue says it.
+        // Offloads belong to the network; setting them on one queue is enough.
         let Some(first) = self.all.first_mut() else { return false };
         let is_done = first.port.set_offloads(offloads) == offloads || first.port.is_gone;
         if is_done {
@@ -117,7 +116,7 @@ impl Pairs {
         is_done
     }
 
-    /// Frames that leave more than that to the driver are dropped.
+    /// Drops frames that need other offloads from now on.
     pub(super) fn take_only(&mut self, offloads: Offloads) {
         self.all.iter_mut().for_each(|pair| pair.rx.offloads = offloads);
     }
@@ -127,7 +126,7 @@ impl Pairs {
             return Ok(());
         };
         if queue.is_multiple_of(2) {
-            rx.feed();
+            rx.kicked();
             rx.pass(&mut self.rx_limit, port, work)
         } else {
             tx.pass(&mut self.tx_limit, port, work)
@@ -146,7 +145,7 @@ impl Pairs {
 
     pub(super) fn reset_queue(&mut self, queue: u16) {
         let Some(pair) = self.all.get_mut(usize::from(queue / 2)) else { return };
-        if queue.is_multiple_of(2) { pair.rx.starve() } else { pair.tx.stop() }
+        if queue.is_multiple_of(2) { pair.rx.await_kick() } else { pair.tx.stop() }
     }
 
     pub(super) fn reset(&mut self) {
@@ -154,7 +153,7 @@ impl Pairs {
             rx.stop();
             tx.stop();
         }
-        // What waits at the host's end is dropped where the next driver does not take it.
+        // Frames queued in the backend are dropped if the next driver does not accept them.
         if let Some(first) = self.all.first_mut() {
             first.port.set_offloads(Offloads::default());
         }
@@ -190,7 +189,7 @@ impl Pairs {
                 return self.transmit_all(work);
             }
             TOKEN_LINK => {
-                self.look_at_link();
+                self.read_link();
                 return Ok(());
             }
             TOKEN_NETWORK => 0,

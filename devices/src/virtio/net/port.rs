@@ -1,4 +1,4 @@
-//! The host's end as both directions use it: errors become what is to be done about them, once and in one place.
+//! The backend as both directions use it: maps its errors to outcomes, in one place.
 
 use std::io::ErrorKind;
 use std::sync::Arc;
@@ -10,37 +10,37 @@ use super::counters::Counters;
 use super::header::{HEADER, Offloads};
 use crate::virtio::{GuestMemoryMmap, Segment};
 
-/// Frames lost one after the other after which the host's end counts as gone.
-const HOPELESS: u32 = 1000;
+/// Number of frames lost in succession after which the backend counts as gone.
+const MAX_LOST_IN_A_ROW: u32 = 1000;
 
-/// The host's end and what is known of it.
+/// A backend and its state.
 pub(super) struct Port {
     backend: Box<dyn NetBackend>,
     pub(super) counters: Arc<Counters>,
-    /// It will never send or receive again.
+    /// The backend has failed for good.
     pub(super) is_gone: bool,
-    /// The driver uses the pair of queues that this is for.
+    /// The driver uses this queue pair.
     pub(super) is_in_use: bool,
     lost_in_a_row: u32,
-    /// What the host's end knows that it may leave to the guest.
+    /// Offloads that the backend has been set to.
     offloads: Offloads,
     has_warned: bool,
 }
 
-/// What became of a frame to the host.
+/// The outcome of sending a frame to the host.
 pub(super) enum Sent {
     Done,
-    /// It has to wait for room.
+    /// The backend has no room yet.
     Wait,
     Lost,
 }
 
-/// What came from the host.
+/// The outcome of receiving a frame from the host.
 pub(super) enum Received {
-    /// A frame of so many bytes.
+    /// A frame of this many bytes.
     Frame(usize),
     Nothing,
-    /// A frame that could not be had.
+    /// A frame that could not be read.
     Lost,
 }
 
@@ -61,7 +61,7 @@ impl Port {
         self.backend.fd()
     }
 
-    /// What tells that the link may have changed, while there is a network.
+    /// Descriptor that signals link changes; none once the backend is gone.
     pub(super) fn link_fd(&self) -> Option<i32> {
         self.backend.link_fd().filter(|_| !self.is_gone)
     }
@@ -70,12 +70,12 @@ impl Port {
         !self.is_gone && self.backend.is_link_up()
     }
 
-    /// Frames can be had.
+    /// True if frames can be sent and received.
     pub(super) fn can_move(&self) -> bool {
         self.is_in_use && !self.is_gone
     }
 
-    /// The network brings frames here, or it does not; false, and nothing has changed, where the host refuses.
+    /// Enables or disables this queue of the backend; false, with nothing changed, if the host refuses.
     pub(super) fn set_in_use(&mut self, is_in_use: bool) -> bool {
         if self.is_in_use == is_in_use || self.is_gone {
             return true;
@@ -84,22 +84,22 @@ impl Port {
             Ok(()) => self.is_in_use = is_in_use,
             Err(error) if !std::mem::replace(&mut self.has_warned, true) => {
                 let identity = self.backend.identity();
-                warn!("net: the queues of {identity} stay as they are: {error}");
+                warn!("net: cannot switch a queue of {identity} on or off: {error}");
             }
             Err(_) => {}
         }
         self.is_in_use == is_in_use
     }
 
-    /// Lets the host's end leave so much to the guest, and gives what it may leave now: the same as before where it refuses.
+    /// Sets the backend's offloads, and returns those now in force: the old ones if it refuses.
     pub(super) fn set_offloads(&mut self, offloads: Offloads) -> Offloads {
-        // Asked for what is new only: a driver can ask as often as it likes, and the host tells all who watch its interfaces.
+        // Only on a change: a driver can ask without limit, and the host notifies all listeners on its interfaces.
         if self.offloads != offloads && !self.is_gone {
             match self.backend.set_offloads(offloads) {
                 Ok(()) => self.offloads = offloads,
                 Err(error) if !std::mem::replace(&mut self.has_warned, true) => {
                     warn!(
-                        "net: the offloads of {} stay as they are: {error}",
+                        "net: cannot change the offloads of {}: {error}",
                         self.backend.identity()
                     );
                 }
@@ -126,8 +126,8 @@ impl Port {
             }
             Err(error) => {
                 self.note_gone(error.kind() == ErrorKind::NotConnected);
-                self.counters.tx_failed.add_aloud(format_args!(
-                    "a frame was dropped, the host did not take it: {error}"
+                self.counters.tx_failed.add_and_warn(format_args!(
+                    "a frame was dropped, the host did not accept it: {error}"
                 ));
                 Sent::Lost
             }
@@ -153,11 +153,11 @@ impl Port {
             }
             Err(error) => {
                 self.lost_in_a_row = self.lost_in_a_row.saturating_add(1);
-                let is_over = self.lost_in_a_row >= HOPELESS;
+                let is_over = self.lost_in_a_row >= MAX_LOST_IN_A_ROW;
                 self.note_gone(is_over || error.kind() == ErrorKind::NotConnected);
                 self.counters
                     .rx_failed
-                    .add_aloud(format_args!("a frame from the host was lost: {error}"));
+                    .add_and_warn(format_args!("a frame from the host was lost: {error}"));
                 Received::Lost
             }
         }
@@ -166,7 +166,7 @@ impl Port {
     fn note_gone(&mut self, is_gone: bool) {
         if is_gone && !std::mem::replace(&mut self.is_gone, true) {
             warn!(
-                "net: the network of {} is gone: the link is down from now on",
+                "net: the network {} is gone: the link is down from now on",
                 self.backend.identity()
             );
         }

@@ -1,8 +1,8 @@
-//! From the host to the guest (virtio 1.3, section 5.1.6.3).
+//! Frames from the host to the guest (virtio 1.3, section 5.1.6.3).
 //!
-//! A frame is read straight into as many buffers of the guest as the last one filled, and what does not fit there into memory of
-//! rvmm, from where it fills further buffers. The header is kept aside until it is judged: the guest cannot change it under the judge.
-//! Without a buffer nothing is read, and the host's end is not watched until there is one.
+//! A frame is read directly into as many buffers of the guest as the last one filled, and the remainder into memory of rvmm, from
+//! where it is copied into further buffers. The header stays in rvmm until it is validated, so that the guest cannot change it
+//! meanwhile. Without a buffer nothing is read, and the backend is not watched until there is one.
 
 use super::header::{HEADER, HEADER_LEN, Header, Offloads, bit};
 use super::port::{Port, Received};
@@ -11,47 +11,46 @@ use crate::virtio::{Chain, Limiter, Segment, VirtioError, Work, pieces};
 /// Frames that one pass moves.
 const FRAMES: u32 = 64;
 
-/// Bytes that are read at most: the largest frame, VLAN tags, and something to see that there was more.
+/// Maximum number of bytes read: the largest frame, VLAN tags, and a margin to detect larger ones.
 const ROOM: usize = 65_664;
 
-/// Buffers that must be left in a pass for a frame to be begun, where it may fill several: 43 of a page's half hold the
-/// largest one.
-const MANY: u16 = 64;
+/// Minimum budget left in a pass to begin a frame that may fill several buffers: 43 of half a page hold the largest one.
+const MIN_BUDGET: u16 = 64;
 
-/// Buffers, and pieces of them, that are gathered for a frame: fewer than a pass has to have left, and than the host takes at once.
-const GATHERED: usize = 48;
-const PIECES: usize = 512;
+/// Maximum number of buffers, and of their segments, gathered for a frame: below [`MIN_BUDGET`], and the host's limit for one call.
+const MAX_GATHERED: usize = 48;
+const MAX_SEGMENTS: usize = 512;
 
 /// Bytes of an Ethernet header with a VLAN tag.
 const LINK_HEADER: usize = 18;
 
-/// This direction of a pair of queues.
+/// The receive queue of a pair.
 pub(super) struct Receiver {
     queue: u16,
-    /// What a frame may have without being one large segment.
+    /// Maximum length of a frame that is not to be segmented.
     most: Option<usize>,
-    /// Bytes of the last frame, which the limit has not seen. Frames are paid for afterwards: their size is not known before.
-    owed: Option<u64>,
-    /// What did not fit into the buffers that were gathered for it.
+    /// Bytes of the last frame, not yet charged to the limit: the size of a frame is only known after reading it.
+    uncharged: Option<u64>,
+    /// The part of a frame that did not fit into the buffers gathered for it.
     rest: Vec<u8>,
     /// Bytes of the last frame: the next one is likely to be as large.
     expected: usize,
     segments: Vec<Segment>,
     parts: Vec<(Chain, u32)>,
-    /// The driver takes these, or this device runs without a driver.
+    /// Offloads that the driver accepts.
     pub(super) offloads: Offloads,
     is_mergeable: bool,
-    /// There was no buffer, and the driver has not said that there are new ones.
+    /// The queue was empty, and the driver has not kicked it since.
     is_starved: bool,
 }
 
 impl Receiver {
-    /// Of this queue; `mtu` is what the driver is told.
+    /// Creates the receiver of this queue; `mtu` is the MTU that the driver is told.
     pub(super) fn new(queue: u16, mtu: Option<u16>) -> Self {
         Self {
             queue,
             most: mtu.map(|mtu| usize::from(mtu) + LINK_HEADER),
-            owed: None,
+            uncharged: None,
             rest: vec![0; ROOM],
             expected: 0,
             segments: Vec::new(),
@@ -69,25 +68,25 @@ impl Receiver {
 
     pub(super) fn stop(&mut self) {
         self.offloads = Offloads::default();
-        self.starve();
+        self.await_kick();
     }
 
-    /// There are no buffers until the driver says so.
-    pub(super) fn starve(&mut self) {
+    /// Assumes an empty queue until the driver's next kick.
+    pub(super) fn await_kick(&mut self) {
         self.is_starved = true;
     }
 
-    /// There are buffers, or may be.
-    pub(super) fn feed(&mut self) {
+    /// Notes a kick: there may be buffers.
+    pub(super) fn kicked(&mut self) {
         self.is_starved = false;
     }
 
-    /// A frame could be given to the guest if there was one.
+    /// True if a frame could be delivered to the guest now.
     pub(super) fn can_take(&self, limit: &Limiter) -> bool {
         !self.is_starved && !limit.is_waiting()
     }
 
-    /// Moves frames until there are no more, or no more buffers, or enough for now.
+    /// Delivers frames until there are no more, the queue is empty, or the limit of a pass is reached.
     pub(super) fn pass(
         &mut self,
         limit: &mut Limiter,
@@ -95,10 +94,10 @@ impl Receiver {
         work: &mut Work<'_>,
     ) -> Result<(), VirtioError> {
         for _ in 0..FRAMES {
-            if !port.can_move() || !self.can_take(limit) || !self.has_paid(limit) {
+            if !port.can_move() || !self.can_take(limit) || !self.charge(limit) {
                 break;
             }
-            if work.budget() < if self.is_mergeable { MANY } else { 1 } {
+            if work.budget() < if self.is_mergeable { MIN_BUDGET } else { 1 } {
                 work.leave(self.queue);
                 break;
             }
@@ -110,15 +109,16 @@ impl Receiver {
         Ok(())
     }
 
-    fn has_paid(&mut self, limit: &mut Limiter) -> bool {
-        let is_paid = self.owed.is_none_or(|bytes| limit.allows(bytes));
-        if is_paid {
-            self.owed = None;
+    /// Charges the last frame to the limit; false if that has to wait.
+    fn charge(&mut self, limit: &mut Limiter) -> bool {
+        let is_charged = self.uncharged.is_none_or(|bytes| limit.allows(bytes));
+        if is_charged {
+            self.uncharged = None;
         }
-        is_paid
+        is_charged
     }
 
-    /// A chain with room for a header. Others go back.
+    /// The next chain with room for a header. Shorter ones are returned to the driver.
     fn next_buffer(&mut self, work: &mut Work<'_>) -> Result<Option<Chain>, VirtioError> {
         while let Some(chain) = work.pop(self.queue)? {
             if chain.writable_bytes() >= HEADER_LEN {
@@ -130,7 +130,7 @@ impl Receiver {
         Ok(None)
     }
 
-    /// Takes buffers until there is room for the frame that is expected, and gives the room. Behind them comes the rest.
+    /// Takes buffers until there is room for the expected frame, and returns their room in bytes.
     fn gather(&mut self, first: Chain, work: &mut Work<'_>) -> Result<usize, VirtioError> {
         self.segments.clear();
         self.segments.extend(pieces(first.writable(), HEADER_LEN, ROOM));
@@ -139,8 +139,8 @@ impl Receiver {
         self.parts.push((first, 0));
         while self.is_mergeable
             && room < self.expected
-            && self.parts.len() < GATHERED
-            && self.segments.len() < PIECES
+            && self.parts.len() < MAX_GATHERED
+            && self.segments.len() < MAX_SEGMENTS
         {
             let Some(next) = work.pop(self.queue)? else { break };
             if next.writable_bytes() == 0 {
@@ -154,7 +154,7 @@ impl Receiver {
         Ok(room)
     }
 
-    /// Reads a frame and delivers it; false where there was none.
+    /// Reads a frame and delivers it; false if there was none.
     fn receive(
         &mut self,
         first: Chain,
@@ -166,7 +166,7 @@ impl Receiver {
         let rest = self.rest.as_mut_slice();
         match port.receive(work.memory(), &mut header, &self.segments, rest) {
             Received::Frame(len) => {
-                self.owed = Some(len as u64);
+                self.uncharged = Some(len as u64);
                 self.expected = len.min(ROOM);
                 self.deliver(room, Header::parse(header), len, port, work)?;
                 Ok(true)
@@ -182,7 +182,7 @@ impl Receiver {
         }
     }
 
-    /// A frame of `len` bytes is in the buffers that were gathered, which have `room` for so many, and in the rest.
+    /// Delivers a frame of `len` bytes, which is in the gathered buffers (`room` bytes) and in `rest`.
     fn deliver(
         &mut self,
         room: usize,
@@ -191,9 +191,8 @@ impl Receiver {
         port: &Port,
         work: &mut Work<'_>,
     ) -> Result<(), VirtioError> {
-        let judged =
-            u32::try_from(len).ok().and_then(|len| header.sent_by_host(len, self.offloads));
-        let Some(mut header) = judged else {
+        let valid = u32::try_from(len).ok().and_then(|len| header.sent_by_host(len, self.offloads));
+        let Some(mut header) = valid else {
             port.counters.rx_unfit.add();
             self.put_back_from(0, work);
             return Ok(());
@@ -211,13 +210,13 @@ impl Receiver {
             first.write_at(work.memory(), 0, &header.bytes());
         }
         work.complete_together(self.queue, self.parts.drain(..));
-        // The next frames are copied while the driver's hart sees to this one.
+        // The driver's hart handles this frame while the next ones are copied.
         work.tell(self.queue);
         port.counters.rx_frames.add();
         Ok(())
     }
 
-    /// Notes how much of each buffer a frame of `len` bytes has filled; those that it has not reached go back.
+    /// Notes how much of each buffer a frame of `len` bytes has filled, and puts unused ones back.
     fn fill(&mut self, len: usize, work: &mut Work<'_>) {
         let (mut left, mut used, mut header) = (len, 0, HEADER_LEN);
         for (chain, filled) in &mut self.parts {
@@ -231,12 +230,12 @@ impl Receiver {
         self.put_back_from(used, work);
     }
 
-    /// Gives the buffers from the `from`th on back as if they had not been taken.
+    /// Puts the buffers from the `from`th on back into the queue.
     fn put_back_from(&mut self, from: usize, work: &mut Work<'_>) {
         self.parts.drain(from..).rev().for_each(|(chain, _)| work.put_back(chain));
     }
 
-    /// Puts the first `count` bytes of the rest into further buffers; false where there are not enough.
+    /// Copies the first `count` bytes of `rest` into further buffers; false if there are not enough.
     fn spread(&mut self, count: usize, work: &mut Work<'_>) -> Result<bool, VirtioError> {
         let mut left = self.rest.get(..count).unwrap_or_default();
         while !left.is_empty() {
@@ -254,7 +253,7 @@ impl Receiver {
     }
 }
 
-/// Bytes that a chain has for a frame, behind `header` bytes for its header.
+/// Room of a chain for a frame, behind `header` bytes for its header.
 fn chain_room(chain: &Chain, header: u32) -> usize {
     (chain.writable_bytes().saturating_sub(header) as usize).min(ROOM)
 }

@@ -1,4 +1,4 @@
-//! What a user can set: `tap=NAME,mac=...`, read from the options of `--device net`.
+//! The options of `--device net`: `tap=NAME,mac=...`.
 
 use std::num::NonZeroU64;
 
@@ -13,32 +13,24 @@ pub(super) const KEYS: &[Key] = &[
     Key {
         name: "tap",
         value: "NAME",
-        help: "the tap interface at the other end; made where there is none",
+        help: "the tap interface to connect to; created if it does not exist",
     },
-    Key {
-        name: "fd",
-        value: "N",
-        help: "instead of tap: descriptor of an open tap that rvmm inherits",
-    },
+    Key { name: "fd", value: "N", help: "instead of tap: inherited descriptor of an open tap" },
     Key {
         name: "mac",
         value: "ADDR",
-        help: "MAC address (default: made from the host and the tap's name)",
+        help: "MAC address (default: derived from the host and the tap's name)",
     },
-    Key {
-        name: "mtu",
-        value: "N",
-        help: "largest packet that the guest is told of, 68 to 65535 bytes",
-    },
+    Key { name: "mtu", value: "N", help: "MTU that the guest is told, 68 to 65535 bytes" },
     Key {
         name: "pin",
         value: "on|off",
-        help: "drop frames that do not carry the MAC address as sender (default: off)",
+        help: "drop frames of the guest whose source is not its MAC address (default: off)",
     },
     Key {
         name: "queues",
         value: "N",
-        help: "pairs of queues, 1 to 8, for guests of several harts (default: 1)",
+        help: "queue pairs, 1 to 8, for guests with several harts (default: 1)",
     },
     Key {
         name: "vhost",
@@ -48,41 +40,41 @@ pub(super) const KEYS: &[Key] = &[
     Key {
         name: "rx_bps",
         value: "BYTES",
-        help: "bytes a second to the guest at most (default: no limit)",
+        help: "limit of bytes per second to the guest (default: no limit)",
     },
     Key {
         name: "tx_bps",
         value: "BYTES",
-        help: "bytes a second from the guest at most (default: no limit)",
+        help: "limit of bytes per second from the guest (default: no limit)",
     },
     Key {
         name: "rx_pps",
         value: "N",
-        help: "frames a second to the guest at most (default: no limit)",
+        help: "limit of frames per second to the guest (default: no limit)",
     },
     Key {
         name: "tx_pps",
         value: "N",
-        help: "frames a second from the guest at most (default: no limit)",
+        help: "limit of frames per second from the guest (default: no limit)",
     },
 ];
 
-/// Pairs of queues at most.
-pub(super) const MOST_PAIRS: u16 = 8;
+/// Maximum number of queue pairs.
+pub(super) const MAX_PAIRS: u16 = 8;
 
-/// The least MTU of IPv4 (RFC 791).
+/// The minimum MTU of IPv4 (RFC 791).
 const MIN_MTU: u16 = 68;
 
-/// A network device as it was asked for, but for its other end.
+/// The settings of a network device, except its host end.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct NetSettings {
-    /// The MAC address; none for one made from the other end's identity.
+    /// The MAC address; `None` for one derived from the backend's identity.
     pub mac: Option<[u8; 6]>,
     /// The MTU that the driver is told.
     pub mtu: Option<u16>,
-    /// Frames with another sender than the MAC address are dropped.
+    /// Frames of the guest with a source other than the MAC address are dropped.
     pub pin: bool,
-    /// Pairs of queues: one end each. Zero means one.
+    /// Queue pairs, with one backend each. Zero means one.
     pub pairs: u16,
     /// Limits on frames to the guest, over all pairs.
     pub rx: Rates,
@@ -90,12 +82,12 @@ pub struct NetSettings {
     pub tx: Rates,
 }
 
-/// Limits of one direction, where there are any.
+/// Limits of one direction; `None` for no limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Rates {
-    /// Bytes a second.
+    /// Bytes per second.
     pub bps: Option<NonZeroU64>,
-    /// Frames a second.
+    /// Frames per second.
     pub pps: Option<NonZeroU64>,
 }
 
@@ -121,16 +113,16 @@ impl NetSettings {
             return Err(options.bad("mtu", expected));
         }
         let mac = |text| {
-            let what = "the address of one station, in hexadecimal: 02:00:00:12:34:56";
+            let what = "a unicast MAC address, in hexadecimal (as 02:00:00:12:34:56)";
             parse_mac(text).ok_or_else(|| options.bad("mac", what))
         };
-        let expected = "a number of pairs of queues from 1 to 8";
+        let expected = "a number of queue pairs from 1 to 8";
         let pairs = options.parsed("queues", expected)?.unwrap_or(1);
-        if !(1..=MOST_PAIRS).contains(&pairs) {
+        if !(1..=MAX_PAIRS).contains(&pairs) {
             return Err(options.bad("queues", expected));
         }
         if pairs > 1 && options.get("fd").is_some() {
-            return Err(options.bad("queues", "1, which is what one descriptor is (use tap=NAME)"));
+            return Err(options.bad("queues", "1: a descriptor has one queue pair (use tap=NAME)"));
         }
         let pin = options.switch("pin", false)?;
         Ok(Self {
@@ -144,7 +136,7 @@ impl NetSettings {
     }
 }
 
-/// Whether the host's kernel is to work on the data queues, and nothing is asked for that takes a look at each frame.
+/// True if the host's kernel is to serve the data queues; an error with options that need to inspect each frame.
 pub(super) fn in_kernel(options: &Options) -> Result<bool, OptionError> {
     let in_kernel = options.switch("vhost", false)?;
     let is_pinned = options.switch("pin", false)?;
@@ -152,14 +144,14 @@ pub(super) fn in_kernel(options: &Options) -> Result<bool, OptionError> {
         let is_asked_for = if key == "pin" { is_pinned } else { options.get(key).is_some() };
         if in_kernel && is_asked_for {
             let expected =
-                "of use with vhost=on, where the kernel moves the frames (leave one of them out)";
+                "possible with vhost=on, where the kernel moves the frames (leave one of them out)";
             return Err(options.bad(key, expected));
         }
     }
     Ok(in_kernel)
 }
 
-/// The other end that the options name: exactly one.
+/// The host end that the options name: exactly one.
 pub(super) fn end(options: &Options) -> Result<NetworkEnd, BuildError> {
     let expected = "a descriptor's number";
     let bad = |source| BuildError::Option { model: MODEL.name, source };
@@ -167,15 +159,15 @@ pub(super) fn end(options: &Options) -> Result<NetworkEnd, BuildError> {
     match (options.get("tap"), fd) {
         (Some(name), None) => Ok(NetworkEnd::Tap(name.to_owned())),
         (None, Some(fd)) => Ok(NetworkEnd::Descriptor(fd.into())),
-        (Some(_), Some(_)) => Err(bad(options.bad("fd", "of use where tap is given, too"))),
+        (Some(_), Some(_)) => Err(bad(options.bad("fd", "possible with tap (leave one out)"))),
         (None, None) => Err(BuildError::End {
             model: MODEL.name,
-            source: HostError::mistake("Its other end is missing (add tap=NAME or fd=N)"),
+            source: HostError::mistake("The host interface is missing (add tap=NAME or fd=N)"),
         }),
     }
 }
 
-/// Six bytes in hexadecimal; no group address, and not all zero.
+/// Parses six bytes in hexadecimal: a unicast address that is not all zero.
 pub(in crate::virtio) fn parse_mac(text: &str) -> Option<[u8; 6]> {
     let mut mac = [0; 6];
     let mut parts = text.split(':');
@@ -189,12 +181,12 @@ pub(in crate::virtio) fn parse_mac(text: &str) -> Option<[u8; 6]> {
     (parts.next().is_none() && !is_group && mac != [0; 6]).then_some(mac)
 }
 
-/// A locally administered address that is always the same for the same identity: `02:` and 40 bits of its FNV-1a hash.
+/// Derives a locally administered address from an identity: `02:` and 40 bits of its FNV-1a hash.
 pub(in crate::virtio) fn mac_of(identity: &str) -> [u8; 6] {
     let mix = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
     let hash = identity.bytes().fold(0xcbf2_9ce4_8422_2325, mix);
     let [a, b, c, d, e, f, g, h] = hash.to_be_bytes();
-    // The first bytes depend on all of the text, the last ones hardly on its beginning.
+    // The high bytes of the hash depend on all of the text, the low ones hardly on its beginning.
     [2, a ^ f, b ^ g, c ^ h, d, e]
 }
 

@@ -1,4 +1,4 @@
-//! A network in memory, for tests: it shows what the guest sent, and gives the guest what the test lets arrive.
+//! A network in memory, for tests: it records the guest's frames, and delivers those of the test to the guest.
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read, Write};
@@ -15,8 +15,8 @@ use crate::virtio::vhost_kernel::KernelQueues;
 use crate::virtio::vhost_kernel::testing::FakeKernel;
 use crate::virtio::{DmaMemory, GuestMemoryMmap, Segment, feature};
 
-/// A network in memory. A clone is the same network: a test keeps one and hands the other over. Its descriptor is true to
-/// epoll.
+/// A network in memory. A clone is a handle to the same network: a test keeps one and passes the other to the device. The
+/// descriptor works with epoll.
 #[derive(Debug, Clone)]
 pub struct MemoryNet(Arc<Mutex<Wire>>);
 
@@ -30,27 +30,27 @@ struct Wire {
     is_in_use: bool,
     is_link_up: bool,
     address: Option<[u8; 6]>,
-    /// Readable when that has changed.
+    /// Readable when `is_link_up` has changed.
     link: EventFd,
     failure: Option<ErrorKind>,
     reads: usize,
-    /// Works on the queues, where it was asked to.
+    /// Serves the queues of a device with `vhost=on`.
     kernel: FakeKernel,
-    /// What the device watches, and the other end, from which it is made readable and writable.
+    /// The descriptor that the device watches, and its peer, which makes it readable and writable.
     near: UnixStream,
     far: UnixStream,
 }
 
 impl MemoryNet {
-    /// A network without frames and with room.
+    /// Creates a network without frames and with room.
     ///
     /// # Errors
-    /// The system's, if there are no descriptors left.
+    /// The system has no descriptors left.
     pub fn new() -> io::Result<Self> {
         Self::with_kernel(FakeKernel::with_features(feature::TRANSPORT | bit::MRG_RXBUF))
     }
 
-    /// The same, with this kernel to work on a card's queues, where it is asked to.
+    /// Creates a network whose vhost is this kernel.
     ///
     /// # Errors
     /// As for [`new`](Self::new).
@@ -76,53 +76,53 @@ impl MemoryNet {
         }))))
     }
 
-    /// A frame comes for the guest.
+    /// Queues a frame for the guest.
     pub fn arrive(&self, header: [u8; HEADER], frame: &[u8]) {
         self.change(|wire| wire.arriving.push_back((header, frame.to_vec())));
     }
 
-    /// Frames that have come and that the device has not taken.
+    /// Number of frames that the device has not taken yet.
     #[must_use]
     pub fn waiting(&self) -> usize {
         self.lock().arriving.len()
     }
 
-    /// How often the device has tried to take one.
+    /// Number of the device's attempts to take a frame.
     #[must_use]
     pub fn reads(&self) -> usize {
         self.lock().reads
     }
 
-    /// Takes what the guest has sent since the last call, headers and frames.
+    /// Takes the headers and frames that the guest has sent since the last call.
     #[must_use]
     pub fn sent(&self) -> Vec<([u8; HEADER], Vec<u8>)> {
         std::mem::take(&mut self.lock().sent)
     }
 
-    /// What frames for the guest may leave to it.
+    /// The offloads that frames for the guest may need.
     #[must_use]
     pub fn offloads(&self) -> Offloads {
         self.lock().offloads
     }
 
-    /// How often that was to be changed.
+    /// Number of attempts to change the offloads.
     #[must_use]
     pub fn offload_changes(&self) -> usize {
         self.lock().offload_changes
     }
 
-    /// Brings frames for this address only.
+    /// Sets the only address for which frames arrive.
     pub fn set_address(&self, address: [u8; 6]) {
         self.lock().address = Some(address);
     }
 
-    /// Whether the network brings frames here.
+    /// True if the device uses this queue.
     #[must_use]
     pub fn is_in_use(&self) -> bool {
         self.lock().is_in_use
     }
 
-    /// Takes the network's side of the cable up or down.
+    /// Takes the link up or down.
     pub fn set_link(&self, is_up: bool) {
         self.change(|wire| {
             wire.is_link_up = is_up;
@@ -130,17 +130,17 @@ impl MemoryNet {
         });
     }
 
-    /// Whether there is no room for frames of the guest.
+    /// Sets if there is room for frames of the guest.
     pub fn set_full(&self, is_full: bool) {
         self.change(|wire| wire.is_full = is_full);
     }
 
-    /// Makes everything fail in this way; `None` for no longer.
+    /// Makes every call fail with this error; `None` ends that.
     pub fn fail(&self, kind: Option<ErrorKind>) {
         self.change(|wire| wire.failure = kind);
     }
 
-    /// The kernel that works on the queues, where it was asked to.
+    /// The vhost kernel of this network.
     #[must_use]
     pub fn kernel(&self) -> FakeKernel {
         self.lock().kernel.clone()
@@ -150,7 +150,7 @@ impl MemoryNet {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes the state and makes the descriptor tell it.
+    /// Changes the state, and updates the descriptor's readiness.
     fn change<R>(&self, change: impl FnOnce(&mut Wire) -> R) -> R {
         let mut wire = self.lock();
         let result = change(&mut wire);
@@ -207,7 +207,7 @@ impl NetBackend for MemoryNet {
 
     fn is_link_up(&mut self) -> bool {
         let wire = self.lock();
-        // Empty where nothing has changed.
+        // Fails if nothing has changed.
         let _ = wire.link.read();
         wire.is_link_up
     }

@@ -1,37 +1,37 @@
-//! From the guest to the host (virtio 1.3, section 5.1.6.2).
+//! Frames from the guest to the host (virtio 1.3, section 5.1.6.2).
 //!
-//! The header and the Ethernet header are copied once, judged, and sent from the copy; the rest of the frame goes out of
-//! guest memory as it is. A frame that makes no sense is dropped and counted, never passed on.
+//! The header and the Ethernet header are copied once, validated, and sent from the copy; the rest of the frame is sent from
+//! guest memory as it is. An invalid frame is dropped and counted, never forwarded.
 
 use super::header::{HEADER, HEADER_LEN, Header, MAX_FRAME, MIN_FRAME, Offloads};
 use super::port::{Port, Sent};
 use crate::virtio::{Chain, GuestMemoryMmap, Limiter, Segment, VirtioError, Work, pieces};
 
-/// Bytes that one pass hands to the host, but for the last frame's.
+/// Bytes that one pass sends; the last frame may exceed it.
 const PASS: u32 = 512 << 10;
 
-/// What is copied: a header and an Ethernet header.
+/// Bytes that are copied: a header and an Ethernet header.
 const HEAD: usize = HEADER + MIN_FRAME as usize;
 const HEAD_LEN: u32 = HEADER_LEN + MIN_FRAME;
 
-/// Where in it the sender's address is.
-const SENDER: std::ops::Range<usize> = HEADER + 6..HEADER + 12;
+/// The source MAC address in the copied bytes.
+const SOURCE: std::ops::Range<usize> = HEADER + 6..HEADER + 12;
 
-/// This direction of a pair of queues.
+/// The transmit queue of a pair.
 pub(super) struct Transmitter {
     queue: u16,
-    /// The only sender that may be, where that is so.
+    /// The only permitted source address, with `pin=on`.
     pinned: Option<[u8; 6]>,
     segments: Vec<Segment>,
     offloads: Offloads,
-    /// The host has no room.
+    /// The backend has no room.
     pub(super) is_blocked: bool,
-    /// The next frame was allowed, and then there was no room.
-    has_paid: bool,
+    /// The next frame is charged to the limit already; the backend had no room for it.
+    is_charged: bool,
 }
 
 impl Transmitter {
-    /// Of this queue; with the only sender that may be, where that is so.
+    /// Creates the transmitter of this queue; `pinned` is the only permitted source address, if any.
     pub(super) fn new(queue: u16, pinned: Option<[u8; 6]>) -> Self {
         Self {
             queue,
@@ -39,7 +39,7 @@ impl Transmitter {
             segments: Vec::new(),
             offloads: Offloads::default(),
             is_blocked: false,
-            has_paid: false,
+            is_charged: false,
         }
     }
 
@@ -49,10 +49,10 @@ impl Transmitter {
 
     pub(super) fn stop(&mut self) {
         self.is_blocked = false;
-        self.has_paid = false;
+        self.is_charged = false;
     }
 
-    /// Moves frames until there are no more, or no more room, or enough for now.
+    /// Sends frames until the queue is empty, the backend is full, or the limit of a pass is reached.
     pub(super) fn pass(
         &mut self,
         limit: &mut Limiter,
@@ -66,13 +66,13 @@ impl Transmitter {
                 break;
             }
             let Some(chain) = work.pop(self.queue)? else { break };
-            // What makes no sense is paid for as well; it costs rvmm as much as a frame at most.
+            // Invalid chains are charged, too; they cost rvmm as much as a frame at most.
             let size = chain.readable_bytes().min(MAX_FRAME);
-            if !self.has_paid && !limit.allows(size.into()) {
+            if !self.is_charged && !limit.allows(size.into()) {
                 work.put_back(chain);
                 break;
             }
-            self.has_paid = false;
+            self.is_charged = false;
             moved = size.saturating_add(moved);
             self.transmit(chain, port, work);
         }
@@ -80,15 +80,15 @@ impl Transmitter {
     }
 
     fn transmit(&mut self, chain: Chain, port: &mut Port, work: &mut Work<'_>) {
-        let Some(head) = self.judge(&chain, work.memory()) else {
+        let Some(head) = self.valid_head(&chain, work.memory()) else {
             port.counters
                 .tx_malformed
-                .add_aloud("a frame of the guest was dropped, it makes no sense");
+                .add_and_warn("a frame of the guest was dropped, it is malformed");
             return work.refuse(chain);
         };
-        if self.pinned.is_some_and(|mac| head.get(SENDER) != Some(mac.as_slice())) {
-            let what = "a frame of the guest was dropped, its sender is not the device's address";
-            port.counters.tx_spoofed.add_aloud(what);
+        if self.pinned.is_some_and(|mac| head.get(SOURCE) != Some(mac.as_slice())) {
+            let what = "a frame of the guest was dropped, its source is not the device's address";
+            port.counters.tx_spoofed.add_and_warn(what);
             return work.complete(chain, 0);
         }
         self.segments.clear();
@@ -98,13 +98,13 @@ impl Transmitter {
             Sent::Wait => {
                 work.put_back(chain);
                 self.is_blocked = true;
-                self.has_paid = true;
+                self.is_charged = true;
             }
         }
     }
 
-    /// The first bytes as they may be sent; `None` where the frame must not.
-    fn judge(&self, chain: &Chain, memory: &GuestMemoryMmap) -> Option<[u8; HEAD]> {
+    /// The first bytes of a frame, validated; `None` if the frame is malformed.
+    fn valid_head(&self, chain: &Chain, memory: &GuestMemoryMmap) -> Option<[u8; HEAD]> {
         let len = chain.readable_bytes().checked_sub(HEADER_LEN)?;
         let mut head = [0; HEAD];
         if !(MIN_FRAME..=MAX_FRAME).contains(&len) || chain.read_at(memory, 0, &mut head) < HEAD {

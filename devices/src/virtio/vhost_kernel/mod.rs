@@ -1,17 +1,17 @@
-//! Devices whose queues the host's kernel works on (Linux, include/uapi/linux/vhost.h; drivers/vhost/net.c and vsock.c).
+//! Devices whose queues the host's kernel serves (Linux, include/uapi/linux/vhost.h; drivers/vhost/net.c and vsock.c).
 //!
-//! | file | what |
+//! | file | contents |
 //! |---|---|
 //! | `vsock.rs` | sockets: `--device vsock,backend=kernel` |
 //! | `testing.rs` | a kernel for tests |
 //!
-//! The network card is `net` itself: only its data queues go to the kernel. The kernel reads the driver's kicks and works on the
-//! rings in guest RAM as it is mapped in this process. Its interrupts come as those of another program (`remote.rs`), so this works
-//! with an AIA and with a PLIC alike; with an AIA they go from the kernel to the kernel. It judges what the driver puts into the rings; where it cannot go on it says so, and the
-//! device needs a reset. Unlike another program it stops at once when it is told to, and cannot die.
+//! The network device is `net` itself: only its data queues are served by the kernel. The kernel receives the driver's kicks and
+//! works on the rings in guest RAM as mapped in this process. Its interrupts are eventfds as with vhost-user (`remote.rs`), so this
+//! works with an AIA and with a PLIC; with an AIA they stay in the kernel. The kernel validates the rings; on an error it signals
+//! that, and the device needs a reset. Unlike another program it stops at once on request, and cannot die.
 //!
-//! Left out: logging (migration), the IOTLB (no IOMMU), busy polling, and reading back where the kernel stopped
-//! (`VHOST_GET_VRING_BASE`): a queue that starts again was set up anew and starts at 0.
+//! Left out: logging (migration), the IOTLB (no IOMMU), busy polling, and reading the index where the kernel stopped
+//! (`VHOST_GET_VRING_BASE`): a queue that is started again was set up anew and starts at 0.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -30,62 +30,62 @@ pub(crate) mod vsock;
 /// Queues of each end.
 const QUEUES: u16 = 2;
 
-/// The tokens of the device's sources from here on are those of [`Kernel`].
+/// The first token of [`Kernel`]'s sources; those of the device are below.
 pub(super) const FIRST_TOKEN: u32 = 0x1_0000;
 const TOKEN_ERROR: u32 = FIRST_TOKEN;
-const TOKEN_LOOK: u32 = FIRST_TOKEN + 1;
+const TOKEN_WAKEUP: u32 = FIRST_TOKEN + 1;
 const TOKEN_CALL: u32 = FIRST_TOKEN + 2;
 
-/// A queue as the kernel is to work on it, from the first entry on.
+/// A queue for the kernel to serve, from the first entry on.
 #[derive(Debug, Clone, Copy)]
 pub struct KernelQueue<'a> {
-    /// Where it lies; its number is the end's: 0 or 1.
+    /// Its rings; the queue number is that of the end: 0 or 1.
     pub rings: Rings,
     /// Written to when the driver has made chains available.
     pub kick: &'a EventFd,
-    /// The kernel writes to it when the driver is to look at the queue.
+    /// Written to by the kernel to interrupt the driver.
     pub call: &'a EventFd,
-    /// The kernel writes to it when it cannot go on.
+    /// Written to by the kernel on an error in the ring.
     pub error: &'a EventFd,
 }
 
-/// Two queues that the host's kernel works on: one for the driver to receive, 0, and one to send, 1. Dropping it stops them.
+/// Two queues that the host's kernel serves: receive, 0, and transmit, 1. Dropping it stops them.
 pub trait KernelQueues: Send {
-    /// Features that the kernel has for such a device, and for its transport.
+    /// Features of the device and of the transport that the kernel supports.
     fn features(&self) -> u64;
 
-    /// Starts queues. `features` are those that the driver has taken and the kernel has; they are the same for both queues while
-    /// one of them runs.
+    /// Starts queues. `features` are those that the driver has accepted and the kernel supports; they are the same for both queues
+    /// while one of them runs.
     ///
     /// # Errors
     /// The kernel refuses, or some of the rings are not in RAM: none of these queues runs then.
     fn start(&mut self, features: u64, queues: &[KernelQueue<'_>]) -> io::Result<()>;
 
-    /// Stops these queues. Nothing in guest memory is touched for them when this returns.
+    /// Stops these queues. Guest memory is no longer accessed for them when this returns.
     fn stop(&mut self, queues: &[u16]);
 }
 
-/// The queues of a device that the kernel works on: its first ones, two for each end.
+/// The queues of a device that the kernel serves: its first ones, two for each end.
 pub(super) struct Kernel {
     model: &'static str,
     ends: Vec<Box<dyn KernelQueues>>,
-    /// What the kernel may be told of.
+    /// Features that may be set in the kernel.
     features: u64,
     calls: Calls,
     error: EventFd,
-    /// Written to where what there is to watch has changed.
-    look: EventFd,
-    /// Features that the driver has taken, while the device runs.
+    /// Written to when the sources have changed.
+    wakeup: EventFd,
+    /// Negotiated features, while the device runs.
     running: Option<u64>,
     queues: Vec<Remote>,
     has_warned: bool,
 }
 
 impl Kernel {
-    /// Queues of a device of this model, which knows `features` besides the transport's.
+    /// Creates the queues of a device of this model, which has `features` besides the transport's.
     ///
     /// # Errors
-    /// No descriptors are left, or the kernel does not know virtio 1.
+    /// No descriptors are left, or the kernel does not support virtio 1.
     pub(super) fn new(
         model: &'static str,
         ends: Vec<Box<dyn KernelQueues>>,
@@ -95,7 +95,7 @@ impl Kernel {
         if known & feature::VERSION_1 == 0 {
             return Err(io::Error::new(
                 io::ErrorKind::Unsupported,
-                "the kernel's vhost does not know virtio 1",
+                "the kernel's vhost does not support virtio 1",
             ));
         }
         let count = u16::try_from(ends.len()).unwrap_or(u16::MAX).saturating_mul(QUEUES);
@@ -105,29 +105,29 @@ impl Kernel {
             features: known & (features | feature::TRANSPORT),
             calls: Calls::new(count, TOKEN_CALL)?,
             error: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
-            look: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            wakeup: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             running: None,
             queues: Vec::new(),
             has_warned: false,
         })
     }
 
-    /// Has the kernel raise the device's `line` itself where it can; once, before a queue is handed over.
+    /// Has the kernel raise the device's `line` itself, if possible; once, before a queue is added.
     pub(super) fn raise(&mut self, line: &dyn IrqLine) {
         self.calls.raise(line);
     }
 
-    /// Whether it raises the line itself.
+    /// True if the kernel raises the line itself.
     pub(super) fn raises_line(&self) -> bool {
         self.calls.raise_line()
     }
 
-    /// What the kernel has of the device's features and of the transport's.
+    /// Features of the device and of the transport that the kernel supports.
     pub(super) fn features(&self) -> u64 {
         self.features
     }
 
-    /// Hands a queue over: before [`activate`](Self::activate), or later where it was reset alone.
+    /// Adds a queue: before [`activate`](Self::activate), or later if it was reset alone.
     pub(super) fn add(&mut self, rings: Rings, kick: &EventFd) {
         let Some(queue) = self.calls.queue(rings, kick) else { return };
         self.queues.push(queue);
@@ -136,19 +136,19 @@ impl Kernel {
         }
     }
 
-    /// The driver is ready and has taken these features.
+    /// Starts the queues of a driver that is ready, with the negotiated features.
     pub(super) fn activate(&mut self, features: u64) {
         self.running = Some(features);
         self.start(0);
     }
 
-    /// Has the I/O loop look at what there is to watch.
+    /// Makes the I/O loop update its sources.
     pub(super) fn wake(&self) {
-        // Refused means that it is about to look.
-        let _ = self.look.write(1);
+        // An error means that it is readable already.
+        let _ = self.wakeup.write(1);
     }
 
-    /// Starts the queues from the one at this place on.
+    /// Starts the queues from this index on.
     fn start(&mut self, from: usize) {
         let Some(features) = self.running.map(|taken| taken & self.features) else { return };
         let mut result = Ok(());
@@ -171,10 +171,10 @@ impl Kernel {
         }
     }
 
-    /// The device needs a reset; said once, and learned by the I/O loop, as from the kernel.
+    /// Makes the device need a reset: logs it once, and signals an error to the I/O loop as the kernel does.
     pub(super) fn fail(&mut self, why: &io::Error) {
         if !std::mem::replace(&mut self.has_warned, true) {
-            warn!("{}: the kernel's vhost does not take its queues: {why}", self.model);
+            warn!("{}: cannot start its queues in the kernel's vhost: {why}", self.model);
         }
         let _ = self.error.write(1);
     }
@@ -199,30 +199,30 @@ impl Kernel {
         }
         self.queues.clear();
         self.running = None;
-        // Of queues that are no more; empty in most cases.
+        // An error of the stopped queues, if any.
         let _ = self.error.read();
     }
 
-    /// What the I/O loop has to watch.
+    /// The descriptors to watch.
     pub(super) fn sources(&self) -> impl Iterator<Item = Source> {
         let source = |(event, token): (&EventFd, u32)| Source {
             fd: event.as_raw_fd(),
             token,
             interest: Interest::Read,
         };
-        let own = [(&self.error, TOKEN_ERROR), (&self.look, TOKEN_LOOK)];
+        let own = [(&self.error, TOKEN_ERROR), (&self.wakeup, TOKEN_WAKEUP)];
         self.calls.sources().chain(own.map(source))
     }
 
-    /// A source of these may be ready.
+    /// Takes an event: a source may be ready.
     ///
     /// # Errors
-    /// [`VirtioError::Stuck`] where the kernel cannot go on.
+    /// [`VirtioError::Stuck`] if the kernel has signalled an error.
     pub(super) fn ready(&self, token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {
         match token {
             TOKEN_ERROR if self.error.read().is_ok() => return Err(VirtioError::Stuck),
             TOKEN_ERROR => {}
-            TOKEN_LOOK => drop(self.look.read()),
+            TOKEN_WAKEUP => drop(self.wakeup.read()),
             _ => self.calls.ready(token, work),
         }
         Ok(())

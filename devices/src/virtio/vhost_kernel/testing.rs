@@ -1,4 +1,4 @@
-//! A kernel for tests: it remembers what it is told, and does what the test does in its place.
+//! A kernel for tests: it records its calls, and the test works on the queues in its place.
 
 use std::io::{self, ErrorKind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,7 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{KernelQueue, KernelQueues};
 use crate::virtio::{Rings, feature};
 
-/// Queues of a kernel. A clone is the same: a test keeps one and hands the other over.
+/// Queues of a kernel. A clone is a handle to the same ones: a test keeps one and passes on the other.
 #[derive(Debug, Clone)]
 pub struct FakeKernel(Arc<Mutex<State>>);
 
@@ -21,16 +21,16 @@ struct State {
     failure: Option<ErrorKind>,
 }
 
-/// A queue that the kernel works on.
+/// A queue that the kernel serves.
 #[derive(Debug)]
 pub struct Running {
-    /// Where it lies, with the end's number.
+    /// Its rings, with the end's queue number.
     pub rings: Rings,
     /// The driver's kicks.
     pub kick: EventFd,
-    /// For an interrupt.
+    /// Interrupts the driver.
     pub call: EventFd,
-    /// For a ring that makes no sense.
+    /// Signals an invalid ring.
     pub error: EventFd,
 }
 
@@ -41,7 +41,7 @@ impl Default for FakeKernel {
 }
 
 impl FakeKernel {
-    /// One that has these features.
+    /// Creates a kernel with these features.
     #[must_use]
     pub fn with_features(has: u64) -> Self {
         let (taken, queues, stops, failure) = (None, Vec::new(), Vec::new(), None);
@@ -60,18 +60,18 @@ impl FakeKernel {
         self.lock().queues.iter().map(|queue| queue.rings).collect()
     }
 
-    /// Does something with a queue; `None` where it does not run.
+    /// Runs `task` with a queue; `None` if it is not started.
     pub fn with_queue<R>(&self, queue: u16, task: impl FnOnce(&Running) -> R) -> Option<R> {
         self.lock().queues.iter().find(|running| running.rings.queue == queue).map(task)
     }
 
-    /// Takes what was told to stop since the last call.
+    /// Takes the calls of `stop` since the last call.
     #[must_use]
     pub fn stops(&self) -> Vec<Vec<u16>> {
         std::mem::take(&mut self.lock().stops)
     }
 
-    /// Makes every start fail in this way; `None` for no longer.
+    /// Makes every start fail with this error; `None` ends that.
     pub fn fail(&self, kind: Option<ErrorKind>) {
         self.lock().failure = kind;
     }

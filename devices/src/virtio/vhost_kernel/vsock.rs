@@ -1,8 +1,8 @@
-//! Sockets between guest and host in the host's kernel (virtio 1.3, section 5.10; Linux, drivers/vhost/vsock.c): programs of the host
-//! use AF_VSOCK as those of the guest do.
+//! Vsock device in the host's kernel (virtio 1.3, section 5.10; Linux, drivers/vhost/vsock.c): programs of the host use AF_VSOCK,
+//! as those of the guest do.
 //!
-//! The event queue stays here; nothing ever happens on it, as events tell of a move to another host. A queue cannot be reset alone:
-//! the kernel starts and stops both at once.
+//! The event queue stays here and is never used, since events report migration. A queue cannot be reset alone: the kernel starts and
+//! stops both at once.
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -11,12 +11,12 @@ use crate::catalog::{BuildError, Built, Wiring};
 use crate::device::Source;
 use crate::virtio::{Rings, VirtioDevice, VirtioError, VirtioMmio, Work, feature};
 
-/// The catalog's name for it: that of the device with Unix sockets.
+/// Name in the catalog: that of the device with Unix sockets.
 const MODEL: &str = "vsock";
 
-/// `VIRTIO_VSOCK_F_STREAM`, which the kernel always has and does not name.
+/// `VIRTIO_VSOCK_F_STREAM`, which the kernel always supports but does not report.
 const F_STREAM: u64 = 1;
-/// `VIRTIO_VSOCK_F_SEQPACKET`, where the kernel has it.
+/// `VIRTIO_VSOCK_F_SEQPACKET`, if the kernel supports it.
 const F_SEQPACKET: u64 = 1 << 1;
 
 struct KernelVsock {
@@ -24,7 +24,7 @@ struct KernelVsock {
     config: [u8; 8],
 }
 
-/// A device for the guest with this CID.
+/// Builds the device for the guest with this CID.
 pub(in crate::virtio) fn build(guest_cid: u32, wiring: Wiring) -> Built {
     let end = wiring
         .host
@@ -81,7 +81,7 @@ impl VirtioDevice for KernelVsock {
     }
 
     fn kicked(&mut self, _queue: u16, _work: &mut Work<'_>) -> Result<(), VirtioError> {
-        // Buffers for events, which are kept for the day on which there is one.
+        // Buffers for events, which are never used.
         Ok(())
     }
 

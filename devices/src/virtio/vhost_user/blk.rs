@@ -12,7 +12,7 @@ pub(crate) const MODEL: Model = Model {
     name: "vhost-user-blk",
     summary: "virtio disk that another program serves",
     keys: &[
-        Key { name: "socket", value: "PATH", help: "where the program listens (needed)" },
+        Key { name: "socket", value: "PATH", help: "socket that the program listens on (needed)" },
         Key { name: "queues", value: "N", help: "queues, 1 to 16 (default: 1)" },
     ],
     placement: Placement::Slot,
@@ -23,11 +23,11 @@ pub(crate) const MODEL: Model = Model {
 
 /// Entries of a queue.
 const QUEUE_SIZE: u16 = 256;
-/// The most queues.
-const MOST_QUEUES: u16 = 16;
+/// Maximum number of queues.
+const MAX_QUEUES: u16 = 16;
 
 /// SIZE_MAX, SEG_MAX, GEOMETRY, RO, BLK_SIZE, FLUSH, TOPOLOGY, MQ, DISCARD, WRITE_ZEROES. Without CONFIG_WCE the
-/// configuration space is only read.
+/// configuration space is read-only.
 const FEATURES: u64 = 0b111 << 1 // sizes and geometry
     | 0b11 << 5
     | 0b11 << 9
@@ -37,7 +37,7 @@ const MQ: u64 = 1 << 12;
 
 /// Bytes of `struct virtio_blk_config`, up to the fields for secure erase.
 const CONFIG: usize = 60;
-/// Where the number of queues stands in it.
+/// Offset of the number of queues in it.
 const NUM_QUEUES: usize = 34;
 
 fn build(options: &Options, wiring: Wiring) -> Built {
@@ -46,7 +46,7 @@ fn build(options: &Options, wiring: Wiring) -> Built {
     let socket = socket.ok_or_else(|| bad(options.bad("socket", "a path (write socket=PATH)")))?;
     let expected = "a number from 1 to 16";
     let wanted = options.parsed::<u16>("queues", expected).map_err(bad)?;
-    if wanted.is_some_and(|queues| !(1..=MOST_QUEUES).contains(&queues)) {
+    if wanted.is_some_and(|queues| !(1..=MAX_QUEUES).contains(&queues)) {
         return Err(bad(options.bad("queues", expected)));
     }
     let end = |source| BuildError::End { model: MODEL.name, source };

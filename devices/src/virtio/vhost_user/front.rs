@@ -1,9 +1,9 @@
-//! The virtio device in front of a peer: what the driver does becomes requests, what the peer signals becomes interrupts.
+//! The virtio device in front of a peer: turns the driver's actions into requests, and the peer's signals into interrupts.
 //!
-//! A peer that listens on a socket may go and come again: the queues stand still meanwhile, and each goes on from what its used
-//! ring says is done. Requests that the peer had begun are begun again, each once where the peer keeps notes (INFLIGHT_SHMFD);
-//! without them one that was finished out of turn may be done twice or be lost. A program that was started for the device does
-//! not come again: the device needs a reset and does not survive it.
+//! A peer that listens on a socket may disconnect and is reconnected to: the queues stop meanwhile, and each continues at the index
+//! of its used ring. Requests that the peer had begun are begun again, each once if the peer tracks them (INFLIGHT_SHMFD);
+//! otherwise one that was completed out of order may be done twice or be lost. A program that was started for the device is not
+//! started again: the device needs a reset and does not work after it.
 
 use std::mem;
 use std::os::fd::AsRawFd;
@@ -14,7 +14,7 @@ use log::{info, warn};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::peer::{GREETING, Origin, Peer, deadline, unfit};
+use super::peer::{HANDSHAKE_TIMEOUT, Origin, Peer, deadline, unsuitable};
 use super::session::{Inflight, Region, Session};
 use super::{Kind, PeerError};
 use crate::catalog::{BuildError, Wiring};
@@ -23,19 +23,19 @@ use crate::host::{Host, HostError};
 use crate::virtio::remote::{Calls, Remote};
 use crate::virtio::{DmaMemory, Rings, VirtioDevice, VirtioError, Work, feature};
 
-/// How long a hart waits for a peer that stops its queues; from then on the driver waits.
-const PATIENCE: Duration = Duration::from_secs(1);
-/// How long a peer may take for that.
-const STOPPING: Duration = Duration::from_secs(30);
-/// How soon a lost peer is looked for, and how long it takes at most between two looks.
-const FIRST_LOOK: Duration = Duration::from_millis(100);
-const LAST_LOOK: Duration = Duration::from_secs(3);
+/// Time for which a hart waits for a peer that stops its queues; after that the driver waits.
+const HART_WAIT: Duration = Duration::from_secs(1);
+/// Time-out for a peer to stop its queues.
+const STOP_TIMEOUT: Duration = Duration::from_secs(30);
+/// Back-off between attempts to reconnect: the first delay, and the longest.
+const FIRST_DELAY: Duration = Duration::from_millis(100);
+const MAX_DELAY: Duration = Duration::from_secs(3);
 
 const TOKEN_TIMER: u32 = 0;
 const TOKEN_DAEMON: u32 = 1;
 /// The queues' interrupts.
 const TOKEN_CALL: u32 = 0x1_0000;
-/// The connection: another token for each, since a descriptor's number may come again.
+/// The connection: a new token for each, since a descriptor's number may be reused.
 const TOKEN_PEER: u32 = 0x100_0000;
 
 /// The device.
@@ -48,29 +48,29 @@ pub(super) struct Front {
     calls: Calls,
 
     host: Arc<dyn Host>,
-    /// Closed before the program behind it is ended: most end by themselves then.
+    /// Closed before the program behind it is killed: most exit by themselves then.
     session: Option<Session>,
     origin: Origin,
-    /// Connections so far.
+    /// Number of connections so far.
     connections: u32,
-    /// The peer has answered, and has the queues if there are any.
+    /// The handshake is complete, and the queues, if any, are started.
     is_ready: bool,
-    /// A program that was started has ended.
+    /// The started program has ended.
     is_gone: bool,
     inflight: Option<Inflight>,
     timer: TimerFd,
-    next_look: Duration,
+    next_delay: Duration,
     has_warned: bool,
 
-    /// Features that the driver has taken, while the device runs.
+    /// Negotiated features, while the device runs.
     running: Option<u64>,
     queues: Vec<Remote>,
-    /// The peer has been asked to stop queues, and may take until then.
+    /// Deadline for a peer that has been asked to stop queues.
     stopping: Option<Instant>,
 }
 
 impl Front {
-    /// A device of this `kind` in front of `peer`.
+    /// Creates a device of this `kind` in front of `peer`.
     pub(super) fn create(kind: Kind, peer: Peer, wiring: &Wiring) -> Result<Self, BuildError> {
         let model = kind.model;
         let end = |source| BuildError::End { model, source };
@@ -79,15 +79,15 @@ impl Front {
         let Peer { origin, mut session } = peer;
         let regions = Region::all(wiring.memory.as_ref());
         if regions.is_empty() {
-            let what = "Guest RAM is not shared memory, which another program needs";
+            let what = "Guest RAM is not shared memory, which vhost-user needs";
             return Err(end(HostError::mistake(what)));
         }
-        if session.notes_inflight() {
+        if session.tracks_inflight() {
             let size = kind.sizes.iter().copied().max().unwrap_or(0);
             session
                 .ask_for_inflight(kind.remote, size)
-                .and_then(|()| session.complete(deadline(GREETING)))
-                .map_err(|error| end(unfit(&shown, &error)))?;
+                .and_then(|()| session.complete(deadline(HANDSHAKE_TIMEOUT)))
+                .map_err(|error| end(unsuitable(&shown, &error)))?;
         }
         let calls = Calls::new(kind.remote, TOKEN_CALL);
         let timer = TimerFd::new().map_err(|error| host("timer")(error.into()))?;
@@ -105,7 +105,7 @@ impl Front {
             is_ready: true,
             is_gone: false,
             timer,
-            next_look: FIRST_LOOK,
+            next_delay: FIRST_DELAY,
             has_warned: false,
             running: None,
             queues: Vec::new(),
@@ -116,7 +116,7 @@ impl Front {
         Ok(new)
     }
 
-    /// Takes the peer's configuration space; true where that is another than before.
+    /// Takes the peer's configuration space; true if it has changed.
     fn take_config(&mut self) -> bool {
         let Some(session) = self.session.as_ref().filter(|_| self.kind.asked > 0) else {
             return false;
@@ -126,26 +126,26 @@ impl Front {
         mem::replace(&mut self.kind.config, config) != self.kind.config
     }
 
-    /// Wakes the I/O thread, which then looks at what there is to watch.
+    /// Wakes the I/O thread after this time; it also updates its sources then.
     fn wake(&mut self, after: Duration) {
         // A valid timer and a valid time: the kernel has no reason to refuse.
         let _ = self.timer.reset(after, None);
     }
 
-    /// The peer is lost: it is looked for again where it may come, else the device is broken.
-    fn lose(&mut self, why: &PeerError) {
+    /// Drops the connection: reconnects later to a socket; after the end of a started program the device is gone.
+    fn disconnect(&mut self, why: &PeerError) {
         if self.session.take().is_none() {
             return;
         }
         self.is_ready = false;
-        // Whatever it did to memory is over, or is its own doing.
+        // The peer has ended, or may harm only its own device.
         self.stopping = None;
         let model = self.kind.model;
         match (&mut self.origin, mem::replace(&mut self.has_warned, true)) {
             (Origin::Socket(path), has_warned) => {
                 let shown = path.display();
                 let what = format!(
-                    "{model}: {shown}: {why}: the device stands still until it is there again"
+                    "{model}: {shown}: {why}: the device stops until rvmm can connect again"
                 );
                 if has_warned { info!("{what}") } else { warn!("{what}") }
             }
@@ -157,22 +157,22 @@ impl Front {
                 warn!("{model}: {shown}: {why}: the device is lost until the machine restarts");
             }
         }
-        let after = if self.is_gone { Duration::from_millis(1) } else { self.next_look };
-        self.next_look = (self.next_look * 2).min(LAST_LOOK);
+        let after = if self.is_gone { Duration::from_millis(1) } else { self.next_delay };
+        self.next_delay = (self.next_delay * 2).min(MAX_DELAY);
         self.wake(after);
     }
 
-    /// Does something with the peer, and loses it where that fails.
+    /// Runs `task` with the peer, and disconnects it on an error.
     fn with_peer(&mut self, task: impl FnOnce(&mut Session) -> Result<(), PeerError>) {
         let Some(session) = self.session.as_mut().filter(|_| self.is_ready) else { return };
         match task(session) {
             Ok(()) if session.wants_write() => self.wake(Duration::from_millis(1)),
             Ok(()) => {}
-            Err(error) => self.lose(&error),
+            Err(error) => self.disconnect(&error),
         }
     }
 
-    /// Hands all that the driver has set up to the peer. Rings are worked on from the start, or from where they are done.
+    /// Sends the driver's whole setup to the peer. Rings begin at 0 if `is_new`, else at the index of their used ring.
     fn start_all(&mut self, is_new: bool) {
         let Some(features) = self.running else { return };
         let features = features & !self.kind.own;
@@ -193,7 +193,7 @@ impl Front {
         self.queues = queues;
     }
 
-    /// Has the peer stop queues and waits for that, not for long.
+    /// Has the peer stop queues, and waits at most [`HART_WAIT`] for that.
     fn stop(&mut self, queues: &[Remote]) {
         if queues.is_empty() {
             return;
@@ -203,50 +203,50 @@ impl Front {
             for queue in queues {
                 session.stop_queue(queue.rings.queue)?;
             }
-            match session.complete(deadline(PATIENCE)) {
-                Err(PeerError::Late) => is_late = true,
+            match session.complete(deadline(HART_WAIT)) {
+                Err(PeerError::Timeout) => is_late = true,
                 other => other?,
             }
             Ok(())
         });
         if is_late && self.is_ready {
-            self.stopping = Some(deadline(STOPPING));
-            self.wake(STOPPING);
+            self.stopping = Some(deadline(STOP_TIMEOUT));
+            self.wake(STOP_TIMEOUT);
         }
     }
 
-    /// Asks a peer whether it has stopped its queues; one that takes too long is given up.
+    /// Checks if the peer has stopped its queues; disconnects it at the deadline.
     fn await_stop(&mut self) {
         let (Some(until), Some(session)) = (self.stopping, &self.session) else { return };
         let left = until.saturating_duration_since(Instant::now());
         if session.is_settled() {
             self.stopping = None;
         } else if left.is_zero() {
-            self.lose(&PeerError::Late);
+            self.disconnect(&PeerError::Timeout);
         } else {
             self.wake(left);
         }
     }
 
-    /// Looks for a peer that is gone, and gives up one that says nothing.
-    fn look(&mut self) {
+    /// Takes an expiry of the timer: reconnects to a peer, or disconnects one that does not complete the handshake.
+    fn timer_expired(&mut self) {
         match (&self.origin, self.session.is_some(), self.is_ready) {
             (_, true, true) => {
                 self.with_peer(Session::process);
                 self.await_stop();
             }
-            (_, true, false) => self.lose(&PeerError::Late),
+            (_, true, false) => self.disconnect(&PeerError::Timeout),
             (Origin::Socket(path), false, _) => {
                 let stream = self.host.connect(path).map_err(PeerError::Socket);
                 match stream.and_then(|stream| Session::begin(stream, self.kind.asked)) {
                     Ok(session) => {
                         self.session = Some(session);
                         self.connections = self.connections.wrapping_add(1);
-                        self.wake(GREETING);
+                        self.wake(HANDSHAKE_TIMEOUT);
                     }
                     Err(_) => {
-                        self.next_look = (self.next_look * 2).min(LAST_LOOK);
-                        self.wake(self.next_look);
+                        self.next_delay = (self.next_delay * 2).min(MAX_DELAY);
+                        self.wake(self.next_delay);
                     }
                 }
             }
@@ -254,11 +254,11 @@ impl Front {
         }
     }
 
-    /// The peer has said something, or takes requests again.
-    fn hear(&mut self, work: &mut Work<'_>) {
+    /// Takes an event of the connection: it is readable or writable.
+    fn process(&mut self, work: &mut Work<'_>) {
         let Some(session) = &mut self.session else { return };
         if let Err(error) = session.process() {
-            return self.lose(&error);
+            return self.disconnect(&error);
         }
         if self.is_ready {
             return self.await_stop();
@@ -268,16 +268,16 @@ impl Front {
         }
         let features = self.features & !self.kind.own | self.transport & !feature::RING_RESET;
         let queues = if self.kind.asked > 0 { self.kind.remote } else { 1 };
-        let is_fit = session.features() & features == features
+        let is_suitable = session.features() & features == features
             && session.config().len() >= self.kind.asked
             && session.queue_count() >= queues;
-        if !is_fit {
-            return self.lose(&PeerError::Unfit("it is another device than before"));
+        if !is_suitable {
+            return self.disconnect(&PeerError::Unsuitable("it is another device than before"));
         }
         let _ = self.timer.clear();
         self.is_ready = true;
-        self.next_look = FIRST_LOOK;
-        info!("{}: its peer is there again", self.kind.model);
+        self.next_delay = FIRST_DELAY;
+        info!("{}: reconnected to its peer", self.kind.model);
         if self.take_config() {
             work.config_changed();
         }
@@ -333,7 +333,7 @@ impl VirtioDevice for Front {
     }
 
     fn kicked(&mut self, _queue: u16, _work: &mut Work<'_>) -> Result<(), VirtioError> {
-        // Of a queue that the device does not use.
+        // A queue that the device does not use.
         Ok(())
     }
 
@@ -372,16 +372,16 @@ impl VirtioDevice for Front {
     fn ready(&mut self, token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {
         match token {
             TOKEN_TIMER => {
-                // Setting the timer takes back its expiry, so a stale event cannot block.
+                // Clearing the timer also clears its expiry, so a stale event does not block.
                 let _ = self.timer.clear();
-                self.look();
+                self.timer_expired();
             }
             TOKEN_DAEMON => {
                 if let Origin::Started(daemon) = &mut self.origin {
                     daemon.attend();
                 }
             }
-            TOKEN_PEER.. => self.hear(work),
+            TOKEN_PEER.. => self.process(work),
             call => self.calls.ready(call, work),
         }
         if self.is_gone && self.running.is_some() { Err(VirtioError::Gone) } else { Ok(()) }

@@ -14,15 +14,15 @@ pub(crate) const MODEL: Model = Model {
     name: "fs",
     summary: "virtio file system: a folder of the host, through virtiofsd",
     keys: &[
-        Key { name: "tag", value: "NAME", help: "what the guest mounts it by (needed)" },
+        Key { name: "tag", value: "NAME", help: "mount tag in the guest (needed)" },
         Key { name: "path", value: "PATH", help: "the folder (this or socket is needed)" },
-        Key { name: "ro", value: "on|off", help: "nothing can be changed in it (default: off)" },
+        Key { name: "ro", value: "on|off", help: "the folder is read-only (default: off)" },
         Key {
             name: "sandbox",
             value: "namespace|chroot|none",
-            help: "how virtiofsd is kept to the folder (default: namespace)",
+            help: "how virtiofsd is confined to the folder (default: namespace)",
         },
-        Key { name: "socket", value: "PATH", help: "where a virtiofsd listens that runs already" },
+        Key { name: "socket", value: "PATH", help: "socket of a virtiofsd that runs already" },
     ],
     placement: Placement::Slot,
     irqs: 1,
@@ -52,7 +52,7 @@ fn build(options: &Options, wiring: Wiring) -> Built {
         id: 26,
         features: 0,
         own: 0,
-        // High priority, and requests.
+        // The high-priority queue, and the request queue.
         sizes: vec![256, 1024],
         remote: 2,
         config,
@@ -62,7 +62,7 @@ fn build(options: &Options, wiring: Wiring) -> Built {
     VirtioMmio::create(Box::new(Front::create(kind, peer, &wiring)?), wiring)
 }
 
-/// The tag, and one queue for requests.
+/// The configuration space: the tag, and one request queue.
 fn config(options: &Options) -> Result<Vec<u8>, OptionError> {
     let expected = "a name of 1 to 36 bytes without control characters";
     let tag = options.get("tag").unwrap_or_default();
@@ -75,7 +75,7 @@ fn config(options: &Options) -> Result<Vec<u8>, OptionError> {
     Ok(config)
 }
 
-/// The virtiofsd that is to be started, where one is asked for.
+/// The virtiofsd to start; `None` with `socket`.
 fn service(options: &Options) -> Result<Option<Service>, OptionError> {
     let read_only = match options.get("ro") {
         None | Some("off") => false,
@@ -92,7 +92,7 @@ fn service(options: &Options) -> Result<Option<Service>, OptionError> {
     match options.get("path").filter(|path| !path.is_empty()) {
         Some(path) => Ok(Some(Service::Folder { path: path.into(), read_only, sandbox })),
         None if only_own.is_some() && options.get("socket").is_some() => Err(options
-            .bad("socket", "used with ro or sandbox: they are for virtiofsd's own command line")),
+            .bad("socket", "possible with ro or sandbox (set them on virtiofsd's command line)")),
         None => Ok(None),
     }
 }

@@ -1,4 +1,4 @@
-//! The socket to a peer: messages out with their descriptors, answers in, without ever waiting for the peer.
+//! The socket to a peer: requests with their descriptors out, replies in, without blocking.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSliceMut};
@@ -13,15 +13,15 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFl
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::PeerError;
-use super::message::{Answer, HEADER, Header, MAX_PAYLOAD, Message};
+use super::message::{HEADER, Header, MAX_PAYLOAD, Message, Reply};
 
-/// Messages that may wait for a peer that does not read: more than any start of a device has.
-const MOST_WAITING: usize = 4096;
+/// Maximum number of messages queued for a peer that does not read: more than the start of any device needs.
+const MAX_QUEUED: usize = 4096;
 
 pub(super) struct Link {
     stream: UnixStream,
     outgoing: VecDeque<Message>,
-    /// Bytes of the first message that are on their way.
+    /// Bytes of the first message that are sent already.
     sent: usize,
     incoming: Vec<u8>,
     fd: Option<OwnedFd>,
@@ -37,27 +37,27 @@ impl Link {
         self.stream.as_raw_fd()
     }
 
-    /// Messages wait for the peer to read.
+    /// True if messages are queued.
     pub(super) fn wants_write(&self) -> bool {
         !self.outgoing.is_empty()
     }
 
-    /// Sends a message as soon as the peer takes it.
+    /// Queues a message, and sends as much as the peer accepts now.
     pub(super) fn send(&mut self, message: Message) -> Result<(), PeerError> {
-        if self.outgoing.len() >= MOST_WAITING {
-            return Err(PeerError::Late);
+        if self.outgoing.len() >= MAX_QUEUED {
+            return Err(PeerError::Timeout);
         }
         self.outgoing.push_back(message);
         self.flush()
     }
 
-    /// Sends what the peer takes now.
+    /// Sends as much as the peer accepts now.
     pub(super) fn flush(&mut self) -> Result<(), PeerError> {
         while let Some(message) = self.outgoing.front() {
             let rest = message.bytes.get(self.sent..).unwrap_or_default();
             let fds: Vec<RawFd> = match self.sent {
                 0 => message.fds.iter().map(|fd| fd.as_raw_fd()).collect(),
-                // They went with the first byte.
+                // They were sent with the first byte.
                 _ => Vec::new(),
             };
             match self.stream.send_with_fds(&[rest], &fds) {
@@ -76,8 +76,8 @@ impl Link {
         Ok(())
     }
 
-    /// The next answer, if all of it is there.
-    pub(super) fn receive(&mut self) -> Result<Option<Answer>, PeerError> {
+    /// Receives the next reply, if it is complete.
+    pub(super) fn receive(&mut self) -> Result<Option<Reply>, PeerError> {
         loop {
             let header = match self.incoming.first_chunk::<HEADER>() {
                 Some(bytes) => Some(Header::parse(bytes)?),
@@ -88,11 +88,11 @@ impl Link {
                 let payload = self.incoming.split_off(HEADER);
                 self.incoming.clear();
                 let fd = self.fd.take();
-                return Ok(Some(Answer { request: header.request, payload, fd }));
+                return Ok(Some(Reply { request: header.request, payload, fd }));
             }
             let mut buffer = [0; HEADER + MAX_PAYLOAD];
             let missing = wanted.saturating_sub(self.incoming.len());
-            // Never more than this message has: a descriptor belongs to the message that it comes with.
+            // Never more than this message: a descriptor belongs to the message that it is received with.
             let part = buffer.get_mut(..missing).unwrap_or_default();
             match self.read(part) {
                 Ok(0) => return Err(PeerError::Closed),
@@ -104,7 +104,7 @@ impl Link {
         }
     }
 
-    /// Reads bytes and keeps the first descriptor that comes with a message; the kernel and the buffer close all others.
+    /// Reads bytes and keeps the first descriptor received with a message; the kernel and the buffer close all others.
     fn read(&mut self, part: &mut [u8]) -> Result<usize, Errno> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -114,7 +114,7 @@ impl Link {
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(fds) = message {
                 for fd in fds {
-                    // One too many is no reason to trust the first.
+                    // With too many descriptors, none is used.
                     let extra = self.fd.is_some() || received.flags.contains(ReturnFlags::CTRUNC);
                     self.fd = (!extra).then_some(fd);
                 }
@@ -123,11 +123,11 @@ impl Link {
         Ok(received.bytes)
     }
 
-    /// Waits until there is something to read, or to write where that is wanted, until `deadline` at the latest.
+    /// Waits until the socket is readable, or writable if messages are queued, until `deadline` at the latest.
     pub(super) fn wait(&self, deadline: Instant) -> Result<(), PeerError> {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Err(PeerError::Late);
+            return Err(PeerError::Timeout);
         }
         let flags = if self.wants_write() { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
         let timeout = Timespec::try_from(left).ok();

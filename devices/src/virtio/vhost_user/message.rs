@@ -32,37 +32,37 @@ pub(super) const PROTOCOL_FEATURES: u64 = 1 << 30;
 
 /// Protocol features.
 pub(super) mod protocol {
-    /// The peer says how many queues it has.
+    /// The peer reports its number of queues.
     pub(crate) const MQ: u64 = 1 << 0;
-    /// A request can ask for an answer that says whether it was done.
+    /// A request can ask for a reply with its result.
     pub(crate) const REPLY_ACK: u64 = 1 << 3;
-    /// The peer has the device's configuration space.
+    /// The peer provides the device's configuration space.
     pub(crate) const CONFIG: u64 = 1 << 9;
-    /// The peer notes what it works on in memory that outlives it.
+    /// The peer tracks its requests in flight in memory that outlives it.
     pub(crate) const INFLIGHT_SHMFD: u64 = 1 << 12;
-    /// What this front end makes use of.
+    /// Features that this front end uses.
     pub(crate) const OURS: u64 = MQ | REPLY_ACK | CONFIG | INFLIGHT_SHMFD;
 }
 
 /// Bytes of a header: request, flags, bytes of the payload.
 pub(super) const HEADER: usize = 12;
 
-/// The longest payload of an answer: a configuration space and what stands before it.
+/// The longest payload of a reply: a configuration space and its header.
 pub(super) const MAX_PAYLOAD: usize = 12 + MAX_CONFIG;
 
 /// The longest configuration space.
 pub(super) const MAX_CONFIG: usize = 256;
 
-/// Flags of a header: version 1, an answer, an answer is wanted.
+/// Flags of a header: version 1, this is a reply, a reply is needed.
 const VERSION: u32 = 1;
 const VERSION_MASK: u32 = 3;
 const REPLY: u32 = 4;
 const NEED_REPLY: u32 = 8;
 
-/// A descriptor that goes with a message: kept open until it is sent.
+/// A descriptor sent with a message: kept open until then.
 pub(super) type Attached = Arc<dyn AsRawFd + Send + Sync>;
 
-/// A request, ready to be sent.
+/// A request to be sent.
 pub(super) struct Message {
     pub(super) bytes: Vec<u8>,
     pub(super) fds: Vec<Attached>,
@@ -77,7 +77,7 @@ impl Message {
         new
     }
 
-    /// Asks for an answer that says whether it was done.
+    /// Asks for a reply with the result.
     pub(super) fn acknowledged(self) -> Self {
         self.set_word(1, VERSION | NEED_REPLY)
     }
@@ -116,7 +116,7 @@ impl Message {
     }
 }
 
-/// The header of an answer, judged.
+/// The header of a reply, validated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Header {
     pub(super) request: u32,
@@ -130,39 +130,39 @@ impl Header {
         let mut next = || words.next().unwrap_or(0);
         let (request, flags, size) = (next(), next(), next());
         if flags & VERSION_MASK != VERSION || flags & REPLY == 0 {
-            return Err(PeerError::NoAnswer { request, flags });
+            return Err(PeerError::InvalidHeader { request, flags });
         }
         let size = usize::try_from(size).unwrap_or(usize::MAX);
         if size > MAX_PAYLOAD {
-            return Err(PeerError::Size { request, size });
+            return Err(PeerError::InvalidPayload { request, size });
         }
         Ok(Self { request, size })
     }
 }
 
-/// An answer.
+/// A reply.
 #[derive(Debug)]
-pub(super) struct Answer {
+pub(super) struct Reply {
     pub(super) request: u32,
     pub(super) payload: Vec<u8>,
-    /// At most one: more are closed.
+    /// The only descriptor; further ones are closed.
     pub(super) fd: Option<OwnedFd>,
 }
 
-impl Answer {
+impl Reply {
     /// The payload as one number.
     pub(super) fn number(&self) -> Result<u64, PeerError> {
         let bytes = <[u8; 8]>::try_from(self.payload.as_slice());
         bytes.map(u64::from_ne_bytes).map_err(|_| self.wrong_size())
     }
 
-    /// The 32-bit word at `index` of the payload; 0 behind its end.
+    /// The 32-bit word at `index` of the payload; 0 past its end.
     pub(super) fn word(&self, index: usize) -> u32 {
         self.payload.chunks_exact(4).nth(index).map_or(0, word)
     }
 
     pub(super) fn wrong_size(&self) -> PeerError {
-        PeerError::Size { request: self.request, size: self.payload.len() }
+        PeerError::InvalidPayload { request: self.request, size: self.payload.len() }
     }
 }
 

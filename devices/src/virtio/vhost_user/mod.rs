@@ -1,20 +1,21 @@
-//! Devices whose work another program does (QEMU's documentation, "Vhost-user Protocol"): the front end.
+//! Devices that another program serves (QEMU's documentation, "Vhost-user Protocol"): the front end. The peer is the back end.
 //!
-//! | file | what |
+//! | file | contents |
 //! |---|---|
 //! | `message.rs` | messages and their layout |
-//! | `link.rs` | the socket: messages out, answers in |
-//! | `session.rs` | one connection: who asks what when |
+//! | `link.rs` | the socket: requests out, replies in |
+//! | `session.rs` | one connection: the order of requests and replies |
 //! | `peer.rs` | a peer before there is a device |
-//! | `front.rs` | the virtio device: the driver on one side, the peer on the other |
+//! | `front.rs` | the virtio device between the driver and the peer |
 //! | `testing.rs` | a peer for tests |
-//! | `blk.rs`, `fs.rs`, `net.rs`, `vsock.rs` | what is different about each kind |
+//! | `blk.rs`, `fs.rs`, `net.rs`, `vsock.rs` | the kinds of devices |
 //!
-//! The peer maps guest RAM, reads the driver's kicks and works on the rings itself; its interrupts are in `remote.rs`. A peer is trusted with guest RAM, since
-//! that is what vhost-user is, and with nothing else: what it says is bounded and judged, nobody waits for it while the guest runs
-//! but a reset, and that for a second: then the driver sees a reset that is not over. When it is gone the device stops, not the machine.
+//! The peer maps guest RAM, receives the driver's kicks and works on the rings itself; its interrupts are in `remote.rs`. A peer is
+//! trusted with guest RAM, as vhost-user requires, and with nothing else: its messages are bounded and validated, and while the
+//! guest runs only a reset waits for it, for a second: after that the driver sees a reset that has not finished. When the peer is
+//! gone, the device stops, not the machine.
 //!
-//! The protocol's own client is here because the crate for it waits in every call, and calls come on the I/O thread. Left out:
+//! The front end is implemented here because the crate for it blocks in every call, and calls are made on the I/O thread. Left out:
 //! migration (dirty logging), post-copy, IOMMU, the peer's own requests, and configuration spaces that the driver writes.
 
 use std::io;
@@ -34,123 +35,123 @@ mod session;
 pub mod testing;
 pub(crate) mod vsock;
 
-/// What a kind of device is, for the driver and for the peer.
+/// The properties of a kind of device.
 struct Kind {
     model: &'static str,
     /// Virtio device type.
     id: u32,
-    /// Features of the device that are offered where the peer has them.
+    /// Features of the device that are offered if the peer has them.
     features: u64,
-    /// Features that are the front end's own.
+    /// Features that the front end itself implements.
     own: u64,
     /// Sizes of the queues.
     sizes: Vec<u16>,
-    /// How many of them, the first ones, are the peer's.
+    /// Number of queues that the peer serves, the first ones.
     remote: u16,
-    /// The configuration space; with [`Kind::asked`], what the peer says of it.
+    /// The configuration space; the peer's if [`Kind::asked`] is not 0.
     config: Vec<u8>,
     /// Bytes of the peer's configuration space that are needed.
     asked: usize,
-    /// Makes the driver's configuration space out of the peer's.
+    /// Turns the peer's configuration space into the driver's.
     adapt: fn(&mut [u8], u16),
 }
 
-/// A program that rvmm starts to serve one device, and ends with it.
+/// A program that rvmm starts to serve one device, and terminates with it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Service {
     /// virtiofsd: a folder of the host.
     Folder {
         /// The folder.
         path: PathBuf,
-        /// Nothing can be changed in it.
+        /// The folder is read-only.
         read_only: bool,
-        /// How the program is kept from everything else.
+        /// The sandbox of the program.
         sandbox: Sandbox,
     },
-    /// passt: the networks of the host, as whoever runs rvmm sees them.
+    /// passt: the networks of the host, as the user of rvmm sees them.
     Network {
-        /// Ports of the host's loopback interface, and the ports of the guest that they lead to.
+        /// Ports of the host's loopback interface, and the ports of the guest that they are forwarded to.
         forwards: Vec<(u16, u16)>,
     },
 }
 
-/// How virtiofsd keeps itself to its folder.
+/// The sandbox that confines virtiofsd to its folder.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Sandbox {
-    /// Namespaces of its own, in which there is nothing but the folder.
+    /// Its own namespaces, which contain nothing but the folder.
     #[default]
     Namespace,
-    /// The folder is its root; takes root.
+    /// The folder is its root; needs root.
     Chroot,
-    /// Nothing but its own care.
+    /// No sandbox: virtiofsd's own checks only.
     None,
 }
 
-/// A program that was started for a device. Dropping it ends it.
+/// A program that was started for a device. Dropping it terminates it.
 pub trait Daemon: Send {
     /// Its name.
     fn name(&self) -> &str;
 
-    /// Readable (epoll) when it has said something or has ended; none once it says no more.
+    /// Descriptor that is readable (epoll) when the program has written output or has ended; `None` after its end of file.
     fn messages(&self) -> Option<RawFd>;
 
-    /// Passes on what it has said, a bounded amount.
+    /// Logs its output, a bounded amount.
     fn attend(&mut self);
 
-    /// Ends it at once: it touches guest memory no more.
+    /// Kills it at once: it no longer accesses guest memory.
     fn kill(&mut self);
 
-    /// What it said last, once it has ended; waits a bounded time for that.
+    /// Its last output, once it has ended; waits a bounded time for that.
     fn last_words(&mut self) -> String;
 }
 
-/// Why there is no going on with a peer.
+/// An error that ends the connection to a peer.
 #[derive(Debug, Error)]
 pub enum PeerError {
     /// It has closed the connection.
     #[error("it has closed the connection")]
     Closed,
-    /// The socket fails.
-    #[error("its socket fails: {0}")]
+    /// An I/O error of the socket.
+    #[error("its socket has failed: {0}")]
     Socket(#[source] io::Error),
-    /// It does not answer in time, or takes no requests.
-    #[error("it does not answer")]
-    Late,
-    /// What it sends is no answer of version 1.
-    #[error("it sent something that is no answer: request {request}, flags {flags:#x}")]
-    NoAnswer {
-        /// The number of the request as given.
+    /// It does not reply in time, or accepts no requests.
+    #[error("it does not reply")]
+    Timeout,
+    /// The header of a message is no reply of version 1.
+    #[error("it sent an invalid reply header: request {request}, flags {flags:#x}")]
+    InvalidHeader {
+        /// The number of the request as received.
         request: u32,
-        /// The flags as given.
+        /// The flags as received.
         flags: u32,
     },
-    /// It answers what was not asked.
-    #[error("it answered request {request} out of turn")]
-    Unasked {
+    /// A reply without a request, or out of order.
+    #[error("it sent an unexpected reply to request {request}")]
+    UnexpectedReply {
         /// The number of the request.
         request: u32,
     },
-    /// An answer is too long, too short or says something else than was asked for.
-    #[error("its answer to request {request} makes no sense ({size} bytes)")]
-    Size {
+    /// A reply is too long, too short or does not match its request.
+    #[error("its reply to request {request} is invalid ({size} bytes)")]
+    InvalidPayload {
         /// The number of the request.
         request: u32,
-        /// Bytes of the answer's payload.
+        /// Bytes of the reply's payload.
         size: usize,
     },
-    /// It could not do what it was asked for.
+    /// It could not perform a request.
     #[error("it refuses request {request}")]
     Refused {
         /// The number of the request.
         request: u32,
     },
-    /// An answer came without memory that can be used.
-    #[error("its answer to request {request} brings no memory that can be used")]
+    /// A reply lacks a usable memory descriptor.
+    #[error("its reply to request {request} has no usable memory")]
     NoDescriptor {
         /// The number of the request.
         request: u32,
     },
-    /// It is no peer for this device.
+    /// It cannot serve this device.
     #[error("{0}")]
-    Unfit(&'static str),
+    Unsuitable(&'static str),
 }

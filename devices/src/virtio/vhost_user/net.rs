@@ -1,5 +1,5 @@
 //! Networks that another program serves (virtio 1.3, section 5.1): passt, which rvmm starts (`net-user`), or any that listens on
-//! a socket (`vhost-user-net`). One pair of queues, no control queue: the peer has no say in filters.
+//! a socket (`vhost-user-net`). One queue pair, no control queue: the protocol has no receive filters.
 
 use super::front::Front;
 use super::peer::Peer;
@@ -10,11 +10,8 @@ use crate::options::{OptionError, Options};
 use crate::virtio::VirtioMmio;
 use crate::virtio::net::{mac_of, parse_mac};
 
-const MAC: Key = Key {
-    name: "mac",
-    value: "ADDR",
-    help: "the card's MAC address (default: the same one at every start)",
-};
+const MAC: Key =
+    Key { name: "mac", value: "ADDR", help: "MAC address (default: the same one at every start)" };
 
 /// The catalog's entry of a network through passt.
 pub(crate) const USER: Model = Model {
@@ -25,7 +22,7 @@ pub(crate) const USER: Model = Model {
         Key {
             name: "forward",
             value: "HOST:GUEST",
-            help: "TCP ports of the host's loopback interface that lead to ports of the guest: 2222:22+8080:80",
+            help: "TCP ports of the host's loopback interface to forward to ports of the guest: 2222:22+8080:80",
         },
     ],
     placement: Placement::Slot,
@@ -38,7 +35,10 @@ pub(crate) const USER: Model = Model {
 pub(crate) const MODEL: Model = Model {
     name: "vhost-user-net",
     summary: "virtio network card that another program serves",
-    keys: &[Key { name: "socket", value: "PATH", help: "where the program listens (needed)" }, MAC],
+    keys: &[
+        Key { name: "socket", value: "PATH", help: "socket that the program listens on (needed)" },
+        MAC,
+    ],
     placement: Placement::Slot,
     irqs: 1,
     shares_ram: true,
@@ -47,11 +47,11 @@ pub(crate) const MODEL: Model = Model {
 
 /// CSUM, GUEST_CSUM, GUEST_TSO4 to HOST_UFO, MRG_RXBUF.
 const FEATURES: u64 = 0b11 | 0x1ff << 7;
-/// The driver reads its address from the configuration space.
+/// `VIRTIO_NET_F_MAC`: the driver reads its address from the configuration space.
 const HAS_MAC: u64 = 1 << 5;
 
-/// The most ports that are forwarded.
-const MOST_FORWARDS: usize = 64;
+/// Maximum number of forwarded ports.
+const MAX_FORWARDS: usize = 64;
 
 fn build_user(options: &Options, wiring: Wiring) -> Built {
     let bad = |source| BuildError::Option { model: USER.name, source };
@@ -91,9 +91,9 @@ fn create(
     VirtioMmio::create(Box::new(Front::create(kind, peer, &wiring)?), wiring)
 }
 
-/// The address given, else one that `identity` always gives.
+/// The MAC address given, else one derived from `identity`.
 fn mac(options: &Options, identity: &str) -> Result<[u8; 6], OptionError> {
-    let expected = "the address of one station, in hexadecimal: 02:00:00:12:34:56";
+    let expected = "a unicast MAC address, in hexadecimal (as 02:00:00:12:34:56)";
     match options.get("mac") {
         None => Ok(mac_of(identity)),
         Some(text) => parse_mac(text).ok_or_else(|| options.bad("mac", expected)),
@@ -101,7 +101,7 @@ fn mac(options: &Options, identity: &str) -> Result<[u8; 6], OptionError> {
 }
 
 fn forwards(options: &Options) -> Result<Vec<(u16, u16)>, OptionError> {
-    let expected = "a list of ports HOST:GUEST, 64 at most, with '+' between them (write 2222:22)";
+    let expected = "a list of at most 64 ports HOST:GUEST, separated by '+' (as 2222:22+8080:80)";
     let Some(text) = options.get("forward") else { return Ok(Vec::new()) };
     let port = |text: &str| text.parse().ok().filter(|port| *port != 0);
     let pair = |part: &str| {
@@ -110,7 +110,7 @@ fn forwards(options: &Options) -> Result<Vec<(u16, u16)>, OptionError> {
     };
     let pairs: Option<Vec<(u16, u16)>> = text.split('+').map(pair).collect();
     pairs
-        .filter(|pairs| pairs.len() <= MOST_FORWARDS)
+        .filter(|pairs| pairs.len() <= MAX_FORWARDS)
         .ok_or_else(|| options.bad("forward", expected))
 }
 

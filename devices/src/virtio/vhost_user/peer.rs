@@ -1,4 +1,4 @@
-//! A peer before there is a device: who it is and what it can do.
+//! A peer before there is a device: the handshake that reads its capabilities.
 
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -9,24 +9,24 @@ use super::{Daemon, PeerError, Service};
 use crate::host::{Host, HostError};
 use crate::virtio::feature;
 
-/// How long a peer may take to answer when a machine is built or it has come again.
-pub(super) const GREETING: Duration = Duration::from_secs(30);
+/// Time-out for a peer's handshake, when the machine is built and after a reconnect.
+pub(super) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Where a peer comes from.
+/// The way in which a peer is reached.
 pub(super) enum Origin {
     Socket(PathBuf),
     Started(Box<dyn Daemon>),
 }
 
-/// A peer that has answered, and has no device yet.
+/// A peer that has completed the handshake, and has no device yet.
 pub(super) struct Peer {
-    /// Closed before the program behind it is ended: most end by themselves then.
+    /// Closed before the program behind it is killed: most exit by themselves then.
     pub(super) session: Session,
     pub(super) origin: Origin,
 }
 
 impl Peer {
-    /// Connects to who listens on the socket at `path`, and asks for what it is.
+    /// Connects to the socket at `path`, and completes the handshake.
     pub(super) fn connect(host: &dyn Host, path: PathBuf, asked: usize) -> Result<Self, HostError> {
         let shown = path.display().to_string();
         let stream = host.connect(&path).map_err(|error| {
@@ -37,14 +37,14 @@ impl Peer {
                 error,
             )
         })?;
-        let session = greet(stream, asked).map_err(|error| unfit(&shown, &error))?;
+        let session = handshake(stream, asked).map_err(|error| unsuitable(&shown, &error))?;
         Ok(Self { origin: Origin::Socket(path), session })
     }
 
-    /// Starts a program that serves the device, and asks for what it is.
+    /// Starts a program that serves the device, and completes the handshake.
     pub(super) fn start(host: &dyn Host, service: &Service) -> Result<Self, HostError> {
         let (stream, mut daemon) = host.serve(service)?;
-        match greet(stream, 0) {
+        match handshake(stream, 0) {
             Ok(session) => Ok(Self { origin: Origin::Started(daemon), session }),
             Err(error) => {
                 let said = daemon.last_words();
@@ -65,19 +65,19 @@ impl Peer {
     }
 }
 
-fn greet(stream: UnixStream, asked: usize) -> Result<Session, PeerError> {
+fn handshake(stream: UnixStream, asked: usize) -> Result<Session, PeerError> {
     let mut session = Session::begin(stream, asked)?;
-    session.complete(deadline(GREETING))?;
+    session.complete(deadline(HANDSHAKE_TIMEOUT))?;
     if session.features() & feature::VERSION_1 == 0 {
-        return Err(PeerError::Unfit("it does not know virtio 1"));
+        return Err(PeerError::Unsuitable("it does not support virtio 1"));
     }
     if session.config().len() < asked {
-        return Err(PeerError::Unfit("it does not tell the device's configuration"));
+        return Err(PeerError::Unsuitable("it does not provide the configuration space"));
     }
     Ok(session)
 }
 
-pub(super) fn unfit(shown: &str, error: &PeerError) -> HostError {
+pub(super) fn unsuitable(shown: &str, error: &PeerError) -> HostError {
     HostError::mistake(format!(
         "Cannot use {shown}: {error} (is it the vhost-user socket of this kind of device?)"
     ))

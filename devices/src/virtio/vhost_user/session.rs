@@ -1,7 +1,7 @@
-//! One connection to a peer: who asks what in which order, and what an answer may be.
+//! One connection to a peer: the order of requests, and the validation of replies.
 //!
-//! Nothing here waits, but for [`Session::complete`]: requests go out at once, and answers are taken as they come, in the order
-//! of their requests. Whatever else a peer says ends the session.
+//! Nothing here blocks, except [`Session::complete`]: requests are sent at once, and replies are processed as they arrive, in the
+//! order of their requests. Any other message of a peer ends the session.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -16,14 +16,14 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
 use super::PeerError;
 use super::link::Link;
-use super::message::{Answer, MAX_CONFIG, Message, PROTOCOL_FEATURES, protocol, request};
+use super::message::{MAX_CONFIG, Message, PROTOCOL_FEATURES, Reply, protocol, request};
 use crate::virtio::remote::Remote;
 use crate::virtio::{DmaMemory, Rings, feature};
 
-/// The largest region in which a peer notes what it works on.
+/// The largest region for requests in flight.
 const MAX_INFLIGHT: u64 = 16 << 20;
 
-/// A stretch of guest RAM, as a peer maps it.
+/// A region of guest RAM, as a peer maps it.
 #[derive(Debug, Clone)]
 pub(super) struct Region {
     /// Guest-physical.
@@ -34,7 +34,7 @@ pub(super) struct Region {
 }
 
 impl Region {
-    /// All of guest RAM; nothing where it cannot be mapped.
+    /// All regions of guest RAM; empty if it cannot be shared.
     pub(super) fn all(memory: &dyn DmaMemory) -> Vec<Self> {
         let region = |region: &GuestRegionMmap| {
             let place = region.file_offset()?;
@@ -46,12 +46,12 @@ impl Region {
             })
         };
         let regions: Option<Vec<Self>> = memory.view().iter().map(region).collect();
-        // More do not go with one message.
+        // A message has at most 8 descriptors.
         regions.filter(|regions| regions.len() <= 8).unwrap_or_default()
     }
 }
 
-/// Memory in which a peer notes what it works on, so that its successor finds it.
+/// Memory in which a peer tracks its requests in flight, for the peer of the next connection.
 #[derive(Debug, Clone)]
 pub(super) struct Inflight {
     file: Arc<File>,
@@ -62,14 +62,14 @@ pub(super) struct Inflight {
 }
 
 impl Inflight {
-    /// Forgets what is noted.
+    /// Clears it.
     pub(super) fn clear(&self) {
         let zeroes = vec![0; 4096];
         let mut done = 0;
         while done < self.size {
             let part = usize::try_from((self.size - done).min(4096)).unwrap_or(4096);
             let part = zeroes.get(..part).unwrap_or_default();
-            // It is memory; where the peer has sealed it, it harms itself only.
+            // A write to memory fails only if the peer has sealed it, at its own expense.
             if self.file.write_at(part, self.offset.saturating_add(done)).is_err() {
                 return;
             }
@@ -78,7 +78,7 @@ impl Inflight {
     }
 }
 
-/// An answer that is to come.
+/// A reply that is expected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Expected {
     Features,
@@ -86,9 +86,9 @@ enum Expected {
     QueueCount,
     Config,
     Inflight,
-    /// Where a queue was stopped.
+    /// The index at which a queue was stopped.
     Stopped,
-    /// Whether this request was done.
+    /// The result of this request.
     Done(u32),
 }
 
@@ -109,7 +109,7 @@ impl Expected {
 pub(super) struct Session {
     link: Link,
     expected: VecDeque<Expected>,
-    /// Bytes of configuration space to be asked for.
+    /// Bytes of the configuration space to request.
     config_size: usize,
     features: u64,
     protocol: u64,
@@ -119,7 +119,7 @@ pub(super) struct Session {
 }
 
 impl Session {
-    /// Greets the peer, and asks for what it is and for `config_size` bytes of its configuration space.
+    /// Begins the handshake, which requests the peer's features and `config_size` bytes of its configuration space.
     pub(super) fn begin(stream: UnixStream, config_size: usize) -> Result<Self, PeerError> {
         let mut new = Self {
             link: Link::new(stream).map_err(PeerError::Socket)?,
@@ -144,7 +144,7 @@ impl Session {
         self.link.wants_write()
     }
 
-    /// Every answer has come.
+    /// True if no reply and no queued message is outstanding.
     pub(super) fn is_settled(&self) -> bool {
         self.expected.is_empty() && !self.link.wants_write()
     }
@@ -154,24 +154,24 @@ impl Session {
         self.features
     }
 
-    /// What of the transport's features the driver is offered in front of this peer.
+    /// Transport features that are offered to the driver with this peer.
     pub(super) fn transport(&self) -> u64 {
-        // A queue is reset by stopping it, whether the peer has a name for that or not.
+        // The front end resets a queue by stopping it, whether the peer has this feature or not.
         feature::TRANSPORT & self.features | feature::RING_RESET
     }
 
-    /// Queues that the peer has; 1 where it does not say.
+    /// Number of queues of the peer; 1 if it does not report that.
     pub(super) fn queue_count(&self) -> u16 {
         self.queue_count
     }
 
-    /// The configuration space; empty where the peer has none.
+    /// The configuration space; empty if the peer has none.
     pub(super) fn config(&self) -> &[u8] {
         &self.config
     }
 
-    /// Whether the peer can note what it works on.
-    pub(super) fn notes_inflight(&self) -> bool {
+    /// True if the peer can track its requests in flight.
+    pub(super) fn tracks_inflight(&self) -> bool {
         self.protocol & protocol::INFLIGHT_SHMFD != 0
     }
 
@@ -179,22 +179,22 @@ impl Session {
         self.inflight.take()
     }
 
-    /// Takes every answer that is there, and sends what the peer takes.
+    /// Processes all replies received, and sends queued messages.
     pub(super) fn process(&mut self) -> Result<(), PeerError> {
         self.link.flush()?;
-        while let Some(answer) = self.link.receive()? {
+        while let Some(reply) = self.link.receive()? {
             let Some(expected) = self.expected.pop_front() else {
-                return Err(PeerError::Unasked { request: answer.request });
+                return Err(PeerError::UnexpectedReply { request: reply.request });
             };
-            if expected.request() != answer.request {
-                return Err(PeerError::Unasked { request: answer.request });
+            if expected.request() != reply.request {
+                return Err(PeerError::UnexpectedReply { request: reply.request });
             }
-            self.take(expected, answer)?;
+            self.take(expected, reply)?;
         }
         Ok(())
     }
 
-    /// Waits until every answer has come, until `deadline` at the latest.
+    /// Waits for all expected replies, until `deadline` at the latest.
     pub(super) fn complete(&mut self, deadline: Instant) -> Result<(), PeerError> {
         self.process()?;
         while !self.is_settled() {
@@ -204,13 +204,13 @@ impl Session {
         Ok(())
     }
 
-    /// Asks for memory in which the peer notes what it works on.
+    /// Requests memory in which the peer tracks its requests in flight.
     pub(super) fn ask_for_inflight(&mut self, queues: u16, size: u16) -> Result<(), PeerError> {
         let ask = inflight_message(request::GET_INFLIGHT_FD, (0, 0), queues, size);
         self.ask(ask, Expected::Inflight)
     }
 
-    /// Hands guest RAM and the driver's `features` over; then queues can be started.
+    /// Sends guest RAM and the driver's `features`; queues can be started afterwards.
     pub(super) fn start(
         &mut self,
         features: u64,
@@ -222,7 +222,7 @@ impl Session {
         let count = u32::try_from(regions.len()).unwrap_or(u32::MAX);
         let mut table = Message::new(request::SET_MEM_TABLE).u32(count).u32(0);
         for Region { base, size, file, offset } in regions {
-            // The address in this process is no business of the peer's: the guest-physical one serves as well.
+            // The guest-physical address in place of the user address: the peer need not know addresses of this process.
             table = table.u64(*base).u64(*size).u64(*base).u64(*offset);
             table = table.with(Arc::clone(file) as _);
         }
@@ -231,7 +231,7 @@ impl Session {
         } else {
             self.link.send(table)?;
         }
-        if let (Some(inflight), true) = (inflight, self.notes_inflight()) {
+        if let (Some(inflight), true) = (inflight, self.tracks_inflight()) {
             let Inflight { file, size, offset, queues, queue_size } = inflight;
             let place = (*size, *offset);
             let message = inflight_message(request::SET_INFLIGHT_FD, place, *queues, *queue_size);
@@ -240,7 +240,7 @@ impl Session {
         Ok(())
     }
 
-    /// Has the peer work on a queue, from `base` of its available ring.
+    /// Has the peer start a queue, at index `base` of its available ring.
     pub(super) fn start_queue(&mut self, queue: &Remote, base: u16) -> Result<(), PeerError> {
         let Rings { queue: index, size, descriptors, driver, device } = queue.rings;
         let index = u32::from(index);
@@ -261,7 +261,7 @@ impl Session {
         Ok(())
     }
 
-    /// Has the peer stop a queue. Once that is settled, it no longer touches guest memory for it.
+    /// Has the peer stop a queue. After the reply it no longer accesses guest memory for it.
     pub(super) fn stop_queue(&mut self, queue: u16) -> Result<(), PeerError> {
         let stop = Message::new(request::GET_VRING_BASE).u32(queue.into()).u32(0);
         self.ask(stop, Expected::Stopped)
@@ -272,25 +272,25 @@ impl Session {
         self.link.send(message)
     }
 
-    fn take(&mut self, expected: Expected, answer: Answer) -> Result<(), PeerError> {
+    fn take(&mut self, expected: Expected, reply: Reply) -> Result<(), PeerError> {
         match expected {
             Expected::Features => {
-                self.features = answer.number()?;
+                self.features = reply.number()?;
                 if self.features & PROTOCOL_FEATURES != 0 {
                     let ask = Message::new(request::GET_PROTOCOL_FEATURES);
                     self.ask(ask, Expected::ProtocolFeatures)?;
                 }
             }
-            Expected::ProtocolFeatures => self.agree(answer.number()?)?,
+            Expected::ProtocolFeatures => self.negotiate(reply.number()?)?,
             Expected::QueueCount => {
-                self.queue_count = u16::try_from(answer.number()?).unwrap_or(u16::MAX);
+                self.queue_count = u16::try_from(reply.number()?).unwrap_or(u16::MAX);
             }
-            Expected::Config => self.take_config(&answer)?,
-            Expected::Inflight => self.inflight = Some(inflight(answer)?),
-            Expected::Stopped if answer.payload.len() == 8 => {}
-            Expected::Stopped => return Err(answer.wrong_size()),
+            Expected::Config => self.take_config(&reply)?,
+            Expected::Inflight => self.inflight = Some(inflight(reply)?),
+            Expected::Stopped if reply.payload.len() == 8 => {}
+            Expected::Stopped => return Err(reply.wrong_size()),
             Expected::Done(request) => {
-                if answer.number()? != 0 {
+                if reply.number()? != 0 {
                     return Err(PeerError::Refused { request });
                 }
             }
@@ -298,8 +298,8 @@ impl Session {
         Ok(())
     }
 
-    /// Settles on protocol features, and asks for what they allow.
-    fn agree(&mut self, offered: u64) -> Result<(), PeerError> {
+    /// Negotiates protocol features, and sends the requests that they allow.
+    fn negotiate(&mut self, offered: u64) -> Result<(), PeerError> {
         self.protocol = offered & protocol::OURS;
         self.link.send(Message::new(request::SET_PROTOCOL_FEATURES).u64(self.protocol))?;
         if self.protocol & protocol::MQ != 0 {
@@ -308,20 +308,20 @@ impl Session {
         if self.config_size > 0 && self.protocol & protocol::CONFIG != 0 {
             let size = u32::try_from(self.config_size).unwrap_or(0);
             let mut ask = Message::new(request::GET_CONFIG).u32(0).u32(size).u32(0);
-            // The answer has the form of the question.
+            // The request has the size of the reply.
             ask.bytes.resize(ask.bytes.len() + self.config_size, 0);
             self.ask(ask.sized(), Expected::Config)?;
         }
         Ok(())
     }
 
-    fn take_config(&mut self, answer: &Answer) -> Result<(), PeerError> {
-        let config = answer.payload.get(12..).unwrap_or_default();
+    fn take_config(&mut self, reply: &Reply) -> Result<(), PeerError> {
+        let config = reply.payload.get(12..).unwrap_or_default();
         let is_whole = config.len() == self.config_size
-            && answer.word(0) == 0
-            && usize::try_from(answer.word(1)).is_ok_and(|size| size == self.config_size);
+            && reply.word(0) == 0
+            && usize::try_from(reply.word(1)).is_ok_and(|size| size == self.config_size);
         if !is_whole {
-            return Err(answer.wrong_size());
+            return Err(reply.wrong_size());
         }
         self.config = config.to_vec();
         Ok(())
@@ -333,17 +333,17 @@ fn inflight_message(request: u32, place: (u64, u64), queues: u16, size: u16) -> 
     Message::new(request).u64(place.0).u64(place.1).u16(queues).u16(size).u32(0)
 }
 
-fn inflight(answer: Answer) -> Result<Inflight, PeerError> {
-    let size = u64::from(answer.word(0)) | u64::from(answer.word(1)) << 32;
-    let offset = u64::from(answer.word(2)) | u64::from(answer.word(3)) << 32;
-    if cfg!(target_endian = "big") || !matches!(answer.payload.len(), 20 | 24) {
-        return Err(answer.wrong_size());
+fn inflight(reply: Reply) -> Result<Inflight, PeerError> {
+    let size = u64::from(reply.word(0)) | u64::from(reply.word(1)) << 32;
+    let offset = u64::from(reply.word(2)) | u64::from(reply.word(3)) << 32;
+    if cfg!(target_endian = "big") || !matches!(reply.payload.len(), 20 | 24) {
+        return Err(reply.wrong_size());
     }
-    let [a, b, c, d] = answer.word(4).to_le_bytes();
+    let [a, b, c, d] = reply.word(4).to_le_bytes();
     let [queues, queue_size] = [[a, b], [c, d]].map(u16::from_le_bytes);
-    let request = answer.request;
-    let file = File::from(answer.fd.ok_or(PeerError::NoDescriptor { request })?);
-    // Only memory has seals. Anything else could keep whoever writes to it waiting.
+    let request = reply.request;
+    let file = File::from(reply.fd.ok_or(PeerError::NoDescriptor { request })?);
+    // Only a memfd has seals. A write to anything else could block.
     let is_memory = fcntl_get_seals(&file).is_ok();
     let fits = file.metadata().is_ok_and(|file| {
         offset.checked_add(size).is_some_and(|end| end <= file.len()) && size <= MAX_INFLIGHT
@@ -361,11 +361,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_peer_that_says_nothing_is_not_waited_for_for_ever() {
+    fn a_peer_that_sends_nothing_is_not_waited_for_for_ever() {
         let (near, _far) = UnixStream::pair().unwrap();
         let mut session = Session::begin(near, 60).unwrap();
         let deadline = Instant::now() + Duration::from_millis(50);
-        assert!(matches!(session.complete(deadline), Err(PeerError::Late)));
+        assert!(matches!(session.complete(deadline), Err(PeerError::Timeout)));
     }
 
     #[test]
@@ -373,6 +373,6 @@ mod tests {
         let (near, _far) = UnixStream::pair().unwrap();
         let mut session = Session::begin(near, 60).unwrap();
         let refused = (0..100_000).find_map(|_| session.stop_queue(0).err());
-        assert!(matches!(refused, Some(PeerError::Late)));
+        assert!(matches!(refused, Some(PeerError::Timeout)));
     }
 }

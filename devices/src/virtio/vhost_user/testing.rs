@@ -1,5 +1,4 @@
-//! A peer for tests: answers as the protocol says, or as a test wants it to, and works on rings through the file that guest RAM
-//! is.
+//! A peer for tests: replies as the protocol requires, or as a test sets, and works on rings through the file of guest RAM.
 
 use std::fs::File;
 use std::io::{self, IoSliceMut, Write};
@@ -20,7 +19,7 @@ use super::Daemon;
 use super::message::{PROTOCOL_FEATURES, protocol, request};
 use crate::virtio::feature;
 
-/// A program that says nothing and is no program.
+/// A placeholder for a started program: it has no output.
 #[derive(Debug, Clone, Copy)]
 pub struct Quiet;
 
@@ -42,7 +41,7 @@ impl Daemon for Quiet {
     }
 }
 
-/// A request as the peer got it.
+/// A request as the peer received it.
 #[derive(Debug)]
 pub struct Heard {
     /// Its number.
@@ -51,12 +50,12 @@ pub struct Heard {
     pub flags: u32,
     /// The payload.
     pub payload: Vec<u8>,
-    /// What came with it.
+    /// Descriptors received with it.
     pub fds: Vec<OwnedFd>,
 }
 
 impl Heard {
-    /// The 32-bit word at `index` of the payload; 0 behind its end.
+    /// The 32-bit word at `index` of the payload; 0 past its end.
     #[must_use]
     pub fn word(&self, index: usize) -> u32 {
         let word = self.payload.chunks_exact(4).nth(index);
@@ -64,14 +63,14 @@ impl Heard {
     }
 }
 
-/// What a peer says of itself.
+/// The capabilities that a peer reports.
 #[derive(Debug, Clone)]
 pub struct Traits {
     /// Virtio features.
     pub features: u64,
     /// Protocol features.
     pub protocol: u64,
-    /// Queues.
+    /// Number of queues.
     pub queues: u64,
     /// The configuration space.
     pub config: Vec<u8>,
@@ -88,10 +87,10 @@ impl Default for Traits {
     }
 }
 
-/// Guest RAM that another program can map: `size` bytes from `base`.
+/// Creates guest RAM that another program can map: `size` bytes from `base`.
 ///
 /// # Errors
-/// The system has no memory left, or the place is none.
+/// The system has no memory left, or the range is invalid.
 pub fn shared_memory(base: u64, size: u64) -> io::Result<GuestMemoryMmap> {
     let file = File::from(memfd_create("test-ram", MemfdFlags::CLOEXEC)?);
     ftruncate(&file, size)?;
@@ -100,7 +99,7 @@ pub fn shared_memory(base: u64, size: u64) -> io::Result<GuestMemoryMmap> {
     GuestMemoryMmap::from_ranges_with_files([range]).map_err(io::Error::other)
 }
 
-/// Serves one connection on a thread of its own, until it is closed. What was heard comes out of the receiver.
+/// Serves one connection on its own thread, until it is closed. The receiver gets all requests.
 #[must_use]
 pub fn serve(stream: UnixStream, traits: Traits) -> Receiver<Heard> {
     let (sender, receiver) = mpsc::channel();
@@ -108,18 +107,18 @@ pub fn serve(stream: UnixStream, traits: Traits) -> Receiver<Heard> {
     receiver
 }
 
-/// Serves one connection after another at `path`, as long as the process lives.
+/// Serves one connection after another at `path`, as long as the process runs.
 ///
 /// # Errors
-/// No socket can be made there.
+/// The socket cannot be created.
 pub fn serve_at(path: &Path, traits: Traits) -> io::Result<Receiver<Heard>> {
     serve_so_many_at(path, usize::MAX, traits)
 }
 
-/// Serves `count` connections at `path`, one after another, and is gone then.
+/// Serves `count` connections at `path`, one after another, and stops then.
 ///
 /// # Errors
-/// No socket can be made there.
+/// The socket cannot be created.
 pub fn serve_so_many_at(path: &Path, count: usize, traits: Traits) -> io::Result<Receiver<Heard>> {
     let (sender, receiver) = mpsc::channel();
     let listener = UnixListener::bind(path)?;
@@ -139,12 +138,12 @@ fn answer_all(mut stream: UnixStream, traits: &Traits, heard: &Sender<Heard>) {
         {
             return;
         }
-        // Nobody may be listening.
+        // The receiver may be dropped.
         let _ = heard.send(request);
     }
 }
 
-/// What is to be answered to a request, if anything.
+/// The payload of the reply to a request, if there is a reply.
 #[must_use]
 pub fn payload(heard: &Heard, traits: &Traits) -> Option<Vec<u8>> {
     let number = |value: u64| Some(value.to_ne_bytes().to_vec());
@@ -165,7 +164,7 @@ pub fn payload(heard: &Heard, traits: &Traits) -> Option<Vec<u8>> {
     }
 }
 
-/// A whole answer.
+/// A complete reply.
 #[must_use]
 pub fn answer(request: u32, payload: &[u8]) -> Vec<u8> {
     let size = u32::try_from(payload.len()).unwrap_or(u32::MAX);
@@ -178,7 +177,7 @@ pub fn answer(request: u32, payload: &[u8]) -> Vec<u8> {
 /// Waits for the next request.
 ///
 /// # Errors
-/// The connection is closed, or what comes is no request.
+/// The connection is closed, or the message is no request.
 pub fn hear(stream: &UnixStream) -> io::Result<Heard> {
     let mut fds = Vec::new();
     let header = take(stream, 12, &mut fds)?;
@@ -211,12 +210,12 @@ fn take(stream: &UnixStream, size: usize, fds: &mut Vec<OwnedFd>) -> io::Result<
     Ok(bytes)
 }
 
-/// A queue as it was handed to the peer.
+/// A queue as set up in the peer.
 #[derive(Debug, Default)]
 pub struct Taken {
     /// Entries.
     pub size: u32,
-    /// Where the available ring is to be read from.
+    /// First index of the available ring.
     pub base: u32,
     /// Descriptors, used ring, available ring.
     pub addresses: [u64; 3],
@@ -224,14 +223,14 @@ pub struct Taken {
     pub kick: Option<OwnedFd>,
     /// Written to for an interrupt.
     pub call: Option<OwnedFd>,
-    /// Whether it is to be worked on.
+    /// True if it is enabled.
     pub enabled: bool,
 }
 
-/// What a peer has been handed: RAM and queues.
+/// The state set up in a peer: RAM and queues.
 #[derive(Debug, Default)]
 pub struct Holdings {
-    /// The file that RAM is.
+    /// The file of guest RAM.
     pub ram: Option<File>,
     /// Guest-physical, size, address in the front end, offset in the file.
     pub region: [u64; 4],
@@ -240,7 +239,7 @@ pub struct Holdings {
 }
 
 impl Holdings {
-    /// Takes a request in.
+    /// Applies a request.
     pub fn take(&mut self, mut heard: Heard) {
         let index = usize::try_from(heard.word(0) & 0xff).unwrap_or(0);
         let long = |at: usize| u64::from(heard.word(at)) | u64::from(heard.word(at + 1)) << 32;
@@ -293,7 +292,7 @@ impl Holdings {
     /// Waits for a kick of a queue.
     pub fn wait_for_kick(&self, queue: usize) {
         let kick = self.queues.get(queue).and_then(|queue| queue.kick.as_ref());
-        // The driver's event does not wait by itself.
+        // The driver's eventfd is non-blocking.
         while let Some(kick) = kick
             && read(kick, &mut [0; 8]).is_err()
         {

@@ -1,5 +1,5 @@
-//! Sockets that another program serves (virtio 1.3, section 5.10): `vhost-device-vsock` and others. The event queue, on which
-//! nothing ever happens here, stays with the front end.
+//! Sockets that another program serves (virtio 1.3, section 5.10): `vhost-device-vsock` and others. The event queue, which is
+//! never used, stays with the front end.
 
 use super::Kind;
 use super::front::Front;
@@ -12,14 +12,18 @@ use crate::virtio::VirtioMmio;
 pub(crate) const MODEL: Model = Model {
     name: "vhost-user-vsock",
     summary: "virtio sockets that another program serves",
-    keys: &[Key { name: "socket", value: "PATH", help: "where the program listens (needed)" }],
+    keys: &[Key {
+        name: "socket",
+        value: "PATH",
+        help: "socket that the program listens on (needed)",
+    }],
     placement: Placement::Slot,
     irqs: 1,
     shares_ram: true,
     build,
 };
 
-/// SEQPACKET, where the peer has it.
+/// SEQPACKET, if the peer has it.
 const FEATURES: u64 = 1 << 1;
 
 /// Bytes of the configuration space: the guest's CID.

@@ -1,19 +1,19 @@
-//! How much a guest can take over a stream (virtio 1.3, section 5.10.6.3). All counts are modulo 2^32.
+//! The guest's credit on a stream (virtio 1.3, section 5.10.6.3). All counts are modulo 2^32.
 
 use super::packet::Header;
 
-/// The guest's room, as it has told it.
+/// The guest's receive buffer, as it has reported it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Credit {
-    /// Bytes sent to the guest, and those of them that its application has taken.
+    /// Bytes sent to the guest, and the part of them that its application has read.
     pub(super) sent: u32,
     pub(super) taken: u32,
-    /// Bytes that the guest can hold.
+    /// Size of the guest's buffer in bytes.
     pub(super) buffer: u32,
 }
 
 impl Credit {
-    /// How many bytes the guest can take now. It may have shrunk its buffer below what is in it.
+    /// Bytes that the guest can receive now. It may have shrunk its buffer below the bytes in it.
     pub(super) fn room(&self) -> u32 {
         self.buffer.saturating_sub(self.sent.wrapping_sub(self.taken))
     }
@@ -23,12 +23,12 @@ impl Credit {
         self.sent = self.sent.wrapping_add(bytes);
     }
 
-    /// Notes what a packet tells; false where the guest says that it has taken what it was not sent.
+    /// Updates the credit from a packet; false if the guest claims to have read more than was sent.
     pub(super) fn update(&mut self, header: &Header) -> bool {
-        let news = header.fwd_cnt.wrapping_sub(self.taken);
-        // A count from before the last one is old: two harts of the guest may send in another order than they counted.
-        let is_old = news > u32::MAX / 2;
-        if !is_old && news > self.sent.wrapping_sub(self.taken) {
+        let newly_taken = header.fwd_cnt.wrapping_sub(self.taken);
+        // A count below the last one is stale: two harts of the guest may send in another order than they counted.
+        let is_old = newly_taken > u32::MAX / 2;
+        if !is_old && newly_taken > self.sent.wrapping_sub(self.taken) {
             return false;
         }
         if !is_old {

@@ -1,21 +1,21 @@
 //! Socket device (virtio 1.3, section 5.10): streams between programs in the guest and programs on the host.
 //!
-//! | file | what |
+//! | file | contents |
 //! |---|---|
 //! | `packet.rs` | the header of a packet |
-//! | `connection.rs` | one stream: its stages, its bytes, its end |
-//! | `credit.rs` | how much the guest can take |
-//! | `socket.rs` | writing to a socket, and whether its other end is there |
-//! | `caller.rs` | the line by which a program of the host says where it wants to |
-//! | `streams.rs` | all streams: their number, their turns, their deadlines |
+//! | `connection.rs` | one stream: its states, its bytes, its end |
+//! | `credit.rs` | the guest's credit |
+//! | `socket.rs` | writes to a socket, and the check for a hang-up |
+//! | `client.rs` | the line by which a client of the host asks for a port |
+//! | `streams.rs` | all streams: their number, their order, their deadlines |
 //!
-//! The host's side are Unix sockets, in the way of Firecracker: rvmm listens on one, and a program that connects and writes
-//! `CONNECT <port>\n` is connected with that port of the guest and reads `OK <port>\n`; a guest that connects to a port of
-//! the host is connected with the program that listens on `<path>_<port>`. With `backend=kernel` the host's side is AF_VSOCK, and the
+//! On the host there are Unix sockets, as in Firecracker: rvmm listens on one, and a program that connects and writes
+//! `CONNECT <port>\n` is connected to that port of the guest and reads `OK <port>\n`; a guest that connects to a port of
+//! the host is connected to the program that listens on `<path>_<port>`. With `backend=kernel` the host uses AF_VSOCK, and the
 //! device is that of `vhost_kernel/vsock.rs`.
 //!
-//! Left out: SEQPACKET, whose messages have no counterpart in a stream socket, and events: the event queue tells of a
-//! move to another host.
+//! Left out: SEQPACKET, whose messages have no counterpart in a stream socket, and events: the event queue only reports
+//! migration to another host.
 
 use std::num::ParseIntError;
 use std::path::PathBuf;
@@ -24,13 +24,13 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::timerfd::TimerFd;
 
 use self::packet::{HOST_CID, Header};
-use self::streams::{Streams, Wanted};
+use self::streams::{Streams, VsockSettings};
 use super::{Chain, VirtioDevice, VirtioError, VirtioMmio, Work};
 use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
 use crate::device::Source;
 use crate::options::Options;
 
-mod caller;
+mod client;
 mod connection;
 mod credit;
 mod packet;
@@ -45,13 +45,13 @@ pub(crate) const MODEL: Model = Model {
         Key {
             name: "path",
             value: "PATH",
-            help: "Unix socket to make; the guest reaches PATH_<port> (needed with backend=unix)",
+            help: "Unix socket to listen on; the guest connects to PATH_<port> (needed with backend=unix)",
         },
-        Key { name: "cid", value: "N", help: "the guest's address, from 3 (default: 3)" },
+        Key { name: "cid", value: "N", help: "the guest's CID, from 3 (default: 3)" },
         Key {
             name: "timeout",
             value: "SECONDS",
-            help: "how long the guest may take to answer a program of the host, 1 to 86400 (default: 30)",
+            help: "time-out for the guest's reply to a program of the host, 1 to 86400 (default: 30)",
         },
         Key {
             name: "backend",
@@ -71,24 +71,24 @@ const TX: u16 = 1;
 /// `VIRTIO_VSOCK_F_STREAM`
 const F_STREAM: u64 = 1;
 
-/// Bytes behind a header at most, in both directions.
+/// Maximum length of a payload in bytes, in both directions.
 const MAX_PAYLOAD: usize = 64 << 10;
 
-/// Bytes that one pass moves in each direction, but for the last packet's: moving them is work of this thread.
+/// Bytes that one pass moves in each direction; the last packet may exceed it. Bounds the time on the I/O thread.
 const PASS: usize = 512 << 10;
 
-/// How long the guest may take to answer where nothing is said: longer than a guest on a slow host is busy with its start.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Default time-out for the guest's reply: longer than a guest on a slow host takes to boot.
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
 struct Vsock {
     streams: Streams,
-    /// Room for one packet's payload.
+    /// Buffer for one packet's payload.
     payload: Box<[u8]>,
     guest_cid: u64,
     config: [u8; 8],
 }
 
-/// An address that a guest may have: 0 to 2 and the last one mean others (section 5.10.4).
+/// A CID that a guest may have: 0 to 2 and the last one are reserved (section 5.10.4).
 #[derive(Debug, Clone, Copy)]
 struct Cid(u32);
 
@@ -101,7 +101,7 @@ impl std::str::FromStr for Cid {
     }
 }
 
-/// How long somebody may take for an answer.
+/// A time-out in seconds.
 struct Seconds(Duration);
 
 impl std::str::FromStr for Seconds {
@@ -126,7 +126,7 @@ fn build(options: &Options, wiring: Wiring) -> Built {
     let path = options.get("path");
     if in_kernel {
         let expected =
-            "of use with backend=kernel, which has no Unix socket (leave one of them out)";
+            "possible with backend=kernel, which has no Unix socket (leave one of them out)";
         if let Some(key) = ["path", "timeout"].into_iter().find(|key| options.get(key).is_some()) {
             return Err(refused(options.bad(key, expected)));
         }
@@ -135,10 +135,10 @@ fn build(options: &Options, wiring: Wiring) -> Built {
     let path = path.filter(|path| !path.is_empty()).map(PathBuf::from);
     let path =
         path.ok_or_else(|| refused(options.bad("path", "a path (write vsock,path=PATH)")))?;
-    let patience = options
+    let timeout = options
         .parsed::<Seconds>("timeout", "a number of seconds from 1 to 86400")
         .map_err(refused)?
-        .map_or(PATIENCE, |Seconds(patience)| patience);
+        .map_or(DEFAULT_TIMEOUT, |Seconds(timeout)| timeout);
     let guest_cid = u64::from(guest_cid);
     let listener = wiring
         .host
@@ -149,8 +149,8 @@ fn build(options: &Options, wiring: Wiring) -> Built {
         what: "timer",
         source: source.into(),
     })?;
-    let wanted = Wanted { guest_cid, path, patience };
-    let streams = Streams::new(wanted, wiring.host.clone(), listener, timer);
+    let settings = VsockSettings { guest_cid, path, timeout };
+    let streams = Streams::new(settings, wiring.host.clone(), listener, timer);
     let vsock = Vsock {
         streams,
         payload: vec![0; MAX_PAYLOAD].into(),
@@ -173,7 +173,7 @@ impl Vsock {
         Ok(())
     }
 
-    /// Takes the guest's packets, and says whether some are left because the guest does not take the answers.
+    /// Takes the guest's packets; true if some are left because the guest does not accept the replies.
     fn take_packets(&mut self, work: &mut Work<'_>, now: Instant) -> Result<bool, VirtioError> {
         let mut moved = 0;
         while self.streams.takes_packets() {
@@ -192,13 +192,13 @@ impl Vsock {
         Ok(true)
     }
 
-    /// Takes one packet; false where it is none, or not from this guest to this host.
+    /// Takes one packet; false if it is malformed, or not from this guest to this host.
     fn take(&mut self, chain: &Chain, work: &Work<'_>, now: Instant) -> bool {
         let mut raw = [0; Header::LEN];
         if chain.read_at(work.memory(), 0, &mut raw) < raw.len() {
             return false;
         }
-        // The only look at the header: the guest may write another one meanwhile.
+        // The header is read only once: the guest may change it meanwhile.
         let header = Header::parse(&raw);
         let Some(payload) = self.payload.get_mut(..header.len as usize) else { return false };
         if chain.read_at(work.memory(), Header::END, payload) < payload.len() {
@@ -211,7 +211,7 @@ impl Vsock {
         true
     }
 
-    /// Gives packets to the guest as long as it has buffers.
+    /// Sends packets to the guest as long as it has buffers.
     fn give_packets(&mut self, work: &mut Work<'_>, now: Instant) -> Result<(), VirtioError> {
         let mut moved = 0;
         while self.streams.has_packets() {

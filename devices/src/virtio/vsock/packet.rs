@@ -6,7 +6,7 @@ pub(super) const HOST_CID: u64 = 2;
 /// `VIRTIO_VSOCK_TYPE_STREAM`
 pub(super) const STREAM: u16 = 1;
 
-/// What a packet is for.
+/// Operations.
 pub(super) mod op {
     pub(in super::super) const REQUEST: u16 = 1;
     pub(in super::super) const RESPONSE: u16 = 2;
@@ -17,14 +17,14 @@ pub(super) mod op {
     pub(in super::super) const CREDIT_REQUEST: u16 = 7;
 }
 
-/// Flags of SHUTDOWN: what its sender no longer does.
+/// Flags of SHUTDOWN: the directions that its sender has closed.
 pub(super) mod shutdown {
     pub(in super::super) const RECEIVE: u32 = 1;
     pub(in super::super) const SEND: u32 = 2;
     pub(in super::super) const BOTH: u32 = 3;
 }
 
-/// A header, read or to be written; little-endian in memory, in this order.
+/// A header; in guest memory little-endian and in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Header {
     pub(super) src_cid: u64,
@@ -36,9 +36,9 @@ pub(super) struct Header {
     pub(super) kind: u16,
     pub(super) op: u16,
     pub(super) flags: u32,
-    /// How much the sender can hold that its application has not taken.
+    /// Size of the sender's receive buffer in bytes.
     pub(super) buf_alloc: u32,
-    /// How much its application has taken, since the connection began, modulo 2^32.
+    /// Bytes that the sender's application has read since the connection began, modulo 2^32.
     pub(super) fwd_cnt: u32,
 }
 
@@ -46,7 +46,7 @@ impl Header {
     /// Bytes of a header.
     pub(super) const LEN: usize = 44;
 
-    /// Where the payload begins: behind the header.
+    /// Offset of the payload, behind the header.
     pub(super) const END: u32 = 44;
 
     pub(super) fn parse(raw: &[u8; Self::LEN]) -> Self {
@@ -83,7 +83,7 @@ impl Header {
         raw
     }
 
-    /// The RST that answers this packet.
+    /// The RST in reply to this packet.
     pub(super) fn refusal(&self) -> Self {
         Self {
             src_cid: self.dst_cid,
@@ -97,7 +97,7 @@ impl Header {
     }
 }
 
-/// Takes `width` (at most 8) little-endian bytes off the front.
+/// Removes `width` (at most 8) little-endian bytes from the front.
 fn take(rest: &mut &[u8], width: usize) -> u64 {
     let (front, back) = rest.split_at_checked(width).unwrap_or((rest, &[]));
     *rest = back;

@@ -1,4 +1,4 @@
-//! What a stream does with its Unix socket, never waiting for it.
+//! Non-blocking operations on the Unix socket of a stream.
 
 use std::io::{self, ErrorKind};
 use std::os::unix::net::UnixStream;
@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SendFlags, send};
 
-/// Whether the other end is closed in both directions.
+/// True if the peer has closed both directions.
 pub(super) fn is_hung_up(stream: &UnixStream) -> bool {
     let mut fds = [PollFd::new(stream, PollFlags::empty())];
     let ready = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
@@ -14,7 +14,7 @@ pub(super) fn is_hung_up(stream: &UnixStream) -> bool {
     ready.is_ok() && fd.revents().intersects(PollFlags::HUP | PollFlags::ERR)
 }
 
-/// Writes what the socket takes now, which may be nothing.
+/// Writes as many bytes as the socket accepts now, which may be none.
 pub(super) fn write(stream: &UnixStream, bytes: &[u8]) -> io::Result<usize> {
     if bytes.is_empty() {
         return Ok(0);

@@ -1,7 +1,7 @@
-//! All streams of a vsock device: who they are, whose turn it is, and which of them have to go.
+//! All streams of a vsock device: their ports, their order, and their deadlines.
 //!
 //! Whatever a guest or a program of the host does, there are at most [`MAX_STREAMS`] of them, one list entry for each, and
-//! [`MAX_REPLIES`] answers to packets of none: the device takes no further packets of a guest that does not take those.
+//! [`MAX_REPLIES`] replies to packets outside any stream: the device takes no packets of a guest that does not accept those.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ffi::OsString;
@@ -15,27 +15,27 @@ use std::time::{Duration, Instant};
 use log::{info, warn};
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::caller::{Caller, Heard};
-use super::connection::{Connection, Fate};
+use super::client::{Client, Line};
+use super::connection::{Connection, Outcome};
 use super::packet::{Header, STREAM, op};
 use crate::device::{Interest, Source};
 use crate::host::{Host, Listener};
 
-/// Streams at most, with the callers that are to become some.
+/// Maximum number of streams, including clients that have not sent their line yet.
 pub(super) const MAX_STREAMS: usize = 1023;
 
-/// Answers that wait for buffers of the guest, from which on no packet of its is taken.
+/// Number of replies waiting for buffers of the guest from which on its packets are not taken.
 pub(super) const MAX_REPLIES: usize = 256;
 
-/// How long nobody is let in after the host could not let anybody in.
-const RECOVERY: Duration = Duration::from_secs(1);
+/// Pause after a failed accept.
+const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
-/// Ports of the host's end of streams that the host asks for begin here, as Firecracker's do.
+/// The first port of the host's end of streams that the host requests, as in Firecracker.
 const FIRST_PORT: u32 = 1 << 30;
 
 const TOKEN_TIMER: u32 = 0;
 const TOKEN_LISTENER: u32 = 1;
-/// Tokens of streams and callers: each gets its own, so that an event of a closed one is nobody else's.
+/// Tokens of streams and clients: allocated in turn, so that a stale event of a closed one reaches no other.
 const FIRST_TOKEN: u32 = 16;
 const LAST_TOKEN: u32 = crate::virtio::mmio::KICK - 1;
 
@@ -47,17 +47,17 @@ pub(super) struct Streams {
     listener: Box<dyn Listener>,
     timer: TimerFd,
     armed: Option<Instant>,
-    /// How long a caller may take to say where it wants to, the guest to answer, and a socket to take the rest of a stream.
-    patience: Duration,
+    /// Time limit for a client's line, for the guest's reply, and for a socket to accept the rest of a stream.
+    timeout: Duration,
     /// The guest has a driver.
     pub(super) is_active: bool,
-    /// Nobody is let in before.
-    deaf_until: Option<Instant>,
+    /// No client is accepted before.
+    paused_until: Option<Instant>,
     connections: BTreeMap<u32, Connection>,
     /// Tokens, by the ports of host and guest.
     by_ports: HashMap<(u32, u32), u32>,
-    callers: BTreeMap<u32, Caller>,
-    /// Those that have a packet for the guest, in the order of their turns.
+    clients: BTreeMap<u32, Client>,
+    /// Streams with a packet for the guest, in the order of their turns.
     listed: VecDeque<u32>,
     replies: VecDeque<Header>,
     next_token: u32,
@@ -65,42 +65,42 @@ pub(super) struct Streams {
     warned: Warned,
 }
 
-/// What a user asks for.
-pub(super) struct Wanted {
+/// The settings of a vsock device.
+pub(super) struct VsockSettings {
     pub(super) guest_cid: u64,
     pub(super) path: PathBuf,
-    pub(super) patience: Duration,
+    pub(super) timeout: Duration,
 }
 
-/// What has been said once.
+/// Messages that have been logged: each only once.
 #[derive(Debug, Default)]
 struct Warned {
     full: bool,
-    deaf: bool,
-    nobody: bool,
+    accept: bool,
+    connect: bool,
 }
 
 impl Streams {
     pub(super) fn new(
-        wanted: Wanted,
+        settings: VsockSettings,
         host: Arc<dyn Host>,
         listener: Box<dyn Listener>,
         timer: TimerFd,
     ) -> Self {
-        let Wanted { guest_cid, path, patience } = wanted;
+        let VsockSettings { guest_cid, path, timeout } = settings;
         Self {
             guest_cid,
             path,
             host,
             listener,
             timer,
-            patience,
+            timeout,
             armed: None,
             is_active: false,
-            deaf_until: None,
+            paused_until: None,
             connections: BTreeMap::new(),
             by_ports: HashMap::new(),
-            callers: BTreeMap::new(),
+            clients: BTreeMap::new(),
             listed: VecDeque::new(),
             replies: VecDeque::new(),
             next_token: FIRST_TOKEN,
@@ -109,62 +109,62 @@ impl Streams {
         }
     }
 
-    /// Ends all streams, without a word to the guest. Called by harts: the timer has the I/O thread look at what is left to watch.
+    /// Ends all streams without notifying the guest. Called by harts: the timer makes the I/O thread update its sources.
     pub(super) fn reset(&mut self) {
         self.is_active = false;
         self.connections.clear();
         self.by_ports.clear();
-        self.callers.clear();
+        self.clients.clear();
         self.listed.clear();
         self.replies.clear();
         let is_set = self.timer.reset(Duration::from_millis(1), None).is_ok();
         self.armed = is_set.then(Instant::now);
     }
 
-    /// What to watch. Callers wait outside until the guest has a driver and there is room.
+    /// The descriptors to watch. Clients are not accepted until the guest has a driver and there is room.
     pub(super) fn sources(&self) -> Vec<Source> {
         let read = |fd, token| Source { fd, token, interest: Interest::Read };
         let mut sources = vec![read(self.timer.as_raw_fd(), TOKEN_TIMER)];
-        if self.is_active && self.has_room() && self.deaf_until.is_none() {
+        if self.is_active && self.has_room() && self.paused_until.is_none() {
             sources.push(read(self.listener.as_raw_fd(), TOKEN_LISTENER));
         }
-        sources.extend(self.callers.iter().map(|(token, caller)| caller.source(*token)));
+        sources.extend(self.clients.iter().map(|(token, client)| client.source(*token)));
         sources.extend(self.connections.iter().filter_map(|(token, c)| c.source(*token)));
         sources
     }
 
-    /// A source may be ready.
+    /// Takes an event: a source may be ready.
     pub(super) fn ready(&mut self, token: u32, now: Instant) {
         match token {
             TOKEN_TIMER => self.expire(now),
             TOKEN_LISTENER => self.accept(now),
-            _ if self.callers.contains_key(&token) => self.hear(token, now),
+            _ if self.clients.contains_key(&token) => self.read_line(token, now),
             _ => {
-                let fate = self.connections.get_mut(&token).map(|c| c.ready(now));
-                self.settle(token, fate.unwrap_or(Fate::GoesOn));
+                let outcome = self.connections.get_mut(&token).map(|c| c.ready(now));
+                self.update(token, outcome.unwrap_or(Outcome::Continue));
             }
         }
     }
 
-    /// Whether another packet of the guest may be taken.
+    /// True if another packet of the guest may be taken.
     pub(super) fn takes_packets(&self) -> bool {
         self.replies.len() < MAX_REPLIES
     }
 
-    /// Whether there is something for the guest.
+    /// True if there are packets for the guest.
     pub(super) fn has_packets(&self) -> bool {
         !self.replies.is_empty() || !self.listed.is_empty()
     }
 
-    /// A packet of the guest's, with what is behind its header; its addresses are right.
+    /// Takes a packet of the guest, with its payload; its CIDs are checked already.
     pub(super) fn receive(&mut self, header: &Header, payload: &[u8], now: Instant) {
         let ports = (header.dst_port, header.src_port);
         let token = self.by_ports.get(&ports).copied().filter(|_| header.kind == STREAM);
         if let Some((token, connection)) =
             token.and_then(|token| Some((token, self.connections.get_mut(&token)?)))
         {
-            let fate = connection.receive(header, payload, now);
-            self.settle(token, fate);
+            let outcome = connection.receive(header, payload, now);
+            self.update(token, outcome);
         } else if header.kind == STREAM && header.op == op::REQUEST {
             self.connect(header);
         } else if header.op != op::RST {
@@ -172,7 +172,7 @@ impl Streams {
         }
     }
 
-    /// The next packet for the guest; its payload is in the front of `room` (at least 1 byte).
+    /// Takes the next packet for the guest; its payload is at the front of `room` (at least 1 byte).
     pub(super) fn next_packet(&mut self, room: &mut [u8], now: Instant) -> Option<Header> {
         if let Some(reply) = self.replies.pop_front() {
             return Some(reply);
@@ -183,7 +183,7 @@ impl Streams {
             let packet = connection.next_packet(room, now);
             let (buf_alloc, fwd_cnt) = packet.map_or((0, 0), |_| connection.own_credit());
             let address = connection.address(self.guest_cid);
-            self.settle(token, Fate::GoesOn);
+            self.update(token, Outcome::Continue);
             if let Some(super::connection::Packet { op, flags, len }) = packet {
                 return Some(Header { op, flags, len, buf_alloc, fwd_cnt, ..address });
             }
@@ -194,12 +194,12 @@ impl Streams {
     /// Sets the timer to the next deadline. To be called at the end of every pass.
     pub(super) fn set_timer(&mut self, now: Instant) {
         let streams = self.connections.values().filter_map(|connection| connection.deadline);
-        let callers = self.callers.values().map(|caller| caller.deadline);
-        let next = streams.chain(callers).chain(self.deaf_until).min();
+        let clients = self.clients.values().map(|client| client.deadline);
+        let next = streams.chain(clients).chain(self.paused_until).min();
         if next == self.armed {
             return;
         }
-        // Setting the timer takes back its expiry, so it need not be read.
+        // Setting the timer clears its expiry, so it need not be read.
         self.armed = match next {
             None => self.timer.clear().map(|()| None).unwrap_or(self.armed),
             Some(next) => {
@@ -210,14 +210,14 @@ impl Streams {
     }
 
     fn has_room(&self) -> bool {
-        self.connections.len() + self.callers.len() < MAX_STREAMS
+        self.connections.len() + self.clients.len() < MAX_STREAMS
     }
 
     fn new_token(&mut self) -> u32 {
         loop {
             let token = self.next_token;
             self.next_token = if token == LAST_TOKEN { FIRST_TOKEN } else { token + 1 };
-            if !self.connections.contains_key(&token) && !self.callers.contains_key(&token) {
+            if !self.connections.contains_key(&token) && !self.clients.contains_key(&token) {
                 return token;
             }
         }
@@ -227,19 +227,19 @@ impl Streams {
         let token = self.new_token();
         self.by_ports.insert((connection.host_port, connection.guest_port), token);
         self.connections.insert(token, connection);
-        self.settle(token, Fate::GoesOn);
+        self.update(token, Outcome::Continue);
     }
 
-    /// Draws the consequences of what has happened to a stream.
-    fn settle(&mut self, token: u32, fate: Fate) {
+    /// Lists a stream that has a packet for the guest, or removes one that has ended.
+    fn update(&mut self, token: u32, outcome: Outcome) {
         let Some(connection) = self.connections.get_mut(&token) else { return };
-        if fate == Fate::GoesOn {
+        if outcome == Outcome::Continue {
             if connection.has_packet() && !std::mem::replace(&mut connection.is_listed, true) {
                 self.listed.push_back(token);
             }
             return;
         }
-        if fate == Fate::Over && connection.is_known() {
+        if outcome == Outcome::Reset && connection.is_known() {
             let address = connection.address(self.guest_cid);
             self.replies.push_back(Header { op: op::RST, ..address });
         }
@@ -250,11 +250,11 @@ impl Streams {
         self.connections.remove(&token);
     }
 
-    /// The guest asks for a stream to the program that listens on `<path>_<port>`.
+    /// Connects the guest to the program that listens on `<path>_<port>`.
     fn connect(&mut self, request: &Header) {
         if !self.has_room() {
             if !std::mem::replace(&mut self.warned.full, true) {
-                warn!("vsock: the guest has {MAX_STREAMS} streams and gets no more");
+                warn!("vsock: the guest has {MAX_STREAMS} streams: further ones are refused");
             }
             self.replies.push_back(request.refusal());
             return;
@@ -262,53 +262,53 @@ impl Streams {
         let mut path = OsString::from(&self.path);
         path.push(format!("_{}", request.dst_port));
         match self.host.connect(path.as_ref()) {
-            Ok(stream) => self.insert(Connection::accepted(stream, request, self.patience)),
+            Ok(stream) => self.insert(Connection::accepted(stream, request, self.timeout)),
             Err(error) => {
-                if !std::mem::replace(&mut self.warned.nobody, true) {
-                    info!("vsock: the guest cannot reach {}: {error}", path.display());
+                if !std::mem::replace(&mut self.warned.connect, true) {
+                    info!("vsock: cannot connect the guest to {}: {error}", path.display());
                 }
                 self.replies.push_back(request.refusal());
             }
         }
     }
 
-    /// Lets one caller in.
+    /// Accepts one client.
     fn accept(&mut self, now: Instant) {
-        if !self.is_active || !self.has_room() || self.deaf_until.is_some() {
+        if !self.is_active || !self.has_room() || self.paused_until.is_some() {
             return;
         }
         match self.listener.accept() {
             Ok(stream) => {
                 let token = self.new_token();
-                self.callers.insert(token, Caller::new(stream, now + self.patience));
-                self.hear(token, now);
+                self.clients.insert(token, Client::new(stream, now + self.timeout));
+                self.read_line(token, now);
             }
             Err(error)
                 if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
             Err(error) => {
-                // It would be refused again at once.
-                if !std::mem::replace(&mut self.warned.deaf, true) {
-                    warn!("vsock: cannot let a program in at {}: {error}", self.path.display());
+                // Another attempt would fail at once.
+                if !std::mem::replace(&mut self.warned.accept, true) {
+                    warn!("vsock: cannot accept a client at {}: {error}", self.path.display());
                 }
-                self.deaf_until = Some(now + RECOVERY);
+                self.paused_until = Some(now + ACCEPT_PAUSE);
             }
         }
     }
 
-    fn hear(&mut self, token: u32, now: Instant) {
-        let Some(caller) = self.callers.get_mut(&token) else { return };
-        let heard = caller.listen();
-        if heard == Heard::More {
+    fn read_line(&mut self, token: u32, now: Instant) {
+        let Some(client) = self.clients.get_mut(&token) else { return };
+        let line = client.read_line();
+        if line == Line::Incomplete {
             return;
         }
-        let Some(Caller { stream, .. }) = self.callers.remove(&token) else { return };
-        if let Heard::Port(port) = heard {
-            self.ask(stream, port, now);
+        let Some(Client { stream, .. }) = self.clients.remove(&token) else { return };
+        if let Line::Port(port) = line {
+            self.request(stream, port, now);
         }
     }
 
-    /// Asks the guest for a stream to its port.
-    fn ask(&mut self, stream: UnixStream, guest_port: u32, now: Instant) {
+    /// Requests a stream to a port of the guest.
+    fn request(&mut self, stream: UnixStream, guest_port: u32, now: Instant) {
         let host_port = loop {
             let port = self.next_port;
             self.next_port = FIRST_PORT | port.wrapping_add(1) & (FIRST_PORT - 1);
@@ -316,21 +316,21 @@ impl Streams {
                 break port;
             }
         };
-        self.insert(Connection::asking(stream, host_port, guest_port, now, self.patience));
+        self.insert(Connection::requesting(stream, host_port, guest_port, now, self.timeout));
     }
 
     fn expire(&mut self, now: Instant) {
         self.armed = None;
-        // Takes back the expiry, where no deadline is left.
+        // Clears the expiry, for the case that no deadline is left.
         let _ = self.timer.clear();
-        self.deaf_until = self.deaf_until.filter(|until| *until > now);
-        self.callers.retain(|_, caller| caller.deadline > now);
+        self.paused_until = self.paused_until.filter(|until| *until > now);
+        self.clients.retain(|_, client| client.deadline > now);
         let is_due = |c: &Connection| c.deadline.is_some_and(|deadline| deadline <= now);
         let due: Vec<u32> =
             self.connections.iter().filter(|(_, c)| is_due(c)).map(|(token, _)| *token).collect();
         for token in due {
-            let fate = self.connections.get_mut(&token).map(|c| c.expired(now));
-            self.settle(token, fate.unwrap_or(Fate::GoesOn));
+            let outcome = self.connections.get_mut(&token).map(|c| c.expired(now));
+            self.update(token, outcome.unwrap_or(Outcome::Continue));
         }
     }
 }

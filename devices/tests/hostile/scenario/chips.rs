@@ -1,4 +1,4 @@
-//! The chips without queues, and the text of `--device`, played from bytes.
+//! The chips without queues, and the text of `--device`, driven by bytes.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use super::script::Script;
 
 const ACTIONS: usize = 400;
 
-/// An access of any width; the offset is below `near`, or anything.
+/// Accesses with any width an offset below `near`, or any offset.
 fn access(device: &mut dyn MmioDevice, near: usize, script: &mut Script<'_>) {
     let offset = if script.once_in(8) { script.odd() } else { script.below(near) as u64 };
     let width = script.pick(&[4, 1, 4, 2, 8, 4, 4, 1]);
@@ -23,13 +23,13 @@ fn access(device: &mut dyn MmioDevice, near: usize, script: &mut Script<'_>) {
     }
 }
 
-/// The device must come to rest.
+/// Checks that the device becomes idle.
 fn rest(device: &mut dyn MmioDevice) {
     let is_awake = (0..1000).all(|_| turn(device, 0).unwrap() != 0);
     assert!(!is_awake, "{} never sleeps", device.name());
 }
 
-/// Interrupt lines and harts, against a PLIC; a claim gives only what is there.
+/// Drives interrupt lines and harts of a PLIC; a claim returns only sources that were raised.
 pub fn plic(bytes: &[u8]) {
     let mut script = Script::new(bytes);
     let sources = script.pick(&[95, 1, 31, 32, 33, 1023]);
@@ -49,7 +49,7 @@ pub fn plic(bytes: &[u8]) {
                 plic.source(source as u32).unwrap().set_level(high);
             }
             2 => {
-                // Priorities, enables, thresholds that mean something.
+                // Priorities, enables, thresholds that exist.
                 let hart = script.below(harts.len()) as u64;
                 let word = source as u64 / 32;
                 let (offset, value) = match script.below(3) {
@@ -76,11 +76,11 @@ pub fn plic(bytes: &[u8]) {
         }
     }
     plic.reset();
-    // What has no enable bit interrupts nobody.
+    // Without enable bits nothing interrupts.
     assert!(harts.iter().all(|line| !line.is_high()));
 }
 
-/// A driver and a console, against the UART; what it holds back is bounded.
+/// Runs a driver and a console against the UART, whose buffers are bounded.
 pub fn uart(bytes: &[u8]) {
     let mut script = Script::new(bytes);
     let (irq, console) = (TestIrq::default(), MemoryConsole::new().unwrap());
@@ -123,7 +123,7 @@ pub fn uart(bytes: &[u8]) {
     assert!(console.output().ends_with(b"!"), "the UART is silent");
 }
 
-/// Registers and time, against the RTC.
+/// Accesses the registers of the RTC and sets the time.
 pub fn rtc(bytes: &[u8]) {
     let mut script = Script::new(bytes);
     let (irq, clock) = (TestIrq::default(), ManualClock::default());
@@ -145,11 +145,11 @@ pub fn rtc(bytes: &[u8]) {
     }
     device.reset();
     assert!(!irq.is_high());
-    // A timer may be due again and again, but not without an alarm.
+    // A timer may be due repeatedly, but not without an alarm.
     rest(device.as_mut());
 }
 
-/// Text of a user: refused in words or built.
+/// Builds a device from a user's text, or gets an error message.
 pub fn options(bytes: &[u8]) {
     let mut script = Script::new(bytes);
     let model = CATALOG[script.below(CATALOG.len())];
@@ -158,7 +158,7 @@ pub fn options(bytes: &[u8]) {
     let text = match pick % 4 {
         0 => rest.into_owned(),
         1 => format!("{},{rest}", model.name),
-        // A key that there is.
+        // An existing key.
         _ => match model.keys.get(usize::from(pick / 4) % model.keys.len().max(1)) {
             Some(key) => format!("{},{}={rest}", model.name, key.name),
             None => format!("{},{rest}", model.name),
@@ -166,7 +166,7 @@ pub fn options(bytes: &[u8]) {
     };
     let Ok(options) = Options::parse(&text) else { return };
     let Ok(model) = Model::find(options.name()) else { return };
-    // Sockets would be files of this machine.
+    // Sockets would be files on the host.
     if model.name == "vsock" && options.get("path").is_some() {
         return;
     }

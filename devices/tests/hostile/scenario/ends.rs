@@ -1,4 +1,4 @@
-//! The host's ends of a device that a hostile guest is let loose on: all in memory, slow or failing as the script wants.
+//! The backends of a device with a hostile guest: all in memory, slow or failing as the script selects.
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read, Write};
@@ -23,27 +23,27 @@ use super::script::Script;
 /// Sectors of the disk at the start.
 pub(crate) const SECTORS: usize = 16;
 
-/// Everything a device may be connected to. A clone is the same thing.
+/// All backends of a device. A clone refers to the same ones.
 #[derive(Clone)]
 pub(crate) struct Ends {
     pub(crate) disk: MemoryDisk,
     pub(crate) net: MemoryNet,
     pub(crate) console: MemoryConsole,
     pub(crate) button: Arc<EventFd>,
-    /// Consoles that have been opened: the first one is above, the others are of no interest.
+    /// Number of opened consoles: the first one is `console`, the others are ignored.
     consoles: Arc<Mutex<usize>>,
     sockets: Arc<Mutex<Sockets>>,
-    rings: Arc<EventFd>,
+    pending: Arc<EventFd>,
 }
 
 /// Unix sockets without files.
 #[derive(Default)]
 struct Sockets {
-    /// Programs that want to be let in.
+    /// Connections that wait to be accepted.
     callers: VecDeque<UnixStream>,
     /// The programs' ends of streams.
     programs: Vec<UnixStream>,
-    /// How many of the guest's next calls are refused, and in which way.
+    /// The error of the guest's next connections, if they fail.
     refusal: Option<ErrorKind>,
 }
 
@@ -59,12 +59,12 @@ impl Ends {
             button: event(0),
             consoles: Arc::default(),
             sockets: Arc::default(),
-            rings: event(EFD_SEMAPHORE),
+            pending: event(EFD_SEMAPHORE),
         }
     }
 
-    /// Everything works again, and nothing is held up.
-    pub(crate) fn mend(&self) {
+    /// Restores all backends and unblocks them.
+    pub(crate) fn restore(&self) {
         self.disk.fail_after(None);
         self.disk.release();
         self.disk.change(|bytes| bytes.resize(SECTORS * 512, 0));
@@ -76,26 +76,26 @@ impl Ends {
         self.sockets.lock().unwrap().refusal = None;
     }
 
-    /// Nothing goes on at the host's ends.
+    /// Blocks all backends.
     pub(crate) fn hold(&self) {
         self.disk.hold();
         self.net.set_full(true);
         self.console.set_room(Some(0));
     }
 
-    /// Something happens on the host.
-    pub(crate) fn happen(&self, kind: Kind, script: &mut Script<'_>) {
+    /// Triggers an event in the backend of this device.
+    pub(crate) fn random_event(&self, kind: Kind, script: &mut Script<'_>) {
         match kind {
-            Kind::Blk => self.happen_to_disk(script),
-            Kind::Net => self.happen_to_net(script),
-            Kind::Console => self.happen_to_console(script),
-            Kind::Vsock => self.happen_to_sockets(script),
+            Kind::Blk => self.disk_event(script),
+            Kind::Net => self.net_event(script),
+            Kind::Console => self.console_event(script),
+            Kind::Vsock => self.sockets_event(script),
             Kind::Input => drop(self.button.write(1)),
             Kind::Rng | Kind::Balloon => {}
         }
     }
 
-    fn happen_to_disk(&self, script: &mut Script<'_>) {
+    fn disk_event(&self, script: &mut Script<'_>) {
         match script.below(6) {
             0 | 1 => self.disk.hold(),
             2 => self.disk.release(),
@@ -109,7 +109,7 @@ impl Ends {
         drop(self.disk.journal());
     }
 
-    fn happen_to_net(&self, script: &mut Script<'_>) {
+    fn net_event(&self, script: &mut Script<'_>) {
         const FAILURES: [ErrorKind; 4] = [
             ErrorKind::Other,
             ErrorKind::InvalidInput,
@@ -122,7 +122,7 @@ impl Ends {
             2 => self.net.fail(None),
             3 if script.once_in(4) => {
                 let kind = script.pick(&FAILURES);
-                // A network that is interrupted for ever is none that there is.
+                // No real network is interrupted for ever.
                 self.net.fail((kind != ErrorKind::Interrupted).then_some(kind));
             }
             _ => {
@@ -135,7 +135,7 @@ impl Ends {
         drop(self.net.sent());
     }
 
-    fn happen_to_console(&self, script: &mut Script<'_>) {
+    fn console_event(&self, script: &mut Script<'_>) {
         match script.below(9) {
             0 => self.console.set_room(Some(script.below(9000))),
             1 => self.console.set_room(None),
@@ -149,7 +149,7 @@ impl Ends {
         }
     }
 
-    fn happen_to_sockets(&self, script: &mut Script<'_>) {
+    fn sockets_event(&self, script: &mut Script<'_>) {
         let mut sockets = self.sockets.lock().unwrap();
         let count = sockets.programs.len();
         if count == 0 || script.below(8) == 0 {
@@ -163,7 +163,7 @@ impl Ends {
                 let _ = (&program).write(&line);
                 sockets.callers.push_back(stream);
                 sockets.programs.push(program);
-                drop(self.rings.write(1));
+                drop(self.pending.write(1));
             }
             return;
         }
@@ -227,7 +227,7 @@ impl Host for Ends {
     }
 
     fn listen(&self, _path: &Path) -> Result<Box<dyn Listener>, HostError> {
-        Ok(Box::new(Door(self.clone())))
+        Ok(Box::new(TestListener(self.clone())))
     }
 
     fn connect(&self, _path: &Path) -> io::Result<UnixStream> {
@@ -243,18 +243,18 @@ impl Host for Ends {
     }
 }
 
-/// Where programs of the host are let in.
-struct Door(Ends);
+/// Accepts connections of host programs.
+struct TestListener(Ends);
 
-impl AsRawFd for Door {
+impl AsRawFd for TestListener {
     fn as_raw_fd(&self) -> RawFd {
-        self.0.rings.as_raw_fd()
+        self.0.pending.as_raw_fd()
     }
 }
 
-impl Listener for Door {
+impl Listener for TestListener {
     fn accept(&self) -> io::Result<UnixStream> {
-        self.0.rings.read()?;
+        self.0.pending.read()?;
         let caller = self.0.sockets.lock().unwrap().callers.pop_front();
         caller.ok_or_else(|| ErrorKind::WouldBlock.into())
     }

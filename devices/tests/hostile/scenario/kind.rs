@@ -1,4 +1,4 @@
-//! The virtio devices: how each is built, and what its requests look like when they are nearly right.
+//! The virtio devices: options to build each of them, and requests that are nearly valid.
 
 use super::script::Script;
 
@@ -7,7 +7,7 @@ use super::script::Script;
 pub(crate) enum Piece {
     /// Bytes for the device to read.
     Read(Vec<u8>),
-    /// So many bytes for the device to write.
+    /// Number of bytes for the device to write.
     Write(u32),
 }
 
@@ -28,7 +28,7 @@ impl Kind {
     pub(crate) const ALL: [Self; 7] =
         [Self::Rng, Self::Blk, Self::Net, Self::Vsock, Self::Input, Self::Balloon, Self::Console];
 
-    /// Texts of `--device` that make one.
+    /// Values of `--device` that create one.
     pub(crate) fn options(self) -> &'static [&'static str] {
         match self {
             Self::Rng => &["rng"],
@@ -45,7 +45,7 @@ impl Kind {
         }
     }
 
-    /// A request for `queue` that is right, or nearly.
+    /// A request for `queue` that is valid, or nearly.
     pub(crate) fn request(self, queue: usize, script: &mut Script<'_>) -> Vec<Piece> {
         match (self, queue) {
             (Self::Rng, _) => vec![Piece::Write(script.pick(&[1, 64, 4096, 70_000, 0]))],
@@ -148,7 +148,7 @@ fn packet(script: &mut Script<'_>) -> Vec<Piece> {
     let odd = script.once_in(16);
     header.extend(if odd { script.odd() } else { 3 }.to_le_bytes());
     header.extend(if odd { script.odd() } else { 2 }.to_le_bytes());
-    // Few ports, so that streams meet; the host's own ports begin at 1 << 30.
+    // Few ports, so that streams collide; the host's own ports begin at 1 << 30.
     header.extend((script.below(4) as u32).to_le_bytes());
     let host_port = script.below(4) as u32 + if script.flag() { 1 << 30 } else { 0 };
     header.extend(host_port.to_le_bytes());

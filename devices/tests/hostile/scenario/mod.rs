@@ -1,7 +1,7 @@
-//! A hostile guest, played from bytes: what it does to a device is decided by a script, what the device may do is judged.
+//! A hostile guest, driven by bytes: a script selects its actions, and a checker verifies the behaviour of the device.
 //!
-//! The fuzz targets feed it what a fuzzer makes up, the tests here what the fuzzers have found (`fuzz/seeds`) and what proptest
-//! makes up. Only names from outside of the crate are used, so `fuzz/` includes this folder by its path.
+//! The fuzz targets run it with the inputs of a fuzzer, the tests here with the saved ones (`fuzz/seeds`) and with those of
+//! proptest. It uses only public names of the crate, so that `fuzz/` can include this folder by its path.
 #![allow(unreachable_pub, reason = "see above")]
 
 pub mod chips;
@@ -17,17 +17,17 @@ use ram::{HIGH, LOW};
 use script::Script;
 use stage::Stage;
 
-/// Actions of one play at most.
+/// Maximum number of actions of one scenario.
 const ACTIONS: usize = 300;
 
 /// `VIRTIO_F_RING_RESET`
 pub(crate) const RING_RESET: u64 = 1 << 40;
 
-/// Plays from these bytes.
-pub type Play = fn(&[u8]);
+/// Runs a scenario on an input.
+pub type Target = fn(&[u8]);
 
-/// The fuzz targets that play these, by name.
-pub const TARGETS: [(&str, Play); 12] = [
+/// The fuzz targets of these scenarios, by name.
+pub const TARGETS: [(&str, Target); 12] = [
     ("virtio_rng", |bytes| virtio(Kind::Rng, bytes)),
     ("virtio_blk", |bytes| virtio(Kind::Blk, bytes)),
     ("virtio_net", |bytes| virtio(Kind::Net, bytes)),
@@ -42,7 +42,7 @@ pub const TARGETS: [(&str, Play); 12] = [
     ("device_options", chips::options),
 ];
 
-/// Plays against a virtio device; whatever happened, it works again after a reset.
+/// Runs a hostile driver of a virtio device; afterwards the device works after a reset.
 pub fn virtio(kind: Kind, bytes: &[u8]) {
     let mut script = Script::new(bytes);
     let mut stage = Stage::new(kind, script.pick(kind.options()));
@@ -59,7 +59,7 @@ pub fn virtio(kind: Kind, bytes: &[u8]) {
     works(&mut stage);
 }
 
-/// Plays with the registers alone.
+/// Accesses only the registers of a virtio device.
 pub fn registers(bytes: &[u8]) {
     let mut script = Script::new(bytes);
     let kind = script.pick(&Kind::ALL);
@@ -108,7 +108,7 @@ fn act(stage: &mut Stage, script: &mut Script<'_>) {
             stage.run();
         }
         15..22 => {
-            stage.ends.happen(stage.kind, script);
+            stage.ends.random_event(stage.kind, script);
             if !script.once_in(4) {
                 stage.run();
             }
@@ -134,12 +134,12 @@ fn act(stage: &mut Stage, script: &mut Script<'_>) {
         }
         28 => stage.reset(),
         29 => bump(stage, script, queue),
-        30 => stage.disturb(script.below(24) as u32),
+        30 => stage.spurious_call(script.below(24) as u32),
         _ => suppress(stage, script, queue),
     }
 }
 
-/// A register that means something, with a value that may.
+/// Writes a value that may be valid to a register that exists.
 fn write(stage: &mut Stage, script: &mut Script<'_>) {
     const REGISTERS: [u64; 24] = [
         0x14, 0x20, 0x24, 0x30, 0x38, 0x44, 0x50, 0x64, 0x70, 0x80, 0x84, 0x90, 0x94, 0xa0, 0xa4,
@@ -155,12 +155,12 @@ fn write(stage: &mut Stage, script: &mut Script<'_>) {
     stage.write(register, value);
 }
 
-/// An access of any width anywhere.
+/// Accesses any offset with any width.
 fn access(stage: &mut Stage, script: &mut Script<'_>) {
     let offset = if script.flag() { script.below(0x1010) as u64 } else { script.odd() };
     let width = script.pick(&[1, 2, 4, 8]);
     let mut data = script.bytes(8);
-    // Words go through the judge's books.
+    // The checker has to see writes of words.
     match (script.flag(), width) {
         (true, 4) => stage.write(offset, u32::from_le_bytes(data[..4].try_into().unwrap())),
         (true, _) => drop(stage.device.write(offset, &data[..width])),
@@ -168,14 +168,14 @@ fn access(stage: &mut Stage, script: &mut Script<'_>) {
     }
 }
 
-/// A chain whose descriptors are anything.
+/// Makes a chain of arbitrary descriptors available.
 fn odd_chain(stage: &mut Stage, script: &mut Script<'_>, queue: usize) {
-    let Some(live) = stage.queues[queue].live.as_ref() else { return };
-    let (table, size) = (live.set_up.at[0], live.set_up.size as u16);
+    let Some(active) = stage.queues[queue].active.as_ref() else { return };
+    let (table, size) = (active.set_up.at[0], active.set_up.size as u16);
     let head = if script.once_in(16) { script.odd16() } else { script.below(256) as u16 % size };
     let inside = stage.allocate(64);
     let places =
-        [inside, inside, table, live_part(stage, queue), LOW.end - 8, HIGH.start, HIGH.end];
+        [inside, inside, table, used_ring_of(stage, queue), LOW.end - 8, HIGH.start, HIGH.end];
     let into = if script.once_in(3) { script.pick(&places) } else { table };
     let mut index = if into == table { head } else { 0 };
     for _ in 0..=script.below(4) {
@@ -195,24 +195,24 @@ fn odd_chain(stage: &mut Stage, script: &mut Script<'_>, queue: usize) {
     stage.run();
 }
 
-fn live_part(stage: &Stage, queue: usize) -> u64 {
-    stage.queues[queue].live.as_ref().map_or(LOW.start, |live| live.set_up.at[2])
+fn used_ring_of(stage: &Stage, queue: usize) -> u64 {
+    stage.queues[queue].active.as_ref().map_or(LOW.start, |active| active.set_up.at[2])
 }
 
-/// The driver scribbles over its own rings.
+/// Overwrites a part of the driver's own rings.
 fn poke_ring(stage: &mut Stage, script: &mut Script<'_>, queue: usize) {
-    let Some(live) = stage.queues[queue].live.as_ref() else { return };
-    let part = live.set_up.at[script.below(3)];
-    let offset = script.below(live.set_up.size as usize * 8) as u64;
+    let Some(active) = stage.queues[queue].active.as_ref() else { return };
+    let part = active.set_up.at[script.below(3)];
+    let offset = script.below(active.set_up.size as usize * 8) as u64;
     let value = script.odd();
     let width = script.pick(&[2, 8, 1, 4]);
     stage.poke(part + offset, &value.to_le_bytes()[..width]);
 }
 
-/// The available index jumps.
+/// Advances the available index by an arbitrary step.
 fn bump(stage: &mut Stage, script: &mut Script<'_>, queue: usize) {
-    let Some(live) = stage.queues[queue].live.as_ref() else { return };
-    let (ring, size) = (live.set_up.at[1], live.set_up.size as u16);
+    let Some(active) = stage.queues[queue].active.as_ref() else { return };
+    let (ring, size) = (active.set_up.at[1], active.set_up.size as u16);
     let by = script.pick(&[1, size, size.wrapping_add(1), 0x8000, u16::MAX, 2]);
     let index = stage.queues[queue].available.wrapping_add(by);
     stage.queues[queue].available = index;
@@ -221,19 +221,19 @@ fn bump(stage: &mut Stage, script: &mut Script<'_>, queue: usize) {
     stage.run();
 }
 
-/// The driver says when it wants interrupts.
+/// Changes the driver's notification suppression.
 fn suppress(stage: &mut Stage, script: &mut Script<'_>, queue: usize) {
-    let Some(live) = stage.queues[queue].live.as_ref() else { return };
-    let (ring, size) = (live.set_up.at[1], u64::from(live.set_up.size));
+    let Some(active) = stage.queues[queue].active.as_ref() else { return };
+    let (ring, size) = (active.set_up.at[1], u64::from(active.set_up.size));
     let value = script.odd16();
     let at = if script.flag() { ring } else { ring + 4 + 2 * size };
     stage.poke(at, &value.to_le_bytes());
 }
 
-/// After a reset, and with everything mended on the host, the device does what it is for.
+/// Checks that the device works after a reset, with the backends restored.
 pub(crate) fn works(stage: &mut Stage) {
-    stage.ends.mend();
-    // Without EVENT_IDX, and of a console without its many ports, which want to be greeted first.
+    stage.ends.restore();
+    // Without EVENT_IDX, and without the ports of a console, which need a handshake first.
     let many_ports = if stage.kind == Kind::Console { 2 } else { 0 };
     stage.start(!(1 << 29 | many_ports), 16);
     stage.run();

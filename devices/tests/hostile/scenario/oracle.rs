@@ -1,11 +1,11 @@
-//! What a device may do to the memory of its guest, worked out from the rings by a second, slow and simple reader of them.
+//! The permitted accesses of a device to guest memory, computed from the rings by an independent, slow and simple reader.
 //!
-//! * A chain comes back at most as often as it was made available.
-//! * Nothing changes but used rings and buffers that were given as writable and have not come back.
-//! * No more is said to be written than there was room for.
+//! * A chain is returned at most as often as it was made available.
+//! * Only used rings and writable buffers that have not been returned change.
+//! * A used length is at most the size of the chain's writable buffers.
 //!
-//! A guest may lay its buffers over its own rings, or write over used rings itself. Then there is nothing that must not
-//! change in it, and only the device's life is looked at.
+//! The buffers of a guest may overlap its own rings, and a guest may overwrite used rings itself. Then any of its memory may
+//! change, and only the state of the device is checked.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -25,7 +25,7 @@ pub(crate) struct SetUp {
 }
 
 impl SetUp {
-    /// The bytes of the three parts.
+    /// The address ranges of the three parts.
     pub(crate) fn parts(&self) -> [Range<u64>; 3] {
         let size = u64::from(self.size);
         let part = |index: usize, len: u64| self.at[index]..self.at[index].saturating_add(len);
@@ -33,20 +33,20 @@ impl SetUp {
     }
 }
 
-/// A queue that works.
+/// An active queue.
 #[derive(Debug)]
-pub(crate) struct Live {
+pub(crate) struct ActiveQueue {
     pub(crate) set_up: SetUp,
-    /// Chains that came back, and the most that can have been made available.
+    /// Number of returned chains, and the maximum number of chains made available.
     completed: u64,
     most: u64,
-    /// The used index in memory, before the device works.
+    /// The used index in memory before the device runs.
     used_before: u16,
     /// The head that each slot of the available ring had when it was counted.
     slots: HashMap<u64, u16>,
-    /// By head: how often it may come back, and where it may be written to.
+    /// By head: how often it may be returned, and its writable buffers.
     pub(crate) with_device: HashMap<u16, Given>,
-    /// The driver has written over the used ring.
+    /// True if the driver has overwritten the used ring.
     pub(crate) is_scribbled: bool,
 }
 
@@ -57,7 +57,7 @@ pub(crate) struct Given {
     writable: Vec<Range<u64>>,
 }
 
-impl Live {
+impl ActiveQueue {
     pub(crate) fn new(set_up: SetUp) -> Self {
         Self {
             set_up,
@@ -70,7 +70,7 @@ impl Live {
         }
     }
 
-    /// Notes what the device may find when it looks.
+    /// Records the chains that the device may find.
     pub(crate) fn note(&mut self, ram: &Ram, tables: &mut Vec<Range<u64>>) {
         let [_, available, used] = self.set_up.at;
         let size = u64::from(self.set_up.size);
@@ -97,18 +97,18 @@ impl Live {
         self.slots.retain(|position, _| *position >= first);
     }
 
-    /// The writable buffers that have not come back.
+    /// The writable buffers that have not been returned.
     pub(crate) fn buffers(&self) -> impl Iterator<Item = Range<u64>> + '_ {
         self.with_device.values().flat_map(|given| given.writable.iter().cloned())
     }
 
-    /// Where the device may write.
+    /// The memory that the device may write to.
     pub(crate) fn writable(&self) -> impl Iterator<Item = Range<u64>> + '_ {
         let [.., used] = self.set_up.parts();
         self.buffers().chain([used])
     }
 
-    /// Judges what came back; heads are taken off the books. Gives how many came back.
+    /// Checks the returned chains and removes them; returns their number.
     pub(crate) fn settle(&mut self, ram: &Ram, is_tainted: bool) -> u64 {
         let [.., used] = self.set_up.at;
         let size = u64::from(self.set_up.size);
@@ -122,7 +122,7 @@ impl Live {
         }
         assert!(
             self.completed + count <= self.most,
-            "{count} chains came back after {}, and only {} were there",
+            "{count} chains were returned after {}, and only {} were available",
             self.completed,
             self.most
         );
@@ -135,8 +135,9 @@ impl Live {
                 continue;
             }
             let given = u16::try_from(head).ok().and_then(|head| self.with_device.get_mut(&head));
-            let given = given.unwrap_or_else(|| panic!("{head} came back and was never there"));
-            assert!(given.times > 0, "{head} came back more often than it was there");
+            let given =
+                given.unwrap_or_else(|| panic!("{head} was returned and was never available"));
+            assert!(given.times > 0, "{head} was returned more often than it was available");
             given.times -= 1;
             let room: u64 = given.writable.iter().map(|range| range.end - range.start).sum();
             assert!(u64::from(len) <= room, "{len} bytes written to {room}");
@@ -149,7 +150,7 @@ impl Live {
     }
 }
 
-/// The writable buffers of a chain, if it is one; where its indirect table is goes to `tables`.
+/// The writable buffers of a chain; adds the range of its indirect table to `tables`.
 fn writable(ram: &Ram, set_up: &SetUp, head: u16, tables: &mut Vec<Range<u64>>) -> Vec<Range<u64>> {
     let (mut table, mut entries) = (set_up.at[0], set_up.size);
     let mut index = head;
@@ -184,7 +185,7 @@ fn writable(ram: &Ram, set_up: &SetUp, head: u16, tables: &mut Vec<Range<u64>>) 
     ranges
 }
 
-/// Whether two ranges share a byte.
+/// True if the two ranges overlap.
 pub(crate) fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
     a.start < b.end && b.start < a.end
 }

@@ -1,5 +1,5 @@
-//! Guest RAM in two pieces with a hole between them, and a copy of what the driver has put there: what differs from it was
-//! written by the device.
+//! Guest RAM in two ranges with a hole between them, and a copy of the driver's contents: differences were written by the
+//! device.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -7,18 +7,18 @@ use std::sync::{Arc, Mutex};
 use rvmm_devices::virtio::{DmaMemory, GuestMemoryMmap};
 use vm_memory::{Bytes, GuestAddress};
 
-/// The pieces of RAM: rings and buffers in the first, indirect tables in the second.
+/// The ranges of RAM: rings and buffers in the first, indirect tables in the second.
 pub(crate) const LOW: Range<u64> = 0x8000_0000..0x8004_0000;
 pub(crate) const HIGH: Range<u64> = 0x8010_0000..0x8011_0000;
 
-/// Bytes that are compared at once.
+/// Number of bytes that are compared at once.
 const BLOCK: usize = 256;
 
-/// Guest RAM and the driver's idea of it.
+/// Guest RAM and the driver's copy of it.
 pub(crate) struct Ram {
     pub(crate) memory: GuestMemoryMmap,
     pieces: [(Range<u64>, Vec<u8>); 2],
-    /// As large as the larger piece.
+    /// As large as the larger range.
     scratch: Vec<u8>,
 }
 
@@ -34,13 +34,13 @@ impl Ram {
         }
     }
 
-    /// Whether this is all RAM, in one piece.
+    /// True if this range is RAM without a hole.
     pub(crate) fn holds(&self, addr: u64, len: u64) -> bool {
         let Some(end) = addr.checked_add(len) else { return false };
         self.pieces.iter().any(|(piece, _)| piece.contains(&addr) && end <= piece.end)
     }
 
-    /// The driver writes; what is not RAM is left out.
+    /// Writes as the driver; bytes outside of RAM are left out.
     pub(crate) fn poke(&mut self, addr: u64, bytes: &[u8]) {
         if !self.holds(addr, bytes.len() as u64) {
             let one_by_one = bytes.iter().enumerate();
@@ -55,7 +55,7 @@ impl Ram {
         copy[at..at + bytes.len()].copy_from_slice(bytes);
     }
 
-    /// What the driver sees.
+    /// Reads as the driver.
     pub(crate) fn peek<const N: usize>(&self, addr: u64) -> Option<[u8; N]> {
         let mut bytes = [0; N];
         self.memory.read_slice(&mut bytes, GuestAddress(addr)).ok()?;
@@ -66,7 +66,7 @@ impl Ram {
         self.peek(addr).map_or(0, u16::from_le_bytes)
     }
 
-    /// The bytes that the device has changed since the last call, side by side ones together.
+    /// The ranges that the device has changed since the last call.
     pub(crate) fn changes(&mut self) -> Vec<Range<u64>> {
         let mut changes: Vec<Range<u64>> = Vec::new();
         for (piece, copy) in &mut self.pieces {
@@ -94,7 +94,7 @@ impl Ram {
     }
 }
 
-/// RAM as the device gets it: it counts what is given to the host, and does nothing about it.
+/// The device's RAM. It counts the bytes that are released to the host, and keeps them.
 #[derive(Clone)]
 pub(crate) struct Watched {
     pub(crate) memory: GuestMemoryMmap,

@@ -1,6 +1,6 @@
-//! Bytes that decide what a hostile guest does next; at their end every decision is 0.
+//! Bytes that select the actions of a hostile guest; after their end every selection is 0.
 
-/// Numbers that have broken devices before: edges of widths, of RAM, of rings.
+/// Numbers that often break devices: limits of widths, of RAM, of rings.
 const ODD: [u64; 26] = [
     0,
     1,
@@ -30,7 +30,7 @@ const ODD: [u64; 26] = [
     u64::MAX,
 ];
 
-/// What is left of the bytes.
+/// The rest of the bytes.
 #[derive(Debug)]
 pub(crate) struct Script<'a>(&'a [u8]);
 
@@ -53,7 +53,7 @@ impl<'a> Script<'a> {
         self.byte() & 1 == 1
     }
 
-    /// True once in `n` times.
+    /// True with a probability of one in `n`.
     pub(crate) fn once_in(&mut self, n: u8) -> bool {
         self.byte() % n == n - 1
     }
@@ -72,7 +72,7 @@ impl<'a> Script<'a> {
         (0..8).fold(0, |value, _| value << 8 | u64::from(self.byte()))
     }
 
-    /// A number that may be one of those that break things.
+    /// A number that is often one of [`ODD`].
     pub(crate) fn odd(&mut self) -> u64 {
         match self.byte() {
             byte @ 0..200 => ODD[usize::from(byte) % ODD.len()],
@@ -89,7 +89,7 @@ impl<'a> Script<'a> {
         self.odd() as u16
     }
 
-    /// So many bytes: those that are left, and zeroes behind them.
+    /// The next `count` bytes, at most 64 of them from the script and the others zero.
     pub(crate) fn bytes(&mut self, count: usize) -> Vec<u8> {
         let (front, rest) = self.0.split_at(count.min(self.0.len()).min(64));
         self.0 = rest;
@@ -98,7 +98,7 @@ impl<'a> Script<'a> {
         bytes
     }
 
-    /// All that is left.
+    /// All remaining bytes.
     pub(crate) fn rest(&mut self) -> &'a [u8] {
         std::mem::take(&mut self.0)
     }

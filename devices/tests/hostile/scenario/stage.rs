@@ -1,4 +1,4 @@
-//! A virtio device, its registers as the driver has written them, and the judge of what it does.
+//! A virtio device, its registers as the driver has written them, and the checker of its behaviour.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -9,20 +9,20 @@ use rvmm_devices::{MmioDevice, Model, Options, Wiring};
 
 use super::ends::Ends;
 use super::kind::{Kind, Piece};
-use super::oracle::{Live, SetUp, overlap};
+use super::oracle::{ActiveQueue, SetUp, overlap};
 use super::ram::{HIGH, LOW, Ram, Watched};
 
-/// Where each queue's rings go, and where buffers begin.
+/// Size of the area for each queue's rings, and start of the buffers.
 const RINGS: u64 = 0x2800;
 pub(crate) const BUFFERS: u64 = LOW.start + 0x1_8000;
 
-/// Where nothing is, between both.
+/// Unused memory between both.
 pub(crate) const CANARY: Range<u64> = LOW.start + 0x1_7000..BUFFERS;
 
-/// Events of the device's sources after which it must have nothing to do.
+/// Number of events of the device's sources after which it must be idle.
 const TURNS: usize = 3000;
 
-/// Bytes that one call of a device may give to the host: what its documentation says, and one piece more.
+/// Maximum number of bytes that one call of a device may release to the host: the documented limit and one piece.
 const MOST_RELEASED: u64 = (4096 + 1024) * 4096;
 
 mod reg {
@@ -50,8 +50,8 @@ pub(crate) struct Queue {
     set_up: SetUp,
     max: u32,
     is_ready: bool,
-    pub(crate) live: Option<Live>,
-    /// What the driver has made available so far.
+    pub(crate) active: Option<ActiveQueue>,
+    /// The driver's available index.
     pub(crate) available: u16,
     next: u16,
 }
@@ -67,14 +67,14 @@ pub(crate) struct Stage {
     irq: TestIrq,
     released: Arc<Mutex<u64>>,
     selected: u32,
-    /// The guest has laid things over its rings: see `oracle.rs`.
+    /// True if the guest's buffers or tables overlap its rings: see `oracle.rs`.
     is_tainted: bool,
     free: u64,
     free_table: u64,
 }
 
 impl Stage {
-    /// Power-on.
+    /// Creates a device as after power-on.
     pub(crate) fn new(kind: Kind, options: &str) -> Self {
         let (ram, ends, irq) = (Ram::new(), Ends::new(), TestIrq::default());
         let released = Arc::new(Mutex::new(0));
@@ -106,7 +106,7 @@ impl Stage {
         stage
     }
 
-    /// Finds out what the device offers.
+    /// Reads the features and the queues of the device.
     fn look(&mut self) {
         for word in [1, 0] {
             self.write(reg::DEVICE_FEATURES_SEL, word);
@@ -130,7 +130,7 @@ impl Stage {
         self.device.read(register, &mut data).map_or(0, |()| u32::from_le_bytes(data))
     }
 
-    /// Writes a register, and notes what that means to the judge.
+    /// Writes a register, and records the effect for the checker.
     pub(crate) fn write(&mut self, register: u64, value: u32) {
         let is_taken = self.device.write(register, &value.to_le_bytes()).is_ok();
         let queue = self.queues.get_mut(self.selected as usize);
@@ -140,7 +140,7 @@ impl Stage {
             (reg::QUEUE_READY, Some(queue)) if is_taken => {
                 let was_ready = std::mem::replace(&mut queue.is_ready, value == 1);
                 if !was_ready && value == 1 && self.runs() {
-                    self.go_live(self.selected as usize);
+                    self.activate(self.selected as usize);
                 }
             }
             (reg::QUEUE_RESET, Some(queue)) if is_taken => {
@@ -179,34 +179,34 @@ impl Stage {
                 *queue = Queue { max: queue.max, ..Queue::default() };
                 queue.set_up.size = queue.max;
             }
-            // A reset device has no selection left.
+            // A reset clears the selection.
             self.selected = 0;
             self.is_tainted = false;
         } else if status & SILENT != 0 {
-            self.queues.iter_mut().for_each(|queue| queue.live = None);
+            self.queues.iter_mut().for_each(|queue| queue.active = None);
         } else if status & DRIVER_OK != 0 {
-            let news = |queue: &Queue| queue.is_ready && queue.live.is_none();
+            let is_new = |queue: &Queue| queue.is_ready && queue.active.is_none();
             let ready: Vec<usize> =
-                (0..self.queues.len()).filter(|index| news(&self.queues[*index])).collect();
-            ready.into_iter().for_each(|index| self.go_live(index));
+                (0..self.queues.len()).filter(|index| is_new(&self.queues[*index])).collect();
+            ready.into_iter().for_each(|index| self.activate(index));
         }
     }
 
-    fn go_live(&mut self, index: usize) {
+    fn activate(&mut self, index: usize) {
         let queue = &mut self.queues[index];
-        queue.live = Some(Live::new(queue.set_up));
+        queue.active = Some(ActiveQueue::new(queue.set_up));
         let parts: Vec<Range<u64>> = self.parts().collect();
         for (index, part) in parts.iter().enumerate() {
             self.is_tainted |= parts[..index].iter().any(|other| overlap(part, other));
         }
     }
 
-    /// The rings of all queues at work.
+    /// The rings of all active queues.
     fn parts(&self) -> impl Iterator<Item = Range<u64>> + '_ {
-        self.queues.iter().filter_map(|queue| queue.live.as_ref()).flat_map(|l| l.set_up.parts())
+        self.queues.iter().filter_map(|queue| queue.active.as_ref()).flat_map(|l| l.set_up.parts())
     }
 
-    /// A reset, whose end the device must report.
+    /// Resets the device and checks that it reports the end of the reset.
     pub(crate) fn reset(&mut self) {
         self.write(reg::STATUS, 0);
         assert_eq!(self.status(), 0, "a reset does not end");
@@ -215,7 +215,7 @@ impl Stage {
         self.free_table = HIGH.start;
     }
 
-    /// Resets the device and starts it properly, with as many of `features` as it offers and queues of at most `size`.
+    /// Resets the device and starts it correctly, with the offered ones of `features` and queues of at most `size`.
     pub(crate) fn start(&mut self, features: u64, size: u32) {
         self.reset();
         self.write(reg::STATUS, 1);
@@ -232,7 +232,7 @@ impl Stage {
         assert_eq!(self.status(), 15, "the device does not start");
     }
 
-    /// Sets a queue up where it belongs.
+    /// Sets a queue up at its default addresses.
     pub(crate) fn set_up(&mut self, index: usize, size: u32) {
         let base = LOW.start + RINGS * index as u64;
         self.ram.poke(base, &vec![0; RINGS as usize]);
@@ -250,11 +250,11 @@ impl Stage {
         self.write(reg::QUEUE_RESET, 1);
     }
 
-    /// The driver writes to RAM, wherever that is.
+    /// Writes to RAM as the driver, at any address.
     pub(crate) fn poke(&mut self, addr: u64, bytes: &[u8]) {
         let range = addr..addr.saturating_add(bytes.len() as u64);
-        for live in self.queues.iter_mut().filter_map(|queue| queue.live.as_mut()) {
-            live.is_scribbled |= overlap(&live.set_up.parts()[2], &range);
+        for active in self.queues.iter_mut().filter_map(|queue| queue.active.as_mut()) {
+            active.is_scribbled |= overlap(&active.set_up.parts()[2], &range);
         }
         self.ram.poke(addr, bytes);
     }
@@ -266,7 +266,7 @@ impl Stage {
         self.poke(table.wrapping_add(16 * u64::from(index)), &raw.to_le_bytes());
     }
 
-    /// A piece of RAM; the oldest is taken again when there is no other.
+    /// Allocates RAM; reuses the oldest if none is free.
     pub(crate) fn allocate(&mut self, len: u64) -> u64 {
         if self.free + len > LOW.end {
             self.free = BUFFERS;
@@ -285,29 +285,31 @@ impl Stage {
         addr
     }
 
-    /// Where a queue's rings are when the stage has set it up.
+    /// The default addresses of a queue's rings.
     pub(crate) fn rings(&self, index: usize) -> [u64; 3] {
         let base = LOW.start + RINGS * index as u64;
         [base, base + 0x1000, base + 0x1800]
     }
 
-    /// Makes a request available without looking whether there is room, or whether the device works at all.
-    pub(crate) fn throw(&mut self, index: usize, pieces: &[Piece], indirect: bool) {
-        if let Some(live) = self.queues[index].live.as_mut() {
-            live.with_device.clear();
+    /// Makes a request available without a check for free descriptors or for a working device.
+    pub(crate) fn post_unchecked(&mut self, index: usize, pieces: &[Piece], indirect: bool) {
+        if let Some(active) = self.queues[index].active.as_mut() {
+            active.with_device.clear();
         }
         self.post(index, pieces, indirect);
     }
 
-    /// Makes a request available, in a table of its own or not; false where the queue has no room for it or is none.
+    /// Makes a request available, optionally as an indirect table; false if the queue is inactive or has no room.
     pub(crate) fn post(&mut self, index: usize, pieces: &[Piece], indirect: bool) -> bool {
-        let Some(live) = self.queues.get(index).and_then(|queue| queue.live.as_ref()) else {
+        let Some(active) = self.queues.get(index).and_then(|queue| queue.active.as_ref()) else {
             return false;
         };
-        let (table, size) = (live.set_up.at[0], live.set_up.size as u16);
+        let (table, size) = (active.set_up.at[0], active.set_up.size as u16);
         let needed = if indirect { 1 } else { pieces.len() as u16 };
-        let used = live.with_device.len() * 4 + usize::from(needed);
-        if needed == 0 || needed > size || used > usize::from(size) && !live.with_device.is_empty()
+        let used = active.with_device.len() * 4 + usize::from(needed);
+        if needed == 0
+            || needed > size
+            || used > usize::from(size) && !active.with_device.is_empty()
         {
             return false;
         }
@@ -336,12 +338,12 @@ impl Stage {
         true
     }
 
-    /// Makes a head available, whatever it is.
+    /// Makes any head available.
     pub(crate) fn offer(&mut self, index: usize, head: u16) {
         let Some(queue) = self.queues.get_mut(index) else { return };
-        let Some(live) = &queue.live else { return };
-        let ring = live.set_up.at[1];
-        let slot = u64::from(queue.available) % u64::from(live.set_up.size);
+        let Some(active) = &queue.active else { return };
+        let ring = active.set_up.at[1];
+        let slot = u64::from(queue.available) % u64::from(active.set_up.size);
         queue.available = queue.available.wrapping_add(1);
         let available = queue.available;
         self.poke(ring + 4 + 2 * slot, &head.to_le_bytes());
@@ -352,22 +354,22 @@ impl Stage {
         self.write(0x50, queue);
     }
 
-    /// Lets the device work until it sleeps, and judges it. Gives how many chains came back, by queue.
+    /// Runs the device until it is idle, and checks it. Returns the number of returned chains, by queue.
     pub(crate) fn run(&mut self) -> Vec<u64> {
         self.before();
         self.turns();
         self.after()
     }
 
-    /// Judges what `forge` does to memory as if the device had done it.
+    /// Checks the changes that `forge` makes to memory as if they were the device's.
     pub(crate) fn forge(&mut self, forge: impl FnOnce(&Self)) {
         self.before();
         forge(self);
         self.after();
     }
 
-    /// Calls the device once without any cause, and judges what it does.
-    pub(crate) fn disturb(&mut self, token: u32) {
+    /// Calls the device once without a cause, and checks it.
+    pub(crate) fn spurious_call(&mut self, token: u32) {
         self.before();
         hand_over(self.device.as_mut(), token);
         self.after();
@@ -390,18 +392,18 @@ impl Stage {
     fn before(&mut self) {
         let mut tables = Vec::new();
         let Self { ram, queues, .. } = self;
-        for live in queues.iter_mut().filter_map(|queue| queue.live.as_mut()) {
-            live.note(ram, &mut tables);
+        for active in queues.iter_mut().filter_map(|queue| queue.active.as_mut()) {
+            active.note(ram, &mut tables);
         }
         let [used, rest] = [true, false].map(|used| {
-            let lives = self.queues.iter().filter_map(|queue| queue.live.as_ref());
-            let parts = lives.map(|live| live.set_up.parts());
+            let active = self.queues.iter().filter_map(|queue| queue.active.as_ref());
+            let parts = active.map(|active| active.set_up.parts());
             let parts = parts.flat_map(|[d, a, u]| if used { vec![u] } else { vec![d, a] });
             parts.collect::<Vec<_>>()
         });
         tables.extend(rest);
-        let lives = self.queues.iter().filter_map(|queue| queue.live.as_ref());
-        let buffers: HashSet<Range<u64>> = lives.flat_map(Live::buffers).collect();
+        let active = self.queues.iter().filter_map(|queue| queue.active.as_ref());
+        let buffers: HashSet<Range<u64>> = active.flat_map(ActiveQueue::buffers).collect();
         self.is_tainted |=
             tables.iter().chain(&used).any(|part| buffers.iter().any(|b| overlap(b, part)));
         self.is_tainted |= tables.iter().any(|table| used.iter().any(|used| overlap(used, table)));
@@ -409,9 +411,9 @@ impl Stage {
 
     fn after(&mut self) -> Vec<u64> {
         let changes = self.ram.changes();
-        let lives = || self.queues.iter().filter_map(|queue| queue.live.as_ref());
+        let active = || self.queues.iter().filter_map(|queue| queue.active.as_ref());
         if !self.is_tainted {
-            let allowed: Vec<Range<u64>> = lives().flat_map(Live::writable).collect();
+            let allowed: Vec<Range<u64>> = active().flat_map(ActiveQueue::writable).collect();
             for change in changes {
                 let mut at = change.start;
                 while at < change.end {
@@ -422,11 +424,12 @@ impl Stage {
             }
         }
         let (ram, is_tainted) = (&self.ram, self.is_tainted);
-        let settle =
-            |queue: &mut Queue| queue.live.as_mut().map_or(0, |live| live.settle(ram, is_tainted));
+        let settle = |queue: &mut Queue| {
+            queue.active.as_mut().map_or(0, |active| active.settle(ram, is_tainted))
+        };
         let counts = self.queues.iter_mut().map(settle).collect();
         if self.status() & SILENT != 0 {
-            self.queues.iter_mut().for_each(|queue| queue.live = None);
+            self.queues.iter_mut().for_each(|queue| queue.active = None);
         }
         let pending = self.read(reg::INTERRUPT_STATUS);
         assert_eq!(self.irq.is_high(), pending != 0, "the line and its register differ");

@@ -1,8 +1,8 @@
-//! From a path to an open image with everything below it: each file judged, locked and opened as the one above says.
+//! Opens an image with its chain of backing files: each file is checked, locked, and opened in the format that its overlay names.
 //!
-//! A name means what it means to QEMU: a path from the folder of the image that says it, or `file:` and a path as the process
-//! would open it. Left out: formats of backing files other than raw and qcow2, names with another protocol (`json:`, `nbd:`),
-//! and guessing the format of a backing file where the image does not say it.
+//! Names of backing files are resolved as QEMU does: a path relative to the folder of the overlay, or `file:` and a path relative
+//! to the current directory. Left out: formats of backing files other than raw and qcow2, names with another protocol (`json:`,
+//! `nbd:`), and probing the format of a backing file if the image does not name it.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -20,26 +20,26 @@ use super::store::Store;
 use super::tables;
 use crate::config::quoted;
 
-/// Files below each other at most.
+/// Limit of the files of a chain.
 const MOST_FILES: usize = 16;
 
 /// One file of a chain.
 struct Layer {
     path: String,
     store: Store,
-    /// None where it is raw.
+    /// None if it is raw.
     header: Option<Header>,
 }
 
-/// Opens the image in `files`, which the plan names, and what it stands on; the locks of the latter last as long as what is
-/// returned beside it.
+/// Opens the image in `files`, which the plan names, and its backing files, which stay locked as long as the returned list of
+/// files exists.
 pub(super) fn open(
     plan: &DiskPlan,
     files: &Files,
 ) -> Result<(FormatAccess<Store>, Vec<Files>), HostError> {
     let top = layer(&plan.path, files, true)?;
     if !plan.is_read_only {
-        judge_writable(&plan.path, files, &top)?;
+        check_writable(&plan.path, files, &top)?;
     }
     let mut seen = vec![identity(&plan.path)?];
     let mut layers = vec![top];
@@ -47,7 +47,7 @@ pub(super) fn open(
     while let Some((above, backing)) = next(&layers) {
         if plan.format != (DiskFormat::Qcow2 { has_backing: true }) {
             return Err(HostError::mistake(format!(
-                "Cannot use disk {above}: it stands on {}, a file of this machine (add backing=on if whoever made the image may choose what the guest reads)",
+                "Cannot use disk {above}: it has the backing file {}, a file of the host (add backing=on if you trust the image to name a file that the guest may read)",
                 quoted(&backing.name)
             )));
         }
@@ -56,7 +56,7 @@ pub(super) fn open(
         let identity = identity(&path).map_err(|error| named_by(above, error))?;
         if seen.contains(&identity) || seen.len() == MOST_FILES {
             return Err(HostError::mistake(format!(
-                "Cannot use disk {}: its backing files stand on each other in a circle, or are more than {MOST_FILES} (see them: qemu-img info --backing-chain)",
+                "Cannot use disk {}: its chain of backing files has a loop, or more than {MOST_FILES} files (list them: qemu-img info --backing-chain)",
                 plan.path
             )));
         }
@@ -74,7 +74,7 @@ pub(super) fn open(
     build(layers, !plan.is_read_only).map(|image| (image, locked))
 }
 
-/// What the lowest file so far stands on, and who says so.
+/// The backing file of the lowest file so far, with the path of the latter.
 fn next(layers: &[Layer]) -> Option<(&str, &Backing)> {
     let lowest = layers.last()?;
     Some((&lowest.path, lowest.header.as_ref()?.backing.as_ref()?))
@@ -92,14 +92,14 @@ fn layer(path: &str, files: &Files, is_image: bool) -> Result<Layer, HostError> 
     }
     if header.as_ref().is_some_and(|header| header.flaw == Some(Flaw::Corrupt)) {
         warn!(
-            "Disk {path} is marked as corrupt: what is read of it may be wrong (repair it: qemu-img check -r all)"
+            "Disk {path} is marked as corrupt: reads may return wrong data (repair it: qemu-img check -r all)"
         );
     }
     Ok(Layer { path: path.to_owned(), store, header })
 }
 
-/// Whether writing the image harms nobody but its disk.
-fn judge_writable(path: &str, files: &Files, top: &Layer) -> Result<(), HostError> {
+/// Fails if writing the image could damage it, or loses snapshots.
+fn check_writable(path: &str, files: &Files, top: &Layer) -> Result<(), HostError> {
     let Some(header) = &top.header else { return Ok(()) };
     if let Some(flaw) = header.flaw {
         let what = match flaw {
@@ -113,7 +113,7 @@ fn judge_writable(path: &str, files: &Files, top: &Layer) -> Result<(), HostErro
     if header.snapshots > 0 {
         let count = header.snapshots;
         return Err(HostError::mistake(format!(
-            "Cannot use disk {path}: it has {count} internal snapshots, which rvmm does not write beside (add ro=on, or remove them: qemu-img snapshot -d)"
+            "Cannot use disk {path}: it has {count} internal snapshots, which rvmm supports read-only (add ro=on, or remove them: qemu-img snapshot -d)"
         )));
     }
     let refused = |source| HostError::refused(format!("Cannot use disk {path}"), source);
@@ -126,12 +126,12 @@ fn judge_writable(path: &str, files: &Files, top: &Layer) -> Result<(), HostErro
     Ok(())
 }
 
-/// What a user loses where the image is written.
+/// A warning about bitmaps that become invalid when the image is written.
 pub(super) fn lost_bitmaps(header: &Header) -> Option<String> {
     let count = header.bitmaps;
     (count > 0).then(|| {
         format!(
-            "loses its {count} bitmaps of changed clusters, which rvmm does not keep: the next incremental backup has to be a full one (keep them: ro=on)"
+            "loses its {count} dirty bitmaps, which rvmm does not update: the next incremental backup has to be a full one (keep them: ro=on)"
         )
     })
 }
@@ -139,32 +139,32 @@ pub(super) fn lost_bitmaps(header: &Header) -> Option<String> {
 fn is_image(above: &str, backing: &Backing) -> Result<bool, HostError> {
     match backing.format.as_deref() {
         Some("qcow2") => Ok(true),
-        // The latter two are what QEMU says for the file itself.
+        // The latter two are QEMU's names of the protocol layer.
         Some("raw" | "file" | "host_device") => Ok(false),
         other => {
             let name = quoted(&backing.name);
             let what =
                 other.map_or("no format".into(), |format| format!("the format {}", quoted(format)));
             Err(HostError::mistake(format!(
-                "Cannot use disk {above}: it says {what} for its backing file {name}, known are raw and qcow2 (say which it is: qemu-img rebase -u -f qcow2 -b NAME -F FORMAT {above})"
+                "Cannot use disk {above}: it names {what} for its backing file {name}, supported are raw and qcow2 (set it: qemu-img rebase -u -f qcow2 -b NAME -F FORMAT {above})"
             )))
         }
     }
 }
 
-/// The path that an image means by the name of its backing file.
+/// The path of a backing file, from its name in the image `above`.
 fn path_of(above: &str, backing: &Backing) -> Result<String, HostError> {
     match backing.name.split_once(':') {
         Some(("file", path)) if !path.is_empty() => Ok(path.to_owned()),
         Some((protocol, _)) if !protocol.contains('/') => Err(HostError::mistake(format!(
-            "Cannot use disk {above}: it stands on {}, which is no path (say one: qemu-img rebase -u -f qcow2 -b PATH -F FORMAT {above}; ./NAME where a file's name has a colon)",
+            "Cannot use disk {above}: it has the backing file {}, which is not a path (set one: qemu-img rebase -u -f qcow2 -b PATH -F FORMAT {above}; ./NAME if the file's name has a colon)",
             quoted(&backing.name)
         ))),
         _ => Ok(beside(above, &backing.name)),
     }
 }
 
-/// A path as an image means it: from its own folder.
+/// A path relative to the folder of `image`.
 fn beside(image: &str, name: &str) -> String {
     let path = Path::new(image).parent().unwrap_or(Path::new("")).join(name);
     path.to_string_lossy().into_owned()
@@ -185,7 +185,7 @@ fn named_by(above: &str, error: HostError) -> HostError {
     }
 }
 
-/// Puts the files onto each other, the lowest first.
+/// Opens the layers, the lowest first, each as the backing file of the next.
 fn build(layers: Vec<Layer>, is_written: bool) -> Result<FormatAccess<Store>, HostError> {
     let mut below: Option<FormatAccess<Store>> = None;
     let mut above = layers.len();
@@ -204,7 +204,7 @@ fn build(layers: Vec<Layer>, is_written: bool) -> Result<FormatAccess<Store>, Ho
         };
         below = Some(opened.map_err(|error| {
             HostError::mistake(format!(
-                "Cannot use disk {path}: it is no sound image: {error} (see what is wrong: qemu-img check)"
+                "Cannot use disk {path}: the image is invalid: {error} (check it: qemu-img check)"
             ))
         })?);
     }

@@ -1,15 +1,15 @@
-//! Disks in qcow2 images, through the crate imago: calls that are made of the image instead of the file.
+//! Disks in qcow2 images, through the crate imago: makes an engine's calls on the image instead of the file.
 //!
-//! | file | what |
+//! | file | content |
 //! |---|---|
-//! | `header.rs` | the header, bounded |
-//! | `tables.rs` | whether the image's tables agree, before it is written |
-//! | `chain.rs` | backing files: which, and how they are opened |
-//! | `store.rs` | what imago reads and writes |
+//! | `header.rs` | the header, with limits |
+//! | `tables.rs` | consistency check of the tables, before the image is written |
+//! | `chain.rs` | backing files: finding and opening them |
+//! | `store.rs` | the storage that imago reads and writes |
 //!
-//! imago is synchronous here and knows nothing of guests: calls come from the disk's thread one after the other, and go
-//! through a buffer of our own, so that a guest that changes its memory meanwhile changes no table. What imago holds back
-//! (tables that have changed) is written at each flush and at the end. Left out: making and resizing images, snapshots.
+//! imago is synchronous here: calls are made by the disk's thread one after the other, and data goes through a buffer of rvmm's,
+//! so that a guest that changes its memory meanwhile changes no table. Tables that imago has changed and caches are written at
+//! each flush and at the end. Left out: creating and resizing images, snapshots.
 
 use std::io;
 
@@ -19,7 +19,7 @@ use rvmm_devices::HostError;
 use rvmm_devices::virtio::blk::DiskPlan;
 use vm_memory::VolatileSlice;
 
-use super::engine::{Buffers, Call, Maker, What};
+use super::engine::{Buffers, Call, CallKind, Executor};
 use super::open::{Files, whole_sectors};
 
 mod chain;
@@ -32,23 +32,23 @@ mod tests;
 
 use store::Store;
 
-/// Bytes that are moved at once.
+/// Size of the buffer.
 const PIECE: usize = 256 << 10;
 
 /// An open image.
 ///
-/// Fields are dropped in this order: what the image stands on stays locked as long as it.
+/// Fields are dropped in this order: the backing files stay locked as long as the image is open.
 pub(super) struct Image {
     image: FormatAccess<Store>,
     _below: Vec<Files>,
     is_written: bool,
     name: String,
-    /// Empty until it is needed.
+    /// The buffer, empty until it is needed.
     piece: Vec<u8>,
 }
 
 impl Image {
-    /// Opens the image that the plan names and that lies in `files`.
+    /// Opens the image that the plan names, whose file is `files`.
     pub(super) fn open(plan: &DiskPlan, files: &Files) -> Result<Self, HostError> {
         let (image, below) = chain::open(plan, files)?;
         Ok(Self {
@@ -60,7 +60,7 @@ impl Image {
         })
     }
 
-    /// Bytes of the disk: whole sectors.
+    /// Size of the disk in bytes, in whole sectors.
     pub(super) fn size(&self) -> u64 {
         whole_sectors(self.image.size())
     }
@@ -76,7 +76,7 @@ impl Image {
     /// Moves `len` bytes between the image and a list of buffers, a piece at a time.
     ///
     /// # Safety
-    /// As for [`Maker::make`].
+    /// As for [`Executor::execute`].
     unsafe fn transfer(&mut self, call: Call, list: Buffers, is_read: bool) -> io::Result<()> {
         self.piece.resize(PIECE, 0);
         let mut done = 0;
@@ -87,7 +87,7 @@ impl Image {
             let piece = piece.unwrap_or_default();
             if is_read {
                 self.image.read(&mut *piece, at)?;
-                // SAFETY: the caller answers for the list and its buffers.
+                // SAFETY: the caller guarantees that the list and its buffers are valid.
                 unsafe { copy(piece, list, done, is_read) };
             } else {
                 // SAFETY: as above.
@@ -100,14 +100,14 @@ impl Image {
     }
 }
 
-/// Copies between `piece` and the buffers of a list, from the byte number `skip` on.
+/// Copies between `piece` and the buffers of a list, starting at byte `skip` of the list.
 ///
 /// # Safety
-/// The list and its buffers are there, and nobody but a guest changes them.
+/// The list and its buffers are valid, and only a guest changes them.
 unsafe fn copy(mut piece: &mut [u8], list: Buffers, skip: u64, to_list: bool) {
     let mut skip = usize::try_from(skip).unwrap_or(usize::MAX);
     for number in 0..list.count as usize {
-        // SAFETY: the caller answers for the list having `count` entries.
+        // SAFETY: the caller guarantees that the list has `count` entries.
         let part = unsafe { list.first.add(number).read() };
         let from = skip.min(part.iov_len);
         skip -= from;
@@ -115,7 +115,7 @@ unsafe fn copy(mut piece: &mut [u8], list: Buffers, skip: u64, to_list: bool) {
         let Some((now, after)) = std::mem::take(&mut piece).split_at_mut_checked(len) else {
             return;
         };
-        // SAFETY: the caller answers for the buffer; `from + len` bytes do not reach over its end.
+        // SAFETY: the caller guarantees that the buffer is valid; `from + len` bytes are inside it.
         let buffer = unsafe { VolatileSlice::new(part.iov_base.cast::<u8>().add(from), len) };
         if to_list {
             buffer.copy_from(now);
@@ -126,27 +126,27 @@ unsafe fn copy(mut piece: &mut [u8], list: Buffers, skip: u64, to_list: bool) {
     }
 }
 
-impl Maker for Image {
-    unsafe fn make(&mut self, call: Call) -> io::Result<u32> {
+impl Executor for Image {
+    unsafe fn execute(&mut self, call: Call) -> io::Result<u32> {
         let moved = u32::try_from(call.len).unwrap_or(u32::MAX);
-        match call.what {
-            What::Read(to) => {
-                // SAFETY: the caller's promise.
+        match call.kind {
+            CallKind::Read(to) => {
+                // SAFETY: guaranteed by the caller.
                 unsafe { self.transfer(call, to, true) }.map(|()| moved)
             }
-            What::Write { from, is_durable } => {
-                // SAFETY: the caller's promise.
+            CallKind::Write { from, is_durable } => {
+                // SAFETY: guaranteed by the caller.
                 unsafe { self.transfer(call, from, false) }?;
                 if is_durable { self.sync().map(|_| moved) } else { Ok(moved) }
             }
-            What::Sync => self.sync(),
-            What::Allocate { mode } => {
+            CallKind::Sync => self.sync(),
+            CallKind::Allocate { mode } => {
                 let result = if mode & libc::FALLOC_FL_PUNCH_HOLE == 0 {
                     self.image.write_zeroes(call.offset, call.len)
                 } else {
                     self.image.discard_to_zero(call.offset, call.len)
                 };
-                // Version 2 of the format has no zeroes: the job knows what to do then.
+                // Version 2 of the format has no zero clusters: the job then falls back to writing zeroes.
                 result.map(|()| 0).map_err(|error| match error.kind() {
                     io::ErrorKind::Unsupported => io::Error::from_raw_os_error(libc::EOPNOTSUPP),
                     _ => error,

@@ -1,7 +1,7 @@
-//! What imago reads and writes: a file that was opened, judged and locked here.
+//! The storage that imago reads and writes: a file that was opened, checked and locked by rvmm.
 //!
-//! imago has files of its own, which it opens by name. This one has none, so an image cannot make imago open anything, and
-//! it tells a file that was cut short from one that ends early by nature. Left out: resizing, which nothing here asks for.
+//! imago's own storage opens files by name. This one cannot, so an image cannot make imago open a file, and
+//! it distinguishes a truncated file from one that is short by design. Left out: resizing, which is not used.
 
 use std::fmt::{self, Display, Formatter};
 use std::fs::File;
@@ -17,7 +17,7 @@ use rustix::fs::{FallocateFlags, fallocate, fdatasync};
 use super::super::open::{Align, Files};
 use super::header::{MARKS, MARKS_AT};
 
-/// Zeroes that are written at once where the file system cannot make them.
+/// Size of a write of zeroes, if the file system cannot make them.
 const ZEROES: usize = 64 << 10;
 
 /// An open file.
@@ -25,12 +25,12 @@ const ZEROES: usize = 64 << 10;
 pub(super) struct Store {
     file: File,
     name: String,
-    /// What O_DIRECT wants, where the file has it.
+    /// Alignment, if the file has O_DIRECT.
     align: Option<Align>,
-    /// Where the file ends, as far as is known: what is missing before that was cut off.
+    /// End of the file, as far as rvmm knows: if the file ends before it, it was truncated.
     end: AtomicU64,
     is_block: bool,
-    /// The image's marks for who would write it are not shown.
+    /// Reads return the header without the bits that prevent writing.
     hides_marks: bool,
     blocked: CommonStorageHelper,
 }
@@ -49,7 +49,7 @@ impl Store {
         })
     }
 
-    /// Shows an image that waits for its repair as one that does not: imago reads none of the former, whoever only reads may.
+    /// Clears the dirty and corrupt bits in what imago reads: imago opens no image with them, although it may be read.
     pub(super) fn hide_marks(&mut self) {
         self.hides_marks = true;
     }
@@ -97,7 +97,7 @@ impl Store {
     fn write_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
         let end = offset.saturating_add(len);
         if end > self.end() && !self.is_block {
-            // Behind the end there is nothing but zeroes.
+            // The file is extended by zeroes.
             self.file.set_len(end)?;
             self.end.fetch_max(end, Ordering::Relaxed);
         }
@@ -105,7 +105,7 @@ impl Store {
         if fallocate(&self.file, mode, offset, len).is_ok() {
             return Ok(());
         }
-        // Aligned as every disk wants it.
+        // Alignment that suffices for every disk.
         let piece = imago::io_buffers::IoBuffer::new(ZEROES, 4096)?;
         let mut piece = piece;
         piece.as_mut().into_slice().fill(0);

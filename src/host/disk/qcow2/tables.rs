@@ -1,12 +1,12 @@
-//! Whether the tables of a qcow2 image agree (QEMU's docs/interop/qcow2.txt, "Host cluster management", "Cluster mapping"),
-//! found out before the image is written.
+//! Consistency check of the tables of a qcow2 image (QEMU's docs/interop/qcow2.txt, "Host cluster management", "Cluster
+//! mapping"), made before the image is written.
 //!
-//! Who writes an image takes clusters whose reference count is zero. Where counts are lower than references, a cluster gets
-//! two owners, and a guest that writes its disk writes the image's tables. So an image is written only if every cluster in
-//! use has a count that covers its references, tables have clusters of their own, and everything lies inside the file.
-//! Counts that are too high are space lost and no more: that is what a killed machine may leave behind.
+//! Writing an image allocates clusters whose refcount is zero. If refcounts are lower than the references, a cluster is
+//! allocated twice, and a guest that writes its disk may overwrite the image's tables. So an image is written only if the
+//! refcount of every cluster covers its references, tables share no clusters, and all references are inside the file.
+//! Refcounts that are too high only waste space: a killed machine may leave such ones behind.
 //!
-//! It costs a read of all tables: 1/8192 of the disk with clusters of 64 KiB. Left out: tables of snapshots, for images with
+//! The check reads all tables: 1/8192 of the disk with clusters of 64 KiB. Left out: tables of snapshots, since images with
 //! snapshots are not written.
 
 use std::fs::File;
@@ -15,30 +15,30 @@ use std::os::unix::fs::FileExt;
 
 use super::header::Header;
 
-/// Clusters of a file at most: 4 TiB in clusters of 64 KiB. A count in memory takes two bytes.
+/// Limit of the clusters of a file: 4 TiB in clusters of 64 KiB. A count in memory takes two bytes.
 const MOST_CLUSTERS: u64 = 1 << 26;
 
-/// In place of a number of references: the cluster is a table.
+/// Marks a table's cluster in place of a number of references.
 const TABLE: u16 = u16::MAX;
 
-/// The offset in an entry of an L1, L2 or refcount table.
+/// Mask of the offset in an entry of an L1, L2 or refcount table.
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
-/// Bits that have to be zero in an entry of an L1 table, an L2 table, and a refcount table.
+/// Reserved bits in an entry of an L1 table, an L2 table, and a refcount table.
 const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
 const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 const REFTABLE_RESERVED: u64 = 0x1ff;
-/// The bit of an L2 entry that says that the cluster is compressed.
+/// The bit of an L2 entry for a compressed cluster.
 const COMPRESSED: u64 = 1 << 62;
 
 /// Checks an image of `len` bytes.
 ///
 /// # Errors
-/// What is wrong with it, without a subject.
+/// The inconsistency, as a sentence without a subject.
 pub(super) fn check(file: &File, header: &Header, len: u64) -> Result<(), String> {
     let clusters = len.div_ceil(header.cluster());
     if clusters > MOST_CLUSTERS {
         return Err(format!(
-            "has {clusters} clusters, more than {MOST_CLUSTERS} (larger clusters help: qemu-img convert -O qcow2 -o cluster_size=1M)"
+            "has {clusters} clusters, more than {MOST_CLUSTERS} (convert it to larger clusters: qemu-img convert -O qcow2 -o cluster_size=1M)"
         ));
     }
     let count = usize::try_from(clusters).unwrap_or(0);
@@ -49,7 +49,7 @@ pub(super) fn check(file: &File, header: &Header, len: u64) -> Result<(), String
 struct Tables<'a> {
     file: &'a File,
     header: &'a Header,
-    /// Of each cluster of the file.
+    /// References to each cluster of the file.
     references: Vec<u16>,
 }
 
@@ -77,7 +77,7 @@ impl Tables<'_> {
         self.count(&blocks)
     }
 
-    /// Reads big-endian numbers; what is behind the end of the file are zeroes.
+    /// Reads big-endian numbers; zeroes beyond the end of the file.
     fn entries(&self, at: u64, bytes: u64) -> Result<Vec<u64>, String> {
         let raw = self.bytes(at, bytes)?;
         let number = |entry: &[u8]| entry.try_into().map_or(0, u64::from_be_bytes);
@@ -98,7 +98,7 @@ impl Tables<'_> {
         Ok(raw)
     }
 
-    /// What an entry names belongs to nobody else.
+    /// Marks the cluster that an entry refers to as a table; fails if it has another use.
     fn own_entry(&mut self, entry: u64, reserved: u64) -> Result<(), String> {
         if entry & reserved != 0 {
             return Err(format!("the entry {entry:#x} of a table has reserved bits"));
@@ -109,13 +109,13 @@ impl Tables<'_> {
     fn own(&mut self, at: u64, count: u64) -> Result<(), String> {
         for place in self.places(at, count)? {
             if std::mem::replace(place, TABLE) != 0 {
-                return Err(format!("two tables share the cluster at or behind {at:#x}"));
+                return Err(format!("two tables share a cluster at or after {at:#x}"));
             }
         }
         Ok(())
     }
 
-    /// The places of the `count` clusters at `at`.
+    /// The reference counts of the `count` clusters at `at`.
     fn places(&mut self, at: u64, count: u64) -> Result<&mut [u16], String> {
         let first = at >> self.header.cluster_bits;
         let range = first..first.saturating_add(count);
@@ -124,10 +124,10 @@ impl Tables<'_> {
         self.references
             .get_mut(index(range.start)..index(range.end))
             .filter(|_| is_aligned)
-            .ok_or_else(|| format!("a table names {at:#x}, where no cluster of the file is"))
+            .ok_or_else(|| format!("a table refers to {at:#x}, which is no cluster of the file"))
     }
 
-    /// Counts what an L2 entry refers to.
+    /// Counts the references of an L2 entry.
     fn refer(&mut self, entry: u64) -> Result<(), String> {
         let bits = self.header.cluster_bits;
         let (at, count) = if entry & COMPRESSED == 0 {
@@ -148,14 +148,14 @@ impl Tables<'_> {
         };
         for place in self.places(at, count)? {
             if *place == TABLE {
-                return Err(format!("data lies in the table at or behind {at:#x}"));
+                return Err(format!("data overlaps the table at or after {at:#x}"));
             }
             *place = (*place + 1).min(TABLE - 1);
         }
         Ok(())
     }
 
-    /// Compares with the counts that the image has.
+    /// Compares the references with the image's refcounts.
     fn count(&self, blocks: &[u64]) -> Result<(), String> {
         let order = self.header.refcount_order;
         let in_block = 1_usize << (self.header.cluster_bits + 3 - order);
@@ -169,7 +169,7 @@ impl Tables<'_> {
                 let needed = if *references == TABLE { 1 } else { u64::from(*references) };
                 if needed > refcount(&counts, index, order) {
                     let cluster = number * in_block + index;
-                    return Err(format!("cluster {cluster} is in use more often than it counts"));
+                    return Err(format!("cluster {cluster} has more references than its refcount"));
                 }
             }
         }
@@ -177,7 +177,7 @@ impl Tables<'_> {
     }
 }
 
-/// The count number `index` in a block of counts of `1 << order` bits; zero where there is none.
+/// The refcount `index` of a block of refcounts of `1 << order` bits; zero beyond its end.
 fn refcount(block: &[u8], index: usize, order: u32) -> u64 {
     if order < 3 {
         let in_byte = 8 >> order;

@@ -1,4 +1,4 @@
-//! Disks in qcow2 images, made by imago here and by qemu-img where it is installed.
+//! Disks in qcow2 images, created by imago, and by qemu-img if it is installed.
 #![allow(clippy::cast_possible_truncation, reason = "a test's sizes are small")]
 
 use std::fs::{self, File};
@@ -20,7 +20,7 @@ use super::*;
 
 const SIZE: u64 = 4 << 20;
 
-/// Makes an image in a folder, in the format's version 3.
+/// Creates an image of format version 3 in a folder.
 fn image(folder: &TempDir, name: &str, size: u64, cluster: usize, backing: Option<(&str, &str)>) {
     let path = folder.path().join(name);
     let file = File::options().read(true).write(true).create(true).truncate(true).open(path);
@@ -79,7 +79,7 @@ impl Bench {
     }
 }
 
-/// Runs qemu-img. False, aloud, where there is none.
+/// Runs qemu-img. False if it is not installed.
 fn qemu_img(arguments: &[&str]) -> bool {
     let output = match Command::new("qemu-img").args(arguments).output() {
         Ok(output) => output,
@@ -88,12 +88,12 @@ fn qemu_img(arguments: &[&str]) -> bool {
             return false;
         }
     };
-    let said = [output.stdout, output.stderr].concat();
-    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&said));
+    let text = [output.stdout, output.stderr].concat();
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&text));
     true
 }
 
-/// What a test does to a disk.
+/// An access to a disk.
 #[derive(Debug, Clone)]
 enum Step {
     Write(u64, usize, usize),
@@ -117,7 +117,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 1..24)
 }
 
-/// Does the steps to an image and to plain bytes, which have to stay the same.
+/// Makes the accesses to an image and to plain bytes, which have to stay the same.
 fn compare(path: &str, options: &str, mut model: Vec<u8>, steps: &[Step]) {
     let mut bench = Bench::open(path, options);
     for step in steps {
@@ -132,7 +132,7 @@ fn compare(path: &str, options: &str, mut model: Vec<u8>, steps: &[Step]) {
             Step::Discard(sector, count) => {
                 let (offset, len) = clip(sector, count);
                 assert!(bench.wipe(DiskOp::Discard, offset, len));
-                // What a discarded range reads as is the image's to say.
+                // The contents of a discarded range are undefined.
                 let now = bench.get(offset, len as usize).unwrap();
                 model[offset as usize..][..now.len()].copy_from_slice(&now);
             }
@@ -177,7 +177,7 @@ fn an_image_is_a_disk_whatever_is_done_to_it_and_stays_sound() {
 #[test]
 fn an_image_outgrows_its_first_tables_and_stays_sound() {
     let folder = tempdir().unwrap();
-    // One cluster of the table of counts covers 8 MiB here.
+    // One refcount block covers 8 MiB here.
     image(&folder, "disk", 20 << 20, 512, None);
     let path = at(&folder, "disk");
     let mut bench = Bench::open(&path, "");
@@ -247,7 +247,7 @@ fn what_the_guest_has_flushed_is_in_the_file_and_what_it_has_not_does_no_harm() 
     let mut bench = Bench::open(&path, "");
     let bytes = pattern(100_352, 5);
     assert!(bench.put(512, &bytes) && bench.flush());
-    // A copy is what a killed machine leaves behind.
+    // A copy is equal to the image that a killed machine leaves behind.
     fs::copy(&path, &copy).unwrap();
     assert!(Bench::open(&copy, "").get(512, bytes.len()).unwrap() == bytes);
     assert!(bench.wipe(DiskOp::Discard, 0, 65536) && bench.put(1 << 20, &bytes));
@@ -284,12 +284,12 @@ fn a_backing_file_shows_through_only_where_that_is_asked_for_and_is_never_writte
     image(&folder, "top", SIZE, 65536, Some(("middle", "qcow2")));
     let path = at(&folder, "top");
     let text = refusal(&path, "");
-    assert!(text.contains("stands on 'middle'") && text.contains("backing=on"), "{text}");
+    assert!(text.contains("backing file 'middle'") && text.contains("backing=on"), "{text}");
     let mut model = vec![0; SIZE as usize];
     model[..base.len()].copy_from_slice(&base);
     let mut bench = Bench::open(&path, "backing");
     assert!(bench.get(0, SIZE as usize).unwrap() == model, "zeroes behind the end of the base");
-    // What shows through may be read by others, and written by nobody.
+    // Other programs may read a backing file, and none may write it.
     let other = Bench::open(&at(&folder, "middle"), "ro,backing");
     assert_eq!(other.disk.size(), SIZE);
     drop(other);
@@ -307,7 +307,7 @@ fn a_backing_file_shows_through_only_where_that_is_asked_for_and_is_never_writte
 }
 
 #[test]
-fn a_chain_that_is_no_chain_is_refused() {
+fn an_invalid_chain_is_refused() {
     let folder = tempdir().unwrap();
     image(&folder, "self", SIZE, 4096, Some(("self", "qcow2")));
     image(&folder, "one", SIZE, 4096, Some(("two", "qcow2")));
@@ -322,12 +322,12 @@ fn a_chain_that_is_no_chain_is_refused() {
         image(&folder, &format!("deep{number}"), SIZE, 4096, Some((&below, "qcow2")));
     }
     for (name, part) in [
-        ("self", "in a circle"),
-        ("one", "in a circle"),
+        ("self", "has a loop"),
+        ("one", "has a loop"),
         ("deep0", "more than 16"),
         ("lost", "No such file"),
         ("odd", "the format 'vmdk' for its backing file 'one'"),
-        ("wrong", "is no qcow2 image"),
+        ("wrong", "is not a qcow2 image"),
         ("folder", "it is a folder"),
     ] {
         for options in ["backing", "backing,ro"] {
@@ -348,33 +348,33 @@ fn a_header_that_asks_for_too_much_or_the_unknown_is_refused_with_a_sentence() {
     let path = at(&folder, "disk");
     let huge = u64::MAX.to_be_bytes();
     for (offset, bytes, part) in [
-        (0, &b"RAW!"[..], "leave format=qcow2 away"),
+        (0, &b"RAW!"[..], "omit format=qcow2"),
         (4, &[0, 0, 0, 4], "version 4"),
         (8, &huge, "name of its backing file"),
         (8, &[0, 0, 0, 0, 0, 0, 0, 200, 0, 0, 255, 255], "name of its backing file"),
-        (20, &[0, 0, 0, 8], "sizes that the format does not know"),
-        (20, &[0, 0, 0, 22], "sizes that the format does not know"),
-        (20, &[255; 4], "sizes that the format does not know"),
+        (20, &[0, 0, 0, 8], "sizes that the format does not allow"),
+        (20, &[0, 0, 0, 22], "sizes that the format does not allow"),
+        (20, &[255; 4], "sizes that the format does not allow"),
         (24, &huge, "larger than rvmm allows"),
         (24, &[0, 0, 1, 0, 0, 0, 0, 0], "L1 table"),
-        (24, &[0; 8], "no sector"),
+        (24, &[0; 8], "smaller than a sector"),
         (32, &[0, 0, 0, 1], "encrypted"),
         (36, &[0; 4], "L1 table"),
         (36, &[255; 4], "L1 table"),
         (40, &huge, "L1 table is not inside"),
         (40, &[0; 8], "L1 table is not inside"),
         (40, &[0, 0, 0, 0, 0, 0, 16, 1], "L1 table is not inside"),
-        (48, &huge, "reference counts is not inside"),
-        (56, &[0; 4], "impossible size"),
-        (56, &[255; 4], "impossible size"),
+        (48, &huge, "refcount table is not inside"),
+        (56, &[0; 4], "invalid size"),
+        (56, &[255; 4], "invalid size"),
         (72, &[0, 0, 0, 0, 0, 0, 0, 4], "data in another file"),
         (72, &[0, 0, 0, 0, 0, 0, 0, 7], "data in another file"),
         (72, &[0, 0, 0, 0, 0, 0, 0, 8], "deflate"),
         (72, &[0, 0, 0, 0, 0, 0, 0, 16], "extended L2"),
-        (72, &[128, 0, 0, 0, 0, 0, 0, 0], "does not know"),
-        (96, &[0, 0, 0, 7], "sizes that the format does not know"),
-        (100, &[0, 0, 0, 8], "impossible length"),
-        (100, &[255; 4], "impossible length"),
+        (72, &[128, 0, 0, 0, 0, 0, 0, 0], "does not support"),
+        (96, &[0, 0, 0, 7], "sizes that the format does not allow"),
+        (100, &[0, 0, 0, 8], "invalid length"),
+        (100, &[255; 4], "invalid length"),
     ] {
         image(&folder, "disk", SIZE, 4096, None);
         poke(&path, offset, bytes);
@@ -386,9 +386,9 @@ fn a_header_that_asks_for_too_much_or_the_unknown_is_refused_with_a_sentence() {
     for len in [0, 3, 71, 103] {
         image(&folder, "disk", SIZE, 4096, None);
         File::options().write(true).open(&path).unwrap().set_len(len).unwrap();
-        assert!(refusal(&path, "").contains("no qcow2 image"), "{len}");
+        assert!(refusal(&path, "").contains("not a qcow2 image"), "{len}");
     }
-    // Extensions: one that reaches over the cluster, and feature names of which the last is half there.
+    // Extensions: one that extends beyond the cluster, and a feature name table whose last entry is incomplete.
     for extension in [[0x12, 0x34, 0x56, 0x78, 0, 0, 32, 0], [0x68, 3, 0xf8, 0x57, 0, 0, 0, 49]] {
         image(&folder, "disk", SIZE, 4096, None);
         let mut length = [0; 4];
@@ -398,7 +398,7 @@ fn a_header_that_asks_for_too_much_or_the_unknown_is_refused_with_a_sentence() {
     }
 }
 
-/// An image of the format's version 2 over `base`, with these extensions and then the name.
+/// An image of format version 2 with the backing file `base`, whose name follows these extensions.
 fn old_image(folder: &TempDir, extensions: &[u8]) -> String {
     image(folder, "old", SIZE, 4096, None);
     let path = at(folder, "old");
@@ -412,22 +412,25 @@ fn old_image(folder: &TempDir, extensions: &[u8]) -> String {
 }
 
 #[test]
-fn version_2_says_the_format_of_its_backing_file_as_version_3_does() {
+fn version_2_names_the_format_of_its_backing_file_as_version_3_does() {
     let folder = tempdir().unwrap();
     let base = pattern(SIZE as usize, 9);
     fs::write(at(&folder, "base"), &base).unwrap();
     let raw = *b"\xe2\x79\x2a\xca\0\0\0\x03raw\0\0\0\0\0";
-    // With an end of the extensions, as QEMU writes it, and right up to the name.
+    // With an end mark of the extensions, as QEMU writes it, and without.
     for extensions in [[&raw[..], &[0; 8]].concat(), raw.to_vec()] {
         let path = old_image(&folder, &extensions);
         let mut bench = Bench::open(&path, "backing");
         assert!(bench.get(0, SIZE as usize).unwrap() == base);
         assert!(bench.put(0, &[7; 512]) && bench.get(512, 512).unwrap() == base[512..1024]);
         drop(bench);
-        assert!(Bench::open(&path, "backing").get(0, 512).unwrap() == [7; 512], "still said");
+        assert!(
+            Bench::open(&path, "backing").get(0, 512).unwrap() == [7; 512],
+            "the format is still named"
+        );
     }
     let text = refusal(&old_image(&folder, &[]), "backing");
-    assert!(text.contains("says no format for its backing file 'base'"), "{text}");
+    assert!(text.contains("names no format for its backing file 'base'"), "{text}");
     let text = refusal(&old_image(&folder, b"\xe2\x79\x2a\xca\0\0\0\x09raw\0\0\0\0\0"), "backing");
     assert!(text.contains("do not end"), "{text}");
 }
@@ -444,7 +447,7 @@ fn what_qemu_img_makes_of_version_2_is_an_overlay_and_its_advice_helps() {
         return skip("there is no qemu-img");
     }
     assert!(Bench::open(&path, "backing").get(0, SIZE as usize).unwrap() == base);
-    // One that says no format, as all did before QEMU 6.1, and what is advised.
+    // An image without a format, as QEMU created all before 6.1, and the command of the advice.
     let path = old_image(&folder, &[]);
     assert!(refusal(&path, "backing").contains("qemu-img rebase -u -f qcow2 -b NAME -F FORMAT"));
     qemu_img(&["rebase", "-u", "-f", "qcow2", "-b", "base", "-F", "raw", &path]);
@@ -452,7 +455,7 @@ fn what_qemu_img_makes_of_version_2_is_an_overlay_and_its_advice_helps() {
 }
 
 #[test]
-fn the_name_of_a_backing_file_means_what_qemu_takes_it_for() {
+fn the_name_of_a_backing_file_is_resolved_as_qemu_does() {
     let folder = tempdir().unwrap();
     let base = pattern(SIZE as usize, 9);
     for name in ["base", "a:b"] {
@@ -476,10 +479,10 @@ fn the_name_of_a_backing_file_means_what_qemu_takes_it_for() {
     let json = r#"json:{"driver":"raw","file":{"driver":"file","filename":"base"}}"#;
     for (name, part) in [
         (json, json),
-        ("nbd://host/disk", "'nbd://host/disk', which is no path"),
+        ("nbd://host/disk", "'nbd://host/disk', which is not a path"),
         ("a:b", "./NAME"),
-        ("file:", "'file:', which is no path"),
-        // From where rvmm was started, not from the image's folder.
+        ("file:", "'file:', which is not a path"),
+        // Relative to the current directory, not to the image's folder.
         ("file:base", "Cannot open disk base"),
         ("json:\u{1b}[31m", "'json:\\u{1b}[31m'"),
     ] {
@@ -510,7 +513,7 @@ fn an_image_that_waits_for_its_repair_is_read_and_not_written() {
             }
             assert!(Bench::open(path, options).get(0, bytes.len()).unwrap() == bytes, "{options}");
         }
-        assert!(fs::read(&path).unwrap() == before, "the mark stays for who repairs it");
+        assert!(fs::read(&path).unwrap() == before, "the mark stays until the image is repaired");
     }
     if qemu_img(&["check", "-q", "-f", "qcow2", "-r", "all", &path]) {
         assert!(Bench::open(&path, "").put(0, &bytes));
@@ -518,7 +521,7 @@ fn an_image_that_waits_for_its_repair_is_read_and_not_written() {
 }
 
 #[test]
-fn bitmaps_that_are_lost_to_a_writer_are_said_and_stay_with_a_reader() {
+fn bitmaps_that_a_writer_loses_are_logged_and_a_reader_keeps_them() {
     let folder = tempdir().unwrap();
     image(&folder, "disk", SIZE, 65536, None);
     let path = at(&folder, "disk");
@@ -535,14 +538,14 @@ fn bitmaps_that_are_lost_to_a_writer_are_said_and_stay_with_a_reader() {
     }
     assert!(Bench::open(&path, "ro").get(0, 512).is_some());
     let text = lost().unwrap();
-    assert!(text.contains("loses its 2 bitmaps") && text.contains("a full one"), "{text}");
+    assert!(text.contains("loses its 2 dirty bitmaps") && text.contains("a full one"), "{text}");
     assert!(Bench::open(&path, "").put(0, &[1; 512]));
     assert_eq!(lost(), None, "once is enough");
     qemu_img(&["check", "-q", "-f", "qcow2", "-r", "all", &path]);
     assert!(Bench::open(&path, "").get(0, 512).unwrap() == [1; 512]);
 }
 
-/// Numbers of the image's header.
+/// A number of the image's header.
 fn field(path: &str, offset: u64) -> u64 {
     let mut bytes = [0; 8];
     File::open(path).unwrap().read_exact_at(&mut bytes, offset).unwrap();
@@ -564,26 +567,26 @@ fn tables_that_contradict_each_other_are_refused_before_the_image_is_written() {
     let copied = 1_u64 << 63;
     let (l1, l2, counts) = make();
     for (offset, entry, part) in [
-        (l1, copied | 4096, "share the cluster"),
-        (l1, copied | (1 << 50), "no cluster of the file"),
-        (l1, copied | (l2 + 512), "no cluster of the file"),
+        (l1, copied | 4096, "share a cluster"),
+        (l1, copied | (1 << 50), "is no cluster of the file"),
+        (l1, copied | (l2 + 512), "is no cluster of the file"),
         (l1, copied | l2 | 1, "reserved bits"),
-        (l1 + 8, copied | l2, "share the cluster"),
-        (l2, copied | l1, "data lies in the table"),
+        (l1 + 8, copied | l2, "share a cluster"),
+        (l2, copied | l1, "data overlaps the table"),
         (l2, copied, "opened"),
-        (l2, copied | l2, "data lies in the table"),
-        (l2, copied | (1 << 55), "no cluster of the file"),
-        (l2, (1 << 62) | 100, "data lies in the table"),
-        (l2, (1 << 62) | (1 << 50), "no cluster of the file"),
+        (l2, copied | l2, "data overlaps the table"),
+        (l2, copied | (1 << 55), "is no cluster of the file"),
+        (l2, (1 << 62) | 100, "data overlaps the table"),
+        (l2, (1 << 62) | (1 << 50), "is no cluster of the file"),
         (l2, copied | (1 << 62), "reserved bits"),
         (l2, 1 << 60, "reserved bits"),
-        (l2 + 8, field(&path, l2), "more often than it counts"),
-        (counts, 0, "more often than it counts"),
-        (counts, 4096, "share the cluster"),
-        (counts + 8, field(&path, counts), "share the cluster"),
-        (counts, 1 << 50, "no cluster of the file"),
+        (l2 + 8, field(&path, l2), "more references than its refcount"),
+        (counts, 0, "more references than its refcount"),
+        (counts, 4096, "share a cluster"),
+        (counts + 8, field(&path, counts), "share a cluster"),
+        (counts, 1 << 50, "is no cluster of the file"),
         (counts, field(&path, counts) | 1, "reserved bits"),
-        (field(&path, counts), 0, "more often than it counts"),
+        (field(&path, counts), 0, "more references than its refcount"),
     ] {
         make();
         poke(&path, offset, &entry.to_be_bytes());
@@ -597,7 +600,7 @@ fn tables_that_contradict_each_other_are_refused_before_the_image_is_written() {
 }
 
 #[test]
-fn no_damage_to_an_image_costs_more_than_errors() {
+fn damage_to_an_image_causes_only_errors() {
     let folder = tempdir().unwrap();
     let (path, sound) = (at(&folder, "disk"), at(&folder, "sound"));
     let mut runner = TestRunner::deterministic();
@@ -607,7 +610,7 @@ fn no_damage_to_an_image_costs_more_than_errors() {
         assert!(bench.put(0, &pattern(65536, 1)) && bench.wipe(DiskOp::Discard, 8192, 8192));
         drop(bench);
         let bytes = fs::read(&sound).unwrap();
-        // Tables come first; what is behind them is mostly data.
+        // Tables are at the start, data mostly follows.
         let place = prop_oneof![0..112_usize, 0..cluster * 6, 0..bytes.len()];
         let damage = prop::collection::vec((place, any::<u8>()), 1..4);
         let mut opened = 0;
@@ -653,7 +656,7 @@ fn a_file_that_is_cut_short_gives_errors_and_not_zeroes() {
 
 #[test]
 fn a_disk_that_is_full_is_an_error_and_goes_on_when_there_is_room() {
-    // A file system of half a megabyte that nobody else sees.
+    // A file system of 1 MiB in a folder of its own.
     let full = || {
         let folder = tempdir().unwrap();
         let flags = rustix::mount::MountFlags::empty();
@@ -662,7 +665,7 @@ fn a_disk_that_is_full_is_an_error_and_goes_on_when_there_is_room() {
         Some(folder)
     };
     let Some(folder) = full() else {
-        return skip("there is no right to mount");
+        return skip("mounting is not permitted");
     };
     image(&folder, "disk", SIZE, 4096, None);
     let path = at(&folder, "disk");

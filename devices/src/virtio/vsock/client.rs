@@ -1,4 +1,4 @@
-//! A program of the host that has connected and says where to: `CONNECT <port>` and a newline.
+//! A client of the host that has connected and sends the port that it wants: `CONNECT <port>` and a newline.
 
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
@@ -9,29 +9,29 @@ use rustix::net::{RecvFlags, recv};
 
 use crate::device::{Interest, Source};
 
-/// Bytes of the line at most, with its newline: four times what the longest port needs.
+/// Maximum length of the line in bytes, with its newline; the longest regular one has 19.
 const MAX_LINE: usize = 32;
 
-/// A program that has not said yet where it wants to.
+/// A client whose line is not complete yet.
 #[derive(Debug)]
-pub(super) struct Caller {
+pub(super) struct Client {
     pub(super) stream: UnixStream,
     pub(super) deadline: Instant,
     line: Vec<u8>,
 }
 
-/// What was heard from a caller.
+/// The line of a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Heard {
-    /// Not the whole line yet.
-    More,
-    /// The port that it wants.
+pub(super) enum Line {
+    /// Not complete yet.
+    Incomplete,
+    /// Asks for this port.
     Port(u32),
-    /// Anything else, or nothing any more.
-    Nonsense,
+    /// Anything else, or the client has disconnected.
+    Invalid,
 }
 
-impl Caller {
+impl Client {
     pub(super) fn new(stream: UnixStream, deadline: Instant) -> Self {
         Self { stream, deadline, line: Vec::new() }
     }
@@ -40,8 +40,8 @@ impl Caller {
         Source { fd: self.stream.as_raw_fd(), token, interest: Interest::Read }
     }
 
-    /// Reads the line, and nothing of what comes behind it: that is the stream's.
-    pub(super) fn listen(&mut self) -> Heard {
+    /// Reads the line, and nothing behind it: that belongs to the stream.
+    pub(super) fn read_line(&mut self) -> Line {
         let mut ahead = [0; MAX_LINE];
         let ahead = ahead.get_mut(..MAX_LINE - self.line.len()).unwrap_or_default();
         let peek = recv(&self.stream, &mut *ahead, RecvFlags::DONTWAIT | RecvFlags::PEEK);
@@ -50,9 +50,9 @@ impl Caller {
             Err(error)
                 if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) =>
             {
-                return Heard::More;
+                return Line::Incomplete;
             }
-            _ => return Heard::Nonsense,
+            _ => return Line::Invalid,
         };
         let seen = ahead.get(..count).unwrap_or_default();
         let newline = seen.iter().position(|byte| *byte == b'\n');
@@ -60,18 +60,18 @@ impl Caller {
         let taken =
             recv(&self.stream, ahead.get_mut(..take).unwrap_or_default(), RecvFlags::DONTWAIT);
         if !taken.is_ok_and(|(taken, _)| taken == take) {
-            return Heard::Nonsense;
+            return Line::Invalid;
         }
         self.line.extend(ahead.get(..take).unwrap_or_default());
         match (newline, port(&self.line)) {
-            (Some(_), Some(port)) => Heard::Port(port),
-            (None, _) if self.line.len() < MAX_LINE => Heard::More,
-            _ => Heard::Nonsense,
+            (Some(_), Some(port)) => Line::Port(port),
+            (None, _) if self.line.len() < MAX_LINE => Line::Incomplete,
+            _ => Line::Invalid,
         }
     }
 }
 
-/// The port in a whole line; the word's case does not matter, as in Firecracker.
+/// Parses the port of a complete line; the word is case-insensitive, as in Firecracker.
 fn port(line: &[u8]) -> Option<u32> {
     let line = std::str::from_utf8(line).ok()?;
     let mut words = line.split_ascii_whitespace();
@@ -86,30 +86,30 @@ mod tests {
 
     use super::*;
 
-    fn hear(pieces: &[&[u8]]) -> (Heard, Caller) {
+    fn read(pieces: &[&[u8]]) -> (Line, Client) {
         let (mut program, stream) = UnixStream::pair().unwrap();
-        let mut caller = Caller::new(stream, Instant::now());
-        let mut heard = Heard::More;
+        let mut client = Client::new(stream, Instant::now());
+        let mut line = Line::Incomplete;
         for piece in pieces {
             program.write_all(piece).unwrap();
-            heard = caller.listen();
+            line = client.read_line();
         }
-        (heard, caller)
+        (line, client)
     }
 
     #[test]
     fn a_line_names_a_port_and_leaves_the_rest_to_the_stream() {
-        let (heard, mut caller) = hear(&[b"CONN", b"ECT 52", b"\nhello"]);
-        assert_eq!(heard, Heard::Port(52));
+        let (line, mut client) = read(&[b"CONN", b"ECT 52", b"\nhello"]);
+        assert_eq!(line, Line::Port(52));
         let mut rest = [0; 5];
-        caller.stream.read_exact(&mut rest).unwrap();
+        client.stream.read_exact(&mut rest).unwrap();
         assert_eq!(&rest, b"hello");
-        assert_eq!(hear(&[b"connect 4294967295\n"]).0, Heard::Port(u32::MAX));
-        assert_eq!(hear(&[b"CONNECT 1\r\n"]).0, Heard::Port(1));
+        assert_eq!(read(&[b"connect 4294967295\n"]).0, Line::Port(u32::MAX));
+        assert_eq!(read(&[b"CONNECT 1\r\n"]).0, Line::Port(1));
     }
 
     #[test]
-    fn a_line_of_another_kind_is_nonsense() {
+    fn a_line_of_another_kind_is_invalid() {
         let lines: [&[u8]; 10] = [
             b"\n",
             b"CONNECT\n",
@@ -123,24 +123,24 @@ mod tests {
             b"CONNECT 1                       \n",
         ];
         for line in lines {
-            assert_eq!(hear(&[line]).0, Heard::Nonsense, "{:?}", String::from_utf8_lossy(line));
+            assert_eq!(read(&[line]).0, Line::Invalid, "{:?}", String::from_utf8_lossy(line));
         }
     }
 
     #[test]
     fn thirty_two_bytes_without_an_end_are_enough() {
-        assert_eq!(hear(&[b"CONNECT 0000000000000000000000"]).0, Heard::More);
-        assert_eq!(hear(&[b"CONNECT 0000000000000000000000", b"00000"]).0, Heard::Nonsense);
-        let (heard, caller) = hear(&[&[b'x'; 4096]]);
-        assert_eq!((heard, caller.line.len()), (Heard::Nonsense, MAX_LINE));
+        assert_eq!(read(&[b"CONNECT 0000000000000000000000"]).0, Line::Incomplete);
+        assert_eq!(read(&[b"CONNECT 0000000000000000000000", b"00000"]).0, Line::Invalid);
+        let (line, client) = read(&[&[b'x'; 4096]]);
+        assert_eq!((line, client.line.len()), (Line::Invalid, MAX_LINE));
     }
 
     #[test]
-    fn a_caller_that_leaves_has_said_nothing() {
+    fn a_client_that_disconnects_has_sent_no_line() {
         let (program, stream) = UnixStream::pair().unwrap();
-        let mut caller = Caller::new(stream, Instant::now());
-        assert_eq!(caller.listen(), Heard::More);
+        let mut client = Client::new(stream, Instant::now());
+        assert_eq!(client.read_line(), Line::Incomplete);
         drop(program);
-        assert_eq!(caller.listen(), Heard::Nonsense);
+        assert_eq!(client.read_line(), Line::Invalid);
     }
 }

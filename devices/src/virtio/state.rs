@@ -1,8 +1,8 @@
-//! The life of a virtio device, whatever its transport (virtio 1.3, chapters 2 and 3): status, features, queues, work.
+//! The state of a virtio device, independent of its transport (virtio 1.3, chapters 2 and 3): status, features, queues.
 //!
-//! The status register is a table of steps: what is no step changes nothing. The features are refused unless the driver takes
-//! VERSION_1 and nothing that was not offered. A queue is set up while the device does not run and frozen while it does;
-//! RING_RESET opens one alone. A device that the driver has broken says NEEDS_RESET and is silent until it is reset.
+//! The status register only accepts the steps of a start, in order. FEATURES_OK is refused unless the driver has accepted
+//! VERSION_1 and only offered features. A queue can be set up while the device does not run, and is fixed while it does;
+//! RING_RESET allows it for a single queue. After an error of the driver the device sets NEEDS_RESET and does nothing until it is reset.
 
 use std::sync::Arc;
 
@@ -29,15 +29,15 @@ pub(super) mod status {
 const STEPS: [u32; 4] =
     [status::ACKNOWLEDGE, status::DRIVER, status::FEATURES_OK, status::DRIVER_OK];
 
-/// A device, its queues, and what the driver has made of them.
+/// A device, its queues, and their state.
 pub(super) struct Core {
     pub(super) device: Box<dyn VirtioDevice>,
     pub(super) memory: Arc<dyn DmaMemory>,
-    /// One per queue; the kernel rings them where it can, else a write to QueueNotify does.
+    /// One per queue; signalled by the kernel (ioeventfd) if possible, else by a write to QueueNotify.
     pub(super) kicks: Box<[EventFd]>,
-    pub(super) said: Said,
-    /// The driver has reset the device, which is not through with what it had taken before. Until it is, the status says
-    /// NEEDS_RESET, so that nothing starts.
+    pub(super) logged: Logged,
+    /// The driver has reset the device, which has not yet settled the requests from before. Until then the status is
+    /// NEEDS_RESET, so that the driver does not start it.
     is_resetting: bool,
     /// The same for queues that were reset alone, a bit each.
     resetting_queues: u64,
@@ -47,16 +47,16 @@ pub(super) struct Core {
     pub(super) state: State,
 }
 
-/// What was said about the driver, each once.
+/// Log lines about the driver that were written, each once.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Said {
-    broken: bool,
+pub(super) struct Logged {
+    failure: bool,
     version: bool,
     features: bool,
     pub(super) refused: bool,
 }
 
-/// What the driver sees besides the queues.
+/// The driver-visible state other than the queues.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct State {
     pub(super) status: u32,
@@ -65,7 +65,7 @@ pub(super) struct State {
     pub(super) driver_features: u64,
     pub(super) queue_sel: u32,
     pub(super) generation: u32,
-    /// Chains that went back unserved because they made no sense.
+    /// Number of chains that were refused as invalid.
     pub(super) refused: u64,
 }
 
@@ -84,7 +84,7 @@ impl Core {
             device,
             memory,
             kicks,
-            said: Said::default(),
+            logged: Logged::default(),
             is_resetting: false,
             resetting_queues: 0,
             queues,
@@ -105,15 +105,15 @@ impl Core {
         self.queues.get(usize::from(queue)).is_some_and(Queue::is_active)
     }
 
-    /// Chains that went back unserved because they made no sense.
+    /// Number of chains that were refused as invalid.
     pub(super) fn refused(&self) -> u64 {
         self.state.refused
     }
 
-    /// Wakes the I/O thread for a queue, where the kernel does not do it.
-    pub(super) fn ring(&self, queue: u32) {
+    /// Wakes the I/O thread for a queue, if the kernel does not do it.
+    pub(super) fn kick(&self, queue: u32) {
         let kick = usize::try_from(queue).ok().and_then(|queue| self.kicks.get(queue));
-        // Refused means that the counter is full: it is awake.
+        // Fails only if the counter is full: the thread is already woken.
         let _ = kick.map(|kick| kick.write(1));
     }
 
@@ -133,13 +133,13 @@ impl Core {
         Ok(())
     }
 
-    /// Changes the set-up of the selected queue, where it is not in use.
+    /// Changes the set-up of the selected queue, unless it is in use.
     pub(super) fn set_up_queue(&mut self, change: impl FnOnce(&mut SetUp)) -> Access {
         let is_running = self.state.is_running();
         let Some(queue) = self.queues.get_mut(self.state.queue_sel as usize) else {
             return Err(AccessError::NoRegister);
         };
-        // Frozen as soon as it is ready: nothing moves a ring that is in use.
+        // Fixed as soon as it is ready: a ring in use never changes.
         if self.resetting_queues != 0 || queue.is_ready() || is_running && !queue.was_reset() {
             return Err(AccessError::ReadOnly);
         }
@@ -161,9 +161,9 @@ impl Core {
             1 if queue.was_reset() => {
                 queue.set_ready(true);
                 if !queue.start(memory.view(), indirect, event_idx) {
-                    self.break_down("a queue is not all in RAM");
+                    self.fail("a queue is not entirely in RAM");
                 }
-                self.hand_over(self.state.queue_sel as usize);
+                self.start_remote(self.state.queue_sel as usize);
             }
             _ => return Err(AccessError::ReadOnly),
         }
@@ -190,12 +190,12 @@ impl Core {
         Ok(())
     }
 
-    /// Whether the reset of the selected queue is not over.
+    /// True if the reset of the selected queue is not complete.
     pub(super) fn is_queue_resetting(&self) -> bool {
         self.state.queue_sel < 64 && self.resetting_queues >> self.state.queue_sel & 1 == 1
     }
 
-    /// Ends resets that waited for the host's end.
+    /// Completes resets that waited for the host.
     pub(super) fn settle(&mut self) {
         if (self.is_resetting || self.resetting_queues != 0) && self.device.is_settled() {
             self.resetting_queues = 0;
@@ -211,14 +211,14 @@ impl Core {
             self.reset_device();
             return Ok(());
         }
-        // NEEDS_RESET is the device's; what is set stays set.
+        // Only the device sets NEEDS_RESET; bits that are set stay set.
         let new = value & !now & !status::NEEDS_RESET;
         if now & !status::NEEDS_RESET & !value != 0 || new & !KNOWN != 0 {
             return Err(AccessError::ReadOnly);
         }
         if new & status::FAILED != 0 {
             self.state.status |= status::FAILED;
-            self.silence();
+            self.stop();
             return Ok(());
         }
         if now & (status::FAILED | status::NEEDS_RESET) != 0 {
@@ -232,7 +232,7 @@ impl Core {
         Ok(())
     }
 
-    /// One step of the start (virtio 1.3, section 3.1.1); false where it is not the next one.
+    /// Takes one step of the start (virtio 1.3, section 3.1.1); returns false if it is not the next one.
     fn step(&mut self, step: u32) -> bool {
         let before = step_mask(step);
         if self.state.status & before != before {
@@ -240,8 +240,8 @@ impl Core {
         }
         match step {
             status::FEATURES_OK => {
-                // The driver finds out by reading the status back.
-                if self.agrees() {
+                // The driver reads the status back.
+                if self.accepts_features() {
                     self.state.status |= step;
                 }
             }
@@ -254,32 +254,32 @@ impl Core {
         true
     }
 
-    /// Whether the device can work with the features that the driver has taken; the log says why not.
-    fn agrees(&mut self) -> bool {
+    /// Returns true if the device supports the features that the driver has accepted; else logs the reason.
+    fn accepts_features(&mut self) -> bool {
         let taken = self.state.driver_features;
         let unknown = taken & !self.offered();
         if unknown != 0 {
-            if !std::mem::replace(&mut self.said.features, true) {
+            if !std::mem::replace(&mut self.logged.features, true) {
                 let name = self.device.name();
                 warn!(
-                    "{name}: the guest's driver takes features that were not offered ({unknown:#x}), and is refused"
+                    "{name}: the guest's driver accepts features that were not offered ({unknown:#x}): FEATURES_OK is refused"
                 );
             }
             return false;
         }
         let is_known = taken & feature::VERSION_1 != 0 || self.device.may_lack_version_1();
         if !is_known {
-            self.wants_version_1(format_args!("does not take VIRTIO_F_VERSION_1"));
+            self.wants_version_1(format_args!("does not accept VIRTIO_F_VERSION_1"));
         }
         is_known
     }
 
-    /// The driver has done what only drivers of virtio-mmio version 1 do: its device never comes up.
+    /// Logs that the driver is one for virtio-mmio version 1, which cannot start the device.
     pub(super) fn wants_version_1(&mut self, what: std::fmt::Arguments<'_>) {
-        if !std::mem::replace(&mut self.said.version, true) {
+        if !std::mem::replace(&mut self.logged.version, true) {
             warn!(
-                "{}: the guest's driver {what}, as for legacy virtio-mmio (version 1), which rvmm does not have: the device stays unused \
-                 (it has version 2; build the guest with a driver for that, one that runs with QEMU's -global virtio-mmio.force-legacy=false)",
+                "{}: the guest's driver {what}, as for legacy virtio-mmio (version 1), which rvmm does not support: the device stays unused \
+                 (it is version 2; build the guest with a driver for that, one that runs with QEMU's -global virtio-mmio.force-legacy=false)",
                 self.device.name()
             );
         }
@@ -292,22 +292,22 @@ impl Core {
             !queue.is_ready() || queue.start(memory.view(), indirect, event_idx)
         };
         if !self.queues.iter_mut().all(start) {
-            self.break_down("a queue is not all in RAM");
+            self.fail("a queue is not entirely in RAM");
             return;
         }
         if self.device.raises_line() {
             self.interrupt.share(true);
         }
-        (0..self.queues.len()).for_each(|queue| self.hand_over(queue));
+        (0..self.queues.len()).for_each(|queue| self.start_remote(queue));
         self.device.activate(self.state.driver_features);
-        // What was made available before is not announced again.
+        // There is no notification for buffers made available before.
         (0..).zip(&self.queues).filter(|(_, queue)| queue.is_active()).for_each(|(index, _)| {
-            self.ring(index);
+            self.kick(index);
         });
     }
 
-    /// Tells the device that a queue has started, where somebody else works on it.
-    fn hand_over(&mut self, queue: usize) {
+    /// Passes a started queue to the device, if it is a remote one.
+    fn start_remote(&mut self, queue: usize) {
         let rings = self.queues.get(queue).and_then(Queue::rings);
         if let (Some(rings), Some(kick)) = (rings, self.kicks.get(queue))
             && self.device.is_remote(rings.queue, self.state.driver_features)
@@ -316,14 +316,14 @@ impl Core {
         }
     }
 
-    /// Stops all work and forgets everything the driver has set up.
+    /// Stops the device and clears everything that the driver has set up.
     pub(super) fn reset_device(&mut self) {
         self.device.reset();
         self.queues.iter_mut().for_each(|queue| queue.reset(false));
         let State { generation, refused, .. } = self.state;
         self.state = State { generation, refused, ..State::default() };
         self.interrupt.clear(u32::MAX);
-        self.share_nothing();
+        self.unshare_line();
         self.interrupt.forget();
         self.resetting_queues = 0;
         self.is_resetting = !self.device.is_settled();
@@ -332,27 +332,27 @@ impl Core {
         }
     }
 
-    /// Nobody works on the queues any more who raises the line.
-    fn share_nothing(&mut self) {
+    /// Remote queues no longer raise the line.
+    fn unshare_line(&mut self) {
         if self.device.raises_line() {
             self.interrupt.share(false);
         }
     }
 
-    /// Stops all work; the driver's registers stay.
-    fn silence(&mut self) {
+    /// Stops the device; the driver's registers stay.
+    fn stop(&mut self) {
         self.device.reset();
-        self.share_nothing();
+        self.unshare_line();
         self.interrupt.forget();
         self.queues.iter_mut().for_each(Queue::stop);
     }
 
-    /// The driver has done what cannot be gone on from.
-    pub(super) fn break_down(&mut self, why: &str) {
-        if !std::mem::replace(&mut self.said.broken, true) {
-            warn!("{}: {why}: the device waits for its reset", self.device.name());
+    /// Stops the device until it is reset, and tells the driver by NEEDS_RESET.
+    pub(super) fn fail(&mut self, why: &str) {
+        if !std::mem::replace(&mut self.logged.failure, true) {
+            warn!("{}: {why}: the device stops until the guest resets it", self.device.name());
         }
-        self.silence();
+        self.stop();
         self.state.status |= status::NEEDS_RESET;
         self.interrupt.raise(isr::CONFIG_CHANGE);
     }
@@ -364,7 +364,7 @@ impl State {
             == status::DRIVER_OK
     }
 
-    /// Indirect descriptors and event indices, where the driver has taken them.
+    /// True for indirect descriptors and for event indices, if the driver has accepted them.
     fn ring_features(&self) -> (bool, bool) {
         let has = |bit| self.driver_features & bit != 0;
         (has(feature::INDIRECT_DESC), has(feature::EVENT_IDX))
@@ -375,8 +375,8 @@ impl State {
 const KNOWN: u32 =
     status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK | status::FAILED;
 
-/// What has to be set before `step`. ACKNOWLEDGE tells the device nothing, and drivers leave it out: U-Boot sets it once, resets the
-/// device, and goes on with DRIVER.
+/// The status bits required before `step`, without ACKNOWLEDGE: it has no meaning for the device, and some drivers leave it out (U-Boot
+/// sets it once, resets the device, and continues with DRIVER).
 fn step_mask(step: u32) -> u32 {
     let before = STEPS.into_iter().take_while(|s| *s != step);
     before.filter(|s| *s != status::ACKNOWLEDGE).fold(0, |mask, step| mask | step)
