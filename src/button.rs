@@ -40,7 +40,7 @@ impl Button {
     ///
     /// # Errors
     /// The host has no descriptors left.
-    pub fn device_end(&self) -> io::Result<EventFd> {
+    pub fn device_event(&self) -> io::Result<EventFd> {
         self.presses.try_clone()
     }
 
@@ -79,7 +79,7 @@ mod tests {
     #[test]
     fn only_the_first_press_counts() {
         let button = Button::new(Duration::from_secs(3600)).unwrap();
-        let device = button.device_end().unwrap();
+        let device = button.device_event().unwrap();
         assert!(device.read().is_err());
         assert!(button.press());
         assert_eq!(device.read().unwrap(), 1);

@@ -65,9 +65,9 @@ pub struct CpuConfig {
     /// Number of harts, from 1 to KVM's limit. 0 is taken as 1.
     pub count: u32,
     /// Extensions to switch off or on, in order.
-    pub isa: Vec<KnobChange>,
+    pub isa: Vec<ExtensionChange>,
     /// SBI extensions to switch off or on, in order.
-    pub sbi: Vec<KnobChange>,
+    pub sbi: Vec<ExtensionChange>,
     /// Machine identification CSRs that differ from the host's.
     pub id: CpuId,
     /// Host CPUs that harts are pinned to: (hart, host CPU).
@@ -81,7 +81,7 @@ pub struct CpuConfig {
 /// One `-name` or `+name`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct KnobChange {
+pub struct ExtensionChange {
     /// Lower-case name, as in `riscv,isa-extensions` or as KVM calls the SBI extension (`pmu`, `sta`, `dbcn`, ...).
     pub name: String,
     /// True to switch on.
@@ -294,7 +294,7 @@ pub const MAX_SOCKET_PATH: usize = 107;
 pub const DEFAULT_CMDLINE: &str = "earlycon=sbi console=ttyS0";
 
 /// Default of the seconds that a guest has to power off.
-pub const DEFAULT_GRACE_S: u32 = 10;
+pub const DEFAULT_SHUTDOWN_TIMEOUT_S: u32 = 10;
 
 impl VmConfig {
     /// True if the machine has a device of this model besides the built-in ones.
@@ -305,7 +305,7 @@ impl VmConfig {
 
     /// Time that a guest has to power off after SIGTERM; `None` if it has no power button or no time.
     #[must_use]
-    pub fn power_off_patience(&self) -> Option<Duration> {
+    pub fn shutdown_timeout(&self) -> Option<Duration> {
         let has_grace = self.grace_s > 0 && self.has_device("input");
         has_grace.then(|| Duration::from_secs(self.grace_s.into()))
     }
@@ -326,7 +326,7 @@ impl Default for VmConfig {
             unassigned: Unassigned::default(),
             sbi_v01: SbiV01::default(),
             timer: TimerChoice::default(),
-            grace_s: DEFAULT_GRACE_S,
+            grace_s: DEFAULT_SHUTDOWN_TIMEOUT_S,
             trace: None,
             gdb: None,
         }

@@ -67,7 +67,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Config(_) | Self::Boot(_) | Self::File { .. } | Self::Device(_) => EXIT_USAGE,
-            Self::Vm(refusal) if refusal.is_mistake() => EXIT_USAGE,
+            Self::Vm(refusal) if refusal.is_invalid_request() => EXIT_USAGE,
             Self::Memory { .. } | Self::Vm(_) | Self::Host { .. } => EXIT_HOST,
         }
     }
@@ -79,7 +79,10 @@ mod tests {
 
     #[test]
     fn a_request_that_no_host_can_meet_is_a_usage_error_and_a_refusal_of_this_host_is_not() {
-        assert_eq!(Error::from(VmError::mistake("--isa: no such thing")).exit_code(), EXIT_USAGE);
+        assert_eq!(
+            Error::from(VmError::invalid_request("--isa: no such thing")).exit_code(),
+            EXIT_USAGE
+        );
         assert_eq!(Error::from(VmError::new("no AIA here")).exit_code(), EXIT_HOST);
     }
 }

@@ -124,7 +124,7 @@ impl IoLoop {
     ///
     /// # Errors
     /// Those of epoll.
-    pub fn watch_button(&mut self, button: Arc<Button>) -> io::Result<()> {
+    pub fn watch_power_button(&mut self, button: Arc<Button>) -> io::Result<()> {
         self.watch(Origin::ShutdownTimeout, button.as_raw_fd(), Interest::Read)?;
         self.button = Some(button);
         Ok(())

@@ -4,7 +4,7 @@ use std::env;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    if rvmm::init::is_wanted() {
+    if rvmm::init::is_guest_init() {
         rvmm::init::main();
     }
     ExitCode::from(rvmm::cli::main(env::args_os()))

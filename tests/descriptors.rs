@@ -9,7 +9,7 @@
     reason = "a panic is how a test fails"
 )]
 
-use std::fs::File;
+use std::fs::{self, DirEntry, File};
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -107,9 +107,9 @@ fn a_connection_without_free_descriptors_is_accepted_later() {
     let _turn = alone();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("web-1.sock");
-    let reception = InspectionServer::open(&path, Arc::new(Empty)).unwrap();
+    let server = InspectionServer::open(&path, Arc::new(Empty)).unwrap();
     let mut io = IoLoop::new(Arc::new(Bus::new(Vec::new()).unwrap())).unwrap();
-    io.watch_external(Arc::new(reception)).unwrap();
+    io.watch_external(Arc::new(server)).unwrap();
     let io = io.spawn().unwrap();
     // Kept open: the time at which the descriptor of a closed connection becomes free is unknown.
     let mut clients = Vec::new();
@@ -133,16 +133,29 @@ fn a_connection_without_free_descriptors_is_accepted_later() {
         clients.push(client);
     }
     io.stop(Duration::ZERO).unwrap();
+    drop(clients);
+    await_end_of_threads("inspect");
+}
+
+/// Waits until no thread of this process has this name: each closes a descriptor when it ends, which the next test would find free.
+fn await_end_of_threads(name: &str) {
+    let is_named = |task: std::io::Result<DirEntry>| {
+        let comm = task.and_then(|task| fs::read_to_string(task.path().join("comm")));
+        comm.is_ok_and(|comm| comm.trim_end() == name)
+    };
+    while fs::read_dir("/proc/self/task").unwrap().any(is_named) {
+        thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// Waits for the console's descriptor, processes its event, and returns the descriptor.
-fn attend(console: &mut dyn ConsoleBackend, epoll: &Epoll) -> RawFd {
-    let fd = console.ports().attention.expect("somebody can come");
+fn process_event(console: &mut dyn ConsoleBackend, epoll: &Epoll) -> RawFd {
+    let fd = console.ports().event_fd.expect("somebody can come");
     let event = EpollEvent::new(EventSet::IN, 0);
     epoll.ctl(ControlOperation::Add, fd, event).unwrap();
     while !matches!(epoll.wait(-1, &mut [EpollEvent::default()]), Ok(1)) {}
     epoll.ctl(ControlOperation::Delete, fd, event).unwrap();
-    console.attend();
+    console.process_event();
     fd
 }
 
@@ -156,10 +169,10 @@ fn a_console_connection_without_free_descriptors_is_accepted_later() {
     let (first, second, epoll) = (Caller::new(), Caller::new(), Epoll::new().unwrap());
     let hoard = Hoard::new();
     let user = first.call(&path);
-    let socket = attend(console.as_mut(), &epoll);
+    let socket = process_event(console.as_mut(), &epoll);
     for _ in 0..2 {
         assert_ne!(
-            attend(console.as_mut(), &epoll),
+            process_event(console.as_mut(), &epoll),
             socket,
             "the socket itself would be readable for ever"
         );
@@ -167,14 +180,14 @@ fn a_console_connection_without_free_descriptors_is_accepted_later() {
     }
     assert_eq!(COMPLAINTS.load(SeqCst), 1);
     drop(hoard);
-    attend(console.as_mut(), &epoll);
+    process_event(console.as_mut(), &epoll);
     assert_ne!(console.ports().output, Port::Closed);
-    assert_eq!(console.ports().attention, Some(socket));
+    assert_eq!(console.ports().event_fd, Some(socket));
     // As before: a second user gets the message that the console is in use.
     let second = second.call(&path);
-    attend(console.as_mut(), &epoll);
-    let mut told = String::new();
-    BufReader::new(&second).read_line(&mut told).unwrap();
-    assert!(told.contains("another client"), "{told}");
+    process_event(console.as_mut(), &epoll);
+    let mut line = String::new();
+    BufReader::new(&second).read_line(&mut line).unwrap();
+    assert!(line.contains("another client"), "{line}");
     drop(user);
 }

@@ -110,8 +110,8 @@ fn echo(mode: &str) {
     };
     let button = patience.map(|patience| Arc::new(Button::new(patience).unwrap()));
     if let Some(button) = &button {
-        io.watch_button(Arc::clone(button)).unwrap();
-        let device = button.device_end().unwrap();
+        io.watch_power_button(Arc::clone(button)).unwrap();
+        let device = button.device_event().unwrap();
         let bus = Arc::clone(&bus);
         thread::spawn(move || {
             while device.read().is_err() {

@@ -89,7 +89,7 @@ pub enum BootError {
     #[error(
         "Cannot fit {what} into {named}, the memory in the device tree (change its memory nodes)"
     )]
-    TooLittleNamed {
+    TreeMemoryTooSmall {
         /// The pieces to place, in words.
         what: String,
         /// The ranges of memory, in words.

@@ -10,7 +10,7 @@
 //! 2. [`Initrd::open`] takes an initrd file as it is; [`Cpio`] generates one.
 //! 3. [`Cmdline::new`] checks the kernel command line against the limits of RISC-V Linux.
 //! 4. [`place()`] assigns a guest-physical address to every piece.
-//! 5. [`fdt::build`] writes the device tree of a [`fdt::Board`], and [`fdt::GivenTree`] is a tree supplied by the user.
+//! 5. [`fdt::build`] writes the device tree of a [`fdt::Board`], and [`fdt::UserTree`] is a tree supplied by the user.
 //!
 //! Every error is a [`BootError`]: one line, with advice.
 #![forbid(unsafe_code)]

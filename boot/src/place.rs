@@ -338,7 +338,7 @@ fn too_little(request: &Request<'_>, blobs: &[Blob<'_>]) -> BootError {
     let start = request.ram.first().map_or(0, |ram| ram.base);
     if !request.memory.is_empty() && blobs.iter().all(|blob| in_ram(request, blob)) {
         let memory: Vec<String> = request.memory.iter().map(ToString::to_string).collect();
-        return BootError::TooLittleNamed {
+        return BootError::TreeMemoryTooSmall {
             what: pieces(request, start),
             named: memory.join(", "),
         };

@@ -17,7 +17,7 @@ use std::sync::LazyLock;
 use proptest::prelude::*;
 use rvmm_boot::fdt::blob::{self, Item};
 use rvmm_boot::fdt::{
-    self, Board, GivenTree, Irqchip, MmuType, Node, PlicContexts, Property, Value,
+    self, Board, Irqchip, MmuType, Node, PlicContexts, Property, UserTree, Value,
 };
 use rvmm_boot::{Region, fdt::DeviceNode};
 use samples::{AIA, Folder, PLIC, Work, board};
@@ -65,7 +65,7 @@ fn value<'a>(blob: &'a [u8], path: &str, name: &str) -> Option<&'a [u8]> {
 
 /// Opens a tree supplied by the user and returns its blob.
 fn open(path: &Path) -> Vec<u8> {
-    GivenTree::open(path).unwrap().blob().to_vec()
+    UserTree::open(path).unwrap().blob().to_vec()
 }
 
 /// The cells of a property of the node with this path.
@@ -277,7 +277,7 @@ fn refusal(bytes: &[u8]) -> String {
     let folder = Folder::new();
     let path = folder.write("user.dtb", bytes);
     let work = Work::begin();
-    let error = GivenTree::open(&path).unwrap_err().to_string();
+    let error = UserTree::open(&path).unwrap_err().to_string();
     assert!(work.is_little(), "{work:?}");
     let rest = error.strip_prefix(&format!("Cannot use {} as a device tree: ", path.display()));
     rest.unwrap_or_else(|| panic!("{error}")).to_string()
@@ -338,9 +338,9 @@ fn a_file_that_is_no_tree_is_refused() {
     assert!(refusal(b"/dts-v1/;\n/ {};").starts_with("it is device tree source (compile it first"));
     let folder = Folder::new();
     let large = folder.sparse("large.dtb", &with_header(0, 0xd00d_feed), 100 << 30);
-    let error = GivenTree::open(&large).unwrap_err().to_string();
+    let error = UserTree::open(&large).unwrap_err().to_string();
     assert!(error.ends_with("it is larger than 2M (give a .dtb file)"), "{error}");
-    let error = GivenTree::open(&folder.path("")).unwrap_err().to_string();
+    let error = UserTree::open(&folder.path("")).unwrap_err().to_string();
     assert!(error.ends_with("as a device tree: it is a folder (give a regular file)"), "{error}");
 }
 
@@ -399,7 +399,7 @@ fn nodes_may_be_nested_64_deep_and_not_deeper() {
         raw(&tokens(&cells), &[])
     };
     let folder = Folder::new();
-    assert!(GivenTree::open(&folder.write("64.dtb", &nested(64))).is_ok());
+    assert!(UserTree::open(&folder.write("64.dtb", &nested(64))).is_ok());
     assert!(refusal(&nested(65)).starts_with("nodes are nested deeper than 64 at offset"));
     assert!(refusal(&nested(10_000)).starts_with("nodes are nested deeper than 64 at offset"));
 }
@@ -415,7 +415,7 @@ fn the_slowest_tree_is_checked_within_a_second() {
     let folder = Folder::new();
     let path = folder.write("slow.dtb", &raw(&tokens(&cells), &strings));
     let work = Work::begin();
-    assert!(GivenTree::open(&path).is_ok());
+    assert!(UserTree::open(&path).is_ok());
     assert!(work.is_little(), "{work:?}");
 }
 

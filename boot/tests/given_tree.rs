@@ -14,16 +14,16 @@ use std::process::Command;
 
 use proptest::prelude::*;
 use rvmm_boot::fdt::blob::{self, Item};
-use rvmm_boot::fdt::{self, Board, GivenTree};
+use rvmm_boot::fdt::{self, Board, UserTree};
 use rvmm_boot::{Kernel, Region, Request, place};
 use samples::{AIA, Folder, MIB2, PLIC, RAM, board, image};
 
 /// Number of unused bytes at the end of a tree.
 const ROOM: usize = 8192;
 
-fn given(bytes: &[u8]) -> GivenTree {
+fn given(bytes: &[u8]) -> UserTree {
     let folder = Folder::new();
-    GivenTree::open(&folder.write("user.dtb", bytes)).unwrap()
+    UserTree::open(&folder.write("user.dtb", bytes)).unwrap()
 }
 
 /// Compiles source with dtc, which leaves no free space at the end of the tree.

@@ -7,7 +7,7 @@
     reason = "a test fails by panicking"
 )]
 
-mod opened;
+mod fuzz_inputs;
 
 use std::path::Path;
 
@@ -23,7 +23,7 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
 
 #[test]
 fn every_seed_of_the_fuzzers_is_opened_or_refused() {
-    for (name, target) in opened::TARGETS {
+    for (name, target) in fuzz_inputs::TARGETS {
         let seeds = seeds(name);
         assert!(!seeds.is_empty(), "no seeds of {name}");
         seeds.iter().for_each(|seed| target(seed));
@@ -33,7 +33,7 @@ fn every_seed_of_the_fuzzers_is_opened_or_refused() {
 proptest! {
     #[test]
     fn random_bytes_are_opened_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
-        for (_, target) in opened::TARGETS {
+        for (_, target) in fuzz_inputs::TARGETS {
             target(&bytes);
         }
     }

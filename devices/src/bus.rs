@@ -216,11 +216,11 @@ impl Bus {
     /// Calls [`MmioDevice::ready`] of the device in this slot, and drives the resulting interrupt after releasing the
     /// device's lock.
     pub fn ready(&self, index: usize, token: u32) {
-        let undriven = self.with_device(index, |device| {
+        let take_pending_irq = self.with_device(index, |device| {
             device.ready(token);
-            device.undriven()
+            device.take_pending_irq()
         });
-        if let Some(pin) = undriven.flatten() {
+        if let Some(pin) = take_pending_irq.flatten() {
             pin.drive();
         }
     }

@@ -88,7 +88,7 @@ pub enum Placement {
     /// In the slot of the board's map given by its option [`SLOT`], else in the next free one; at most one per slot.
     Slot,
     /// At the address of its option `addr`; any number, as long as they do not overlap.
-    Asked,
+    AtAddress,
 }
 
 /// The connections of a device to the board and the host. Passed by value: backends have one owner.
@@ -153,7 +153,7 @@ pub enum BuildError {
     },
     /// The backend of the device is not available.
     #[error("Device {model}")]
-    End {
+    Backend {
         /// The model's name.
         model: &'static str,
         /// The backend, and the reason.

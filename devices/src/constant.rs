@@ -15,7 +15,7 @@ pub(crate) const MODEL: Model = Model {
         Key { name: "addr", value: "ADDR", help: "guest-physical address (needed)" },
         Key { name: "value", value: "NUMBER", help: "the value, up to 64 bits (needed)" },
     ],
-    placement: Placement::Asked,
+    placement: Placement::AtAddress,
     irqs: 0,
     shares_ram: false,
     build,
@@ -32,7 +32,8 @@ struct Constant {
 fn build(options: &Options, _: Wiring) -> Built {
     let refused = |source: OptionError| BuildError::Option { model: MODEL.name, source };
     let value = options.number("value").map_err(refused)?;
-    let value = value.ok_or_else(|| refused(options.bad("value", "a number of up to 64 bits")))?;
+    let value =
+        value.ok_or_else(|| refused(options.bad_value("value", "a number of up to 64 bits")))?;
     Ok(Box::new(Constant { value: value.to_le_bytes() }))
 }
 

@@ -116,7 +116,7 @@ pub trait MmioDevice: Send {
 
     /// The interrupt whose level [`ready`](Self::ready) has changed but not driven: the caller drives it after releasing the
     /// device's lock.
-    fn undriven(&mut self) -> Option<Arc<StatusPin>> {
+    fn take_pending_irq(&mut self) -> Option<Arc<StatusPin>> {
         None
     }
 
@@ -127,7 +127,7 @@ pub trait MmioDevice: Send {
 
     /// The registers that only signal an eventfd: the board may register them with the kernel (ioeventfd) instead of calling
     /// [`write`](Self::write), which has the same effect. Called once.
-    fn doorbells(&self) -> Vec<Doorbell<'_>> {
+    fn ioeventfds(&self) -> Vec<IoEvent<'_>> {
         Vec::new()
     }
 }
@@ -171,7 +171,7 @@ pub struct Source {
 
 /// A register of four bytes that only signals an eventfd when a certain value is written to it (ioeventfd).
 #[derive(Debug, Clone, Copy)]
-pub struct Doorbell<'a> {
+pub struct IoEvent<'a> {
     /// Bytes from the device's base.
     pub offset: u64,
     /// The value that signals the eventfd.

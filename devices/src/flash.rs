@@ -44,7 +44,7 @@ pub(crate) const MODEL: Model = Model {
         },
         Key { name: "size", value: "BYTES", help: "passthrough: its size (default 32 MiB)" },
     ],
-    placement: Placement::Asked,
+    placement: Placement::AtAddress,
     irqs: 0,
     shares_ram: false,
     build,
@@ -95,7 +95,7 @@ pub trait Window: Send + Sync {
     ///
     /// # Errors
     /// The hypervisor refuses: too many memory slots, or the range is already mapped.
-    fn show(&self, offset: u64, host_address: u64, len: u64) -> io::Result<()>;
+    fn map(&self, offset: u64, host_address: u64, len: u64) -> io::Result<()>;
 }
 
 /// A window into which nothing can be mapped: every access reaches the device.
@@ -103,7 +103,7 @@ pub trait Window: Send + Sync {
 pub struct NoWindow;
 
 impl Window for NoWindow {
-    fn show(&self, _offset: u64, _host_address: u64, _len: u64) -> io::Result<()> {
+    fn map(&self, _offset: u64, _host_address: u64, _len: u64) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }
 }
@@ -118,13 +118,15 @@ struct Flash {
 fn build(options: &Options, wiring: Wiring) -> Built {
     let refused = |source: OptionError| BuildError::Option { model: MODEL.name, source };
     let plan = plan(options).map_err(refused)?;
-    let memory =
-        wiring.host.flash(&plan).map_err(|source| BuildError::End { model: MODEL.name, source })?;
+    let memory = wiring
+        .host
+        .flash(&plan)
+        .map_err(|source| BuildError::Backend { model: MODEL.name, source })?;
     let mut flash = Flash { memory, window: wiring.window, unmapped: Vec::new() };
     if options.get("mode") == Some("lazy") {
         flash.unmapped = vec![true; usize::try_from(flash.memory.size() / PAGE).unwrap_or(0)];
     } else {
-        let mapped = flash.window.show(0, flash.memory.host_address(), flash.memory.size());
+        let mapped = flash.window.map(0, flash.memory.host_address(), flash.memory.size());
         mapped.map_err(|source| BuildError::Host { model: MODEL.name, what: "memory", source })?;
     }
     Ok(Box::new(flash))
@@ -133,7 +135,7 @@ fn build(options: &Options, wiring: Wiring) -> Built {
 fn plan(options: &Options) -> Result<FlashPlan, OptionError> {
     let page = "a multiple of 4096";
     let pages = |key: &'static str| match options.number(key)? {
-        Some(number) if !number.is_multiple_of(PAGE) => Err(options.bad(key, page)),
+        Some(number) if !number.is_multiple_of(PAGE) => Err(options.bad_value(key, page)),
         number => Ok(number),
     };
     let addr = pages("addr")?;
@@ -141,24 +143,24 @@ fn plan(options: &Options) -> Result<FlashPlan, OptionError> {
     let file = options.get("file").filter(|file| !file.is_empty());
     match (options.get("mode").unwrap_or("map"), file) {
         ("map" | "lazy", None) => {
-            Err(options.bad("file", "a path (needed, except with mode=passthrough)"))
+            Err(options.bad_value("file", "a path (needed, except with mode=passthrough)"))
         }
         ("map" | "lazy", Some(_)) if host.is_some() => {
-            Err(options.bad("host", "allowed (only with mode=passthrough)"))
+            Err(options.bad_value("host", "allowed (only with mode=passthrough)"))
         }
         ("map" | "lazy", Some(_)) if size.is_some() => {
-            Err(options.bad("size", "allowed (only with mode=passthrough)"))
+            Err(options.bad_value("size", "allowed (only with mode=passthrough)"))
         }
         ("map" | "lazy", Some(file)) => Ok(FlashPlan::File(file.into())),
-        ("passthrough", Some(_)) => Err(options.bad("file", "allowed with mode=passthrough")),
+        ("passthrough", Some(_)) => Err(options.bad_value("file", "allowed with mode=passthrough")),
         ("passthrough", None) => {
-            let addr = host.or(addr).ok_or_else(|| options.bad("addr", page))?;
+            let addr = host.or(addr).ok_or_else(|| options.bad_value("addr", page))?;
             match size.unwrap_or(HOST_SIZE) {
                 size @ PAGE..=MAX_SIZE => Ok(FlashPlan::Physical { addr, size }),
-                _ => Err(options.bad("size", "4096 to 67108864")),
+                _ => Err(options.bad_value("size", "4096 to 67108864")),
             }
         }
-        _ => Err(options.bad("mode", "map, lazy or passthrough")),
+        _ => Err(options.bad_value("mode", "map, lazy or passthrough")),
     }
 }
 
@@ -169,8 +171,7 @@ impl Flash {
         let Some(page) = self.unmapped.get_mut(index).filter(|page| **page) else { return };
         *page = false;
         let at = offset / PAGE * PAGE;
-        if let Err(error) =
-            self.window.show(at, self.memory.host_address().saturating_add(at), PAGE)
+        if let Err(error) = self.window.map(at, self.memory.host_address().saturating_add(at), PAGE)
         {
             warn!(
                 "Cannot map page {at:#x} of device flash into the guest, every load exits instead: {error}"
@@ -236,7 +237,7 @@ mod tests {
     }
 
     impl Window for Mappings {
-        fn show(&self, offset: u64, _: u64, len: u64) -> io::Result<()> {
+        fn map(&self, offset: u64, _: u64, len: u64) -> io::Result<()> {
             let mut mapped = self.mapped.lock().unwrap();
             if mapped.len() == self.room {
                 return Err(io::ErrorKind::OutOfMemory.into());

@@ -13,7 +13,7 @@ use crate::console::ConsoleBackend;
 use crate::flash::{FlashMemory, FlashPlan};
 use crate::virtio::DmaMemory;
 use crate::virtio::blk::{DiskBackend, DiskPlan};
-use crate::virtio::net::{NetBackend, NetworkEnd};
+use crate::virtio::net::{NetBackend, NetworkSource};
 use crate::virtio::vhost_kernel::KernelQueues;
 use crate::virtio::vhost_user::{Daemon, Service};
 
@@ -29,16 +29,16 @@ pub trait Host: Send + Sync {
         memory: Arc<dyn DmaMemory>,
     ) -> Result<Box<dyn DiskBackend>, HostError> {
         let _ = memory;
-        Err(HostError::mistake(format!("Cannot open disk {}: this host has no disks", plan.path)))
+        Err(HostError::invalid(format!("Cannot open disk {}: this host has no disks", plan.path)))
     }
 
     /// Connects a network device.
     ///
     /// # Errors
     /// The network does not exist, or the user has no permission for it.
-    fn network(&self, end: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError> {
+    fn network(&self, end: &NetworkSource) -> Result<Box<dyn NetBackend>, HostError> {
         let _ = end;
-        Err(HostError::mistake("Cannot connect a network: this host has no networks"))
+        Err(HostError::invalid("Cannot connect a network: this host has no networks"))
     }
 
     /// Connects a network device with `pairs` queue pairs; returns a backend for each, all of the same network.
@@ -47,11 +47,11 @@ pub trait Host: Send + Sync {
     /// As for [`network`](Self::network); or the network has only one queue pair.
     fn network_queues(
         &self,
-        end: &NetworkEnd,
+        end: &NetworkSource,
         pairs: u16,
     ) -> Result<Vec<Box<dyn NetBackend>>, HostError> {
         if pairs > 1 {
-            return Err(HostError::mistake(format!(
+            return Err(HostError::invalid(format!(
                 "Cannot connect a network with {pairs} queue pairs: it has one (leave out queues={pairs})"
             )));
         }
@@ -64,7 +64,7 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// It is none of these, is not available, or is in use.
     fn console(&self, to: &str) -> Result<Box<dyn ConsoleBackend>, HostError> {
-        Err(HostError::mistake(format!("Cannot open {to}: this host has no consoles")))
+        Err(HostError::invalid(format!("Cannot open {to}: this host has no consoles")))
     }
 
     /// Listens on a new Unix socket at `path` that only its owner may connect to. Replaces a socket without a
@@ -74,7 +74,7 @@ pub trait Host: Send + Sync {
     /// The socket cannot be created, or a program already listens on it.
     fn listen(&self, path: &Path) -> Result<Box<dyn Listener>, HostError> {
         let what = format!("Cannot listen on {}: this host has no sockets", path.display());
-        Err(HostError::mistake(what))
+        Err(HostError::invalid(what))
     }
 
     /// Opens the kernel's vsock backend (vhost-vsock) for the guest with this CID, with queues in `memory`.
@@ -88,7 +88,7 @@ pub trait Host: Send + Sync {
     ) -> Result<Box<dyn KernelQueues>, HostError> {
         let _ = memory;
         let what = format!("Cannot use CID {guest_cid}: this host has no vhost");
-        Err(HostError::mistake(what))
+        Err(HostError::invalid(what))
     }
 
     /// Maps the contents of a flash memory read-only.
@@ -97,7 +97,7 @@ pub trait Host: Send + Sync {
     /// The file or the host's memory cannot be opened, or its size is not valid for a flash.
     fn flash(&self, plan: &FlashPlan) -> Result<Box<dyn FlashMemory>, HostError> {
         let _ = plan;
-        Err(HostError::mistake("Cannot map flash memory: this host has no flash"))
+        Err(HostError::invalid("Cannot map flash memory: this host has no flash"))
     }
 
     /// Connects to the Unix socket at `path`, which must not be a symbolic link, without waiting for the listener.
@@ -118,7 +118,7 @@ pub trait Host: Send + Sync {
             Service::Folder { path, .. } => format!("share {}", path.display()),
             Service::Network { .. } => "connect a network".to_owned(),
         };
-        Err(HostError::mistake(format!("Cannot {what}: this host starts no programs")))
+        Err(HostError::invalid(format!("Cannot {what}: this host starts no programs")))
     }
 }
 
@@ -142,12 +142,12 @@ pub struct HostError {
 
 impl HostError {
     /// The request can never be fulfilled: the user has to change it.
-    pub fn mistake(what: impl Into<String>) -> Self {
+    pub fn invalid(what: impl Into<String>) -> Self {
         Self { what: what.into(), source: None }
     }
 
     /// The host failed, with its error.
-    pub fn refused(what: impl Into<String>, source: io::Error) -> Self {
+    pub fn os(what: impl Into<String>, source: io::Error) -> Self {
         Self { what: what.into(), source: Some(source) }
     }
 

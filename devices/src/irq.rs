@@ -16,7 +16,7 @@ pub trait IrqLine: Send + Sync {
 
     /// Makes the host's kernel raise the line on each write to `event` (an irqfd), which nothing else may read from now on. The device
     /// still lowers the line, without knowing its level. Returns false, without any effect, if the kernel cannot do that.
-    fn raise_by(&self, event: &EventFd) -> bool {
+    fn attach_irqfd(&self, event: &EventFd) -> bool {
         let _ = event;
         false
     }
@@ -76,7 +76,7 @@ impl IrqPin {
 /// the last one leaves the line at the correct level. In between the line may be high for a moment too long, which a driver sees as
 /// a spurious interrupt.
 ///
-/// The kernel may raise the line, too ([`IrqLine::raise_by`]), without changing the register. Its bits read as set as
+/// The kernel may raise the line, too ([`IrqLine::attach_irqfd`]), without changing the register. Its bits read as set as
 /// long as it may do so: a driver that reads the cause finds one, and its acknowledgement lowers the line. An event between a
 /// driver's acknowledgement and its check of the queues is found by that check; a later one interrupts again.
 pub struct StatusPin {
@@ -101,7 +101,7 @@ impl StatusPin {
 
     /// Sets the bits for which the kernel raises the line from now on; 0 for none, after which the caller has to
     /// [`drive`](Self::drive) the line.
-    pub fn share(&self, bits: u32) {
+    pub fn set_external(&self, bits: u32) {
         self.external.store(bits, SeqCst);
     }
 
@@ -179,7 +179,7 @@ mod tests {
     fn bits_the_kernel_may_raise_read_as_set_and_acknowledging_lowers_the_line() {
         let line = Arc::new(Slow::default());
         let pin = StatusPin::new(Arc::clone(&line) as Arc<dyn IrqLine>);
-        pin.share(1);
+        pin.set_external(1);
         assert_eq!(pin.status(), 1);
         assert!(pin.clear(1) && pin.clear(3), "whether it is high or not");
         assert!(!pin.clear(2) && !pin.clear(0), "not one of the kernel's bits");
@@ -189,7 +189,7 @@ mod tests {
         *line.level.lock().unwrap() = true;
         pin.drive();
         assert!(!*line.level.lock().unwrap());
-        pin.share(0);
+        pin.set_external(0);
         assert_eq!(pin.status(), 0);
         assert!(!pin.clear(1));
     }

@@ -52,7 +52,7 @@ pub use bus::{Bus, BusCounters, BusError, Claim};
 pub use catalog::{BuildError, Built, CATALOG, Key, Model, Placement, SLOT, Wiring};
 pub use console::{ConsoleBackend, NullConsole, Port, Ports};
 pub use device::{
-    Access, AccessError, Doorbell, FdtCompanion, FdtDesc, FdtProperty, FdtValue, Interest,
+    Access, AccessError, FdtCompanion, FdtDesc, FdtProperty, FdtValue, Interest, IoEvent,
     MmioDevice, RegisterName, SerialLine, Source, Unlocked,
 };
 pub use host::{Host, HostError, Listener, NoHost};

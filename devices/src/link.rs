@@ -196,7 +196,7 @@ impl Link {
             read(self.kick.as_raw_fd(), TOKEN_KICK),
             read(self.timer.as_raw_fd(), TOKEN_TIMER),
         ];
-        sources.extend(ports.attention.map(|fd| read(fd, TOKEN_ATTENTION)));
+        sources.extend(ports.event_fd.map(|fd| read(fd, TOKEN_ATTENTION)));
         let reads = self.input_wanted && !self.input_ended;
         let writes = !self.queue.is_empty() && !self.output_ended;
         let mut add = |port, token, interest: Option<Interest>| {
@@ -221,7 +221,7 @@ impl Link {
             TOKEN_KICK => drop(self.kick.read()),
             TOKEN_TIMER => self.disarm_timer(),
             TOKEN_ATTENTION => {
-                self.backend.attend();
+                self.backend.process_event();
                 (self.input_ended, self.output_ended) = (false, false);
             }
             _ => {}
@@ -359,7 +359,7 @@ mod tests {
         bytes.iter().for_each(|byte| link.push(*byte));
     }
 
-    /// The sources other than the link's own two descriptors and the console's attention.
+    /// The sources other than the link's own two descriptors and the console's event_fd.
     fn watched(link: &Link) -> Vec<(u32, Interest)> {
         let console = |source: &Source| matches!(source.token, TOKEN_INPUT | TOKEN_OUTPUT);
         let sources = link.sources();
@@ -501,7 +501,7 @@ mod tests {
 
     impl ConsoleBackend for File {
         fn ports(&self) -> crate::Ports {
-            crate::Ports { input: Port::Always, output: Port::Always, attention: None }
+            crate::Ports { input: Port::Always, output: Port::Always, event_fd: None }
         }
 
         fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {

@@ -121,7 +121,7 @@ impl Options {
         expected: &'static str,
     ) -> Result<Option<T>, OptionError> {
         let Some(value) = self.get(key) else { return Ok(None) };
-        value.parse().map(Some).map_err(|_| self.bad(key, expected))
+        value.parse().map(Some).map_err(|_| self.bad_value(key, expected))
     }
 
     /// Returns the value of a key as a number of up to 64 bits: decimal, or hexadecimal after `0x`; underscores are ignored.
@@ -136,25 +136,27 @@ impl Options {
             Some(digits) => u64::from_str_radix(digits, 16).ok(),
             None => plain.parse().ok().filter(|_| !plain.starts_with('+')),
         };
-        number.map(Some).ok_or_else(|| self.bad(key, "a number (decimal, or 0x and hexadecimal)"))
+        number
+            .map(Some)
+            .ok_or_else(|| self.bad_value(key, "a number (decimal, or 0x and hexadecimal)"))
     }
 
     /// Returns true if a key is `on`, false if it is `off`; `default` if it is not given.
     ///
     /// # Errors
     /// [`OptionError::BadValue`] if it is anything else.
-    pub fn switch(&self, key: &'static str, default: bool) -> Result<bool, OptionError> {
+    pub fn flag(&self, key: &'static str, default: bool) -> Result<bool, OptionError> {
         match self.get(key) {
             None => Ok(default),
             Some("on") => Ok(true),
             Some("off") => Ok(false),
-            Some(_) => Err(self.bad(key, "on or off")),
+            Some(_) => Err(self.bad_value(key, "on or off")),
         }
     }
 
     /// The error for an invalid value.
     #[must_use]
-    pub fn bad(&self, key: &'static str, expected: &'static str) -> OptionError {
+    pub fn bad_value(&self, key: &'static str, expected: &'static str) -> OptionError {
         let value = self.get(key).unwrap_or_default().to_owned();
         OptionError::BadValue { key, value, expected }
     }

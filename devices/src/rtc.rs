@@ -118,7 +118,7 @@ struct State {
 fn build(options: &Options, wiring: Wiring) -> Built {
     const EXPECTED: &str = "a whole number of seconds, at most 9223372036 either way";
     let nanos = options.parsed::<i64>("offset", EXPECTED).and_then(|seconds| {
-        seconds.unwrap_or(0).checked_mul(NANOS).ok_or_else(|| options.bad("offset", EXPECTED))
+        seconds.unwrap_or(0).checked_mul(NANOS).ok_or_else(|| options.bad_value("offset", EXPECTED))
     });
     let nanos = nanos.map_err(|source| BuildError::Option { model: MODEL.name, source })?;
     let timer = TimerFd::new().map_err(|error| BuildError::Host {

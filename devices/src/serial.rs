@@ -78,10 +78,10 @@ fn build(_: &Options, wiring: Wiring) -> Built {
 fn build_uart(options: &Options, wiring: Wiring) -> Built {
     let to = options.get("to").ok_or_else(|| BuildError::Option {
         model: UART.name,
-        source: options.bad("to", "a console backend (write to=unix:PATH)"),
+        source: options.bad_value("to", "a console backend (write to=unix:PATH)"),
     })?;
     let backend = wiring.host.console(to);
-    let backend = backend.map_err(|source| BuildError::End { model: UART.name, source })?;
+    let backend = backend.map_err(|source| BuildError::Backend { model: UART.name, source })?;
     port(UART.name, backend, wiring.irq)
 }
 

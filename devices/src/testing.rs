@@ -19,13 +19,13 @@ use crate::irq::IrqLine;
 use crate::power::{PowerRequest, PowerSwitch};
 use crate::rtc::Clock;
 
+mod captured_log;
 mod host;
 mod skip;
-mod told;
 
+pub use captured_log::captured_log;
 pub use host::MemoryHost;
 pub use skip::{leave_out, skip};
-pub use told::told;
 
 /// An interrupt line that records its level and the number of changes.
 #[derive(Debug, Clone, Default)]
@@ -116,7 +116,7 @@ struct Memory {
     /// Writable: the counter is at its limit while there is no room.
     writable: EventFd,
     /// The counter is not zero after the peer connected or disconnected.
-    attention: EventFd,
+    event_fd: EventFd,
 }
 
 impl MemoryConsole {
@@ -137,7 +137,7 @@ impl MemoryConsole {
             size: None,
             readable: event()?,
             writable: event()?,
-            attention: event()?,
+            event_fd: event()?,
         }))))
     }
 
@@ -182,13 +182,13 @@ impl MemoryConsole {
     /// Disconnects the peer.
     pub fn hang_up(&self) {
         self.change(|memory| memory.connected = false);
-        drop(lock(&self.0).attention.write(1));
+        drop(lock(&self.0).event_fd.write(1));
     }
 
     /// Connects a peer again.
     pub fn connect(&self) {
         self.change(|memory| memory.connected = true);
-        drop(lock(&self.0).attention.write(1));
+        drop(lock(&self.0).event_fd.write(1));
     }
 
     /// Changes the state and updates the descriptors.
@@ -223,7 +223,7 @@ impl ConsoleBackend for MemoryConsole {
         Ports {
             input: port(&memory.readable),
             output: port(&memory.writable),
-            attention: Some(memory.attention.as_raw_fd()),
+            event_fd: Some(memory.event_fd.as_raw_fd()),
         }
     }
 
@@ -255,8 +255,8 @@ impl ConsoleBackend for MemoryConsole {
         })
     }
 
-    fn attend(&mut self) {
-        drop(lock(&self.0).attention.read());
+    fn process_event(&mut self) {
+        drop(lock(&self.0).event_fd.read());
     }
 }
 
@@ -265,7 +265,7 @@ impl ConsoleBackend for MemoryConsole {
 pub struct OpenWindow;
 
 impl Window for OpenWindow {
-    fn show(&self, _offset: u64, _host_address: u64, _len: u64) -> io::Result<()> {
+    fn map(&self, _offset: u64, _host_address: u64, _len: u64) -> io::Result<()> {
         Ok(())
     }
 }
@@ -283,9 +283,9 @@ pub fn wiring() -> Wiring {
 }
 
 /// Dispatches an event to a device as the I/O thread does: the interrupt is driven afterwards.
-pub fn hand_over(device: &mut dyn MmioDevice, token: u32) {
+pub fn dispatch_event(device: &mut dyn MmioDevice, token: u32) {
     device.ready(token);
-    let _ = device.undriven().map(|pin| pin.drive());
+    let _ = device.take_pending_irq().map(|pin| pin.drive());
 }
 
 /// Runs one turn of an I/O loop with only this device: waits up to `timeout_ms` milliseconds for its
@@ -313,7 +313,7 @@ pub fn turn(device: &mut dyn MmioDevice, timeout_ms: i32) -> io::Result<usize> {
         }
     };
     for event in events.iter().take(count) {
-        hand_over(device, u32::try_from(event.data()).unwrap_or(u32::MAX));
+        dispatch_event(device, u32::try_from(event.data()).unwrap_or(u32::MAX));
     }
     Ok(count)
 }

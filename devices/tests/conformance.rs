@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use proptest::prelude::*;
-use rvmm_devices::testing::{MemoryConsole, TestIrq, hand_over, turn, wiring};
+use rvmm_devices::testing::{MemoryConsole, TestIrq, dispatch_event, turn, wiring};
 use rvmm_devices::virtio::vhost_user::testing::{Traits, serve_so_many_at, shared_memory};
 use rvmm_devices::{
     BuildError, Bus, CATALOG, Claim, FdtProperty, FdtValue, Interest, MmioDevice, Model, Options,
@@ -104,7 +104,7 @@ fn names_are_unique_and_fit_on_a_command_line() {
         assert!(!model.name.is_empty() && model.name.chars().all(plain), "{:?}", model.name);
         assert!(!model.summary.is_empty() && !model.summary.ends_with('.'), "{}", model.name);
         assert!(model.irqs <= 1, "{}", model.name);
-        let is_asked = model.placement == Placement::Asked;
+        let is_asked = model.placement == Placement::AtAddress;
         assert_eq!(is_asked, model.keys.iter().any(|key| key.name == "addr"), "{}", model.name);
         assert_eq!(Model::find(model.name).unwrap().name, model.name);
     }
@@ -249,7 +249,7 @@ fn sources_are_valid_for_epoll_and_a_new_device_is_idle() {
 fn a_spurious_event_is_harmless() {
     for mut built in devices() {
         for token in (0..10).chain([u32::MAX]) {
-            hand_over(built.device.as_mut(), token);
+            dispatch_event(built.device.as_mut(), token);
         }
         assert!(!built.irq.is_high(), "{}", built.device.name());
     }
@@ -308,7 +308,7 @@ proptest! {
                     0..3 => drop(built.device.read(*offset, &mut data[..*width]).err()),
                     3..6 => drop(built.device.write(*offset, &data[..*width]).err()),
                     6 => built.console.type_in(&data),
-                    _ => hand_over(built.device.as_mut(), data[0].into()),
+                    _ => dispatch_event(built.device.as_mut(), data[0].into()),
                 }
             }
             let awake = (0..100).all(|_| turn(built.device.as_mut(), 0).unwrap() != 0);

@@ -634,7 +634,7 @@ struct Socket(UnixStream);
 impl ConsoleBackend for Socket {
     fn ports(&self) -> Ports {
         let port = Port::Poll(self.0.as_raw_fd());
-        Ports { input: port, output: port, attention: None }
+        Ports { input: port, output: port, event_fd: None }
     }
 
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use rvmm_devices::testing::{MemoryHost, turn};
 use rvmm_devices::virtio::feature;
 use rvmm_devices::virtio::net::testing::MemoryNet;
-use rvmm_devices::virtio::net::{HEADER, NetBackend, NetworkEnd, Offloads, bit};
+use rvmm_devices::virtio::net::{HEADER, NetBackend, NetworkSource, Offloads, bit};
 use rvmm_devices::virtio::testing::{Buffer, Rig, status};
 use rvmm_devices::virtio::vhost_kernel::testing::FakeKernel;
 use rvmm_devices::{Host, HostError, IrqLine, Model, Options};
@@ -21,7 +21,7 @@ struct Networks(Arc<Mutex<Vec<MemoryNet>>>);
 impl Host for Networks {
     fn network_queues(
         &self,
-        _: &NetworkEnd,
+        _: &NetworkSource,
         pairs: u16,
     ) -> Result<Vec<Box<dyn NetBackend>>, HostError> {
         let new: Vec<MemoryNet> = (0..pairs).map(|_| MemoryNet::new().unwrap()).collect();
@@ -56,7 +56,7 @@ impl IrqLine for Shared {
         self.line.lock().unwrap().as_ref().unwrap().set_level(high);
     }
 
-    fn raise_by(&self, event: &EventFd) -> bool {
+    fn attach_irqfd(&self, event: &EventFd) -> bool {
         let mut events = self.events.lock().unwrap();
         let takes = events.len() < self.takes;
         events.extend(takes.then(|| event.try_clone().unwrap()));
@@ -210,7 +210,7 @@ fn features_that_the_kernel_lacks_are_not_offered() {
 struct Old(FakeKernel);
 
 impl Host for Old {
-    fn network(&self, _: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError> {
+    fn network(&self, _: &NetworkSource) -> Result<Box<dyn NetBackend>, HostError> {
         Ok(Box::new(MemoryNet::with_kernel(self.0.clone()).unwrap()))
     }
 }

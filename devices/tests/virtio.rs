@@ -10,7 +10,7 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
-use rvmm_devices::testing::told;
+use rvmm_devices::testing::captured_log;
 use rvmm_devices::virtio::testing::{
     Buffer, INDIRECT, NEXT, QUEUE_SIZE, RAM, RAM_SIZE, Rig, WRITE, status,
 };
@@ -94,7 +94,7 @@ impl VirtioDevice for Echo {
                     work.config_changed();
                     Self::echo(chain, work);
                 }
-                b"give up" => return Err(VirtioError::Gone),
+                b"give up" => return Err(VirtioError::BackendGone),
                 _ if queue == 1 => self.kept.push(chain),
                 _ => Self::echo(chain, work),
             }
@@ -185,7 +185,7 @@ fn registers_take_aligned_words_and_pairs_of_them() {
 fn a_driver_of_version_1_is_refused_and_logged_once() {
     for (register, name) in [(0x28, "GuestPageSize"), (0x3c, "QueueAlign"), (0x40, "QueuePFN")] {
         let mut rig = rig();
-        let lines = told(|| {
+        let lines = captured_log(|| {
             rig.write(0x70, status::FOUND);
             (0..3).for_each(|_| assert!(!rig.write(register, 4096)));
             assert!(rig.device.read(register, &mut [0; 4]).is_err());
@@ -201,13 +201,13 @@ fn a_driver_of_version_1_is_refused_and_logged_once() {
 #[test]
 fn features_that_are_refused_are_logged_once() {
     let mut rig = rig();
-    let lines = told(|| (0..3).for_each(|_| assert!(!rig.negotiate_only(0b101))));
+    let lines = captured_log(|| (0..3).for_each(|_| assert!(!rig.negotiate_only(0b101))));
     assert_eq!(lines.len(), 1, "{lines:?}");
     assert!(lines[0].contains("does not accept VIRTIO_F_VERSION_1"), "{lines:?}");
-    let lines = told(|| (0..3).for_each(|_| assert!(!rig.negotiate(0b10))));
+    let lines = captured_log(|| (0..3).for_each(|_| assert!(!rig.negotiate(0b10))));
     assert_eq!(lines.len(), 1, "{lines:?}");
     assert!(lines[0].contains("not offered (0x2)"), "{lines:?}");
-    assert_eq!(told(|| recovers(&mut rig)), [""; 0]);
+    assert_eq!(captured_log(|| recovers(&mut rig)), [""; 0]);
 }
 
 #[test]

@@ -13,10 +13,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 use proptest::prelude::*;
-use rvmm_devices::testing::{MemoryHost, told, turn};
+use rvmm_devices::testing::{MemoryHost, captured_log, turn};
 use rvmm_devices::virtio::net::testing::MemoryNet;
 use rvmm_devices::virtio::net::{
-    Counters, HEADER, MAX_FRAME, Net, NetBackend, NetSettings, NetworkEnd, Offloads, Rates, bit,
+    Counters, HEADER, MAX_FRAME, Net, NetBackend, NetSettings, NetworkSource, Offloads, Rates, bit,
 };
 use rvmm_devices::virtio::testing::{Buffer, NEXT, Rig};
 use rvmm_devices::virtio::{VirtioDevice, feature};
@@ -75,7 +75,7 @@ fn a_card_has_the_mac_address_that_its_backend_needs() {
         }
         let settings = NetSettings { mac, ..NetSettings::default() };
         let mut address = [0; 6];
-        let lines = told(|| {
+        let lines = captured_log(|| {
             let device = Net::new(Box::new(net), &settings).unwrap();
             Rig::new(Box::new(device)).device.read(0x100, &mut address).unwrap();
         });
@@ -801,11 +801,11 @@ fn options_select_the_backend_and_the_configuration() {
     };
     let (rig, _, host) =
         built("net,tap=tap7,mac=52:54:00:12:34:56,mtu=1400,pin=on,rx_bps=1,tx_pps=9");
-    assert_eq!(host.networks()[0].0, NetworkEnd::Tap("tap7".into()));
+    assert_eq!(host.networks()[0].0, NetworkSource::Tap("tap7".into()));
     let mut rig = rig.unwrap();
     assert_eq!((rig.read(0x100), rig.read(0x108) >> 16), (0x1200_5452, 1400));
     let (rig, _, host) = built("net,fd=5");
-    assert_eq!(host.networks()[0].0, NetworkEnd::Descriptor(5));
+    assert_eq!(host.networks()[0].0, NetworkSource::Descriptor(5));
     let mut rig = rig.unwrap();
     assert_eq!((rig.read(0x100) & 0xff, rig.offered() & bit::MTU), (2, 0));
     for (text, part) in [

@@ -3,4 +3,4 @@
 
 use rvmm_fuzz::opened;
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| opened::command_line(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| fuzz_inputs::command_line(bytes));

@@ -10,7 +10,7 @@
     reason = "a target fails by panicking, and does not use all that the tests use"
 )]
 
-#[path = "../../boot/tests/opened/mod.rs"]
-pub mod opened;
+#[path = "../../boot/tests/fuzz_inputs/mod.rs"]
+pub mod fuzz_inputs;
 #[path = "../../devices/tests/hostile/scenario/mod.rs"]
 pub mod scenario;

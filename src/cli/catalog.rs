@@ -22,7 +22,7 @@ pub(super) fn listing() -> String {
 fn describe(text: &mut String, model: &Model) {
     let place = match model.placement {
         Placement::Fixed => " (every machine has one; --device sets its options)",
-        Placement::Slot | Placement::Asked => "",
+        Placement::Slot | Placement::AtAddress => "",
     };
     // Writing into a String cannot fail.
     let _ = writeln!(text, "\n  {:<10} {}{place}", model.name, model.summary);

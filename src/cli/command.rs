@@ -13,7 +13,7 @@ use super::texts::{ABOUT, EXAMPLES, LONG_ABOUT, SHORT_END};
 use super::value::{self, List};
 use super::verb::{LabArgs, MachineArgs, TraceVerb};
 use crate::config::{
-    CpuId, CsrValue, GdbConfig, IrqchipChoice, KnobChange, LoadConfig, SbiV01, SerialConfig,
+    CpuId, CsrValue, ExtensionChange, GdbConfig, IrqchipChoice, LoadConfig, SbiV01, SerialConfig,
     StartMode, TimerChoice, TraceConfig, Unassigned,
 };
 
@@ -187,11 +187,11 @@ pub(super) struct RunArgs {
     /// -NAME switches one off: in KVM if KVM allows it, else it is hidden in the device tree, and the log says which.
     /// +NAME requires one. The host's extensions are the default.
     #[arg(long, value_name = "LIST", help_heading = "Harts", allow_hyphen_values = true, value_parser = value::isa)]
-    pub(super) isa: Option<List<KnobChange>>,
+    pub(super) isa: Option<List<ExtensionChange>>,
 
     /// SBI extensions to switch off (-NAME) or on (+NAME): -pmu,-sta
     #[arg(long, value_name = "LIST", help_heading = "Harts", allow_hyphen_values = true, value_parser = value::sbi)]
-    pub(super) sbi: Option<List<KnobChange>>,
+    pub(super) sbi: Option<List<ExtensionChange>>,
 
     /// Identification registers that differ from the host's: vendor=N,arch=N,impl=N
     ///

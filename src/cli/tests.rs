@@ -8,8 +8,8 @@ use log::LevelFilter;
 use super::command::Cli;
 use super::{Task, task};
 use crate::config::{
-    CpuId, GdbAddress, GdbConfig, InitrdConfig, IrqchipChoice, KnobChange, LoadConfig, OnReset,
-    SerialConfig, Unassigned, ValidConfig,
+    CpuId, ExtensionChange, GdbAddress, GdbConfig, InitrdConfig, IrqchipChoice, LoadConfig,
+    OnReset, SerialConfig, Unassigned, ValidConfig,
 };
 
 fn parse(args: &[&str]) -> Result<Task, String> {
@@ -93,7 +93,7 @@ fn the_guest_waits_for_a_debugger_by_default() {
 fn a_power_button_gives_the_guest_time() {
     let patience = |args: &[&str]| {
         let args: Vec<&str> = ["--kernel", "Image"].iter().chain(args).copied().collect();
-        config(&args).power_off_patience().map(|patience| patience.as_secs())
+        config(&args).shutdown_timeout().map(|patience| patience.as_secs())
     };
     assert_eq!(patience(&[]), None);
     assert_eq!(patience(&["--power-button"]), Some(10));
@@ -131,7 +131,7 @@ fn every_flag_reaches_the_configuration() {
                 --net tap=t0,mtu=9000 --isa host,-v,-zicbom --sbi -pmu,-sta --cpu-id vendor=1,arch=0x2,impl=3 --affinity 0=2,1=3";
     let args: Vec<&str> = line.split_whitespace().chain(["--cmdline", "quiet  -- x"]).collect();
     let Ok(Task::Run(config, level)) = parse(&args) else { panic!("{:?}", parse(&args)) };
-    let knob = |name: &str| KnobChange { name: name.into(), on: false };
+    let knob = |name: &str| ExtensionChange { name: name.into(), on: false };
     assert_eq!(level, LevelFilter::Debug);
     assert_eq!((config.mem, config.cpus.count, config.hugepages), (2 << 30, 4, true));
     assert_eq!(config.boot.kernel, Some("Image".into()));

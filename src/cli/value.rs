@@ -8,7 +8,7 @@ use rvmm_devices::{Model, Options};
 
 use super::size::address;
 use crate::config::{
-    CpuId, CsrValue, GdbConfig, KnobChange, LoadConfig, MAX_CPUS, SerialConfig, TraceConfig,
+    CpuId, CsrValue, ExtensionChange, GdbConfig, LoadConfig, MAX_CPUS, SerialConfig, TraceConfig,
     TraceFormat, quoted,
 };
 
@@ -219,7 +219,7 @@ pub(super) fn share(text: &str) -> Result<String, String> {
 }
 
 /// `--isa host,-v,+zbb`: the changes. `host` may come first and is the default anyway.
-pub(super) fn isa(text: &str) -> Result<List<KnobChange>, String> {
+pub(super) fn isa(text: &str) -> Result<List<ExtensionChange>, String> {
     match text {
         "host" => Ok(List(Vec::new())),
         _ => knobs(text.strip_prefix("host,").unwrap_or(text)),
@@ -227,15 +227,15 @@ pub(super) fn isa(text: &str) -> Result<List<KnobChange>, String> {
 }
 
 /// `--sbi -pmu,-sta`.
-pub(super) fn sbi(text: &str) -> Result<List<KnobChange>, String> {
+pub(super) fn sbi(text: &str) -> Result<List<ExtensionChange>, String> {
     knobs(text)
 }
 
-fn knobs(text: &str) -> Result<List<KnobChange>, String> {
+fn knobs(text: &str) -> Result<List<ExtensionChange>, String> {
     text.split(',').map(knob).collect::<Result<_, _>>().map(List)
 }
 
-fn knob(text: &str) -> Result<KnobChange, String> {
+fn knob(text: &str) -> Result<ExtensionChange, String> {
     let (on, name) = match (text.strip_prefix('-'), text.strip_prefix('+')) {
         (Some(name), _) => (false, name),
         (_, Some(name)) => (true, name),
@@ -245,7 +245,7 @@ fn knob(text: &str) -> Result<KnobChange, String> {
     if name.is_empty() || !name.chars().all(good) {
         return Err("it is not a list of -NAME and +NAME with commas between them".into());
     }
-    Ok(KnobChange { name: name.to_ascii_lowercase(), on })
+    Ok(ExtensionChange { name: name.to_ascii_lowercase(), on })
 }
 
 /// `--cpu-id vendor=N,arch=N,impl=N`, each at most once.
@@ -289,8 +289,8 @@ pub(super) fn level(text: &str) -> Result<LevelFilter, String> {
 mod tests {
     use super::*;
 
-    fn knob(name: &str, on: bool) -> KnobChange {
-        KnobChange { name: name.into(), on }
+    fn knob(name: &str, on: bool) -> ExtensionChange {
+        ExtensionChange { name: name.into(), on }
     }
 
     #[test]

@@ -68,7 +68,8 @@ fn named_slot(options: &Options) -> Result<Option<usize>, Error> {
     let slot = options.number("slot").map_err(refused)?;
     let Some(slot) = slot else { return Ok(None) };
     let slot = usize::try_from(slot).ok().filter(|slot| *slot < SLOT_COUNT);
-    slot.map(Some).ok_or_else(|| refused(options.bad("slot", "the number of a slot, 0 to 31")))
+    slot.map(Some)
+        .ok_or_else(|| refused(options.bad_value("slot", "the number of a slot, 0 to 31")))
 }
 
 #[cfg(test)]

@@ -30,9 +30,9 @@ pub enum TraceFormat {
 
 impl TraceConfig {
     /// Minimum number of records in a ring.
-    pub const LEAST_RING: u32 = 64;
+    pub const MIN_RING: u32 = 64;
     /// Maximum number of records in a ring: 64 MiB per hart.
-    pub const MOST_RING: u32 = 1 << 20;
+    pub const MAX_RING: u32 = 1 << 20;
 
     /// The format: the one that is set; else lines for a name that ends in `.jsonl`, and Chrome's for all others.
     #[must_use]

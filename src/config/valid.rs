@@ -7,7 +7,7 @@ use rvmm_boot::error::Size;
 use rvmm_devices::{Model, Options, Placement};
 
 use super::{
-    BootConfig, CpuConfig, CsrValue, GdbAddress, HUGE_MEM_STEP, KnobChange, MAX_CPUS, MAX_MEM,
+    BootConfig, CpuConfig, CsrValue, ExtensionChange, GdbAddress, HUGE_MEM_STEP, MAX_CPUS, MAX_MEM,
     MAX_NAME, MAX_SOCKET_PATH, MEM_STEP, MIN_MEM, SerialConfig, TraceConfig, VmConfig, slots,
 };
 use crate::error::Error;
@@ -141,7 +141,7 @@ impl CpuConfig {
     }
 }
 
-fn check_knobs(flag: &str, knobs: &[KnobChange]) -> Result<(), Error> {
+fn check_knobs(flag: &str, knobs: &[ExtensionChange]) -> Result<(), Error> {
     for (index, knob) in knobs.iter().enumerate() {
         let good = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
         if knob.name.is_empty() || !knob.name.chars().all(good) {
@@ -204,7 +204,7 @@ impl TraceConfig {
         if self.file.as_os_str().is_empty() {
             return refuse("Cannot use --trace: its file is missing (write --trace exits.json)");
         }
-        let (least, most) = (Self::LEAST_RING, Self::MOST_RING);
+        let (least, most) = (Self::MIN_RING, Self::MAX_RING);
         match self.ring.filter(|ring| !(least..=most).contains(ring)) {
             None => Ok(()),
             Some(ring) => refuse(format!(
@@ -404,7 +404,7 @@ mod tests {
 
     #[test]
     fn an_extension_is_named_once_and_in_lower_case() {
-        let knob = |name: &str, on| KnobChange { name: name.into(), on };
+        let knob = |name: &str, on| ExtensionChange { name: name.into(), on };
         let twice = vec![knob("v", false), knob("v", true)];
         assert!(refusal(|config| config.cpus.isa = twice).contains("given twice"));
         assert!(

@@ -52,14 +52,14 @@ impl Acceptor {
         self.listening.path()
     }
 
-    /// Descriptor that is readable when [`Acceptor::admit`] is to be called. May be another one after each call.
+    /// Descriptor that is readable when [`Acceptor::accept`] is to be called. May be another one after each call.
     pub(crate) fn fd(&self) -> RawFd {
         let is_backing_off = self.is_backing_off.load(Relaxed);
         if is_backing_off { self.timer.as_raw_fd() } else { self.listening.as_raw_fd() }
     }
 
     /// Accepts the next connection, if one waits and the host has a descriptor for it. Logs a failure once until accept(2) works again.
-    pub(crate) fn admit(&self) -> Option<OwnedFd> {
+    pub(crate) fn accept(&self) -> Option<OwnedFd> {
         if self.is_backing_off.load(Relaxed) {
             // Fails until the timer has expired.
             rustix::io::read(&self.timer, &mut [0_u8; 8]).ok()?;

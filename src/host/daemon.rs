@@ -76,12 +76,12 @@ fn share(
     sandbox: Sandbox,
 ) -> Result<(UnixStream, Box<dyn Daemon>), HostError> {
     let what = |error: &dyn std::fmt::Display| format!("Cannot share {}: {error}", path.display());
-    let folder = fs::canonicalize(path).map_err(|error| HostError::mistake(what(&error)))?;
+    let folder = fs::canonicalize(path).map_err(|error| HostError::invalid(what(&error)))?;
     if !folder.is_dir() {
-        return Err(HostError::mistake(what(&"it is not a folder (share the folder it is in)")));
+        return Err(HostError::invalid(what(&"it is not a folder (share the folder it is in)")));
     }
     let program = find("virtiofsd", VIRTIOFSD)?;
-    let refused = |error| HostError::refused("Cannot create a socket for virtiofsd", error);
+    let refused = |error| HostError::os("Cannot create a socket for virtiofsd", error);
     // virtiofsd takes a listening socket. Only this user may connect, and it serves only its first client: rvmm.
     let socket = socket_path().map_err(refused)?;
     let listening = Listening::open_unknown(&socket, 1).map_err(super::refusal)?;
@@ -106,7 +106,7 @@ fn share(
 
 fn network(forwards: &[(u16, u16)]) -> Result<(UnixStream, Box<dyn Daemon>), HostError> {
     let program = find("passt", &["/usr/bin/passt"])?;
-    let refused = |error| HostError::refused("Cannot create a socket for passt", error);
+    let refused = |error| HostError::os("Cannot create a socket for passt", error);
     let (stream, far) = UnixStream::pair().map_err(refused)?;
     let descriptor = far.as_raw_fd().to_string();
     let mut arguments: Vec<OsString> = Vec::new();
@@ -126,7 +126,7 @@ fn find(name: &str, usual: &[&str]) -> Result<PathBuf, HostError> {
     let in_path = env::split_paths(&path).map(|folder| folder.join(name));
     let mut all = usual.iter().map(PathBuf::from).chain(in_path);
     all.find(|file| file.is_file()).ok_or_else(|| {
-        HostError::mistake(format!(
+        HostError::invalid(format!(
             "Cannot find {name}, which serves this device (on Debian: sudo apt install {name})"
         ))
     })
@@ -149,7 +149,7 @@ fn spawn(
     arguments: Vec<OsString>,
     descriptor: RawFd,
 ) -> Result<Started, HostError> {
-    let refused = |error| HostError::refused(format!("Cannot start {name}"), error);
+    let refused = |error| HostError::os(format!("Cannot start {name}"), error);
     let (sender, receiver) = mpsc::sync_channel(1);
     let options = version::options(&arguments);
     let file: OsString = program.into();
@@ -265,7 +265,7 @@ impl Daemon for Started {
         self.errors.as_ref().map(AsRawFd::as_raw_fd)
     }
 
-    fn attend(&mut self) {
+    fn forward_output(&mut self) {
         if !self.read() {
             self.errors = None;
         }
@@ -278,7 +278,7 @@ impl Daemon for Started {
         }
     }
 
-    fn last_words(&mut self) -> String {
+    fn last_output(&mut self) -> String {
         let now = Instant::now();
         let deadline = now.checked_add(MESSAGE_TIMEOUT).unwrap_or(now);
         while let Some(errors) = &self.errors {
@@ -286,7 +286,7 @@ impl Daemon for Started {
             if left.is_zero() || !is_readable(errors, left) {
                 break;
             }
-            self.attend();
+            self.forward_output();
         }
         self.take(b'\n');
         // A program of another version often reports an unknown option with a page of usage.
@@ -316,7 +316,7 @@ mod tests {
     use super::*;
 
     /// The last words of a program that is this script, started as passt.
-    fn last_words(script: &str) -> String {
+    fn last_output(script: &str) -> String {
         let folder = tempfile::tempdir().unwrap();
         let program = folder.path().join("program");
         // Written under another name: exec fails (ETXTBSY) while a fork of another test has the file open for writing.
@@ -326,7 +326,7 @@ mod tests {
         fs::set_permissions(&program, fs::Permissions::from_mode(0o700)).unwrap();
         let (_near, far) = UnixStream::pair().unwrap();
         let arguments = ["--foreground", "--vhost-user", "--fd", "3"].map(OsString::from);
-        spawn("passt", &program, arguments.into(), far.as_raw_fd()).unwrap().last_words()
+        spawn("passt", &program, arguments.into(), far.as_raw_fd()).unwrap().last_output()
     }
 
     #[test]
@@ -336,7 +336,7 @@ mod tests {
             --version) echo 'passt 0.0~old'; echo 'Copyright';;
             *) echo \"unrecognized option '--vhost-user'\" >&2; echo usage: and much more >&2; exit 1;;
             esac";
-        let words = last_words(old);
+        let words = last_output(old);
         assert!(words.contains("does not support --vhost-user ("), "{words}");
         assert!(words.contains("passt 0.0~old") && words.contains("2024_11_27"), "{words}");
         assert!(!words.contains("Copyright") && !words.contains("--fd "), "{words}");
@@ -348,8 +348,8 @@ mod tests {
             --help) echo '--foreground --vhost-user --fd';;
             *) echo 'no namespaces here' >&2; exit 1;;
             esac";
-        assert_eq!(last_words(script), "no namespaces here");
+        assert_eq!(last_output(script), "no namespaces here");
         // No --help, no check of the options.
-        assert_eq!(last_words("echo 'only words' >&2; exit 1"), "only words");
+        assert_eq!(last_output("echo 'only words' >&2; exit 1"), "only words");
     }
 }

@@ -17,7 +17,7 @@ pub(super) fn open(plan: &FlashPlan) -> Result<Box<dyn FlashMemory>, HostError> 
         FlashPlan::File(path) => {
             let name = quoted(&path.to_string_lossy());
             let refused =
-                |error| HostError::refused(format!("Cannot use {name} as flash memory"), error);
+                |error| HostError::os(format!("Cannot use {name} as flash memory"), error);
             // Without NONBLOCK, opening a FIFO would block.
             let flags = OFlags::NONBLOCK.bits().cast_signed();
             let file =
@@ -27,7 +27,7 @@ pub(super) fn open(plan: &FlashPlan) -> Result<Box<dyn FlashMemory>, HostError> 
                 let what = format!(
                     "Cannot use {name} as flash memory: it is not a file of 1 to {MAX_SIZE} bytes"
                 );
-                return Err(HostError::mistake(what));
+                return Err(HostError::invalid(what));
             }
             let size = metadata.len().next_multiple_of(PAGE);
             let rom = map(file.try_clone().map_err(refused)?, 0, size).map_err(refused)?;
@@ -36,10 +36,7 @@ pub(super) fn open(plan: &FlashPlan) -> Result<Box<dyn FlashMemory>, HostError> 
         FlashPlan::Physical { addr, size } => {
             let refused = |error| {
                 let what = "Cannot map the host's flash (this needs root, and a range that no kernel driver has reserved)";
-                HostError::refused(
-                    format!("{what}: {size:#x} bytes at {addr:#x} of /dev/mem"),
-                    error,
-                )
+                HostError::os(format!("{what}: {size:#x} bytes at {addr:#x} of /dev/mem"), error)
             };
             let memory = File::open("/dev/mem").map_err(refused)?;
             Ok(Box::new(HostFlash { rom: map(memory, *addr, *size).map_err(refused)? }))

@@ -50,9 +50,8 @@ impl Kept {
         if !is_used {
             let user = Arc::new(());
             let queues = opened.iter_mut().map(|tap| tap.keep(&user)).collect::<io::Result<_>>();
-            let queues = queues.map_err(|error| {
-                HostError::refused(format!("Cannot keep tap {name} open"), error)
-            })?;
+            let queues = queues
+                .map_err(|error| HostError::os(format!("Cannot keep tap {name} open"), error))?;
             taps.insert(name.to_owned(), KeptTap { queues, user });
         }
         Ok(opened)

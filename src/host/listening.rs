@@ -159,7 +159,7 @@ pub(crate) fn connect_to_starting(path: &Path) -> io::Result<UnixStream> {
 ///
 /// # Errors
 /// The error of the system call; `TimedOut` if another program keeps the folder locked.
-pub(crate) fn remove_dead(path: &Path) -> io::Result<bool> {
+pub(crate) fn remove_stale_socket(path: &Path) -> io::Result<bool> {
     let Some(_lock) = lock_folder(path)? else { return Ok(false) };
     match connect_to(path) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
@@ -264,18 +264,18 @@ mod tests {
         let lock = lock_folder(&path).unwrap();
         let socket = bound(&path).unwrap();
         std::thread::scope(|scope| {
-            let cleaner = scope.spawn(|| remove_dead(&path));
+            let cleaner = scope.spawn(|| remove_stale_socket(&path));
             listen(&socket, 1).unwrap();
             drop(lock);
             assert!(!cleaner.join().unwrap().unwrap());
         });
         assert!(path.exists());
         drop(socket);
-        assert!(remove_dead(&path).unwrap(), "now it is dead");
+        assert!(remove_stale_socket(&path).unwrap(), "now it is dead");
         assert!(!path.exists());
         let file = folder.path().join("file");
         fs::write(&file, "").unwrap();
-        assert!(!remove_dead(&file).unwrap(), "a file that is not a socket stays");
+        assert!(!remove_stale_socket(&file).unwrap(), "a file that is not a socket stays");
     }
 
     #[test]

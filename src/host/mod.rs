@@ -24,7 +24,7 @@ use log::warn;
 use rvmm_devices::flash::{FlashMemory, FlashPlan};
 use rvmm_devices::virtio::DmaMemory;
 use rvmm_devices::virtio::blk::{DiskBackend, DiskPlan};
-use rvmm_devices::virtio::net::{NetBackend, NetworkEnd};
+use rvmm_devices::virtio::net::{NetBackend, NetworkSource};
 use rvmm_devices::virtio::vhost_kernel::KernelQueues;
 use rvmm_devices::virtio::vhost_user::{Daemon, Service};
 use rvmm_devices::{ConsoleBackend, Host, HostError, Listener};
@@ -47,7 +47,7 @@ mod vhost;
 
 pub(crate) use acceptor::Acceptor;
 use kept::Kept;
-pub(crate) use listening::{Listening, connect_to, connect_to_starting, remove_dead};
+pub(crate) use listening::{Listening, connect_to, connect_to_starting, remove_stale_socket};
 #[cfg(test)]
 pub(crate) use output::tests::on_a_small_file_system;
 pub(crate) use output::{deliver, write_file, write_padded};
@@ -75,7 +75,7 @@ impl Linux {
 
     fn open_console(&self, to: &str) -> Result<Shared, HostError> {
         let serial = SerialConfig::parse(to.as_ref()).map_err(|reason| {
-            HostError::mistake(format!("Cannot use to={}: {reason}", quoted(to)))
+            HostError::invalid(format!("Cannot use to={}: {reason}", quoted(to)))
         })?;
         let console = terminal::open(&serial, Arc::clone(&self.stop)).map_err(refusal)?;
         if let Some(path) = &console.pty {
@@ -87,24 +87,24 @@ impl Linux {
 }
 
 impl Host for Linux {
-    fn network(&self, end: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError> {
+    fn network(&self, end: &NetworkSource) -> Result<Box<dyn NetBackend>, HostError> {
         match end {
-            NetworkEnd::Tap(_) => one(self.network_queues(end, 1)?),
-            NetworkEnd::Descriptor(fd) => Ok(Box::new(tap::Tap::inherit(*fd)?)),
+            NetworkSource::Tap(_) => one(self.network_queues(end, 1)?),
+            NetworkSource::Descriptor(fd) => Ok(Box::new(tap::Tap::inherit(*fd)?)),
         }
     }
 
     fn network_queues(
         &self,
-        end: &NetworkEnd,
+        end: &NetworkSource,
         pairs: u16,
     ) -> Result<Vec<Box<dyn NetBackend>>, HostError> {
         match end {
-            NetworkEnd::Tap(name) => {
+            NetworkSource::Tap(name) => {
                 let taps = self.kept.tap(name, pairs)?;
                 Ok(taps.into_iter().map(|tap| Box::new(tap) as Box<dyn NetBackend>).collect())
             }
-            NetworkEnd::Descriptor(_) => Ok(vec![self.network(end)?]),
+            NetworkSource::Descriptor(_) => Ok(vec![self.network(end)?]),
         }
     }
 
@@ -121,7 +121,7 @@ impl Host for Linux {
         let console = match consoles.get(to) {
             Some(console) if console.is_in_use() => {
                 let what = format!("Cannot use {} twice (give each console its own)", quoted(to));
-                return Err(HostError::mistake(what));
+                return Err(HostError::invalid(what));
             }
             Some(console) => console.clone(),
             None => {
@@ -159,14 +159,14 @@ impl Host for Linux {
 }
 
 fn one(mut ends: Vec<Box<dyn NetBackend>>) -> Result<Box<dyn NetBackend>, HostError> {
-    ends.pop().ok_or_else(|| HostError::mistake("Cannot connect a network without queues"))
+    ends.pop().ok_or_else(|| HostError::invalid("Cannot connect a network without queues"))
 }
 
 /// Converts an error of this crate to that of a device.
 fn refusal(error: Error) -> HostError {
     match error {
-        Error::Host { what, source } => HostError::refused(what, source),
-        other => HostError::mistake(other.to_string()),
+        Error::Host { what, source } => HostError::os(what, source),
+        other => HostError::invalid(other.to_string()),
     }
 }
 

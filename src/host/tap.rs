@@ -84,7 +84,7 @@ impl Tap {
         is_first: bool,
         user: &Arc<()>,
     ) -> Result<Self, HostError> {
-        let refused = |error| HostError::refused(format!("Cannot reuse tap {name}"), error);
+        let refused = |error| HostError::os(format!("Cannot reuse tap {name}"), error);
         let mut tap = Self::prepare(kept.try_clone().map_err(refused)?, name.to_owned())?;
         // The last driver may have detached the queue. Fails if it has not.
         let _ = tap.set_in_use(true);
@@ -95,7 +95,7 @@ impl Tap {
 
     fn attach(name: &str, more: c_int) -> Result<Self, HostError> {
         let mut request = request(name, FLAGS | more).ok_or_else(|| {
-            HostError::mistake(format!(
+            HostError::invalid(format!(
                 "Cannot use tap {name:?}: an interface's name has 1 to 15 letters, digits, '-', '_' and '.'"
             ))
         })?;
@@ -114,9 +114,8 @@ impl Tap {
         let identity = format!("{}/{name}", host.trim());
         // An inherited tap may be in another network namespace, so its link is not watched.
         let mut tap = Self { fd, name, identity, changes: None, address: None, _user: None };
-        tap.set_up().map_err(|error| {
-            HostError::refused(format!("Cannot set up tap {}", tap.name), error)
-        })?;
+        tap.set_up()
+            .map_err(|error| HostError::os(format!("Cannot set up tap {}", tap.name), error))?;
         Ok(tap)
     }
 
@@ -209,7 +208,7 @@ impl NetBackend for Tap {
         memory: Arc<dyn DmaMemory>,
     ) -> Result<Box<dyn KernelQueues>, HostError> {
         let what = || format!("Cannot use tap {} with vhost", self.name);
-        let tap = self.fd.try_clone().map_err(|error| HostError::refused(what(), error))?;
+        let tap = self.fd.try_clone().map_err(|error| HostError::os(what(), error))?;
         vhost::network(tap, memory)
     }
 
@@ -305,7 +304,7 @@ fn check(result: c_int) -> io::Result<()> {
 
 fn no_tun(place: Place, error: io::Error) -> HostError {
     let remedy = node::TUN.remedy(&error, place).map(|todo| format!(" ({todo})"));
-    HostError::refused(format!("Cannot open {TUN}{}", remedy.unwrap_or_default()), error)
+    HostError::os(format!("Cannot open {TUN}{}", remedy.unwrap_or_default()), error)
 }
 
 fn not_attached(name: &str, has_queues: bool, error: io::Error) -> HostError {
@@ -328,7 +327,7 @@ fn not_attached(name: &str, has_queues: bool, error: io::Error) -> HostError {
         }
         _ => String::new(),
     };
-    HostError::refused(format!("Cannot use tap {name}{todo}"), error)
+    HostError::os(format!("Cannot use tap {name}{todo}"), error)
 }
 
 #[cfg(test)]

@@ -57,12 +57,12 @@ const MAX_SHORT: u32 = 3;
 /// True if this process is a guest's init, or the session that init has started: then [`main`] has to be called instead of
 /// everything else. A process 1 of another name (in a container, for example) is neither.
 #[must_use]
-pub fn is_wanted() -> bool {
+pub fn is_guest_init() -> bool {
     let name = std::env::args_os().next().unwrap_or_default();
     name == SESSION || (process::id() == 1 && name == PATH)
 }
 
-/// Runs process 1 of a guest, or its session; see [`is_wanted`]. Process 1 ends with the machine.
+/// Runs process 1 of a guest, or its session; see [`is_guest_init`]. Process 1 ends with the machine.
 pub fn main() -> ! {
     if process::id() == 1 {
         process_one()
@@ -215,7 +215,7 @@ mod tests {
 
     #[test]
     fn an_ordinary_process_is_not_a_guests_init() {
-        assert!(!is_wanted());
+        assert!(!is_guest_init());
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::query::{Query, Reply};
-use crate::host::remove_dead;
+use crate::host::remove_stale_socket;
 
 /// Maximum size of a reply in bytes; 512 harts with all their registers need less.
 const MAX_LINE: u64 = 8 << 20;
@@ -131,10 +131,12 @@ impl Connection {
 /// Connects to a socket. A file without a listener is removed; a machine that is just starting is waited for.
 fn connect(path: &Path) -> Option<UnixStream> {
     match UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => match remove_dead(path) {
-            Ok(false) => UnixStream::connect(path).ok(),
-            _ => None,
-        },
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            match remove_stale_socket(path) {
+                Ok(false) => UnixStream::connect(path).ok(),
+                _ => None,
+            }
+        }
         result => result.ok(),
     }
 }

@@ -20,4 +20,4 @@ mod walk;
 pub use client::{Connection, socket_for};
 pub use query::{DeviceCount, HartCount, HartRegisters, Inspectable, Query, Reply, Stat};
 pub use server::InspectionServer;
-pub use walk::{Landing, Stages, Walk, WalkStep};
+pub use walk::{Stages, Walk, WalkStep, WalkTarget};

@@ -61,7 +61,7 @@ impl InspectionServer {
             debug!("A client disconnected: {ended:?}");
             drop(slot);
         };
-        thread::Builder::new().name("client".into()).stack_size(STACK).spawn(body)?;
+        thread::Builder::new().name("inspect".into()).stack_size(STACK).spawn(body)?;
         Ok(())
     }
 }
@@ -72,7 +72,7 @@ impl EventSource for InspectionServer {
     }
 
     fn ready(&self) {
-        let Some(stream) = self.acceptor.admit() else { return };
+        let Some(stream) = self.acceptor.accept() else { return };
         if let Err(error) = self.serve_client(stream.into()) {
             debug!("Cannot serve a client: {error}");
         }

@@ -9,10 +9,12 @@ use std::time::Duration;
 
 use rvmm_devices::Bus;
 
-use super::{Connection, Inspectable, InspectionServer, Landing, Query, Reply, Stages, Stat, Walk};
+use super::{
+    Connection, Inspectable, InspectionServer, Query, Reply, Stages, Stat, Walk, WalkTarget,
+};
 use crate::config::Unassigned;
 use crate::io_loop::{IoLoop, IoThread};
-use crate::trace::Places;
+use crate::trace::DeviceMap;
 use crate::vcpu::testing::{RAM, UART, world};
 
 struct Echo;
@@ -87,12 +89,12 @@ fn clients_are_limited_and_a_slot_is_free_after_a_disconnect() {
 }
 
 /// Entries of page tables at the start of RAM: root, second and last table, a page each.
-fn tables(entries: &[(u64, u64)]) -> (crate::vcpu::World, Places) {
+fn tables(entries: &[(u64, u64)]) -> (crate::vcpu::World, DeviceMap) {
     let (world, _) = world(Unassigned::Zero);
     for (at, entry) in entries {
         world.ram.write(RAM.base + at, &entry.to_le_bytes()).unwrap();
     }
-    let places = Places::of(&world.bus);
+    let places = DeviceMap::of(&world.bus);
     (world, places)
 }
 
@@ -131,13 +133,16 @@ fn a_walk_shows_every_entry_and_where_it_ends() {
     assert_eq!(levels, [(2, base), (1, base + 0x1000), (0, base + 0x2000)]);
     assert_eq!((page.steps[0].flags.as_str(), page.steps[2].flags.as_str()), ("V", "V R W X A D"));
     assert_eq!((page.mode.as_str(), page.physical), ("Sv39", Some(base + 0x5678)));
-    assert_eq!(page.landing, Some(Landing::Memory { slot: 0, base, offset: 0x5678 }));
+    assert_eq!(page.landing, Some(WalkTarget::Memory { slot: 0, base, offset: 0x5678 }));
     assert_eq!((page.second_levels, page.accesses), (Some(5), Some(23)));
-    let device = Landing::Device { name: "fake-uart".into(), offset: 5, register: None };
+    let device = WalkTarget::Device { name: "fake-uart".into(), offset: 5, register: None };
     assert_eq!(walk(0x1005).landing, Some(device));
-    assert_eq!(walk(0x5010).landing, Some(Landing::Memory { slot: 1, base: 0x1000, offset: 0x10 }));
-    assert_eq!(walk(0x2000).landing, Some(Landing::Range("imsics".into())));
-    assert_eq!(walk(0x3000).landing, Some(Landing::Nothing));
+    assert_eq!(
+        walk(0x5010).landing,
+        Some(WalkTarget::Memory { slot: 1, base: 0x1000, offset: 0x10 })
+    );
+    assert_eq!(walk(0x2000).landing, Some(WalkTarget::Range("imsics".into())));
+    assert_eq!(walk(0x3000).landing, Some(WalkTarget::Nothing));
     let fault = walk(0x4000);
     assert_eq!((fault.physical, fault.landing, fault.steps.len()), (None, None, 3));
     assert!(fault.fault.contains("not valid"), "{}", fault.fault);

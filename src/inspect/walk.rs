@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::layout::{self, Span};
 use crate::memory::{GuestRam, PAGE};
-use crate::trace::Places;
+use crate::trace::DeviceMap;
 use crate::vcpu::walk::{Step, WalkError, walk};
 
 /// The memory map behind the second stage.
@@ -19,7 +19,7 @@ pub struct Stages<'a> {
     /// The trap shim's page, where the guest has one: its slot and its first address.
     pub shim: Option<(u32, u64)>,
     /// The devices.
-    pub places: &'a Places,
+    pub places: &'a DeviceMap,
     /// Bits of a guest-physical address, where KVM reports it.
     pub address_bits: Option<u32>,
 }
@@ -42,7 +42,7 @@ pub struct Walk {
     /// The reason of the fault; empty without one.
     pub fault: String,
     /// The target of the guest-physical address.
-    pub landing: Option<Landing>,
+    pub landing: Option<WalkTarget>,
     /// Levels of the second stage, where KVM reports it.
     pub second_levels: Option<u32>,
     /// Maximum number of memory accesses of a hart that translates the address with empty caches.
@@ -67,7 +67,7 @@ pub struct WalkStep {
 /// The target of a guest-physical address.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Landing {
+pub enum WalkTarget {
     /// Memory: an offset in a slot.
     Memory {
         /// The number of the slot.
@@ -113,7 +113,7 @@ impl Walk {
             address,
             physical: result.ok(),
             fault: result.err().map_or("", |error| why(error, steps.last())).into(),
-            landing: result.ok().map(|physical| Landing::of(stages, physical)),
+            landing: result.ok().map(|physical| WalkTarget::of(stages, physical)),
             steps,
             second_levels,
             accesses,
@@ -185,7 +185,7 @@ impl WalkStep {
     }
 }
 
-impl Landing {
+impl WalkTarget {
     fn of(stages: Stages<'_>, physical: u64) -> Self {
         let Span { base, .. } = stages.ram.span();
         if stages.ram.contains(physical, 1) {

@@ -108,7 +108,7 @@ impl Hart for KvmHart {
         self.vcpu.set_timer_pending(on)
     }
 
-    fn drive_external(&mut self) -> io::Result<()> {
+    fn sync_external_interrupt(&mut self) -> io::Result<()> {
         self.vcpu.interrupt_again()
     }
 

@@ -90,7 +90,7 @@ impl IrqLine for KernelLine {
         }
     }
 
-    fn raise_by(&self, event: &EventFd) -> bool {
+    fn attach_irqfd(&self, event: &EventFd) -> bool {
         let End::Source(vm, number) = &self.end else { return false };
         if !self.may_share {
             return false;

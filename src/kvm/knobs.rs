@@ -11,8 +11,8 @@ use super::isa::{ISA_EXTENSIONS, SBI_EXTENSIONS, isa_number, near, sbi_number, w
 use super::regs;
 use super::release::{Version, is_at_least};
 use super::vcpu::Vcpu;
-use crate::config::{CpuId, KnobChange};
-use crate::machine::hypervisor::{CpuKnobs, VmError};
+use crate::config::{CpuId, ExtensionChange};
+use crate::machine::hypervisor::{CpuSettings, VmError};
 
 /// SBI extensions that are off in KVM by default and that rvmm implements: the debug console and system suspend.
 const SBI_DEFAULTS: &[&str] = &["dbcn", "susp"];
@@ -38,7 +38,7 @@ pub(super) fn withholds(name: &str, release: &str) -> bool {
 }
 
 /// Applies `knobs` to `vcpu`, before it runs for the first time.
-pub(super) fn apply(vcpu: &Vcpu, knobs: &CpuKnobs) -> Result<Applied, VmError> {
+pub(super) fn apply(vcpu: &Vcpu, knobs: &CpuSettings) -> Result<Applied, VmError> {
     let mut applied = Applied::default();
     for change in &knobs.isa {
         let name = isa_name(change)?;
@@ -96,7 +96,7 @@ fn switch_on(vcpu: &Vcpu, name: &'static str, applied: &mut Applied) -> Result<(
     }
 }
 
-fn apply_sbi(vcpu: &Vcpu, changes: &[KnobChange]) -> Result<(), VmError> {
+fn apply_sbi(vcpu: &Vcpu, changes: &[ExtensionChange]) -> Result<(), VmError> {
     for name in SBI_DEFAULTS {
         let absent = |e: &io::Error| e.raw_os_error() == Some(libc::ENOENT);
         match set_sbi(vcpu, name, true) {
@@ -118,7 +118,7 @@ fn apply_sbi(vcpu: &Vcpu, changes: &[KnobChange]) -> Result<(), VmError> {
 /// Switches off the extensions that may do harm, unless the user has set them.
 fn withhold(
     vcpu: &Vcpu,
-    changes: &[KnobChange],
+    changes: &[ExtensionChange],
     release: &str,
 ) -> Result<Vec<&'static str>, VmError> {
     let mut withheld = Vec::new();
@@ -172,22 +172,22 @@ fn apply_id(vcpu: &Vcpu, id: CpuId) -> Result<(), VmError> {
     Ok(())
 }
 
-fn isa_name(change: &KnobChange) -> Result<&'static str, VmError> {
+fn isa_name(change: &ExtensionChange) -> Result<&'static str, VmError> {
     let name = known("--isa", "ISA", ISA_EXTENSIONS, &change.name)?;
     match name {
-        "h" if change.on => Err(VmError::mistake(
+        "h" if change.on => Err(VmError::invalid_request(
             "--isa: h is not available: KVM on RISC-V does not run hypervisors inside guests",
         )),
         "i" if !change.on => {
-            Err(VmError::mistake("--isa: i cannot be switched off: every hart has it"))
+            Err(VmError::invalid_request("--isa: i cannot be switched off: every hart has it"))
         }
         _ => Ok(name),
     }
 }
 
-fn sbi_name(change: &KnobChange) -> Result<&'static str, VmError> {
+fn sbi_name(change: &ExtensionChange) -> Result<&'static str, VmError> {
     if change.name == "base" {
-        return Err(VmError::mistake("--sbi: base is always on"));
+        return Err(VmError::invalid_request("--sbi: base is always on"));
     }
     known("--sbi", "SBI", SBI_EXTENSIONS, &change.name)
 }
@@ -209,5 +209,5 @@ fn known(
     } else {
         format!(" (did you mean {}?)", near.join(", "))
     };
-    Err(VmError::mistake(format!("{flag}: KVM has no {kind} extension {shown:?}{hint}")))
+    Err(VmError::invalid_request(format!("{flag}: KVM has no {kind} extension {shown:?}{hint}")))
 }

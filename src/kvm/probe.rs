@@ -11,7 +11,7 @@ use rustix::system::uname;
 
 use super::isa::SBI_EXTENSIONS;
 use super::knobs::withholds;
-use super::report::{AiaOffer, HostReport, SbiOffer, SbiState};
+use super::report::{AiaSupport, HostReport, SbiState, SbiSupport};
 use super::vcpu::Vcpu;
 use super::vm::shown;
 use super::{Kvm, aia, identities, open, regs};
@@ -56,15 +56,15 @@ fn cap(fd: &VmFd, number: u32) -> Option<u32> {
     u32::try_from(fd.check_extension_raw(number.into())).ok().filter(|value| *value > 0)
 }
 
-fn aia_offer(kvm: &Kvm, fd: &VmFd) -> Option<AiaOffer> {
+fn aia_offer(kvm: &Kvm, fd: &VmFd) -> Option<AiaSupport> {
     cap(fd, KVM_CAP_IRQCHIP)?;
     let device = aia::open(fd).ok()?;
     let ids = aia::offered_ids(&device).ok()?;
     let all_ids_work = identities::all_work(kvm).ok()?;
-    Some(AiaOffer { guest_files: aia::guest_files(&device), ids, all_ids_work })
+    Some(AiaSupport { guest_files: aia::guest_files(&device), ids, all_ids_work })
 }
 
-fn sbi(vcpu: &Vcpu, v01: Option<bool>) -> Vec<SbiOffer> {
+fn sbi(vcpu: &Vcpu, v01: Option<bool>) -> Vec<SbiSupport> {
     let release = uname().release().to_string_lossy().into_owned();
     let state = |number, name| match vcpu.reg(regs::sbi_extension(number)) {
         Ok(0) => SbiState::Off,
@@ -75,7 +75,7 @@ fn sbi(vcpu: &Vcpu, v01: Option<bool>) -> Vec<SbiOffer> {
         Err(_) => SbiState::Absent,
     };
     let numbered = (0..).zip(SBI_EXTENSIONS.iter().copied());
-    numbered.map(|(number, name)| SbiOffer { name, state: state(number, name) }).collect()
+    numbered.map(|(number, name)| SbiSupport { name, state: state(number, name) }).collect()
 }
 
 /// A page of memory.

@@ -12,7 +12,7 @@ pub struct HostReport {
     /// Maximum number of memory slots of a machine, where KVM reports it.
     pub memory_slots: Option<u32>,
     /// The in-kernel AIA, where the host has one.
-    pub aia: Option<AiaOffer>,
+    pub aia: Option<AiaSupport>,
     /// Extensions of a guest's hart by lower-case name, in the order of KVM's numbers.
     pub isa: Vec<String>,
     /// `satp.MODE` of the widest translation: 8 Sv39, 9 Sv48, 10 Sv57.
@@ -20,7 +20,7 @@ pub struct HostReport {
     /// Ticks of a guest's `time` per second.
     pub timebase_hz: u64,
     /// Every SBI extension that rvmm knows by KVM's name, and its state in this kernel.
-    pub sbi: Vec<SbiOffer>,
+    pub sbi: Vec<SbiSupport>,
     /// True if the calls of SBI 0.1 (`console_putchar`, ...) exit to user space; found out with a guest that makes one, since
     /// kernels built without them still list them. `None` where that guest could not be run.
     pub sbi_v01: Option<bool>,
@@ -34,7 +34,7 @@ pub struct HostReport {
 
 /// The in-kernel AIA that a machine could get.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct AiaOffer {
+pub struct AiaSupport {
     /// The use of the host's IMSIC guest files.
     pub guest_files: GuestFiles,
     /// Interrupt identities of an IMSIC: 1 to this number.
@@ -56,7 +56,7 @@ pub enum GuestFiles {
 
 /// An SBI extension.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SbiOffer {
+pub struct SbiSupport {
     /// KVM's name in lower case, as `--sbi` takes it.
     pub name: &'static str,
     /// Its state in this kernel.

@@ -12,7 +12,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::open;
 use super::vcpu::Vcpu;
-use crate::machine::hypervisor::{CpuKnobs, Hypervisor, Vm};
+use crate::machine::hypervisor::{CpuSettings, Hypervisor, Vm};
 use crate::vcpu::exit::{Exit, SbiCall};
 use crate::vcpu::hart::{Hart, Reg};
 
@@ -49,10 +49,10 @@ impl Guest {
     }
 
     fn hart(&self, id: u32) -> Box<dyn Hart> {
-        self.hart_with(id, &CpuKnobs::default())
+        self.hart_with(id, &CpuSettings::default())
     }
 
-    fn hart_with(&self, id: u32, knobs: &CpuKnobs) -> Box<dyn Hart> {
+    fn hart_with(&self, id: u32, knobs: &CpuSettings) -> Box<dyn Hart> {
         let mut hart = self.vm.create_hart(id, knobs).unwrap();
         if id == 0 {
             hart.set(Reg::Pc, BASE).unwrap();

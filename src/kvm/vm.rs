@@ -9,7 +9,7 @@ use kvm_bindings::{
     kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, VmFd};
-use rvmm_devices::Doorbell;
+use rvmm_devices::IoEvent;
 use rvmm_devices::irq::IrqLine;
 
 use super::aia::{self, Aia};
@@ -24,7 +24,7 @@ use super::regs;
 use super::stats::HartCounters;
 use super::vcpu::Vcpu;
 use crate::config::IrqchipChoice;
-use crate::machine::hypervisor::{AiaPlan, Counters, CpuFacts, CpuKnobs, Irqchip, Vm, VmError};
+use crate::machine::hypervisor::{AiaPlan, Counters, CpuFacts, CpuSettings, Irqchip, Vm, VmError};
 use crate::vcpu::hart::{Hart, Reg};
 use crate::vcpu::record::Ticks;
 
@@ -140,7 +140,7 @@ impl Vm for KvmVm {
         }
     }
 
-    fn create_hart(&self, id: u32, knobs: &CpuKnobs) -> Result<Box<dyn Hart>, VmError> {
+    fn create_hart(&self, id: u32, knobs: &CpuSettings) -> Result<Box<dyn Hart>, VmError> {
         let mut harts = self.harts();
         if self.aia.get().is_some() {
             // Linux 6.12 assumes that a vCPU created after the AIA has an IMSIC, and dereferences a null pointer.
@@ -284,10 +284,10 @@ impl Vm for KvmVm {
         }
     }
 
-    fn ring_in_kernel(&self, base: u64, doorbell: Doorbell<'_>) -> Result<(), VmError> {
-        let address = IoEventAddress::Mmio(base.saturating_add(doorbell.offset));
-        self.fd.register_ioevent(doorbell.event, &address, doorbell.value).map_err(|e| {
-            VmError::io("Cannot register a device's doorbell (KVM_IOEVENTFD)", e.into())
+    fn register_ioeventfd(&self, base: u64, ioevent: IoEvent<'_>) -> Result<(), VmError> {
+        let address = IoEventAddress::Mmio(base.saturating_add(ioevent.offset));
+        self.fd.register_ioevent(ioevent.event, &address, ioevent.value).map_err(|e| {
+            VmError::io("Cannot register a device's ioevent (KVM_IOEVENTFD)", e.into())
         })
     }
 

@@ -188,7 +188,7 @@ impl Drop for Screen {
 impl ConsoleBackend for Screen {
     fn ports(&self) -> Ports {
         let input = self.input.as_ref().map_or(Port::Closed, |fd| Port::Poll(fd.as_raw_fd()));
-        Ports { input, output: Port::Always, attention: None }
+        Ports { input, output: Port::Always, event_fd: None }
     }
 
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {

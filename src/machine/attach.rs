@@ -45,7 +45,7 @@ pub(super) struct Connections<'a> {
     pub(super) ram: Span,
     /// Guest RAM, for devices with DMA.
     pub(super) memory: Arc<dyn DmaMemory>,
-    /// Handles doorbells without an exit, and maps guest memory.
+    /// Handles ioeventfds without an exit, and maps guest memory.
     pub(super) vm: &'a Arc<dyn Vm>,
 }
 
@@ -87,13 +87,13 @@ pub(super) fn attach(extra: &[String], machine: Connections<'_>) -> Result<Attac
         }
         if plan.model.name == "input" {
             wiring.power_button =
-                button.take().map(Button::device_end).transpose().map_err(|source| {
+                button.take().map(Button::device_event).transpose().map_err(|source| {
                     Error::Host { what: "Cannot connect the power button".into(), source }
                 })?;
         }
         let device = plan.model.create(&plan.options, wiring).map_err(not_built)?;
-        for doorbell in device.doorbells() {
-            machine.vm.ring_in_kernel(plan.base, doorbell)?;
+        for ioevent in device.ioeventfds() {
+            machine.vm.register_ioeventfd(plan.base, ioevent)?;
         }
         check_place(&plan, device.size(), &machine.ram)?;
         nodes.extend(device.fdt().map(|desc| node(&plan, device.size(), desc)));
@@ -138,7 +138,7 @@ fn plan(extra: &[String]) -> Result<Vec<Plan>, Error> {
         if model.placement == Placement::Fixed {
             continue;
         }
-        if model.placement == Placement::Asked {
+        if model.placement == Placement::AtAddress {
             plans.push(asked(model, options)?);
             continue;
         }
@@ -187,7 +187,7 @@ struct DeviceWindow {
 }
 
 impl Window for DeviceWindow {
-    fn show(&self, offset: u64, host_address: u64, len: u64) -> io::Result<()> {
+    fn map(&self, offset: u64, host_address: u64, len: u64) -> io::Result<()> {
         let slot = self.slots.fetch_add(1, Relaxed);
         let addr = self.base.checked_add(offset).ok_or(io::ErrorKind::InvalidInput)?;
         self.vm.map_rom(slot, addr, host_address, len)?;
@@ -201,7 +201,7 @@ impl Window for DeviceWindow {
 
 fn not_built(error: BuildError) -> Error {
     match error {
-        BuildError::End { model, source } => match source.into_parts() {
+        BuildError::Backend { model, source } => match source.into_parts() {
             (what, Some(source)) => Error::Host { what: format!("Device {model}: {what}"), source },
             (what, None) => Error::Device(format!("Device {model}: {what}")),
         },

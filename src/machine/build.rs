@@ -10,7 +10,7 @@ use rvmm_devices::{Bus, Host, Model, Options, Placement, PowerRequest, PowerSwit
 use super::attach::{Attached, Connections, attach};
 use super::fdt::{Facts, board};
 use super::firmware::{self, Stage};
-use super::hypervisor::{AiaPlan, CpuKnobs, Hypervisor, Irqchip, RAM_SLOT, Vm};
+use super::hypervisor::{AiaPlan, CpuSettings, Hypervisor, Irqchip, RAM_SLOT, Vm};
 use super::irqchip::Lines;
 use super::load::{Files, Start};
 use super::shared_console::SharedConsole;
@@ -165,8 +165,11 @@ fn model_of(device: &str) -> Option<&'static Model> {
 }
 
 fn make_harts(config: &VmConfig, vm: &dyn Vm) -> Result<Vec<Box<dyn Hart>>, Error> {
-    let knobs =
-        CpuKnobs { isa: config.cpus.isa.clone(), sbi: config.cpus.sbi.clone(), id: config.cpus.id };
+    let knobs = CpuSettings {
+        isa: config.cpus.isa.clone(),
+        sbi: config.cpus.sbi.clone(),
+        id: config.cpus.id,
+    };
     if config.cpus.count > vm.max_harts() {
         return Err(Error::Config(format!(
             "{} harts are more than this host's KVM allows (--cpus {} at most)",

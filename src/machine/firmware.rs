@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
-use super::hypervisor::{CpuKnobs, Hypervisor, SHIM_SLOT, Vm, VmError};
+use super::hypervisor::{CpuSettings, Hypervisor, SHIM_SLOT, Vm, VmError};
 use super::load::Code;
 use crate::config::{SbiV01, StartMode, TimerChoice, VmConfig};
 use crate::error::Error;
@@ -214,7 +214,7 @@ fn kernel_has_v01(host: &dyn Hypervisor) -> Result<bool, Error> {
     let vm = host.create_vm()?;
     vm.map_rom(0, AT, page.host_address(), PAGE)
         .map_err(|e| failed("map a page into a guest that tries SBI 0.1", e))?;
-    let mut hart = vm.create_hart(0, &CpuKnobs::default())?;
+    let mut hart = vm.create_hart(0, &CpuSettings::default())?;
     hart.set(Reg::Pc, AT).map_err(|e| failed("prepare a hart that tries SBI 0.1", e))?;
     loop {
         match hart.enter() {

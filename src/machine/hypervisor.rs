@@ -3,10 +3,10 @@
 use std::io;
 use std::sync::Arc;
 
-use rvmm_devices::Doorbell;
+use rvmm_devices::IoEvent;
 use rvmm_devices::irq::IrqLine;
 
-use crate::config::{CpuId, IrqchipChoice, KnobChange};
+use crate::config::{CpuId, ExtensionChange, IrqchipChoice};
 use crate::layout::Span;
 use crate::vcpu::hart::{Hart, Reg};
 use crate::vcpu::record::Ticks;
@@ -38,11 +38,11 @@ pub struct CpuFacts {
 
 /// Settings of the vCPUs; the same for every hart.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct CpuKnobs {
+pub struct CpuSettings {
     /// Changes to the ISA, in the order given.
-    pub isa: Vec<KnobChange>,
+    pub isa: Vec<ExtensionChange>,
     /// Changes to the SBI extensions.
-    pub sbi: Vec<KnobChange>,
+    pub sbi: Vec<ExtensionChange>,
     /// `mvendorid`, `marchid` and `mimpid`, where they differ from the host's.
     pub id: CpuId,
 }
@@ -112,7 +112,7 @@ pub trait Vm: Send + Sync {
     fn code_changed(&self) -> io::Result<()>;
 
     /// Creates the next hart; the first one created is the boot hart.
-    fn create_hart(&self, id: u32, knobs: &CpuKnobs) -> Result<Box<dyn Hart>, VmError>;
+    fn create_hart(&self, id: u32, knobs: &CpuSettings) -> Result<Box<dyn Hart>, VmError>;
 
     /// Properties of the harts, once one exists, with the knobs applied. After [`Vm::create_irqchip`], since `ssaia` is
     /// hidden from a guest without AIA.
@@ -153,9 +153,9 @@ pub trait Vm: Send + Sync {
         None
     }
 
-    /// Registers `doorbell` of the device at `base`: the kernel then handles the write without an exit. A hypervisor may
+    /// Registers `ioevent` of the device at `base`: the kernel then handles the write without an exit. A hypervisor may
     /// also do nothing: then the write exits as any other.
-    fn ring_in_kernel(&self, base: u64, doorbell: Doorbell<'_>) -> Result<(), VmError>;
+    fn register_ioeventfd(&self, base: u64, ioevent: IoEvent<'_>) -> Result<(), VmError>;
 
     /// The line into the in-kernel APLIC's source `source` (1-based).
     fn irq_line(&self, source: u32) -> Result<Arc<dyn IrqLine>, VmError>;
@@ -199,7 +199,7 @@ impl VmError {
     }
 
     /// An error in the request, which no host could fulfil: a mistake of the user's.
-    pub fn mistake(what: impl Into<String>) -> Self {
+    pub fn invalid_request(what: impl Into<String>) -> Self {
         Self { what: what.into(), source: None, mistake: true }
     }
 
@@ -210,7 +210,7 @@ impl VmError {
 
     /// True if no host could have fulfilled the request.
     #[must_use]
-    pub fn is_mistake(&self) -> bool {
+    pub fn is_invalid_request(&self) -> bool {
         self.mistake
     }
 }

@@ -11,7 +11,7 @@ use super::hypervisor::{Counters, SHIM_SLOT, Vm};
 use crate::inspect::{
     DeviceCount, HartCount, HartRegisters, Inspectable, Query, Reply, Stages, Stat, Walk,
 };
-use crate::trace::Places;
+use crate::trace::DeviceMap;
 use crate::vcpu::firmware::shim;
 use crate::vcpu::hart::{Csr, Reg};
 use crate::vcpu::{Control, World, registers};
@@ -109,7 +109,7 @@ impl Run {
                 return Reply::Error(format!("Cannot read satp of hart {hart}: {error}"));
             }
         };
-        let places = Places::of(&self.bus);
+        let places = DeviceMap::of(&self.bus);
         let address_bits = self.vm.address_bits();
         let shim = self.world.firmware.is_some().then_some((SHIM_SLOT, shim::PAGE));
         let stages = Stages { ram: &self.world.ram, shim, places: &places, address_bits };

@@ -85,8 +85,8 @@ impl IrqLine for WakingLine {
         }
     }
 
-    fn raise_by(&self, event: &EventFd) -> bool {
+    fn attach_irqfd(&self, event: &EventFd) -> bool {
         // An event does not wake the guest: the line itself refuses where the guest may suspend itself.
-        self.line.raise_by(event)
+        self.line.attach_irqfd(event)
     }
 }

@@ -5,7 +5,7 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
 
-use rvmm_boot::fdt::{self, Board, GivenTree};
+use rvmm_boot::fdt::{self, Board, UserTree};
 use rvmm_boot::{Blob, Cmdline, Initrd, Kernel, Load, Placement, Region, Request, Source, place};
 
 use rvmm_boot::compressed::Compression;
@@ -26,7 +26,7 @@ pub(super) struct Files {
     compressed: Option<(File, u64)>,
     initrd: Option<Initrd>,
     loads: Vec<Load>,
-    dtb: Option<GivenTree>,
+    dtb: Option<UserTree>,
     /// Logs the remarks on them once, and not again at a reboot.
     logged: Once,
 }
@@ -56,7 +56,7 @@ impl Files {
     pub(super) fn open(config: &VmConfig) -> Result<Self, Error> {
         let boot = &config.boot;
         Cmdline::new(&boot.cmdline)?;
-        let dtb = boot.dtb.as_ref().map(|path| GivenTree::open(path)).transpose()?;
+        let dtb = boot.dtb.as_ref().map(|path| UserTree::open(path)).transpose()?;
         let mut files = Self {
             kernel: boot.kernel.as_ref().map(|path| kernel(path, config.mem)).transpose()?,
             compressed: None,
@@ -110,7 +110,7 @@ impl Files {
         let memory = [region(ram.span())];
         let placement = place(&Request {
             ram: &memory,
-            memory: self.dtb.as_ref().map_or(&[], GivenTree::memory),
+            memory: self.dtb.as_ref().map_or(&[], UserTree::memory),
             kernel: self.kernel.as_ref(),
             roms,
             loads: &self.loads,
@@ -146,7 +146,7 @@ impl Files {
 
     /// Logs that a user's own tree names an initrd at another address, or one that is not loaded.
     fn log_initrd(&self, placement: &Placement<'_>) {
-        let Some(named) = self.dtb.as_ref().and_then(GivenTree::initrd) else { return };
+        let Some(named) = self.dtb.as_ref().and_then(UserTree::initrd) else { return };
         let is_there = |blob: &Blob<'_>| blob.region().encloses(named);
         match placement.initrd {
             Some(ours) if ours != named => {
@@ -205,7 +205,7 @@ fn kernel(path: &Path, limit: u64) -> Result<Kernel, Error> {
 }
 
 /// Opens the configured initrd. A user's own tree that names none has a command line that does not fit the built-in one.
-fn initrd(boot: &BootConfig, dtb: Option<&GivenTree>) -> Result<Option<Initrd>, Error> {
+fn initrd(boot: &BootConfig, dtb: Option<&UserTree>) -> Result<Option<Initrd>, Error> {
     match &boot.initrd {
         InitrdConfig::Builtin(_) if dtb.is_some_and(|tree| tree.initrd().is_none()) => Ok(None),
         InitrdConfig::None => Ok(None),

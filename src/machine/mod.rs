@@ -28,7 +28,7 @@ use crate::kvm;
 use crate::memory;
 use crate::signals::Signals;
 use crate::terminal::{self, Console};
-use crate::trace::{Places, Plan, Trace};
+use crate::trace::{DeviceMap, Plan, Trace};
 use crate::vcpu::hart::Hart;
 use crate::vcpu::observer::ExitObserver;
 use crate::vcpu::record::Unrecorded;
@@ -140,7 +140,7 @@ impl Machine {
         };
         let Console { backend, pty } = console;
         let console = SharedConsole::new(backend);
-        let button = signals.and_then(|_| config.power_off_patience());
+        let button = signals.and_then(|_| config.shutdown_timeout());
         let button = button.map(Button::new).transpose();
         let button = button.map_err(|e| host_error("create the power button", e))?.map(Arc::new);
         let stopper = handle.clone();
@@ -283,7 +283,7 @@ fn run_board(
     if let Some((signals, button)) = signals {
         let stopper = handle.clone();
         io.watch_signals(signals, Arc::new(move || stopper.stop()))
-            .and_then(|()| button.map_or(Ok(()), |button| io.watch_button(button)))
+            .and_then(|()| button.map_or(Ok(()), |button| io.watch_power_button(button)))
             .map_err(|e| host_error("watch signals", e))?;
     }
     if let Some((inspector, server)) = &observers.inspection {
@@ -320,9 +320,9 @@ fn run_board(
     if owns_process {
         // Frees the memory that only the start needed; it is loaded again where it is needed after all. Once after rvmm's own
         // start, and once after the guest's, whose requests are hardly repeated.
-        memory::drop_start_up();
+        memory::discard_startup_pages();
         if !board.control.ends_within(GUEST_START) {
-            memory::drop_start_up();
+            memory::discard_startup_pages();
         }
     }
     if let Some(watch) = watch {
@@ -377,7 +377,7 @@ fn inspection(name: &str, path: &Path) -> Option<(Arc<Inspector>, Arc<Inspection
 fn trace(config: &VmConfig, board: &Board) -> Result<Option<Trace>, Error> {
     let Some(wanted) = &config.trace else { return Ok(None) };
     let (name, harts) = (config.name.clone(), config.cpus.count);
-    let plan = Plan { name, harts, ticks: board.vm.ticks()?, places: Places::of(&board.bus) };
+    let plan = Plan { name, harts, ticks: board.vm.ticks()?, places: DeviceMap::of(&board.bus) };
     Trace::start(wanted, plan).map(Some)
 }
 

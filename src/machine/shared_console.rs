@@ -48,7 +48,7 @@ impl ConsoleBackend for SharedConsole {
         self.backend.size()
     }
 
-    fn attend(&mut self) {
-        self.backend.attend();
+    fn process_event(&mut self) {
+        self.backend.process_event();
     }
 }

@@ -9,17 +9,17 @@ use std::sync::{Arc, Mutex};
 
 use rvmm_devices::irq::{IrqLine, NoIrq};
 use rvmm_devices::virtio::vhost_user::testing::{Traits, serve_at};
-use rvmm_devices::{ConsoleBackend, Doorbell, Port, Ports};
+use rvmm_devices::{ConsoleBackend, IoEvent, Port, Ports};
 use tempfile::NamedTempFile;
 
-use super::hypervisor::{AiaPlan, CpuFacts, CpuKnobs, Hypervisor, Irqchip, Vm, VmError};
+use super::hypervisor::{AiaPlan, CpuFacts, CpuSettings, Hypervisor, Irqchip, Vm, VmError};
 use super::{Machine, Parts};
 use crate::config::{
     GdbAddress, GdbConfig, InitrdConfig, IrqchipChoice, LoadConfig, TraceConfig, VmConfig,
 };
 use crate::error::{EXIT_HOST, EXIT_USAGE, Error};
 use crate::host::in_a_namespace;
-use crate::inspect::{Connection, Landing, Query, Reply};
+use crate::inspect::{Connection, Query, Reply, WalkTarget};
 use crate::terminal::Console;
 use crate::vcpu::exit::SystemEvent;
 use crate::vcpu::hart::{Csr, Hart, Reg};
@@ -61,7 +61,7 @@ impl Vm for ScriptVm {
         Ok(())
     }
 
-    fn create_hart(&self, id: u32, _: &CpuKnobs) -> Result<Box<dyn Hart>, VmError> {
+    fn create_hart(&self, id: u32, _: &CpuSettings) -> Result<Box<dyn Hart>, VmError> {
         let script = self.script.lock().unwrap().take().unwrap();
         Ok(Box::new(ScriptHart::new(id, script)))
     }
@@ -86,7 +86,7 @@ impl Vm for ScriptVm {
         Ok(Irqchip::None)
     }
 
-    fn ring_in_kernel(&self, _: u64, _: Doorbell<'_>) -> Result<(), VmError> {
+    fn register_ioeventfd(&self, _: u64, _: IoEvent<'_>) -> Result<(), VmError> {
         Ok(())
     }
 
@@ -184,7 +184,7 @@ fn a_running_machine_answers_queries_and_keeps_running() {
     let Reply::Walk(walk) = ask(Query::Walk { address: 0x8000_1000, hart: 0 }) else {
         panic!("no walk")
     };
-    let landing = Landing::Memory { slot: 0, base: 0x8000_0000, offset: 0x1000 };
+    let landing = WalkTarget::Memory { slot: 0, base: 0x8000_0000, offset: 0x1000 };
     assert_eq!((walk.mode.as_str(), walk.landing), ("bare", Some(landing)));
     let Reply::Error(text) = ask(Query::Walk { address: 0, hart: 1 }) else { panic!("a hart") };
     assert!(text.contains("no hart 1 (the last one is 0)"), "{text}");
@@ -234,7 +234,7 @@ fn a_machine_whose_io_thread_dies_ends_as_a_failure_of_the_host() {
     impl ConsoleBackend for Breaks {
         fn ports(&self) -> Ports {
             let (input, output) = (Port::Closed, Port::Closed);
-            Ports { input, output, attention: Some(self.0.as_raw_fd()) }
+            Ports { input, output, event_fd: Some(self.0.as_raw_fd()) }
         }
         fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
             Ok(0)
@@ -242,7 +242,7 @@ fn a_machine_whose_io_thread_dies_ends_as_a_failure_of_the_host() {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
             Ok(bytes.len())
         }
-        fn attend(&mut self) {
+        fn process_event(&mut self) {
             panic!("on purpose");
         }
     }
@@ -319,7 +319,7 @@ fn a_missing_network_and_one_that_was_not_named_are_different_errors() {
         for (device, code, part) in [
             ("net", EXIT_USAGE, "add tap=NAME or fd=N"),
             ("net,tap=a/b", EXIT_USAGE, "1 to 15 letters"),
-            ("net,tap=lo", EXIT_HOST, "Cannot use tap lo (there is"),
+            ("net,tap=lo", EXIT_HOST, "Cannot use tap lo (an interface"),
         ] {
             let error = machine(device, [Vec::new()]).0.err().unwrap();
             assert_eq!(error.exit_code(), code, "{device}");

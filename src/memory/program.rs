@@ -25,7 +25,7 @@ const OF_A_FILE: u64 = 1 << 61;
 /// debugger is attached all of the code stays.
 ///
 /// Unused heap memory is returned, too. Only a hint: if the program cannot be found in memory its code stays.
-pub fn drop_start_up() {
+pub fn discard_startup_pages() {
     // SAFETY: has no preconditions; the allocator's own lock is taken.
     #[cfg(target_env = "gnu")]
     unsafe {
@@ -140,7 +140,7 @@ mod tests {
             assert_eq!(error.raw_os_error(), Some(libc::EIO), "{error}");
             return rvmm_devices::testing::skip("only debuggers write a program's text");
         }
-        drop_start_up();
+        discard_startup_pages();
         let mut after = [0];
         memory.read_exact_at(&mut after, address).unwrap();
         memory.write_all_at(&before, address).unwrap();
@@ -177,7 +177,7 @@ mod tests {
             });
             assert!(found, "{from:#x}-{to:#x} is not among {:x?}", code());
         }
-        drop_start_up();
+        discard_startup_pages();
         assert_eq!(format!("{:?}", whole_pages(0, PAGE)), "Some((0, 4096))");
     }
 }

@@ -59,7 +59,7 @@ impl Pty {
 impl ConsoleBackend for Pty {
     fn ports(&self) -> Ports {
         let port = if self.is_open { Port::Poll(self.master.as_raw_fd()) } else { Port::Closed };
-        Ports { input: port, output: port, attention: Some(self.openings.as_raw_fd()) }
+        Ports { input: port, output: port, event_fd: Some(self.openings.as_raw_fd()) }
     }
 
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
@@ -95,7 +95,7 @@ impl ConsoleBackend for Pty {
         Some((size.ws_col, size.ws_row))
     }
 
-    fn attend(&mut self) {
+    fn process_event(&mut self) {
         // All events are of the same kind, IN_OPEN. The slave may have been closed since.
         let mut events = [0; 1024];
         while rustix::io::read(&self.openings, &mut events).is_ok_and(|count| count > 0) {}
@@ -139,7 +139,7 @@ mod tests {
         for round in [b"first ", b"second"] {
             let mut user = attach(&path);
             assert!(has_attention(&pty));
-            pty.attend();
+            pty.process_event();
             assert!(!has_attention(&pty), "the event is consumed");
             assert!(matches!(pty.ports().input, Port::Poll(_)));
 
@@ -162,7 +162,7 @@ mod tests {
     fn a_user_who_does_not_read_throttles_the_output_and_one_who_disconnects_does_not() {
         let (mut pty, path) = Pty::open().unwrap();
         let user = attach(&path);
-        pty.attend();
+        pty.process_event();
         let refusal = |pty: &mut Pty| {
             loop {
                 if let Err(error) = pty.write(&[b'x'; 512]) {
@@ -181,7 +181,7 @@ mod tests {
     fn a_user_who_disconnects_at_once_does_not_count_as_connected() {
         let (mut pty, path) = Pty::open().unwrap();
         drop(attach(&path));
-        pty.attend();
+        pty.process_event();
         assert_eq!(pty.ports().output, Port::Closed);
     }
 }

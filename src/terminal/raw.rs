@@ -52,7 +52,7 @@ enum Mode {
 #[derive(Debug)]
 pub(super) struct RawMode {
     /// The timer's descriptor, which is open as long as this exists.
-    attention: RawFd,
+    event_fd: RawFd,
 }
 
 impl RawMode {
@@ -72,22 +72,22 @@ impl RawMode {
         let controls = controls(terminal.as_fd());
         let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
         let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
-        let attention = timer.as_raw_fd();
+        let event_fd = timer.as_raw_fd();
         let mut taken = Taken { terminal, controls, before: None, mode: Mode::Untouched, timer };
         taken.update()?;
         *slot = Some(taken);
         drop(slot);
         restore_on_panic();
-        Ok(Self { attention })
+        Ok(Self { event_fd })
     }
 
     /// The descriptor that is readable when [`RawMode::update`] is due, or when the size of the terminal may have changed.
-    pub(super) fn attention(&self) -> RawFd {
-        self.attention
+    pub(super) fn event_fd(&self) -> RawFd {
+        self.event_fd
     }
 
-    /// Consumes the event of [`RawMode::attention`].
-    pub(super) fn attend(&self) {
+    /// Consumes the event of [`RawMode::event_fd`].
+    pub(super) fn process_event(&self) {
         if let Some(taken) = lock().as_mut() {
             // Fails if the event was stale.
             let _ = rustix::io::read(&taken.timer, &mut [0u8; 8]);
@@ -160,7 +160,7 @@ impl Taken {
         self.mode = Mode::Restored;
     }
 
-    /// Makes the descriptor of [`RawMode::attention`] readable after this time.
+    /// Makes the descriptor of [`RawMode::event_fd`] readable after this time.
     fn set_timer(&self, time: Duration) {
         // Zero would disarm the timer.
         let nanos = time.max(Duration::from_nanos(1)).as_nanos();
@@ -265,11 +265,11 @@ mod tests {
         !mode.local_modes.intersects(cooked) && !mode.input_modes.contains(InputModes::IXON)
     }
 
-    /// True if the descriptor of its attention is readable, or becomes so at once.
+    /// True if the descriptor of its event_fd is readable, or becomes so at once.
     fn is_due(raw: &RawMode) -> bool {
         let taken = lock();
         let timer = &taken.as_ref().unwrap().timer;
-        assert_eq!(timer.as_raw_fd(), raw.attention());
+        assert_eq!(timer.as_raw_fd(), raw.event_fd());
         let mut fds = [PollFd::new(timer, PollFlags::IN)];
         poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 20_000_000 })).unwrap() > 0
     }
@@ -298,13 +298,13 @@ mod tests {
         let raw = RawMode::enter(terminal.as_fd()).unwrap();
         // Set to expire at once, but the kernel may need a moment.
         assert!(is_due(&raw));
-        raw.attend();
+        raw.process_event();
         // A new size makes the descriptor readable once.
         assert!(!is_due(&raw));
         resized();
         resized();
         assert!(is_due(&raw));
-        raw.attend();
+        raw.process_event();
         assert!(!is_due(&raw));
         restore();
         assert!(!is_raw(&terminal), "restored while the console exists");

@@ -41,7 +41,7 @@ impl ConsoleBackend for Shared {
         self.lock().size()
     }
 
-    fn attend(&mut self) {
-        self.lock().attend();
+    fn process_event(&mut self) {
+        self.lock().process_event();
     }
 }

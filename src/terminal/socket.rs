@@ -50,7 +50,7 @@ impl Socket {
 
     /// Accepts the next connection, or refuses it if there is a client.
     fn accept(&mut self) {
-        let Some(stream) = self.acceptor.admit() else { return };
+        let Some(stream) = self.acceptor.accept() else { return };
         if self.client.is_some() {
             let _ = send(&stream, IN_USE, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
             return;
@@ -81,7 +81,7 @@ impl ConsoleBackend for Socket {
         Ports {
             input: port(|client| client.input_has_ended),
             output: port(|client| client.output_has_ended),
-            attention: (!self.is_paused).then(|| self.acceptor.fd()),
+            event_fd: (!self.is_paused).then(|| self.acceptor.fd()),
         }
     }
 
@@ -112,7 +112,7 @@ impl ConsoleBackend for Socket {
         result
     }
 
-    fn attend(&mut self) {
+    fn process_event(&mut self) {
         match &self.client {
             // The next client waits until the guest has read all input of the last one.
             Some(client) if is_hung_up(&client.stream) && client.has_unread_input() => {
@@ -153,7 +153,7 @@ mod tests {
         assert!(is_free(&socket));
         for _ in 0..2 {
             let mut user = UnixStream::connect(&path).unwrap();
-            socket.attend();
+            socket.process_event();
             assert_eq!(socket.write(b"out").unwrap(), 3);
             let mut buffer = [0; 16];
             assert_eq!(user.read(&mut buffer).unwrap(), 3);
@@ -170,9 +170,9 @@ mod tests {
     fn a_second_user_is_refused_with_a_message() {
         let (_folder, path, mut socket) = new_socket();
         let mut first = UnixStream::connect(&path).unwrap();
-        socket.attend();
+        socket.process_event();
         let mut second = UnixStream::connect(&path).unwrap();
-        socket.attend();
+        socket.process_event();
         let mut reply = Vec::new();
         second.read_to_end(&mut reply).unwrap();
         assert_eq!(reply, IN_USE);
@@ -184,7 +184,7 @@ mod tests {
     fn a_user_who_only_stops_typing_still_gets_the_output() {
         let (_folder, path, mut socket) = new_socket();
         let mut user = UnixStream::connect(&path).unwrap();
-        socket.attend();
+        socket.process_event();
         user.shutdown(Shutdown::Write).unwrap();
         assert_eq!(socket.read(&mut [0; 16]).unwrap(), 0);
         assert_eq!(socket.ports().input, Port::Closed);
@@ -195,9 +195,9 @@ mod tests {
         // No polled descriptor reports that the client has disconnected.
         drop(user);
         let _next = UnixStream::connect(&path).unwrap();
-        socket.attend();
+        socket.process_event();
         assert!(is_free(&socket), "the old client is dropped first, and the next call accepts");
-        socket.attend();
+        socket.process_event();
         assert!(!is_free(&socket));
     }
 
@@ -205,7 +205,7 @@ mod tests {
     fn a_write_detects_that_the_user_has_disconnected_and_a_read_drops_it() {
         let (_folder, path, mut socket) = new_socket();
         let user = UnixStream::connect(&path).unwrap();
-        socket.attend();
+        socket.process_event();
         drop(user);
         assert_eq!(socket.write(b"lost").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
         assert_eq!(socket.ports().output, Port::Closed);
@@ -218,16 +218,16 @@ mod tests {
     fn input_of_the_last_user_is_read_before_the_next_one_is_accepted() {
         let (_folder, path, mut socket) = new_socket();
         let mut first = UnixStream::connect(&path).unwrap();
-        socket.attend();
+        socket.process_event();
         first.write_all(b"poweroff").unwrap();
         drop(first);
         let _second = UnixStream::connect(&path).unwrap();
-        socket.attend();
-        assert_eq!(socket.ports().attention, None, "the acceptor is not polled meanwhile");
+        socket.process_event();
+        assert_eq!(socket.ports().event_fd, None, "the acceptor is not polled meanwhile");
         assert_eq!(socket.read(&mut [0; 16]).unwrap(), 8);
         assert_eq!(socket.read(&mut [0; 16]).unwrap(), 0);
-        assert!(socket.ports().attention.is_some());
-        socket.attend();
+        assert!(socket.ports().event_fd.is_some());
+        socket.process_event();
         assert!(!is_free(&socket));
     }
 
@@ -235,7 +235,7 @@ mod tests {
     fn a_user_who_does_not_read_throttles_the_output() {
         let (_folder, path, mut socket) = new_socket();
         let _user = UnixStream::connect(&path).unwrap();
-        socket.attend();
+        socket.process_event();
         let refusal = loop {
             if let Err(error) = socket.write(&[b'x'; 4096]) {
                 break error.kind();
@@ -273,7 +273,7 @@ mod tests {
         assert!(path.exists(), "std leaves the file");
         let mut socket = Socket::listen(&path).unwrap();
         let _user = UnixStream::connect(&path).unwrap();
-        socket.attend();
+        socket.process_event();
         assert!(!is_free(&socket));
     }
 

@@ -106,7 +106,7 @@ impl ConsoleBackend for Stdio {
         let Some(terminal) = &self.terminal else { return ports };
         let may_read = terminal.state == JobState::Foreground;
         let input = if may_read { ports.input } else { Port::Closed };
-        Ports { input, attention: Some(terminal.raw.attention()), ..ports }
+        Ports { input, event_fd: Some(terminal.raw.event_fd()), ..ports }
     }
 
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
@@ -140,9 +140,9 @@ impl ConsoleBackend for Stdio {
         Some((size.ws_col, size.ws_row))
     }
 
-    fn attend(&mut self) {
+    fn process_event(&mut self) {
         if let Some(terminal) = &self.terminal {
-            terminal.raw.attend();
+            terminal.raw.process_event();
             self.update();
         }
     }

@@ -62,7 +62,7 @@ impl Stream {
 impl ConsoleBackend for Streams {
     fn ports(&self) -> Ports {
         let port = |stream: &Option<Stream>| stream.as_ref().map_or(Port::Closed, Stream::port);
-        Ports { input: port(&self.input), output: port(&self.output), attention: None }
+        Ports { input: port(&self.input), output: port(&self.output), event_fd: None }
     }
 
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {

@@ -5,7 +5,7 @@
 
 use std::fmt::Write;
 
-use super::names::{Places, Subject};
+use super::names::{DeviceMap, Subject};
 use super::record::{Kind, Record};
 use crate::config::TraceFormat;
 use crate::vcpu::record::Ticks;
@@ -50,11 +50,11 @@ pub(super) struct Format {
     format: TraceFormat,
     process: u32,
     scale: Timescale,
-    places: Places,
+    places: DeviceMap,
 }
 
 impl Format {
-    pub(super) fn new(format: TraceFormat, scale: Timescale, places: Places) -> Self {
+    pub(super) fn new(format: TraceFormat, scale: Timescale, places: DeviceMap) -> Self {
         Self { format, process: std::process::id(), scale, places }
     }
 

@@ -7,7 +7,7 @@
 //! | `writer.rs` | the thread that empties the rings into the file |
 //! | `format.rs` | Chrome's trace events, and JSON lines |
 //! | `report/` | [`report()`]: a page that shows and explains a trace |
-//! | `names.rs` | [`Places`] of devices and their registers; SBI calls and CSRs by name |
+//! | `names.rs` | [`DeviceMap`] of devices and their registers; SBI calls and CSRs by name |
 //!
 //! A hart takes the time when it leaves the guest and when it enters again, and stores eight words: no system
 //! call, no lock, no allocation. The writer does everything else. Without a trace the run loop is compiled without any of it
@@ -29,7 +29,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use format::{Format, Header, Timescale};
-pub use names::Places;
+pub use names::DeviceMap;
 pub use record::HartRecorder;
 pub use report::report;
 #[cfg(any(test, fuzzing))]
@@ -57,7 +57,7 @@ pub struct Plan {
     /// The clock of the harts.
     pub ticks: Ticks,
     /// The addresses of its devices.
-    pub places: Places,
+    pub places: DeviceMap,
 }
 
 /// A trace that is being written, across reboots. Dropping it completes the file.

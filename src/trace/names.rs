@@ -18,9 +18,9 @@ struct Place {
 
 /// The devices of a machine by address.
 #[derive(Debug, Clone, Default)]
-pub struct Places(Vec<Place>);
+pub struct DeviceMap(Vec<Place>);
 
-impl Places {
+impl DeviceMap {
     /// The devices of `bus`. If there are several of a model, their labels have the address.
     #[must_use]
     pub fn of(bus: &Bus) -> Self {
@@ -60,7 +60,7 @@ pub(super) struct Subject<'a> {
 }
 
 impl<'a> Subject<'a> {
-    pub(super) fn new(record: &'a Record, places: &'a Places) -> Self {
+    pub(super) fn new(record: &'a Record, places: &'a DeviceMap) -> Self {
         let is_access = matches!(record.kind, Kind::MmioRead | Kind::MmioWrite);
         Self { record, place: is_access.then(|| places.find(record.a)).flatten() }
     }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::{Places, Plan, Trace};
+use super::{DeviceMap, Plan, Trace};
 use crate::config::{TraceConfig, TraceFormat, Unassigned};
 use crate::error::{EXIT_USAGE, Error};
 use crate::host::on_a_small_file_system;
@@ -33,7 +33,7 @@ fn traced(config: &TraceConfig, script: &[Step]) -> String {
 /// Runs `script` with a trace, and returns the file and the result of the trace.
 fn run_script(config: &TraceConfig, script: &[Step]) -> (String, Result<(), Error>) {
     let (world, _uart) = world(Unassigned::Zero);
-    let places = Places::of(&world.bus);
+    let places = DeviceMap::of(&world.bus);
     let plan = Plan { name: "web".into(), harts: 2, ticks: ticks(), places };
     let trace = Trace::start(config, plan).unwrap();
     let control = Arc::new(Control::new());
@@ -189,7 +189,8 @@ fn a_file_that_cannot_be_a_trace_is_refused() {
     rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, mode, 0).unwrap();
     for file in [folder.path().into(), folder.path().join("no/where"), pipe, "/dev/null".into()] {
         let config = TraceConfig { file, ..TraceConfig::default() };
-        let plan = Plan { name: "a".into(), harts: 1, ticks: ticks(), places: Places::default() };
+        let plan =
+            Plan { name: "a".into(), harts: 1, ticks: ticks(), places: DeviceMap::default() };
         let error = Trace::start(&config, plan).unwrap_err().to_string();
         assert!(error.starts_with("Cannot write "), "{error}");
     }

@@ -21,7 +21,7 @@ pub enum Flow {
     /// Suspend the whole system until a wake-up event (SBI SUSP).
     Suspend,
     /// Decide by the hart's registers: raise a trap in the guest, or stop the machine.
-    Resolve(Trouble),
+    Resolve(UnresolvedExit),
     /// Stop the machine. Boxed to keep the enum small: a `Flow` is returned at every exit, this one once.
     Stop(Box<StopReason>),
 }
@@ -34,7 +34,7 @@ impl From<StopReason> for Flow {
 
 /// An exit that can be handled only with the hart's registers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Trouble {
+pub enum UnresolvedExit {
     /// An `ebreak`: the firmware's, a debugger's or the guest's own.
     Breakpoint,
     /// An access to an address without memory and device, under a policy other than zero.
@@ -78,9 +78,9 @@ fn dispatch_rare(exit: &mut Exit<'_>, world: &World) -> Flow {
         }
         Exit::Interrupted => Flow::Yield,
         Exit::System(event) => system(*event),
-        Exit::Debug => Flow::Resolve(Trouble::Breakpoint),
-        Exit::Fault(fault) => Flow::Resolve(Trouble::Fault(*fault)),
-        Exit::Unknown(reason) => Flow::Resolve(Trouble::UnknownExit(*reason)),
+        Exit::Debug => Flow::Resolve(UnresolvedExit::Breakpoint),
+        Exit::Fault(fault) => Flow::Resolve(UnresolvedExit::Fault(*fault)),
+        Exit::Unknown(reason) => Flow::Resolve(UnresolvedExit::UnknownExit(*reason)),
     }
 }
 
@@ -88,7 +88,9 @@ fn dispatch_rare(exit: &mut Exit<'_>, world: &World) -> Flow {
 fn unassigned(world: &World, addr: u64, write: bool) -> Flow {
     match world.unassigned {
         Unassigned::Zero => Flow::Resume,
-        Unassigned::Fault | Unassigned::Stop => Flow::Resolve(Trouble::Unassigned { addr, write }),
+        Unassigned::Fault | Unassigned::Stop => {
+            Flow::Resolve(UnresolvedExit::Unassigned { addr, write })
+        }
     }
 }
 
@@ -108,6 +110,6 @@ fn system(event: SystemEvent) -> Flow {
             info!("The guest requests a reset, reason {reason}");
             StopReason::Reset.into()
         }
-        SystemEvent::Other(number) => Flow::Resolve(Trouble::UnknownEvent(number)),
+        SystemEvent::Other(number) => Flow::Resolve(UnresolvedExit::UnknownEvent(number)),
     }
 }

@@ -88,7 +88,7 @@ pub trait Hart: Send {
     fn set_timer_pending(&mut self, on: bool) -> io::Result<bool>;
 
     /// Sets the external interrupt to the level of its line: the kernel loses it when it starts a hart.
-    fn drive_external(&mut self) -> io::Result<()>;
+    fn sync_external_interrupt(&mut self) -> io::Result<()>;
 
     /// Reads a register. Until the last exit is settled or abandoned, the registers are those before its instruction completes.
     fn get(&self, reg: Reg) -> io::Result<u64>;

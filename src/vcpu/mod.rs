@@ -21,7 +21,7 @@
 //! # The path of an exit
 //!
 //! `enter` → `dispatch` → [`Flow`]. Most exits are handled by `dispatch` alone and the hart is entered again at once; nothing on
-//! that path allocates, logs or takes a lock but the device's. An exit that needs the hart's registers is returned as a [`Trouble`],
+//! that path allocates, logs or takes a lock but the device's. An exit that needs the hart's registers is returned as a [`UnresolvedExit`],
 //! and the run loop, which owns the hart, resolves it. The control is checked only after [`exit::Exit::Interrupted`]: a thread
 //! that requests something of a hart changes the control and then kicks the hart. A hart that waits there runs the tasks of
 //! [`Control::run_on`].
@@ -49,7 +49,7 @@ pub mod walk;
 mod world;
 
 pub use control::{Control, Pause};
-pub use dispatch::{Flow, Trouble, dispatch};
+pub use dispatch::{Flow, UnresolvedExit, dispatch};
 pub use dump::{dump, registers};
 pub use run::spawn_hart;
 pub use world::{Debugger, World};

@@ -109,8 +109,8 @@ impl Hart for ObservedHart {
         self.hart.set_timer_pending(on)
     }
 
-    fn drive_external(&mut self) -> io::Result<()> {
-        self.hart.drive_external()
+    fn sync_external_interrupt(&mut self) -> io::Result<()> {
+        self.hart.sync_external_interrupt()
     }
 
     fn get(&self, reg: Reg) -> io::Result<u64> {

@@ -141,7 +141,7 @@ impl Restarts {
         if !kicked.is_some_and(|kicked| kicked.swap(false, SeqCst)) {
             return Ok(());
         }
-        hart.drive_external()?;
+        hart.sync_external_interrupt()?;
         if !self.shared.opens {
             return Ok(());
         }

@@ -234,7 +234,7 @@ impl Hart for ScriptHart {
         Ok(!self.has_no_sstc || on)
     }
 
-    fn drive_external(&mut self) -> io::Result<()> {
+    fn sync_external_interrupt(&mut self) -> io::Result<()> {
         self.log.note(Event::ExternalDriven);
         Ok(())
     }

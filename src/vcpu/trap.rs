@@ -13,7 +13,7 @@ use std::io;
 
 use log::warn;
 
-use super::dispatch::Trouble;
+use super::dispatch::UnresolvedExit;
 use super::dump::dump;
 use super::exit::Fault;
 use super::firmware::BreakpointOutcome;
@@ -65,24 +65,24 @@ pub(super) enum Fetched {
 pub(super) fn resolve(
     hart: &mut dyn Hart,
     world: &World,
-    trouble: Trouble,
+    trouble: UnresolvedExit,
 ) -> io::Result<Option<StopReason>> {
     hart.abandon();
     let pc = hart.get(Reg::Pc)?;
     match trouble {
-        Trouble::Breakpoint => return breakpoint(hart, world, pc),
-        Trouble::Unassigned { addr, write } if world.unassigned == Unassigned::Stop => {
+        UnresolvedExit::Breakpoint => return breakpoint(hart, world, pc),
+        UnresolvedExit::Unassigned { addr, write } if world.unassigned == Unassigned::Stop => {
             let dump = dump(hart);
             return Ok(Some(StopReason::UnassignedAccess { hart: hart.id(), addr, write, dump }));
         }
-        Trouble::Unassigned { addr, write } => unassigned(hart, world, pc, addr, write)?,
-        Trouble::Fault(fault) => return resolve_fault(hart, world, pc, fault),
-        Trouble::UnknownEvent(number) => {
+        UnresolvedExit::Unassigned { addr, write } => unassigned(hart, world, pc, addr, write)?,
+        UnresolvedExit::Fault(fault) => return resolve_fault(hart, world, pc, fault),
+        UnresolvedExit::UnknownEvent(number) => {
             let what =
                 format!("it asked for system event {number}, which this version does not know");
             return Ok(Some(hart_fault(hart, what)));
         }
-        Trouble::UnknownExit(number) => {
+        UnresolvedExit::UnknownExit(number) => {
             let what =
                 format!("it left the guest for reason {number}, which this version does not know");
             return Ok(Some(hart_fault(hart, what)));

@@ -16,13 +16,13 @@ use crate::source::{Source, unusable};
 
 /// A device tree supplied by the user: a valid blob, and the facts in it.
 #[derive(Clone, Debug)]
-pub struct GivenTree {
+pub struct UserTree {
     name: FileName,
     blob: Vec<u8>,
     claims: Claims,
 }
 
-impl GivenTree {
+impl UserTree {
     /// Reads a device tree blob; data after the end given by its header is ignored.
     ///
     /// # Errors

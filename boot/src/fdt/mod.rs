@@ -1,4 +1,4 @@
-//! The device tree: generated from a [`Board`], or supplied by the user and compared with one ([`GivenTree`]).
+//! The device tree: generated from a [`Board`], or supplied by the user and compared with one ([`UserTree`]).
 //!
 //! A node combines the properties of a device with its address and interrupts on the board (Devicetree
 //! Specification 0.4; Linux's bindings where the specification leaves it open). The layout is that of QEMU's
@@ -18,7 +18,7 @@ mod writer;
 pub use board::{
     Board, Chosen, Cpu, DeviceNode, Irqchip, Isa, MmuType, Node, PlicContexts, Property, Value,
 };
-pub use given::GivenTree;
+pub use given::UserTree;
 use phandles::Phandles;
 use writer::Writer;
 

@@ -13,7 +13,7 @@ use crate::host::{Host, HostError, Listener};
 use crate::virtio::blk::testing::MemoryDisk;
 use crate::virtio::blk::{DiskBackend, DiskPlan};
 use crate::virtio::net::testing::MemoryNet;
-use crate::virtio::net::{NetBackend, NetworkEnd};
+use crate::virtio::net::{NetBackend, NetworkSource};
 use crate::virtio::vhost_kernel::KernelQueues;
 use crate::virtio::vhost_kernel::testing::FakeKernel;
 use crate::virtio::vhost_user::testing::{Quiet, Traits, serve};
@@ -24,7 +24,7 @@ use crate::virtio::{DmaMemory, feature};
 #[derive(Debug, Clone, Default)]
 pub struct MemoryHost {
     disk: Option<MemoryDisk>,
-    networks: Arc<Mutex<Vec<(NetworkEnd, MemoryNet)>>>,
+    networks: Arc<Mutex<Vec<(NetworkSource, MemoryNet)>>>,
     sockets: Arc<Mutex<Vec<(u32, FakeKernel)>>>,
     flash: Vec<u8>,
 }
@@ -44,7 +44,7 @@ impl MemoryHost {
 
     /// The networks opened so far, each with its request.
     #[must_use]
-    pub fn networks(&self) -> Vec<(NetworkEnd, MemoryNet)> {
+    pub fn networks(&self) -> Vec<(NetworkSource, MemoryNet)> {
         lock(&self.networks).clone()
     }
 
@@ -59,13 +59,12 @@ impl Host for MemoryHost {
     fn console(&self, to: &str) -> Result<Box<dyn ConsoleBackend>, HostError> {
         match to {
             "null" => Ok(Box::new(NullConsole)),
-            other => Err(HostError::mistake(format!("Cannot open {other}: not a test console"))),
+            other => Err(HostError::invalid(format!("Cannot open {other}: not a test console"))),
         }
     }
 
     fn listen(&self, path: &Path) -> Result<Box<dyn Listener>, HostError> {
-        let failed =
-            |error| HostError::refused(format!("Cannot listen on {}", path.display()), error);
+        let failed = |error| HostError::os(format!("Cannot listen on {}", path.display()), error);
         let listener = UnixListener::bind(path).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
         Ok(Box::new(TestListener(listener, path.into())))
@@ -81,8 +80,8 @@ impl Host for MemoryHost {
         UnixStream::connect(path)
     }
 
-    fn network(&self, end: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError> {
-        let refused = |error| HostError::refused("Cannot create a network in memory", error);
+    fn network(&self, end: &NetworkSource) -> Result<Box<dyn NetBackend>, HostError> {
+        let refused = |error| HostError::os("Cannot create a network in memory", error);
         let network = MemoryNet::new().map_err(refused)?;
         lock(&self.networks).push((end.clone(), network.clone()));
         Ok(Box::new(network))
@@ -99,7 +98,7 @@ impl Host for MemoryHost {
     }
 
     fn serve(&self, _: &Service) -> Result<(UnixStream, Box<dyn Daemon>), HostError> {
-        let refused = |error| HostError::refused("Cannot create a socket pair", error);
+        let refused = |error| HostError::os("Cannot create a socket pair", error);
         let (near, far) = UnixStream::pair().map_err(refused)?;
         drop(serve(far, Traits::default()));
         Ok((near, Box::new(Quiet)))
@@ -110,7 +109,7 @@ impl Host for MemoryHost {
         plan: &DiskPlan,
         memory: Arc<dyn DmaMemory>,
     ) -> Result<Box<dyn DiskBackend>, HostError> {
-        let refused = |error| HostError::refused("Cannot create a disk in memory", error);
+        let refused = |error| HostError::os("Cannot create a disk in memory", error);
         let disk = match &self.disk {
             Some(disk) => disk.clone(),
             None => MemoryDisk::new(8).map_err(refused)?,

@@ -126,7 +126,7 @@ impl VirtioDevice for Input {
     }
 
     /// The events have the same format without it.
-    fn may_lack_version_1(&self) -> bool {
+    fn version_1_is_optional(&self) -> bool {
         true
     }
 

@@ -15,19 +15,19 @@ pub(super) mod isr {
 /// A device's interrupt. Changes under the device's lock are driven onto the line after releasing it.
 pub(super) struct Interrupt {
     pin: Arc<StatusPin>,
-    is_undriven: bool,
+    has_pending_irq: bool,
     /// Interrupt coalescing, if the device allows it.
     pub(super) hold: Option<Hold>,
 }
 
 impl Interrupt {
-    /// Creates an interrupt on this line, which is low; with coalescing if `may_hold`.
+    /// Creates an interrupt on this line, which is low; with coalescing if `coalesces_interrupts`.
     ///
     /// # Errors
     /// The host has no timers left.
-    pub(super) fn new(line: Arc<dyn IrqLine>, may_hold: bool) -> io::Result<Self> {
-        let hold = may_hold.then(Hold::new).transpose()?;
-        Ok(Self { pin: Arc::new(StatusPin::new(line)), is_undriven: false, hold })
+    pub(super) fn new(line: Arc<dyn IrqLine>, coalesces_interrupts: bool) -> io::Result<Self> {
+        let hold = coalesces_interrupts.then(Hold::new).transpose()?;
+        Ok(Self { pin: Arc::new(StatusPin::new(line)), has_pending_irq: false, hold })
     }
 
     /// The register, accessible without the device's lock.
@@ -37,25 +37,25 @@ impl Interrupt {
 
     /// Sets bits of the register.
     pub(super) fn raise(&mut self, bits: u32) {
-        self.is_undriven |= self.pin.raise(bits);
+        self.has_pending_irq |= self.pin.raise(bits);
     }
 
     /// Clears bits of the register.
     pub(super) fn clear(&mut self, bits: u32) {
-        self.is_undriven |= self.pin.clear(bits);
+        self.has_pending_irq |= self.pin.clear(bits);
     }
 
     /// Sets whether remote queues raise the line directly for used buffers.
     pub(super) fn share(&mut self, with_remote: bool) {
-        self.pin.share(if with_remote { isr::USED_BUFFER } else { 0 });
+        self.pin.set_external(if with_remote { isr::USED_BUFFER } else { 0 });
         // The line may be high.
-        self.is_undriven |= !with_remote;
+        self.has_pending_irq |= !with_remote;
     }
 
     /// Clears everything, and always drives the line: its level may differ from the remembered one.
     pub(super) fn reset(&mut self) {
         self.clear(u32::MAX);
-        self.is_undriven = true;
+        self.has_pending_irq = true;
         self.forget();
     }
 
@@ -66,13 +66,13 @@ impl Interrupt {
 
     /// Drives the line now, if its level has changed.
     pub(super) fn sync(&mut self) {
-        if let Some(pin) = self.undriven() {
+        if let Some(pin) = self.take_pending_irq() {
             pin.drive();
         }
     }
 
     /// Returns the pin if it has to be driven, once per change.
-    pub(super) fn undriven(&mut self) -> Option<Arc<StatusPin>> {
-        std::mem::take(&mut self.is_undriven).then(|| Arc::clone(&self.pin))
+    pub(super) fn take_pending_irq(&mut self) -> Option<Arc<StatusPin>> {
+        std::mem::take(&mut self.has_pending_irq).then(|| Arc::clone(&self.pin))
     }
 }

@@ -16,7 +16,7 @@ use super::queue::Queue;
 use super::state::Core;
 use crate::catalog::{BuildError, Built, Wiring};
 use crate::device::{
-    Access, AccessError, Doorbell, FdtDesc, FdtProperty, FdtValue, Interest, MmioDevice,
+    Access, AccessError, FdtDesc, FdtProperty, FdtValue, Interest, IoEvent, MmioDevice,
     RegisterName, Source, Unlocked, read_words, write_words,
 };
 use crate::irq::StatusPin;
@@ -310,16 +310,16 @@ impl MmioDevice for VirtioMmio {
         }
     }
 
-    fn undriven(&mut self) -> Option<Arc<StatusPin>> {
-        self.core.interrupt.undriven()
+    fn take_pending_irq(&mut self) -> Option<Arc<StatusPin>> {
+        self.core.interrupt.take_pending_irq()
     }
 
     fn unlocked(&self) -> Option<Arc<dyn Unlocked>> {
         Some(Arc::new(InterruptRegisters(Arc::clone(self.core.interrupt.pin()))))
     }
 
-    fn doorbells(&self) -> Vec<Doorbell<'_>> {
-        let notify = |(value, event)| Doorbell { offset: reg::QUEUE_NOTIFY, value, event };
+    fn ioeventfds(&self) -> Vec<IoEvent<'_>> {
+        let notify = |(value, event)| IoEvent { offset: reg::QUEUE_NOTIFY, value, event };
         (0..).zip(self.core.kicks.iter()).map(notify).collect()
     }
 }

@@ -101,7 +101,7 @@ pub enum VirtioError {
     Ring(#[from] RingError),
     /// The backend is gone for good.
     #[error("the backend is gone")]
-    Gone,
+    BackendGone,
     /// The host's kernel (vhost), which processes the queues, found them invalid.
     #[error("the host's kernel stopped processing the queues")]
     Stuck,
@@ -161,20 +161,20 @@ pub trait VirtioDevice: Send {
         let _ = (rings, kick);
     }
 
-    /// True if remote queues raise the interrupt line directly ([`crate::IrqLine::raise_by`]) while the device is active, bypassing
+    /// True if remote queues raise the interrupt line directly ([`crate::IrqLine::attach_irqfd`]) while the device is active, bypassing
     /// the transport; constant.
-    fn raises_line(&self) -> bool {
+    fn uses_irqfd(&self) -> bool {
         false
     }
 
     /// True if a driver may leave out [`feature::VERSION_1`] (virtio 1.3, 6.2: a device may fail to operate then): only if the
     /// device's data formats are the same without it; constant.
-    fn may_lack_version_1(&self) -> bool {
+    fn version_1_is_optional(&self) -> bool {
         false
     }
 
     /// True if results may be held back for a short time, so that several share one interrupt (`hold.rs`); constant.
-    fn may_hold(&self) -> bool {
+    fn coalesces_interrupts(&self) -> bool {
         false
     }
 
@@ -188,16 +188,16 @@ pub trait VirtioDevice: Send {
     fn kicked(&mut self, queue: u16, work: &mut Work<'_>) -> Result<(), VirtioError>;
 
     /// Resets `queue` alone: drops the chains taken from it, which are no longer accessed in guest memory when this has
-    /// returned and [`is_settled`](Self::is_settled) is true.
+    /// returned and [`is_quiescent`](Self::is_quiescent) is true.
     fn reset_queue(&mut self, queue: u16);
 
     /// Resets the device to its state after power-on. Chains taken from its queues are no longer accessed in guest memory when this
-    /// has returned and [`is_settled`](Self::is_settled) is true. Waits for a second at most.
+    /// has returned and [`is_quiescent`](Self::is_quiescent) is true. Waits for a second at most.
     fn reset(&mut self);
 
     /// True if no request from before the last resets accesses guest memory any more. Until then the driver reads that the reset is not
     /// complete; the device gets an event ([`ready`](Self::ready)) when it is.
-    fn is_settled(&self) -> bool {
+    fn is_quiescent(&self) -> bool {
         true
     }
 

@@ -50,7 +50,7 @@ impl Calls {
 
     /// Lets the kernel raise `line` for them, if it can; to be called before a queue is passed on.
     pub(super) fn raise(&mut self, line: &dyn IrqLine) {
-        self.by_kernel = self.all.iter().take_while(|call| line.raise_by(call)).count();
+        self.by_kernel = self.all.iter().take_while(|call| line.attach_irqfd(call)).count();
     }
 
     /// True if the kernel raises the line for some of them.

@@ -62,7 +62,7 @@ impl Rng {
         let mut drawn = 0;
         while !self.limiter.is_waiting() {
             if drawn >= PASS {
-                work.leave(QUEUE);
+                work.end_pass(QUEUE);
                 break;
             }
             let Some(chain) = work.pop(QUEUE)? else { break };
@@ -112,7 +112,7 @@ impl VirtioDevice for Rng {
     }
 
     /// The data has the same format without it.
-    fn may_lack_version_1(&self) -> bool {
+    fn version_1_is_optional(&self) -> bool {
         true
     }
 

@@ -79,7 +79,7 @@ impl Core {
             (0..).zip(device.queue_sizes()).map(|(index, size)| Queue::new(index, *size)).collect();
         let kick = |_: &Queue| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         let kicks = queues.iter().map(kick).collect::<Result<_, _>>()?;
-        let interrupt = Interrupt::new(irq, device.may_hold())?;
+        let interrupt = Interrupt::new(irq, device.coalesces_interrupts())?;
         Ok(Self {
             device,
             memory,
@@ -184,7 +184,7 @@ impl Core {
             self.device.reset_queue(index);
         }
         queue.reset(true);
-        if !self.device.is_settled() {
+        if !self.device.is_quiescent() {
             self.resetting_queues |= 1 << (index % 64);
         }
         Ok(())
@@ -197,7 +197,7 @@ impl Core {
 
     /// Completes resets that waited for the host.
     pub(super) fn settle(&mut self) {
-        if (self.is_resetting || self.resetting_queues != 0) && self.device.is_settled() {
+        if (self.is_resetting || self.resetting_queues != 0) && self.device.is_quiescent() {
             self.resetting_queues = 0;
             if std::mem::take(&mut self.is_resetting) {
                 self.state.status = 0;
@@ -267,7 +267,7 @@ impl Core {
             }
             return false;
         }
-        let is_known = taken & feature::VERSION_1 != 0 || self.device.may_lack_version_1();
+        let is_known = taken & feature::VERSION_1 != 0 || self.device.version_1_is_optional();
         if !is_known {
             self.wants_version_1(format_args!("does not accept VIRTIO_F_VERSION_1"));
         }
@@ -295,7 +295,7 @@ impl Core {
             self.fail("a queue is not entirely in RAM");
             return;
         }
-        if self.device.raises_line() {
+        if self.device.uses_irqfd() {
             self.interrupt.share(true);
         }
         (0..self.queues.len()).for_each(|queue| self.start_remote(queue));
@@ -326,7 +326,7 @@ impl Core {
         self.unshare_line();
         self.interrupt.forget();
         self.resetting_queues = 0;
-        self.is_resetting = !self.device.is_settled();
+        self.is_resetting = !self.device.is_quiescent();
         if self.is_resetting {
             self.state.status = status::NEEDS_RESET;
         }
@@ -334,7 +334,7 @@ impl Core {
 
     /// Remote queues no longer raise the line.
     fn unshare_line(&mut self) {
-        if self.device.raises_line() {
+        if self.device.uses_irqfd() {
             self.interrupt.share(false);
         }
     }

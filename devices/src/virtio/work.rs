@@ -102,7 +102,7 @@ impl<'a> Work<'a> {
     }
 
     /// Interrupts the driver for the chains returned to `queue` so far, if it wants that, before the end of the pass.
-    pub fn tell(&mut self, queue: u16) {
+    pub fn interrupt_driver(&mut self, queue: u16) {
         let queue = self.queues.get_mut(usize::from(queue));
         if queue.is_some_and(|queue| queue.wants_interrupt(self.memory)) {
             self.interrupt.raise(isr::USED_BUFFER);
@@ -112,7 +112,7 @@ impl<'a> Work<'a> {
     }
 
     /// Stops processing `queue` in this pass: it is kicked again, after the other devices' events.
-    pub fn leave(&mut self, queue: u16) {
+    pub fn end_pass(&mut self, queue: u16) {
         self.outcome.cut_short |= 1 << (queue % 64);
     }
 

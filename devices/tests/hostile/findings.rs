@@ -3,7 +3,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use rvmm_devices::testing::{MemoryHost, hand_over, turn};
+use rvmm_devices::testing::{MemoryHost, dispatch_event, turn};
 use rvmm_devices::virtio::blk::testing::MemoryDisk;
 use rvmm_devices::virtio::mmio::KICK;
 use rvmm_devices::virtio::testing::{Buffer, NEXT, RAM, RAM_SIZE, Rig, WRITE};
@@ -26,7 +26,7 @@ fn rig_features(options: &Options) -> u64 {
 
 /// Number of requests of `queue` that are returned by one call of the device, and in total.
 fn served(rig: &mut Rig, queue: u32) -> (usize, usize) {
-    hand_over(rig.device.as_mut(), KICK | queue);
+    dispatch_event(rig.device.as_mut(), KICK | queue);
     let first = std::iter::from_fn(|| rig.take_used(queue)).count();
     rig.run();
     (first, first + std::iter::from_fn(|| rig.take_used(queue)).count())

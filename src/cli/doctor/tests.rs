@@ -10,7 +10,7 @@ use super::checks::all;
 use super::host::{Host, Memory, Node};
 use super::report::{Check, Report, Status};
 use crate::host::node::Place;
-use crate::kvm::report::{AiaOffer, GuestFiles, HostReport, SbiOffer, SbiState};
+use crate::kvm::report::{AiaSupport, GuestFiles, HostReport, SbiState, SbiSupport};
 
 /// A RISC-V host with all that rvmm can use.
 fn good_host() -> Host {
@@ -47,8 +47,8 @@ fn names(list: &str) -> Vec<String> {
     list.split(' ').map(Into::into).collect()
 }
 
-fn offers(names: &[&'static str]) -> Vec<SbiOffer> {
-    names.iter().map(|name| SbiOffer { name, state: SbiState::On }).collect()
+fn offers(names: &[&'static str]) -> Vec<SbiSupport> {
+    names.iter().map(|name| SbiSupport { name, state: SbiState::On }).collect()
 }
 
 fn good_kvm() -> HostReport {
@@ -57,7 +57,7 @@ fn good_kvm() -> HostReport {
         recommended_vcpus: 4,
         address_bits: Some(59),
         memory_slots: Some(32767),
-        aia: Some(AiaOffer { guest_files: GuestFiles::Used, ids: 255, all_ids_work: true }),
+        aia: Some(AiaSupport { guest_files: GuestFiles::Used, ids: 255, all_ids_work: true }),
         isa: names("i m a f d c ssaia sstc smstateen"),
         satp_mode: 10,
         timebase_hz: 10_000_000,
@@ -223,7 +223,7 @@ fn a_host_without_aia_gives_guests_the_plic() {
         (GuestFiles::Unsafe, "does not always wake harts"),
     ] {
         let check = line("aia", |_, kvm| {
-            kvm.aia = Some(AiaOffer { guest_files, ids: 255, all_ids_work: true })
+            kvm.aia = Some(AiaSupport { guest_files, ids: 255, all_ids_work: true })
         });
         assert_eq!(check.status, Status::Ok);
         assert!(check.found.contains(words), "{}", check.found);
@@ -233,7 +233,7 @@ fn a_host_without_aia_gives_guests_the_plic() {
 #[test]
 fn a_host_whose_emulated_controller_loses_interrupts_gives_many_devices_the_plic() {
     let check = line("aia-identities", |_, kvm| {
-        kvm.aia = kvm.aia.map(|aia| AiaOffer { all_ids_work: false, ..aia });
+        kvm.aia = kvm.aia.map(|aia| AiaSupport { all_ids_work: false, ..aia });
     });
     assert_eq!(check.status, Status::Note);
     assert!(check.found.contains("all but 31") && check.found.contains("PLIC"), "{check:?}");
@@ -266,7 +266,7 @@ fn each_sbi_extension_that_kvm_lacks_is_a_line_with_the_release_that_brings_it()
 
 #[test]
 fn an_sbi_extension_that_a_guest_gets_on_demand_only_is_marked() {
-    let off = |name| SbiOffer { name, state: SbiState::Off };
+    let off = |name| SbiSupport { name, state: SbiState::Off };
     let sbi = lines("sbi", |_, kvm| kvm.sbi = vec![off("dbcn"), off("mpxy")]);
     assert_eq!(sbi[0].found, "dbcn mpxy(by --sbi +mpxy)");
 }

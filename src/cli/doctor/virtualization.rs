@@ -1,7 +1,7 @@
 //! Lines about the capabilities that KVM reports.
 
 use super::report::Check;
-use crate::kvm::report::{AiaOffer, GuestFiles, HostReport, SbiState};
+use crate::kvm::report::{AiaSupport, GuestFiles, HostReport, SbiState};
 
 /// SBI extensions that a guest may need, and their requirements.
 const SBI_WANTED: [(&str, &str); 6] = [
@@ -66,15 +66,15 @@ pub(super) fn checks(kvm: &HostReport) -> Vec<Check> {
 
 fn aia(kvm: &HostReport) -> Check {
     match kvm.aia {
-        Some(AiaOffer { guest_files: GuestFiles::Used, .. }) => Check::ok(
+        Some(AiaSupport { guest_files: GuestFiles::Used, .. }) => Check::ok(
             "aia",
             "interrupt controller in the kernel (APLIC, IMSICs), with guest interrupt files",
         ),
-        Some(AiaOffer { guest_files: GuestFiles::Absent, .. }) => Check::ok(
+        Some(AiaSupport { guest_files: GuestFiles::Absent, .. }) => Check::ok(
             "aia",
             "interrupt controller in the kernel (APLIC, IMSICs), emulated: no guest interrupt files",
         ),
-        Some(AiaOffer { guest_files: GuestFiles::Unsafe, .. }) => Check::ok(
+        Some(AiaSupport { guest_files: GuestFiles::Unsafe, .. }) => Check::ok(
             "aia",
             "interrupt controller in the kernel (APLIC, IMSICs), emulated: with guest interrupt files this kernel does not always wake harts (fixed in Linux 6.18)",
         ),

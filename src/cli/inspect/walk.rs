@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use crate::inspect::{Landing, Walk};
+use crate::inspect::{Walk, WalkTarget};
 
 /// The walk as text.
 pub(super) fn text(walk: &Walk) -> String {
@@ -58,12 +58,12 @@ pub(super) fn text(walk: &Walk) -> String {
     out
 }
 
-fn place(landing: &Landing) -> String {
+fn place(landing: &WalkTarget) -> String {
     match landing {
-        Landing::Memory { slot, base, offset } => {
+        WalkTarget::Memory { slot, base, offset } => {
             format!("memory: slot {slot}, {offset:#x} bytes from {base:#x}")
         }
-        Landing::Device { name, offset, register } => {
+        WalkTarget::Device { name, offset, register } => {
             let register =
                 register.as_ref().map_or(String::new(), |name| format!(", register {name}"));
             // The guest reads the parts of a flash that are memory slots.
@@ -73,10 +73,10 @@ fn place(landing: &Landing) -> String {
             };
             format!("device {name}, offset {offset:#x}{register}: {exit}")
         }
-        Landing::Range(name) => format!(
+        WalkTarget::Range(name) => format!(
             "the range \"{name}\" of the memory map: the kernel's interrupt controller if the machine has it, else nothing"
         ),
-        Landing::Nothing => {
+        WalkTarget::Nothing => {
             "neither a slot nor a device: an access is an exit, with the effect that --unassigned sets".into()
         }
     }
@@ -106,7 +106,7 @@ mod tests {
             ],
             physical: Some(0x8000_1234),
             fault: String::new(),
-            landing: Some(Landing::Memory { slot: 0, base: 0x8000_0000, offset: 0x1234 }),
+            landing: Some(WalkTarget::Memory { slot: 0, base: 0x8000_0000, offset: 0x1234 }),
             second_levels: Some(5),
             accesses: Some(17),
         }
@@ -137,11 +137,15 @@ mod tests {
         assert!(text(&bare).contains("guest-physical as they are"));
         for (landing, part) in [
             (
-                Landing::Device { name: "serial".into(), offset: 5, register: Some("LSR".into()) },
+                WalkTarget::Device {
+                    name: "serial".into(),
+                    offset: 5,
+                    register: Some("LSR".into()),
+                },
                 "register LSR",
             ),
-            (Landing::Range("imsics".into()), "imsics"),
-            (Landing::Nothing, "--unassigned"),
+            (WalkTarget::Range("imsics".into()), "imsics"),
+            (WalkTarget::Nothing, "--unassigned"),
         ] {
             assert!(place(&landing).contains(part));
         }

@@ -180,7 +180,7 @@ impl Hart for TinyHart {
         Ok(true)
     }
 
-    fn drive_external(&mut self) -> io::Result<()> {
+    fn sync_external_interrupt(&mut self) -> io::Result<()> {
         Ok(())
     }
 

@@ -48,7 +48,7 @@ pub(super) fn take(path: &str, file: &File, is_read_only: bool) -> Result<(), Ho
     give_back(file);
     let what =
         format!("Cannot use disk {path}: another program has it open for {open_for} ({hint})");
-    Err(HostError::refused(what, io::ErrorKind::ResourceBusy.into()))
+    Err(HostError::os(what, io::ErrorKind::ResourceBusy.into()))
 }
 
 /// Releases all locks.

@@ -105,7 +105,7 @@ pub(super) fn open(plan: &DiskPlan, memory: Arc<dyn DmaMemory>) -> Result<Disk, 
 }
 
 fn no_thread(plan: &DiskPlan, source: std::io::Error) -> HostError {
-    HostError::refused(format!("Cannot start a thread for disk {}", plan.path), source)
+    HostError::os(format!("Cannot start a thread for disk {}", plan.path), source)
 }
 
 impl Disk {

@@ -100,11 +100,11 @@ impl Files {
     /// The size of the disk in bytes: whole sectors.
     pub(super) fn first_size(&self, path: &str) -> Result<u64, HostError> {
         let bytes = self.bytes().map_err(|source| {
-            HostError::refused(format!("Cannot read the size of disk {path}"), source)
+            HostError::os(format!("Cannot read the size of disk {path}"), source)
         })?;
         let size = whole_sectors(bytes);
         if size == 0 {
-            return Err(HostError::mistake(format!(
+            return Err(HostError::invalid(format!(
                 "Cannot use disk {path}: it has {bytes} bytes, a sector has 512 (make it larger: truncate -s 1G {path})"
             )));
         }
@@ -197,7 +197,7 @@ fn check_kind(path: &str, kind: FileType) -> Result<(), HostError> {
     } else {
         "a character device"
     };
-    Err(HostError::mistake(format!(
+    Err(HostError::invalid(format!(
         "Cannot use disk {path}: it is {what} (give a file or a block device)"
     )))
 }
@@ -213,13 +213,13 @@ fn not_open(path: &str, error: io::Error) -> HostError {
         io::ErrorKind::ResourceBusy => {
             "it is mounted or part of another device: unmount it, or add ro=on".into()
         }
-        _ => return HostError::refused(what, error),
+        _ => return HostError::os(what, error),
     };
-    HostError::mistake(format!("{what}: {error} ({hint})"))
+    HostError::invalid(format!("{what}: {error} ({hint})"))
 }
 
 fn no_direct(path: &str) -> HostError {
-    HostError::mistake(format!(
+    HostError::invalid(format!(
         "Cannot use disk {path} with cache=none: its file system does not have O_DIRECT (use cache=writeback)"
     ))
 }

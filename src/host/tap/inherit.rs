@@ -16,13 +16,13 @@ const TUN_DEVICE: (u32, u32) = (10, 200);
 impl Tap {
     /// Uses a duplicate of a descriptor that the parent process has opened. The original stays open for the next boot of the guest.
     pub(in crate::host) fn inherit(fd: RawFd) -> Result<Self, HostError> {
-        let refused = |error| HostError::refused(format!("Cannot use descriptor {fd}"), error);
+        let refused = |error| HostError::os(format!("Cannot use descriptor {fd}"), error);
         let own = duplicate(fd)?;
         let stat = fstat(&own).map_err(|error| refused(error.into()))?;
         let is_device = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice;
         let is_tun = is_device && (major(stat.st_rdev), minor(stat.st_rdev)) == TUN_DEVICE;
         let name = attached_to(&own, is_device, is_tun)
-            .map_err(|what| HostError::mistake(format!("Cannot use descriptor {fd}: {what}")))?;
+            .map_err(|what| HostError::invalid(format!("Cannot use descriptor {fd}: {what}")))?;
         // SAFETY: the descriptor was just found open. Programs that rvmm starts do not inherit it.
         let given = unsafe { BorrowedFd::borrow_raw(fd) };
         rustix::io::fcntl_setfd(given, rustix::io::FdFlags::CLOEXEC)
@@ -37,10 +37,10 @@ fn duplicate(fd: RawFd) -> Result<OwnedFd, HostError> {
     // SAFETY: only the number is used, by one call that fails if it is not open.
     let own = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
     check(own).map_err(|error| match error.raw_os_error() {
-        Some(libc::EBADF) => HostError::mistake(format!(
+        Some(libc::EBADF) => HostError::invalid(format!(
             "Cannot use descriptor {fd}: it is not open (open a tap before rvmm starts, and let it inherit the descriptor)"
         )),
-        _ => HostError::refused(format!("Cannot use descriptor {fd}"), error),
+        _ => HostError::os(format!("Cannot use descriptor {fd}"), error),
     })?;
     // SAFETY: the descriptor was created above, and has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(own) })

@@ -109,7 +109,7 @@ impl Vhost {
             .map_err(|error| not_opened(node, Place::here(), error.into()))?;
         let new = Self { fd, memory };
         new.initialize()
-            .map_err(|error| HostError::refused(format!("Cannot set up {}", node.path), error))?;
+            .map_err(|error| HostError::os(format!("Cannot set up {}", node.path), error))?;
         Ok(new)
     }
 
@@ -210,7 +210,7 @@ pub(super) fn sockets(
 
 fn queues(node: &Node, vhost: Vhost, backend: Backend) -> Result<Box<dyn KernelQueues>, HostError> {
     let features = vhost.features().map_err(|error| {
-        HostError::refused(format!("Cannot read the features of {}", node.path), error)
+        HostError::os(format!("Cannot read the features of {}", node.path), error)
     })?;
     Ok(Box::new(Queues { vhost: Some(vhost), backend, features }))
 }
@@ -262,7 +262,7 @@ fn check(result: c_int) -> io::Result<()> {
 
 fn not_opened(node: &Node, place: Place, error: io::Error) -> HostError {
     let remedy = node.remedy(&error, place).map(|todo| format!(" ({todo})"));
-    HostError::refused(format!("Cannot open {}{}", node.path, remedy.unwrap_or_default()), error)
+    HostError::os(format!("Cannot open {}{}", node.path, remedy.unwrap_or_default()), error)
 }
 
 fn no_cid(guest_cid: u32, error: io::Error) -> HostError {
@@ -272,7 +272,7 @@ fn no_cid(guest_cid: u32, error: io::Error) -> HostError {
         }
         _ => "",
     };
-    HostError::refused(format!("Cannot use CID {guest_cid}{todo}"), error)
+    HostError::os(format!("Cannot use CID {guest_cid}{todo}"), error)
 }
 
 #[cfg(test)]

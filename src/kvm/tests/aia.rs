@@ -9,11 +9,11 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::asm::*;
 use super::*;
-use crate::config::{IrqchipChoice, KnobChange};
+use crate::config::{ExtensionChange, IrqchipChoice};
 use crate::kvm::identities;
 use crate::kvm::isa::sbi_number;
 use crate::kvm::regs::sbi_extension;
-use crate::kvm::report::{AiaOffer, GuestFiles};
+use crate::kvm::report::{AiaSupport, GuestFiles};
 use crate::kvm::vm::KvmVm;
 use crate::layout::Span;
 use crate::machine::hypervisor::{AiaFacts, AiaPlan, Irqchip};
@@ -98,7 +98,7 @@ fn identities_are_reported_to_work_where_a_guest_can_enable_them() {
     let all_work = identities::all_work(&open().unwrap()).unwrap();
     let runs_on_guest_files = matches!(
         super::super::probe().unwrap().aia,
-        Some(AiaOffer { guest_files: GuestFiles::Used, .. })
+        Some(AiaSupport { guest_files: GuestFiles::Used, .. })
     );
     assert_eq!(enabled == 1 << 40, all_work || runs_on_guest_files, "{enabled:#x}");
 }
@@ -148,8 +148,8 @@ fn csrs_of_the_aia_keep_their_values_where_there_is_one() {
 
 #[test]
 fn a_guest_whose_ssaia_is_switched_off_gets_a_plic() {
-    let isa = vec![KnobChange { name: "ssaia".into(), on: false }];
-    let knobs = CpuKnobs { isa, ..CpuKnobs::default() };
+    let isa = vec![ExtensionChange { name: "ssaia".into(), on: false }];
+    let knobs = CpuSettings { isa, ..CpuSettings::default() };
     let guest = Guest::new(&[SPIN]);
     let _hart = guest.hart_with(0, &knobs);
     let auto = guest.vm.create_irqchip(IrqchipChoice::Auto, &plan(1)).unwrap();
@@ -161,12 +161,12 @@ fn a_guest_whose_ssaia_is_switched_off_gets_a_plic() {
 fn harts_and_irqchip_are_created_in_order_only() {
     let guest = Guest::new(&[SPIN]);
     let _hart = guest.hart(4);
-    assert!(guest.vm.create_hart(4, &CpuKnobs::default()).is_err());
-    assert!(guest.vm.create_hart(3, &CpuKnobs::default()).is_err());
+    assert!(guest.vm.create_hart(4, &CpuSettings::default()).is_err());
+    assert!(guest.vm.create_hart(3, &CpuSettings::default()).is_err());
     if host_has_aia() {
         assert!(guest.vm.create_irqchip(IrqchipChoice::Auto, &plan(2)).is_err());
         assert!(guest.vm.create_irqchip(IrqchipChoice::Auto, &plan(1)).is_ok());
-        assert!(guest.vm.create_hart(5, &CpuKnobs::default()).is_err());
+        assert!(guest.vm.create_hart(5, &CpuSettings::default()).is_err());
     }
 }
 
@@ -191,7 +191,7 @@ fn an_external_interrupt_reaches_a_waiting_hart_and_is_cleared_with_the_line() {
     guest.vm.create_irqchip(IrqchipChoice::Plic, &plan(1)).unwrap();
     let line = guest.vm.external_line(0).unwrap();
     assert!(
-        !line.raise_by(&EventFd::new(EFD_NONBLOCK).unwrap()),
+        !line.attach_irqfd(&EventFd::new(EFD_NONBLOCK).unwrap()),
         "the controller is not in the kernel"
     );
     let raise = std::thread::spawn({
@@ -257,7 +257,7 @@ impl Wired {
         let host = guest.memory.get_host_address(GuestAddress(BASE)).unwrap() as u64;
         let vm = open().unwrap().new_vm().unwrap();
         vm.map_memory(0, BASE, host, 0x1_0000).unwrap();
-        let mut hart = vm.create_hart(0, &CpuKnobs::default()).unwrap();
+        let mut hart = vm.create_hart(0, &CpuSettings::default()).unwrap();
         hart.set(Reg::Pc, BASE).unwrap();
         vm.create_irqchip(IrqchipChoice::Aia, &plan(1)).unwrap();
         called(hart.as_mut(), [0; 2]);
@@ -350,7 +350,7 @@ fn a_line_that_events_raise_is_low_when_its_device_says_so() {
         let mut machine = Wired::new(mode);
         let line = machine.vm.irq_line(7).unwrap();
         let event = EventFd::new(EFD_NONBLOCK).unwrap();
-        assert!(line.raise_by(&event));
+        assert!(line.attach_irqfd(&event));
         for round in 0..3 {
             event.write(1).unwrap();
             while machine.claim().0 != 5 {}
@@ -364,22 +364,22 @@ fn a_line_that_events_raise_is_low_when_its_device_says_so() {
             line.set_level(false);
             assert_eq!(machine.claim(), (0, false), "mode {mode}, round {round}");
         }
-        assert!(!line.raise_by(&event), "the event raises a line already");
+        assert!(!line.attach_irqfd(&event), "the event raises a line already");
     }
 }
 
 #[test]
 fn no_event_raises_a_line_that_has_to_wake_a_guest_that_is_suspended() {
-    let asked = [KnobChange { name: "susp".into(), on: true }];
+    let asked = [ExtensionChange { name: "susp".into(), on: true }];
     if !host_has_aia() || suspend_is_on(IrqchipChoice::Aia, &asked).is_none() {
         return skip("this host has no AIA, or its kernel has no SUSP (Linux 6.14 has)");
     }
     let vm = open().unwrap().new_vm().unwrap();
-    let knobs = CpuKnobs { sbi: asked.to_vec(), ..CpuKnobs::default() };
+    let knobs = CpuSettings { sbi: asked.to_vec(), ..CpuSettings::default() };
     let _hart = vm.create_hart(0, &knobs).unwrap();
     vm.create_irqchip(IrqchipChoice::Aia, &plan(1)).unwrap();
     let event = EventFd::new(EFD_NONBLOCK).unwrap();
-    assert!(!vm.irq_line(7).unwrap().raise_by(&event));
+    assert!(!vm.irq_line(7).unwrap().attach_irqfd(&event));
     event.write(1).unwrap();
     assert!(event.read().is_ok(), "the kernel has not taken it");
 }
@@ -404,7 +404,7 @@ fn without_an_aia_an_event_descriptor_takes_interrupts_and_loses_them() {
         return skip("this host has an AIA");
     }
     let vm = open().unwrap().new_vm().unwrap();
-    let _hart = vm.create_hart(0, &CpuKnobs::default()).unwrap();
+    let _hart = vm.create_hart(0, &CpuSettings::default()).unwrap();
     assert_eq!(vm.create_irqchip(IrqchipChoice::Auto, &plan(1)).unwrap(), Irqchip::None);
     let event = EventFd::new(EFD_NONBLOCK).unwrap();
     vm.fd().register_irqfd(&event, 7).unwrap();
@@ -413,9 +413,9 @@ fn without_an_aia_an_event_descriptor_takes_interrupts_and_loses_them() {
 }
 
 /// True if `susp` is on in the only hart of a machine with knobs `sbi` and the irqchip `choice`; `None` without SUSP.
-fn suspend_is_on(choice: IrqchipChoice, sbi: &[KnobChange]) -> Option<bool> {
+fn suspend_is_on(choice: IrqchipChoice, sbi: &[ExtensionChange]) -> Option<bool> {
     let vm = open().unwrap().new_vm().unwrap();
-    let knobs = CpuKnobs { sbi: sbi.to_vec(), ..CpuKnobs::default() };
+    let knobs = CpuSettings { sbi: sbi.to_vec(), ..CpuSettings::default() };
     let _hart = vm.create_hart(0, &knobs).ok()?;
     vm.create_irqchip(choice, &plan(1)).unwrap();
     let number = sbi_number("susp").unwrap();
@@ -429,7 +429,7 @@ fn system_suspend_is_offered_where_a_guest_wakes_from_it() {
         return skip("this host's kernel has no SUSP (Linux 6.14 has)");
     };
     assert!(on);
-    let asked = [KnobChange { name: "susp".into(), on: true }];
+    let asked = [ExtensionChange { name: "susp".into(), on: true }];
     if host_has_aia() {
         assert_eq!(suspend_is_on(IrqchipChoice::Aia, &[]), Some(false));
         assert_eq!(suspend_is_on(IrqchipChoice::Aia, &asked), Some(true));

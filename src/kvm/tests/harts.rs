@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::thread::sched_getaffinity;
-use rvmm_devices::Doorbell;
+use rvmm_devices::IoEvent;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::asm::*;
@@ -184,7 +184,7 @@ fn settling_leaves_a_hart_alone_that_has_nothing_to_complete() {
     hart.settle().unwrap();
     assert_eq!(hart.get(Reg::Pc).unwrap(), BASE);
     // KVM_RUN was not called: what must be set before the first one still can be.
-    assert!(guest.hart_with(1, &CpuKnobs::default()).get(Reg::Mode).is_ok());
+    assert!(guest.hart_with(1, &CpuSettings::default()).get(Reg::Mode).is_ok());
 }
 
 #[test]
@@ -330,11 +330,11 @@ fn a_kick_after_the_end_of_the_thread_does_nothing() {
 fn a_hart_dropped_elsewhere_leaves_its_thread_unharmed() {
     let guest = Guest::new(&[SPIN]);
     let mut hart = guest.hart(0);
-    let (hand_over, handed) = mpsc::channel();
+    let (dispatch_event, handed) = mpsc::channel();
     let (go_on, may_go_on) = mpsc::channel();
     let first = thread::spawn(move || {
         let kick = hart.bind().unwrap();
-        hand_over.send((hart, kick)).unwrap();
+        dispatch_event.send((hart, kick)).unwrap();
         may_go_on.recv_timeout(TIME_OUT).unwrap();
     });
     let (hart, kick) = handed.recv_timeout(TIME_OUT).unwrap();
@@ -370,8 +370,8 @@ fn a_doorbell_rings_without_an_exit_and_only_with_its_own_value() {
     .concat();
     let guest = Guest::new(&code);
     let event = EventFd::new(EFD_NONBLOCK).unwrap();
-    let doorbell = Doorbell { offset: 0x50, value: 1, event: &event };
-    guest.vm.ring_in_kernel(HOLE, doorbell).unwrap();
+    let ioevent = IoEvent { offset: 0x50, value: 1, event: &event };
+    guest.vm.register_ioeventfd(HOLE, ioevent).unwrap();
     let mut hart = guest.hart(0);
     match hart.enter().unwrap() {
         Exit::MmioWrite { addr, data } => {

@@ -4,17 +4,17 @@ use rvmm_devices::testing::skip;
 
 use super::asm::*;
 use super::*;
-use crate::config::{CpuId, KnobChange};
+use crate::config::{CpuId, ExtensionChange};
 use crate::machine::hypervisor::{CpuFacts, VmError};
 
-fn knobs(isa: &str, sbi: &str) -> CpuKnobs {
+fn knobs(isa: &str, sbi: &str) -> CpuSettings {
     let parse = |list: &str| {
         let changes = list
             .split_whitespace()
-            .map(|word| KnobChange { name: word[1..].into(), on: word.starts_with('+') });
+            .map(|word| ExtensionChange { name: word[1..].into(), on: word.starts_with('+') });
         changes.collect()
     };
-    CpuKnobs { isa: parse(isa), sbi: parse(sbi), id: CpuId::default() }
+    CpuSettings { isa: parse(isa), sbi: parse(sbi), id: CpuId::default() }
 }
 
 fn facts(isa: &str) -> CpuFacts {
@@ -23,7 +23,7 @@ fn facts(isa: &str) -> CpuFacts {
     guest.vm.cpu_facts().unwrap()
 }
 
-fn refusal(knobs: &CpuKnobs) -> VmError {
+fn refusal(knobs: &CpuSettings) -> VmError {
     match Guest::new(&[SPIN]).vm.create_hart(0, knobs) {
         Err(error) => error,
         Ok(_) => panic!("{knobs:?} was taken"),
@@ -185,7 +185,7 @@ fn the_guest_sees_the_cpu_id_that_was_asked_for() {
     };
     for (fid, expected) in [(4, 0x1234), (5, 0x5678)] {
         let guest = Guest::new(&ask(fid));
-        let mut hart = guest.hart_with(0, &CpuKnobs { id, ..CpuKnobs::default() });
+        let mut hart = guest.hart_with(0, &CpuSettings { id, ..CpuSettings::default() });
         assert_eq!(called(hart.as_mut(), [0; 2]).1[1], expected);
     }
 }
@@ -194,7 +194,7 @@ fn the_guest_sees_the_cpu_id_that_was_asked_for() {
 fn knobs_are_refused_once_a_hart_has_run() {
     let guest = Guest::new(&[&li(A7, 0x0900_0000)[..], &[ECALL]].concat());
     let vcpu = guest.raw_vcpu();
-    assert!(super::super::knobs::apply(&vcpu, &CpuKnobs::default()).is_ok());
+    assert!(super::super::knobs::apply(&vcpu, &CpuSettings::default()).is_ok());
     vcpu.set_reg(super::super::regs::guest(Reg::Pc).unwrap(), BASE).unwrap();
     assert_eq!(vcpu.run(), Ok(()));
     let late = super::super::knobs::apply(&vcpu, &knobs("-zicboz", "")).unwrap_err();

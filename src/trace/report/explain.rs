@@ -30,7 +30,7 @@ const MMIO_WRITE: Explanation = Explanation {
     title: "Store to a device register",
     hardware: "The guest stores to a guest-physical address that the second stage of translation does not map: a store guest-page fault \
         (cause 23), from VS-mode into the host's kernel.",
-    kvm: "First KVM checks its own devices and the doorbells that rvmm registered (ioeventfd): a virtio driver's notification ends there, \
+    kvm: "First KVM checks its own devices and the ioeventfds that rvmm registered (ioeventfd): a virtio driver's notification ends there, \
         without an exit of this kind. Any other store becomes KVM_EXIT_MMIO with the stored value.",
     rvmm: "The bus finds the device, and the device takes the value. The guest waits for that, since only the next KVM_RUN advances its \
         program counter.",
@@ -168,7 +168,7 @@ fn access(device: &str, register: &str, is_write: bool) -> Option<&'static str> 
             "A reserved register of the kernel's interrupt controller: it reads as zero."
         }
         (_, "QueueNotify") => {
-            "A driver's notification. Usually the kernel handles it without an exit (ioeventfd); this one is not for a queue with a doorbell."
+            "A driver's notification. Usually the kernel handles it without an exit (ioeventfd); this one is not for a queue with a ioevent."
         }
         (_, "InterruptStatus") => {
             "A virtio driver reads the reason of an interrupt: once for every interrupt."

@@ -3,7 +3,7 @@
 use super::super::exit::{CsrAccess, Exit, Fault, SystemEvent};
 use super::super::stop::StopReason;
 use super::super::testing::{NOWHERE, UART, world};
-use super::super::{Flow, Trouble, World, dispatch};
+use super::super::{Flow, UnresolvedExit, World, dispatch};
 use crate::config::Unassigned;
 
 fn zero() -> World {
@@ -44,9 +44,9 @@ fn under_the_other_policies_an_unassigned_access_needs_the_hart() {
     for policy in [Unassigned::Fault, Unassigned::Stop] {
         let (world, _) = world(policy);
         let load = dispatch(&mut Exit::MmioRead { addr: NOWHERE, data: &mut [0; 4] }, &world);
-        assert_eq!(load, Flow::Resolve(Trouble::Unassigned { addr: NOWHERE, write: false }));
+        assert_eq!(load, Flow::Resolve(UnresolvedExit::Unassigned { addr: NOWHERE, write: false }));
         let store = dispatch(&mut Exit::MmioWrite { addr: NOWHERE, data: &[0; 4] }, &world);
-        assert_eq!(store, Flow::Resolve(Trouble::Unassigned { addr: NOWHERE, write: true }));
+        assert_eq!(store, Flow::Resolve(UnresolvedExit::Unassigned { addr: NOWHERE, write: true }));
     }
 }
 
@@ -64,7 +64,7 @@ fn system_events_stop_the_machine_with_their_reason() {
     for reason in [0, 1, u64::MAX] {
         assert_eq!(flow(SystemEvent::Reset(reason)), StopReason::Reset.into());
     }
-    assert_eq!(flow(SystemEvent::Other(7)), Flow::Resolve(Trouble::UnknownEvent(7)));
+    assert_eq!(flow(SystemEvent::Other(7)), Flow::Resolve(UnresolvedExit::UnknownEvent(7)));
 }
 
 #[test]
@@ -77,9 +77,15 @@ fn a_shutdown_because_of_a_system_failure_ends_with_the_guests_exit_code() {
 #[test]
 fn faults_breakpoints_and_unknown_exits_need_the_hart() {
     let fault = Fault::Unemulated;
-    assert_eq!(dispatch(&mut Exit::Fault(fault), &zero()), Flow::Resolve(Trouble::Fault(fault)));
-    assert_eq!(dispatch(&mut Exit::Debug, &zero()), Flow::Resolve(Trouble::Breakpoint));
-    assert_eq!(dispatch(&mut Exit::Unknown(99), &zero()), Flow::Resolve(Trouble::UnknownExit(99)));
+    assert_eq!(
+        dispatch(&mut Exit::Fault(fault), &zero()),
+        Flow::Resolve(UnresolvedExit::Fault(fault))
+    );
+    assert_eq!(dispatch(&mut Exit::Debug, &zero()), Flow::Resolve(UnresolvedExit::Breakpoint));
+    assert_eq!(
+        dispatch(&mut Exit::Unknown(99), &zero()),
+        Flow::Resolve(UnresolvedExit::UnknownExit(99))
+    );
 }
 
 fn csr(number: u64) -> u64 {

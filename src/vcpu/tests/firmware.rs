@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::config::{CsrValue, Unassigned};
-use crate::vcpu::dispatch::Trouble;
+use crate::vcpu::dispatch::UnresolvedExit;
 use crate::vcpu::firmware::patches::{Patches, Wanted};
 use crate::vcpu::firmware::timer::UserTimer;
 use crate::vcpu::firmware::{Firmware, shim, sites};
@@ -71,7 +71,7 @@ fn at(pc: u64, args: &[u64]) -> ScriptHart {
 }
 
 fn step(hart: &mut ScriptHart, world: &World) -> Option<StopReason> {
-    resolve(hart, world, Trouble::Breakpoint).unwrap()
+    resolve(hart, world, UnresolvedExit::Breakpoint).unwrap()
 }
 
 fn reg(hart: &ScriptHart, reg: Reg) -> u64 {

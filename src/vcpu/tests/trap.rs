@@ -7,7 +7,7 @@ use super::super::hart::{Csr, Hart, Reg};
 use super::super::stop::StopReason;
 use super::super::testing::{Event, NOWHERE, RAM, ScriptHart, world};
 use super::super::trap::resolve;
-use super::super::{Trouble, World};
+use super::super::{UnresolvedExit, World};
 use crate::config::Unassigned;
 
 const CODE: u64 = RAM.base + 0x1000;
@@ -47,7 +47,7 @@ fn csr(hart: &ScriptHart, csr: Csr) -> u64 {
 }
 
 fn settle(hart: &mut ScriptHart, world: &World, fault: Fault) -> Option<StopReason> {
-    resolve(hart, world, Trouble::Fault(fault)).unwrap()
+    resolve(hart, world, UnresolvedExit::Fault(fault)).unwrap()
 }
 
 #[track_caller]
@@ -203,8 +203,8 @@ fn a_fault_that_is_no_trap_stops_the_machine() {
     check_fault(settle(&mut hart(CODE), &world, Fault::Misaligned), "misaligned");
     check_fault(settle(&mut hart(CODE), &world_with(LW), Fault::Memory), "EFAULT");
     let stop = |trouble| resolve(&mut hart(CODE), &world, trouble).unwrap();
-    check_fault(stop(Trouble::UnknownEvent(9)), "system event 9");
-    check_fault(stop(Trouble::UnknownExit(77)), "reason 77");
+    check_fault(stop(UnresolvedExit::UnknownEvent(9)), "system event 9");
+    check_fault(stop(UnresolvedExit::UnknownExit(77)), "reason 77");
 }
 
 #[test]
@@ -246,7 +246,7 @@ fn memory_that_a_shrunken_file_backed_is_lost() {
 #[test]
 fn a_breakpoint_is_delivered_to_the_guest() {
     let mut hart = hart(CODE);
-    assert_eq!(resolve(&mut hart, &world_with(ECALL), Trouble::Breakpoint).unwrap(), None);
+    assert_eq!(resolve(&mut hart, &world_with(ECALL), UnresolvedExit::Breakpoint).unwrap(), None);
     check_trap(&hart, 3, CODE, CODE);
 }
 
@@ -256,7 +256,7 @@ fn under_the_policy_fault_an_unassigned_access_faults_at_its_virtual_address() {
     for (code, write, cause) in [(LW, false, 5), (SW, true, 7)] {
         world.ram.write(CODE, &code.to_le_bytes()).unwrap();
         let mut hart = hart(CODE);
-        let trouble = Trouble::Unassigned { addr: 0xdead_0000, write };
+        let trouble = UnresolvedExit::Unassigned { addr: 0xdead_0000, write };
         assert_eq!(resolve(&mut hart, &world, trouble).unwrap(), None);
         check_trap(&hart, cause, NOWHERE + 4, CODE);
         assert_eq!(hart.log().events(), [Event::Abandoned], "the access is not completed");
@@ -268,7 +268,7 @@ fn under_the_policy_fault_code_that_has_vanished_faults_without_an_address() {
     let (world, _) = world(Unassigned::Fault);
     for pc in [CODE, NOWHERE] {
         let mut hart = hart(pc);
-        let trouble = Trouble::Unassigned { addr: NOWHERE, write: true };
+        let trouble = UnresolvedExit::Unassigned { addr: NOWHERE, write: true };
         assert_eq!(resolve(&mut hart, &world, trouble).unwrap(), None);
         check_trap(&hart, 7, 0, pc);
     }
@@ -277,7 +277,7 @@ fn under_the_policy_fault_code_that_has_vanished_faults_without_an_address() {
 #[test]
 fn under_the_policy_stop_an_unassigned_access_stops_with_the_registers() {
     let (world, _) = world(Unassigned::Stop);
-    let trouble = Trouble::Unassigned { addr: NOWHERE, write: true };
+    let trouble = UnresolvedExit::Unassigned { addr: NOWHERE, write: true };
     match resolve(&mut hart(CODE), &world, trouble).unwrap() {
         Some(StopReason::UnassignedAccess { hart: 3, addr: NOWHERE, write: true, dump }) => {
             assert!(dump.contains("pc 0000000080001000"), "{dump}");

@@ -24,13 +24,13 @@ impl BalloonSettings {
     pub(super) fn parse(options: &Options) -> Result<Self, OptionError> {
         let mib = options.parsed::<u32>("size", "a number of MiB")?.unwrap_or(0);
         let Some(pages) = mib.checked_mul((1 << 20) / 4096) else {
-            return Err(options.bad("size", "a number of MiB up to 16777215"));
+            return Err(options.bad_value("size", "a number of MiB up to 16777215"));
         };
         let seconds = options.parsed::<u32>("stats", "a number of seconds")?.filter(|s| *s > 0);
         let bits = [
             (seconds.is_some(), f::STATS_VQ),
-            (options.switch("reporting", false)?, f::PAGE_REPORTING),
-            (options.switch("deflate_on_oom", true)?, f::DEFLATE_ON_OOM),
+            (options.flag("reporting", false)?, f::PAGE_REPORTING),
+            (options.flag("deflate_on_oom", true)?, f::DEFLATE_ON_OOM),
         ];
         Ok(Self {
             pages,

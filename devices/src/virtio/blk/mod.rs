@@ -125,7 +125,7 @@ fn build(options: &Options, wiring: Wiring) -> Built {
     let disk = wiring
         .host
         .disk(&settings.plan, Arc::clone(&wiring.memory))
-        .map_err(|source| BuildError::End { model: MODEL.name, source })?;
+        .map_err(|source| BuildError::Backend { model: MODEL.name, source })?;
     let host = |what| move |source| BuildError::Host { model: MODEL.name, what, source };
     let limiter = Limiter::new(settings.bps, settings.iops).map_err(host("timer"))?;
     let poll_timer = TimerFd::new().map_err(|error| host("timer")(error.into()))?;
@@ -319,7 +319,7 @@ impl VirtioDevice for Blk {
     }
 
     /// Requests are the same without it, and some drivers never accept it (the crate virtio-drivers).
-    fn may_lack_version_1(&self) -> bool {
+    fn version_1_is_optional(&self) -> bool {
         true
     }
 
@@ -337,7 +337,7 @@ impl VirtioDevice for Blk {
         }
     }
 
-    fn may_hold(&self) -> bool {
+    fn coalesces_interrupts(&self) -> bool {
         true
     }
 
@@ -356,7 +356,7 @@ impl VirtioDevice for Blk {
         self.poll_after(NOW);
     }
 
-    fn is_settled(&self) -> bool {
+    fn is_quiescent(&self) -> bool {
         self.abandoned.is_empty()
     }
 

@@ -24,39 +24,41 @@ impl BlkSettings {
     pub(super) fn read(options: &Options) -> Result<Self, OptionError> {
         let path = options.get("path").unwrap_or_default();
         if path.is_empty() {
-            return Err(options.bad("path", "the path of a file or block device"));
+            return Err(options.bad_value("path", "the path of a file or block device"));
         }
-        let has_backing = options.switch("backing", false)?;
+        let has_backing = options.flag("backing", false)?;
         let format = match options.get("format") {
             None | Some("raw") if options.get("backing").is_some() => {
-                return Err(options.bad("backing", "possible with a raw disk (add format=qcow2)"));
+                return Err(
+                    options.bad_value("backing", "possible with a raw disk (add format=qcow2)")
+                );
             }
             None | Some("raw") => DiskFormat::Raw,
             Some("qcow2") => DiskFormat::Qcow2 { has_backing },
             Some(_) => {
                 const KNOWN: &str = "raw or qcow2 (convert other formats with qemu-img convert)";
-                return Err(options.bad("format", KNOWN));
+                return Err(options.bad_value("format", KNOWN));
             }
         };
         let is_read_only = match options.get("ro") {
             None | Some("off") => false,
             Some("on") => true,
-            Some(_) => return Err(options.bad("ro", "on or off")),
+            Some(_) => return Err(options.bad_value("ro", "on or off")),
         };
         let cache = match options.get("cache") {
             None | Some("writeback") => DiskCache::Writeback,
             Some("none") => DiskCache::None,
             Some("unsafe") => DiskCache::Unsafe,
-            Some(_) => return Err(options.bad("cache", "writeback, none or unsafe")),
+            Some(_) => return Err(options.bad_value("cache", "writeback, none or unsafe")),
         };
         let serial = options.get("serial");
         if serial.is_some_and(|serial| serial.is_empty() || serial.len() > ID_BYTES) {
-            return Err(options.bad("serial", "a text of 1 to 20 bytes"));
+            return Err(options.bad_value("serial", "a text of 1 to 20 bytes"));
         }
         const QUEUES: &str = "a number of queues from 1 to 8";
         let queues = options.parsed("queues", QUEUES)?.unwrap_or(1);
         if !(1..=MAX_QUEUES).contains(&queues) {
-            return Err(options.bad("queues", QUEUES));
+            return Err(options.bad_value("queues", QUEUES));
         }
         let limit = |key, what| {
             let limit = options.parsed::<NonZeroU64>(key, what)?;

@@ -86,7 +86,7 @@ fn build(options: &Options, wiring: Wiring) -> Built {
         let backend = wiring
             .host
             .console(&end.to)
-            .map_err(|source| BuildError::End { model: MODEL.name, source })?;
+            .map_err(|source| BuildError::Backend { model: MODEL.name, source })?;
         let link = Link::new(MODEL.name, backend).map_err(failed)?;
         ports.push(Port::new(number, link, end.name));
     }
@@ -231,7 +231,7 @@ impl VirtioDevice for Console {
     }
 
     /// Bytes and messages are the same without VERSION_1.
-    fn may_lack_version_1(&self) -> bool {
+    fn version_1_is_optional(&self) -> bool {
         true
     }
 

@@ -52,15 +52,17 @@ impl ConsoleSettings {
                 |name: &str| (1..=MAX_NAME).contains(&name.len()) && name.bytes().all(good);
             let end = text.split_once('=').filter(|(name, _)| is_name(name));
             let Some((name, to)) = end else {
-                return Err(options.bad(key.name, "a port NAME=WHERE (as log=file:/tmp/guest.log)"));
+                return Err(
+                    options.bad_value(key.name, "a port NAME=WHERE (as log=file:/tmp/guest.log)")
+                );
             };
             if ends.iter().any(|end| end.name.as_deref() == Some(name)) {
-                return Err(options.bad(key.name, "a name that no other port has"));
+                return Err(options.bad_value(key.name, "a name that no other port has"));
             }
             ends.push(End { name: Some(name.to_owned()), to: to.to_owned() });
         }
         if ends.is_empty() {
-            return Err(options.bad("to", "stdio, null, pty, file:PATH or unix:PATH"));
+            return Err(options.bad_value("to", "stdio, null, pty, file:PATH or unix:PATH"));
         }
         Ok(Self { ends })
     }

@@ -11,7 +11,7 @@ use crate::virtio::{DmaMemory, GuestMemoryMmap, Segment};
 
 /// The host network that a device is connected to.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum NetworkEnd {
+pub enum NetworkSource {
     /// The tap interface of this name; created if it does not exist and the user is permitted to.
     Tap(String),
     /// The inherited descriptor of an open tap.
@@ -71,7 +71,7 @@ pub trait NetBackend: Send {
         memory: Arc<dyn DmaMemory>,
     ) -> Result<Box<dyn KernelQueues>, HostError> {
         let _ = memory;
-        Err(HostError::mistake("Cannot use vhost=on: this network's backend is not in the kernel"))
+        Err(HostError::invalid("Cannot use vhost=on: this network's backend is not in the kernel"))
     }
 
     /// Sends a frame: the header and the frame's first bytes are in `head`, the rest of it in `rest`.

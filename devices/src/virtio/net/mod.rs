@@ -39,7 +39,7 @@ mod settings;
 pub mod testing;
 mod transmit;
 
-pub use backend::{NetBackend, NetworkEnd};
+pub use backend::{NetBackend, NetworkSource};
 pub use counters::{Counter, Counters};
 pub use header::{HEADER, MAX_FRAME, MIN_FRAME, Offloads, bit};
 pub use settings::{NetSettings, Rates};
@@ -110,16 +110,16 @@ fn build(options: &Options, wiring: Wiring) -> Built {
     let backends = wiring
         .host
         .network_queues(&end, settings.pairs)
-        .map_err(|source| BuildError::End { model: MODEL.name, source })?;
+        .map_err(|source| BuildError::Backend { model: MODEL.name, source })?;
     let queues = backends.iter().map(|backend| backend.kernel_queues(wiring.memory.clone()));
     let queues = in_kernel
         .then(|| queues.collect::<Result<Vec<_>, _>>())
         .transpose()
-        .map_err(|source| BuildError::End { model: MODEL.name, source })?;
+        .map_err(|source| BuildError::Backend { model: MODEL.name, source })?;
     let failed = |what| move |source| BuildError::Host { model: MODEL.name, what, source };
     let mut net = Net::with_queues(backends, &settings).map_err(failed("timers"))?;
     if let Some(queues) = queues {
-        net.hand_over(queues, &*wiring.irq).map_err(failed("queues"))?;
+        net.dispatch_event(queues, &*wiring.irq).map_err(failed("queues"))?;
     }
     VirtioMmio::create(Box::new(net), wiring)
 }
@@ -181,7 +181,7 @@ impl Net {
     ///
     /// # Errors
     /// The host has no event descriptors left, or its kernel does not support virtio 1.
-    fn hand_over(
+    fn dispatch_event(
         &mut self,
         ends: Vec<Box<dyn KernelQueues>>,
         line: &dyn IrqLine,
@@ -273,8 +273,8 @@ impl VirtioDevice for Net {
         self.kernel.is_some() && queue < 2 * pairs
     }
 
-    fn raises_line(&self) -> bool {
-        self.kernel.as_ref().is_some_and(Kernel::raises_line)
+    fn uses_irqfd(&self) -> bool {
+        self.kernel.as_ref().is_some_and(Kernel::uses_irqfd)
     }
 
     fn start_remote(&mut self, rings: Rings, kick: &EventFd) {

@@ -98,7 +98,7 @@ impl Receiver {
                 break;
             }
             if work.budget() < if self.is_mergeable { MIN_BUDGET } else { 1 } {
-                work.leave(self.queue);
+                work.end_pass(self.queue);
                 break;
             }
             let Some(first) = self.next_buffer(work)? else { break };
@@ -211,7 +211,7 @@ impl Receiver {
         }
         work.complete_together(self.queue, self.parts.drain(..));
         // The driver's hart handles this frame while the next ones are copied.
-        work.tell(self.queue);
+        work.interrupt_driver(self.queue);
         port.counters.rx_frames.add();
         Ok(())
     }

@@ -3,7 +3,7 @@
 use std::num::NonZeroU64;
 
 use super::MODEL;
-use super::backend::NetworkEnd;
+use super::backend::NetworkSource;
 use crate::catalog::{BuildError, Key};
 use crate::host::HostError;
 use crate::options::{OptionError, Options};
@@ -110,21 +110,23 @@ impl NetSettings {
         let expected = "a number from 68 to 65535";
         let mtu = options.parsed::<u16>("mtu", expected)?;
         if mtu.is_some_and(|mtu| mtu < MIN_MTU) {
-            return Err(options.bad("mtu", expected));
+            return Err(options.bad_value("mtu", expected));
         }
         let mac = |text| {
             let what = "a unicast MAC address, in hexadecimal (as 02:00:00:12:34:56)";
-            parse_mac(text).ok_or_else(|| options.bad("mac", what))
+            parse_mac(text).ok_or_else(|| options.bad_value("mac", what))
         };
         let expected = "a number of queue pairs from 1 to 8";
         let pairs = options.parsed("queues", expected)?.unwrap_or(1);
         if !(1..=MAX_PAIRS).contains(&pairs) {
-            return Err(options.bad("queues", expected));
+            return Err(options.bad_value("queues", expected));
         }
         if pairs > 1 && options.get("fd").is_some() {
-            return Err(options.bad("queues", "1: a descriptor has one queue pair (use tap=NAME)"));
+            return Err(
+                options.bad_value("queues", "1: a descriptor has one queue pair (use tap=NAME)")
+            );
         }
-        let pin = options.switch("pin", false)?;
+        let pin = options.flag("pin", false)?;
         Ok(Self {
             mac: options.get("mac").map(mac).transpose()?,
             mtu,
@@ -138,31 +140,33 @@ impl NetSettings {
 
 /// True if the host's kernel is to serve the data queues; an error with options that need to inspect each frame.
 pub(super) fn in_kernel(options: &Options) -> Result<bool, OptionError> {
-    let in_kernel = options.switch("vhost", false)?;
-    let is_pinned = options.switch("pin", false)?;
+    let in_kernel = options.flag("vhost", false)?;
+    let is_pinned = options.flag("pin", false)?;
     for key in ["pin", "rx_bps", "tx_bps", "rx_pps", "tx_pps"] {
         let is_asked_for = if key == "pin" { is_pinned } else { options.get(key).is_some() };
         if in_kernel && is_asked_for {
             let expected =
                 "possible with vhost=on, where the kernel moves the frames (leave one of them out)";
-            return Err(options.bad(key, expected));
+            return Err(options.bad_value(key, expected));
         }
     }
     Ok(in_kernel)
 }
 
 /// The host end that the options name: exactly one.
-pub(super) fn end(options: &Options) -> Result<NetworkEnd, BuildError> {
+pub(super) fn end(options: &Options) -> Result<NetworkSource, BuildError> {
     let expected = "a descriptor's number";
     let bad = |source| BuildError::Option { model: MODEL.name, source };
     let fd = options.parsed::<u16>("fd", expected).map_err(bad)?;
     match (options.get("tap"), fd) {
-        (Some(name), None) => Ok(NetworkEnd::Tap(name.to_owned())),
-        (None, Some(fd)) => Ok(NetworkEnd::Descriptor(fd.into())),
-        (Some(_), Some(_)) => Err(bad(options.bad("fd", "possible with tap (leave one out)"))),
-        (None, None) => Err(BuildError::End {
+        (Some(name), None) => Ok(NetworkSource::Tap(name.to_owned())),
+        (None, Some(fd)) => Ok(NetworkSource::Descriptor(fd.into())),
+        (Some(_), Some(_)) => {
+            Err(bad(options.bad_value("fd", "possible with tap (leave one out)")))
+        }
+        (None, None) => Err(BuildError::Backend {
             model: MODEL.name,
-            source: HostError::mistake("The host interface is missing (add tap=NAME or fd=N)"),
+            source: HostError::invalid("The host interface is missing (add tap=NAME or fd=N)"),
         }),
     }
 }

@@ -62,7 +62,7 @@ impl Transmitter {
         let mut moved = 0;
         while port.is_in_use && !self.is_blocked && !limit.is_waiting() {
             if moved >= PASS {
-                work.leave(self.queue);
+                work.end_pass(self.queue);
                 break;
             }
             let Some(chain) = work.pop(self.queue)? else { break };

@@ -118,7 +118,7 @@ impl Kernel {
     }
 
     /// True if the kernel raises the line itself.
-    pub(super) fn raises_line(&self) -> bool {
+    pub(super) fn uses_irqfd(&self) -> bool {
         self.calls.raise_line()
     }
 

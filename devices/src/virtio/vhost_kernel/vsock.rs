@@ -29,7 +29,7 @@ pub(in crate::virtio) fn build(guest_cid: u32, wiring: Wiring) -> Built {
     let end = wiring
         .host
         .kernel_sockets(guest_cid, wiring.memory.clone())
-        .map_err(|source| BuildError::End { model: MODEL, source })?;
+        .map_err(|source| BuildError::Backend { model: MODEL, source })?;
     let mut kernel = Kernel::new(MODEL, vec![end], F_SEQPACKET)
         .map_err(|source| BuildError::Host { model: MODEL, what: "queues", source })?;
     kernel.raise(&*wiring.irq);
@@ -62,8 +62,8 @@ impl VirtioDevice for KernelVsock {
         queue < QUEUES
     }
 
-    fn raises_line(&self) -> bool {
-        self.kernel.raises_line()
+    fn uses_irqfd(&self) -> bool {
+        self.kernel.uses_irqfd()
     }
 
     fn config(&self) -> &[u8] {

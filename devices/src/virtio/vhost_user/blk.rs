@@ -43,13 +43,14 @@ const NUM_QUEUES: usize = 34;
 fn build(options: &Options, wiring: Wiring) -> Built {
     let bad = |source| BuildError::Option { model: MODEL.name, source };
     let socket = options.get("socket").filter(|path| !path.is_empty());
-    let socket = socket.ok_or_else(|| bad(options.bad("socket", "a path (write socket=PATH)")))?;
+    let socket =
+        socket.ok_or_else(|| bad(options.bad_value("socket", "a path (write socket=PATH)")))?;
     let expected = "a number from 1 to 16";
     let wanted = options.parsed::<u16>("queues", expected).map_err(bad)?;
     if wanted.is_some_and(|queues| !(1..=MAX_QUEUES).contains(&queues)) {
-        return Err(bad(options.bad("queues", expected)));
+        return Err(bad(options.bad_value("queues", expected)));
     }
-    let end = |source| BuildError::End { model: MODEL.name, source };
+    let end = |source| BuildError::Backend { model: MODEL.name, source };
     let peer = Peer::connect(wiring.host.as_ref(), socket.into(), CONFIG).map_err(end)?;
     let has_many = peer.session.features() & MQ != 0;
     let has = if has_many { queues_of(peer.session.config()) } else { 1 };

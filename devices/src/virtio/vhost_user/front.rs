@@ -73,14 +73,14 @@ impl Front {
     /// Creates a device of this `kind` in front of `peer`.
     pub(super) fn create(kind: Kind, peer: Peer, wiring: &Wiring) -> Result<Self, BuildError> {
         let model = kind.model;
-        let end = |source| BuildError::End { model, source };
+        let end = |source| BuildError::Backend { model, source };
         let host = |what| move |source| BuildError::Host { model, what, source };
         let shown = peer.shown();
         let Peer { origin, mut session } = peer;
         let regions = Region::all(wiring.memory.as_ref());
         if regions.is_empty() {
             let what = "Guest RAM is not shared memory, which vhost-user needs";
-            return Err(end(HostError::mistake(what)));
+            return Err(end(HostError::invalid(what)));
         }
         if session.tracks_inflight() {
             let size = kind.sizes.iter().copied().max().unwrap_or(0);
@@ -151,7 +151,7 @@ impl Front {
             }
             (Origin::Started(daemon), _) => {
                 self.is_gone = true;
-                daemon.attend();
+                daemon.forward_output();
                 daemon.kill();
                 let shown = daemon.name();
                 warn!("{model}: {shown}: {why}: the device is lost until the machine restarts");
@@ -219,7 +219,7 @@ impl Front {
     fn await_stop(&mut self) {
         let (Some(until), Some(session)) = (self.stopping, &self.session) else { return };
         let left = until.saturating_duration_since(Instant::now());
-        if session.is_settled() {
+        if session.is_quiescent() {
             self.stopping = None;
         } else if left.is_zero() {
             self.disconnect(&PeerError::Timeout);
@@ -263,7 +263,7 @@ impl Front {
         if self.is_ready {
             return self.await_stop();
         }
-        if !session.is_settled() {
+        if !session.is_quiescent() {
             return;
         }
         let features = self.features & !self.kind.own | self.transport & !feature::RING_RESET;
@@ -350,7 +350,7 @@ impl VirtioDevice for Front {
         self.stop(&queues);
     }
 
-    fn is_settled(&self) -> bool {
+    fn is_quiescent(&self) -> bool {
         self.stopping.is_none()
     }
 
@@ -378,12 +378,12 @@ impl VirtioDevice for Front {
             }
             TOKEN_DAEMON => {
                 if let Origin::Started(daemon) = &mut self.origin {
-                    daemon.attend();
+                    daemon.forward_output();
                 }
             }
             TOKEN_PEER.. => self.process(work),
             call => self.calls.ready(call, work),
         }
-        if self.is_gone && self.running.is_some() { Err(VirtioError::Gone) } else { Ok(()) }
+        if self.is_gone && self.running.is_some() { Err(VirtioError::BackendGone) } else { Ok(()) }
     }
 }

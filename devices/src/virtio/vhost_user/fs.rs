@@ -43,10 +43,10 @@ fn build(options: &Options, wiring: Wiring) -> Built {
         (None, Some(socket)) if !socket.is_empty() => Peer::connect(host, socket.into(), 0),
         (_, _) => {
             let expected = "given (write path=FOLDER, or socket=PATH without path, ro and sandbox)";
-            return Err(bad(options.bad("path", expected)));
+            return Err(bad(options.bad_value("path", expected)));
         }
     };
-    let peer = peer.map_err(|source| BuildError::End { model: MODEL.name, source })?;
+    let peer = peer.map_err(|source| BuildError::Backend { model: MODEL.name, source })?;
     let kind = Kind {
         model: MODEL.name,
         id: 26,
@@ -67,7 +67,7 @@ fn config(options: &Options) -> Result<Vec<u8>, OptionError> {
     let expected = "a name of 1 to 36 bytes without control characters";
     let tag = options.get("tag").unwrap_or_default();
     if !(1..=TAG).contains(&tag.len()) || tag.chars().any(char::is_control) {
-        return Err(options.bad("tag", expected));
+        return Err(options.bad_value("tag", expected));
     }
     let mut config = tag.as_bytes().to_vec();
     config.resize(TAG, 0);
@@ -80,19 +80,21 @@ fn service(options: &Options) -> Result<Option<Service>, OptionError> {
     let read_only = match options.get("ro") {
         None | Some("off") => false,
         Some("on") => true,
-        Some(_) => return Err(options.bad("ro", "on or off")),
+        Some(_) => return Err(options.bad_value("ro", "on or off")),
     };
     let sandbox = match options.get("sandbox") {
         None | Some("namespace") => Sandbox::Namespace,
         Some("chroot") => Sandbox::Chroot,
         Some("none") => Sandbox::None,
-        Some(_) => return Err(options.bad("sandbox", "namespace, chroot or none")),
+        Some(_) => return Err(options.bad_value("sandbox", "namespace, chroot or none")),
     };
     let only_own = ["ro", "sandbox"].into_iter().find(|key| options.get(key).is_some());
     match options.get("path").filter(|path| !path.is_empty()) {
         Some(path) => Ok(Some(Service::Folder { path: path.into(), read_only, sandbox })),
-        None if only_own.is_some() && options.get("socket").is_some() => Err(options
-            .bad("socket", "possible with ro or sandbox (set them on virtiofsd's command line)")),
+        None if only_own.is_some() && options.get("socket").is_some() => Err(options.bad_value(
+            "socket",
+            "possible with ro or sandbox (set them on virtiofsd's command line)",
+        )),
         None => Ok(None),
     }
 }

@@ -96,13 +96,13 @@ pub trait Daemon: Send {
     fn messages(&self) -> Option<RawFd>;
 
     /// Logs its output, a bounded amount.
-    fn attend(&mut self);
+    fn forward_output(&mut self);
 
     /// Kills it at once: it no longer accesses guest memory.
     fn kill(&mut self);
 
     /// Its last output, once it has ended; waits a bounded time for that.
-    fn last_words(&mut self) -> String;
+    fn last_output(&mut self) -> String;
 }
 
 /// An error that ends the connection to a peer.

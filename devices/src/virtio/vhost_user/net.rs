@@ -64,7 +64,8 @@ fn build_user(options: &Options, wiring: Wiring) -> Built {
 fn build(options: &Options, wiring: Wiring) -> Built {
     let bad = |source| BuildError::Option { model: MODEL.name, source };
     let socket = options.get("socket").filter(|path| !path.is_empty());
-    let socket = socket.ok_or_else(|| bad(options.bad("socket", "a path (write socket=PATH)")))?;
+    let socket =
+        socket.ok_or_else(|| bad(options.bad_value("socket", "a path (write socket=PATH)")))?;
     let mac = mac(options, socket).map_err(bad)?;
     let peer = Peer::connect(wiring.host.as_ref(), socket.into(), 0);
     create(MODEL.name, mac, peer, wiring)
@@ -76,7 +77,7 @@ fn create(
     peer: Result<Peer, HostError>,
     wiring: Wiring,
 ) -> Built {
-    let peer = peer.map_err(|source| BuildError::End { model, source })?;
+    let peer = peer.map_err(|source| BuildError::Backend { model, source })?;
     let kind = Kind {
         model,
         id: 1,
@@ -96,7 +97,7 @@ fn mac(options: &Options, identity: &str) -> Result<[u8; 6], OptionError> {
     let expected = "a unicast MAC address, in hexadecimal (as 02:00:00:12:34:56)";
     match options.get("mac") {
         None => Ok(mac_of(identity)),
-        Some(text) => parse_mac(text).ok_or_else(|| options.bad("mac", expected)),
+        Some(text) => parse_mac(text).ok_or_else(|| options.bad_value("mac", expected)),
     }
 }
 
@@ -111,7 +112,7 @@ fn forwards(options: &Options) -> Result<Vec<(u16, u16)>, OptionError> {
     let pairs: Option<Vec<(u16, u16)>> = text.split('+').map(pair).collect();
     pairs
         .filter(|pairs| pairs.len() <= MAX_FORWARDS)
-        .ok_or_else(|| options.bad("forward", expected))
+        .ok_or_else(|| options.bad_value("forward", expected))
 }
 
 #[cfg(test)]

@@ -30,7 +30,7 @@ impl Peer {
     pub(super) fn connect(host: &dyn Host, path: PathBuf, asked: usize) -> Result<Self, HostError> {
         let shown = path.display().to_string();
         let stream = host.connect(&path).map_err(|error| {
-            HostError::refused(
+            HostError::os(
                 format!(
                     "Cannot connect to {shown} (start the program that serves the device first)"
                 ),
@@ -47,9 +47,9 @@ impl Peer {
         match handshake(stream, 0) {
             Ok(session) => Ok(Self { origin: Origin::Started(daemon), session }),
             Err(error) => {
-                let said = daemon.last_words();
+                let said = daemon.last_output();
                 let said = if said.is_empty() { error.to_string() } else { said };
-                Err(HostError::mistake(format!(
+                Err(HostError::invalid(format!(
                     "{} cannot serve the device: {said}",
                     daemon.name()
                 )))
@@ -78,7 +78,7 @@ fn handshake(stream: UnixStream, asked: usize) -> Result<Session, PeerError> {
 }
 
 pub(super) fn unsuitable(shown: &str, error: &PeerError) -> HostError {
-    HostError::mistake(format!(
+    HostError::invalid(format!(
         "Cannot use {shown}: {error} (is it the vhost-user socket of this kind of device?)"
     ))
 }

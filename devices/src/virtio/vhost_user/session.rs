@@ -145,7 +145,7 @@ impl Session {
     }
 
     /// True if no reply and no queued message is outstanding.
-    pub(super) fn is_settled(&self) -> bool {
+    pub(super) fn is_quiescent(&self) -> bool {
         self.expected.is_empty() && !self.link.wants_write()
     }
 
@@ -197,7 +197,7 @@ impl Session {
     /// Waits for all expected replies, until `deadline` at the latest.
     pub(super) fn complete(&mut self, deadline: Instant) -> Result<(), PeerError> {
         self.process()?;
-        while !self.is_settled() {
+        while !self.is_quiescent() {
             self.link.wait(deadline)?;
             self.process()?;
         }

@@ -32,11 +32,11 @@ impl Daemon for Quiet {
         None
     }
 
-    fn attend(&mut self) {}
+    fn forward_output(&mut self) {}
 
     fn kill(&mut self) {}
 
-    fn last_words(&mut self) -> String {
+    fn last_output(&mut self) -> String {
         String::new()
     }
 }

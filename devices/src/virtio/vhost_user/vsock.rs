@@ -32,8 +32,9 @@ const CONFIG: usize = 8;
 fn build(options: &Options, wiring: Wiring) -> Built {
     let bad = |source| BuildError::Option { model: MODEL.name, source };
     let socket = options.get("socket").filter(|path| !path.is_empty());
-    let socket = socket.ok_or_else(|| bad(options.bad("socket", "a path (write socket=PATH)")))?;
-    let end = |source| BuildError::End { model: MODEL.name, source };
+    let socket =
+        socket.ok_or_else(|| bad(options.bad_value("socket", "a path (write socket=PATH)")))?;
+    let end = |source| BuildError::Backend { model: MODEL.name, source };
     let peer = Peer::connect(wiring.host.as_ref(), socket.into(), CONFIG).map_err(end)?;
     let kind = Kind {
         model: MODEL.name,

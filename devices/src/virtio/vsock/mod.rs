@@ -121,20 +121,20 @@ fn build(options: &Options, wiring: Wiring) -> Built {
     let in_kernel = match options.get("backend") {
         None | Some("unix") => false,
         Some("kernel") => true,
-        Some(_) => return Err(refused(options.bad("backend", "unix or kernel"))),
+        Some(_) => return Err(refused(options.bad_value("backend", "unix or kernel"))),
     };
     let path = options.get("path");
     if in_kernel {
         let expected =
             "possible with backend=kernel, which has no Unix socket (leave one of them out)";
         if let Some(key) = ["path", "timeout"].into_iter().find(|key| options.get(key).is_some()) {
-            return Err(refused(options.bad(key, expected)));
+            return Err(refused(options.bad_value(key, expected)));
         }
         return super::vhost_kernel::vsock::build(guest_cid, wiring);
     }
     let path = path.filter(|path| !path.is_empty()).map(PathBuf::from);
     let path =
-        path.ok_or_else(|| refused(options.bad("path", "a path (write vsock,path=PATH)")))?;
+        path.ok_or_else(|| refused(options.bad_value("path", "a path (write vsock,path=PATH)")))?;
     let timeout = options
         .parsed::<Seconds>("timeout", "a number of seconds from 1 to 86400")
         .map_err(refused)?
@@ -143,7 +143,7 @@ fn build(options: &Options, wiring: Wiring) -> Built {
     let listener = wiring
         .host
         .listen(&path)
-        .map_err(|source| BuildError::End { model: MODEL.name, source })?;
+        .map_err(|source| BuildError::Backend { model: MODEL.name, source })?;
     let timer = TimerFd::new().map_err(|source| BuildError::Host {
         model: MODEL.name,
         what: "timer",
@@ -178,7 +178,7 @@ impl Vsock {
         let mut moved = 0;
         while self.streams.takes_packets() {
             if moved >= PASS {
-                work.leave(TX);
+                work.end_pass(TX);
                 return Ok(false);
             }
             let Some(chain) = work.pop(TX)? else { return Ok(false) };
@@ -216,7 +216,7 @@ impl Vsock {
         let mut moved = 0;
         while self.streams.has_packets() {
             if moved >= PASS {
-                work.leave(RX);
+                work.end_pass(RX);
                 break;
             }
             let Some(chain) = work.pop(RX)? else { break };

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use rvmm_devices::testing::{
-    ManualClock, MemoryConsole, MemoryHost, TestIrq, hand_over, turn, wiring,
+    ManualClock, MemoryConsole, MemoryHost, TestIrq, dispatch_event, turn, wiring,
 };
 use rvmm_devices::{CATALOG, IrqLine, MmioDevice, Model, Options, Plic, Wiring};
 
@@ -107,7 +107,7 @@ pub fn uart(bytes: &[u8]) {
                 }
             }
             5 if script.once_in(8) => device.reset(),
-            6 => hand_over(device.as_mut(), script.below(8) as u32),
+            6 => dispatch_event(device.as_mut(), script.below(8) as u32),
             _ => access(device.as_mut(), 9, &mut script),
         }
     }
@@ -139,7 +139,7 @@ pub fn rtc(bytes: &[u8]) {
                 turn(device.as_mut(), 0).unwrap();
             }
             2 if script.once_in(8) => device.reset(),
-            3 => hand_over(device.as_mut(), script.below(3) as u32),
+            3 => dispatch_event(device.as_mut(), script.below(3) as u32),
             _ => access(device.as_mut(), 0x28, &mut script),
         }
     }

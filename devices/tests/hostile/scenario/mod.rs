@@ -4,8 +4,8 @@
 //! proptest. It uses only public names of the crate, so that `fuzz/` can include this folder by its path.
 #![allow(unreachable_pub, reason = "see above")]
 
+pub(crate) mod backends;
 pub mod chips;
-pub(crate) mod ends;
 pub mod kind;
 mod oracle;
 pub(crate) mod ram;

@@ -4,10 +4,10 @@ use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-use rvmm_devices::testing::{TestIrq, hand_over, turn, wiring};
+use rvmm_devices::testing::{TestIrq, dispatch_event, turn, wiring};
 use rvmm_devices::{MmioDevice, Model, Options, Wiring};
 
-use super::ends::Ends;
+use super::backends::Backends;
 use super::kind::{Kind, Piece};
 use super::oracle::{ActiveQueue, SetUp, overlap};
 use super::ram::{HIGH, LOW, Ram, Watched};
@@ -60,7 +60,7 @@ pub(crate) struct Queue {
 pub(crate) struct Stage {
     pub(crate) kind: Kind,
     pub(crate) device: Box<dyn MmioDevice>,
-    pub(crate) ends: Ends,
+    pub(crate) ends: Backends,
     pub(crate) ram: Ram,
     pub(crate) queues: Vec<Queue>,
     pub(crate) offered: u64,
@@ -76,7 +76,7 @@ pub(crate) struct Stage {
 impl Stage {
     /// Creates a device as after power-on.
     pub(crate) fn new(kind: Kind, options: &str) -> Self {
-        let (ram, ends, irq) = (Ram::new(), Ends::new(), TestIrq::default());
+        let (ram, ends, irq) = (Ram::new(), Backends::new(), TestIrq::default());
         let released = Arc::new(Mutex::new(0));
         let memory = Watched { memory: ram.memory.clone(), released: Arc::clone(&released) };
         let options = Options::parse(options).unwrap();
@@ -371,7 +371,7 @@ impl Stage {
     /// Calls the device once without a cause, and checks it.
     pub(crate) fn spurious_call(&mut self, token: u32) {
         self.before();
-        hand_over(self.device.as_mut(), token);
+        dispatch_event(self.device.as_mut(), token);
         self.after();
     }
 

@@ -46,7 +46,7 @@ pub(super) fn open(
     let mut locked = Vec::new();
     while let Some((above, backing)) = next(&layers) {
         if plan.format != (DiskFormat::Qcow2 { has_backing: true }) {
-            return Err(HostError::mistake(format!(
+            return Err(HostError::invalid(format!(
                 "Cannot use disk {above}: it has the backing file {}, a file of the host (add backing=on if you trust the image to name a file that the guest may read)",
                 quoted(&backing.name)
             )));
@@ -55,7 +55,7 @@ pub(super) fn open(
         let is_image = is_image(above, backing)?;
         let identity = identity(&path).map_err(|error| named_by(above, error))?;
         if seen.contains(&identity) || seen.len() == MOST_FILES {
-            return Err(HostError::mistake(format!(
+            return Err(HostError::invalid(format!(
                 "Cannot use disk {}: its chain of backing files has a loop, or more than {MOST_FILES} files (list them: qemu-img info --backing-chain)",
                 plan.path
             )));
@@ -81,8 +81,8 @@ fn next(layers: &[Layer]) -> Option<(&str, &Backing)> {
 }
 
 fn layer(path: &str, files: &Files, is_image: bool) -> Result<Layer, HostError> {
-    let unusable = |what: String| HostError::mistake(format!("Cannot use disk {path}: it {what}"));
-    let refused = |source| HostError::refused(format!("Cannot use disk {path}"), source);
+    let unusable = |what: String| HostError::invalid(format!("Cannot use disk {path}: it {what}"));
+    let refused = |source| HostError::os(format!("Cannot use disk {path}"), source);
     let mut store = Store::new(files, path).map_err(refused)?;
     let len = files.bytes().map_err(refused)?;
     let header = is_image.then(|| Header::read(files.readable(), len).map_err(unusable));
@@ -106,20 +106,20 @@ fn check_writable(path: &str, files: &Files, top: &Layer) -> Result<(), HostErro
             Flaw::Dirty => "was not closed properly",
             Flaw::Corrupt => "is marked as corrupt",
         };
-        return Err(HostError::mistake(format!(
+        return Err(HostError::invalid(format!(
             "Cannot use disk {path}: it {what} (repair it: qemu-img check -r all, or add ro=on)"
         )));
     }
     if header.snapshots > 0 {
         let count = header.snapshots;
-        return Err(HostError::mistake(format!(
+        return Err(HostError::invalid(format!(
             "Cannot use disk {path}: it has {count} internal snapshots, which rvmm supports read-only (add ro=on, or remove them: qemu-img snapshot -d)"
         )));
     }
-    let refused = |source| HostError::refused(format!("Cannot use disk {path}"), source);
+    let refused = |source| HostError::os(format!("Cannot use disk {path}"), source);
     let len = files.bytes().map_err(refused)?;
     tables::check(files.readable(), header, len)
-        .map_err(|what| HostError::mistake(format!("Cannot use disk {path}: it {what}")))?;
+        .map_err(|what| HostError::invalid(format!("Cannot use disk {path}: it {what}")))?;
     if let Some(what) = lost_bitmaps(header) {
         warn!("Disk {path} {what}");
     }
@@ -145,7 +145,7 @@ fn is_image(above: &str, backing: &Backing) -> Result<bool, HostError> {
             let name = quoted(&backing.name);
             let what =
                 other.map_or("no format".into(), |format| format!("the format {}", quoted(format)));
-            Err(HostError::mistake(format!(
+            Err(HostError::invalid(format!(
                 "Cannot use disk {above}: it names {what} for its backing file {name}, supported are raw and qcow2 (set it: qemu-img rebase -u -f qcow2 -b NAME -F FORMAT {above})"
             )))
         }
@@ -156,7 +156,7 @@ fn is_image(above: &str, backing: &Backing) -> Result<bool, HostError> {
 fn path_of(above: &str, backing: &Backing) -> Result<String, HostError> {
     match backing.name.split_once(':') {
         Some(("file", path)) if !path.is_empty() => Ok(path.to_owned()),
-        Some((protocol, _)) if !protocol.contains('/') => Err(HostError::mistake(format!(
+        Some((protocol, _)) if !protocol.contains('/') => Err(HostError::invalid(format!(
             "Cannot use disk {above}: it has the backing file {}, which is not a path (set one: qemu-img rebase -u -f qcow2 -b PATH -F FORMAT {above}; ./NAME if the file's name has a colon)",
             quoted(&backing.name)
         ))),
@@ -172,7 +172,7 @@ fn beside(image: &str, name: &str) -> String {
 
 fn identity(path: &str) -> Result<(u64, u64), HostError> {
     let data = std::fs::metadata(path)
-        .map_err(|error| HostError::mistake(format!("Cannot open disk {path}: {error}")))?;
+        .map_err(|error| HostError::invalid(format!("Cannot open disk {path}: {error}")))?;
     Ok((data.dev(), data.ino()))
 }
 
@@ -180,8 +180,8 @@ fn named_by(above: &str, error: HostError) -> HostError {
     let (what, source) = error.into_parts();
     let what = format!("{what} (a backing file of {above})");
     match source {
-        Some(source) => HostError::refused(what, source),
-        None => HostError::mistake(what),
+        Some(source) => HostError::os(what, source),
+        None => HostError::invalid(what),
     }
 }
 
@@ -203,10 +203,10 @@ fn build(layers: Vec<Layer>, is_written: bool) -> Result<FormatAccess<Store>, Ho
                 .map(FormatAccess::new),
         };
         below = Some(opened.map_err(|error| {
-            HostError::mistake(format!(
+            HostError::invalid(format!(
                 "Cannot use disk {path}: the image is invalid: {error} (check it: qemu-img check)"
             ))
         })?);
     }
-    below.ok_or_else(|| HostError::mistake("Cannot use a disk without a file"))
+    below.ok_or_else(|| HostError::invalid("Cannot use a disk without a file"))
 }

@@ -355,7 +355,7 @@ fn a_header_that_asks_for_too_much_or_the_unknown_is_refused_with_a_sentence() {
         (20, &[0, 0, 0, 8], "sizes that the format does not allow"),
         (20, &[0, 0, 0, 22], "sizes that the format does not allow"),
         (20, &[255; 4], "sizes that the format does not allow"),
-        (24, &huge, "larger than rvmm allows"),
+        (24, &huge, "larger tables than rvmm allows"),
         (24, &[0, 0, 1, 0, 0, 0, 0, 0], "L1 table"),
         (24, &[0; 8], "smaller than a sector"),
         (32, &[0, 0, 0, 1], "encrypted"),

@@ -90,7 +90,7 @@ fn with_header(rest: &[u8], how: u8) -> Vec<u8> {
 fn walk_tree(bytes: &[u8]) {
     let mut on_disk = tempfile::NamedTempFile::new().unwrap();
     on_disk.write_all(bytes).unwrap();
-    let opened = fdt::GivenTree::open(on_disk.path());
+    let opened = fdt::UserTree::open(on_disk.path());
     let mut depth = 0_i64;
     let walked = blob::walk(bytes, |item| match item {
         blob::Item::Begin(_) => depth += 1,

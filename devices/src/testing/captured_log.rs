@@ -30,7 +30,7 @@ impl Log for ThreadLog {
 /// # Panics
 /// The process has another logger.
 #[expect(clippy::panic, reason = "the test depends on the log")]
-pub fn told(f: impl FnOnce()) -> Vec<String> {
+pub fn captured_log(f: impl FnOnce()) -> Vec<String> {
     static LOG: ThreadLog = ThreadLog;
     static SET: std::sync::Once = std::sync::Once::new();
     SET.call_once(|| {

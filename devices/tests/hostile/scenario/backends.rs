@@ -13,7 +13,7 @@ use rvmm_devices::virtio::DmaMemory;
 use rvmm_devices::virtio::blk::testing::MemoryDisk;
 use rvmm_devices::virtio::blk::{DiskBackend, DiskPlan};
 use rvmm_devices::virtio::net::testing::MemoryNet;
-use rvmm_devices::virtio::net::{NetBackend, NetworkEnd};
+use rvmm_devices::virtio::net::{NetBackend, NetworkSource};
 use rvmm_devices::{ConsoleBackend, Host, HostError, Listener};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EFD_SEMAPHORE, EventFd};
 
@@ -25,7 +25,7 @@ pub(crate) const SECTORS: usize = 16;
 
 /// All backends of a device. A clone refers to the same ones.
 #[derive(Clone)]
-pub(crate) struct Ends {
+pub(crate) struct Backends {
     pub(crate) disk: MemoryDisk,
     pub(crate) net: MemoryNet,
     pub(crate) console: MemoryConsole,
@@ -47,7 +47,7 @@ struct Sockets {
     refusal: Option<ErrorKind>,
 }
 
-impl Ends {
+impl Backends {
     pub(crate) fn new() -> Self {
         let event = |flags| Arc::new(EventFd::new(EFD_NONBLOCK | flags).unwrap());
         let console = MemoryConsole::new().unwrap();
@@ -196,7 +196,7 @@ fn pair() -> (UnixStream, UnixStream) {
     (program, stream)
 }
 
-impl Host for Ends {
+impl Host for Backends {
     fn disk(
         &self,
         plan: &DiskPlan,
@@ -205,13 +205,13 @@ impl Host for Ends {
         Ok(self.disk.open(plan, memory))
     }
 
-    fn network(&self, _end: &NetworkEnd) -> Result<Box<dyn NetBackend>, HostError> {
+    fn network(&self, _end: &NetworkSource) -> Result<Box<dyn NetBackend>, HostError> {
         Ok(Box::new(self.net.clone()))
     }
 
     fn network_queues(
         &self,
-        _end: &NetworkEnd,
+        _end: &NetworkSource,
         pairs: u16,
     ) -> Result<Vec<Box<dyn NetBackend>>, HostError> {
         let others = (1..pairs).map(|_| MemoryNet::new().unwrap());
@@ -244,7 +244,7 @@ impl Host for Ends {
 }
 
 /// Accepts connections of host programs.
-struct TestListener(Ends);
+struct TestListener(Backends);
 
 impl AsRawFd for TestListener {
     fn as_raw_fd(&self) -> RawFd {
