@@ -1,7 +1,7 @@
 //! The I/O thread, with the only epoll set of a machine. It watches the descriptors of the devices and of the command.
 //!
 //! The contract with a device is [`rvmm_devices::MmioDevice`]'s: the loop reads its list of sources at the start and after every
-//! `ready`, and applies the changes. The set is level-triggered. A descriptor that no device lists is not in the set, so
+//! `ready`, and applies the changes. The set is level-triggered, but for [`Interest::Signal`]. A descriptor that no device lists is not in the set, so
 //! an unhandled hang-up costs nothing; one that reports only a hang-up or an error, and is still listed unchanged afterwards, is
 //! removed until the device changes its list. A device reset closes descriptors on a hart's thread, and their numbers stay in the
 //! set until the list is read again: if another descriptor gets such a number first, the closed one is removed.
@@ -46,6 +46,9 @@ pub struct IoLoop {
     bus: Arc<Bus>,
     manager: EventManager<Watch>,
     ready: Arc<Mutex<Vec<ReadyEvent>>>,
+    /// The events being served, and the sources of a device: buffers, kept to reuse their allocations.
+    batch: Vec<ReadyEvent>,
+    sources: Vec<Source>,
     /// By the index of the device.
     listed: Vec<Vec<Listed>>,
     signals: Option<(Signals, StopRequest)>,
@@ -76,6 +79,8 @@ impl IoLoop {
             bus,
             manager,
             ready: Arc::default(),
+            batch: Vec::new(),
+            sources: Vec::new(),
             listed,
             signals: None,
             button: None,
@@ -168,12 +173,14 @@ impl IoLoop {
             }
             let Some(timeout_ms) = self.timeout_ms() else { return Ok(()) };
             self.manager.run_with_timeout(timeout_ms)?;
+            let mut batch = std::mem::take(&mut self.batch);
             let mut ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
-            let batch = std::mem::take(&mut *ready);
+            std::mem::swap(&mut batch, &mut *ready);
             drop(ready);
-            for (origin, only_hang_up) in batch {
+            for (origin, only_hang_up) in batch.drain(..) {
                 self.serve(origin, only_hang_up);
             }
+            self.batch = batch;
             // Counted at the end: when the count is visible, all events are served.
             self.shared.turns.fetch_add(1, Ordering::Release);
         }
@@ -208,8 +215,10 @@ impl IoLoop {
                 if !self.listed.get(index).is_some_and(|list| list.iter().any(is_listed)) {
                     return;
                 }
-                self.bus.ready(index, source.token);
-                self.sync(index);
+                let mut sources = std::mem::take(&mut self.sources);
+                self.bus.ready(index, source.token, &mut sources);
+                self.apply(index, &sources);
+                self.sources = sources;
                 if only_hang_up {
                     self.mute(index, source);
                 }
@@ -265,9 +274,14 @@ impl IoLoop {
 
     /// Updates the epoll set to the sources that the device lists now.
     fn sync(&mut self, index: usize) {
-        let wanted = self.bus.with_device(index, |device| device.sources()).unwrap_or_default();
+        let sources = self.bus.with_device(index, |device| device.sources()).unwrap_or_default();
+        self.apply(index, &sources);
+    }
+
+    /// Updates the epoll set to these sources of the device.
+    fn apply(&mut self, index: usize, wanted: &[Source]) {
         let Some(listed) = self.listed.get_mut(index) else { return };
-        if listed.iter().map(|listed| &listed.source).eq(&wanted) {
+        if listed.iter().map(|listed| &listed.source).eq(wanted) {
             return;
         }
         // Old sources are removed first: a new one may have the same descriptor.
@@ -276,7 +290,7 @@ impl IoLoop {
             std::mem::take(listed).into_iter().partition(|listed| stays.contains(&listed.source));
         gone.into_iter().for_each(|listed| self.unwatch(listed.id));
         let mut kept: HashMap<Source, _> = kept.into_iter().map(|l| (l.source, l.id)).collect();
-        let now = wanted.into_iter().map(|source| {
+        let now = wanted.iter().copied().map(|source| {
             let id = kept.remove(&source).unwrap_or_else(|| self.watch_source(index, source));
             Listed { source, id }
         });
@@ -324,6 +338,7 @@ impl IoLoop {
             Interest::Read => EventSet::IN,
             Interest::Write => EventSet::OUT,
             Interest::ReadWrite => EventSet::IN | EventSet::OUT,
+            Interest::Signal => EventSet::IN | EventSet::EDGE_TRIGGERED,
         };
         let added =
             self.manager.event_ops(id).and_then(|mut ops| ops.add(Events::new_raw(fd, events)));

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use log::warn;
 use thiserror::Error;
 
-use crate::device::{Access, AccessError, MmioDevice, RegisterName, SerialLine, Unlocked};
+use crate::device::{Access, AccessError, MmioDevice, RegisterName, SerialLine, Source, Unlocked};
 
 /// Maximum number of unassigned addresses that are logged, each once; one last line says that there are more.
 const LOGGED_ADDRESSES: usize = 64;
@@ -214,13 +214,15 @@ impl Bus {
     }
 
     /// Calls [`MmioDevice::ready`] of the device in this slot, and drives the resulting interrupt after releasing the
-    /// device's lock.
-    pub fn ready(&self, index: usize, token: u32) {
-        let take_pending_irq = self.with_device(index, |device| {
+    /// device's lock. Replaces `sources` by those that the device lists then.
+    pub fn ready(&self, index: usize, token: u32, sources: &mut Vec<Source>) {
+        sources.clear();
+        let pending = self.with_device(index, |device| {
             device.ready(token);
+            device.list_sources(sources);
             device.take_pending_irq()
         });
-        if let Some(pin) = take_pending_irq.flatten() {
+        if let Some(pin) = pending.flatten() {
             pin.drive();
         }
     }

@@ -51,7 +51,7 @@ pub type RegisterName = fn(offset: u64, is_write: bool) -> Option<&'static str>;
 ///
 /// # The I/O loop's contract
 ///
-/// One thread owns the only epoll set, level-triggered. It calls [`sources`](Self::sources) once
+/// One thread owns the only epoll set, level-triggered but for [`Interest::Signal`]. It calls [`list_sources`](Self::list_sources) once
 /// the device is built, and again after every [`ready`](Self::ready), and applies the difference.
 /// So a device whose interest changes on a vCPU thread (its FIFO is full: stop reading; output is
 /// blocked: wait for room) owns an eventfd, lists it in its sources, and writes it; after the `ready` that
@@ -104,9 +104,17 @@ pub trait MmioDevice: Send {
         None
     }
 
-    /// The descriptors for the I/O loop to watch now. See the contract above.
+    /// Adds the descriptors for the I/O loop to watch now. See the contract above. A list that is passed in costs no allocation per
+    /// event.
+    fn list_sources(&self, list: &mut Vec<Source>) {
+        let _ = list;
+    }
+
+    /// The descriptors for the I/O loop to watch now.
     fn sources(&self) -> Vec<Source> {
-        Vec::new()
+        let mut list = Vec::new();
+        self.list_sources(&mut list);
+        list
     }
 
     /// A source with this token may be ready. Unknown tokens are ignored.
@@ -189,6 +197,9 @@ pub enum Interest {
     Write,
     /// Either.
     ReadWrite,
+    /// Signalled (`EPOLLIN | EPOLLET`): an eventfd, reported once for each write since the last report. Nobody reads its counter, which
+    /// saves a system call; the kernel reports a write also if the counter is at its limit.
+    Signal,
 }
 
 impl Interest {
@@ -206,7 +217,7 @@ impl Interest {
     /// Returns true if readability is of interest.
     #[must_use]
     pub fn reads(self) -> bool {
-        matches!(self, Self::Read | Self::ReadWrite)
+        matches!(self, Self::Read | Self::ReadWrite | Self::Signal)
     }
 
     /// Returns true if writability is of interest.

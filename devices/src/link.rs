@@ -189,19 +189,19 @@ impl Link {
     }
 
     /// The descriptors for the I/O loop to watch now.
-    pub(crate) fn sources(&self) -> Vec<Source> {
+    pub(crate) fn list_sources(&self, list: &mut Vec<Source>) {
         let ports = self.backend.ports();
         let read = |fd, token| Source { fd, token, interest: Interest::Read };
-        let mut sources = vec![
+        list.extend([
             read(self.kick.as_raw_fd(), TOKEN_KICK),
             read(self.timer.as_raw_fd(), TOKEN_TIMER),
-        ];
-        sources.extend(ports.event_fd.map(|fd| read(fd, TOKEN_ATTENTION)));
+        ]);
+        list.extend(ports.event_fd.map(|fd| read(fd, TOKEN_ATTENTION)));
         let reads = self.input_wanted && !self.input_ended;
         let writes = !self.queue.is_empty() && !self.output_ended;
         let mut add = |port, token, interest: Option<Interest>| {
             if let (Port::Poll(fd), Some(interest)) = (port, interest) {
-                sources.push(Source { fd, token, interest });
+                list.push(Source { fd, token, interest });
             }
         };
         if ports.input == ports.output {
@@ -210,7 +210,6 @@ impl Link {
             add(ports.input, TOKEN_INPUT, Interest::of(reads, false));
             add(ports.output, TOKEN_OUTPUT, Interest::of(false, writes));
         }
-        sources
     }
 
     /// Processes a source that may be ready: writes queued output, and reads at most `buffer.len()` bytes of
@@ -362,7 +361,8 @@ mod tests {
     /// The sources other than the link's own two descriptors and the console's event_fd.
     fn watched(link: &Link) -> Vec<(u32, Interest)> {
         let console = |source: &Source| matches!(source.token, TOKEN_INPUT | TOKEN_OUTPUT);
-        let sources = link.sources();
+        let mut sources = Vec::new();
+        link.list_sources(&mut sources);
         sources.iter().filter(|source| console(source)).map(|s| (s.token, s.interest)).collect()
     }
 

@@ -172,9 +172,9 @@ impl MmioDevice for Rtc {
         })
     }
 
-    fn sources(&self) -> Vec<Source> {
+    fn list_sources(&self, list: &mut Vec<Source>) {
         let fd = self.timer.as_raw_fd();
-        vec![Source { fd, token: TOKEN_ALARM, interest: Interest::Read }]
+        list.push(Source { fd, token: TOKEN_ALARM, interest: Interest::Read });
     }
 
     fn ready(&mut self, _token: u32) {

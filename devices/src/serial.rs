@@ -163,8 +163,8 @@ impl MmioDevice for Serial {
         Some(self)
     }
 
-    fn sources(&self) -> Vec<Source> {
-        self.link.sources()
+    fn list_sources(&self, list: &mut Vec<Source>) {
+        self.link.list_sources(list);
     }
 
     fn ready(&mut self, token: u32) {

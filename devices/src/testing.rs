@@ -18,6 +18,7 @@ use crate::flash::Window;
 use crate::irq::IrqLine;
 use crate::power::{PowerRequest, PowerSwitch};
 use crate::rtc::Clock;
+use crate::virtio::mmio::KICK;
 
 mod captured_log;
 mod host;
@@ -300,6 +301,8 @@ pub fn turn(device: &mut dyn MmioDevice, timeout_ms: i32) -> io::Result<usize> {
             Interest::Read => EventSet::IN,
             Interest::Write => EventSet::OUT,
             Interest::ReadWrite => EventSet::IN | EventSet::OUT,
+            // This set is a new one each time, to which every write since the beginning is news.
+            Interest::Signal => EventSet::IN,
         };
         let event = EpollEvent::new(events, source.token.into());
         epoll.ctl(ControlOperation::Add, source.fd, event)?;
@@ -313,7 +316,11 @@ pub fn turn(device: &mut dyn MmioDevice, timeout_ms: i32) -> io::Result<usize> {
         }
     };
     for event in events.iter().take(count) {
-        dispatch_event(device, u32::try_from(event.data()).unwrap_or(u32::MAX));
+        let token = u32::try_from(event.data()).unwrap_or(u32::MAX);
+        for ioevent in device.ioeventfds().iter().filter(|ioevent| KICK | ioevent.value == token) {
+            drop(ioevent.event.read());
+        }
+        dispatch_event(device, token);
     }
     Ok(count)
 }

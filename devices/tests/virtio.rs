@@ -112,9 +112,7 @@ impl VirtioDevice for Echo {
         // The chains are kept, to test that an old chain is harmless after a reset.
     }
 
-    fn sources(&self) -> Vec<Source> {
-        Vec::new()
-    }
+    fn list_sources(&self, _list: &mut Vec<Source>) {}
 
     fn ready(&mut self, _token: u32, _work: &mut Work<'_>) -> Result<(), VirtioError> {
         Ok(())
@@ -757,8 +755,8 @@ impl VirtioDevice for Greedy {
 
     fn reset(&mut self) {}
 
-    fn sources(&self) -> Vec<Source> {
-        vec![Source { fd: self.0.as_raw_fd(), token: 0, interest: Interest::Read }]
+    fn list_sources(&self, list: &mut Vec<Source>) {
+        list.push(Source { fd: self.0.as_raw_fd(), token: 0, interest: Interest::Read });
     }
 
     fn ready(&mut self, _token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {

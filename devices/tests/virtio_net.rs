@@ -832,7 +832,9 @@ fn a_device_that_was_not_started_does_not_poll_the_network() {
     let net = MemoryNet::new().unwrap();
     let device = Net::new(Box::new(net.clone()), &NetSettings::default()).unwrap();
     net.arrive(NO_HEADER, &frame(60));
-    assert!(device.sources().iter().all(|source| source.token != 0));
+    let mut sources = Vec::new();
+    device.list_sources(&mut sources);
+    assert!(sources.iter().all(|source| source.token != 0));
 }
 
 /// A device with this number of queue pairs, and their backends.

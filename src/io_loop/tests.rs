@@ -40,8 +40,8 @@ impl MmioDevice for Device {
     fn fdt(&self) -> Option<FdtDesc> {
         None
     }
-    fn sources(&self) -> Vec<Source> {
-        self.sources.clone()
+    fn list_sources(&self, list: &mut Vec<Source>) {
+        list.extend(&self.sources);
     }
     fn ready(&mut self, token: u32) {
         (self.on_ready)(&mut self.sources, token);
@@ -120,6 +120,20 @@ fn an_idle_loop_sleeps() {
     let before = io.turns();
     thread::sleep(Duration::from_millis(50));
     assert_eq!(io.turns(), before);
+}
+
+#[test]
+fn each_signal_is_reported_once_although_nobody_reads_its_counter() {
+    let event = EventFd::new(0).unwrap();
+    let (on_ready, receiver) = idle();
+    let (io, _bus) = start(vec![(vec![source(&event, 3, Interest::Signal)], on_ready)]);
+    for _ in 0..3 {
+        event.write(1).unwrap();
+        assert_eq!(receiver.recv_timeout(LONG).unwrap(), 3);
+        settle(&io);
+        receiver.try_recv().unwrap_err();
+    }
+    io.stop(Duration::ZERO).unwrap();
 }
 
 #[test]
@@ -283,8 +297,8 @@ fn a_refresh_finds_sources_that_were_added_from_outside() {
         fn fdt(&self) -> Option<FdtDesc> {
             None
         }
-        fn sources(&self) -> Vec<Source> {
-            self.0.lock().unwrap().clone()
+        fn list_sources(&self, list: &mut Vec<Source>) {
+            list.extend(self.0.lock().unwrap().iter());
         }
         fn ready(&mut self, token: u32) {
             (self.1)(&mut self.0.lock().unwrap(), token);

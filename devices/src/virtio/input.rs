@@ -165,13 +165,13 @@ impl VirtioDevice for Input {
         }
     }
 
-    fn sources(&self) -> Vec<Source> {
+    fn list_sources(&self, list: &mut Vec<Source>) {
         let source = |button: &EventFd| Source {
             fd: button.as_raw_fd(),
             token: TOKEN_BUTTON,
             interest: Interest::Read,
         };
-        self.button.iter().map(source).collect()
+        list.extend(self.button.iter().map(source));
     }
 
     fn ready(&mut self, _token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {

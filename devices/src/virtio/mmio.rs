@@ -274,11 +274,11 @@ impl MmioDevice for VirtioMmio {
         })
     }
 
-    fn sources(&self) -> Vec<Source> {
+    fn list_sources(&self, list: &mut Vec<Source>) {
         let kick = |(index, kick): (u32, &EventFd)| Source {
             fd: kick.as_raw_fd(),
             token: KICK | index,
-            interest: Interest::Read,
+            interest: Interest::Signal,
         };
         // Kicks of remote queues are read by their backend.
         let core = &self.core;
@@ -287,11 +287,10 @@ impl MmioDevice for VirtioMmio {
                 .is_ok_and(|queue| core.device.is_remote(queue, core.state.driver_features))
         };
         let kicks = (0..).zip(self.core.kicks.iter()).filter(is_own);
-        let mut sources: Vec<Source> = kicks.map(kick).collect();
+        list.extend(kicks.map(kick));
         let hold = |hold: &Hold| Source { fd: hold.fd(), token: HOLD, interest: Interest::Read };
-        sources.extend(self.core.interrupt.hold.as_ref().map(hold));
-        sources.extend(self.core.device.sources());
-        sources
+        list.extend(self.core.interrupt.hold.as_ref().map(hold));
+        self.core.device.list_sources(list);
     }
 
     fn ready(&mut self, token: u32) {
@@ -300,10 +299,6 @@ impl MmioDevice for VirtioMmio {
         } else if token & KICK == 0 {
             self.core.work(|device, work| device.ready(token, work), None);
         } else if let Ok(queue) = u16::try_from(token & !KICK) {
-            if let Some(kick) = self.core.kicks.get(usize::from(queue)) {
-                // Drained; empty if the event was stale.
-                drop(kick.read());
-            }
             if self.core.is_active(queue) {
                 self.core.work(|device, work| device.kicked(queue, work), Some(queue));
             }

@@ -202,7 +202,7 @@ pub trait VirtioDevice: Send {
     }
 
     /// The descriptors for the I/O loop to watch for this device; tokens are below [`mmio::KICK`].
-    fn sources(&self) -> Vec<Source>;
+    fn list_sources(&self, list: &mut Vec<Source>);
 
     /// Processes a source that may be ready; the device may be inactive.
     ///

@@ -136,8 +136,8 @@ impl VirtioDevice for Rng {
 
     fn reset(&mut self) {}
 
-    fn sources(&self) -> Vec<Source> {
-        vec![Source { fd: self.limiter.fd(), token: TOKEN_LIMIT, interest: Interest::Read }]
+    fn list_sources(&self, list: &mut Vec<Source>) {
+        list.push(Source { fd: self.limiter.fd(), token: TOKEN_LIMIT, interest: Interest::Read });
     }
 
     fn ready(&mut self, _token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {

@@ -339,15 +339,14 @@ impl VirtioDevice for Balloon {
         self.set_timer();
     }
 
-    fn sources(&self) -> Vec<Source> {
+    fn list_sources(&self, list: &mut Vec<Source>) {
         let read = |fd, token| Source { fd, token, interest: Interest::Read };
-        let mut sources = vec![
+        list.extend([
             read(self.resume.as_raw_fd(), TOKEN_RESUME),
             read(self.timer.as_raw_fd(), TOKEN_STATS),
-        ];
+        ]);
         let control = self.control.as_ref();
-        sources.extend(control.map(|control| read(control.as_raw_fd(), TOKEN_TARGET)));
-        sources
+        list.extend(control.map(|control| read(control.as_raw_fd(), TOKEN_TARGET)));
     }
 
     fn ready(&mut self, token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {

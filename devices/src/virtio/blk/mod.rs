@@ -370,13 +370,13 @@ impl VirtioDevice for Blk {
         self.state.has_flush = false;
     }
 
-    fn sources(&self) -> Vec<Source> {
+    fn list_sources(&self, list: &mut Vec<Source>) {
         let source = |fd, token| Source { fd, token, interest: Interest::Read };
-        vec![
+        list.extend([
             source(self.limiter.fd(), TOKEN_LIMIT),
             source(self.disk.fd(), TOKEN_DISK),
             source(self.poll_timer.as_raw_fd(), TOKEN_POLL),
-        ]
+        ]);
     }
 
     fn ready(&mut self, token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {

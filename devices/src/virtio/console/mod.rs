@@ -282,16 +282,16 @@ impl VirtioDevice for Console {
         self.ports.iter_mut().for_each(Port::reset);
     }
 
-    fn sources(&self) -> Vec<Source> {
+    fn list_sources(&self, list: &mut Vec<Source>) {
         let resume =
             Source { fd: self.resume.as_raw_fd(), token: TOKEN_RESUME, interest: Interest::Read };
-        let mut sources = Vec::new();
         for (number, port) in (0..).zip(&self.ports) {
-            let own = |source: Source| Source { token: TOKENS * number + source.token, ..source };
-            sources.extend(port.sources().into_iter().map(own));
+            let first = list.len();
+            port.list_sources(list);
+            let own = list.iter_mut().skip(first);
+            own.for_each(|source| source.token += TOKENS * number);
         }
-        sources.push(resume);
-        sources
+        list.push(resume);
     }
 
     fn ready(&mut self, token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {

@@ -70,8 +70,8 @@ impl Port {
         self.pending.next(self.number, self.name.as_deref(), self.link.size())
     }
 
-    pub(super) fn sources(&self) -> Vec<Source> {
-        self.link.sources()
+    pub(super) fn list_sources(&self, list: &mut Vec<Source>) {
+        self.link.list_sources(list);
     }
 
     pub(super) fn forget_output(&mut self) {

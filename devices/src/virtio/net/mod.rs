@@ -333,10 +333,9 @@ impl VirtioDevice for Net {
         self.pairs.reset();
     }
 
-    fn sources(&self) -> Vec<Source> {
-        let mut sources = self.pairs.sources();
-        sources.extend(self.kernel.iter().flat_map(Kernel::sources));
-        sources
+    fn list_sources(&self, list: &mut Vec<Source>) {
+        self.pairs.list_sources(list);
+        list.extend(self.kernel.iter().flat_map(Kernel::sources));
     }
 
     fn ready(&mut self, token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {

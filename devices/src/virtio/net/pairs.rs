@@ -160,22 +160,21 @@ impl Pairs {
         self.use_first(1);
     }
 
-    pub(super) fn sources(&self) -> Vec<Source> {
+    pub(super) fn list_sources(&self, list: &mut Vec<Source>) {
         let limit = |fd, token| Source { fd, token, interest: Interest::Read };
-        let mut sources = vec![
+        list.extend([
             limit(self.rx_limit.fd(), TOKEN_RX_LIMIT),
             limit(self.tx_limit.fd(), TOKEN_TX_LIMIT),
-        ];
+        ]);
         let link = self.all.first().and_then(|first| first.port.link_fd());
-        sources.extend(link.map(|fd| limit(fd, TOKEN_LINK)));
+        list.extend(link.map(|fd| limit(fd, TOKEN_LINK)));
         let tokens = std::iter::once(TOKEN_NETWORK).chain(TOKEN_FURTHER..);
         for (token, Pair { port, rx, tx }) in tokens.zip(&self.all) {
             let interest = Interest::of(rx.can_take(&self.rx_limit), tx.is_blocked);
             if let (Some(interest), true) = (interest, port.can_move()) {
-                sources.push(Source { fd: port.fd(), token, interest });
+                list.push(Source { fd: port.fd(), token, interest });
             }
         }
-        sources
     }
 
     pub(super) fn ready(&mut self, token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {

@@ -91,8 +91,8 @@ impl VirtioDevice for KernelVsock {
         self.kernel.reset();
     }
 
-    fn sources(&self) -> Vec<Source> {
-        self.kernel.sources().collect()
+    fn list_sources(&self, list: &mut Vec<Source>) {
+        list.extend(self.kernel.sources());
     }
 
     fn ready(&mut self, token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {

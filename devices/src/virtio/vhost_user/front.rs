@@ -354,19 +354,18 @@ impl VirtioDevice for Front {
         self.stopping.is_none()
     }
 
-    fn sources(&self) -> Vec<Source> {
+    fn list_sources(&self, list: &mut Vec<Source>) {
         let read = |fd, token| Source { fd, token, interest: Interest::Read };
-        let mut sources = vec![read(self.timer.as_raw_fd(), TOKEN_TIMER)];
-        sources.extend(self.calls.sources());
+        list.push(read(self.timer.as_raw_fd(), TOKEN_TIMER));
+        list.extend(self.calls.sources());
         if let Origin::Started(daemon) = &self.origin {
-            sources.extend(daemon.messages().map(|fd| read(fd, TOKEN_DAEMON)));
+            list.extend(daemon.messages().map(|fd| read(fd, TOKEN_DAEMON)));
         }
         if let Some(session) = &self.session {
             let token = TOKEN_PEER | self.connections & (TOKEN_PEER - 1);
             let interest = if session.wants_write() { Interest::ReadWrite } else { Interest::Read };
-            sources.push(Source { fd: session.raw_fd(), token, interest });
+            list.push(Source { fd: session.raw_fd(), token, interest });
         }
-        sources
     }
 
     fn ready(&mut self, token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {

@@ -276,8 +276,8 @@ impl VirtioDevice for Vsock {
         self.streams.reset();
     }
 
-    fn sources(&self) -> Vec<Source> {
-        self.streams.sources()
+    fn list_sources(&self, list: &mut Vec<Source>) {
+        self.streams.list_sources(list);
     }
 
     fn ready(&mut self, token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {

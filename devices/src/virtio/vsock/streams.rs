@@ -122,15 +122,14 @@ impl Streams {
     }
 
     /// The descriptors to watch. Clients are not accepted until the guest has a driver and there is room.
-    pub(super) fn sources(&self) -> Vec<Source> {
+    pub(super) fn list_sources(&self, list: &mut Vec<Source>) {
         let read = |fd, token| Source { fd, token, interest: Interest::Read };
-        let mut sources = vec![read(self.timer.as_raw_fd(), TOKEN_TIMER)];
+        list.push(read(self.timer.as_raw_fd(), TOKEN_TIMER));
         if self.is_active && self.has_room() && self.paused_until.is_none() {
-            sources.push(read(self.listener.as_raw_fd(), TOKEN_LISTENER));
+            list.push(read(self.listener.as_raw_fd(), TOKEN_LISTENER));
         }
-        sources.extend(self.clients.iter().map(|(token, client)| client.source(*token)));
-        sources.extend(self.connections.iter().filter_map(|(token, c)| c.source(*token)));
-        sources
+        list.extend(self.clients.iter().map(|(token, client)| client.source(*token)));
+        list.extend(self.connections.iter().filter_map(|(token, c)| c.source(*token)));
     }
 
     /// Takes an event: a source may be ready.
