@@ -1,10 +1,10 @@
-// The floor: the least that any VMM can do. A KVM_RUN loop that answers loads with a ready UART's status, drops forwarded
-// SBI calls, prints what is stored to the UART, and ends when the guest powers off. Nothing is checked beyond what keeps
-// the figures honest.
+// The floor: the minimal work of any VMM. A KVM_RUN loop that returns a ready UART's status for loads, drops forwarded
+// SBI calls, prints bytes stored to the UART, and ends when the guest powers off. It only has the checks that valid
+// figures need.
 //
 // floor IMAGE TREE [aia] [thread]: runs a RISC-V Image and its device tree in 16 MiB at 0x80000000 with one hart. With `aia`
 // the VM has the kernel's interrupt controller, with `thread` the process has a second thread, which makes the kernel count
-// the users of a descriptor at every call: what both add is the kernel's work, and no VMM of that make can do without.
+// the users of a descriptor at every call: both add work of the kernel, which such a VMM cannot avoid.
 #include <fcntl.h>
 #include <linux/kvm.h>
 #include <pthread.h>
@@ -16,7 +16,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-// <linux/kvm.h> has these from 6.5 on; Debian 12's is older.
+// In <linux/kvm.h> since 6.5; Debian 12's is older.
 #ifndef KVM_DEV_RISCV_AIA_GRP_CONFIG
 #define KVM_DEV_TYPE_RISCV_AIA 11
 #define KVM_DEV_RISCV_AIA_GRP_CONFIG 0
@@ -70,7 +70,7 @@ static void set_attr(int device, uint32_t group, uint64_t attr, uint64_t *value)
 		fail("KVM_SET_DEVICE_ATTR");
 }
 
-// An APLIC and one IMSIC, where rvmm has them.
+// An APLIC and one IMSIC, at the same addresses as in rvmm.
 static void make_aia(int vm) {
 	struct kvm_create_device request = { .type = KVM_DEV_TYPE_RISCV_AIA };
 	if (ioctl(vm, KVM_CREATE_DEVICE, &request) < 0)

@@ -1,4 +1,4 @@
-# Makes the table of scripts/bench network out of "result VMM WHAT NUMBER" lines: text on standard output.
+# Makes the table of scripts/bench network from "result VMM ROW NUMBER" lines: text on standard output.
 
 function shown(v) { return v == "" ? "-" : sprintf("%.1f", v / 1000) }
 

@@ -1,7 +1,7 @@
-# Makes the table of scripts/bench out of "result VMM WHAT NUMBER" lines: text on standard output, JSON into the file `json`.
-# Exits with 1 where a figure of rvmm's or the floor's is missing. `counted` is 1 where a nanosecond is an instruction.
+# Makes the table of scripts/bench from "result VMM ROW NUMBER" lines: text on standard output, JSON in the file `json`.
+# Exits with 1 if a figure of rvmm's or the floor's is missing. `counted` is 1 if a nanosecond is an instruction.
 
-# What is measured: name, unit, whether it has a target, the largest value that meets it, how text divides it.
+# Adds a row: name, text, unit, target (the largest value that meets it, or empty), divisor and decimal places for the text.
 function row(name, text, unit, target, divide, digits) {
     rows++
     key[rows] = name; title[rows] = text; units[rows] = unit
@@ -40,7 +40,7 @@ function shown(v, r) {
 
 function verdict(r,    v) {
     v = value["rvmm", key[r]]
-    # On real hardware a nanosecond is no instruction and another machine's boot time says nothing.
+    # On real hardware a nanosecond is not an instruction, and boot times of different machines are not comparable.
     if (goal[r] == "" || v !~ /^[0-9]+$/ || (!counted && units[r] != "KiB" && units[r] != "")) return ""
     return v + 0 <= goal[r] + 0 ? "met" : "missed"
 }

@@ -1,6 +1,6 @@
-# Adds up Rss in /proc/PID/smaps over all mappings but guest memory, in KiB. Guest memory is the one run of adjacent, writable
-# mappings that together are as large as the guest's memory (mem_mb): the files that are mapped into it count as it does.
-# With details=1 it prints one line per mapping instead, largest first not promised.
+# Adds up Rss in /proc/PID/smaps over all mappings except guest memory, in KiB. Guest memory is the one run of adjacent, writable
+# mappings that together are as large as the guest's memory (mem_mb), including the files that are mapped into it.
+# With details=1 it prints one line per mapping instead, in no particular order.
 
 function hex(text,    i, value) {
     value = 0

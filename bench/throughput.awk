@@ -1,5 +1,5 @@
-# Medians of "result VMM WHAT NUMBER" lines, several of a kind, and what they are of QEMU's: text on standard output.
-# A row is met where rvmm has as much more than its peer as is asked for.
+# Prints the medians of repeated "result VMM ROW NUMBER" lines, and their ratios to QEMU's: text on standard output.
+# A row is met if rvmm's ratio to its peer reaches the target.
 
 function median(list,    n, part, i, j, swap) {
     n = split(list, part, " ")
@@ -28,8 +28,8 @@ function line(title, row, unit, is_net) {
 $1 == "result" && NF == 4 { all[$2, $3] = all[$2, $3] " " $4 }
 
 END {
-    printf "%-30s %-9s %9s %9s %9s %9s   %s\n", "against the clock, 2 CPUs", "", "rvmm", "vhost", "qemu", "vhost", \
-        "rvmm of qemu, both with vhost"
+    printf "%-30s %-9s %9s %9s %9s %9s   %s\n", "wall-clock time, 2 CPUs", "", "rvmm", "vhost", "qemu", "vhost", \
+        "rvmm / qemu, both with vhost"
     line("fio 4 KiB random read, qd 32", "randread_iops", "k/s", 0)
     line("iperf3 guest to host", "net_out_kbps", "Mbit/s", 1)
     line("iperf3 host to guest", "net_in_kbps", "Mbit/s", 1)

@@ -1,5 +1,5 @@
-// timed FILE COMMAND...: runs the command and writes "elapsed user system", each in nanoseconds, into FILE. Elapsed is from
-// just before exec until the process has been waited for. Exits as the command does.
+// timed FILE COMMAND...: runs the command and writes "elapsed user system", each in nanoseconds, to FILE. Elapsed is from
+// just before exec until the process has been reaped. Exits with the command's code.
 #include <errno.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -10,7 +10,7 @@
 #include <time.h>
 #include <unistd.h>
 
-// By a system call: QEMU starts harts with scounteren at 0, and Linux leaves it so, where the vDSO's way is an illegal instruction.
+// With a system call: QEMU starts harts with scounteren at 0, and Linux does not change it, so the vDSO takes an illegal instruction.
 static int64_t now(void) {
 	struct timespec t;
 	syscall(SYS_clock_gettime, CLOCK_MONOTONIC, &t);
@@ -26,7 +26,7 @@ int main(int argc, char **argv) {
 		fprintf(stderr, "usage: timed FILE COMMAND...\n");
 		return 2;
 	}
-	// Opened first: what it costs is not the command's.
+	// Opened first, so that its cost is not counted.
 	FILE *out = fopen(argv[1], "w");
 	if (!out) {
 		perror(argv[1]);

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# event-manager 0.4.2: a descriptor that was closed without a word makes the next one of its number deaf, though epoll knows better.
+# event-manager 0.4.2: a descriptor that is closed without being removed blocks the events of the next one with its number, unlike in epoll.
 #
-# Seen with event-manager 0.4.2 and vmm-sys-util 0.15.0 on Linux: epoll(7) drops a descriptor when it is closed, so the kernel would take the next one of
-# that number. The crate keeps its own table from numbers to subscribers and looks there first: the second `add` is refused with
-# FdAlreadyRegistered, and events of the new descriptor never come. Whoever closes a descriptor on another thread than the loop's, as a
-# device's reset does, must have the loop remove it first, or forget it when its number comes again.
+# Seen with event-manager 0.4.2 and vmm-sys-util 0.15.0 on Linux: epoll(7) removes a descriptor when it is closed, so the kernel would accept the next one
+# with that number. The crate has its own map from numbers to subscribers and checks it first: the second `add` is refused with
+# FdAlreadyRegistered, and no events of the new descriptor arrive. A thread other than the loop's that closes a descriptor, as in a
+# device's reset, must have the loop remove it first, or remove the stale entry when its number is reused.
 #
 # Needs a Rust toolchain and the crates registry. Fails if the behaviour changes.
 set -euo pipefail

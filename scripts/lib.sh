@@ -1,30 +1,30 @@
 # shellcheck shell=bash disable=SC2034
-# What scripts/setup and scripts/host share: messages, folders, quoting, and apt for another architecture. Sourced, never run.
+# Functions shared by the scripts: messages, folders, quoting, and apt for another architecture. To be sourced, not run.
 
-# Prints one line on what is being done.
+# Prints a progress message.
 say() { printf '==> %s\n' "$*" >&2; }
 
 # Prints a warning that does not end the script.
 warn() { printf '==> warning: %s\n' "$*" >&2; }
 
-# Ends the script: what happened, to what, and what to do.
+# Ends the script with an error: what happened, to what, and what to do.
 die() {
     printf '%s: %s\n' "${0##*/}" "$*" >&2
     exit "${DIE_CODE:-1}"
 }
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-# Downloads and built things; one per user, shared by every clone.
+# Downloads and build results; one per user, shared by all clones.
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/rvmm
-# depmod and modprobe lie here, which is not in every user's PATH.
+# The folders of depmod and modprobe, which are not in every user's PATH.
 PATH=$PATH:/usr/sbin:/sbin
 
 rust_target=riscv64gc-unknown-linux-gnu
 
-# True on the machine that needs no QEMU.
+# True on a machine that needs no QEMU.
 is_native() { [[ $(uname -m) == riscv64 && -c /dev/kvm ]]; }
 
-# Quotes each argument for a POSIX shell, one line in all.
+# Quotes each argument for a POSIX shell, in one line.
 quoted() {
     local word line=
     for word in "$@"; do
@@ -49,12 +49,12 @@ guest_modules() {
     printf '%s' "$kernel/lib/modules/$(<"$kernel/version")"
 }
 
-# The folder of the Debian disk that scripts/debian of this version makes: root.img, Image, initrd.img, uboot.elf.
+# The folder of the Debian disk that this version of scripts/debian creates: root.img, Image, initrd.img, uboot.elf.
 debian_folder() {
     printf '%s' "$cache/debian/$(cat "$repo"/scripts/debian "$repo"/scripts/rig/debian-* | sha256sum | cut -c1-12)"
 }
 
-# Prints "address<TAB>keyring" of the Debian archive that this machine installs from: never a third party's source.
+# Prints "address<TAB>keyring" of the Debian archive that this machine installs from, never of a third party.
 debian_source() {
     local codename file
     # shellcheck source=/dev/null
@@ -93,8 +93,8 @@ debian_source() {
     done | head -n 1
 }
 
-# apt for one architecture and one suite in its own folder: foreign_apt ARCH SUITE TOOL ARGS...
-# Nothing of the machine's own package state is read or changed.
+# Runs apt for one architecture and suite with its own state folder: foreign_apt ARCH SUITE TOOL ARGS...
+# The machine's own package state is neither read nor changed.
 foreign_apt() {
     local arch=$1 suite=$2 tool=$3 state=$cache/apt/$1-$2
     shift 3
@@ -117,7 +117,7 @@ foreign_update() {
     : >"$state/status"
     printf 'deb [signed-by=%s] %s %s main\n' "$keyring" "$address" "$suite" >"$state/sources.list"
     say "reading the package index of $suite for $arch"
-    # A mirror in the middle of a change may still have one compression whole when another is not.
+    # On a mirror that is being updated one compression may be complete and another not.
     foreign_apt "$arch" "$suite" apt-get update >"$state/update.log" 2>&1 ||
         foreign_apt "$arch" "$suite" apt-get -o Acquire::CompressionTypes::Order::=gz update >"$state/update.log" 2>&1 || {
         cat "$state/update.log" >&2

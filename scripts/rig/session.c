@@ -1,15 +1,15 @@
 /*
- * Runs one command in the RISC-V host on behalf of scripts/host, and ends everything it started when the caller goes away.
+ * Runs one command in the RISC-V host for scripts/host, and ends all its processes when the caller exits.
  *
  *   session NAME FOLDER [VARIABLE=VALUE]... -- COMMAND [ARGUMENT]...
- *   session @FILE            the same words, each ended by a zero byte, from a file that is removed
- *   session --end NAME...    ends these sessions, and forbids those that have yet to start
+ *   session @FILE            the same words, each terminated by a zero byte, from a file, which is removed
+ *   session --end NAME...    ends these sessions, and prevents those that have not started yet
  *
- * It runs as the child of the SSH server. Shells cannot do what it is for:
- *  - the shared folders are mounted afresh for each command (/etc/shares), so that no command sees names or pages which an
+ * It runs as the child of the SSH server, and does what shells cannot do:
+ *  - the shared folders are mounted anew for each command (/etc/shares), so that no command sees names or pages which an
  *    earlier one left in the kernel's caches, while the other machine rebuilt the files;
- *  - the command ends when its caller does. The SSH server does not say that a caller is gone: scripts/host does, by --end;
- *  - whatever the command left running ends with it, and its exit code is returned (128 + N for signal N, 127 not found).
+ *  - the command ends when its caller does. The SSH server does not report a caller's exit: scripts/host does, with --end;
+ *  - processes that the command leaves running end with it, and its exit code is returned (128 + N for signal N, 127 not found).
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -32,7 +32,7 @@
 #define MARKS "/run/sessions/"
 #define ENDED "/run/ended/"
 
-/* Each line of /etc/shares: TAG FLAGS PATH. FLAGS has an f where every command gets a mount of its own. */
+/* Each line of /etc/shares: TAG FLAGS PATH. FLAGS contains an f if every command gets a mount of its own. */
 static void mount_shares(void)
 {
     FILE *shares = fopen("/etc/shares", "re");
@@ -51,7 +51,7 @@ static void mount_shares(void)
         line[strcspn(line, "\n")] = 0;
         if (sscanf(line, "%31s %7s %n", tag, flags, &path) < 2 || !path || !strchr(flags, 'f'))
             continue;
-        /* All channels taken: the mount that init made for everybody is still there. */
+        /* If all channels are in use, the mount that init made for all commands is used. */
         if (mount(tag, line + path, "9p", strchr(flags, 'r') ? MS_RDONLY : 0,
                   "trans=virtio,version=9p2000.L,msize=512000,cache=mmap") && errno != EBUSY)
             fprintf(stderr, "session: cannot mount %s: %s\n", line + path, strerror(errno));
@@ -82,7 +82,7 @@ static long now_ms(void)
     return now.tv_sec * 1000L + now.tv_nsec / 1000000;
 }
 
-/* Replaces the words of the command line by those in the file; returns how many there are. */
+/* Replaces the words of the command line by those in the file; returns their number. */
 static int read_words(const char *path, char ***words)
 {
     FILE *file = fopen(path, "re");
@@ -105,7 +105,7 @@ static int read_words(const char *path, char ***words)
     return count;
 }
 
-/* Whoever comes second of --end and the start of that session sees the file of the first. */
+/* Of --end and the start of that session, the second one sees the file of the first. */
 static int end_sessions(char **names)
 {
     for (; *names; names++) {
@@ -184,7 +184,7 @@ int main(int argc, char **argv)
         _exit(errno == ENOENT ? 127 : 126);
     }
 
-    /* Standard input stays with the command alone: a read end kept here would hide that the command closed it. */
+    /* Only the command keeps standard input: another open read end would hide that the command closed it. */
     if (!terminal) {
         int nothing = open("/dev/null", O_RDONLY | O_CLOEXEC);
         dup2(nothing, 0);
@@ -198,7 +198,7 @@ int main(int argc, char **argv)
             struct signalfd_siginfo signal;
             if (read(news, &signal, sizeof signal) != sizeof signal)
                 continue;
-            /* On a terminal, keys reach the command directly; only the end of the terminal is for this process. */
+            /* On a terminal, keys signal the command directly; this process only handles the terminal's hangup. */
             if (signal.ssi_signo == SIGHUP || signal.ssi_signo == SIGTERM)
                 gone = 1;
         }
@@ -212,7 +212,7 @@ int main(int argc, char **argv)
         if (gone && !ended) {
             if (!deadline) {
                 deadline = now_ms() + GRACE_MS;
-                /* A child that has not come to its setsid() yet has no group. */
+                /* A child that has not called setsid() yet has no group. */
                 if (terminal || kill(-child, SIGTERM))
                     kill(child, SIGTERM);
             } else if (now_ms() >= deadline) {
