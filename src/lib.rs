@@ -48,6 +48,7 @@ pub mod labs;
 pub mod layout;
 pub mod machine;
 pub mod memory;
+pub mod riscv;
 pub mod signals;
 pub mod terminal;
 pub mod trace;
