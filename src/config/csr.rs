@@ -1,5 +1,6 @@
 //! Machine-mode CSRs and their values.
 
+use rvmm_devices::number::number;
 use serde::{Deserialize, Serialize};
 
 use crate::riscv::csr;
@@ -23,8 +24,8 @@ impl CsrValue {
         if let Some(number) = csr::number(name).filter(|number| csr::is_machine(*number)) {
             return Ok(number);
         }
-        let digits = name.strip_prefix("0x").filter(|digits| !digits.starts_with('+'));
-        let number = digits.and_then(|digits| u16::from_str_radix(digits, 16).ok());
+        let number = number(name).ok().filter(|_| name.starts_with("0x"));
+        let number = number.and_then(|number| u16::try_from(number).ok());
         match number.filter(|number| *number <= csr::LAST) {
             Some(number) if csr::is_machine(number) => Ok(number),
             Some(_) => Err(format!("CSR {name} is not a machine-mode CSR: the guest has its own")),
