@@ -3,10 +3,10 @@
 use std::io;
 use std::sync::Arc;
 
-use super::hypervisor::{CpuSettings, Hypervisor, SHIM_SLOT, Vm, VmError};
 use super::load::Code;
 use crate::config::{SbiV01, StartMode, TimerChoice, VmConfig};
-use crate::error::Error;
+use crate::error::{Error, VmError};
+use crate::hypervisor::{CpuSettings, Hypervisor, SHIM_SLOT, Vm};
 use crate::memory::{GuestRam, PAGE, Rom};
 use crate::riscv::insn::ECALL;
 use crate::riscv::sbi::{self, v01};

@@ -5,7 +5,8 @@ use rvmm_devices::testing::skip;
 use super::asm::*;
 use super::*;
 use crate::config::{CpuId, ExtensionChange};
-use crate::machine::hypervisor::{CpuFacts, VmError};
+use crate::error::VmError;
+use crate::hypervisor::CpuFacts;
 use crate::riscv::sbi::eid;
 
 fn knobs(isa: &str, sbi: &str) -> CpuSettings {
