@@ -5,8 +5,6 @@ use std::path::PathBuf;
 
 use rvmm_boot::BootError;
 
-use crate::machine::hypervisor::VmError;
-
 /// An error that keeps a machine from being built or from running on. `Display` is one line; the sources are chained.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -50,6 +48,39 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+}
+
+/// An error of the hypervisor: the whole message for the user, with the kernel's error as source.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}")]
+pub struct VmError {
+    what: String,
+    #[source]
+    source: Option<io::Error>,
+    mistake: bool,
+}
+
+impl VmError {
+    /// An error that rvmm has found itself.
+    pub fn new(what: impl Into<String>) -> Self {
+        Self { what: what.into(), source: None, mistake: false }
+    }
+
+    /// An error in the request, which no host could fulfil: a mistake of the user's.
+    pub fn invalid_request(what: impl Into<String>) -> Self {
+        Self { what: what.into(), source: None, mistake: true }
+    }
+
+    /// An error of the kernel.
+    pub fn io(what: impl Into<String>, source: io::Error) -> Self {
+        Self { what: what.into(), source: Some(source), mistake: false }
+    }
+
+    /// True if no host could have fulfilled the request.
+    #[must_use]
+    pub fn is_invalid_request(&self) -> bool {
+        self.mistake
+    }
 }
 
 /// Exit code of a clean end: the guest powered off, or the user stopped it.

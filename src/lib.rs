@@ -11,9 +11,8 @@
 //! 3. **Build.** [`machine::Machine::build`] opens the user's files, KVM and the console ([`terminal`]), and builds a board: the
 //!    state of one run of the guest, from reset to stop. `machine/build.rs` has the steps in their order: RAM ([`memory`]), VM,
 //!    harts, interrupt controller, devices at the addresses of [`layout`], files and device tree, the boot hart's registers.
-//! 4. **KVM.** [`kvm`] has all ioctls of KVM. It implements the traits [`machine::hypervisor::Hypervisor`],
-//!    [`machine::hypervisor::Vm`] and [`vcpu::hart::Hart`], which are all that other modules know of KVM, so that they build and
-//!    are tested on any architecture.
+//! 4. **KVM.** [`kvm`] has all ioctls of KVM. It implements the traits [`hypervisor::Hypervisor`], [`hypervisor::Vm`] and
+//!    [`vcpu::hart::Hart`], which are all that other modules know of KVM, so that they build and are tested on any architecture.
 //! 5. **Boot files.** [`rvmm_boot`] checks kernel, initrd and command line, assigns their addresses, and writes the device tree. The
 //!    kernel file is mapped copy-on-write into guest RAM.
 //! 6. **Devices.** [`rvmm_devices::CATALOG`] lists the models. `host` opens their backends: disks, taps, sockets, vhost, and
@@ -25,6 +24,9 @@
 //!    (ioeventfd, without an exit), the RTC's alarm, [`signals`] and the power [`button`].
 //! 9. **End.** The first [`vcpu::stop::StopReason`] ends all threads. A reset drops the board and builds the next one from the
 //!    same files; any other reason is the result of [`machine::Machine::run`], and the command's exit code.
+//!
+//! Two modules serve the others: [`riscv`] has what the specifications define (CSRs, SBI, instructions, traps), and `sockets` the
+//! listening sockets of rvmm itself.
 //!
 //! A running machine can be observed: `gdb` serves a debugger, [`trace`] records every exit, and [`inspect`] replies to queries on a
 //! Unix socket. Without a trace the run loop is compiled without recording.
@@ -39,6 +41,7 @@ pub mod error;
 pub mod fuzzing;
 mod gdb;
 mod host;
+pub mod hypervisor;
 pub mod init;
 pub mod inspect;
 pub mod io_loop;
@@ -48,7 +51,9 @@ pub mod labs;
 pub mod layout;
 pub mod machine;
 pub mod memory;
+pub mod riscv;
 pub mod signals;
+mod sockets;
 pub mod terminal;
 pub mod trace;
 pub mod vcpu;

@@ -11,6 +11,7 @@
 //! | `irq.rs` | [`IrqLine`], and a device's pin on it |
 //! | `bus.rs` | [`Bus`]: dispatches accesses to devices by address |
 //! | `catalog.rs`, `options.rs` | [`CATALOG`], [`Model`], `NAME,key=value` |
+//! | `number.rs` | numbers as users write them |
 //! | `console.rs` | [`ConsoleBackend`]: the backend of a console |
 //! | `host.rs` | [`Host`]: opens disks, networks, sockets |
 //! | `serial.rs` | NS16550A UART |
@@ -39,6 +40,7 @@ pub mod host;
 pub mod irq;
 mod link;
 mod ns16550;
+pub mod number;
 pub mod options;
 pub mod plic;
 pub mod power;

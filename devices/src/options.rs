@@ -5,6 +5,7 @@ use std::str::FromStr;
 use thiserror::Error;
 
 use crate::catalog::Key;
+use crate::number::number;
 
 /// A device's name and its options, in the order given.
 ///
@@ -124,21 +125,15 @@ impl Options {
         value.parse().map(Some).map_err(|_| self.bad_value(key, expected))
     }
 
-    /// Returns the value of a key as a number of up to 64 bits: decimal, or hexadecimal after `0x`; underscores are ignored.
+    /// Returns the value of a key as a number of up to 64 bits: decimal, or hexadecimal after `0x`; single underscores may separate digits.
     ///
     /// # Errors
     /// [`OptionError::BadValue`] if it is given and is no such number.
     pub fn number(&self, key: &'static str) -> Result<Option<u64>, OptionError> {
         let Some(text) = self.get(key) else { return Ok(None) };
-        let plain = text.replace('_', "");
-        let number = match plain.strip_prefix("0x") {
-            Some(digits) if digits.starts_with('+') => None,
-            Some(digits) => u64::from_str_radix(digits, 16).ok(),
-            None => plain.parse().ok().filter(|_| !plain.starts_with('+')),
-        };
-        number
+        number(text)
             .map(Some)
-            .ok_or_else(|| self.bad_value(key, "a number (decimal, or 0x and hexadecimal)"))
+            .map_err(|_| self.bad_value(key, "a number (decimal, or 0x and hexadecimal)"))
     }
 
     /// Returns true if a key is `on`, false if it is `off`; `default` if it is not given.

@@ -6,9 +6,9 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 use log::LevelFilter;
+use rvmm_devices::number;
 
 use super::choice;
-use super::size;
 use super::texts::{ABOUT, EXAMPLES, LONG_ABOUT, SHORT_END};
 use super::value::{self, List};
 use super::verb::{LabArgs, MachineArgs, TraceVerb};
@@ -84,7 +84,7 @@ pub(super) enum Verb {
     #[command(after_help = "Example: rvmm walk 0xffff_ffff_8000_0000 web --hart 1")]
     Walk {
         /// The virtual address
-        #[arg(value_name = "ADDRESS", value_parser = size::address)]
+        #[arg(value_name = "ADDRESS", value_parser = number::address)]
         address: u64,
         /// The hart whose page tables are used
         #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
@@ -143,7 +143,7 @@ pub(super) struct RunArgs {
     pub(super) dtb: Option<PathBuf>,
 
     /// Address of the device tree [default: high in RAM]
-    #[arg(long, value_name = "ADDR", help_heading = "Boot", allow_negative_numbers = true, value_parser = size::address)]
+    #[arg(long, value_name = "ADDR", help_heading = "Boot", allow_negative_numbers = true, value_parser = number::address)]
     pub(super) dtb_addr: Option<u64>,
 
     /// Write the guest's device tree to a file, and continue
@@ -157,13 +157,13 @@ pub(super) struct RunArgs {
     /// Entry point of hart 0 [default: an Image's first byte, an ELF file's lowest address]
     ///
     /// An address inside a loaded file, or inside a flash (mode=map).
-    #[arg(long, value_name = "ADDR", help_heading = "Boot", allow_negative_numbers = true, value_parser = size::address)]
+    #[arg(long, value_name = "ADDR", help_heading = "Boot", allow_negative_numbers = true, value_parser = number::address)]
     pub(super) entry: Option<u64>,
 
     /// Memory of the guest [default: 512M]
     ///
     /// Bytes, or a number with K, M, G or T (powers of 1024): 512M, 2G, 0x2000_0000. A multiple of 4K (with --hugepages of 2M), at least 16M.
-    #[arg(long, value_name = "SIZE", help_heading = "Machine", allow_negative_numbers = true, value_parser = size::size)]
+    #[arg(long, value_name = "SIZE", help_heading = "Machine", allow_negative_numbers = true, value_parser = number::size)]
     pub(super) mem: Option<u64>,
 
     /// Take the memory from the host's pool of huge pages of 2 MiB

@@ -36,7 +36,6 @@ mod logging;
 mod manual;
 mod output;
 mod run;
-mod size;
 mod texts;
 mod usage;
 mod value;

@@ -4,9 +4,9 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
 use log::LevelFilter;
+use rvmm_devices::number::address;
 use rvmm_devices::{Model, Options};
 
-use super::size::address;
 use crate::config::{
     CpuId, CsrValue, ExtensionChange, GdbConfig, LoadConfig, MAX_CPUS, SerialConfig, TraceConfig,
     TraceFormat, quoted,

@@ -1,6 +1,9 @@
-//! Machine-mode CSRs, by name and number.
+//! Machine-mode CSRs and their values.
 
+use rvmm_devices::number::number;
 use serde::{Deserialize, Serialize};
+
+use crate::riscv::csr;
 
 /// A CSR and its value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -12,41 +15,19 @@ pub struct CsrValue {
     pub value: u64,
 }
 
-/// Names of machine-mode CSRs (Privileged specification, "Currently allocated RISC-V machine-level CSR addresses").
-const NAMES: [(&str, u16); 18] = [
-    ("mstatus", 0x300),
-    ("misa", 0x301),
-    ("medeleg", 0x302),
-    ("mideleg", 0x303),
-    ("mie", 0x304),
-    ("mtvec", 0x305),
-    ("mcounteren", 0x306),
-    ("mscratch", 0x340),
-    ("mepc", 0x341),
-    ("mcause", 0x342),
-    ("mtval", 0x343),
-    ("mip", 0x344),
-    ("menvcfg", 0x30a),
-    ("mvendorid", 0xf11),
-    ("marchid", 0xf12),
-    ("mimpid", 0xf13),
-    ("mhartid", 0xf14),
-    ("mconfigptr", 0xf15),
-];
-
 impl CsrValue {
     /// Parses the name of a CSR, or its number: hexadecimal after `0x`.
     ///
     /// # Errors
     /// The reason for which it is invalid. Only machine-mode CSRs (bits 9 and 8 of the number) are valid: the guest's hardware has none.
     pub fn number(name: &str) -> Result<u16, String> {
-        if let Some((_, number)) = NAMES.iter().find(|(known, _)| *known == name) {
-            return Ok(*number);
+        if let Some(number) = csr::number(name).filter(|number| csr::is_machine(*number)) {
+            return Ok(number);
         }
-        let digits = name.strip_prefix("0x").filter(|digits| !digits.starts_with('+'));
-        let number = digits.and_then(|digits| u16::from_str_radix(digits, 16).ok());
-        match number.filter(|number| *number <= 0xfff) {
-            Some(number) if number >> 8 & 3 == 3 => Ok(number),
+        let number = number(name).ok().filter(|_| name.starts_with("0x"));
+        let number = number.and_then(|number| u16::try_from(number).ok());
+        match number.filter(|number| *number <= csr::LAST) {
+            Some(number) if csr::is_machine(number) => Ok(number),
             Some(_) => Err(format!("CSR {name} is not a machine-mode CSR: the guest has its own")),
             None => Err(format!(
                 "there is no machine-mode CSR named {name} (write mhartid, or a number such as 0xf14)"

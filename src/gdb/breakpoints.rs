@@ -10,8 +10,9 @@
 use std::collections::BTreeMap;
 
 use crate::memory::{GuestRam, RamError};
+use crate::riscv::insn;
 
-const C_EBREAK: [u8; 2] = 0x9002_u16.to_le_bytes();
+const C_EBREAK: [u8; 2] = insn::C_EBREAK.to_le_bytes();
 
 /// The inserted breakpoints: address, and the two bytes they replaced.
 #[derive(Debug, Default)]

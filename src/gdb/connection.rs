@@ -1,7 +1,6 @@
-//! The sockets: the listener, and a connection as gdbstub writes to it.
+//! A connection as gdbstub writes to it, and the event that ends waiting for it.
 
 use std::io;
-use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,84 +10,8 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
-use crate::config::GdbAddress;
-use crate::error::Error;
-use crate::host::Listening;
-
 /// Size of the output buffer, which is sent when full or flushed.
 const BATCH: usize = 4096;
-/// Connections that may wait while another debugger is served.
-const BACKLOG: i32 = 1;
-
-/// A listening socket for debuggers.
-#[derive(Debug)]
-pub(super) enum DebugListener {
-    Tcp(TcpListener),
-    Unix(Listening),
-}
-
-impl DebugListener {
-    /// # Errors
-    /// [`Error::Host`] where the port is taken or the address is not this host's; for a path see [`Listening::open`].
-    pub(super) fn open(at: &GdbAddress) -> Result<Self, Error> {
-        let address = match at {
-            GdbAddress::Unix(path) => return Ok(Self::Unix(Listening::open(path, BACKLOG)?)),
-            GdbAddress::Tcp(address) => address,
-        };
-        let listener = TcpListener::bind(address)
-            .and_then(|listener| listener.set_nonblocking(true).map(|()| listener));
-        listener.map(Self::Tcp).map_err(|source| Error::Host {
-            what: format!("Cannot listen on {at} for a debugger (choose another port or address)"),
-            source,
-        })
-    }
-
-    /// Returns the bound address: for TCP with the actual port if port 0 was asked for.
-    pub(super) fn address(&self) -> Result<GdbAddress, Error> {
-        match self {
-            Self::Unix(listening) => Ok(GdbAddress::Unix(listening.path().into())),
-            Self::Tcp(listener) => {
-                listener.local_addr().map(GdbAddress::Tcp).map_err(|source| Error::Host {
-                    what: "Cannot read the address of the listener for a debugger".into(),
-                    source,
-                })
-            }
-        }
-    }
-
-    /// Accepts the next connection; `None` if none is waiting any more.
-    ///
-    /// # Errors
-    /// The host has no descriptors left.
-    pub(super) fn accept(&self) -> io::Result<Option<OwnedFd>> {
-        let accepted = match self {
-            Self::Unix(listening) => listening.accept(),
-            Self::Tcp(listener) => listener.accept().map(|(stream, _)| {
-                // Packets are small, and each waits for its reply.
-                let _ = stream.set_nodelay(true);
-                stream.into()
-            }),
-        };
-        match accepted {
-            Ok(fd) => Ok(Some(fd)),
-            Err(error) => match error.kind() {
-                io::ErrorKind::WouldBlock
-                | io::ErrorKind::Interrupted
-                | io::ErrorKind::ConnectionAborted => Ok(None),
-                _ => Err(error),
-            },
-        }
-    }
-}
-
-impl AsFd for DebugListener {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Tcp(listener) => listener.as_fd(),
-            Self::Unix(listening) => listening.as_fd(),
-        }
-    }
-}
 
 /// Wakes the thread `gdb` from any wait, that for room in the socket's send buffer included.
 #[derive(Debug)]

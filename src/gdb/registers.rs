@@ -10,6 +10,8 @@ use std::num::NonZeroUsize;
 
 use gdbstub::arch::{Arch, RegId, Registers};
 
+use crate::riscv::csr;
+use crate::riscv::register::{F_NAMES, S0, X_NAMES};
 use crate::vcpu::hart::{Csr, Reg};
 
 const PC: usize = 32;
@@ -17,40 +19,9 @@ const F0: usize = 33;
 const F31: usize = 64;
 const CSR0: usize = 65;
 const PRIV: usize = 4161;
-const FFLAGS: usize = CSR0 + 1;
-const FRM: usize = CSR0 + 2;
-const FCSR: usize = CSR0 + 3;
-
-/// CSRs by their number in the Privileged specification, table 4, and in the AIA specification, chapter 2.
-const CSRS: [(usize, &str, Csr); 15] = [
-    (0x100, "sstatus", Csr::Sstatus),
-    (0x104, "sie", Csr::Sie),
-    (0x105, "stvec", Csr::Stvec),
-    (0x106, "scounteren", Csr::Scounteren),
-    (0x10a, "senvcfg", Csr::Senvcfg),
-    (0x10c, "sstateen0", Csr::Sstateen0),
-    (0x140, "sscratch", Csr::Sscratch),
-    (0x141, "sepc", Csr::Sepc),
-    (0x142, "scause", Csr::Scause),
-    (0x143, "stval", Csr::Stval),
-    (0x144, "sip", Csr::Sip),
-    (0x150, "siselect", Csr::Siselect),
-    (0x180, "satp", Csr::Satp),
-    (0x646, "hviprio1", Csr::Hviprio1),
-    (0x647, "hviprio2", Csr::Hviprio2),
-];
-
-const X_NAMES: [&str; 32] = [
-    "zero", "ra", "sp", "gp", "tp", "t0", "t1", "t2", "fp", "s1", "a0", "a1", "a2", "a3", "a4",
-    "a5", "a6", "a7", "s2", "s3", "s4", "s5", "s6", "s7", "s8", "s9", "s10", "s11", "t3", "t4",
-    "t5", "t6",
-];
-
-const F_NAMES: [&str; 32] = [
-    "ft0", "ft1", "ft2", "ft3", "ft4", "ft5", "ft6", "ft7", "fs0", "fs1", "fa0", "fa1", "fa2",
-    "fa3", "fa4", "fa5", "fa6", "fa7", "fs2", "fs3", "fs4", "fs5", "fs6", "fs7", "fs8", "fs9",
-    "fs10", "fs11", "ft8", "ft9", "ft10", "ft11",
-];
+const FFLAGS: usize = CSR0 + csr::FFLAGS as usize;
+const FRM: usize = CSR0 + csr::FRM as usize;
+const FCSR: usize = CSR0 + csr::FCSR as usize;
 
 /// The architecture for gdbstub. The target description depends on the machine: see [`description`].
 pub(super) enum Rv64 {}
@@ -143,8 +114,8 @@ impl RegId for Number {
             PRIV => (Reg::Mode, WHOLE),
             _ => {
                 let number = id.checked_sub(CSR0)?;
-                let known = CSRS.iter().find(|(csr, ..)| *csr == number)?;
-                (Reg::Csr(known.2), WHOLE)
+                let known = Csr::ALL.into_iter().find(|csr| usize::from(csr.number()) == number)?;
+                (Reg::Csr(known), WHOLE)
             }
         };
         Some((Self { reg, part }, NonZeroUsize::new(part.size)))
@@ -165,8 +136,10 @@ pub(super) fn description(missing: &[Reg]) -> String {
          <target version=\"1.0\"><architecture>riscv:rv64</architecture>\
          <feature name=\"org.gnu.gdb.riscv.cpu\">",
     );
-    for (number, name) in X_NAMES.iter().enumerate() {
-        let kind = match *name {
+    for (number, name) in X_NAMES.into_iter().enumerate() {
+        // The other name of s0, which GDB expects.
+        let name = if number == usize::from(S0) { "fp" } else { name };
+        let kind = match name {
             "ra" => "code_ptr",
             "sp" | "gp" | "tp" | "fp" => "data_ptr",
             _ => "int",
@@ -191,9 +164,9 @@ pub(super) fn description(missing: &[Reg]) -> String {
     xml.push_str("<feature name=\"org.gnu.gdb.riscv.virtual\">");
     reg(&mut xml, "priv", 64, PRIV, "int");
     xml.push_str("</feature><feature name=\"org.gnu.gdb.riscv.csr\">");
-    for (number, name, csr) in CSRS {
+    for csr in Csr::ALL {
         if !missing.contains(&Reg::Csr(csr)) {
-            reg(&mut xml, name, 64, CSR0 + number, "int");
+            reg(&mut xml, csr.name(), 64, CSR0 + usize::from(csr.number()), "int");
         }
     }
     xml.push_str("</feature></target>");
@@ -227,7 +200,7 @@ mod tests {
             assert_eq!(size.unwrap().get() * 8, bits, "{text}");
             count += 1;
         }
-        assert_eq!(count, 32 + 1 + 32 + 3 + 1 + CSRS.len());
+        assert_eq!(count, 32 + 1 + 32 + 3 + 1 + Csr::ALL.len());
     }
 
     #[test]

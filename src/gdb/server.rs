@@ -5,17 +5,17 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::{self, JoinHandle};
 
-use log::info;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 
-use super::connection::{DebugListener, RspConnection, Wakeup};
+use super::connection::{RspConnection, Wakeup};
 use super::context::DebugContext;
 use super::session::{SessionEnd, serve};
 use crate::config::{GdbAddress, GdbConfig};
 use crate::error::Error;
+use crate::sockets::Acceptor;
 
-/// Back-off after a failed `accept`.
-const ACCEPT_BACKOFF: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+/// Connections that may wait while another debugger is served.
+const BACKLOG: i32 = 1;
 
 /// An event from the machine's thread, which waits until the first two have been handled.
 pub(super) enum MachineEvent {
@@ -29,7 +29,7 @@ pub(super) enum MachineEvent {
 
 /// The state of the thread `gdb`.
 pub(super) struct ServerThread {
-    listener: DebugListener,
+    acceptor: Acceptor,
     pub(super) wakeup: Arc<Wakeup>,
     pub(super) events: Receiver<MachineEvent>,
     /// The current run; `None` between two.
@@ -37,8 +37,6 @@ pub(super) struct ServerThread {
     pub(super) has_ended: bool,
     /// True while the guest waits for the first debugger.
     waits: bool,
-    /// True while the listener is not polled, after a failed `accept`.
-    is_backing_off: bool,
 }
 
 /// The GDB server of a machine. Dropping it disconnects the debugger.
@@ -57,8 +55,11 @@ impl Server {
     /// # Errors
     /// The port or path is taken or invalid; the host has no threads or descriptors left.
     pub(crate) fn open(config: &GdbConfig) -> Result<Self, Error> {
-        let listener = DebugListener::open(&config.at)?;
-        let at = listener.address()?;
+        let acceptor = match &config.at {
+            GdbAddress::Unix(path) => Acceptor::open(path, BACKLOG)?,
+            GdbAddress::Tcp(address) => Acceptor::open_tcp(*address)?,
+        };
+        let at = acceptor.tcp_address().map_or_else(|| config.at.clone(), GdbAddress::Tcp);
         let failed = |source: io::Error| Error::Host {
             what: "Cannot start the thread for a debugger".into(),
             source,
@@ -67,13 +68,12 @@ impl Server {
         let (sender, events) = channel();
         let waits = config.wait;
         let server = ServerThread {
-            listener,
+            acceptor,
             wakeup: Arc::clone(&wakeup),
             events,
             context: None,
             has_ended: false,
             waits,
-            is_backing_off: false,
         };
         let thread = thread::Builder::new().name("gdb".into()).spawn(move || server.run());
         Ok(Self { events: sender, wakeup, at, waits, thread: Some(thread.map_err(failed)?) })
@@ -144,12 +144,10 @@ impl ServerThread {
     fn await_debugger(&mut self) -> Option<(Arc<DebugContext>, RspConnection)> {
         loop {
             let mut fds = vec![PollFd::new(&self.wakeup, PollFlags::IN)];
-            if self.context.is_some() && !self.is_backing_off {
-                fds.push(PollFd::new(&self.listener, PollFlags::IN));
+            if self.context.is_some() {
+                fds.push(PollFd::new(&self.acceptor, PollFlags::IN));
             }
-            let limit = self.is_backing_off.then_some(&ACCEPT_BACKOFF);
-            match poll(&mut fds, limit) {
-                Ok(0) => self.is_backing_off = false,
+            match poll(&mut fds, None) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => {
                     log::error!("No debugger can connect any more: {error}");
@@ -159,18 +157,9 @@ impl ServerThread {
             if !self.take_machine_events() {
                 return None;
             }
-            let Some(context) = self.context.clone().filter(|_| !self.is_backing_off) else {
-                continue;
-            };
-            match self.listener.accept() {
-                Ok(Some(fd)) => {
-                    return Some((context, RspConnection::new(fd, Arc::clone(&self.wakeup))));
-                }
-                Ok(None) => {}
-                Err(error) => {
-                    info!("Cannot accept a debugger's connection: {error}");
-                    self.is_backing_off = true;
-                }
+            let Some(context) = self.context.clone() else { continue };
+            if let Some(fd) = self.acceptor.accept() {
+                return Some((context, RspConnection::new(fd, Arc::clone(&self.wakeup))));
             }
         }
     }

@@ -9,14 +9,17 @@
 
 use std::io;
 
+use crate::riscv::csr;
+use crate::riscv::insn::{
+    ECALL, SRET, WFI, is_load_reserved, is_store_conditional, length_of, opcode, quadrant,
+};
+use crate::riscv::jump::{self, Jump};
+use crate::riscv::trap::SUPERVISOR;
+use crate::riscv::zicsr::{self, Operand};
 use crate::vcpu::hart::{Csr, Hart, Reg};
 
 /// Maximum number of instructions examined between LR and SC: that of a constrained loop (Zalrsc).
 const SEQUENCE: usize = 16;
-
-const SUPERVISOR: u64 = 1;
-const SCSR_SIE: u32 = 0x104;
-const SCSR_SATP: u32 = 0x180;
 
 /// The registers that determine the next address.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -51,8 +54,8 @@ impl Frame {
         Ok(frame)
     }
 
-    fn x(&self, number: u32) -> u64 {
-        self.x.get(number as usize).copied().unwrap_or(0)
+    fn x(&self, number: u8) -> u64 {
+        self.x.get(usize::from(number)).copied().unwrap_or(0)
     }
 }
 
@@ -73,15 +76,15 @@ pub(super) struct Next {
 /// instruction cannot be read: then it traps.
 pub(super) fn next(frame: &Frame, fetch: &dyn Fn(u64) -> Option<u16>) -> Option<Next> {
     let word = instruction(frame.pc, fetch)?;
-    let after = frame.pc.wrapping_add(length(word));
+    let after = frame.pc.wrapping_add(length_of(word));
     let plain = |places| Next { places, satp: None, needs_interrupts: false, is_wfi: false };
     Some(match jump(frame, word) {
         Some(place) => plain(vec![place]),
-        None if word & 3 != 3 => plain(vec![after]),
+        None if quadrant(word) != 3 => plain(vec![after]),
         None if is_load_reserved(word) => {
             plain(sequence(frame, fetch).unwrap_or_else(|| vec![after]))
         }
-        None if word & 0x7f == 0x73 => system(frame, word, plain(vec![after])),
+        None if opcode(word) == opcode::SYSTEM => system(frame, word, plain(vec![after])),
         None => plain(vec![after]),
     })
 }
@@ -94,95 +97,54 @@ fn instruction(pc: u64, fetch: &dyn Fn(u64) -> Option<u16>) -> Option<u32> {
     Some(u32::from(fetch(pc.wrapping_add(2))?) << 16 | u32::from(low))
 }
 
-fn length(word: u32) -> u64 {
-    if word & 3 == 3 { 4 } else { 2 }
-}
-
 /// The address an instruction jumps to, with branches evaluated; `None` if the next instruction in memory follows.
 fn jump(frame: &Frame, word: u32) -> Option<u64> {
-    if let Some((taken, place)) = branch(frame, word) {
-        return taken.then_some(place);
-    }
-    let by = |offset: i64| Some(frame.pc.wrapping_add_signed(offset));
-    let to = |base: u32, offset: i64| Some(frame.x(base).wrapping_add_signed(offset) & !1);
-    match (word & 3, bits(word, 13, 3)) {
-        (3, _) if word & 0x7f == 0x6f => by(offset_j(word)),
-        (3, _) if word & 0x707f == 0x67 => {
-            to(bits(word, 15, 5), i64::from(word.cast_signed() >> 20))
+    match jump::decode(word)? {
+        Jump::Relative(offset) => Some(frame.pc.wrapping_add_signed(offset)),
+        Jump::Register { base, offset } => Some(frame.x(base).wrapping_add_signed(offset) & !1),
+        Jump::Branch(branch) => {
+            let (a, b) = branch.operands;
+            let target = frame.pc.wrapping_add_signed(branch.offset);
+            branch.is_taken(frame.x(a), frame.x(b)).then_some(target)
         }
-        // c.j
-        (1, 0b101) => by(offset_cj(word)),
-        // c.jr and c.jalr; with x0 they encode other instructions.
-        (2, 0b100) if bits(word, 2, 5) == 0 && bits(word, 7, 5) != 0 => to(bits(word, 7, 5), 0),
-        _ => None,
-    }
-}
-
-/// Evaluates a conditional branch: taken or not, and its target.
-fn branch(frame: &Frame, word: u32) -> Option<(bool, u64)> {
-    let to = |offset: i64| frame.pc.wrapping_add_signed(offset);
-    match (word & 3, bits(word, 13, 3)) {
-        (3, _) if word & 0x7f == 0x63 => {
-            let (a, b) = (frame.x(bits(word, 15, 5)), frame.x(bits(word, 20, 5)));
-            let taken = match bits(word, 12, 3) {
-                0 => a == b,
-                1 => a != b,
-                4 => a.cast_signed() < b.cast_signed(),
-                5 => a.cast_signed() >= b.cast_signed(),
-                6 => a < b,
-                7 => a >= b,
-                _ => return None,
-            };
-            Some((taken, to(offset_b(word))))
-        }
-        // c.beqz and c.bnez
-        (1, quarter @ (0b110 | 0b111)) => {
-            let is_zero = frame.x(8 + bits(word, 7, 3)) == 0;
-            Some((is_zero == (quarter == 0b110), to(offset_cb(word))))
-        }
-        _ => None,
     }
 }
 
 fn system(frame: &Frame, word: u32, mut next: Next) -> Next {
-    let (csr, source) = (word >> 20, frame.x(bits(word, 15, 5)));
-    match (bits(word, 12, 3), word) {
-        (0, 0x1020_0073) if frame.mode == SUPERVISOR => next.places = vec![frame.sepc],
-        (0, 0x1050_0073) => next.is_wfi = true,
+    match word {
+        SRET if frame.mode == SUPERVISOR => next.places = vec![frame.sepc],
+        WFI => next.is_wfi = true,
         // An SBI call may wait for an interrupt in the kernel.
-        (0, 0x0000_0073) => next.needs_interrupts = true,
-        (0, _) => {}
-        (_, _) if csr == SCSR_SIE => next.needs_interrupts = true,
-        (how, _) if csr == SCSR_SATP => {
-            let value = if how & 4 == 0 { source } else { u64::from(bits(word, 15, 5)) };
-            next.satp = Some(match how & 3 {
-                1 => value,
-                2 => frame.satp | value,
-                _ => frame.satp & !value,
+        ECALL => next.needs_interrupts = true,
+        _ => {}
+    }
+    let Some(access) = zicsr::decode(word) else { return next };
+    match access.number {
+        csr::SIE => next.needs_interrupts = true,
+        csr::SATP => {
+            let value = access.write.map(|write| {
+                let operand = match write.operand {
+                    Operand::Register(number) => frame.x(number),
+                    Operand::Immediate(value) => value,
+                };
+                write.apply(frame.satp, operand)
             });
+            next.satp = value;
         }
         _ => {}
     }
     next
 }
 
-fn is_load_reserved(word: u32) -> bool {
-    word & 0x7f == 0x2f && word >> 27 == 0b00010
-}
-
-fn is_store_conditional(word: u32) -> bool {
-    word & 0x7f == 0x2f && word >> 27 == 0b00011
-}
-
 /// The exits of a sequence that begins with LR: the address after its SC, and the target of every branch out of it. `None` if
 /// it has another shape.
 fn sequence(frame: &Frame, fetch: &dyn Fn(u64) -> Option<u16>) -> Option<Vec<u64>> {
     let start = frame.pc;
-    let mut at = Frame { pc: start.wrapping_add(4), ..frame.clone() };
+    let mut at = start.wrapping_add(4);
     let mut exits = Vec::new();
     for _ in 0..SEQUENCE {
-        let word = instruction(at.pc, fetch)?;
-        let after = at.pc.wrapping_add(length(word));
+        let word = instruction(at, fetch)?;
+        let after = at.wrapping_add(length_of(word));
         if is_store_conditional(word) {
             let inside = |place: &u64| {
                 place.wrapping_sub(start) != 0
@@ -192,64 +154,17 @@ fn sequence(frame: &Frame, fetch: &dyn Fn(u64) -> Option<u16>) -> Option<Vec<u64
             exits.push(after);
             return Some(exits);
         }
-        match branch(&at, word) {
-            Some((_, place)) => exits.push(place),
-            None if jumps(word) || is_load_reserved(word) || word & 0x7f == 0x73 => return None,
-            None => {}
+        let leaves = jump::is_unconditional(word)
+            || is_load_reserved(word)
+            || opcode(word) == opcode::SYSTEM;
+        match jump::decode(word) {
+            Some(Jump::Branch(branch)) => exits.push(at.wrapping_add_signed(branch.offset)),
+            _ if leaves => return None,
+            _ => {}
         }
-        at.pc = after;
+        at = after;
     }
     None
-}
-
-/// True if an instruction jumps unconditionally.
-fn jumps(word: u32) -> bool {
-    match (word & 3, bits(word, 13, 3)) {
-        (3, _) => matches!(word & 0x7f, 0x67 | 0x6f),
-        (1, 0b101) => true,
-        // c.jr, c.jalr and c.ebreak
-        (2, 0b100) => bits(word, 2, 5) == 0,
-        _ => false,
-    }
-}
-
-fn bits(word: u32, low: u32, count: u32) -> u32 {
-    (word >> low) & ((1 << count) - 1)
-}
-
-/// Assembles an immediate from runs of bits (position in the instruction, count, position in the value), sign-extended from bit
-/// `sign`.
-fn immediate(word: u32, runs: &[(u32, u32, u32)], sign: u32) -> i64 {
-    let value =
-        runs.iter().fold(0, |value, (from, count, to)| value | bits(word, *from, *count) << to);
-    let unused = 31 - sign;
-    i64::from((value << unused).cast_signed() >> unused)
-}
-
-fn offset_b(word: u32) -> i64 {
-    immediate(word, &[(31, 1, 12), (7, 1, 11), (25, 6, 5), (8, 4, 1)], 12)
-}
-
-fn offset_j(word: u32) -> i64 {
-    immediate(word, &[(31, 1, 20), (12, 8, 12), (20, 1, 11), (21, 10, 1)], 20)
-}
-
-fn offset_cb(word: u32) -> i64 {
-    immediate(word, &[(12, 1, 8), (5, 2, 6), (2, 1, 5), (10, 2, 3), (3, 2, 1)], 8)
-}
-
-fn offset_cj(word: u32) -> i64 {
-    let runs = [
-        (12, 1, 11),
-        (8, 1, 10),
-        (9, 2, 8),
-        (6, 1, 7),
-        (7, 1, 6),
-        (2, 1, 5),
-        (11, 1, 4),
-        (3, 3, 1),
-    ];
-    immediate(word, &runs, 11)
 }
 
 #[cfg(test)]

@@ -27,8 +27,8 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use rvmm_devices::HostError;
 use rvmm_devices::virtio::vhost_user::{Daemon, Sandbox, Service};
 
-use super::listening::{Listening, connect_to};
 use crate::config::MAX_SOCKET_PATH;
+use crate::sockets::{Listening, connect_to};
 
 /// Paths of virtiofsd: in Debian, in Arch, and QEMU's in Debian 12.
 const VIRTIOFSD: &[&str] =

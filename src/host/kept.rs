@@ -10,9 +10,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rvmm_devices::{HostError, Listener};
 
-use super::listening::Listening;
 use super::tap::Tap;
 use crate::error::Error;
+use crate::sockets::Listening;
 
 /// By the name and the path from the configuration.
 #[derive(Debug, Default)]
@@ -102,8 +102,9 @@ mod tests {
     use rustix::net::netdevice::name_to_index;
     use rustix::net::{AddressFamily, SocketType, socket};
 
-    use super::super::{connect_to, in_a_namespace};
+    use super::super::in_a_namespace;
     use super::*;
+    use crate::sockets::connect_to;
 
     /// The index of an interface, which the kernel does not reuse.
     fn index(name: &str) -> Option<u32> {

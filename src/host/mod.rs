@@ -8,10 +8,8 @@
 //! | `vhost/` | networks and sockets whose queues the kernel processes (vhost) |
 //! | `small.rs` | files that are read at once |
 //! | `output.rs` | files that are written for a user, whole or not at all |
-//! | `listening.rs` | listening Unix sockets |
 //! | `node.rs` | device nodes, and advice for one that cannot be opened |
 //! | `kept.rs` | taps and sockets that stay open across reboots of the guest |
-//! | `acceptor.rs` | listening sockets that back off while the host is out of descriptors |
 //! | `daemon.rs` | programs that serve devices: virtiofsd, passt |
 
 use std::collections::HashMap;
@@ -31,23 +29,20 @@ use rvmm_devices::{ConsoleBackend, Host, HostError, Listener};
 
 use crate::config::{SerialConfig, quoted};
 use crate::error::Error;
+use crate::sockets::connect_to;
 use crate::terminal::{self, Shared, StopRequest};
 
-mod acceptor;
 mod daemon;
 mod disk;
 mod flash;
 mod kept;
-mod listening;
 pub(crate) mod node;
 mod output;
 mod small;
 mod tap;
 mod vhost;
 
-pub(crate) use acceptor::Acceptor;
 use kept::Kept;
-pub(crate) use listening::{Listening, connect_to, connect_to_starting, remove_stale_socket};
 #[cfg(test)]
 pub(crate) use output::tests::on_a_small_file_system;
 pub(crate) use output::{deliver, write_file, write_padded};

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::query::{Query, Reply};
-use crate::host::remove_stale_socket;
+use crate::sockets::remove_stale_socket;
 
 /// Maximum size of a reply in bytes; 512 harts with all their registers need less.
 const MAX_LINE: u64 = 8 << 20;

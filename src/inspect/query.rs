@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use rvmm_devices::number::number;
 use serde::{Deserialize, Serialize};
 
 use super::walk::Walk;
@@ -41,11 +42,7 @@ impl Query {
             "stat" => Self::Stat,
             "regs" => Self::Registers,
             "walk" => {
-                let address = words.next()?;
-                let address = match address.strip_prefix("0x") {
-                    Some(digits) => u64::from_str_radix(digits, 16).ok()?,
-                    None => address.parse().ok()?,
-                };
+                let address = number(words.next()?).ok()?;
                 let hart = words.next().map_or(Ok(0), str::parse).ok()?;
                 Self::Walk { address, hart }
             }

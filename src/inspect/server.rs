@@ -14,8 +14,8 @@ use log::debug;
 
 use super::query::{Inspectable, Query, Reply};
 use crate::error::Error;
-use crate::host::Acceptor;
 use crate::io_loop::EventSource;
+use crate::sockets::Acceptor;
 
 /// Maximum number of connections; further ones are closed.
 const MAX_CLIENTS: usize = 8;

@@ -20,7 +20,8 @@ use std::sync::Arc;
 
 use report::HostReport;
 
-use crate::machine::hypervisor::{Hypervisor, Vm, VmError};
+use crate::error::VmError;
+use crate::hypervisor::{Hypervisor, Vm};
 
 /// A handle on /dev/kvm; this build has none.
 #[derive(Debug)]

@@ -21,7 +21,8 @@ use rustix::system::uname;
 
 use super::release::{Version, is_at_least};
 use super::report::GuestFiles;
-use crate::machine::hypervisor::{AiaFacts, AiaPlan, VmError};
+use crate::error::VmError;
+use crate::hypervisor::{AiaFacts, AiaPlan};
 
 /// Maximum number of interrupt identities that is requested, as in QEMU's `virt`. KVM searches an emulated IMSIC word by word
 /// for the next interrupt, so identities that the machine cannot use only cost time.

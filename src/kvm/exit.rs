@@ -113,6 +113,7 @@ mod tests {
     };
 
     use super::*;
+    use crate::riscv::sbi::eid;
 
     fn access(len: u32, is_write: u8) -> Body {
         let data = [1, 2, 3, 4, 5, 6, 7, 8];
@@ -158,10 +159,10 @@ mod tests {
     #[test]
     fn an_sbi_call_is_answered_in_the_page() {
         let args = [1, 2, 3, 4, 5, 6];
-        let sbi = Sbi { extension_id: 0x4442_434e, function_id: 2, args, ret: [0; 2] };
+        let sbi = Sbi { extension_id: eid::DBCN, function_id: 2, args, ret: [0; 2] };
         let mut body = Body { riscv_sbi: sbi };
         let Exit::Sbi(call) = decode(KVM_EXIT_RISCV_SBI, &mut body) else { panic!("not a call") };
-        assert_eq!((call.extension, call.function, call.args), (0x4442_434e, 2, &args));
+        assert_eq!((call.extension, call.function, call.args), (eid::DBCN, 2, &args));
         *call.ret = [7, 8];
         // SAFETY: this test filled the member.
         assert_eq!(unsafe { body.riscv_sbi.ret }, [7, 8]);

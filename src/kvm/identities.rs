@@ -9,8 +9,9 @@ use kvm_bindings::{KVM_DEV_RISCV_AIA_GRP_IMSIC, KVM_DEV_RISCV_AIA_IMSIC_ISEL_BIT
 
 use super::Kvm;
 use super::aia;
+use crate::error::VmError;
+use crate::hypervisor::AiaPlan;
 use crate::layout::Span;
-use crate::machine::hypervisor::{AiaPlan, VmError};
 
 /// Identities that work in every emulated IMSIC: 1 to this number.
 pub(super) const ALWAYS: u32 = 31;

@@ -3,6 +3,8 @@
 //! The numbers are the kernel's ABI (`enum KVM_RISCV_ISA_EXT_ID` and `KVM_RISCV_SBI_EXT_ID` in its `uapi/asm/kvm.h`, as of
 //! Linux 7.3) and never change; the published bindings lack the latest. Pure data: compiled and tested on every host.
 
+use strsim::levenshtein;
+
 /// ISA extensions by KVM's number: the index in the table is the number.
 #[rustfmt::skip]
 pub(super) const ISA_EXTENSIONS: &[&str] = &[
@@ -87,31 +89,17 @@ pub(super) fn with_dependents(name: &str) -> Vec<&str> {
 /// Up to five names of `table` that are similar to `name`, nearest first.
 pub(super) fn near(table: &[&'static str], name: &str) -> Vec<&'static str> {
     let allowed = if name.len() < 4 { 1 } else { 2 };
+    // Comparing takes time in proportion to the length, and no entry is as long.
+    let start: String = name.chars().take(32).collect();
     let mut found: Vec<(usize, &str)> = table
         .iter()
-        .map(|entry| (distance(name, entry), *entry))
+        .map(|entry| (levenshtein(&start, entry), *entry))
         .filter(|(distance, entry)| {
             *distance <= allowed || (name.len() > 1 && entry.starts_with(name))
         })
         .collect();
     found.sort_unstable();
     found.into_iter().take(5).map(|(_, entry)| entry).collect()
-}
-
-/// The Levenshtein distance. `a` may have any length; only its first 32 bytes are compared.
-fn distance(a: &str, b: &str) -> usize {
-    let b = b.as_bytes();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.bytes().take(32).enumerate() {
-        let mut next = Vec::with_capacity(row.len());
-        next.push(i + 1);
-        for ((y, above_left), above) in b.iter().zip(&row).zip(row.iter().skip(1)) {
-            let left = next.last().copied().unwrap_or(0);
-            next.push((above_left + usize::from(x != *y)).min(above + 1).min(left + 1));
-        }
-        row = next;
-    }
-    row.last().copied().unwrap_or(0)
 }
 
 #[cfg(test)]

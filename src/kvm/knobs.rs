@@ -12,7 +12,8 @@ use super::regs;
 use super::release::{Version, is_at_least};
 use super::vcpu::Vcpu;
 use crate::config::{CpuId, ExtensionChange};
-use crate::machine::hypervisor::{CpuSettings, VmError};
+use crate::error::VmError;
+use crate::hypervisor::CpuSettings;
 
 /// SBI extensions that are off in KVM by default and that rvmm implements: the debug console and system suspend.
 const SBI_DEFAULTS: &[&str] = &["dbcn", "susp"];

@@ -33,7 +33,8 @@ use kvm_bindings::KVM_API_VERSION;
 
 pub use probe::probe;
 
-use crate::machine::hypervisor::{Hypervisor, Vm, VmError};
+use crate::error::VmError;
+use crate::hypervisor::{Hypervisor, Vm};
 
 /// An open /dev/kvm.
 #[derive(Debug)]

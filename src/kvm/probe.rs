@@ -15,7 +15,10 @@ use super::report::{AiaSupport, HostReport, SbiState, SbiSupport};
 use super::vcpu::Vcpu;
 use super::vm::shown;
 use super::{Kvm, aia, identities, open, regs};
-use crate::machine::hypervisor::{Vm, VmError};
+use crate::error::VmError;
+use crate::hypervisor::Vm;
+use crate::riscv::insn::ECALL;
+use crate::riscv::sbi::v01;
 use crate::vcpu::exit::Exit;
 
 /// The guest-physical address of the page of [`v01_calls_exit`].
@@ -84,10 +87,9 @@ struct Page([u32; 1024]);
 
 /// True if a call of SBI 0.1 exits to user space: a guest makes one, and then one that always does.
 fn v01_calls_exit(kvm: &Kvm) -> Option<bool> {
-    const PUTCHAR: u64 = 1;
     let mut page = Box::new(Page([0; 1024]));
     // li a7, 1; ecall; lui a7, 0x9000 (the first vendor extension); ecall
-    for (word, instruction) in page.0.iter_mut().zip([0x0010_0893, 0x73, 0x0900_08b7, 0x73]) {
+    for (word, instruction) in page.0.iter_mut().zip([0x0010_0893, ECALL, 0x0900_08b7, ECALL]) {
         *word = instruction;
     }
     // Declared after the page, so dropped before it: the kernel must not use the page any more.
@@ -98,7 +100,7 @@ fn v01_calls_exit(kvm: &Kvm) -> Option<bool> {
     vcpu.set_reg(regs::PC, CODE).ok()?;
     let mut hart = super::hart::KvmHart::new(0, vcpu.into(), Arc::default());
     match crate::vcpu::hart::Hart::enter(&mut hart).ok()? {
-        Exit::Sbi(call) => Some(call.extension == PUTCHAR),
+        Exit::Sbi(call) => Some(call.extension == v01::PUTCHAR),
         _ => None,
     }
 }

@@ -3,8 +3,8 @@
 use std::fs;
 use std::io;
 
+use crate::error::VmError;
 use crate::host::node::{KVM, Place};
-use crate::machine::hypervisor::VmError;
 
 /// The error of a failed open of /dev/kvm.
 pub(super) fn of_open(error: io::Error) -> VmError {

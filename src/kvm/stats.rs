@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use crate::machine::hypervisor::Counters;
+use crate::hypervisor::Counters;
 use crate::vcpu::restarts::Exits;
 
 /// Maximum number of bytes that are read of such a file. Kernels have some 4 KiB.

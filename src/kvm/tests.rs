@@ -12,7 +12,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::open;
 use super::vcpu::Vcpu;
-use crate::machine::hypervisor::{CpuSettings, Hypervisor, Vm};
+use crate::hypervisor::{CpuSettings, Hypervisor, Vm};
 use crate::vcpu::exit::{Exit, SbiCall};
 use crate::vcpu::hart::{Hart, Reg};
 

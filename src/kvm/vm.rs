@@ -24,7 +24,8 @@ use super::regs;
 use super::stats::HartCounters;
 use super::vcpu::Vcpu;
 use crate::config::IrqchipChoice;
-use crate::machine::hypervisor::{AiaPlan, Counters, CpuFacts, CpuSettings, Irqchip, Vm, VmError};
+use crate::error::VmError;
+use crate::hypervisor::{AiaPlan, Counters, CpuFacts, CpuSettings, Irqchip, Vm};
 use crate::vcpu::hart::{Hart, Reg};
 use crate::vcpu::record::Ticks;
 

@@ -299,6 +299,7 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
+    use crate::riscv::sbi;
     use crate::vcpu::firmware::sites;
 
     #[test]
@@ -353,7 +354,7 @@ mod tests {
             let numbers = numbers(name);
             assert!(numbers.contains(&1), "{name}: {numbers:x?}");
         }
-        let timers = numbers("h_3_0").into_iter().filter(|number| sites::is_set_timer(*number));
+        let timers = numbers("h_3_0").into_iter().filter(|number| sbi::is_set_timer(*number));
         assert_eq!(timers.count(), 1);
     }
 }

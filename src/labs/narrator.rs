@@ -6,6 +6,9 @@ use std::sync::{Mutex, PoisonError};
 
 use super::stories;
 use super::transcript::Transcript;
+use crate::riscv::register::{A0, A1, A7};
+use crate::riscv::sbi::v01;
+use crate::riscv::trap::cause;
 use crate::vcpu::firmware::shim;
 use crate::vcpu::hart::{Csr, Hart, Reg};
 use crate::vcpu::observer::{ExitObserver, ExitRecord, HartEvent};
@@ -55,13 +58,6 @@ pub(super) struct Narrator {
 /// Maximum number of explained places; a reader hardly needs more.
 const MAX_PLACES: usize = 256;
 
-const ILLEGAL_INSTRUCTION: u64 = 2;
-const CALL_FROM_USER: u64 = 8;
-const SBI_SHUTDOWN: u64 = 8;
-const A0: u8 = 10;
-const A1: u8 = 11;
-const A7: u8 = 17;
-
 /// Reads a register for display; 0 if it cannot be read.
 fn register(hart: &dyn Hart, reg: Reg) -> u64 {
     hart.get(reg).unwrap_or(0)
@@ -84,16 +80,16 @@ impl Narrator {
     /// Prints a trap of the guest to the shim.
     fn trap(&self, hart: &dyn Hart) {
         let csr = |csr| register(hart, Reg::Csr(csr));
-        let (cause, pc) = (csr(Csr::Scause), csr(Csr::Sepc));
-        match cause {
-            ILLEGAL_INSTRUCTION if self.narration == Narration::Exits => {
+        let (what, pc) = (csr(Csr::Scause), csr(Csr::Sepc));
+        match what {
+            cause::ILLEGAL_INSTRUCTION if self.narration == Narration::Exits => {
                 let word = match csr(Csr::Stval) {
                     0 => self.code.word(pc).unwrap_or(0).into(),
                     word => word,
                 };
                 self.transcript.line(&format!("Bad instruction: {word:#x} sepc: {pc:#x}"));
             }
-            CALL_FROM_USER if register(hart, Reg::X(A7)) == SBI_SHUTDOWN => {
+            cause::CALL_FROM_USER if register(hart, Reg::X(A7)) == v01::SHUTDOWN => {
                 let name = match self.narration {
                     Narration::Exit => "VmExit",
                     Narration::Exits => "VmxExit",

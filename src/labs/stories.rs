@@ -1,6 +1,8 @@
 //! Explanations of exits: the parts of hardware, KVM and rvmm, in a few sentences each. Sections are those of the RISC-V Privileged
 //! specification, version 20250508 (12 supervisor level, 15 hypervisor extension), and of the SBI specification, version 3.0.
 
+use crate::riscv::register::A7;
+use crate::riscv::trap::cause;
 use crate::vcpu::exit::{Fault, SystemEvent};
 use crate::vcpu::hart::{Csr, Hart, Reg};
 use crate::vcpu::observer::ExitRecord;
@@ -8,29 +10,29 @@ use crate::vcpu::observer::ExitRecord;
 /// Explains a trap that a guest without a vector of its own took to the shim.
 pub(super) fn of_trap(hart: &dyn Hart) -> Option<String> {
     let csr = |csr| hart.get(Reg::Csr(csr)).unwrap_or(0);
-    let (cause, pc, tval) = (csr(Csr::Scause), csr(Csr::Sepc), csr(Csr::Stval));
-    let (what, then) = match cause {
-        2 => (
+    let (scause, pc, tval) = (csr(Csr::Scause), csr(Csr::Sepc), csr(Csr::Stval));
+    let (what, then) = match scause {
+        cause::ILLEGAL_INSTRUCTION => (
             "an illegal instruction. Hardware: the instruction is privileged beyond the guest's mode, so the hart trapped (cause 2) to HS \
              mode, or by hedeleg straight to VS mode",
             "decodes it; one that reads a CSR that it was given (--csr) is emulated: the destination register is written, and the \
              hart goes on behind it, as after sret",
         ),
-        8 => (
+        cause::CALL_FROM_USER => (
             "an ecall from user mode. Hardware: cause 8, delegated to VS mode (hedeleg)",
             "takes a7 for the number of an SBI call, and answers it or has the kernel answer it",
         ),
         _ => ("a trap", "cannot emulate it, and stops the machine"),
     };
     Some(format!(
-        "{what}. The guest has no trap vector: stvec leads to the trap shim, whose breakpoint is the exit. scause {cause}, sepc {pc:#x}, \
+        "{what}. The guest has no trap vector: stvec leads to the trap shim, whose breakpoint is the exit. scause {scause}, sepc {pc:#x}, \
          stval {tval:#x}. rvmm {then} (Privileged specification, 12.1.7 to 12.1.9, 15.2.2 and 15.6.2)."
     ))
 }
 
 /// Explains any other exit; `None` for one that the guest did not cause.
 pub(super) fn of_exit(hart: &dyn Hart, seen: &ExitRecord, pc: u64) -> Option<String> {
-    let a7 = hart.get(Reg::X(17)).unwrap_or(0);
+    let a7 = hart.get(Reg::X(A7)).unwrap_or(0);
     Some(match *seen {
         ExitRecord::MmioRead { addr, len } => format!(
             "a load of {len} bytes from {addr:#x} at pc {pc:#x}. Hardware: the second stage of translation has no page there, so a \

@@ -14,11 +14,11 @@ use rvmm_devices::{
     Model, Options, Placement, PowerSwitch, Wiring,
 };
 
-use super::hypervisor::{FIRST_WINDOW_SLOT, Vm};
 use super::irqchip::Lines;
 use crate::button::Button;
 use crate::config::slots;
 use crate::error::Error;
+use crate::hypervisor::{FIRST_WINDOW_SLOT, Vm};
 use crate::layout::{self, SLOT_SIZE, SLOTS, Span};
 
 /// The bus with all devices, and their device tree nodes.

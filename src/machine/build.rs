@@ -10,7 +10,6 @@ use rvmm_devices::{Bus, Host, Model, Options, Placement, PowerRequest, PowerSwit
 use super::attach::{Attached, Connections, attach};
 use super::fdt::{Facts, board};
 use super::firmware::{self, Stage};
-use super::hypervisor::{AiaPlan, CpuSettings, Hypervisor, Irqchip, RAM_SLOT, Vm};
 use super::irqchip::Lines;
 use super::load::{Files, Start};
 use super::shared_console::SharedConsole;
@@ -18,6 +17,7 @@ use crate::button::Button;
 use crate::config::{VmConfig, slots};
 use crate::error::Error;
 use crate::gdb;
+use crate::hypervisor::{AiaPlan, CpuSettings, Hypervisor, Irqchip, RAM_SLOT, Vm};
 use crate::layout::{self, RAM_BASE, Span};
 use crate::memory::{GuestRam, Rom};
 use crate::vcpu::hart::{Csr, Hart, Reg};

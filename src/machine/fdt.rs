@@ -6,8 +6,8 @@ use rvmm_boot::fdt::{
     Board, Chosen, Cpu, DeviceNode, Irqchip as Controller, Isa, MmuType, PlicContexts,
 };
 
-use super::hypervisor::{CpuFacts, Irqchip};
 use crate::error::Error;
+use crate::hypervisor::{CpuFacts, Irqchip};
 use crate::layout::{self, IRQ_SOURCES, Span};
 
 /// The input of the tree besides the devices.

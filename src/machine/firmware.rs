@@ -3,11 +3,13 @@
 use std::io;
 use std::sync::Arc;
 
-use super::hypervisor::{CpuSettings, Hypervisor, SHIM_SLOT, Vm, VmError};
 use super::load::Code;
 use crate::config::{SbiV01, StartMode, TimerChoice, VmConfig};
-use crate::error::Error;
+use crate::error::{Error, VmError};
+use crate::hypervisor::{CpuSettings, Hypervisor, SHIM_SLOT, Vm};
 use crate::memory::{GuestRam, PAGE, Rom};
+use crate::riscv::insn::ECALL;
+use crate::riscv::sbi::{self, v01};
 use crate::vcpu::Control;
 use crate::vcpu::exit::Exit;
 use crate::vcpu::firmware::patches::{self, Patches, Wanted};
@@ -98,11 +100,11 @@ fn plant(stage: &Stage<'_>, code: &[Code]) -> Result<Patches, Error> {
     let found = search(stage, code, Wanted { v01: may_patch, timer })?;
     // A call whose number is a constant in the code: a number that is moved into a7 may be any, and is no reason to start patching.
     let is_sure =
-        |call: &Call| matches!(call.site.number, Number::Constant(number) if sites::is_v01(number));
+        |call: &Call| matches!(call.site.number, Number::Constant(number) if sbi::is_v01(number));
     let needs_v01 = found.iter().any(is_sure);
     if choice == SbiV01::Auto
         && !needs_v01
-        && found.iter().any(|call| call.site.number.may_be(sites::is_v01))
+        && found.iter().any(|call| call.site.number.may_be(sbi::is_v01))
     {
         log::info!(
             "The guest has a call function with a variable extension number: if its calls are of SBI 0.1, --sbi-v01 patch answers them"
@@ -208,7 +210,7 @@ fn kernel_has_v01(host: &dyn Hypervisor) -> Result<bool, Error> {
     /// The address of the guest, three instructions, the last of which stores the answer.
     const AT: u64 = 0x8000_0000;
     // li a7,1; ecall; sd a0,0x100(zero)
-    let code = [0x0010_0893_u32, 0x0000_0073, 0x10a0_3023].map(u32::to_le_bytes).concat();
+    let code = [0x0010_0893, ECALL, 0x10a0_3023].map(u32::to_le_bytes).concat();
     let page =
         Rom::page(&code).map_err(|e| failed("create a page for a guest that tries SBI 0.1", e))?;
     let vm = host.create_vm()?;
@@ -218,7 +220,7 @@ fn kernel_has_v01(host: &dyn Hypervisor) -> Result<bool, Error> {
     hart.set(Reg::Pc, AT).map_err(|e| failed("prepare a hart that tries SBI 0.1", e))?;
     loop {
         match hart.enter() {
-            Ok(Exit::Sbi(call)) => return Ok(call.extension == 1),
+            Ok(Exit::Sbi(call)) => return Ok(call.extension == v01::PUTCHAR),
             Ok(Exit::Interrupted) => {}
             Ok(_) => return Ok(false),
             Err(error) => return Err(failed("run a guest that tries SBI 0.1", error)),

@@ -7,7 +7,7 @@ use std::time::Instant;
 use rvmm_devices::Bus;
 
 use super::build::Board;
-use super::hypervisor::{Counters, SHIM_SLOT, Vm};
+use crate::hypervisor::{Counters, SHIM_SLOT, Vm};
 use crate::inspect::{
     DeviceCount, HartCount, HartRegisters, Inspectable, Query, Reply, Stages, Stat, Walk,
 };

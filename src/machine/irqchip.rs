@@ -6,8 +6,8 @@ use rvmm_devices::irq::IrqLine;
 use rvmm_devices::{MmioDevice, Plic, Reserved};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::hypervisor::{Irqchip, Vm};
 use crate::error::Error;
+use crate::hypervisor::{Irqchip, Vm};
 use crate::layout::{self, IRQ_SOURCES};
 use crate::vcpu::Control;
 

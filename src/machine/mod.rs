@@ -40,7 +40,6 @@ mod build;
 mod fdt;
 mod firmware;
 mod handle;
-pub mod hypervisor;
 mod inspector;
 mod irqchip;
 mod load;
@@ -49,9 +48,9 @@ mod stall;
 #[cfg(test)]
 mod tests;
 
+use crate::hypervisor::Hypervisor;
 use build::{Backends, Board};
 pub use handle::Handle;
-use hypervisor::Hypervisor;
 use inspector::Inspector;
 use load::Files;
 pub use rvmm_devices::virtio::balloon::BalloonControl;

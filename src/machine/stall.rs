@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::hypervisor::{Counters, Vm};
+use crate::hypervisor::{Counters, Vm};
 use crate::vcpu::Control;
 
 /// Interval between two checks of the guest.

@@ -12,13 +12,13 @@ use rvmm_devices::virtio::vhost_user::testing::{Traits, serve_at};
 use rvmm_devices::{ConsoleBackend, IoEvent, Port, Ports};
 use tempfile::NamedTempFile;
 
-use super::hypervisor::{AiaPlan, CpuFacts, CpuSettings, Hypervisor, Irqchip, Vm, VmError};
 use super::{Machine, Parts};
 use crate::config::{
     GdbAddress, GdbConfig, InitrdConfig, IrqchipChoice, LoadConfig, TraceConfig, VmConfig,
 };
-use crate::error::{EXIT_HOST, EXIT_USAGE, Error};
+use crate::error::{EXIT_HOST, EXIT_USAGE, Error, VmError};
 use crate::host::in_a_namespace;
+use crate::hypervisor::{AiaPlan, CpuFacts, CpuSettings, Hypervisor, Irqchip, Vm};
 use crate::inspect::{Connection, Query, Reply, WalkTarget};
 use crate::terminal::Console;
 use crate::vcpu::exit::SystemEvent;

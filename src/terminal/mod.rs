@@ -24,7 +24,7 @@ use rvmm_devices::{ConsoleBackend, NullConsole};
 
 use crate::config::SerialConfig;
 use crate::error::Error;
-use crate::host::connect_to_starting;
+use crate::sockets::connect_to_starting;
 
 mod descriptor;
 mod foreground;

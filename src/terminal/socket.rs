@@ -13,7 +13,7 @@ use rvmm_devices::{ConsoleBackend, Port, Ports};
 
 use super::pty::is_hung_up;
 use crate::error::Error;
-use crate::host::Acceptor;
+use crate::sockets::Acceptor;
 
 /// Backlog of the socket.
 const BACKLOG: i32 = 4;
@@ -55,12 +55,12 @@ impl Socket {
             let _ = send(&stream, IN_USE, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
             return;
         }
-        info!("A client connected to the console at {}", self.acceptor.path().display());
+        info!("A client connected to the console at {}", self.acceptor);
         self.client = Some(Client { stream, input_has_ended: false, output_has_ended: false });
     }
 
     fn disconnect(&mut self) {
-        info!("The client of the console at {} disconnected", self.acceptor.path().display());
+        info!("The client of the console at {} disconnected", self.acceptor);
         self.client = None;
         self.is_paused = false;
     }

@@ -1,11 +1,12 @@
-//! Names for the numbers of an exit: SBI extensions and functions (SBI specification 3.0), CSRs (Privileged
-//! specification, AIA specification). Only functions that KVM can pass to user space have names; others are numbers.
+//! Names for the subject of an exit: a device and its register, an SBI function, a CSR. Only functions that KVM can pass to user space have
+//! names; others are numbers.
 
-use std::fmt::{self, Display, Write};
+use std::fmt::{self, Display};
 
 use rvmm_devices::{Bus, RegisterName};
 
 use super::record::{Kind, Record};
+use crate::riscv::{csr, sbi};
 
 /// A device's address range on the bus.
 #[derive(Debug, Clone)]
@@ -87,7 +88,7 @@ impl Display for Subject<'_> {
                 (None, _) => f.write_str("no device"),
             },
             Kind::Sbi => call(f, a, b),
-            Kind::Csr => match csr(a) {
+            Kind::Csr => match u16::try_from(a).ok().and_then(csr::name) {
                 Some(name) => f.write_str(name),
                 None => write!(f, "CSR {a:#x}"),
             },
@@ -110,65 +111,15 @@ impl Display for Subject<'_> {
 
 /// Writes an SBI call by extension and function.
 fn call(f: &mut fmt::Formatter<'_>, extension: u64, function: u64) -> fmt::Result {
-    let legacy = [
-        "set_timer",
-        "console_putchar",
-        "console_getchar",
-        "clear_ipi",
-        "send_ipi",
-        "remote_fence_i",
-        "remote_sfence_vma",
-        "remote_sfence_vma_asid",
-        "shutdown",
-    ];
-    if let Some(name) = usize::try_from(extension).ok().and_then(|number| legacy.get(number)) {
+    if let Some(name) = sbi::v01::name(extension) {
         return write!(f, "legacy {name}");
     }
-    match extension {
-        // The numbers of extensions are up to four letters (SBI specification, chapter 4 and on).
-        0x10 => f.write_str("BASE")?,
-        0x0800_0000..=0x08ff_ffff => write!(f, "experimental {extension:#x}")?,
-        0x0900_0000..=0x09ff_ffff => write!(f, "vendor {extension:#x}")?,
-        0x0a00_0000..=0x0aff_ffff => write!(f, "firmware {extension:#x}")?,
-        _ => match letters(extension) {
-            Some(letters) => letters.into_iter().try_for_each(|letter| f.write_char(letter))?,
-            None => write!(f, "extension {extension:#x}")?,
-        },
+    match sbi::extension_name(extension) {
+        Some(name) => f.write_str(&name)?,
+        None => write!(f, "extension {extension:#x}")?,
     }
-    let name = match (extension, function) {
-        (0x10, 0) => "get_spec_version",
-        (0x10, 1) => "get_impl_id",
-        (0x10, 2) => "get_impl_version",
-        (0x10, 3) => "probe_extension",
-        (0x10, 4) => "get_mvendorid",
-        (0x10, 5) => "get_marchid",
-        (0x10, 6) => "get_mimpid",
-        (0x4442_434e, 0) => "console_write",
-        (0x4442_434e, 1) => "console_read",
-        (0x4442_434e, 2) => "console_write_byte",
-        (0x5355_5350, 0) => "system_suspend",
-        (0x5352_5354, 0) => "system_reset",
-        _ => return write!(f, " {function:#x}"),
-    };
-    write!(f, " {name}")
-}
-
-/// The letters that the number of an extension consists of: three or four capitals or digits.
-fn letters(extension: u64) -> Option<Vec<char>> {
-    let bytes = u32::try_from(extension).ok()?.to_be_bytes();
-    let letters = bytes.strip_prefix(&[0]).unwrap_or(&bytes);
-    let plain = |byte: &u8| byte.is_ascii_uppercase() || byte.is_ascii_digit();
-    letters.iter().all(plain).then(|| letters.iter().map(|byte| char::from(*byte)).collect())
-}
-
-/// Names of the CSRs that KVM can pass to user space.
-fn csr(number: u64) -> Option<&'static str> {
-    Some(match number {
-        0x015 => "seed",
-        0x150 => "siselect",
-        0x151 => "sireg",
-        0x15c => "stopei",
-        0xdb0 => "stopi",
-        _ => return None,
-    })
+    match sbi::function_name(extension, function) {
+        Some(name) => write!(f, " {name}"),
+        None => write!(f, " {function:#x}"),
+    }
 }

@@ -11,6 +11,7 @@ use super::{DeviceMap, Plan, Trace};
 use crate::config::{TraceConfig, TraceFormat, Unassigned};
 use crate::error::{EXIT_USAGE, Error};
 use crate::host::on_a_small_file_system;
+use crate::riscv::sbi::eid;
 use crate::vcpu::exit::SystemEvent;
 use crate::vcpu::hart::Reg;
 use crate::vcpu::record::Ticks;
@@ -56,7 +57,7 @@ fn script() -> Vec<Step> {
         Step::Load { addr: UART + 5, len: 1 },
         Step::Store { addr: NOWHERE, bytes: vec![0x34, 0x12] },
         Step::Sbi { extension: 0x0900_0000, function: 1, args: [7; 6] },
-        Step::Sbi { extension: 0x4442_434e, function: 9, args: [0; 6] },
+        Step::Sbi { extension: eid::DBCN, function: 9, args: [0; 6] },
         Step::Csr { csr: 0x151 },
         Step::Debug,
         Step::System(SystemEvent::Shutdown(0)),

@@ -5,10 +5,9 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::exit::CsrAccess;
 use super::world::{Notice, World};
+use crate::riscv::csr;
 
-/// `seed` (Unprivileged specification, Zkr): two bits of state at the top, 16 bits of entropy at the bottom.
-const SEED: u64 = 0x015;
-/// State ES16: the entropy is valid.
+/// State ES16 of `seed` (Unprivileged specification, Zkr: two bits of state at the top, 16 bits of entropy at the bottom): the entropy is valid.
 const ES16: u64 = 0x8000_0000;
 /// State WAIT: no entropy yet, poll again.
 const WAIT: u64 = 0x4000_0000;
@@ -17,9 +16,10 @@ const WAIT: u64 = 0x4000_0000;
 /// the access is legal.
 #[cold]
 pub(super) fn handle(access: &mut CsrAccess<'_>, world: &World) {
-    *access.ret = match access.csr {
-        SEED => seed(),
-        csr => {
+    *access.ret = match u16::try_from(access.csr) {
+        Ok(csr::SEED) => seed(),
+        _ => {
+            let csr = access.csr;
             if world.is_first(Notice::UnknownCsr) {
                 warn!(
                     "The guest uses CSR {csr:#x}, which this machine does not have: it reads as zero"

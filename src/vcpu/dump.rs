@@ -3,13 +3,7 @@
 use std::fmt::Write;
 
 use super::hart::{Csr, Hart, Reg};
-
-/// ABI names of x0 to x31 (RISC-V ELF psABI, "Integer Register Convention").
-const NAMES: [&str; 32] = [
-    "zero", "ra", "sp", "gp", "tp", "t0", "t1", "t2", "s0", "s1", "a0", "a1", "a2", "a3", "a4",
-    "a5", "a6", "a7", "s2", "s3", "s4", "s5", "s6", "s7", "s8", "s9", "s10", "s11", "t3", "t4",
-    "t5", "t6",
-];
+use crate::riscv::register::X_NAMES;
 
 const PER_LINE: usize = 4;
 
@@ -18,19 +12,12 @@ const PER_LINE: usize = 4;
 #[must_use]
 pub fn dump(hart: &dyn Hart) -> String {
     let first = [("pc", Reg::Pc), ("mode", Reg::Mode)];
-    let integers = (1..).zip(NAMES.iter().skip(1)).map(|(number, name)| (*name, Reg::X(number)));
-    let csrs = [
-        ("sstatus", Csr::Sstatus),
-        ("stvec", Csr::Stvec),
-        ("sepc", Csr::Sepc),
-        ("scause", Csr::Scause),
-        ("stval", Csr::Stval),
-        ("satp", Csr::Satp),
-    ];
+    let integers = (1..).zip(X_NAMES.iter().skip(1)).map(|(number, name)| (*name, Reg::X(number)));
+    let csrs = [Csr::Sstatus, Csr::Stvec, Csr::Sepc, Csr::Scause, Csr::Stval, Csr::Satp];
     let mut text = String::new();
     block(&mut text, hart, first.into_iter());
     block(&mut text, hart, integers);
-    block(&mut text, hart, csrs.into_iter().map(|(name, csr)| (name, Reg::Csr(csr))));
+    block(&mut text, hart, csrs.into_iter().map(|csr| (csr.name(), Reg::Csr(csr))));
     text.pop();
     text
 }
@@ -38,22 +25,22 @@ pub fn dump(hart: &dyn Hart) -> String {
 /// Every readable register, with its name.
 pub fn registers() -> impl Iterator<Item = (&'static str, Reg)> {
     let first = [("pc", Reg::Pc), ("mode", Reg::Mode)];
-    let integers = (1..).zip(NAMES.iter().skip(1)).map(|(number, name)| (*name, Reg::X(number)));
+    let integers = (1..).zip(X_NAMES.iter().skip(1)).map(|(number, name)| (*name, Reg::X(number)));
     let csrs = [
-        ("sstatus", Csr::Sstatus),
-        ("sie", Csr::Sie),
-        ("sip", Csr::Sip),
-        ("stvec", Csr::Stvec),
-        ("sscratch", Csr::Sscratch),
-        ("sepc", Csr::Sepc),
-        ("scause", Csr::Scause),
-        ("stval", Csr::Stval),
-        ("satp", Csr::Satp),
-        ("scounteren", Csr::Scounteren),
-        ("senvcfg", Csr::Senvcfg),
-        ("sstateen0", Csr::Sstateen0),
+        Csr::Sstatus,
+        Csr::Sie,
+        Csr::Sip,
+        Csr::Stvec,
+        Csr::Sscratch,
+        Csr::Sepc,
+        Csr::Scause,
+        Csr::Stval,
+        Csr::Satp,
+        Csr::Scounteren,
+        Csr::Senvcfg,
+        Csr::Sstateen0,
     ];
-    first.into_iter().chain(integers).chain(csrs.map(|(name, csr)| (name, Reg::Csr(csr))))
+    first.into_iter().chain(integers).chain(csrs.map(|csr| (csr.name(), Reg::Csr(csr))))
 }
 
 fn block(text: &mut String, hart: &dyn Hart, regs: impl Iterator<Item = (&'static str, Reg)>) {

@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use super::exit::Exit;
+pub use crate::riscv::csr::Csr;
 
 /// A register that the VMM reads or writes. Widths are 64 bits (rvmm runs rv64 guests only).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,32 +25,6 @@ pub enum Reg {
     F(u8),
     /// `fcsr`, 32 bits in the lower half. Refused as [`Reg::F`] is.
     Fcsr,
-}
-
-/// The supervisor CSRs that KVM keeps for a guest (Privileged specification, chapter 12).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names are the specification's")]
-pub enum Csr {
-    Sstatus,
-    Sie,
-    Stvec,
-    Sscratch,
-    Sepc,
-    Scause,
-    Stval,
-    Sip,
-    Satp,
-    Scounteren,
-    Senvcfg,
-    /// Needs Smstateen; refused with ENOENT where the vCPU lacks it.
-    Sstateen0,
-    /// Needs Ssaia, as the next two do; refused with ENOENT where the vCPU lacks it.
-    Siselect,
-    /// The priorities of the guest's major interrupts, one byte each, which it accesses as `iprio` registers through `sireg` (AIA
-    /// specification, "Interrupts for Virtual Machines").
-    Hviprio1,
-    /// The remaining priorities.
-    Hviprio2,
 }
 
 /// One vCPU. All methods are called on the vCPU's own thread, except before that thread starts.

@@ -11,7 +11,7 @@
 //! | `firmware/` | firmware services that KVM does not offer: SBI 0.1, CSRs of machine mode, a visible timer |
 //! | `restarts.rs` | state that the kernel loses when it starts a hart |
 //! | `observer.rs` | [`observer::ExitObserver`]: receives every exit, with the registers |
-//! | `walk.rs`, `insn.rs` | the guest's page tables and memory instructions, for `trap.rs` |
+//! | `walk.rs` | the guest's page tables, for `trap.rs` |
 //! | `dump.rs` | registers as text |
 //! | `run.rs` | [`spawn_hart`]: the thread and its run loop |
 //! | `record.rs` | [`record::Recorder`]: records every exit for a trace |
@@ -33,7 +33,6 @@ mod dump;
 pub mod exit;
 pub mod firmware;
 pub mod hart;
-mod insn;
 pub mod observer;
 pub mod record;
 pub mod restarts;

@@ -17,15 +17,10 @@ use super::sbi;
 use super::stop::StopReason;
 use super::trap;
 use super::world::World;
+use crate::riscv::trap::interrupt;
 
 /// Stack of a hart's thread; its deepest call is a log line.
 const STACK: usize = 256 << 10;
-
-/// `sip.SEIP`: an external interrupt is pending.
-const SEIP: u64 = 1 << 9;
-
-/// `sip.STIP`: the timer's interrupt is pending; the same bit of `sie` enables it.
-const STIP: u64 = 1 << 5;
 
 /// Spawns a hart's thread, `vcpuN`, pinned to host CPU `affinity` if one is given. When this returns the hart is bound and
 /// registered with `control`; it waits for [`Control::start`], and runs until `control` has a reason to stop. The thread drops
@@ -228,11 +223,11 @@ fn sleep(hart: &mut dyn Hart, world: &World, control: &Control) -> io::Result<bo
 fn time_to_sleep(hart: &dyn Hart, world: &World) -> io::Result<Option<Duration>> {
     let (sip, sie) = (hart.get(Reg::Csr(Csr::Sip))?, hart.get(Reg::Csr(Csr::Sie))?);
     // The interrupt controller has its own masks for external interrupts.
-    if sip & (SEIP | sie & STIP) != 0 || sbi::has_input(world) {
+    if sip & (interrupt::SEI | sie & interrupt::STI) != 0 || sbi::has_input(world) {
         return Ok(None);
     }
     let due = hart.get(Reg::TimeCompare)?;
-    if sie & STIP == 0 || due == u64::MAX {
+    if sie & interrupt::STI == 0 || due == u64::MAX {
         return Ok(Some(Duration::MAX));
     }
     // Round up: waking half a tick early is too early.

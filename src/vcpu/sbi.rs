@@ -8,21 +8,8 @@ use super::exit::SbiCall;
 use super::stop::StopReason;
 use super::world::{Notice, World};
 use crate::memory::RamError;
-
-mod eid {
-    pub(super) const LEGACY_PUTCHAR: u64 = 0x01;
-    pub(super) const LEGACY_GETCHAR: u64 = 0x02;
-    pub(super) const BASE: u64 = 0x10;
-    pub(super) const DBCN: u64 = 0x4442_434e;
-    pub(super) const SUSP: u64 = 0x5355_5350;
-}
-
-/// `sbi_probe_extension` of BASE.
-const PROBE: u64 = 3;
-
-const SUCCESS: u64 = 0;
-const NOT_SUPPORTED: u64 = (-2_i64).cast_unsigned();
-const INVALID_PARAM: u64 = (-3_i64).cast_unsigned();
+use crate::riscv::sbi::error::{INVALID_PARAM, NOT_SUPPORTED, SUCCESS};
+use crate::riscv::sbi::{eid, fid, v01};
 
 /// Maximum number of bytes per DBCN call: it returns to the guest in bounded time, and the guest calls again for the rest.
 const MAX_BYTES: u64 = LARGE_CHUNK as u64;
@@ -33,12 +20,12 @@ const LARGE_CHUNK: usize = 4096;
 /// Handles a call. The work is out of line, to keep calls that only probe cheap.
 pub(super) fn handle(call: &mut SbiCall<'_>, world: &World) -> Flow {
     match (call.extension, call.function) {
-        (eid::DBCN | eid::LEGACY_PUTCHAR | eid::LEGACY_GETCHAR, _) => console_call(call, world),
-        (eid::BASE, PROBE) => {
+        (eid::DBCN | v01::PUTCHAR | v01::GETCHAR, _) => console_call(call, world),
+        (eid::BASE, fid::PROBE_EXTENSION) => {
             *call.ret = [SUCCESS, 0];
             Flow::Resume
         }
-        (eid::SUSP, 0) => suspend(call),
+        (eid::SUSP, fid::SYSTEM_SUSPEND) => suspend(call),
         (extension, function) => {
             let first = world.is_first(Notice::UnknownSbi);
             if first || log_enabled!(Level::Debug) {
@@ -54,12 +41,12 @@ pub(super) fn handle(call: &mut SbiCall<'_>, world: &World) -> Flow {
 #[inline(never)]
 fn console_call(call: &mut SbiCall<'_>, world: &World) -> Flow {
     let (error, value, flow) = match call.extension {
-        eid::LEGACY_PUTCHAR => match put(world, call.args[0]) {
+        v01::PUTCHAR => match put(world, call.args[0]) {
             true => (SUCCESS, call.args[1], Flow::Resume),
             false => return Flow::Retry,
         },
         // A legacy call returns its result in a0 alone; the kernel writes a1 as well.
-        eid::LEGACY_GETCHAR => (get(world).map_or(u64::MAX, u64::from), call.args[1], Flow::Resume),
+        v01::GETCHAR => (get(world).map_or(u64::MAX, u64::from), call.args[1], Flow::Resume),
         _ => dbcn(call.function, call.args, world),
     };
     *call.ret = [error, value];
@@ -94,7 +81,7 @@ fn suspend(call: &mut SbiCall<'_>) -> Flow {
 /// Debug Console (SBI chapter 12).
 fn dbcn(function: u64, args: &[u64; 6], world: &World) -> CallResult {
     match function {
-        0 | 1 => {
+        fid::CONSOLE_WRITE | fid::CONSOLE_READ => {
             let [len, base, base_high, ..] = *args;
             if len == 0 {
                 return (SUCCESS, 0, Flow::Resume);
@@ -104,8 +91,10 @@ fn dbcn(function: u64, args: &[u64; 6], world: &World) -> CallResult {
             }
             let len = len.min(MAX_BYTES);
             let moved = match function {
-                0 if len <= SMALL_CHUNK as u64 => write::<SMALL_CHUNK>(world, base, len),
-                0 => write::<LARGE_CHUNK>(world, base, len),
+                fid::CONSOLE_WRITE if len <= SMALL_CHUNK as u64 => {
+                    write::<SMALL_CHUNK>(world, base, len)
+                }
+                fid::CONSOLE_WRITE => write::<LARGE_CHUNK>(world, base, len),
                 _ => read::<SMALL_CHUNK>(world, base, len),
             };
             match moved {
@@ -118,8 +107,8 @@ fn dbcn(function: u64, args: &[u64; 6], world: &World) -> CallResult {
             }
         }
         // This call blocks until the byte is sent. The hart repeats the call, so that it still takes interrupts.
-        2 if put(world, args[0]) => (SUCCESS, 0, Flow::Resume),
-        2 => (SUCCESS, 0, Flow::Retry),
+        fid::CONSOLE_WRITE_BYTE if put(world, args[0]) => (SUCCESS, 0, Flow::Resume),
+        fid::CONSOLE_WRITE_BYTE => (SUCCESS, 0, Flow::Retry),
         _ => (NOT_SUPPORTED, 0, Flow::Resume),
     }
 }

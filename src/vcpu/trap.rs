@@ -18,30 +18,14 @@ use super::dump::dump;
 use super::exit::Fault;
 use super::firmware::BreakpointOutcome;
 use super::hart::{Csr, Hart, Reg};
-use super::insn::{self, Kind, Operand};
 use super::stop::StopReason;
 use super::walk::{WalkError, translate};
 use super::world::{Notice, World};
 use crate::config::Unassigned;
 use crate::memory::{GuestRam, PAGE, RamError};
-
-mod cause {
-    pub(super) const FETCH_ACCESS: u64 = 1;
-    pub(super) const BREAKPOINT: u64 = 3;
-    pub(super) const LOAD_ACCESS: u64 = 5;
-    pub(super) const STORE_ACCESS: u64 = 7;
-    pub(super) const CALL_FROM_USER: u64 = 8;
-    pub(super) const FETCH_PAGE: u64 = 12;
-}
-
-mod sstatus {
-    pub(super) const SIE: u64 = 1 << 1;
-    pub(super) const SPIE: u64 = 1 << 5;
-    pub(super) const SPP: u64 = 1 << 8;
-}
-
-pub(super) const SUPERVISOR: u64 = 1;
-const USER: u64 = 0;
+use crate::riscv::access::{self, Kind, Operand};
+use crate::riscv::insn;
+use crate::riscv::trap::{SUPERVISOR, USER, cause, sstatus};
 
 /// An exception: `scause` and `stval`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -121,7 +105,7 @@ fn unassigned(
 ) -> io::Result<()> {
     let satp = hart.get(Reg::Csr(Csr::Satp))?;
     let tval = match fetch(&world.ram, satp, pc) {
-        Fetched::Word(word) => match insn::decode(word) {
+        Fetched::Word(word) => match access::decode(word) {
             Some(operand) => faulting_address(hart, &world.ram, satp, operand)?,
             None => 0,
         },
@@ -172,7 +156,7 @@ fn resolve_fault(
             return Ok(Some(hart_fault(hart, what)));
         }
         Fetched::Trap(trap) => trap,
-        Fetched::Word(word) => match insn::decode(word) {
+        Fetched::Word(word) => match access::decode(word) {
             Some(operand) if fault != Fault::Memory => {
                 let tval = faulting_address(hart, &world.ram, satp, operand)?;
                 Trap { cause: cause_of(operand.kind), tval }

@@ -23,9 +23,11 @@ impl File {
         self.path.ends_with(".rs")
     }
 
-    /// True for a file that only holds tests: in a `tests` folder, or called `tests.rs` or `testing.rs`.
+    /// True for a file that only holds tests: in a folder `tests` or `testing`, or called `tests.rs` or `testing.rs`.
     pub(crate) fn is_test(&self) -> bool {
-        self.path.split('/').any(|part| matches!(part, "tests" | "tests.rs" | "testing.rs"))
+        self.path
+            .split('/')
+            .any(|part| matches!(part, "tests" | "testing" | "tests.rs" | "testing.rs"))
     }
 
     /// A complaint about line `index` (from 0).

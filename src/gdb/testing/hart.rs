@@ -6,13 +6,14 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex};
 
 use crate::memory::GuestRam;
+use crate::riscv::insn::{C_EBREAK, EBREAK, WFI};
+use crate::riscv::trap::cause;
+use crate::riscv::trap::sstatus::SIE;
 use crate::vcpu::exit::{Exit, Fault};
 use crate::vcpu::hart::{Csr, Hart, Kick, Reg};
 use crate::vcpu::walk::translate;
 
-const SIE: u64 = 1 << 1;
-/// The cause of a timer interrupt.
-pub(in crate::gdb) const TIMER: u64 = 1 << 63 | 5;
+pub(in crate::gdb) use cause::TIMER_INTERRUPT as TIMER;
 
 /// The state of a running hart that a test reads and changes.
 #[derive(Default)]
@@ -112,7 +113,7 @@ impl TinyHart {
         let x = |number: u32| self.value(Reg::X((number & 31) as u8));
         let imm = i64::from(word.cast_signed() >> 20);
         match word {
-            _ if low == 0x9002 || word == 0x0010_0073 => {
+            _ if low == C_EBREAK || word == EBREAK => {
                 if self.probe.traps_ebreaks.load(SeqCst) {
                     return Err(Exit::Debug);
                 }
@@ -121,7 +122,7 @@ impl TinyHart {
             // c.nop
             _ if low == 1 => self.put(Reg::Pc, pc + 2),
             // wfi, and j .
-            0x1050_0073 | 0x0000_006f => return Ok(false),
+            WFI | 0x0000_006f => return Ok(false),
             // j .-8 and j .-4
             0xff9f_f06f => self.put(Reg::Pc, pc - 8),
             0xffdf_f06f => self.put(Reg::Pc, pc - 4),

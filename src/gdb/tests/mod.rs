@@ -9,6 +9,7 @@ mod lldb;
 use super::testing::HEADS;
 use super::testing::client::{CODE, Client, TestGuest, TestServer, VECTOR, framed};
 use super::testing::hart::TIMER;
+use crate::riscv::insn::{EBREAK, WFI};
 use crate::vcpu::stop::StopReason;
 use crate::vcpu::testing::RAM;
 
@@ -17,8 +18,6 @@ const COUNT: u32 = 0x0015_0513;
 /// `j .-4`
 const BACK: u32 = 0xffdf_f06f;
 const NOP: u32 = 0x0000_0013;
-const WFI: u32 = 0x1050_0073;
-const EBREAK: u32 = 0x0010_0073;
 /// Counts forever.
 const COUNTER: &[u32] = &[NOP, COUNT, BACK];
 /// Waits forever, also after a step over its `wfi`.

@@ -10,13 +10,13 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::asm::*;
 use super::*;
 use crate::config::{ExtensionChange, IrqchipChoice};
+use crate::hypervisor::{AiaFacts, AiaPlan, Irqchip};
 use crate::kvm::identities;
 use crate::kvm::isa::sbi_number;
 use crate::kvm::regs::sbi_extension;
 use crate::kvm::report::{AiaSupport, GuestFiles};
 use crate::kvm::vm::KvmVm;
 use crate::layout::Span;
-use crate::machine::hypervisor::{AiaFacts, AiaPlan, Irqchip};
 use crate::vcpu::hart::Csr;
 
 const APLIC: u32 = 0x0d00_0000;

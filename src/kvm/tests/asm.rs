@@ -1,5 +1,8 @@
 //! Just enough of an assembler (unprivileged ISA manual, chapter "Instruction Set Listings").
 
+pub(super) use crate::riscv::csr::{SCAUSE, SIE, SIP, SIREG, SISELECT, SSTATUS, STVEC};
+pub(super) use crate::riscv::insn::{EBREAK, ECALL, WFI};
+
 pub(super) const ZERO: u32 = 0;
 pub(super) const T0: u32 = 5;
 pub(super) const T1: u32 = 6;
@@ -8,19 +11,8 @@ pub(super) const A1: u32 = 11;
 pub(super) const A6: u32 = 16;
 pub(super) const A7: u32 = 17;
 
-pub(super) const ECALL: u32 = 0x0000_0073;
-pub(super) const EBREAK: u32 = 0x0010_0073;
-pub(super) const WFI: u32 = 0x1050_0073;
 /// `j .`
 pub(super) const SPIN: u32 = 0x0000_006f;
-
-pub(super) const SSTATUS: u32 = 0x100;
-pub(super) const SIE: u32 = 0x104;
-pub(super) const STVEC: u32 = 0x105;
-pub(super) const SCAUSE: u32 = 0x142;
-pub(super) const SIP: u32 = 0x144;
-pub(super) const SISELECT: u32 = 0x150;
-pub(super) const SIREG: u32 = 0x151;
 
 fn i_type(opcode: u32, funct3: u32, rd: u32, rs1: u32, imm: u32) -> u32 {
     opcode | rd << 7 | funct3 << 12 | rs1 << 15 | (imm & 0xfff) << 20
@@ -62,13 +54,13 @@ pub(super) fn amoadd_w(rd: u32, rs2: u32, rs1: u32) -> u32 {
 }
 
 /// `csrw csr, rs1`
-pub(super) fn csrw(csr: u32, rs1: u32) -> u32 {
-    i_type(0x73, 1, 0, rs1, csr)
+pub(super) fn csrw(csr: u16, rs1: u32) -> u32 {
+    i_type(0x73, 1, 0, rs1, csr.into())
 }
 
 /// `csrrw rd, csr, rs1`
-pub(super) fn csrrw(rd: u32, csr: u32, rs1: u32) -> u32 {
-    i_type(0x73, 1, rd, rs1, csr)
+pub(super) fn csrrw(rd: u32, csr: u16, rs1: u32) -> u32 {
+    i_type(0x73, 1, rd, rs1, csr.into())
 }
 
 /// `j` to `words` instructions before this one, 255 at most.
@@ -78,13 +70,13 @@ pub(super) fn jump_back(words: u32) -> u32 {
 }
 
 /// `csrs csr, rs1`
-pub(super) fn csrs(csr: u32, rs1: u32) -> u32 {
-    i_type(0x73, 2, 0, rs1, csr)
+pub(super) fn csrs(csr: u16, rs1: u32) -> u32 {
+    i_type(0x73, 2, 0, rs1, csr.into())
 }
 
 /// `csrr rd, csr`
-pub(super) fn csrr(rd: u32, csr: u32) -> u32 {
-    i_type(0x73, 2, rd, 0, csr)
+pub(super) fn csrr(rd: u32, csr: u16) -> u32 {
+    i_type(0x73, 2, rd, 0, csr.into())
 }
 
 /// `rd = value`, for a value of up to 31 bits: two instructions.

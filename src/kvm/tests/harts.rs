@@ -10,6 +10,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::asm::*;
 use super::*;
+use crate::riscv::sbi::eid;
 use crate::vcpu::exit::{Fault, SystemEvent};
 use crate::vcpu::hart::{Csr, Kick};
 
@@ -211,7 +212,11 @@ fn an_abandoned_load_can_be_turned_into_a_trap() {
 
 #[test]
 fn a_shutdown_is_a_system_event() {
-    let code = [&li(A7, 0x5352_5354)[..], &[addi(A0, ZERO, 0), addi(A1, ZERO, 1), ECALL]].concat();
+    let code = [
+        &li(A7, u32::try_from(eid::SRST).unwrap())[..],
+        &[addi(A0, ZERO, 0), addi(A1, ZERO, 1), ECALL],
+    ]
+    .concat();
     let guest = Guest::new(&code);
     let mut hart = guest.hart(0);
     let exit = hart.enter().unwrap();

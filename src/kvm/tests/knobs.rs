@@ -5,7 +5,9 @@ use rvmm_devices::testing::skip;
 use super::asm::*;
 use super::*;
 use crate::config::{CpuId, ExtensionChange};
-use crate::machine::hypervisor::{CpuFacts, VmError};
+use crate::error::VmError;
+use crate::hypervisor::CpuFacts;
+use crate::riscv::sbi::eid;
 
 fn knobs(isa: &str, sbi: &str) -> CpuSettings {
     let parse = |list: &str| {
@@ -118,7 +120,8 @@ fn changes_that_make_no_sense_are_refused() {
 }
 
 /// The kernel's answer to `sbi_probe_extension` (SBI 4.4).
-fn probe(extension: u32, sbi: &str) -> u64 {
+fn probe(extension: u64, sbi: &str) -> u64 {
+    let extension = u32::try_from(extension).unwrap();
     let code = [
         &li(A7, 0x10)[..],
         &[addi(A6, ZERO, 3)],
@@ -136,15 +139,15 @@ fn probe(extension: u32, sbi: &str) -> u64 {
 
 #[test]
 fn the_debug_console_is_on_unless_switched_off() {
-    assert_eq!(probe(0x4442_434e, ""), 1);
-    assert_eq!(probe(0x4442_434e, "-dbcn"), 0);
+    assert_eq!(probe(eid::DBCN, ""), 1);
+    assert_eq!(probe(eid::DBCN, "-dbcn"), 0);
 }
 
 #[test]
 fn an_sbi_extension_switched_off_is_not_found_by_the_guest() {
-    assert_eq!(probe(0x5352_5354, ""), 1);
-    assert_eq!(probe(0x5352_5354, "-srst"), 0);
-    assert_eq!(probe(0x50_4d55, "-pmu -sta"), 0);
+    assert_eq!(probe(eid::SRST, ""), 1);
+    assert_eq!(probe(eid::SRST, "-srst"), 0);
+    assert_eq!(probe(eid::PMU, "-pmu -sta"), 0);
 }
 
 #[test]

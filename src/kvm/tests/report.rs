@@ -5,8 +5,8 @@ use super::super::report::SbiState;
 use super::asm::*;
 use super::*;
 use crate::config::IrqchipChoice;
+use crate::hypervisor::{AiaPlan, Irqchip};
 use crate::layout::Span;
-use crate::machine::hypervisor::{AiaPlan, Irqchip};
 
 #[test]
 fn a_report_agrees_with_the_machine_that_is_made() {

@@ -7,6 +7,10 @@
 use std::io;
 
 use super::{BreakpointOutcome, Firmware, shim};
+use crate::riscv::register::{A0, A1, A6, A7};
+use crate::riscv::sbi::error::{INVALID_ADDRESS, SUCCESS};
+use crate::riscv::sbi::{eid, fid, v01};
+use crate::riscv::trap::SUPERVISOR;
 use crate::vcpu::dispatch::Flow;
 use crate::vcpu::exit::SbiCall;
 use crate::vcpu::hart::{Csr, Hart, Reg};
@@ -15,34 +19,6 @@ use crate::vcpu::stop::StopReason;
 use crate::vcpu::trap;
 use crate::vcpu::walk::translate;
 use crate::vcpu::world::World;
-
-/// Numbers of the calls of version 0.1 (chapter 5).
-pub(super) mod v01 {
-    pub(in super::super) const SET_TIMER: u64 = 0;
-    pub(in super::super) const PUTCHAR: u64 = 1;
-    pub(in super::super) const GETCHAR: u64 = 2;
-    pub(in super::super) const CLEAR_IPI: u64 = 3;
-    pub(in super::super) const SEND_IPI: u64 = 4;
-    pub(in super::super) const FENCE_I: u64 = 5;
-    pub(in super::super) const SFENCE_VMA: u64 = 6;
-    pub(in super::super) const SFENCE_VMA_ASID: u64 = 7;
-    pub(in super::super) const SHUTDOWN: u64 = 8;
-}
-
-/// Extensions that define the same services.
-pub(super) mod eid {
-    pub(in super::super) const TIME: u64 = 0x5449_4d45;
-    pub(in super::super) const IPI: u64 = 0x0073_5049;
-    pub(in super::super) const RFENCE: u64 = 0x5246_4e43;
-}
-
-const A0: u8 = 10;
-const A1: u8 = 11;
-const A6: u8 = 16;
-const A7: u8 = 17;
-
-const SUCCESS: u64 = 0;
-const INVALID_ADDRESS: u64 = (-5_i64).cast_unsigned();
 
 /// The state with which a hart continues after a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -107,10 +83,9 @@ impl Firmware {
         }
         let [a0, a1, a2, a3, a4, a5, function, extension] = args;
         let shim_call = ShimCall { back, satp: hart.get(Reg::Csr(Csr::Satp))?, args, is_v01: true };
-        let timer = self
-            .timer
-            .as_ref()
-            .filter(|_| matches!((extension, function), (v01::SET_TIMER, _) | (eid::TIME, 0)));
+        let timer = self.timer.as_ref().filter(|_| {
+            matches!((extension, function), (v01::SET_TIMER, _) | (eid::TIME, fid::SET_TIMER))
+        });
         if let Some(timer) = timer {
             if !timer.set(hart, a0)? {
                 // Only the guest can clear the pending interrupt, by a call that sets the kernel's timer to never.
@@ -118,7 +93,7 @@ impl Firmware {
                 return self.send(
                     hart,
                     shim_call,
-                    (shim::KERNEL_CALL, eid::TIME, 0),
+                    (shim::KERNEL_CALL, eid::TIME, fid::SET_TIMER),
                     [u64::MAX, 0, 0, 0],
                 );
             }
@@ -135,19 +110,19 @@ impl Firmware {
             v01::CLEAR_IPI => {
                 return self.send(hart, shim_call, (shim::CLEAR_IPI, 0, 0), [SUCCESS, a1, a2, a3]);
             }
-            v01::SET_TIMER => v01_call(eid::TIME, 0, [a0, a1, a2, a3]),
+            v01::SET_TIMER => v01_call(eid::TIME, fid::SET_TIMER, [a0, a1, a2, a3]),
             v01::SEND_IPI..=v01::SFENCE_VMA_ASID => {
                 let Some((mask, base)) = harts(hart, world, a0)? else {
                     hart.set(Reg::X(A0), INVALID_ADDRESS)?;
                     return resume_at(hart, back);
                 };
                 match extension {
-                    v01::SEND_IPI => v01_call(eid::IPI, 0, [mask, base, 0, 0]),
-                    v01::FENCE_I => v01_call(eid::RFENCE, 0, [mask, base, 0, 0]),
-                    v01::SFENCE_VMA => v01_call(eid::RFENCE, 1, [mask, base, a1, a2]),
+                    v01::SEND_IPI => v01_call(eid::IPI, fid::SEND_IPI, [mask, base, 0, 0]),
+                    v01::FENCE_I => v01_call(eid::RFENCE, fid::FENCE_I, [mask, base, 0, 0]),
+                    v01::SFENCE_VMA => v01_call(eid::RFENCE, fid::SFENCE_VMA, [mask, base, a1, a2]),
                     _ => {
                         hart.set(Reg::X(A0 + 4), a3)?;
-                        v01_call(eid::RFENCE, 2, [mask, base, a1, a2])
+                        v01_call(eid::RFENCE, fid::SFENCE_VMA_ASID, [mask, base, a1, a2])
                     }
                 }
             }
@@ -175,7 +150,7 @@ impl Firmware {
         hart.set(Reg::X(A6), a6)?;
         hart.set(Reg::Csr(Csr::Sstatus), trap::without_interrupts(shim_call.back.sstatus))?;
         hart.set(Reg::Csr(Csr::Satp), 0)?;
-        hart.set(Reg::Mode, trap::SUPERVISOR)?;
+        hart.set(Reg::Mode, SUPERVISOR)?;
         hart.set(Reg::Pc, to)?;
         let id = hart.id();
         let mut shim_calls = self.shim_calls();

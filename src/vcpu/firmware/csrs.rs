@@ -5,64 +5,18 @@ use std::io;
 
 use super::Firmware;
 use crate::config::CsrValue;
+use crate::riscv::csr;
+use crate::riscv::zicsr::{self, Operand};
 use crate::vcpu::hart::{Hart, Reg};
-
-/// A CSR instruction: the CSR, the destination register, and the write.
-#[derive(Debug, PartialEq, Eq)]
-struct CsrAccess {
-    number: u16,
-    rd: u8,
-    write: Option<CsrWrite>,
-}
-
-#[derive(Debug, PartialEq, Eq)]
-struct CsrWrite {
-    op: WriteOp,
-    operand: Operand,
-}
-
-#[derive(Debug, PartialEq, Eq)]
-enum WriteOp {
-    Swap,
-    Set,
-    Clear,
-}
-
-#[derive(Debug, PartialEq, Eq)]
-enum Operand {
-    Register(u8),
-    Immediate(u64),
-}
-
-fn decode(word: u32) -> Option<CsrAccess> {
-    if word & 0x7f != 0x73 {
-        return None;
-    }
-    let source = (word >> 15 & 31) as u8;
-    let funct3 = word >> 12 & 7;
-    let op = match funct3 & 3 {
-        1 => WriteOp::Swap,
-        2 => WriteOp::Set,
-        3 => WriteOp::Clear,
-        _ => return None,
-    };
-    let operand =
-        if funct3 & 4 == 0 { Operand::Register(source) } else { Operand::Immediate(source.into()) };
-    // Setting and clearing with x0 or 0 only reads.
-    let write = (op == WriteOp::Swap || source != 0).then_some(CsrWrite { op, operand });
-    let (number, rd) = ((word >> 20 & 0xfff) as u16, (word >> 7 & 31) as u8);
-    Some(CsrAccess { number, rd, write })
-}
 
 impl Firmware {
     /// Emulates the instruction, if it accesses one of the configured CSRs; otherwise false.
     pub(super) fn emulate(&self, hart: &mut dyn Hart, word: u32) -> io::Result<bool> {
-        let Some(access) = decode(word) else { return Ok(false) };
+        let Some(access) = zicsr::decode(word) else { return Ok(false) };
         let Some(initial) = self.csrs.iter().find(|csr| csr.number == access.number) else {
             return Ok(false);
         };
-        // Both top bits of the number set: the CSR is read-only.
-        if access.write.is_some() && access.number >> 10 == 3 {
+        if access.write.is_some() && csr::is_read_only(access.number) {
             return Ok(false);
         }
         let id = hart.id();
@@ -77,11 +31,7 @@ impl Firmware {
                 Operand::Register(number) => hart.get(Reg::X(number))?,
                 Operand::Immediate(value) => value,
             };
-            let value = match write.op {
-                WriteOp::Swap => operand,
-                WriteOp::Set => old | operand,
-                WriteOp::Clear => old & !operand,
-            };
+            let value = write.apply(old, operand);
             let mut written = self.written();
             written.retain(|entry| !is_same(entry));
             written.push((id, CsrValue { number: access.number, value }));
@@ -94,11 +44,9 @@ impl Firmware {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::riscv::csr::{MHARTID, MSCRATCH};
     use crate::vcpu::firmware::patches::Patches;
     use crate::vcpu::testing::ScriptHart;
-
-    const MHARTID: u16 = 0xf14;
-    const MSCRATCH: u16 = 0x340;
 
     fn firmware() -> Firmware {
         let csrs = vec![

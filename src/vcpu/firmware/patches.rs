@@ -15,11 +15,16 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use log::{Level, log};
 
-use super::sites::{self, EBREAK, Number, Site};
+use super::sites::{Number, Site};
 use crate::memory::{GuestRam, RamError};
+use crate::riscv::trap::SUPERVISOR;
+use crate::riscv::{insn, sbi};
 use crate::vcpu::hart::{Csr, Hart, Reg};
 use crate::vcpu::trap::{self, Fetched};
 use crate::vcpu::walk::translate;
+
+/// The bytes of an `ebreak`.
+const EBREAK: [u8; 4] = insn::EBREAK.to_le_bytes();
 
 /// Makes changed code visible to the harts.
 pub type SyncCode = Box<dyn Fn() -> io::Result<()> + Send + Sync>;
@@ -49,7 +54,7 @@ impl Wanted {
     /// True if a call with this number is patched.
     #[must_use]
     pub fn has(self, number: u64) -> bool {
-        self.v01 && sites::is_v01(number) || self.timer && sites::is_set_timer(number)
+        self.v01 && sbi::is_v01(number) || self.timer && sbi::is_set_timer(number)
     }
 }
 
@@ -163,18 +168,18 @@ impl Patches {
     ) -> io::Result<PatchHit> {
         let satp = hart.get(Reg::Csr(Csr::Satp))?;
         let Ok(addr) = translate(ram, satp, pc) else { return Ok(PatchHit::NotAPatch) };
-        let is_user = hart.get(Reg::Mode)? != trap::SUPERVISOR;
+        let is_user = hart.get(Reg::Mode)? != SUPERVISOR;
         let number = hart.get(Reg::X(17))?;
         let mut state = self.lock();
         let copy = Patch { is_unknown: true, ..Patch::default() };
         let patch = match state.patches.get(&addr) {
             Some(patch) => *patch,
-            None if matches!(trap::fetch(ram, satp, pc), Fetched::Word(sites::ECALL)) => {
+            None if matches!(trap::fetch(ram, satp, pc), Fetched::Word(insn::ECALL)) => {
                 return Ok(PatchHit::Restored);
             }
             None if !self.is_copy(ram, satp, pc) => return Ok(PatchHit::NotAPatch),
             // A supervisor that has copied itself makes all its calls there; with a number that no SBI call has, it may be its own breakpoint.
-            None if !is_user && !self.wanted.has(number) && !sites::is_sbi(number) => {
+            None if !is_user && !self.wanted.has(number) && !sbi::is_sbi(number) => {
                 return Ok(PatchHit::NotAPatch);
             }
             None => copy,
@@ -239,7 +244,7 @@ impl Patches {
     /// True if the breakpoint at `pc` is surrounded by the same bytes as a patch.
     fn is_copy(&self, ram: &GuestRam, satp: u64, pc: u64) -> bool {
         let after = pc.wrapping_add(EBREAK.len() as u64);
-        matches!(trap::fetch(ram, satp, pc), Fetched::Word(word) if word == u32::from_le_bytes(EBREAK))
+        matches!(trap::fetch(ram, satp, pc), Fetched::Word(word) if word == insn::EBREAK)
             && self.patterns.iter().any(|pattern| {
                 let start = pc.wrapping_sub(pattern.before.len() as u64);
                 matches_at(ram, satp, start, &pattern.before)

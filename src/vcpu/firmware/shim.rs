@@ -11,6 +11,8 @@ use std::io;
 
 use super::calls::Return;
 use super::{BreakpointOutcome, Firmware};
+use crate::riscv::insn::{CSRCI_SIP_SSIP, EBREAK, ECALL};
+use crate::riscv::trap::cause;
 use crate::vcpu::hart::{Csr, Hart, Reg};
 use crate::vcpu::stop::StopReason;
 use crate::vcpu::trap::{self, Fetched};
@@ -38,15 +40,6 @@ pub const CLEARED: u64 = CLEAR_IPI + ECALL_LEN;
 /// Bytes of an `ecall`.
 pub const ECALL_LEN: u64 = 4;
 
-const EBREAK: u32 = 0x0010_0073;
-const ECALL: u32 = 0x0000_0073;
-/// `csrci sip, 2`: the bit SSIP.
-const CSRCI_SIP_SSIP: u32 = 0x1441_7073;
-
-/// Causes (Privileged specification, 12.1.8).
-const ILLEGAL_INSTRUCTION: u64 = 2;
-const CALL_FROM_USER: u64 = 8;
-
 /// The contents of the page, from its start.
 #[must_use]
 pub fn code() -> Vec<u8> {
@@ -64,10 +57,9 @@ impl Firmware {
         hart: &mut dyn Hart,
         world: &World,
     ) -> io::Result<BreakpointOutcome> {
-        let cause = hart.get(Reg::Csr(Csr::Scause))?;
         let pc = hart.get(Reg::Csr(Csr::Sepc))?;
-        match cause {
-            ILLEGAL_INSTRUCTION => {
+        match hart.get(Reg::Csr(Csr::Scause))? {
+            cause::ILLEGAL_INSTRUCTION => {
                 let word = match hart.get(Reg::Csr(Csr::Stval))? {
                     // Hardware may write zero instead of the instruction.
                     0 => trap::fetch(&world.ram, hart.get(Reg::Csr(Csr::Satp))?, pc),
@@ -92,7 +84,7 @@ impl Firmware {
                     )),
                 }
             }
-            CALL_FROM_USER => {
+            cause::CALL_FROM_USER => {
                 let back = Return::from_trap(hart, pc.wrapping_add(ECALL_LEN))?;
                 self.call_from(hart, world, back)
             }

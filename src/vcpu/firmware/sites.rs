@@ -8,20 +8,15 @@
 //!
 //! The result is a guess. The hart that hits the breakpoint decides: see `patches.rs`.
 
-use super::calls::{eid, v01};
-use crate::vcpu::insn::length;
+use crate::riscv::insn::{
+    EBREAK, ECALL, SRET, bits, c_funct3, c_imm_i, c_rs2, funct3, imm_i, imm_u, length, length_of,
+    opcode, quadrant, rd, rs1,
+};
+use crate::riscv::jump;
+use crate::riscv::register::{A7, S0, SP};
 
 /// Maximum number of bytes searched before an `ecall`.
 pub const REACH: usize = 256;
-
-/// The `ecall` instruction.
-pub(super) const ECALL: u32 = 0x0000_0073;
-/// The `ebreak` that replaces it.
-pub const EBREAK: [u8; 4] = 0x0010_0073_u32.to_le_bytes();
-
-const SP: u32 = 2;
-const S0: u32 = 8;
-const A7: u32 = 17;
 
 /// An `ecall` and the instruction that loads its number, as offsets in the code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,29 +59,6 @@ pub fn find(code: &[u8]) -> Vec<Site> {
     calls.filter_map(|at| site(code, at)).collect()
 }
 
-/// True if the number is one of SBI 0.1's (chapter 5).
-#[must_use]
-pub fn is_v01(number: u64) -> bool {
-    number <= v01::SHUTDOWN
-}
-
-/// True if the number can be an extension id (SBI 3.0, chapters 3 to 19): the legacy calls, the base, the vendor and firmware
-/// ranges, and names in ASCII.
-#[must_use]
-pub fn is_sbi(number: u64) -> bool {
-    let letters = number.to_be_bytes().into_iter().skip_while(|byte| *byte == 0);
-    number <= 0x10
-        || (0x0800_0000..0x0b00_0000).contains(&number)
-        || (0x4141..=0x7a7a_7a7a).contains(&number)
-            && letters.into_iter().all(|byte| byte.is_ascii_alphanumeric())
-}
-
-/// True if a call with this number sets the timer.
-#[must_use]
-pub fn is_set_timer(number: u64) -> bool {
-    matches!(number, v01::SET_TIMER | eid::TIME)
-}
-
 /// The `ecall` at offset `at` with the nearest instruction that sets a7.
 fn site(code: &[u8], at: usize) -> Option<Site> {
     let first = at.saturating_sub(REACH);
@@ -109,7 +81,7 @@ fn follow(code: &[u8], start: usize, at: usize) -> Option<Number> {
             None if leaves(word) || destination(word) == Some(A7) => return None,
             None => {}
         }
-        here += usize::try_from(length((word & 0xffff) as u16)).ok()?;
+        here += usize::try_from(length_of(word)).ok()?;
     }
     if here == at { a7 } else { None }
 }
@@ -131,15 +103,6 @@ fn word(code: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes(all.try_into().ok()?))
 }
 
-fn bits(word: u32, low: u32, count: u32) -> u32 {
-    (word >> low) & ((1 << count) - 1)
-}
-
-fn sign_extended(value: u32, bits: u32) -> u64 {
-    let unused = 32 - bits;
-    i64::from((value << unused).cast_signed() >> unused).cast_unsigned()
-}
-
 /// The low half, sign-extended, as word instructions (`addiw`) produce it.
 fn word_of(value: u64) -> u64 {
     ((value << 32).cast_signed() >> 32).cast_unsigned()
@@ -147,43 +110,42 @@ fn word_of(value: u64) -> u64 {
 
 /// The constant that the instruction writes to a7, which was `before`: `li`, `lui`, and `addi` to a known value.
 fn constant(word: u32, before: Option<u64>) -> Option<u64> {
-    let (rd, rs1) = (bits(word, 7, 5), bits(word, 15, 5));
-    if word & 3 == 3 {
-        let immediate = sign_extended(bits(word, 20, 12), 12);
-        return match (word & 0x7f, bits(word, 12, 3), rd, rs1) {
-            (0x37, _, A7, _) => Some(sign_extended(word & 0xffff_f000, 32)),
-            (0x13, 0, A7, 0) => Some(immediate),
-            (0x13, 0, A7, A7) => before.map(|old| old.wrapping_add(immediate)),
-            (0x1b, 0, A7, A7) => before.map(|old| word_of(old.wrapping_add(immediate))),
+    let add = |immediate: i64| before.map(|old| old.wrapping_add_signed(immediate));
+    if quadrant(word) == 3 {
+        let (upper, immediate) = (imm_u(word), imm_i(word));
+        return match (opcode(word), funct3(word), rd(word), rs1(word)) {
+            (opcode::LUI, _, A7, _) => Some(upper.cast_unsigned()),
+            (opcode::OP_IMM, 0, A7, 0) => Some(immediate.cast_unsigned()),
+            (opcode::OP_IMM, 0, A7, A7) => add(immediate),
+            (opcode::OP_IMM_32, 0, A7, A7) => add(immediate).map(word_of),
             _ => None,
         };
     }
-    // Compressed: quadrant 1, six bits of immediate.
-    let six = sign_extended(bits(word, 12, 1) << 5 | bits(word, 2, 5), 6);
-    match (word & 3, bits(word, 13, 3), rd) {
-        (1, 0b010, A7) => Some(six),
-        (1, 0b011, A7) => Some(six << 12),
-        (1, 0b000, A7) => before.map(|old| old.wrapping_add(six)),
-        (1, 0b001, A7) => before.map(|old| word_of(old.wrapping_add(six))),
+    let immediate = c_imm_i(word);
+    match (quadrant(word), c_funct3(word), rd(word)) {
+        (1, 0b010, A7) => Some(immediate.cast_unsigned()),
+        (1, 0b011, A7) => Some((immediate << 12).cast_unsigned()),
+        (1, 0b000, A7) => add(immediate),
+        (1, 0b001, A7) => add(immediate).map(word_of),
         _ => None,
     }
 }
 
 /// True if the instruction copies a word into a7 from another register or from the stack.
 fn moves(word: u32) -> bool {
-    let (rd, rs1, rs2) = (bits(word, 7, 5), bits(word, 15, 5), bits(word, 2, 5));
-    if rd != A7 {
+    if rd(word) != A7 {
         return false;
     }
-    let funct = bits(word, 12, 3);
-    match (word & 3, word & 0x7f) {
+    match (quadrant(word), opcode(word)) {
         // addi with 0, i.e. mv
-        (3, 0x13) => funct == 0 && bits(word, 20, 12) == 0 && !matches!(rs1, 0 | A7),
+        (3, opcode::OP_IMM) => {
+            funct3(word) == 0 && imm_i(word) == 0 && !matches!(rs1(word), 0 | A7)
+        }
         // lw and ld, from the frame
-        (3, 0x03) => matches!(funct, 2 | 3) && matches!(rs1, SP | S0),
+        (3, opcode::LOAD) => matches!(funct3(word), 2 | 3) && matches!(rs1(word), SP | S0),
         // c.mv; c.lwsp and c.ldsp
-        (2, _) => match bits(word, 13, 3) {
-            0b100 => bits(word, 12, 1) == 0 && !matches!(rs2, 0 | A7),
+        (2, _) => match c_funct3(word) {
+            0b100 => bits(word, 12, 1) == 0 && !matches!(c_rs2(word), 0 | A7),
             0b010 | 0b011 => true,
             _ => false,
         },
@@ -194,29 +156,20 @@ fn moves(word: u32) -> bool {
 /// True if the next instruction is not reached from this one, or not with the same registers: jumps, calls, returns, `ecall`s, and
 /// invalid instructions.
 fn leaves(word: u32) -> bool {
-    let funct = bits(word, 13, 3);
-    match word & 3 {
-        3 => {
-            matches!(word & 0x7f, 0x6f | 0x67)
-                || matches!(word, ECALL | 0x0010_0073 | 0x1020_0073 | 0xffff_ffff)
-        }
-        // c.unimp
-        0 => word == 0,
-        1 => funct == 0b101,
-        // c.jr, c.jalr and c.ebreak
-        _ => funct == 0b100 && bits(word, 2, 5) == 0,
-    }
+    // Zero is c.unimp.
+    jump::is_unconditional(word) || matches!(word, ECALL | EBREAK | SRET | 0xffff_ffff | 0)
 }
 
 /// The integer register that the instruction writes, if that can be a7.
-fn destination(word: u32) -> Option<u32> {
-    let rd = bits(word, 7, 5);
-    let funct = bits(word, 13, 3);
-    match word & 3 {
+fn destination(word: u32) -> Option<u8> {
+    match (quadrant(word), c_funct3(word)) {
         // Branches, stores and fences have no destination; destinations of floating-point and vector instructions are not distinguished.
-        3 => (!matches!(word & 0x7f, 0x63 | 0x23 | 0x27 | 0x0f)).then_some(rd),
-        1 => matches!(funct, 0b000..=0b011).then_some(rd),
-        2 => matches!(funct, 0b000 | 0b010 | 0b011 | 0b100).then_some(rd),
+        (3, _) => (!matches!(
+            opcode(word),
+            opcode::BRANCH | opcode::STORE | opcode::STORE_FP | opcode::MISC_MEM
+        ))
+        .then_some(rd(word)),
+        (1, 0b000..=0b011) | (2, 0b000 | 0b010 | 0b011 | 0b100) => Some(rd(word)),
         // Of quadrant 0 the registers are x8 to x15.
         _ => None,
     }
@@ -227,6 +180,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::riscv::sbi::is_v01;
 
     /// Instructions as words; those that fit in 16 bits are compressed.
     fn code(words: &[u32]) -> Vec<u8> {
@@ -234,7 +188,7 @@ mod tests {
             .iter()
             .flat_map(|word| {
                 let bytes = word.to_le_bytes();
-                let len = usize::try_from(length((*word & 0xffff) as u16)).unwrap();
+                let len = usize::try_from(length_of(*word)).unwrap();
                 bytes.into_iter().take(len)
             })
             .collect()
@@ -255,16 +209,6 @@ mod tests {
     const C_LI_A7_8: u32 = 0x48a1;
     const NOP: u32 = 0x0000_0013;
     const C_NOP: u32 = 0x0001;
-
-    #[test]
-    fn extensions_are_known_by_their_numbers() {
-        for number in [0, 8, 0x10, 0x73_5049, 0x5449_4d45, 0x4442_434e, 0x53_5441, 0x0a00_0000] {
-            assert!(is_sbi(number), "{number:#x}");
-        }
-        for number in [0x11, 93, 220, 0x4100, 0x8000_0000, 0x1_5449_4d45, u64::MAX] {
-            assert!(!is_sbi(number), "{number:#x}");
-        }
-    }
 
     #[test]
     fn the_number_may_be_loaded_by_instructions_of_either_length_and_some_way_before() {

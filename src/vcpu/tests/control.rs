@@ -12,8 +12,9 @@ use super::super::stop::StopReason;
 use super::super::testing::{Event, EventLog, ScriptHart, Step, world};
 use super::super::{Control, spawn_hart};
 use crate::config::Unassigned;
+use crate::riscv::sbi::eid;
 
-const SUSPEND: Step = Step::Sbi { extension: 0x5355_5350, function: 0, args: [0; 6] };
+const SUSPEND: Step = Step::Sbi { extension: eid::SUSP, function: 0, args: [0; 6] };
 /// The event of a hart whose suspend call is settled, before it sleeps.
 const ASLEEP: Event = Event::Sbi([0, 0]);
 

@@ -3,6 +3,10 @@
 use std::sync::Arc;
 
 use crate::config::{CsrValue, Unassigned};
+use crate::riscv::insn::{EBREAK, ECALL};
+use crate::riscv::sbi::eid;
+use crate::riscv::trap::SUPERVISOR;
+use crate::riscv::trap::sstatus::{SIE, SPIE, SPP};
 use crate::vcpu::dispatch::UnresolvedExit;
 use crate::vcpu::firmware::patches::{Patches, Wanted};
 use crate::vcpu::firmware::timer::UserTimer;
@@ -15,12 +19,6 @@ use crate::vcpu::{Control, World};
 
 const SITE: u64 = RAM.base + 0x100;
 const A0: u8 = 10;
-const SUPERVISOR: u64 = 1;
-const SPP: u64 = 1 << 8;
-const SPIE: u64 = 1 << 5;
-const SIE: u64 = 1 << 1;
-const ECALL: u32 = 0x73;
-const EBREAK: u32 = 0x0010_0073;
 
 fn with(firmware: Firmware) -> (World, FakeUart) {
     let (mut world, uart) = world(Unassigned::Zero);
@@ -120,7 +118,7 @@ fn a_call_to_the_kernel_is_made_from_the_shim_and_changes_no_other_register() {
     let mut hart = at(SITE, &[1234, 5, 6, 7, 8, 9, 3, 0]).with([(Reg::Csr(Csr::Sstatus), SIE)]);
     assert_eq!(step(&mut hart, &world), None);
     assert_eq!(reg(&hart, Reg::Pc), shim::KERNEL_CALL);
-    assert_eq!((reg(&hart, Reg::X(17)), reg(&hart, Reg::X(16))), (0x5449_4d45, 0));
+    assert_eq!((reg(&hart, Reg::X(17)), reg(&hart, Reg::X(16))), (eid::TIME, 0));
     assert_eq!((reg(&hart, Reg::X(10)), reg(&hart, Reg::Csr(Csr::Sstatus)) & SIE), (1234, 0));
     // The kernel has handled the call.
     let mut hart = hart.with([
@@ -150,7 +148,7 @@ fn the_harts_of_a_v01_call_are_read_through_its_pointer() {
         let mut hart = at(SITE, &[pointer, 0, 0, 0, 0, 0, 0, 4]);
         step(&mut hart, &world);
         assert_eq!((reg(&hart, Reg::X(10)), reg(&hart, Reg::X(11))), expected);
-        assert_eq!((reg(&hart, Reg::X(17)), reg(&hart, Reg::Pc)), (0x73_5049, shim::KERNEL_CALL));
+        assert_eq!((reg(&hart, Reg::X(17)), reg(&hart, Reg::Pc)), (eid::IPI, shim::KERNEL_CALL));
     }
     // A pointer without memory is an invalid address, and the guest continues.
     let mut hart = at(SITE, &[8, 0, 0, 0, 0, 0, 0, 4]);
@@ -239,7 +237,7 @@ fn a_kernel_that_has_copied_itself_keeps_its_calls() {
 
 #[test]
 fn a_patch_without_v01_calls_is_removed_after_a_while() {
-    let set_timer = [7, 0, 0, 0, 0, 0, 0, 0x5449_4d45];
+    let set_timer = [7, 0, 0, 0, 0, 0, 0, eid::TIME];
     let calls = |world: &World, most: usize| {
         let is_patched = |_: &usize| {
             step(&mut at(SITE, &set_timer), world);
@@ -359,7 +357,7 @@ fn timer_events(hart: &ScriptHart) -> Vec<bool> {
 fn a_timer_of_user_space_raises_its_interrupt_once_it_expires() {
     let world = timed();
     let firmware = world.firmware.as_ref().unwrap();
-    let mut hart = at(SITE, &[0, 0, 0, 0, 0, 0, 0, 0x5449_4d45]);
+    let mut hart = at(SITE, &[0, 0, 0, 0, 0, 0, 0, eid::TIME]);
     assert_eq!(step(&mut hart, &world), None);
     assert_eq!((timer_events(&hart), reg(&hart, Reg::Pc)), (vec![false], SITE + 4));
     while timer_events(&hart).len() < 2 {
@@ -385,7 +383,7 @@ fn without_sstc_the_guest_itself_clears_its_timer_interrupt_before_the_next_is_r
     let mut hart = at(SITE, &[0, 5, 6, 7, 8, 9, 0, 0]).without_sstc();
     assert_eq!(step(&mut hart, &world), None);
     assert_eq!((reg(&hart, Reg::Pc), reg(&hart, Reg::X(10))), (shim::KERNEL_CALL, u64::MAX));
-    assert_eq!((reg(&hart, Reg::X(17)), reg(&hart, Reg::X(16))), (0x5449_4d45, 0));
+    assert_eq!((reg(&hart, Reg::X(17)), reg(&hart, Reg::X(16))), (eid::TIME, 0));
     // The timer has expired, but the pending call to the kernel would clear a new interrupt as well.
     std::thread::sleep(std::time::Duration::from_millis(20));
     firmware.handle_kick(&mut hart).unwrap();
@@ -421,7 +419,7 @@ fn the_shims_page_consists_of_breakpoints_and_two_instructions() {
         let at = usize::try_from(addr - shim::PAGE).unwrap();
         u32::from_le_bytes(code[at..at + 4].try_into().unwrap())
     };
-    let ebreak = u32::from_le_bytes(sites::EBREAK);
+    let ebreak = EBREAK;
     assert_eq!(
         (word(shim::VECTOR), word(shim::KERNEL_CALL), word(shim::RETURN)),
         (ebreak, 0x73, ebreak)

@@ -14,6 +14,8 @@ use super::super::stop::StopReason;
 use super::super::testing::{Event, NOWHERE, RAM, ScriptHart, Step, UART, world};
 use super::super::{Control, World, spawn_hart};
 use crate::config::Unassigned;
+use crate::riscv::sbi::eid;
+use crate::riscv::trap::interrupt;
 
 /// Runs one hart until it stops.
 fn run(world: World, hart: ScriptHart) -> (StopReason, Vec<Event>) {
@@ -68,7 +70,7 @@ fn a_reset_ends_the_run_with_that_reason() {
 #[test]
 fn a_call_that_cannot_be_answered_yet_is_made_again() {
     let (world, uart) = world(Unassigned::Zero);
-    let put = Step::Sbi { extension: 0x4442_434e, function: 2, args: [0x41; 6] };
+    let put = Step::Sbi { extension: eid::DBCN, function: 2, args: [0x41; 6] };
     let (reason, events) = run(world, ScriptHart::new(0, [put, OFF]));
     assert_eq!(reason, StopReason::PowerOff);
     assert_eq!(events.iter().filter(|e| **e == Event::Abandoned).count(), 1);
@@ -153,8 +155,8 @@ fn a_cpu_that_the_host_lacks_is_refused_by_name() {
 
 #[test]
 fn a_pending_interrupt_keeps_a_suspended_system_awake() {
-    let suspend = Step::Sbi { extension: 0x5355_5350, function: 0, args: [0; 6] };
-    let hart = ScriptHart::new(0, [suspend, OFF]).with([(Reg::Csr(Csr::Sip), 1 << 9)]);
+    let suspend = Step::Sbi { extension: eid::SUSP, function: 0, args: [0; 6] };
+    let hart = ScriptHart::new(0, [suspend, OFF]).with([(Reg::Csr(Csr::Sip), interrupt::SEI)]);
     let (reason, events) = run(zero(), hart);
     assert_eq!(reason, StopReason::PowerOff);
     assert!(events.contains(&Event::Settled));
@@ -164,14 +166,14 @@ fn a_pending_interrupt_keeps_a_suspended_system_awake() {
 fn unread_input_keeps_a_suspended_system_awake() {
     let (world, uart) = world(Unassigned::Zero);
     uart.line().typed.push_back(b'x');
-    let suspend = Step::Sbi { extension: 0x5355_5350, function: 0, args: [0; 6] };
+    let suspend = Step::Sbi { extension: eid::SUSP, function: 0, args: [0; 6] };
     let (reason, _) = run(world, ScriptHart::new(0, [suspend, OFF]));
     assert_eq!(reason, StopReason::PowerOff);
     assert_eq!(uart.line().typed, [b'x'], "it is still there to be read");
 }
 
-const SUSPEND: Step = Step::Sbi { extension: 0x5355_5350, function: 0, args: [0; 6] };
-const STIP: u64 = 1 << 5;
+const SUSPEND: Step = Step::Sbi { extension: eid::SUSP, function: 0, args: [0; 6] };
+const STIP: u64 = interrupt::STI;
 
 /// A hart that suspends the system at tick 100 with its timer set to `due`, and then powers off.
 fn suspending(sie: u64, due: u64) -> ScriptHart {

@@ -4,13 +4,11 @@ use super::super::exit::{Exit, SbiCall};
 use super::super::testing::{RAM, world};
 use super::super::{Flow, World, dispatch};
 use crate::config::Unassigned;
-
-const DBCN: u64 = 0x4442_434e;
-const WRITE: u64 = 0;
-const READ: u64 = 1;
-const WRITE_BYTE: u64 = 2;
-const NOT_SUPPORTED: u64 = u64::MAX - 1;
-const INVALID_PARAM: u64 = u64::MAX - 2;
+use crate::riscv::sbi::eid::{DBCN, SUSP};
+use crate::riscv::sbi::error::{INVALID_PARAM, NOT_SUPPORTED};
+use crate::riscv::sbi::fid::{
+    CONSOLE_READ as READ, CONSOLE_WRITE as WRITE, CONSOLE_WRITE_BYTE as WRITE_BYTE,
+};
 
 fn call(world: &World, extension: u64, function: u64, args: &[u64]) -> (Flow, [u64; 2]) {
     let mut all = [0; 6];
@@ -225,6 +223,6 @@ fn unknown_extensions_are_not_supported() {
 #[test]
 fn system_suspend_is_honoured() {
     let (world, _) = world(Unassigned::Zero);
-    assert_eq!(call(&world, 0x5355_5350, 0, &[0, RAM.base, 9]), (Flow::Suspend, [0, 0]));
-    assert_eq!(done(&world, 0x5355_5350, 1, &[]), [NOT_SUPPORTED, 0]);
+    assert_eq!(call(&world, SUSP, 0, &[0, RAM.base, 9]), (Flow::Suspend, [0, 0]));
+    assert_eq!(done(&world, SUSP, 1, &[]), [NOT_SUPPORTED, 0]);
 }

@@ -9,13 +9,10 @@ use super::super::testing::{Event, NOWHERE, RAM, ScriptHart, world};
 use super::super::trap::resolve;
 use super::super::{UnresolvedExit, World};
 use crate::config::Unassigned;
+use crate::riscv::trap::sstatus::{SIE, SPIE, SPP};
 
 const CODE: u64 = RAM.base + 0x1000;
 const VECTOR: u64 = RAM.base + 0x2000;
-
-const SIE: u64 = 1 << 1;
-const SPIE: u64 = 1 << 5;
-const SPP: u64 = 1 << 8;
 
 const LW: u32 = 0x0045_a503; // lw a0,4(a1)
 const SW: u32 = 0x00a5_a223; // sw a0,4(a1)

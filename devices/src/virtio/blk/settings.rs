@@ -1,6 +1,9 @@
 //! The options of `--device blk`.
 
+use std::hash::Hasher;
 use std::num::NonZeroU64;
+
+use fnv::FnvHasher;
 
 use super::backend::{DiskCache, DiskFormat, DiskPlan};
 use super::request::ID_BYTES;
@@ -82,9 +85,9 @@ fn padded(text: &str) -> [u8; ID_BYTES] {
 
 /// Derives a serial number from the identity of a file: FNV-1a of it.
 pub(super) fn derived_id(name: &[u8]) -> [u8; ID_BYTES] {
-    let fold = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3);
-    let hash = name.iter().fold(0xcbf2_9ce4_8422_2325, fold);
-    padded(&format!("rvmm-{:015x}", hash >> 4))
+    let mut hasher = FnvHasher::default();
+    hasher.write(name);
+    padded(&format!("rvmm-{:015x}", hasher.finish() >> 4))
 }
 
 #[cfg(test)]

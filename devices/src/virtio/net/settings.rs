@@ -1,6 +1,9 @@
 //! The options of `--device net`: `tap=NAME,mac=...`.
 
+use std::hash::Hasher;
 use std::num::NonZeroU64;
+
+use fnv::FnvHasher;
 
 use super::MODEL;
 use super::backend::NetworkSource;
@@ -187,9 +190,9 @@ pub(in crate::virtio) fn parse_mac(text: &str) -> Option<[u8; 6]> {
 
 /// Derives a locally administered address from an identity: `02:` and 40 bits of its FNV-1a hash.
 pub(in crate::virtio) fn mac_of(identity: &str) -> [u8; 6] {
-    let mix = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-    let hash = identity.bytes().fold(0xcbf2_9ce4_8422_2325, mix);
-    let [a, b, c, d, e, f, g, h] = hash.to_be_bytes();
+    let mut hasher = FnvHasher::default();
+    hasher.write(identity.as_bytes());
+    let [a, b, c, d, e, f, g, h] = hasher.finish().to_be_bytes();
     // The high bytes of the hash depend on all of the text, the low ones hardly on its beginning.
     [2, a ^ f, b ^ g, c ^ h, d, e]
 }

@@ -1,37 +1,41 @@
-//! Decodes the memory access of an instruction, as far as needed for the accesses that KVM cannot emulate.
+//! The memory access of an instruction, as far as needed for the accesses that KVM cannot emulate.
 //!
 //! Unprivileged specification, chapters "RV32/64G Instruction Set Listings" and "C"; Zcb, Zacas, Zabha, Zalasr, Zicbom,
 //! Zicboz and V add to the same opcodes. Instructions that access memory without an explicit base register (`cm.push`,
 //! `sspush`) are not decoded.
 
+use super::insn::{
+    bits, c_funct3, c_rs1_short, funct3, funct5, imm_i, imm_s, opcode, quadrant, rd, rs1,
+};
+use super::register::SP;
+
 /// Load or store, as trap causes distinguish them: everything but a pure load is a store or AMO.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub enum Kind {
+    /// A load.
     Load,
+    /// A store or AMO.
     Store,
 }
 
 /// A memory access: the address is register `base` plus `offset`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Operand {
-    pub(super) kind: Kind,
+pub struct Operand {
+    /// Load or store.
+    pub kind: Kind,
     /// Number of the base register.
-    pub(super) base: u8,
+    pub base: u8,
     /// Added to the base, with wrap-around.
-    pub(super) offset: i64,
+    pub offset: i64,
     /// Size in bytes; 1 if the instruction cannot be misaligned or has several elements.
-    pub(super) size: u8,
-}
-
-/// Length in bytes of the instruction with this low halfword.
-pub(super) fn length(low: u16) -> u64 {
-    if low & 3 == 3 { 4 } else { 2 }
+    pub size: u8,
 }
 
 /// The memory access of an instruction, or `None` if it makes none that is decoded. A 16-bit instruction has zeros in
 /// the upper half.
-pub(super) fn decode(word: u32) -> Option<Operand> {
-    match word & 3 {
+#[must_use]
+pub fn decode(word: u32) -> Option<Operand> {
+    match quadrant(word) {
         3 => full(word),
         0 => compressed(word),
         2 => stack(word),
@@ -40,18 +44,20 @@ pub(super) fn decode(word: u32) -> Option<Operand> {
 }
 
 fn full(word: u32) -> Option<Operand> {
-    let funct3 = bits(word, 12, 3);
-    let of = |kind, offset, size| Some(Operand { kind, base: reg(word, 15), offset, size });
-    match word & 0x7f {
-        0x03 if funct3 < 7 => of(Kind::Load, imm_i(word), 1 << (funct3 & 3)),
-        0x23 if funct3 < 4 => of(Kind::Store, imm_s(word), 1 << funct3),
-        0x07 if is_vector(funct3) => of(Kind::Load, 0, 1),
-        0x07 => of(Kind::Load, imm_i(word), 1 << funct3),
-        0x27 if is_vector(funct3) => of(Kind::Store, 0, 1),
-        0x27 => of(Kind::Store, imm_s(word), 1 << funct3),
-        0x2f if funct3 < 5 => of(atomic(word)?, 0, 1),
+    let funct3 = funct3(word);
+    let of = |kind, offset, size| Some(Operand { kind, base: rs1(word), offset, size });
+    match opcode(word) {
+        opcode::LOAD if funct3 < 7 => of(Kind::Load, imm_i(word), 1 << (funct3 & 3)),
+        opcode::STORE if funct3 < 4 => of(Kind::Store, imm_s(word), 1 << funct3),
+        opcode::LOAD_FP if is_vector(funct3) => of(Kind::Load, 0, 1),
+        opcode::LOAD_FP => of(Kind::Load, imm_i(word), 1 << funct3),
+        opcode::STORE_FP if is_vector(funct3) => of(Kind::Store, 0, 1),
+        opcode::STORE_FP => of(Kind::Store, imm_s(word), 1 << funct3),
+        opcode::AMO if funct3 < 5 => of(atomic(word)?, 0, 1),
         // cbo.inval, cbo.clean, cbo.flush, cbo.zero; prefetches are hints elsewhere and never fault.
-        0x0f if funct3 == 2 && matches!(word >> 20, 0 | 1 | 2 | 4) => of(Kind::Store, 0, 1),
+        opcode::MISC_MEM if funct3 == 2 && matches!(word >> 20, 0 | 1 | 2 | 4) => {
+            of(Kind::Store, 0, 1)
+        }
         _ => None,
     }
 }
@@ -63,7 +69,7 @@ fn is_vector(funct3: u32) -> bool {
 
 /// LR and the load-acquires of Zalasr are loads; everything else with this opcode is a store.
 fn atomic(word: u32) -> Option<Kind> {
-    match word >> 27 {
+    match funct5(word) {
         0b00010 | 0b00110 => Some(Kind::Load),
         0b00000 | 0b00001 | 0b00011 | 0b00100 | 0b00101 | 0b00111 | 0b01000 | 0b01001 | 0b01100
         | 0b10000 | 0b10100 | 0b11000 | 0b11100 => Some(Kind::Store),
@@ -77,7 +83,7 @@ fn compressed(word: u32) -> Option<Operand> {
     let double_offset = bits(word, 10, 3) << 3 | bits(word, 5, 2) << 6;
     let byte_offset = bits(word, 6, 1) | bits(word, 5, 1) << 1;
     let half_offset = bits(word, 5, 1) << 1;
-    let (kind, offset, size) = match bits(word, 13, 3) {
+    let (kind, offset, size) = match c_funct3(word) {
         0b001 | 0b011 => (Kind::Load, double_offset, 8),
         0b010 => (Kind::Load, word_offset, 4),
         0b100 => match bits(word, 10, 3) {
@@ -91,8 +97,7 @@ fn compressed(word: u32) -> Option<Operand> {
         0b110 => (Kind::Store, word_offset, 4),
         _ => return None,
     };
-    let base = 8 + (reg(word, 7) & 7);
-    Some(Operand { kind, base, offset: i64::from(offset), size })
+    Some(Operand { kind, base: c_rs1_short(word), offset: i64::from(offset), size })
 }
 
 /// Quadrant 2: relative to the stack pointer.
@@ -101,37 +106,22 @@ fn stack(word: u32) -> Option<Operand> {
     let load_word = bits(word, 12, 1) << 5 | bits(word, 4, 3) << 2 | bits(word, 2, 2) << 6;
     let store_double = bits(word, 10, 3) << 3 | bits(word, 7, 3) << 6;
     let store_word = bits(word, 9, 4) << 2 | bits(word, 7, 2) << 6;
-    let (kind, offset, size) = match bits(word, 13, 3) {
+    let (kind, offset, size) = match c_funct3(word) {
         0b001 => (Kind::Load, load_double, 8),
-        0b010 if reg(word, 7) != 0 => (Kind::Load, load_word, 4),
-        0b011 if reg(word, 7) != 0 => (Kind::Load, load_double, 8),
+        0b010 if rd(word) != 0 => (Kind::Load, load_word, 4),
+        0b011 if rd(word) != 0 => (Kind::Load, load_double, 8),
         0b101 | 0b111 => (Kind::Store, store_double, 8),
         0b110 => (Kind::Store, store_word, 4),
         _ => return None,
     };
-    Some(Operand { kind, base: 2, offset: i64::from(offset), size })
-}
-
-fn bits(word: u32, low: u32, count: u32) -> u32 {
-    (word >> low) & ((1 << count) - 1)
-}
-
-fn reg(word: u32, low: u32) -> u8 {
-    (word >> low & 31) as u8
-}
-
-fn imm_i(word: u32) -> i64 {
-    i64::from(word.cast_signed() >> 20)
-}
-
-fn imm_s(word: u32) -> i64 {
-    i64::from((word.cast_signed() >> 25) << 5) | i64::from(bits(word, 7, 5))
+    Some(Operand { kind, base: SP, offset: i64::from(offset), size })
 }
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::insn::length;
     use super::*;
 
     #[track_caller]

@@ -7,6 +7,7 @@ use rvmm_devices::IoEvent;
 use rvmm_devices::irq::IrqLine;
 
 use crate::config::{CpuId, ExtensionChange, IrqchipChoice};
+use crate::error::VmError;
 use crate::layout::Span;
 use crate::vcpu::hart::{Hart, Reg};
 use crate::vcpu::record::Ticks;
@@ -180,37 +181,4 @@ pub trait Counters: Send + Sync {
     /// # Errors
     /// Exits are not counted.
     fn exits(&self) -> io::Result<Box<dyn Exits>>;
-}
-
-/// An error of the hypervisor: the whole message for the user, with the kernel's error as source.
-#[derive(Debug, thiserror::Error)]
-#[error("{what}")]
-pub struct VmError {
-    what: String,
-    #[source]
-    source: Option<io::Error>,
-    mistake: bool,
-}
-
-impl VmError {
-    /// An error that rvmm has found itself.
-    pub fn new(what: impl Into<String>) -> Self {
-        Self { what: what.into(), source: None, mistake: false }
-    }
-
-    /// An error in the request, which no host could fulfil: a mistake of the user's.
-    pub fn invalid_request(what: impl Into<String>) -> Self {
-        Self { what: what.into(), source: None, mistake: true }
-    }
-
-    /// An error of the kernel.
-    pub fn io(what: impl Into<String>, source: io::Error) -> Self {
-        Self { what: what.into(), source: Some(source), mistake: false }
-    }
-
-    /// True if no host could have fulfilled the request.
-    #[must_use]
-    pub fn is_invalid_request(&self) -> bool {
-        self.mistake
-    }
 }

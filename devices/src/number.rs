@@ -1,12 +1,25 @@
 //! Numbers as users write them: `512M`, `2GiB`, `0x8020_0000`, `1_048_576`.
+//!
+//! Decimal digits, or hexadecimal digits after `0x`; single underscores may separate digits. Sizes and addresses may have a unit.
 
-/// Parses a number of bytes, at least 1: decimal digits with an optional binary unit (`K`, `M`, `G`, `T`, in either case,
-/// with or without `B` or `iB`), or hexadecimal digits after `0x`. Underscores may separate digits.
+/// Parses a number without a unit.
 ///
 /// # Errors
 /// The reason for which it is invalid, and in parentheses what to write instead.
-pub(super) fn size(text: &str) -> Result<u64, String> {
-    match number(text)? {
+pub fn number(text: &str) -> Result<u64, String> {
+    match address(text) {
+        Ok(_) if has_unit(text) => Err("it has a unit (write it in digits: 512 or 0x200)".into()),
+        number => number,
+    }
+}
+
+/// Parses a number of bytes, at least 1: a decimal number may have a binary unit (`K`, `M`, `G`, `T`, in either case, with or without
+/// `B` or `iB`).
+///
+/// # Errors
+/// The reason for which it is invalid, and in parentheses what to write instead.
+pub fn size(text: &str) -> Result<u64, String> {
+    match address(text)? {
         0 => Err("the size must be greater than zero (write 512M, for example)".into()),
         bytes => Ok(bytes),
     }
@@ -16,11 +29,7 @@ pub(super) fn size(text: &str) -> Result<u64, String> {
 ///
 /// # Errors
 /// As [`size`].
-pub(super) fn address(text: &str) -> Result<u64, String> {
-    number(text)
-}
-
-fn number(text: &str) -> Result<u64, String> {
+pub fn address(text: &str) -> Result<u64, String> {
     if text.is_empty() {
         return Err("the number is missing (write 512M, 2G or 0x2000_0000)".into());
     }
@@ -40,6 +49,13 @@ fn number(text: &str) -> Result<u64, String> {
     value
         .and_then(|value| value.checked_mul(scale))
         .ok_or_else(|| "it does not fit in 64 bits".into())
+}
+
+/// True if a valid number has a unit.
+fn has_unit(text: &str) -> bool {
+    !text.starts_with("0x")
+        && !text.starts_with("0X")
+        && text.ends_with(|c: char| c.is_alphabetic())
 }
 
 /// The exponent of the power of two that `unit`, written after `digits`, stands for.
@@ -144,6 +160,14 @@ mod tests {
         ] {
             let error = size(text).expect_err(text);
             assert!(error.contains(reason) && !error.contains('\n'), "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_number_has_no_unit() {
+        assert_eq!((number("0"), number("1_000"), number("0xB")), (Ok(0), Ok(1000), Ok(11)));
+        for text in ["1K", "1B", "4GiB", "", "+1", "0x+1", "1.5", "1__0"] {
+            assert!(number(text).is_err(), "{text}");
         }
     }
 

@@ -1,0 +1,12 @@
+//! Listening sockets of rvmm itself: their files, and back-off while the host is out of descriptors.
+//!
+//! | file | contents |
+//! |---|---|
+//! | `listening.rs` | [`Listening`]: a listening Unix socket and its file; connecting to one |
+//! | `acceptor.rs` | [`Acceptor`]: a Unix or TCP listener that backs off |
+
+mod acceptor;
+mod listening;
+
+pub(crate) use acceptor::Acceptor;
+pub(crate) use listening::{Listening, connect_to, connect_to_starting, remove_stale_socket};
