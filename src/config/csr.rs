@@ -1,9 +1,10 @@
 //! Machine-mode CSRs, by name and number.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// A CSR and its value.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CsrValue {
     /// Its number, up to 0xfff.

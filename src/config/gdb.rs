@@ -4,12 +4,13 @@ use std::ffi::OsStr;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
 
+use rvmm_devices::FilePath;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// The settings of a machine's server for GDB's remote protocol.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct GdbConfig {
     /// The address rvmm listens on.
@@ -20,13 +21,13 @@ pub struct GdbConfig {
 }
 
 /// The address a debugger connects to. Anyone who can connect to it controls the guest.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum GdbAddress {
     /// A TCP port; 0 takes a free one.
     Tcp(SocketAddr),
     /// A Unix socket, for the user who runs rvmm.
-    Unix(PathBuf),
+    Unix(FilePath),
 }
 
 const FORMS: &str =
