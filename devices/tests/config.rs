@@ -95,8 +95,12 @@ fn configuration() -> impl Strategy<Value = Value> {
             .all_keys()
             .into_iter()
             .map(|key| {
-                let likely = if is_needed(model.name, key.name) { 1.0 } else { 0.5 };
-                let value = prop::option::weighted(likely, values(model.name, key.name));
+                let value = values(model.name, key.name);
+                let value = if is_needed(model.name, key.name) {
+                    value.prop_map(Some).boxed()
+                } else {
+                    prop::option::of(value).boxed()
+                };
                 value.prop_map(move |value| value.map(|value| (key.name.to_owned(), value)))
             })
             .collect();

@@ -47,7 +47,7 @@ impl Endpoint {
             b"file:" | b"unix:" | b"connect:" => return Err("the path after the ':' is missing"),
             _ => {}
         }
-        let path = |prefix: &[u8]| bytes.strip_prefix(prefix).map(|path| OsStr::from_bytes(path));
+        let path = |prefix: &[u8]| bytes.strip_prefix(prefix).map(OsStr::from_bytes);
         path(b"file:")
             .map(|path| Self::File(path.into()))
             .or_else(|| path(b"unix:").map(|path| Self::Unix(path.into())))

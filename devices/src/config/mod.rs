@@ -77,6 +77,7 @@ macro_rules! devices {
         /// are those of `--device NAME,key=value,...`.
         #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
         #[serde(tag = "model")]
+        #[expect(clippy::large_enum_variant, reason = "a machine has few devices")]
         pub enum DeviceConfig {
             $($(#[$doc])* #[serde(rename = $name)] $variant($config),)*
         }

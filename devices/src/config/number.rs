@@ -64,8 +64,8 @@ macro_rules! number {
 
             fn bounded(value: i128) -> Option<Self> {
                 let value = <$int>::try_from(value).ok()?;
-                let (least, most): ($int, $int) = ($least, $most);
-                ((least..=most).contains(&value) && value % $step == 0).then_some(Self(value))
+                let (least, most, step): ($int, $int, $int) = ($least, $most, $step);
+                ((least..=most).contains(&value) && value.checked_rem(step) == Some(0)).then_some(Self(value))
             }
         }
 
