@@ -26,10 +26,10 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 fn launch(name: &str, kernel: PathBuf) -> Result<(Running, PipeReader), Box<dyn Error>> {
     let mut config = VmConfig { name: name.into(), mem: 64 << 20, ..VmConfig::default() };
-    config.boot.kernel = Some(kernel);
+    config.boot.kernel = Some(kernel.into());
     let (reader, writer) = pipe()?;
     let console = Console::from_fds(None, Some(writer.into()))?;
     let parts = Parts { console: Some(console), ..Parts::default() };
-    let running = Machine::build_with(config, parts)?.start()?;
+    let running = Machine::build_with(config.validate()?, parts)?.start()?;
     Ok((running, reader))
 }

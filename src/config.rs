@@ -1,30 +1,35 @@
 //! The configuration of a machine: plain data, validated once, the same for the command line, a file and the API.
 
-use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
 use std::time::Duration;
 
+pub use rvmm_devices::{DeviceConfig, Endpoint, FilePath};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::layout::RAM_BASE;
 
 mod csr;
+mod devices;
 mod gdb;
+mod json;
 pub(crate) mod slots;
 mod trace;
 mod valid;
+mod version;
 
 pub use csr::CsrValue;
 pub use gdb::{GdbAddress, GdbConfig};
 pub use trace::{TraceConfig, TraceFormat};
 pub use valid::ValidConfig;
 pub(crate) use valid::quoted;
+pub use version::ConfigVersion;
 
 /// The configuration of a whole machine.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct VmConfig {
+    /// The version of this format: 1.
+    pub version: ConfigVersion,
     /// The machine's name: 1 to 64 letters, digits, `_` and `-`.
     pub name: String,
     /// Guest RAM in bytes: a multiple of 4 KiB, with huge pages of 2 MiB; at least 16 MiB.
@@ -38,9 +43,11 @@ pub struct VmConfig {
     /// The interrupt controller.
     pub irqchip: IrqchipChoice,
     /// The backend of the first UART.
-    pub serial: SerialConfig,
-    /// Further devices and options of the built-in ones, as `NAME,key=value,...`.
-    pub devices: Vec<String>,
+    pub serial: Endpoint,
+    /// Further devices, and the built-in ones that differ from their defaults. In JSON each is an object, or the text of `--device`.
+    #[serde(deserialize_with = "devices::read")]
+    #[schemars(with = "Vec<devices::Given>")]
+    pub devices: Vec<DeviceConfig>,
     /// The effect of a guest's reset request.
     pub on_reset: OnReset,
     /// The effect of an access to an address without memory and device.
@@ -51,7 +58,8 @@ pub struct VmConfig {
     pub timer: TimerChoice,
     /// Seconds that a guest with a power button (the device `input`) has to power off after SIGTERM; with 0 it is stopped
     /// at once.
-    pub grace_s: u32,
+    #[serde(alias = "grace_s")]
+    pub shutdown_timeout_s: u32,
     /// The trace of every exit; `None` for no trace.
     pub trace: Option<TraceConfig>,
     /// The address a debugger connects to; `None` for no debugger.
@@ -59,7 +67,7 @@ pub struct VmConfig {
 }
 
 /// The harts of a machine.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CpuConfig {
     /// Number of harts, from 1 to KVM's limit. 0 is taken as 1.
@@ -79,7 +87,7 @@ pub struct CpuConfig {
 }
 
 /// One `-name` or `+name`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ExtensionChange {
     /// Lower-case name, as in `riscv,isa-extensions` or as KVM calls the SBI extension (`pmu`, `sta`, `dbcn`, ...).
@@ -89,7 +97,7 @@ pub struct ExtensionChange {
 }
 
 /// `mvendorid`, `marchid`, `mimpid` (Privileged specification 3.1.2 to 3.1.4); `None` keeps the host's.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CpuId {
     /// `mvendorid`
@@ -101,19 +109,19 @@ pub struct CpuId {
 }
 
 /// The files to load and the entry point of the boot hart.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct BootConfig {
     /// A kernel: RISC-V Image (plain, gzip, zstd) or ELF.
-    pub kernel: Option<PathBuf>,
+    pub kernel: Option<FilePath>,
     /// The initial RAM disk.
     pub initrd: InitrdConfig,
     /// The kernel's command line, passed on as it is.
     pub cmdline: String,
     /// Device tree to use instead of the generated one; the initrd's address is written into it.
-    pub dtb: Option<PathBuf>,
+    pub dtb: Option<FilePath>,
     /// File to write the guest's device tree to.
-    pub dump_dtb: Option<PathBuf>,
+    pub dump_dtb: Option<FilePath>,
     /// Address of the device tree, a multiple of 8, instead of high in RAM.
     pub dtb_addr: Option<u64>,
     /// Flat binaries at fixed guest-physical addresses.
@@ -123,30 +131,30 @@ pub struct BootConfig {
 }
 
 /// The initial RAM disk.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum InitrdConfig {
     /// None.
     #[default]
     None,
     /// A file, passed on as it is.
-    File(PathBuf),
+    File(FilePath),
     /// The built-in prompt: an initramfs generated at run time around this static executable of rvmm.
-    Builtin(PathBuf),
+    Builtin(FilePath),
 }
 
 /// A flat binary.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LoadConfig {
     /// The file.
-    pub file: PathBuf,
+    pub file: FilePath,
     /// Its guest-physical address.
     pub addr: u64,
 }
 
 /// The guest's interrupt controller.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum IrqchipChoice {
     /// The in-kernel AIA if the host has it, else the PLIC.
@@ -159,7 +167,7 @@ pub enum IrqchipChoice {
 }
 
 /// The privilege mode in which the boot hart starts (Privileged specification, chapter "Hypervisor extension": both are virtual).
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum StartMode {
     /// VS, the mode of a kernel.
@@ -170,7 +178,7 @@ pub enum StartMode {
 }
 
 /// The implementation of the SBI 0.1 calls (legacy console, timer, shutdown; numbers 0 to 8).
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum SbiV01 {
     /// The host's kernel if it can; else breakpoints in the guest's code, unless that is a Linux kernel.
@@ -185,7 +193,7 @@ pub enum SbiV01 {
 }
 
 /// The implementation of the guest's timer.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum TimerChoice {
     /// KVM, or the hardware.
@@ -195,53 +203,8 @@ pub enum TimerChoice {
     User,
 }
 
-/// The backend of the first UART.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase", deny_unknown_fields)]
-pub enum SerialConfig {
-    /// Standard input and output.
-    #[default]
-    Stdio,
-    /// None: output is discarded.
-    Null,
-    /// Output to a file, created or truncated.
-    File(PathBuf),
-    /// A new pseudo terminal; its path is logged and printed.
-    Pty,
-    /// A Unix socket that rvmm listens on, one client at a time.
-    Unix(PathBuf),
-    /// A Unix socket that another program listens on: another machine's serial line, for example.
-    Connect(PathBuf),
-}
-
-impl SerialConfig {
-    /// Parses `stdio`, `null`, `pty`, `file:PATH`, `unix:PATH` or `connect:PATH`.
-    ///
-    /// # Errors
-    /// The reason for which the text is invalid.
-    pub fn parse(text: &OsStr) -> Result<Self, &'static str> {
-        let bytes = text.as_bytes();
-        let path =
-            |prefix: &[u8]| bytes.strip_prefix(prefix).map(|path| OsStr::from_bytes(path).into());
-        match bytes {
-            b"stdio" => return Ok(Self::Stdio),
-            b"null" => return Ok(Self::Null),
-            b"pty" => return Ok(Self::Pty),
-            b"file:" | b"unix:" | b"connect:" => return Err("the path after the ':' is missing"),
-            _ => {}
-        }
-        if let Some(path) = path(b"file:") {
-            return Ok(Self::File(path));
-        }
-        path(b"unix:")
-            .map(Self::Unix)
-            .or_else(|| path(b"connect:").map(Self::Connect))
-            .ok_or("it is not one of stdio, null, pty, file:PATH, unix:PATH and connect:PATH")
-    }
-}
-
 /// The effect of a guest's reset request (SBI SRST reboot, syscon reboot).
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OnReset {
     /// The machine is rebuilt from the files and restarts.
@@ -252,7 +215,7 @@ pub enum OnReset {
 }
 
 /// The effect of an access to an address without memory and device.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Unassigned {
     /// Reads return zero, writes are ignored.
@@ -300,33 +263,35 @@ impl VmConfig {
     /// True if the machine has a device of this model besides the built-in ones.
     #[must_use]
     pub fn has_device(&self, model: &str) -> bool {
-        self.devices.iter().any(|text| text.split(',').next() == Some(model))
+        self.devices.iter().any(|device| device.model().name == model)
     }
 
     /// Time that a guest has to power off after SIGTERM; `None` if it has no power button or no time.
     #[must_use]
     pub fn shutdown_timeout(&self) -> Option<Duration> {
-        let has_grace = self.grace_s > 0 && self.has_device("input");
-        has_grace.then(|| Duration::from_secs(self.grace_s.into()))
+        let seconds = self.shutdown_timeout_s;
+        let has_time = seconds > 0 && self.has_device("input");
+        has_time.then(|| Duration::from_secs(seconds.into()))
     }
 }
 
 impl Default for VmConfig {
     fn default() -> Self {
         Self {
+            version: ConfigVersion,
             name: "rvmm".into(),
             mem: DEFAULT_MEM,
             hugepages: false,
             cpus: CpuConfig { count: 1, ..CpuConfig::default() },
             boot: BootConfig::default(),
             irqchip: IrqchipChoice::default(),
-            serial: SerialConfig::default(),
+            serial: Endpoint::default(),
             devices: Vec::new(),
             on_reset: OnReset::default(),
             unassigned: Unassigned::default(),
             sbi_v01: SbiV01::default(),
             timer: TimerChoice::default(),
-            grace_s: DEFAULT_SHUTDOWN_TIMEOUT_S,
+            shutdown_timeout_s: DEFAULT_SHUTDOWN_TIMEOUT_S,
             trace: None,
             gdb: None,
         }

@@ -22,6 +22,7 @@ use rvmm::config::{InitrdConfig, IrqchipChoice, VmConfig};
 use rvmm::machine::BalloonControl;
 use rvmm::machine::{Machine, Parts};
 use rvmm::terminal::Console;
+use rvmm_devices::config::BalloonConfig;
 
 /// The guest's memory, and half of it.
 const MEMORY: u64 = 256 << 20;
@@ -82,14 +83,17 @@ fn balloon_to_half_and_back(irqchip: &str) {
     let initrd = initramfs::build(folder.path(), &[], &["virtio_mmio", "virtio_balloon"]);
     let mut config = VmConfig { mem: MEMORY, ..VmConfig::default() };
     config.irqchip = if irqchip == "aia" { IrqchipChoice::Aia } else { IrqchipChoice::Plic };
-    config.boot.kernel = Some(kernel());
-    config.boot.initrd = InitrdConfig::File(initrd);
+    config.boot.kernel = Some(kernel().into());
+    config.boot.initrd = InitrdConfig::File(initrd.into());
     config.boot.cmdline = "console=ttyS0 quiet".into();
-    config.devices = vec!["balloon".into()];
+    config.devices = vec![BalloonConfig::default().into()];
     let ((input, keys), (output, writer)) = (pipe().expect("a pipe"), pipe().expect("a pipe"));
     let console = Console::from_fds(Some(input.into()), Some(writer.into())).expect("a console");
     let parts = Parts { console: Some(console), ..Parts::default() };
-    let machine = Machine::build_with(config, parts).expect("a machine").start().expect("a thread");
+    let machine = Machine::build_with(config.validate().expect("a valid machine"), parts)
+        .expect("a machine")
+        .start()
+        .expect("a thread");
     let handle = machine.handle();
     let mut shell = Shell { keys, output, seen: String::new() };
     shell.expect("own initramfs is up\n");

@@ -2,7 +2,7 @@
 
 #![allow(clippy::expect_used, clippy::panic, reason = "tests may panic: that is how a test fails")]
 
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Command, Output, Stdio};
 
 use rvmm_devices::testing::{leave_out, skip};
@@ -348,4 +348,18 @@ fn a_host_without_kvm_ends_a_good_command_line_with_code_1() {
     assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
     assert!(stderr(&output).starts_with("rvmm: ") && stderr(&output).contains("RISC-V"));
     assert_eq!(stderr(&output).lines().count(), 1);
+}
+
+#[test]
+fn a_dumped_configuration_is_read_from_standard_input() {
+    let dumped = text(&["--kernel", "no such Image", "--disk", "a,,b.img", "--dump-config"]);
+    assert!(dumped.contains("\"a,b.img\""), "{dumped}");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_rvmm"));
+    command.args(["--config", "-"]).env_remove("RVMM_LOG");
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().expect("the program starts");
+    child.stdin.take().expect("a pipe").write_all(dumped.as_bytes()).expect("written");
+    let output = child.wait_with_output().expect("the program ends");
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("no such Image"), "{}", stderr(&output));
 }

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use log::{LevelFilter, Log, Metadata, Record};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, connect, socket};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use rvmm::config::SerialConfig;
+use rvmm::config::Endpoint;
 use rvmm::inspect::{Inspectable, InspectionServer, Query, Reply, Stat};
 use rvmm::io_loop::IoLoop;
 use rvmm::terminal;
@@ -165,7 +165,7 @@ fn a_console_connection_without_free_descriptors_is_accepted_later() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("console");
     let mut console =
-        terminal::open(&SerialConfig::Unix(path.clone()), Arc::new(|| {})).unwrap().backend;
+        terminal::open(&Endpoint::Unix(path.as_path().into()), Arc::new(|| {})).unwrap().backend;
     let (first, second, epoll) = (Caller::new(), Caller::new(), Epoll::new().unwrap());
     let hoard = Hoard::new();
     let user = first.call(&path);

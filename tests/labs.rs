@@ -128,13 +128,14 @@ fn the_same_exercise_runs_by_plain_flags() {
         .expect("a payload");
     let load = format!("{}@0x80200000", path.display());
     let mut session =
-        rvmm(&["--mem", "16M", "--load", &load, "--entry", "0x80200000", "--mode", "vu"])
+        rvmm(&["--mem", "16M", "--load", &load, "--entry", "0x80200000", "--start-mode", "vu"])
             .args(&["--csr", "mhartid=0x1234", "--device", "const,addr=0x40,value=0x6688"])
             .start();
     assert_eq!(session.exit_code(), 0, "{}", session.all_errors());
     // Without the CSR option the machine reports what is missing.
     let mut session =
-        rvmm(&["--mem", "16M", "--load", &load, "--entry", "0x80200000", "--mode", "vu"]).start();
+        rvmm(&["--mem", "16M", "--load", &load, "--entry", "0x80200000", "--start-mode", "vu"])
+            .start();
     assert_eq!(session.exit_code(), 3);
     let errors = session.all_errors();
     assert!(

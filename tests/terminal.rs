@@ -27,10 +27,10 @@ use rustix::process::{Pid, Signal, kill_process, setsid};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{LocalModes, tcgetattr};
 use rvmm::button::Button;
-use rvmm::config::SerialConfig;
+use rvmm::config::Endpoint;
 use rvmm::io_loop::IoLoop;
 use rvmm::terminal::{self, StopRequest};
-use rvmm_devices::{Bus, Claim, Model, Options, Wiring};
+use rvmm_devices::{Bus, Claim, Wiring};
 use vmm_sys_util::signal::register_signal_handler;
 
 /// Time-out far above the usual times, so that only a hang fails.
@@ -96,10 +96,10 @@ fn echo(mode: &str) {
     let flag = Arc::clone(&wants_stop);
     let stop: StopRequest = Arc::new(move || flag.store(true, Ordering::SeqCst));
 
-    let console = terminal::open(&SerialConfig::Stdio, Arc::clone(&stop)).unwrap();
+    let console = terminal::open(&Endpoint::Stdio, Arc::clone(&stop)).unwrap();
     let mut wiring = Wiring::new(Arc::new(NoPower));
     wiring.console = Some(console.backend);
-    let serial = Model::find("serial").unwrap().create(&Options::none("serial"), wiring).unwrap();
+    let serial = rvmm_devices::testing::create("serial", wiring).unwrap();
     let bus = Arc::new(Bus::new(vec![(0, serial)]).unwrap());
     let mut io = IoLoop::new(Arc::clone(&bus)).unwrap();
     io.watch_signals(IoLoop::take_signals().unwrap(), stop).unwrap();

@@ -224,7 +224,8 @@ fn the_power_button_is_pressed_by_a_signal_and_a_second_one_stops() {
     let Some(host) = host() else { return };
     for irqchip in host.usual_irqchip() {
         let modules = &["virtio_mmio", "virtio_input", "evdev"];
-        let (mut session, _folder) = boot(irqchip, modules, &["--power-button", "--grace", "60"]);
+        let (mut session, _folder) =
+            boot(irqchip, modules, &["--power-button", "--shutdown-timeout", "60"]);
         assert_eq!(session.ask("cat /sys/class/input/input0/name"), "rvmm power button\n");
         // Only a process with the device open gets the event.
         session.send("exec 3</dev/input/event0; echo wait''ing; dd bs=24 count=4 <&3 2>/dev/null | xxd -p -c 24; echo press''ed\n");

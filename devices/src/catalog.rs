@@ -1,4 +1,4 @@
-//! The list of all device models: options, requirements and constructor of each.
+//! The entry of a device model in the catalog: options and requirements; and the connections with which a device is built.
 
 use std::io;
 use std::sync::Arc;
@@ -6,43 +6,22 @@ use std::sync::Arc;
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::config::CATALOG;
 use crate::console::ConsoleBackend;
 use crate::device::MmioDevice;
 use crate::flash::{NoWindow, Window};
 use crate::host::{Host, HostError, NoHost};
 use crate::irq::{IrqLine, NoIrq};
-use crate::options::{OptionError, Options};
+use crate::options::OptionError;
 use crate::power::PowerSwitch;
 use crate::rtc::{Clock, WallClock};
 use crate::virtio::balloon::BalloonControl;
 use crate::virtio::{DmaMemory, GuestMemoryMmap};
 
-/// Every device model of rvmm. A new one adds its file and a line here.
-pub const CATALOG: &[Model] = &[
-    crate::serial::MODEL,
-    crate::serial::UART,
-    crate::rtc::MODEL,
-    crate::power::MODEL,
-    crate::constant::MODEL,
-    crate::flash::MODEL,
-    crate::virtio::rng::MODEL,
-    crate::virtio::blk::MODEL,
-    crate::virtio::net::MODEL,
-    crate::virtio::vsock::MODEL,
-    crate::virtio::input::MODEL,
-    crate::virtio::balloon::MODEL,
-    crate::virtio::console::MODEL,
-    crate::virtio::vhost_user::fs::MODEL,
-    crate::virtio::vhost_user::net::USER,
-    crate::virtio::vhost_user::net::MODEL,
-    crate::virtio::vhost_user::blk::MODEL,
-    crate::virtio::vhost_user::vsock::MODEL,
-];
-
 /// The result of building a device.
 pub type Built = Result<Box<dyn MmioDevice>, BuildError>;
 
-/// A kind of device: its name, its options, what it needs from the board, and its constructor.
+/// A kind of device: its name, its options, and its requirements on the board.
 #[derive(Debug, Clone, Copy)]
 pub struct Model {
     /// The name in `--device NAME`; lower case, unique in [`CATALOG`].
@@ -57,9 +36,6 @@ pub struct Model {
     pub irqs: u32,
     /// True if another program implements it, which needs guest RAM to be shared memory.
     pub shares_ram: bool,
-    /// Builds one from options whose keys are all in `keys`; callers use
-    /// [`Model::create`], which checks that.
-    pub build: fn(&Options, Wiring) -> Built,
 }
 
 /// An option of a model: `name=value` in `--device`.
@@ -134,15 +110,7 @@ impl Wiring {
 /// An error while building a device.
 #[derive(Debug, Error)]
 pub enum BuildError {
-    /// No model has this name.
-    #[error("Unknown device {name:?} (known: {known})")]
-    UnknownModel {
-        /// The name as given.
-        name: String,
-        /// The names of the catalog.
-        known: String,
-    },
-    /// An option is invalid.
+    /// Options exclude each other.
     #[error("Device {model}")]
     Option {
         /// The model's name.
@@ -175,32 +143,15 @@ pub enum BuildError {
 
 impl Model {
     /// Returns the model with this name.
-    ///
-    /// # Errors
-    /// [`BuildError::UnknownModel`], which lists the known ones.
-    pub fn find(name: &str) -> Result<&'static Self, BuildError> {
-        CATALOG.iter().find(|model| model.name == name).ok_or_else(|| BuildError::UnknownModel {
-            name: name.to_owned(),
-            known: CATALOG.iter().map(|model| model.name).collect::<Vec<_>>().join(", "),
-        })
+    #[must_use]
+    pub fn find(name: &str) -> Option<&'static Self> {
+        CATALOG.iter().find(|model| model.name == name)
     }
 
-    /// Checks that every option is one of the model or, for a device in a slot, [`SLOT`].
-    ///
-    /// # Errors
-    /// [`OptionError::UnknownKey`], which lists the known ones.
-    pub fn check(&self, options: &Options) -> Result<(), OptionError> {
+    /// The model's options, and [`SLOT`] for a device in a slot.
+    #[must_use]
+    pub fn all_keys(&self) -> Vec<Key> {
         let boards: &[Key] = if self.placement == Placement::Slot { &[SLOT] } else { &[] };
-        options.check(&[self.keys, boards].concat())
-    }
-
-    /// Builds a device of this model.
-    ///
-    /// # Errors
-    /// [`BuildError`] for an unknown or invalid option, a backend that is not available, or a resource
-    /// that the host cannot create.
-    pub fn create(&self, options: &Options, wiring: Wiring) -> Built {
-        self.check(options).map_err(|source| BuildError::Option { model: self.name, source })?;
-        (self.build)(options, wiring)
+        [self.keys, boards].concat()
     }
 }

@@ -3,9 +3,12 @@
 //! Exercises put it where a guest expects a value. It is the smallest device: every load from it is an exit that
 //! the hypervisor answers. It has no specification and no node in the device tree.
 
-use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::catalog::{Built, Key, Model, Placement, Wiring};
+use crate::config::{ModelConfig, Number};
 use crate::device::{Access, AccessError, FdtDesc, MmioDevice, RegisterName};
-use crate::options::{OptionError, Options};
 
 /// The catalog's entry.
 pub(crate) const MODEL: Model = Model {
@@ -18,8 +21,17 @@ pub(crate) const MODEL: Model = Model {
     placement: Placement::AtAddress,
     irqs: 0,
     shares_ram: false,
-    build,
 };
+
+/// The configuration of a constant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ConstConfig {
+    /// The guest-physical address.
+    pub addr: Number,
+    /// The value.
+    pub value: Number,
+}
 
 /// Size in bytes: that of the widest load.
 const SIZE: usize = 8;
@@ -29,12 +41,14 @@ struct Constant {
     value: [u8; SIZE],
 }
 
-fn build(options: &Options, _: Wiring) -> Built {
-    let refused = |source: OptionError| BuildError::Option { model: MODEL.name, source };
-    let value = options.number("value").map_err(refused)?;
-    let value =
-        value.ok_or_else(|| refused(options.bad_value("value", "a number of up to 64 bits")))?;
-    Ok(Box::new(Constant { value: value.to_le_bytes() }))
+impl ModelConfig for ConstConfig {
+    fn addr(&self) -> Option<u64> {
+        Some(self.addr.get())
+    }
+
+    fn build(&self, _: Wiring) -> Built {
+        Ok(Box::new(Constant { value: self.value.get().to_le_bytes() }))
+    }
 }
 
 impl MmioDevice for Constant {
@@ -73,10 +87,10 @@ impl MmioDevice for Constant {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::wiring;
+    use crate::testing::{create, wiring};
 
     fn made(text: &str) -> Built {
-        MODEL.create(&Options::parse(text).unwrap(), wiring())
+        create(text, wiring())
     }
 
     #[test]

@@ -8,14 +8,17 @@
 //! programs the chip, are not implemented, so the device tree calls it a ROM (`mtd-rom`).
 
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use log::warn;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
+use crate::config::number::number;
+use crate::config::{FilePath, ModelConfig};
 use crate::device::{Access, AccessError, FdtDesc, FdtProperty, MmioDevice, RegisterName};
-use crate::options::{OptionError, Options};
+use crate::options::OptionError;
 
 /// The catalog's entry.
 pub(crate) const MODEL: Model = Model {
@@ -47,7 +50,6 @@ pub(crate) const MODEL: Model = Model {
     placement: Placement::AtAddress,
     irqs: 0,
     shares_ram: false,
-    build,
 };
 
 /// Size in bytes of the pages that are mapped into the guest.
@@ -59,11 +61,54 @@ pub const MAX_SIZE: u64 = 64 << 20;
 /// Default size of the host's flash: one bank of QEMU's `virt`.
 const HOST_SIZE: u64 = 32 << 20;
 
+number! {
+    /// The address of a page.
+    PageAddress(u64), 0, u64::MAX, PAGE, "a multiple of 4096"
+}
+
+number! {
+    /// The size of a flash in bytes.
+    FlashSize(u64), PAGE, MAX_SIZE, PAGE, "a multiple of 4096 up to 67108864"
+}
+
+/// The way the guest reads a flash.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum FlashMode {
+    /// As memory from the start.
+    #[default]
+    Map,
+    /// As memory once it has loaded from a page.
+    Lazy,
+    /// As `Map`, from the host's physical memory.
+    Passthrough,
+}
+
+/// The configuration of a flash.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FlashConfig {
+    /// The guest-physical address.
+    pub addr: PageAddress,
+    /// The contents; `None` with [`FlashMode::Passthrough`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<FilePath>,
+    /// The way the guest reads it.
+    #[serde(default)]
+    pub mode: FlashMode,
+    /// [`FlashMode::Passthrough`]: the host's physical address; `None` for `addr`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<PageAddress>,
+    /// [`FlashMode::Passthrough`]: the size; `None` for 32 MiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<FlashSize>,
+}
+
 /// The source of a flash's contents.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FlashPlan {
     /// A file of at most [`MAX_SIZE`] bytes, padded with zeroes to a whole page.
-    File(PathBuf),
+    File(FilePath),
     /// The host's physical memory.
     Physical {
         /// Its address, a multiple of 4096.
@@ -115,52 +160,59 @@ struct Flash {
     unmapped: Vec<bool>,
 }
 
-fn build(options: &Options, wiring: Wiring) -> Built {
-    let refused = |source: OptionError| BuildError::Option { model: MODEL.name, source };
-    let plan = plan(options).map_err(refused)?;
-    let memory = wiring
-        .host
-        .flash(&plan)
-        .map_err(|source| BuildError::Backend { model: MODEL.name, source })?;
-    let mut flash = Flash { memory, window: wiring.window, unmapped: Vec::new() };
-    if options.get("mode") == Some("lazy") {
-        flash.unmapped = vec![true; usize::try_from(flash.memory.size() / PAGE).unwrap_or(0)];
-    } else {
-        let mapped = flash.window.map(0, flash.memory.host_address(), flash.memory.size());
-        mapped.map_err(|source| BuildError::Host { model: MODEL.name, what: "memory", source })?;
+impl ModelConfig for FlashConfig {
+    fn addr(&self) -> Option<u64> {
+        Some(self.addr.get())
     }
-    Ok(Box::new(flash))
+
+    fn check(&self) -> Result<(), OptionError> {
+        self.plan().map(|_| ())
+    }
+
+    fn build(&self, wiring: Wiring) -> Built {
+        let plan =
+            self.plan().map_err(|source| BuildError::Option { model: MODEL.name, source })?;
+        let memory = wiring
+            .host
+            .flash(&plan)
+            .map_err(|source| BuildError::Backend { model: MODEL.name, source })?;
+        let mut flash = Flash { memory, window: wiring.window, unmapped: Vec::new() };
+        if self.mode == FlashMode::Lazy {
+            flash.unmapped = vec![true; usize::try_from(flash.memory.size() / PAGE).unwrap_or(0)];
+        } else {
+            let mapped = flash.window.map(0, flash.memory.host_address(), flash.memory.size());
+            mapped.map_err(|source| BuildError::Host {
+                model: MODEL.name,
+                what: "memory",
+                source,
+            })?;
+        }
+        Ok(Box::new(flash))
+    }
 }
 
-fn plan(options: &Options) -> Result<FlashPlan, OptionError> {
-    let page = "a multiple of 4096";
-    let pages = |key: &'static str| match options.number(key)? {
-        Some(number) if !number.is_multiple_of(PAGE) => Err(options.bad_value(key, page)),
-        number => Ok(number),
-    };
-    let addr = pages("addr")?;
-    let (host, size) = (pages("host")?, pages("size")?);
-    let file = options.get("file").filter(|file| !file.is_empty());
-    match (options.get("mode").unwrap_or("map"), file) {
-        ("map" | "lazy", None) => {
-            Err(options.bad_value("file", "a path (needed, except with mode=passthrough)"))
-        }
-        ("map" | "lazy", Some(_)) if host.is_some() => {
-            Err(options.bad_value("host", "allowed (only with mode=passthrough)"))
-        }
-        ("map" | "lazy", Some(_)) if size.is_some() => {
-            Err(options.bad_value("size", "allowed (only with mode=passthrough)"))
-        }
-        ("map" | "lazy", Some(file)) => Ok(FlashPlan::File(file.into())),
-        ("passthrough", Some(_)) => Err(options.bad_value("file", "allowed with mode=passthrough")),
-        ("passthrough", None) => {
-            let addr = host.or(addr).ok_or_else(|| options.bad_value("addr", page))?;
-            match size.unwrap_or(HOST_SIZE) {
-                size @ PAGE..=MAX_SIZE => Ok(FlashPlan::Physical { addr, size }),
-                _ => Err(options.bad_value("size", "4096 to 67108864")),
+impl FlashConfig {
+    /// The source of the contents; an error if the options exclude each other.
+    fn plan(&self) -> Result<FlashPlan, OptionError> {
+        let only = "allowed (only with mode=passthrough)";
+        let is_physical = self.mode == FlashMode::Passthrough;
+        match (&self.file, self.host, self.size) {
+            (None, ..) if !is_physical => Err(OptionError::bad_value(
+                "file",
+                "",
+                "a path (needed, except with mode=passthrough)",
+            )),
+            (Some(file), ..) if is_physical => {
+                Err(OptionError::bad_value("file", file.display(), "allowed with mode=passthrough"))
             }
+            (Some(_), Some(host), _) => Err(OptionError::bad_value("host", host.get(), only)),
+            (Some(_), None, Some(size)) => Err(OptionError::bad_value("size", size.get(), only)),
+            (Some(file), None, None) => Ok(FlashPlan::File(file.clone())),
+            (None, host, size) => Ok(FlashPlan::Physical {
+                addr: host.unwrap_or(self.addr).get(),
+                size: size.map_or(HOST_SIZE, FlashSize::get),
+            }),
         }
-        _ => Err(options.bad_value("mode", "map, lazy or passthrough")),
     }
 }
 
@@ -228,7 +280,7 @@ mod tests {
     use std::sync::Mutex;
 
     use super::*;
-    use crate::testing::{MemoryHost, wiring};
+    use crate::testing::{MemoryHost, create, wiring};
 
     /// Records the mappings; refuses more than `room` of them.
     struct Mappings {
@@ -252,7 +304,7 @@ mod tests {
         let host = MemoryHost::with_flash(&[b"pfld".as_slice(), &[0; 8192]].concat());
         let wiring =
             Wiring { window: Arc::<Mappings>::clone(&window), host: Arc::new(host), ..wiring() };
-        (MODEL.create(&Options::parse(text).unwrap(), wiring), window)
+        (create(text, wiring), window)
     }
 
     fn word(device: &mut dyn MmioDevice, offset: u64) -> Result<[u8; 4], AccessError> {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
+use crate::config::Endpoint;
 use crate::console::ConsoleBackend;
 use crate::flash::{FlashMemory, FlashPlan};
 use crate::virtio::DmaMemory;
@@ -29,7 +30,10 @@ pub trait Host: Send + Sync {
         memory: Arc<dyn DmaMemory>,
     ) -> Result<Box<dyn DiskBackend>, HostError> {
         let _ = memory;
-        Err(HostError::invalid(format!("Cannot open disk {}: this host has no disks", plan.path)))
+        Err(HostError::invalid(format!(
+            "Cannot open disk {}: this host has no disks",
+            plan.path.display()
+        )))
     }
 
     /// Connects a network device.
@@ -58,12 +62,12 @@ pub trait Host: Send + Sync {
         Ok(vec![self.network(end)?])
     }
 
-    /// Opens a console backend: `stdio`, `null`, `pty`, `file:PATH` or `unix:PATH`. Each has one user at a time; a released one
+    /// Opens the backend of a console. Each has one user at a time; a released one
     /// keeps its state for the next user.
     ///
     /// # Errors
-    /// It is none of these, is not available, or is in use.
-    fn console(&self, to: &str) -> Result<Box<dyn ConsoleBackend>, HostError> {
+    /// It is not available, or is in use.
+    fn console(&self, to: &Endpoint) -> Result<Box<dyn ConsoleBackend>, HostError> {
         Err(HostError::invalid(format!("Cannot open {to}: this host has no consoles")))
     }
 

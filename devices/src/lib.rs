@@ -10,7 +10,8 @@
 //! | `device.rs` | [`MmioDevice`], access errors, the I/O loop's contract, device tree descriptions |
 //! | `irq.rs` | [`IrqLine`], and a device's pin on it |
 //! | `bus.rs` | [`Bus`]: dispatches accesses to devices by address |
-//! | `catalog.rs`, `options.rs` | [`CATALOG`], [`Model`], `NAME,key=value` |
+//! | `config/`, `options.rs` | [`DeviceConfig`], [`CATALOG`], `NAME,key=value` |
+//! | `catalog.rs` | [`Model`], [`Wiring`] |
 //! | `number.rs` | numbers as users write them |
 //! | `console.rs` | [`ConsoleBackend`]: the backend of a console |
 //! | `host.rs` | [`Host`]: opens disks, networks, sockets |
@@ -32,6 +33,7 @@
 
 pub mod bus;
 pub mod catalog;
+pub mod config;
 pub mod console;
 mod constant;
 pub mod device;
@@ -51,7 +53,8 @@ pub mod testing;
 pub mod virtio;
 
 pub use bus::{Bus, BusCounters, BusError, Claim};
-pub use catalog::{BuildError, Built, CATALOG, Key, Model, Placement, SLOT, Wiring};
+pub use catalog::{BuildError, Built, Key, Model, Placement, SLOT, Wiring};
+pub use config::{CATALOG, DeviceConfig, Endpoint, FilePath};
 pub use console::{ConsoleBackend, NullConsole, Port, Ports};
 pub use device::{
     Access, AccessError, FdtCompanion, FdtDesc, FdtProperty, FdtValue, Interest, IoEvent,
@@ -59,7 +62,7 @@ pub use device::{
 };
 pub use host::{Host, HostError, Listener, NoHost};
 pub use irq::{IrqLine, IrqPin, NoIrq, StatusPin};
-pub use options::{OptionError, Options};
+pub use options::OptionError;
 pub use plic::{Plic, PlicError};
 pub use power::{PowerRequest, PowerSwitch};
 pub use reserved::Reserved;

@@ -7,12 +7,14 @@
 use std::sync::Arc;
 
 use log::debug;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 use crate::catalog::{Built, Model, Placement, Wiring};
+use crate::config::ModelConfig;
 use crate::device::{
     Access, AccessError, FdtCompanion, FdtDesc, FdtProperty, FdtValue, MmioDevice, RegisterName,
 };
-use crate::options::Options;
 
 /// The catalog's entry.
 pub(crate) const MODEL: Model = Model {
@@ -22,8 +24,12 @@ pub(crate) const MODEL: Model = Model {
     placement: Placement::Fixed,
     irqs: 0,
     shares_ram: false,
-    build,
 };
+
+/// The configuration of the finisher.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PowerConfig {}
 
 /// Receives the guest's power requests.
 pub trait PowerSwitch: Send + Sync {
@@ -68,8 +74,10 @@ impl Power {
     }
 }
 
-fn build(_: &Options, wiring: Wiring) -> Built {
-    Ok(Box::new(Power::new(wiring.power)))
+impl ModelConfig for PowerConfig {
+    fn build(&self, wiring: Wiring) -> Built {
+        Ok(Box::new(Power::new(wiring.power)))
+    }
 }
 
 impl MmioDevice for Power {

@@ -14,15 +14,18 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use log::warn;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
+use crate::config::ModelConfig;
+use crate::config::number::number;
 use crate::device::{
     Access, AccessError, FdtDesc, Interest, MmioDevice, RegisterName, Source, read_words,
     write_words,
 };
 use crate::irq::IrqPin;
-use crate::options::Options;
 
 /// The catalog's entry.
 pub(crate) const MODEL: Model = Model {
@@ -36,8 +39,21 @@ pub(crate) const MODEL: Model = Model {
     placement: Placement::Fixed,
     irqs: 1,
     shares_ram: false,
-    build,
 };
+
+number! {
+    /// Seconds between two clocks: as many as 64 bits have in nanoseconds.
+    ClockOffset(i64), -9_223_372_036, 9_223_372_036, 1, "a whole number of seconds, at most 9223372036 either way"
+}
+
+/// The configuration of the clock.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RtcConfig {
+    /// The guest's clock at power-on, relative to the host's, in seconds; `None` for 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub offset: Option<ClockOffset>,
+}
 
 mod reg {
     pub(super) const TIME_LOW: u64 = 0x00;
@@ -115,25 +131,23 @@ struct State {
     irq_pending: bool,
 }
 
-fn build(options: &Options, wiring: Wiring) -> Built {
-    const EXPECTED: &str = "a whole number of seconds, at most 9223372036 either way";
-    let nanos = options.parsed::<i64>("offset", EXPECTED).and_then(|seconds| {
-        seconds.unwrap_or(0).checked_mul(NANOS).ok_or_else(|| options.bad_value("offset", EXPECTED))
-    });
-    let nanos = nanos.map_err(|source| BuildError::Option { model: MODEL.name, source })?;
-    let timer = TimerFd::new().map_err(|error| BuildError::Host {
-        model: MODEL.name,
-        what: "timer",
-        source: error.into(),
-    })?;
-    let state = State::at_power_on(nanos.cast_unsigned());
-    Ok(Box::new(Rtc {
-        initial_offset: nanos.cast_unsigned(),
-        clock: wiring.clock,
-        irq: IrqPin::new(wiring.irq),
-        timer,
-        state,
-    }))
+impl ModelConfig for RtcConfig {
+    fn build(&self, wiring: Wiring) -> Built {
+        let nanos = self.offset.map_or(0, ClockOffset::get).saturating_mul(NANOS);
+        let timer = TimerFd::new().map_err(|error| BuildError::Host {
+            model: MODEL.name,
+            what: "timer",
+            source: error.into(),
+        })?;
+        let state = State::at_power_on(nanos.cast_unsigned());
+        Ok(Box::new(Rtc {
+            initial_offset: nanos.cast_unsigned(),
+            clock: wiring.clock,
+            irq: IrqPin::new(wiring.irq),
+            timer,
+            state,
+        }))
+    }
 }
 
 impl MmioDevice for Rtc {
@@ -297,7 +311,7 @@ fn whole([low, high]: [u32; 2]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{ManualClock, TestIrq, turn, wiring};
+    use crate::testing::{ManualClock, TestIrq, create, turn, wiring};
 
     const START: u64 = 1_700_000_000_123_456_789;
 
@@ -312,7 +326,7 @@ mod tests {
         clock.set_ns(START);
         let wiring =
             Wiring { irq: Arc::new(irq.clone()), clock: Arc::new(clock.clone()), ..wiring() };
-        let rtc = MODEL.create(&Options::parse(options).unwrap(), wiring).unwrap();
+        let rtc = create(options, wiring).unwrap();
         Board { rtc, irq, clock }
     }
 
@@ -389,8 +403,7 @@ mod tests {
     #[test]
     fn an_offset_that_is_no_number_of_seconds_is_refused() {
         for value in ["", "x", "1.5", "9223372037", "-9223372037", "99999999999999999999"] {
-            let options = Options::parse(&format!("rtc,offset={value}")).unwrap();
-            let error = MODEL.create(&options, wiring()).err().unwrap();
+            let error = create(&format!("rtc,offset={value}"), wiring()).err().unwrap();
             assert!(matches!(error, BuildError::Option { .. }), "{value}: {error}");
         }
     }

@@ -19,7 +19,11 @@
 
 use std::sync::Arc;
 
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
 use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
+use crate::config::{Endpoint, ModelConfig, Slot};
 use crate::console::{ConsoleBackend, NullConsole};
 use crate::device::{
     Access, AccessError, FdtDesc, FdtProperty, MmioDevice, RegisterName, SerialLine, Source,
@@ -27,7 +31,6 @@ use crate::device::{
 use crate::irq::{IrqLine, IrqPin};
 use crate::link::Link;
 use crate::ns16550::{FIFO, LSR, State, register, register_name, reports_transmitter};
-use crate::options::Options;
 
 /// The catalog's entry.
 pub(crate) const MODEL: Model = Model {
@@ -37,7 +40,6 @@ pub(crate) const MODEL: Model = Model {
     placement: Placement::Fixed,
     irqs: 1,
     shares_ram: false,
-    build,
 };
 
 /// The catalog's entry for additional ports.
@@ -52,8 +54,23 @@ pub(crate) const UART: Model = Model {
     placement: Placement::Slot,
     irqs: 1,
     shares_ram: false,
-    build: build_uart,
 };
+
+/// The configuration of the board's port.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SerialConfig {}
+
+/// The configuration of an additional port.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct UartConfig {
+    /// The host end.
+    pub to: Endpoint,
+    /// The slot on the board; `None` for the first free one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot: Option<Slot>,
+}
 
 /// Bytes that a guest may send after it has read THRE. The queue has room for many times that when the line is busy.
 const TX_FIFO: u32 = 64;
@@ -70,19 +87,23 @@ pub struct Serial {
     state: State,
 }
 
-fn build(_: &Options, wiring: Wiring) -> Built {
-    let backend = wiring.console.unwrap_or_else(|| Box::new(NullConsole));
-    port(MODEL.name, backend, wiring.irq)
+impl ModelConfig for SerialConfig {
+    fn build(&self, wiring: Wiring) -> Built {
+        let backend = wiring.console.unwrap_or_else(|| Box::new(NullConsole));
+        port(MODEL.name, backend, wiring.irq)
+    }
 }
 
-fn build_uart(options: &Options, wiring: Wiring) -> Built {
-    let to = options.get("to").ok_or_else(|| BuildError::Option {
-        model: UART.name,
-        source: options.bad_value("to", "a console backend (write to=unix:PATH)"),
-    })?;
-    let backend = wiring.host.console(to);
-    let backend = backend.map_err(|source| BuildError::Backend { model: UART.name, source })?;
-    port(UART.name, backend, wiring.irq)
+impl ModelConfig for UartConfig {
+    fn slot(&self) -> Option<Slot> {
+        self.slot
+    }
+
+    fn build(&self, wiring: Wiring) -> Built {
+        let backend = wiring.host.console(&self.to);
+        let backend = backend.map_err(|source| BuildError::Backend { model: UART.name, source })?;
+        port(UART.name, backend, wiring.irq)
+    }
 }
 
 fn port(name: &'static str, backend: Box<dyn ConsoleBackend>, irq: Arc<dyn IrqLine>) -> Built {

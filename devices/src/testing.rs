@@ -11,7 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::catalog::Wiring;
+use crate::catalog::{BuildError, Built, Wiring};
+use crate::config::DeviceConfig;
 use crate::console::{ConsoleBackend, Port, Ports};
 use crate::device::{Interest, MmioDevice};
 use crate::flash::Window;
@@ -269,6 +270,16 @@ impl Window for OpenWindow {
     fn map(&self, _offset: u64, _host_address: u64, _len: u64) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// Builds the device of the text `NAME,key=value,...`.
+///
+/// # Errors
+/// [`BuildError::Option`] for a text that is no device, and those of [`DeviceConfig::build`].
+pub fn create(text: &str, wiring: Wiring) -> Built {
+    let config = DeviceConfig::parse(text)
+        .map_err(|source| BuildError::Option { model: "of the test", source })?;
+    config.build(wiring)
 }
 
 /// Wiring with test doubles for the line, the power switch, the clock and the host, and no console.

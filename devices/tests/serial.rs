@@ -13,10 +13,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use proptest::prelude::*;
-use rvmm_devices::testing::{MemoryConsole, TestIrq, turn, wiring};
+use rvmm_devices::testing::{MemoryConsole, TestIrq, create, turn, wiring};
 use rvmm_devices::{
-    AccessError, ConsoleBackend, Interest, MmioDevice, Model, Options, Port, Ports, SerialLine,
-    Wiring,
+    AccessError, ConsoleBackend, Interest, MmioDevice, Port, Ports, SerialLine, Wiring,
 };
 
 /// RBR, THR, DLL.
@@ -51,7 +50,7 @@ struct Board {
 
 fn uart(console: Option<Box<dyn ConsoleBackend>>, irq: &TestIrq) -> Box<dyn MmioDevice> {
     let wiring = Wiring { irq: Arc::new(irq.clone()), console, ..wiring() };
-    Model::find("serial").unwrap().create(&Options::none("serial"), wiring).unwrap()
+    create("serial", wiring).unwrap()
 }
 
 fn board() -> Board {

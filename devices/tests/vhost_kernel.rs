@@ -5,13 +5,13 @@ use std::error::Error;
 use std::io::ErrorKind;
 use std::sync::{Arc, Mutex};
 
-use rvmm_devices::testing::{MemoryHost, turn};
+use rvmm_devices::testing::{MemoryHost, create, turn};
 use rvmm_devices::virtio::feature;
 use rvmm_devices::virtio::net::testing::MemoryNet;
 use rvmm_devices::virtio::net::{HEADER, NetBackend, NetworkSource, Offloads, bit};
 use rvmm_devices::virtio::testing::{Buffer, Rig, status};
 use rvmm_devices::virtio::vhost_kernel::testing::FakeKernel;
-use rvmm_devices::{Host, HostError, IrqLine, Model, Options};
+use rvmm_devices::{Host, HostError, IrqLine};
 use vmm_sys_util::eventfd::EventFd;
 
 /// A host whose networks have the requested number of queues.
@@ -65,13 +65,11 @@ impl IrqLine for Shared {
 }
 
 fn try_build_on(text: &str, host: Arc<dyn Host>, line: &Arc<Shared>) -> Result<Rig, String> {
-    let options = Options::parse(text).unwrap();
-    let model = Model::find(options.name()).unwrap();
     let built = Rig::try_build(|mut wiring| {
         wiring.host = host;
         *line.line.lock().unwrap() = Some(wiring.irq);
         wiring.irq = Arc::clone(line) as Arc<dyn IrqLine>;
-        model.create(&options, wiring)
+        create(text, wiring)
     });
     built.map_err(|error| error.source().map_or(error.to_string(), ToString::to_string))
 }

@@ -19,7 +19,7 @@ use rvmm_devices::virtio::vhost_user::testing::{
     Heard, Holdings, Quiet, Traits, answer, hear, payload, serve, serve_at,
 };
 use rvmm_devices::virtio::vhost_user::{Daemon, Service};
-use rvmm_devices::{Host, HostError, Model, Options, Wiring};
+use rvmm_devices::{Host, HostError, Wiring};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 const SET_FEATURES: u32 = 2;
@@ -52,8 +52,7 @@ fn build(text: &str) -> Rig {
 }
 
 fn create(text: &str, wiring: Wiring) -> Box<dyn rvmm_devices::MmioDevice> {
-    let options = Options::parse(text).unwrap();
-    Model::find(options.name()).unwrap().create(&options, wiring).unwrap()
+    rvmm_devices::testing::create(text, wiring).unwrap()
 }
 
 struct Place {
@@ -412,10 +411,9 @@ fn refusal(request: u32, protocol: u64, fault: Fault) -> String {
         }
     });
     let text = format!("vhost-user-blk,socket={}", place.path.display());
-    let options = Options::parse(&text).unwrap();
     let memory = rvmm_devices::virtio::vhost_user::testing::shared_memory(0x8000_0000, 1 << 20);
     let wiring = Wiring { memory: Arc::new(memory.unwrap()), ..wiring() };
-    let error = Model::find("vhost-user-blk").unwrap().create(&options, wiring).err().unwrap();
+    let error = rvmm_devices::testing::create(&text, wiring).err().unwrap();
     peer.join().unwrap();
     std::error::Error::source(&error).unwrap().to_string()
 }

@@ -7,10 +7,9 @@
 )]
 
 use proptest::prelude::*;
-use rvmm_devices::testing::{turn, wiring};
+use rvmm_devices::testing::{create, turn, wiring};
 use rvmm_devices::virtio::balloon::BalloonControl;
 use rvmm_devices::virtio::testing::{Buffer, NEXT, RAM, RAM_SIZE, Rig, WRITE};
-use rvmm_devices::{Model, Options};
 use vm_memory::{Bytes, GuestAddress};
 
 const INFLATE: u32 = 0;
@@ -23,8 +22,7 @@ const PAGE_REPORTING: u64 = 1 << 5;
 const FREE: u64 = RAM + (6 << 20);
 
 fn rig(options: &str) -> Rig {
-    let options = Options::parse(options).unwrap();
-    Rig::build(|wiring| Model::find("balloon").unwrap().create(&options, wiring).unwrap())
+    Rig::build(|wiring| create(options, wiring).unwrap())
 }
 
 fn started(options: &str) -> Rig {
@@ -59,8 +57,7 @@ fn the_options_are_the_features_and_the_target() {
     rig.device.write(0x100, &[1, 2, 3, 4, 5, 6, 7, 8]).unwrap();
     assert_eq!([0x100, 0x104].map(|register| rig.read(register)), [64 * 256, 0x0807_0605]);
     for text in ["size=-1", "size=16777216", "stats=x", "reporting=yes", "deflate_on_oom=1"] {
-        let options = Options::parse(&format!("balloon,{text}")).unwrap();
-        assert!(Model::find("balloon").unwrap().create(&options, wiring()).is_err(), "{text}");
+        assert!(create(&format!("balloon,{text}"), wiring()).is_err(), "{text}");
     }
 }
 
@@ -242,10 +239,9 @@ proptest! {
 /// A balloon and the control for its target.
 fn controlled(options: &str) -> (Rig, BalloonControl) {
     let control = BalloonControl::new().unwrap();
-    let options = Options::parse(options).unwrap();
     let rig = Rig::build(|mut wiring| {
         wiring.balloon = Some(control.clone());
-        Model::find("balloon").unwrap().create(&options, wiring).unwrap()
+        create(options, wiring).unwrap()
     });
     (rig, control)
 }
@@ -290,10 +286,10 @@ fn the_target_survives_a_reboot_and_has_a_limit() {
     control.set_target((1 << 44) - 1).unwrap();
     control.set_target(16 << 20).unwrap();
     drop(rig);
-    let options = Options::parse("balloon,size=8").unwrap();
+    let options = "balloon,size=8";
     let mut next = Rig::build(|mut wiring| {
         wiring.balloon = Some(control.clone());
-        Model::find("balloon").unwrap().create(&options, wiring).unwrap()
+        create(options, wiring).unwrap()
     });
     assert_eq!(next.read(0x100), 16 * 256);
 }

@@ -9,12 +9,12 @@
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use rvmm_devices::testing::{MemoryHost, turn, wiring};
+use rvmm_devices::Wiring;
+use rvmm_devices::testing::{MemoryHost, create, turn, wiring};
 use rvmm_devices::virtio::blk::testing::MemoryDisk;
 use rvmm_devices::virtio::blk::{DiskCache, DiskFormat, DiskPlan};
 use rvmm_devices::virtio::feature::RING_RESET;
 use rvmm_devices::virtio::testing::{Buffer, NEXT, RAM, Rig, WRITE, status};
-use rvmm_devices::{Model, Options, Wiring};
 use vm_memory::{Bytes, GuestAddress};
 
 use Buffer::{Read, Write};
@@ -50,18 +50,14 @@ fn stopped(options: &str) -> (Rig, MemoryDisk) {
     disk.change(|bytes| {
         bytes.chunks_mut(512).enumerate().for_each(|(index, sector)| sector.fill(index as u8));
     });
-    let options = Options::parse(&format!("blk,path=disk{options}")).unwrap();
+    let text = format!("blk,path=disk{options}");
     let host = Arc::new(MemoryHost::with_disk(disk.clone()));
-    let rig = Rig::build(|wiring| {
-        Model::find("blk").unwrap().create(&options, Wiring { host, ..wiring }).unwrap()
-    });
+    let rig = Rig::build(|wiring| create(&text, Wiring { host, ..wiring }).unwrap());
     (rig, disk)
 }
 
 fn refusal(options: &str) -> String {
-    let options = Options::parse(options).unwrap();
-    let model = Model::find("blk").unwrap();
-    let error = model.create(&options, wiring()).err().unwrap();
+    let error = create(options, wiring()).err().unwrap();
     std::error::Error::source(&error).unwrap().to_string()
 }
 
@@ -611,8 +607,8 @@ fn data_inside_the_ring_harms_only_the_driver() {
 #[test]
 fn invalid_options_are_refused_with_advice() {
     for (options, part) in [
-        ("blk", "path=\"\""),
-        ("blk,path=", "the path of a file"),
+        ("blk", "Option path= is missing"),
+        ("blk,path=", "is not a path"),
         ("blk,path=a,ro=yes", "on or off"),
         ("blk,path=a,cache=directsync", "writeback, none or unsafe"),
         ("blk,path=a,queues=0", "1 to 8"),

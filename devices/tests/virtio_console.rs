@@ -13,9 +13,9 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
-use rvmm_devices::testing::{MemoryConsole, turn, wiring};
+use rvmm_devices::testing::{MemoryConsole, create, turn, wiring};
 use rvmm_devices::virtio::testing::{Buffer, NEXT, RAM, RAM_SIZE, Rig};
-use rvmm_devices::{ConsoleBackend, Host, HostError, Listener, Model, NoHost, Options};
+use rvmm_devices::{ConsoleBackend, Endpoint, Host, HostError, Listener, NoHost};
 
 const RECEIVE: u32 = 0;
 const TRANSMIT: u32 = 1;
@@ -26,8 +26,8 @@ const F_EMERG_WRITE: u64 = 4;
 struct OneConsole(MemoryConsole);
 
 impl Host for OneConsole {
-    fn console(&self, to: &str) -> Result<Box<dyn ConsoleBackend>, HostError> {
-        assert_eq!(to, "unix:/run/x");
+    fn console(&self, to: &Endpoint) -> Result<Box<dyn ConsoleBackend>, HostError> {
+        assert_eq!(*to, Endpoint::Unix("/run/x".into()));
         Ok(Box::new(self.0.clone()))
     }
 
@@ -41,10 +41,9 @@ impl Host for OneConsole {
 }
 
 fn rig_on(console: &MemoryConsole) -> Rig {
-    let options = Options::parse("console,to=unix:/run/x").unwrap();
     Rig::build(|mut wiring| {
         wiring.host = Arc::new(OneConsole(console.clone()));
-        Model::find("console").unwrap().create(&options, wiring).unwrap()
+        create("console,to=unix:/run/x", wiring).unwrap()
     })
 }
 
@@ -58,8 +57,7 @@ fn started() -> (Rig, MemoryConsole) {
 #[test]
 fn a_console_without_a_backend_is_refused() {
     for text in ["console", "console,to=nowhere"] {
-        let options = Options::parse(text).unwrap();
-        assert!(Model::find("console").unwrap().create(&options, wiring()).is_err(), "{text}");
+        assert!(create(text, wiring()).is_err(), "{text}");
     }
 }
 
@@ -267,8 +265,8 @@ impl Consoles {
 }
 
 impl Host for Consoles {
-    fn console(&self, to: &str) -> Result<Box<dyn ConsoleBackend>, HostError> {
-        Ok(Box::new(self.at(to)))
+    fn console(&self, to: &Endpoint) -> Result<Box<dyn ConsoleBackend>, HostError> {
+        Ok(Box::new(self.at(to.to_string().trim_start_matches("file:"))))
     }
 }
 
@@ -286,12 +284,12 @@ const PORT_NAME: u16 = 7;
 /// A device with ports whose driver has not sent DEVICE_READY.
 fn ports(text: &str, features: u64) -> (Rig, Consoles) {
     let consoles = Consoles::default();
-    let options = Options::parse(&format!("console,{text}")).unwrap();
+    let text = format!("console,{text}");
     consoles.at("tty").set_size((80, 24));
     let host = consoles.clone();
     let mut rig = Rig::build(|mut wiring| {
         wiring.host = Arc::new(host.clone());
-        Model::find("console").unwrap().create(&options, wiring).unwrap()
+        create(&text, wiring).unwrap()
     });
     rig.start(features);
     (rig, consoles)
@@ -325,7 +323,8 @@ fn all_ready(rig: &mut Rig, count: u32) {
 
 #[test]
 fn ports_are_announced_and_named_and_the_console_is_the_first() {
-    let (mut rig, consoles) = ports("to=tty,port1=agent=a,port4=log.1=b", F_SIZE | F_MULTIPORT);
+    let (mut rig, consoles) =
+        ports("to=file:tty,port1=agent=file:a,port4=log.1=file:b", F_SIZE | F_MULTIPORT);
     consoles.at("b").hang_up();
     rig.run();
     assert_eq!(rig.offered() & 7, F_SIZE | F_MULTIPORT | F_EMERG_WRITE);
@@ -354,7 +353,7 @@ fn ports_are_announced_and_named_and_the_console_is_the_first() {
 
 #[test]
 fn each_port_has_its_own_backend_and_input_waits_until_it_is_open() {
-    let (mut rig, consoles) = ports("to=tty,port1=one=a,port2=two=b", F_MULTIPORT);
+    let (mut rig, consoles) = ports("to=file:tty,port1=one=file:a,port2=two=file:b", F_MULTIPORT);
     all_ready(&mut rig, 3);
     for (queue, to) in [(1, "tty"), (5, "a"), (7, "b")] {
         rig.ask(queue, &[Buffer::Read(to.as_bytes())]).unwrap();
@@ -392,7 +391,7 @@ fn each_port_has_its_own_backend_and_input_waits_until_it_is_open() {
 
 #[test]
 fn a_driver_without_multiport_has_only_the_console() {
-    let (mut rig, consoles) = ports("to=tty,port1=one=a", F_SIZE);
+    let (mut rig, consoles) = ports("to=file:tty,port1=one=file:a", F_SIZE);
     rig.ask(TRANSMIT, &[Buffer::Read(b"plain")]).unwrap();
     assert_eq!(consoles.at("tty").output(), b"plain");
     rig.add(CONTROL_OUT, &[Buffer::Read(&[0; 8])]);
@@ -401,7 +400,7 @@ fn a_driver_without_multiport_has_only_the_console() {
     (2..6).for_each(|queue| rig.kick(queue));
     assert!((2..6).all(|queue| rig.take_used(queue).is_none()));
     assert_eq!(consoles.at("a").output(), b"");
-    let (mut rig, consoles) = ports("port1=only=a", F_MULTIPORT);
+    let (mut rig, consoles) = ports("port1=only=file:a", F_MULTIPORT);
     assert_eq!(rig.read(0x104), 1);
     all_ready(&mut rig, 1);
     rig.ask(TRANSMIT, &[Buffer::Read(b"no console")]).unwrap();
@@ -410,7 +409,7 @@ fn a_driver_without_multiport_has_only_the_console() {
 
 #[test]
 fn a_new_terminal_size_is_also_sent_to_drivers_with_ports() {
-    let (mut rig, consoles) = ports("to=tty,port1=one=a", F_SIZE | F_MULTIPORT);
+    let (mut rig, consoles) = ports("to=file:tty,port1=one=file:a", F_SIZE | F_MULTIPORT);
     all_ready(&mut rig, 2);
     consoles.at("tty").set_size((132, 50));
     consoles.at("tty").connect();
@@ -421,7 +420,7 @@ fn a_new_terminal_size_is_also_sent_to_drivers_with_ports() {
 
 #[test]
 fn endless_or_invalid_control_messages_cost_nothing() {
-    let (mut rig, _consoles) = ports("to=tty,port1=one=a", F_MULTIPORT);
+    let (mut rig, _consoles) = ports("to=file:tty,port1=one=file:a", F_MULTIPORT);
     say(&mut rig, 0, DEVICE_READY, 1);
     for _ in 0..2000 {
         say(&mut rig, 1, PORT_READY, 1);
@@ -454,15 +453,13 @@ fn endless_or_invalid_control_messages_cost_nothing() {
 fn port_names_are_valid_and_unique() {
     for (text, part) in [
         ("console,port1=agent", "NAME=WHERE"),
-        ("console,port1==a", "NAME=WHERE"),
-        ("console,port1=a/b=a", "NAME=WHERE"),
-        ("console,port1=a b=a", "NAME=WHERE"),
-        ("console,port2=x=a,port1=x=b", "no other port"),
-        ("console,port8=x=a", "Unknown option"),
+        ("console,port1==file:a", "NAME=WHERE"),
+        ("console,port1=a/b=file:a", "NAME=WHERE"),
+        ("console,port1=a b=file:a", "NAME=WHERE"),
+        ("console,port2=x=file:a,port1=x=file:b", "no other port"),
+        ("console,port8=x=file:a", "Unknown option"),
     ] {
-        let options = Options::parse(text).unwrap();
-        let built = Model::find("console").unwrap().create(&options, wiring());
-        let error = built.err().unwrap();
+        let error = create(text, wiring()).err().unwrap();
         let said =
             format!("{error} {:?}", std::error::Error::source(&error).map(ToString::to_string));
         assert!(said.contains(part), "{text}: {said}");
@@ -477,7 +474,7 @@ proptest! {
         takes_ports in any::<bool>(),
         steps in prop::collection::vec((0_u8..9, 0_u32..4, 0_u16..9, 0_usize..6000), 1..60)
     ) {
-        let (mut rig, consoles) = ports("to=tty,port1=one=a,port2=two=b", if takes_ports { 3 } else { 1 });
+        let (mut rig, consoles) = ports("to=file:tty,port1=one=file:a,port2=two=file:b", if takes_ports { 3 } else { 1 });
         for (what, number, event, len) in steps {
             let end = consoles.at(["tty", "a", "b", "tty"][number as usize]);
             let queue = [0, 4, 6, 2][number as usize];

@@ -8,19 +8,19 @@
 
 use std::collections::HashSet;
 use std::io::ErrorKind;
-use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 use proptest::prelude::*;
-use rvmm_devices::testing::{MemoryHost, captured_log, turn};
+use rvmm_devices::config::{ByteRate, FrameRate, MacAddress, Mtu};
+use rvmm_devices::testing::{MemoryHost, captured_log, create, turn};
 use rvmm_devices::virtio::net::testing::MemoryNet;
 use rvmm_devices::virtio::net::{
-    Counters, HEADER, MAX_FRAME, Net, NetBackend, NetSettings, NetworkSource, Offloads, Rates, bit,
+    Counters, HEADER, MAX_FRAME, Net, NetBackend, NetConfig, NetworkSource, Offloads, bit,
 };
 use rvmm_devices::virtio::testing::{Buffer, NEXT, Rig};
 use rvmm_devices::virtio::{VirtioDevice, feature};
-use rvmm_devices::{Interest, Model, Options, Wiring};
+use rvmm_devices::{Interest, Wiring};
 use vm_memory::{Bytes, GuestAddress};
 
 const RX: u32 = 0;
@@ -51,9 +51,9 @@ struct Test {
     counters: Arc<Counters>,
 }
 
-fn test_with(settings: &NetSettings, features: u64) -> Test {
+fn test_with(settings: &NetConfig, features: u64) -> Test {
     let net = MemoryNet::new().unwrap();
-    let settings = NetSettings { mac: settings.mac.or(Some(MAC)), ..settings.clone() };
+    let settings = NetConfig { mac: settings.mac.or(MacAddress::new(MAC)), ..settings.clone() };
     let device = Net::new(Box::new(net.clone()), &settings).unwrap();
     let counters = device.counters();
     let mut rig = Rig::new(Box::new(device));
@@ -62,18 +62,19 @@ fn test_with(settings: &NetSettings, features: u64) -> Test {
 }
 
 fn test(features: u64) -> Test {
-    test_with(&NetSettings::default(), features)
+    test_with(&NetConfig::default(), features)
 }
 
 #[test]
 fn a_card_has_the_mac_address_that_its_backend_needs() {
     let needed = [2, 1, 2, 3, 4, 5];
-    let address = |mac, end: Option<[u8; 6]>| {
+    let address = |mac: Option<[u8; 6]>, end: Option<[u8; 6]>| {
         let net = MemoryNet::new().unwrap();
         if let Some(end) = end {
             net.set_address(end);
         }
-        let settings = NetSettings { mac, ..NetSettings::default() };
+        let mac = mac.and_then(MacAddress::new);
+        let settings = NetConfig { mac, ..NetConfig::default() };
         let mut address = [0; 6];
         let lines = captured_log(|| {
             let device = Net::new(Box::new(net), &settings).unwrap();
@@ -260,7 +261,7 @@ fn a_frame_of_four_gibibytes_or_outside_of_ram_is_returned() {
 
 #[test]
 fn a_pinned_device_sends_under_its_own_address_only() {
-    let settings = NetSettings { pin: true, ..NetSettings::default() };
+    let settings = NetConfig { pin: true, ..NetConfig::default() };
     let mut test = test_with(&settings, PLAIN);
     test.send(&NO_HEADER, &frame(60));
     let mut other = frame(60);
@@ -609,7 +610,7 @@ fn commands_are_answered_and_invalid_ones_with_an_error() {
 
 #[test]
 fn the_configuration_is_the_address_the_link_and_the_mtu() {
-    let settings = NetSettings { mtu: Some(9000), ..NetSettings::default() };
+    let settings = NetConfig { mtu: Mtu::new(9000), ..NetConfig::default() };
     let mut test = test_with(&settings, PLAIN);
     assert_eq!(test.rig.offered() & bit::MTU, bit::MTU);
     let mut config = [0; 12];
@@ -623,7 +624,7 @@ fn the_configuration_is_the_address_the_link_and_the_mtu() {
 
 #[test]
 fn frames_above_the_mtu_do_not_reach_the_guest_unless_segmented() {
-    let settings = NetSettings { mtu: Some(1000), ..NetSettings::default() };
+    let settings = NetConfig { mtu: Mtu::new(1000), ..NetConfig::default() };
     let mut test = test_with(&settings, LINUX);
     for _ in 0..3 {
         test.rig.add(RX, &[Buffer::Write(20_000)]);
@@ -663,7 +664,7 @@ fn a_link_that_goes_down_and_up_is_reported() {
         assert_eq!(turn(test.rig.device.as_mut(), 0).unwrap(), 0, "the loop sleeps");
     }
     test.net.set_link(false);
-    let device = Net::new(Box::new(test.net.clone()), &NetSettings::default()).unwrap();
+    let device = Net::new(Box::new(test.net.clone()), &NetConfig::default()).unwrap();
     assert_eq!(device.config()[6], 0, "a new device finds it as it is");
 }
 
@@ -727,13 +728,19 @@ fn one_queue_reset_alone_stops_its_direction() {
     assert_eq!(test.net.sent().len(), 1);
 }
 
-fn rates(bps: u64, pps: u64) -> Rates {
-    Rates { bps: NonZeroU64::new(bps), pps: NonZeroU64::new(pps) }
+fn tx(bps: u64, pps: u64) -> NetConfig {
+    let (tx_bps, tx_pps) = (ByteRate::new(bps), FrameRate::new(pps));
+    NetConfig { tx_bps, tx_pps, ..NetConfig::default() }
+}
+
+fn rx(bps: u64, pps: u64) -> NetConfig {
+    let (rx_bps, rx_pps) = (ByteRate::new(bps), FrameRate::new(pps));
+    NetConfig { rx_bps, rx_pps, ..NetConfig::default() }
 }
 
 #[test]
 fn a_limit_delays_frames_of_the_guest() {
-    let settings = NetSettings { tx: rates(100_000, 0), ..NetSettings::default() };
+    let settings = tx(100_000, 0);
     let mut test = test_with(&settings, LINUX);
     let bytes = [&segment()[..], &frame(60_000)].concat();
     for _ in 0..3 {
@@ -752,7 +759,7 @@ fn a_limit_delays_frames_of_the_guest() {
 
 #[test]
 fn a_limit_delays_frames_of_the_network_without_loss() {
-    let settings = NetSettings { rx: rates(0, 2), ..NetSettings::default() };
+    let settings = rx(0, 2);
     let mut test = test_with(&settings, LINUX);
     for _ in 0..8 {
         test.rig.add(RX, &[Buffer::Write(2000)]);
@@ -769,7 +776,7 @@ fn a_limit_delays_frames_of_the_network_without_loss() {
 
 #[test]
 fn invalid_frames_count_against_the_limit() {
-    let settings = NetSettings { tx: rates(1_000_000, 4), ..NetSettings::default() };
+    let settings = tx(1_000_000, 4);
     let mut test = test_with(&settings, LINUX);
     for _ in 0..16 {
         test.rig.add(TX, &[Buffer::Read(b"x")]);
@@ -783,13 +790,10 @@ fn invalid_frames_count_against_the_limit() {
 fn options_select_the_backend_and_the_configuration() {
     let built = |text: &str| {
         let host = MemoryHost::default();
-        let options = Options::parse(text).unwrap();
         let mut refusal = None;
         let mut rig = None;
-        let model = Model::find("net").unwrap();
-        let build = |wiring: Wiring| {
-            model.create(&options, Wiring { host: Arc::new(host.clone()), ..wiring })
-        };
+        let build =
+            |wiring: Wiring| create(text, Wiring { host: Arc::new(host.clone()), ..wiring });
         match build(rvmm_devices::testing::wiring()) {
             Ok(_) => rig = Some(Rig::build(|wiring| build(wiring).unwrap())),
             Err(error) => {
@@ -830,7 +834,7 @@ fn options_select_the_backend_and_the_configuration() {
 #[test]
 fn a_device_that_was_not_started_does_not_poll_the_network() {
     let net = MemoryNet::new().unwrap();
-    let device = Net::new(Box::new(net.clone()), &NetSettings::default()).unwrap();
+    let device = Net::new(Box::new(net.clone()), &NetConfig::default()).unwrap();
     net.arrive(NO_HEADER, &frame(60));
     let mut sources = Vec::new();
     device.list_sources(&mut sources);
@@ -838,7 +842,7 @@ fn a_device_that_was_not_started_does_not_poll_the_network() {
 }
 
 /// A device with this number of queue pairs, and their backends.
-fn several(pairs: usize, settings: &NetSettings, features: u64) -> (Rig, Vec<MemoryNet>) {
+fn several(pairs: usize, settings: &NetConfig, features: u64) -> (Rig, Vec<MemoryNet>) {
     let nets: Vec<MemoryNet> = (0..pairs).map(|_| MemoryNet::new().unwrap()).collect();
     let end = |net: &MemoryNet| Box::new(net.clone()) as Box<dyn NetBackend>;
     let device = Net::with_queues(nets.iter().map(end).collect(), settings).unwrap();
@@ -859,7 +863,7 @@ fn in_use(nets: &[MemoryNet]) -> Vec<bool> {
 
 #[test]
 fn a_driver_selects_the_number_of_queue_pairs() {
-    let (mut rig, nets) = several(4, &NetSettings::default(), LINUX | bit::MQ);
+    let (mut rig, nets) = several(4, &NetConfig::default(), LINUX | bit::MQ);
     assert_eq!(rig.offered() & bit::MQ, bit::MQ);
     assert_eq!(rig.read(0x108) & 0xffff, 4, "max_virtqueue_pairs");
     assert_eq!(in_use(&nets), [true, false, false, false]);
@@ -890,7 +894,7 @@ fn a_driver_selects_the_number_of_queue_pairs() {
 
 #[test]
 fn without_multiqueue_the_control_queue_follows_the_first_pair() {
-    let (mut rig, nets) = several(3, &NetSettings::default(), LINUX);
+    let (mut rig, nets) = several(3, &NetConfig::default(), LINUX);
     assert_eq!(rig.ask(CTRL, &[Buffer::Read(&[0, 0, 1]), Buffer::Write(1)]).unwrap(), [0]);
     assert_eq!(use_pairs(&mut rig, CTRL, 2), [1], "it was not negotiated");
     assert_eq!(in_use(&nets), [true, false, false]);
@@ -899,7 +903,7 @@ fn without_multiqueue_the_control_queue_follows_the_first_pair() {
 
 #[test]
 fn a_host_that_refuses_the_queue_change_fails_the_command() {
-    let (mut rig, nets) = several(3, &NetSettings::default(), LINUX | bit::MQ);
+    let (mut rig, nets) = several(3, &NetConfig::default(), LINUX | bit::MQ);
     nets[2].fail(Some(ErrorKind::PermissionDenied));
     assert_eq!(use_pairs(&mut rig, 6, 3), [1]);
     assert_eq!(in_use(&nets), [true, false, false]);
@@ -910,7 +914,7 @@ fn a_host_that_refuses_the_queue_change_fails_the_command() {
 
 #[test]
 fn a_limit_applies_to_all_pairs_together() {
-    let settings = NetSettings { tx: rates(1_000_000, 4), ..NetSettings::default() };
+    let settings = tx(1_000_000, 4);
     let (mut rig, nets) = several(2, &settings, LINUX | bit::MQ);
     assert_eq!(use_pairs(&mut rig, 4, 2), [0]);
     let bytes = [&NO_HEADER[..], &frame(60)].concat();
@@ -938,7 +942,7 @@ proptest! {
         steps in prop::collection::vec((0_u8..5, 0_u32..8, 0_u16..5, 0_usize..3000), 1..24),
     ) {
         let features = if takes_mq { LINUX | bit::MQ } else { LINUX };
-        let (mut rig, nets) = several(3, &NetSettings::default(), features);
+        let (mut rig, nets) = several(3, &NetConfig::default(), features);
         for (what, queue, pairs, len) in &steps {
             let queue = queue % 7;
             match what {

@@ -14,9 +14,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
-use rvmm_devices::testing::{skip, turn, wiring};
+use rvmm_devices::testing::{create, skip, turn, wiring};
 use rvmm_devices::virtio::testing::{Buffer, NEXT, RAM, RAM_SIZE, Rig, WRITE};
-use rvmm_devices::{Model, NoHost, Options, Wiring};
+use rvmm_devices::{NoHost, Wiring};
 use vm_memory::{Bytes, GuestAddress};
 
 const RX: u32 = 0;
@@ -115,9 +115,7 @@ impl Guest {
     fn with(further: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let text = format!("vsock,path={}{further}", folder.path().join("s").display());
-        let options = Options::parse(&text).unwrap();
-        let mut rig =
-            Rig::build(|wiring| Model::find("vsock").unwrap().create(&options, wiring).unwrap());
+        let mut rig = Rig::build(|wiring| create(&text, wiring).unwrap());
         rig.start(1);
         let (send_at, receive_at) = (rig.allocate(1 << 20), rig.allocate(1 << 17));
         Self { rig, folder, send_at, receive_at }
@@ -241,13 +239,11 @@ fn the_configuration_has_the_guests_cid() {
 #[test]
 fn reserved_addresses_and_a_missing_path_are_refused() {
     for text in ["vsock", "vsock,path=", "vsock,path=/x,cid=2", "vsock,path=/x,cid=4294967295"] {
-        let options = Options::parse(text).unwrap();
-        assert!(Model::find("vsock").unwrap().create(&options, wiring()).is_err(), "{text}");
+        assert!(create(text, wiring()).is_err(), "{text}");
     }
     // The largest one is refused only because there are no sockets here.
-    let options = Options::parse("vsock,path=/x,cid=4294967294").unwrap();
     let wiring = Wiring { host: Arc::new(NoHost), ..wiring() };
-    let error = Model::find("vsock").unwrap().create(&options, wiring).err().unwrap();
+    let error = create("vsock,path=/x,cid=4294967294", wiring).err().unwrap();
     assert!(format!("{error:?}").contains("this host has no sockets"), "{error:?}");
 }
 

@@ -31,7 +31,7 @@ pub(super) fn unassigned() -> impl TypedValueParser<Value = Unassigned> {
     })
 }
 
-pub(super) fn mode() -> impl TypedValueParser<Value = StartMode> {
+pub(super) fn start_mode() -> impl TypedValueParser<Value = StartMode> {
     let values = [
         PossibleValue::new("vs").help("Virtual supervisor mode"),
         PossibleValue::new("vu").help(

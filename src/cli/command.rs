@@ -9,12 +9,13 @@ use log::LevelFilter;
 use rvmm_devices::number;
 
 use super::choice;
+use super::device::{self, ConsoleEnd, DeviceFlag};
 use super::texts::{ABOUT, EXAMPLES, LONG_ABOUT, SHORT_END};
 use super::value::{self, List};
 use super::verb::{LabArgs, MachineArgs, TraceVerb};
 use crate::config::{
-    CpuId, CsrValue, ExtensionChange, GdbConfig, IrqchipChoice, LoadConfig, SbiV01, SerialConfig,
-    StartMode, TimerChoice, TraceConfig, Unassigned,
+    CpuId, CsrValue, DeviceConfig, Endpoint, ExtensionChange, GdbConfig, IrqchipChoice, LoadConfig,
+    SbiV01, StartMode, TimerChoice, TraceConfig, Unassigned,
 };
 
 /// The whole command: `rvmm FLAGS` is `rvmm run FLAGS`.
@@ -112,11 +113,15 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "FILE", help_heading = "Boot")]
     pub(super) kernel: Option<PathBuf>,
 
-    /// Read the whole configuration from a JSON file; no other flag may be given
+    /// Read the whole configuration from a JSON file, or with - from standard input; no other flag may be given
     ///
-    /// Its keys are those of the library's VmConfig; RVMM_LOG sets the log level.
+    /// --dump-config writes such a file; docs/config.schema.json describes it. RVMM_LOG sets the log level.
     #[arg(long, value_name = "FILE", help_heading = "Boot", exclusive = true)]
     pub(super) config: Option<PathBuf>,
+
+    /// Print the configuration that the other flags describe as JSON for --config, and exit
+    #[arg(long, help_heading = "Boot")]
+    pub(super) dump_config: bool,
 
     /// Initial RAM disk, passed to the kernel as it is
     #[arg(long, value_name = "FILE", help_heading = "Boot", conflicts_with = "no_initrd")]
@@ -207,48 +212,48 @@ pub(super) struct RunArgs {
     ///
     /// pty creates a pseudo terminal and prints its path; unix listens on a socket for one client at a time, connect connects to one.
     #[arg(long, value_name = "WHERE", help_heading = "Devices", value_parser = OsStringValueParser::new().try_map(value::serial))]
-    pub(super) serial: Option<SerialConfig>,
+    pub(super) serial: Option<Endpoint>,
 
     /// A disk: a file or block device; may be given several times
     ///
     /// The first one is the guest's vda. KEY=VALUE are the options of --device blk: ro=on, cache=none, serial=TEXT, ... Short
     /// for --device blk,path=PATH,KEY=VALUE; vhost-user=SOCKET is a disk that another program serves. With a disk there is no
     /// built-in prompt: name the root file system with --cmdline 'console=ttyS0 root=/dev/vda'.
-    #[arg(long, value_name = "PATH,KEY=VALUE", help_heading = "Devices", value_parser = value::disk)]
-    pub(super) disk: Vec<String>,
+    #[arg(long, value_name = "PATH,KEY=VALUE", help_heading = "Devices", value_parser = OsStringValueParser::new().try_map(device::disk))]
+    pub(super) disk: Vec<DeviceConfig>,
 
     /// Connect the guest to a network: user, tap=NAME or vhost-user=SOCKET, with options; may be given several times
     ///
     /// user needs Debian's passt and no privileges: user,forward=2222:22 forwards port 2222 of the host to port 22 of the guest.
     /// For tap interfaces see docs/networks.md. Short for --device net-user, net or vhost-user-net.
-    #[arg(long, value_name = "user|tap=NAME", help_heading = "Devices", value_parser = value::net)]
-    pub(super) net: Vec<String>,
+    #[arg(long, value_name = "user|tap=NAME", help_heading = "Devices", value_parser = OsStringValueParser::new().try_map(device::net))]
+    pub(super) net: Vec<DeviceConfig>,
 
     /// A virtio console, hvc0: to=WHERE; with port=NAME,path=PATH a named port of it; may be given several times
     ///
     /// WHERE is as for --serial. A port is /dev/virtio-ports/NAME in the guest, and the Unix socket PATH on the host (or
     /// port=NAME,to=WHERE). All --console together are one --device console,to=WHERE,port1=NAME=unix:PATH,...
-    #[arg(long, value_name = "to=WHERE|port=NAME,path=PATH", help_heading = "Devices", value_parser = value::console)]
-    pub(super) console: Vec<value::ConsoleEnd>,
+    #[arg(long, value_name = "to=WHERE|port=NAME,path=PATH", help_heading = "Devices", value_parser = OsStringValueParser::new().try_map(device::console))]
+    pub(super) console: Vec<ConsoleEnd>,
 
     /// Share a folder of the host, through virtiofsd: mount -t virtiofs TAG /mnt in the guest; may be given several times
     ///
     /// With :ro it is read-only. Short for --device fs,tag=TAG,path=PATH.
-    #[arg(long, value_name = "TAG=PATH[:ro]", help_heading = "Devices", value_parser = value::share)]
-    pub(super) share: Vec<String>,
+    #[arg(long, value_name = "TAG=PATH[:ro]", help_heading = "Devices", value_parser = OsStringValueParser::new().try_map(device::share))]
+    pub(super) share: Vec<DeviceConfig>,
 
     /// Add a device, or set options of a built-in one; may be given several times
     ///
-    /// --device help lists all devices with their options.
-    #[arg(long, value_name = "NAME,KEY=VALUE", help_heading = "Devices")]
-    pub(super) device: Vec<String>,
+    /// --device help lists all devices with their options. A comma in a value is written twice.
+    #[arg(long, value_name = "NAME,KEY=VALUE", help_heading = "Devices", value_parser = OsStringValueParser::new().try_map(device::device))]
+    pub(super) device: Vec<DeviceFlag>,
 
     /// Connect programs in the guest and on the host by sockets: the guest's port N, and the host's port N at PATH_N
     ///
     /// rvmm listens on the Unix socket PATH: a client that writes CONNECT N is connected to the guest's port N. With backend=kernel both
     /// sides use AF_VSOCK, the guest as CID N. Short for --device vsock,path=PATH and --device vsock,backend=kernel.
-    #[arg(long, value_name = "PATH[,cid=N][,timeout=S]|backend=kernel[,cid=N]", help_heading = "Devices", value_parser = value::vsock)]
-    pub(super) vsock: Option<String>,
+    #[arg(long, value_name = "PATH[,cid=N][,timeout=S]|backend=kernel[,cid=N]", help_heading = "Devices", value_parser = OsStringValueParser::new().try_map(device::vsock))]
+    pub(super) vsock: Option<DeviceConfig>,
 
     /// Give the guest a power button, which SIGTERM presses; short for --device input
     #[arg(long, help_heading = "Devices")]
@@ -267,8 +272,8 @@ pub(super) struct RunArgs {
     pub(super) unassigned: Option<Unassigned>,
 
     /// The mode in which hart 0 starts: vs (a kernel's) or vu (every privileged instruction traps to rvmm) [default: vs]
-    #[arg(long, value_name = "MODE", help_heading = "Study", value_parser = choice::mode())]
-    pub(super) mode: Option<StartMode>,
+    #[arg(long, alias = "mode", value_name = "MODE", help_heading = "Study", value_parser = choice::start_mode())]
+    pub(super) start_mode: Option<StartMode>,
 
     /// Emulate a machine-mode CSR for a guest without a trap vector; may be given several times
     ///
@@ -288,15 +293,15 @@ pub(super) struct RunArgs {
     /// Seconds that a guest with a power button has to power off after SIGTERM [default: 10]
     ///
     /// A second SIGTERM stops it at once, and so does the first one if SECONDS is 0.
-    #[arg(long, value_name = "SECONDS", help_heading = "Behaviour")]
-    pub(super) grace: Option<u32>,
+    #[arg(long, alias = "grace", value_name = "SECONDS", help_heading = "Behaviour")]
+    pub(super) shutdown_timeout: Option<u32>,
 
     /// Record every exit of every hart in a file; options: format=chrome, format=lines, pc=on, ring=N
     ///
     /// Chrome's trace events, which Perfetto opens, or JSON lines if FILE ends in .jsonl; rvmm trace report FILE makes a page of
     /// either. pc=on adds the program counter of every exit, which costs a system call each; ring=N is the number of exits in
     /// the ring between a hart and the writer. See docs/tracing.md.
-    #[arg(long, value_name = "FILE,KEY=VALUE", help_heading = "Behaviour", value_parser = value::trace)]
+    #[arg(long, value_name = "FILE,KEY=VALUE", help_heading = "Behaviour", value_parser = OsStringValueParser::new().try_map(value::trace))]
     pub(super) trace: Option<TraceConfig>,
 
     /// Accept a debugger at tcp:PORT, tcp:HOST:PORT or unix:PATH, optionally followed by ,wait=off

@@ -4,7 +4,7 @@
 //! | file | contents |
 //! |---|---|
 //! | `command.rs`, `verb.rs`, `texts.rs` | every verb and flag, as clap structs |
-//! | `value.rs`, `size.rs`, `choice.rs` | values of flags |
+//! | `value.rs`, `device.rs`, `size.rs`, `choice.rs` | values of flags |
 //! | `usage.rs` | mistakes on the command line, one line each |
 //! | `run.rs` | the verb `run`, which is also the command without a verb |
 //! | `doctor/` | the verb `doctor` |
@@ -29,6 +29,7 @@ use crate::trace;
 mod catalog;
 mod choice;
 mod command;
+mod device;
 mod doctor;
 mod inspect;
 mod lab;
@@ -42,6 +43,7 @@ mod value;
 mod verb;
 
 use command::{Cli, RunArgs, Verb};
+use device::DeviceFlag;
 use verb::{LabArgs, MachineArgs, TraceVerb};
 
 /// The task of a command line, independent of clap.
@@ -139,11 +141,15 @@ fn report(file: &Path, page: &Path) -> u8 {
 }
 
 fn run_task(args: RunArgs, env_level: Option<OsString>) -> Result<Task, String> {
-    if args.list_devices || args.device.iter().any(|device| device == "help") {
+    if args.list_devices || args.device.contains(&DeviceFlag::Help) {
         return Ok(Task::Show(catalog::listing()));
     }
     let level = run::level(args.log, env_level)?;
+    let is_dump = args.dump_config;
     let config = run::config(args).map_err(|error| output::chain(&error))?;
+    if is_dump {
+        return config.to_json().map(Task::Show).map_err(|error| error.to_string());
+    }
     Ok(Task::Run(Box::new(config), level))
 }
 

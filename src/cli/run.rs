@@ -1,15 +1,20 @@
 //! The verb `run`: from flags to a configuration, from that to a machine, and from its stop reason to an exit code.
 
 use std::ffi::OsString;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use log::LevelFilter;
 use rvmm_boot::Cmdline;
+use rvmm_devices::config::InputConfig;
 
 use super::command::RunArgs;
+use super::device::{self, DeviceFlag};
 use super::value::{self, List};
 use super::{logging, output};
-use crate::config::{BootConfig, CpuConfig, InitrdConfig, OnReset, ValidConfig, VmConfig, quoted};
+use crate::config::{
+    BootConfig, CpuConfig, DeviceConfig, InitrdConfig, OnReset, ValidConfig, VmConfig, quoted,
+};
 use crate::error::Error;
 use crate::host::read_small;
 use crate::inspect::socket_for;
@@ -38,7 +43,7 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
         sbi: list(args.sbi),
         id: args.cpu_id.unwrap_or_default(),
         affinity: list(args.affinity),
-        mode: args.mode.unwrap_or_default(),
+        mode: args.start_mode.unwrap_or_default(),
         csrs: args.csr,
     };
     if args.dtb.is_some() && args.cmdline.is_some() {
@@ -47,28 +52,32 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
     }
     let cmdline = args.cmdline.unwrap_or(default.boot.cmdline);
     // Disks come first, so that the first `--disk` is the guest's vda.
-    let mut devices: Vec<String> =
-        args.disk.into_iter().chain(args.net).chain(args.share).chain(args.device).collect();
-    let no_prompt = args.no_initrd || args.kernel.is_none() || devices.iter().any(|d| is_disk(d));
+    let others = args.device.into_iter().filter_map(|flag| match flag {
+        DeviceFlag::Device(device) => Some(*device),
+        DeviceFlag::Help => None,
+    });
+    let mut devices: Vec<DeviceConfig> =
+        args.disk.into_iter().chain(args.net).chain(args.share).chain(others).collect();
+    let no_prompt = args.no_initrd || args.kernel.is_none() || devices.iter().any(is_disk);
     let boot = BootConfig {
         initrd: initrd(args.initrd, no_prompt, &cmdline)?,
-        kernel: args.kernel,
+        kernel: args.kernel.map(Into::into),
         cmdline,
-        dtb: args.dtb,
-        dump_dtb: args.dump_dtb,
+        dtb: args.dtb.map(Into::into),
+        dump_dtb: args.dump_dtb.map(Into::into),
         dtb_addr: args.dtb_addr,
         load: args.load,
         entry: args.entry,
     };
-    let consoles = value::consoles(&args.console)
+    let consoles = device::consoles(args.console)
         .map_err(|reason| Error::Config(format!("Cannot use --console: {reason}")))?;
     devices.extend(consoles);
     devices.extend(args.vsock);
-    if args.power_button && !devices.iter().any(|device| device.split(',').next() == Some("input"))
-    {
-        devices.push("input".into());
+    if args.power_button && !devices.iter().any(|device| matches!(device, DeviceConfig::Input(_))) {
+        devices.push(InputConfig::default().into());
     }
     let config = VmConfig {
+        version: default.version,
         name: args.name.unwrap_or(default.name),
         mem: args.mem.unwrap_or(default.mem),
         hugepages: args.hugepages,
@@ -81,40 +90,51 @@ pub(super) fn config(args: RunArgs) -> Result<ValidConfig, Error> {
         unassigned: args.unassigned.unwrap_or_default(),
         sbi_v01: args.sbi_v01.unwrap_or_default(),
         timer: args.timer.unwrap_or_default(),
-        grace_s: args.grace.unwrap_or(default.grace_s),
+        shutdown_timeout_s: args.shutdown_timeout.unwrap_or(default.shutdown_timeout_s),
         trace: args.trace,
         gdb: args.gdb,
     };
-    if args.grace.is_some() && !config.has_device("input") {
-        let what = "Cannot use --grace: SIGTERM stops a guest without a power button at once (add --power-button)";
+    if args.shutdown_timeout.is_some() && !config.has_device("input") {
+        let what = "Cannot use --shutdown-timeout: SIGTERM stops a guest without a power button at once (add --power-button)";
         return Err(Error::Config(what.into()));
     }
     config.validate()
 }
 
-/// The machine that a JSON file describes.
+/// The machine that a JSON file describes; `-` is standard input.
 fn from_file(path: &Path) -> Result<ValidConfig, Error> {
     /// No configuration needs more bytes.
     const MOST: u64 = 1 << 20;
-    let config: VmConfig = serde_json::from_slice(&read_small(path, MOST)?).map_err(|error| {
-        Error::Config(format!("Cannot use --config {}: {error}", quoted(&path.to_string_lossy())))
-    })?;
-    config.validate()
+    let refused = |reason: String| {
+        Error::Config(format!("Cannot use --config {}: {reason}", quoted(&path.to_string_lossy())))
+    };
+    let bytes = if path == Path::new("-") {
+        let mut bytes = Vec::new();
+        let read = std::io::stdin().take(MOST + 1).read_to_end(&mut bytes);
+        read.map_err(|error| refused(error.to_string()))?;
+        if bytes.len() as u64 > MOST {
+            return Err(refused(format!("it has more than {MOST} bytes")));
+        }
+        bytes
+    } else {
+        read_small(path, MOST)?
+    };
+    VmConfig::from_json(&bytes).map_err(|error| refused(error.to_string()))?.validate()
 }
 
 fn list<T>(given: Option<List<T>>) -> Vec<T> {
     given.map(|list| list.0).unwrap_or_default()
 }
 
-/// True if a `--device` is a disk, from which a guest may boot.
-fn is_disk(device: &str) -> bool {
-    matches!(device.split(',').next(), Some("blk" | "vhost-user-blk"))
+/// True if a device is a disk, from which a guest may boot.
+fn is_disk(device: &DeviceConfig) -> bool {
+    matches!(device, DeviceConfig::Blk(_) | DeviceConfig::VhostUserBlk(_))
 }
 
 /// The given file; else the built-in prompt, unless `none` or the command line excludes it.
 fn initrd(file: Option<PathBuf>, none: bool, cmdline: &str) -> Result<InitrdConfig, Error> {
     if let Some(file) = file {
-        return Ok(InitrdConfig::File(file));
+        return Ok(InitrdConfig::File(file.into()));
     }
     let cmdline = Cmdline::new(cmdline)?;
     if none || OWN_ROOT.iter().any(|key| cmdline.has_key(key)) {
@@ -160,7 +180,7 @@ pub(super) fn run(config: ValidConfig, level: LevelFilter) -> u8 {
 fn run_machine(config: ValidConfig) -> Result<StopReason, Error> {
     let socket = socket_for(&config.name);
     let parts = Parts { signals: true, socket, ..Parts::default() };
-    let machine = Machine::build_with(config.into_inner(), parts)?;
+    let machine = Machine::build_with(config, parts)?;
     if let Some(path) = machine.pty() {
         output::print_message(&format!("The console is {}", path.display()));
     }

@@ -4,12 +4,13 @@ use std::ffi::OsString;
 
 use clap::CommandFactory;
 use log::LevelFilter;
+use rvmm_devices::CATALOG;
 
 use super::command::Cli;
 use super::{Task, task};
 use crate::config::{
-    CpuId, ExtensionChange, GdbAddress, GdbConfig, InitrdConfig, IrqchipChoice, LoadConfig,
-    OnReset, SerialConfig, Unassigned, ValidConfig,
+    CpuId, DeviceConfig, Endpoint, ExtensionChange, GdbAddress, GdbConfig, InitrdConfig,
+    IrqchipChoice, LoadConfig, OnReset, StartMode, Unassigned, ValidConfig,
 };
 
 fn parse(args: &[&str]) -> Result<Task, String> {
@@ -22,6 +23,10 @@ fn config(args: &[&str]) -> ValidConfig {
         Ok(Task::Run(config, _)) => *config,
         other => panic!("{args:?}: {other:?}"),
     }
+}
+
+fn devices(texts: &[&str]) -> Vec<DeviceConfig> {
+    texts.iter().map(|text| DeviceConfig::parse(text).unwrap()).collect()
 }
 
 fn mistake(args: &[&str]) -> String {
@@ -42,14 +47,14 @@ fn a_kernel_alone_is_a_machine_with_the_defaults() {
     assert_eq!(config.boot.cmdline, "earlycon=sbi console=ttyS0");
     assert_eq!(config.boot.initrd, InitrdConfig::Builtin("/proc/self/exe".into()));
     assert_eq!((config.irqchip, config.unassigned), (IrqchipChoice::Auto, Unassigned::Zero));
-    assert_eq!((config.on_reset, &config.serial), (OnReset::Restart, &SerialConfig::Stdio));
+    assert_eq!((config.on_reset, &config.serial), (OnReset::Restart, &Endpoint::Stdio));
 }
 
 #[test]
 fn vsock_is_short_for_a_device() {
     let with = |flag: &str| config(&["--kernel", "Image", "--vsock", flag]).devices.clone();
-    assert_eq!(with("/run/guest.vsock"), ["vsock,path=/run/guest.vsock"]);
-    assert_eq!(with("/run/v,cid=7"), ["vsock,path=/run/v,cid=7"]);
+    assert_eq!(with("/run/guest.vsock"), devices(&["vsock,path=/run/guest.vsock"]));
+    assert_eq!(with("/run/v,cid=7"), devices(&["vsock,path=/run/v,cid=7"]));
     assert!(mistake(&["--kernel", "Image", "--vsock", "/run/v,sid=7"]).contains("sid"));
 }
 
@@ -63,10 +68,10 @@ fn consoles_and_ports_are_short_for_one_device() {
             other => panic!("{other:?}"),
         })
     };
-    assert_eq!(with(&["to=pty"]).unwrap(), ["console,to=pty"]);
+    assert_eq!(with(&["to=pty"]).unwrap(), devices(&["console,to=pty"]));
     assert_eq!(
         with(&["port=agent,path=/run/a=b", "to=null", "to=file:log,port=x.1"]).unwrap(),
-        ["console,to=null,port1=agent=unix:/run/a=b,port2=x.1=file:log"]
+        devices(&["console,to=null,port1=agent=unix:/run/a=b,port2=x.1=file:log"])
     );
     for wrong in ["", "pty", "port=a", "path=/x", "to=", "to=null,to=pty", "name=a,to=null"] {
         let line = with(&[wrong]).unwrap_err();
@@ -74,7 +79,7 @@ fn consoles_and_ports_are_short_for_one_device() {
     }
     let ports: Vec<String> = (0..8).map(|number| format!("port=p{number},to=null")).collect();
     let ports: Vec<&str> = ports.iter().map(String::as_str).collect();
-    assert!(with(&ports).unwrap_err().contains("port8"));
+    assert!(with(&ports).unwrap_err().contains("at most 7 ports"));
     assert!(with(&["to=null", "to=pty"]).unwrap_err().contains("one console without port=NAME"));
 }
 
@@ -97,14 +102,168 @@ fn a_power_button_gives_the_guest_time() {
     };
     assert_eq!(patience(&[]), None);
     assert_eq!(patience(&["--power-button"]), Some(10));
-    assert_eq!(patience(&["--device", "input", "--grace", "3"]), Some(3));
-    assert_eq!(patience(&["--power-button", "--grace", "0"]), None);
+    assert_eq!(patience(&["--device", "input", "--shutdown-timeout", "3"]), Some(3));
+    assert_eq!(patience(&["--power-button", "--shutdown-timeout", "0"]), None);
     let both = config(&["--kernel", "Image", "--power-button", "--device", "input"]);
-    assert_eq!(both.devices, ["input"], "one button is enough");
-    assert!(mistake(&["--kernel", "Image", "--grace", "3"]).contains("--power-button"));
+    assert_eq!(both.devices, devices(&["input"]), "one button is enough");
+    assert!(mistake(&["--kernel", "Image", "--shutdown-timeout", "3"]).contains("--power-button"));
     assert!(
-        mistake(&["--kernel", "Image", "--power-button", "--grace", "x"]).contains("--grace 'x'")
+        mistake(&["--kernel", "Image", "--power-button", "--shutdown-timeout", "x"])
+            .contains("--shutdown-timeout 'x'")
     );
+}
+
+#[test]
+fn flags_of_old_names_are_taken_and_not_shown() {
+    let old = ["--kernel", "Image", "--power-button", "--grace", "3", "--mode", "vu"];
+    let new =
+        ["--kernel", "Image", "--power-button", "--shutdown-timeout", "3", "--start-mode", "vu"];
+    assert_eq!(config(&old), config(&new));
+    assert_eq!(config(&old).cpus.mode, StartMode::User);
+    let Ok(Task::Show(help)) = parse(&["--help"]) else { panic!("help") };
+    assert!(help.contains("--start-mode") && !help.contains("--mode") && !help.contains("--grace"));
+}
+
+#[test]
+fn a_dumped_configuration_is_taken_back_by_config() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vm.json");
+    let flags = [
+        "--kernel",
+        "Image",
+        "--disk",
+        "a,,b.img,ro=on",
+        "--net",
+        "user",
+        "--share",
+        "t=/x",
+        "--console",
+        "to=pty",
+        "--vsock",
+        "/v",
+        "--power-button",
+        "--shutdown-timeout",
+        "7",
+        "--serial",
+        "unix:/s",
+        "--gdb",
+        "unix:/g",
+        "--trace",
+        "t.jsonl",
+        "--isa",
+        "-v",
+        "--csr",
+        "mhartid=1",
+        "--start-mode",
+        "vu",
+        "--affinity",
+        "0=1",
+        "--load",
+        "p@2G",
+        "--no-reboot",
+    ];
+    let Ok(Task::Show(text)) = parse(&[&flags[..], &["--dump-config"]].concat()) else {
+        panic!("a text")
+    };
+    assert!(text.starts_with("{\n  \"version\": 1,\n"), "{text}");
+    assert!(text.contains("\"path\": \"a,b.img\""), "{text}");
+    std::fs::write(&path, &text).unwrap();
+    assert_eq!(config(&["--config", path.to_str().unwrap()]), config(&flags));
+}
+
+#[test]
+fn every_device_with_every_key_survives_dump_config() {
+    const DEVICES: [&str; 22] = [
+        "serial",
+        "power",
+        "rtc,offset=-5",
+        "uart,to=file:a,,b,slot=3",
+        "const,addr=0x40,value=0xffff_ffff_ffff_ffff",
+        "flash,addr=0x20000000,file=f,mode=lazy",
+        "flash,addr=0x22000000,mode=passthrough,host=4096,size=4096",
+        "rng,bps=9,slot=0",
+        "blk,path=d,ro=on,serial=s,,1,cache=unsafe,queues=8,iops=1,bps=2,format=qcow2,backing=on,slot=1",
+        "net,tap=t0,mac=02:00:00:00:00:01,mtu=1500,pin=on,queues=2,rx_bps=1,tx_bps=2,rx_pps=3,tx_pps=4,slot=2",
+        "net,fd=3,vhost=on",
+        "vsock,path=/v,cid=7,timeout=9,slot=4",
+        "vsock,backend=kernel",
+        "input,slot=5",
+        "balloon,size=8,stats=1,reporting=on,deflate_on_oom=off,slot=6",
+        "console,to=stdio,port1=a=null,port2=b=pty,port3=c=unix:/x,port4=d=connect:/y,port5=e=file:z,port6=f=null,port7=g=null,slot=7",
+        "fs,tag=t,path=/p,ro=on,sandbox=chroot,slot=8",
+        "fs,tag=t,socket=/s",
+        "net-user,mac=02:00:00:00:00:02,forward=2222:22+8080:80,slot=9",
+        "vhost-user-net,socket=/n,mac=02:00:00:00:00:03,slot=10",
+        "vhost-user-blk,socket=/b,queues=16,slot=11",
+        "vhost-user-vsock,socket=/w,slot=12",
+    ];
+    for model in CATALOG {
+        for key in model.all_keys() {
+            let has = |text: &&str| {
+                text.starts_with(&format!("{},", model.name))
+                    && text.contains(&format!(",{}=", key.name))
+            };
+            assert!(DEVICES.iter().any(has), "{} {}", model.name, key.name);
+        }
+    }
+    let flags = DEVICES.iter().flat_map(|text| ["--device", text]);
+    let flags: Vec<&str> = ["--kernel", "Image"].into_iter().chain(flags).collect();
+    let Ok(Task::Show(text)) = parse(&[&flags[..], &["--dump-config"]].concat()) else {
+        panic!("{:?}", parse(&flags))
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vm.json");
+    std::fs::write(&path, text).unwrap();
+    assert_eq!(config(&["--config", path.to_str().unwrap()]), config(&flags));
+    assert_eq!(config(&flags).devices, devices(&DEVICES));
+}
+
+#[test]
+fn a_configuration_of_another_version_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vm.json");
+    let read = |text: &str| {
+        std::fs::write(&path, text).unwrap();
+        parse(&["--config", path.to_str().unwrap()])
+    };
+    for version in ["0", "2", "18446744073709551615"] {
+        let line = read(&format!(r#"{{"new key":1,"version":{version}}}"#)).unwrap_err();
+        let expected = format!("version {version} of the format is not supported");
+        assert!(line.contains("--config") && line.contains(&expected), "{line}");
+    }
+    assert!(read(r#"{"version":"1"}"#).unwrap_err().contains("the version of the format, 1"));
+    for text in [r#"{"version":1,"boot":{"kernel":"a"}}"#, r#"{"boot":{"kernel":"a"}}"#] {
+        assert!(matches!(read(text), Ok(Task::Run(..))), "{text}");
+    }
+}
+
+#[test]
+fn a_device_in_a_configuration_is_an_object_or_a_text() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vm.json");
+    let read = |devices: &str| {
+        std::fs::write(&path, format!(r#"{{"boot":{{"kernel":"a"}},"devices":{devices}}}"#))
+            .unwrap();
+        parse(&["--config", path.to_str().unwrap()])
+    };
+    let text = r#"["rng","blk,path=a,,b",{"model":"blk","path":{"hex":"ff"},"queues":2}]"#;
+    let Ok(Task::Run(config, _)) = read(text) else { panic!("{:?}", read(text)) };
+    let Some(DeviceConfig::Blk(blk)) = config.devices.get(2) else { panic!("a disk") };
+    assert_eq!(blk.path.as_bytes(), b"\xff");
+    assert_eq!(config.devices[..2], devices(&["rng", "blk,path=a,,b"]));
+    for (devices, part) in [
+        (r#"["blk"]"#, "Option path= is missing"),
+        (r#"["blk,path=a,queues=9"]"#, "queues=\"9\" is not a number of queues from 1 to 8"),
+        (r#"[{"model":"blk","path":"a","queues":9}]"#, "a number of queues from 1 to 8"),
+        (r#"[{"model":"blk","path":"a","colour":1}]"#, "unknown field `colour`"),
+        (r#"[{"model":"floppy"}]"#, "unknown variant `floppy`"),
+        (r#"[{"path":"a"}]"#, "model"),
+        (r#"[{"model":"flash","addr":0}]"#, "needed, except with mode=passthrough"),
+        ("[1]", "a device"),
+    ] {
+        let line = read(devices).unwrap_err();
+        assert!(line.contains(part) && !line.contains('\n'), "{devices}: {line}");
+    }
 }
 
 #[test]
@@ -145,9 +304,9 @@ fn every_flag_reaches_the_configuration() {
     assert_eq!(config.boot.load, loads);
     assert_eq!(config.boot.entry, Some(0x8020_0000));
     assert_eq!((config.irqchip, config.unassigned), (IrqchipChoice::Plic, Unassigned::Fault));
-    assert_eq!(config.serial, SerialConfig::Unix("/tmp/s".into()));
+    assert_eq!(config.serial, Endpoint::Unix("/tmp/s".into()));
     assert_eq!((config.on_reset, config.name.as_str()), (OnReset::Exit, "web-1"));
-    assert_eq!(config.devices, ["net,tap=t0,mtu=9000", "rtc,offset=5", "serial"]);
+    assert_eq!(config.devices, devices(&["net,tap=t0,mtu=9000", "rtc,offset=5", "serial"]));
     assert_eq!(config.cpus.isa, [knob("v"), knob("zicbom")]);
     assert_eq!(config.cpus.sbi, [knob("pmu"), knob("sta")]);
     assert_eq!(config.cpus.id, CpuId { vendor: Some(1), arch: Some(2), imp: Some(3) });
@@ -181,7 +340,7 @@ fn a_disk_leaves_no_built_in_prompt_and_comes_before_other_devices() {
     }
     let line = "--kernel Image --device rng --disk a.img,ro=on --disk b.img --initrd x.cpio";
     let config = config(&line.split(' ').collect::<Vec<_>>());
-    assert_eq!(config.devices, ["blk,path=a.img,ro=on", "blk,path=b.img", "rng"]);
+    assert_eq!(config.devices, devices(&["blk,path=a.img,ro=on", "blk,path=b.img", "rng"]));
     assert_eq!(config.boot.initrd, InitrdConfig::File("x.cpio".into()));
 }
 

@@ -1,12 +1,13 @@
 //! Machine-mode CSRs and their values.
 
 use rvmm_devices::number::number;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::riscv::csr;
 
 /// A CSR and its value.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CsrValue {
     /// Its number, up to 0xfff.

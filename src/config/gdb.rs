@@ -4,12 +4,13 @@ use std::ffi::OsStr;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
 
+use rvmm_devices::{FilePath, options};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// The settings of a machine's server for GDB's remote protocol.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct GdbConfig {
     /// The address rvmm listens on.
@@ -20,13 +21,13 @@ pub struct GdbConfig {
 }
 
 /// The address a debugger connects to. Anyone who can connect to it controls the guest.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum GdbAddress {
     /// A TCP port; 0 takes a free one.
     Tcp(SocketAddr),
     /// A Unix socket, for the user who runs rvmm.
-    Unix(PathBuf),
+    Unix(FilePath),
 }
 
 const FORMS: &str =
@@ -37,21 +38,20 @@ fn yes() -> bool {
 }
 
 impl GdbConfig {
-    /// Parses `tcp:PORT`, `tcp:HOST:PORT` or `unix:PATH`, each optionally followed by `,wait=on` or `,wait=off`. A HOST is
-    /// `localhost` or an address, an IPv6 address in brackets; the default is 127.0.0.1.
+    /// Parses `tcp:PORT`, `tcp:HOST:PORT` or `unix:PATH`, each optionally followed by `,wait=on` or `,wait=off`. A comma in PATH
+    /// is written twice. A HOST is `localhost` or an address, an IPv6 address in brackets; the default is 127.0.0.1.
     ///
     /// # Errors
     /// The reason for which the text is invalid.
     pub fn parse(text: &OsStr) -> Result<Self, &'static str> {
-        let bytes = text.as_bytes();
-        let (bytes, wait) = match bytes.iter().position(|byte| *byte == b',') {
-            None => (bytes, true),
-            Some(at) => match bytes.split_at(at) {
-                (bytes, b",wait=on") => (bytes, true),
-                (bytes, b",wait=off") => (bytes, false),
-                _ => return Err("the option after the ',' is neither wait=on nor wait=off"),
-            },
+        let parts = options::split(text);
+        let (address, wait) = match parts.as_slice() {
+            [address] => (address, true),
+            [address, wait] if wait == "wait=on" => (address, true),
+            [address, wait] if wait == "wait=off" => (address, false),
+            _ => return Err("the option after the ',' is neither wait=on nor wait=off"),
         };
+        let bytes = address.as_bytes();
         if let Some(path) = bytes.strip_prefix(b"unix:") {
             if path.is_empty() {
                 return Err("the path after the ':' is missing");
@@ -103,6 +103,7 @@ mod tests {
             ("tcp:[::1]:1", "tcp:[::1]:1", true),
             ("unix:/run/a=b:c", "unix:/run/a=b:c", true),
             ("unix:x,wait=off", "unix:x", false),
+            ("unix:a,,b,wait=off", "unix:a,b", false),
         ] {
             assert_eq!(parsed(text), (at.to_owned(), wait), "{text}");
         }

@@ -1,75 +1,50 @@
 //! Assignment of devices to slots of the memory map.
 
-use rvmm_devices::{Model, Options, Placement};
+use rvmm_devices::{DeviceConfig, Placement};
 
 use crate::error::Error;
 use crate::layout::SLOT_COUNT;
-
-/// Number of slots up to the last one that a configuration uses.
-///
-/// # Errors
-/// As for [`assign`], and [`Error::Device`] for a text that does not parse.
-pub(crate) fn reach(devices: &[String]) -> Result<usize, Error> {
-    let devices: Result<Vec<_>, _> = devices.iter().map(|text| Options::parse(text)).collect();
-    let devices = devices.map_err(|error| Error::Device(error.to_string()))?;
-    Ok(assign(&devices)?.into_iter().flatten().max().map_or(0, |last| last + 1))
-}
 
 /// The slot of each device, in the order given; `None` for a device outside the slots.
 ///
 /// A device that names a slot (`slot=N`) gets it. The others get the lowest free ones, in order.
 ///
 /// # Errors
-/// [`Error::Device`] for a model that does not exist, an invalid slot number, a slot that two devices name, and more
-/// devices than slots.
-pub(crate) fn assign(devices: &[Options]) -> Result<Vec<Option<usize>>, Error> {
+/// [`Error::Device`] for a slot that two devices name, and more devices than slots.
+pub(super) fn assign(devices: &[DeviceConfig]) -> Result<Vec<Option<usize>>, Error> {
     let mut taken: [Option<&str>; SLOT_COUNT] = [None; SLOT_COUNT];
-    let mut named = Vec::with_capacity(devices.len());
-    for options in devices {
-        let slot = named_slot(options)?;
+    for device in devices {
+        let slot = named(device);
         let place = slot.and_then(|slot| taken.get_mut(slot).map(|place| (slot, place)));
         if let Some((slot, place)) = place
-            && let Some(other) = place.replace(options.name())
+            && let Some(other) = place.replace(device.model().name)
         {
             return Err(Error::Device(format!(
                 "Device {} cannot have slot={slot}: {other} has it (use another, or leave it out)",
-                options.name()
+                device.model().name
             )));
         }
-        named.push(slot);
     }
     let mut free =
         taken.iter().enumerate().filter(|(_, owner)| owner.is_none()).map(|(slot, _)| slot);
-    let place = |(options, slot): (&Options, Option<usize>)| {
-        if slot.is_some() || !is_slotted(options)? {
+    let place = |device: &DeviceConfig| {
+        let slot = named(device);
+        if slot.is_some() || device.model().placement != Placement::Slot {
             return Ok(slot);
         }
         free.next().map(Some).ok_or_else(|| {
             Error::Device(format!(
                 "Device {} does not fit: all {SLOT_COUNT} slots are taken",
-                options.name()
+                device.model().name
             ))
         })
     };
-    devices.iter().zip(named).map(place).collect()
-}
-
-fn is_slotted(options: &Options) -> Result<bool, Error> {
-    let model = Model::find(options.name()).map_err(|error| Error::Device(error.to_string()))?;
-    Ok(model.placement == Placement::Slot)
+    devices.iter().map(place).collect()
 }
 
 /// The slot that a device names.
-fn named_slot(options: &Options) -> Result<Option<usize>, Error> {
-    if !is_slotted(options)? {
-        return Ok(None);
-    }
-    let refused = |error| Error::Device(format!("Device {}: {error}", options.name()));
-    let slot = options.number("slot").map_err(refused)?;
-    let Some(slot) = slot else { return Ok(None) };
-    let slot = usize::try_from(slot).ok().filter(|slot| *slot < SLOT_COUNT);
-    slot.map(Some)
-        .ok_or_else(|| refused(options.bad_value("slot", "the number of a slot, 0 to 31")))
+fn named(device: &DeviceConfig) -> Option<usize> {
+    device.slot().map(|slot| slot.get().into())
 }
 
 #[cfg(test)]
@@ -77,8 +52,8 @@ mod tests {
     use super::*;
 
     fn slots(devices: &[&str]) -> Result<Vec<Option<usize>>, String> {
-        let devices: Vec<_> = devices.iter().map(|text| Options::parse(text).unwrap()).collect();
-        assign(&devices).map_err(|error| error.to_string())
+        let devices: Result<Vec<_>, _> = devices.iter().map(DeviceConfig::parse).collect();
+        assign(&devices.map_err(|error| error.to_string())?).map_err(|error| error.to_string())
     }
 
     #[test]
@@ -94,19 +69,13 @@ mod tests {
         assert_eq!(all.unwrap(), [Some(1), Some(0), None, Some(7), None, Some(2)]);
         assert_eq!(slots(&["rng,slot=31"]).unwrap(), [Some(31)]);
         assert_eq!(slots(&[]).unwrap(), []);
-        let reached = [vec![], vec!["rng"], vec!["serial"], vec!["rng", "rng,slot=4", "rng"]]
-            .map(|texts| reach(&texts.into_iter().map(String::from).collect::<Vec<_>>()).unwrap());
-        assert_eq!(reached, [0, 1, 0, 5]);
     }
 
     #[test]
     fn a_slot_is_one_of_32_and_has_one_device() {
         for text in ["32", "-1", "", "x", "18446744073709551616"] {
             let error = slots(&[&format!("rng,slot={text}")]).unwrap_err();
-            assert!(
-                error.contains(text) && error.starts_with("Device rng: Option slot="),
-                "{error}"
-            );
+            assert!(error.contains(text) && error.starts_with("Option slot="), "{error}");
         }
         let error = slots(&["rng,slot=7", "input,slot=0x7"]).unwrap_err();
         assert!(error.starts_with("Device input cannot have slot=7: rng has it"), "{error}");

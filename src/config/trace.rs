@@ -1,15 +1,15 @@
 //! The settings of a trace.
 
-use std::path::PathBuf;
-
+use rvmm_devices::FilePath;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// A trace of every exit.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TraceConfig {
     /// The file, created or truncated.
-    pub file: PathBuf,
+    pub file: FilePath,
     /// Its format; `None` derives it from the file's name.
     pub format: Option<TraceFormat>,
     /// True to record the program counter of every exit, which costs a system call each.
@@ -19,7 +19,7 @@ pub struct TraceConfig {
 }
 
 /// The format of a trace.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum TraceFormat {
     /// Chrome's trace events, which Perfetto opens.

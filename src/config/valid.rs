@@ -1,26 +1,31 @@
 //! Checks of a configuration that need neither files nor the host.
 
-use std::error::Error as StdError;
 use std::ops::Deref;
 
 use rvmm_boot::error::Size;
-use rvmm_devices::{Model, Options, Placement};
+use rvmm_devices::Placement;
 
 use super::{
-    BootConfig, CpuConfig, CsrValue, ExtensionChange, GdbAddress, HUGE_MEM_STEP, MAX_CPUS, MAX_MEM,
-    MAX_NAME, MAX_SOCKET_PATH, MEM_STEP, MIN_MEM, SerialConfig, TraceConfig, VmConfig, slots,
+    BootConfig, CpuConfig, CsrValue, DeviceConfig, Endpoint, ExtensionChange, GdbAddress,
+    HUGE_MEM_STEP, MAX_CPUS, MAX_MEM, MAX_NAME, MAX_SOCKET_PATH, MEM_STEP, MIN_MEM, TraceConfig,
+    VmConfig, slots,
 };
 use crate::error::Error;
 
-/// A checked configuration: it is consistent and within rvmm's limits. Files, KVM and the host are not checked yet.
+/// A checked configuration: it is consistent and within rvmm's limits, and its devices have their slots. Files, KVM and the host are
+/// not checked yet.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ValidConfig(VmConfig);
+pub struct ValidConfig {
+    config: VmConfig,
+    /// The slot of each device, in the order of the devices.
+    slots: Vec<Option<usize>>,
+}
 
 impl Deref for ValidConfig {
     type Target = VmConfig;
 
     fn deref(&self) -> &VmConfig {
-        &self.0
+        &self.config
     }
 }
 
@@ -28,7 +33,22 @@ impl ValidConfig {
     /// Returns the configuration, to be changed and checked again.
     #[must_use]
     pub fn into_inner(self) -> VmConfig {
-        self.0
+        self.config
+    }
+
+    /// The devices, each with its slot; `None` for a device outside the slots.
+    pub(crate) fn placed_devices(&self) -> impl Iterator<Item = (&DeviceConfig, Option<usize>)> {
+        self.config.devices.iter().zip(self.slots.iter().copied())
+    }
+
+    /// Number of slots up to the last one in use.
+    pub(crate) fn slot_reach(&self) -> usize {
+        self.slots.iter().flatten().max().map_or(0, |last| last + 1)
+    }
+
+    /// Removes the file that the device tree is written to.
+    pub(crate) fn forget_tree_file(&mut self) {
+        self.config.boot.dump_dtb = None;
     }
 }
 
@@ -45,13 +65,13 @@ impl VmConfig {
         check_mem(config.mem, config.hugepages)?;
         config.cpus.check()?;
         config.boot.check(config.has_device("flash"))?;
-        config.serial.check()?;
+        check_serial(&config.serial)?;
         if let Some(gdb) = &config.gdb {
             gdb.at.check()?;
         }
-        check_devices(&config.devices)?;
+        let slots = check_devices(&config.devices)?;
         config.trace.as_ref().map_or(Ok(()), TraceConfig::check)?;
-        Ok(ValidConfig(config))
+        Ok(ValidConfig { config, slots })
     }
 }
 
@@ -180,23 +200,21 @@ impl BootConfig {
     }
 }
 
-impl SerialConfig {
-    fn check(&self) -> Result<(), Error> {
-        let path = match self {
-            Self::Unix(path) | Self::Connect(path) | Self::File(path) => path,
-            Self::Stdio | Self::Null | Self::Pty => return Ok(()),
-        };
-        let len = path.as_os_str().len();
-        if len == 0 {
-            return refuse("Cannot use --serial: its path is empty (write file:PATH or unix:PATH)");
-        }
-        if !matches!(self, Self::File(_)) && len > MAX_SOCKET_PATH {
-            return refuse(format!(
-                "Cannot use --serial unix:PATH: the path has {len} bytes, a socket's at most {MAX_SOCKET_PATH} (use a shorter one)"
-            ));
-        }
-        Ok(())
+fn check_serial(serial: &Endpoint) -> Result<(), Error> {
+    let path = match serial {
+        Endpoint::Unix(path) | Endpoint::Connect(path) | Endpoint::File(path) => path,
+        Endpoint::Stdio | Endpoint::Null | Endpoint::Pty => return Ok(()),
+    };
+    let len = path.as_os_str().len();
+    if len == 0 {
+        return refuse("Cannot use --serial: its path is empty (write file:PATH or unix:PATH)");
     }
+    if !matches!(serial, Endpoint::File(_)) && len > MAX_SOCKET_PATH {
+        return refuse(format!(
+            "Cannot use --serial unix:PATH: the path has {len} bytes, a socket's at most {MAX_SOCKET_PATH} (use a shorter one)"
+        ));
+    }
+    Ok(())
 }
 
 impl TraceConfig {
@@ -227,29 +245,21 @@ impl GdbAddress {
     }
 }
 
-/// Checks names, keys and slots only: a model checks its other values when it is built.
-fn check_devices(devices: &[String]) -> Result<(), Error> {
-    let (mut fixed, mut all) = (Vec::new(), Vec::new());
-    for text in devices {
-        let refused = |error: &dyn StdError| {
-            Error::Device(format!("Cannot use --device {}: {error}", quoted(text)))
-        };
-        let options = Options::parse(text).map_err(|error| refused(&error))?;
-        let model = Model::find(options.name()).map_err(|error| refused(&error))?;
-        model.check(&options).map_err(|error| refused(&error))?;
-        if model.placement == Placement::Fixed {
-            if fixed.contains(&model.name) {
-                return Err(Error::Device(format!(
-                    "Cannot use --device {}: a machine has one {} only (leave one out)",
-                    quoted(text),
-                    model.name
-                )));
-            }
-            fixed.push(model.name);
+/// Checks values that exclude each other, and returns the slots.
+fn check_devices(devices: &[DeviceConfig]) -> Result<Vec<Option<usize>>, Error> {
+    for (index, device) in devices.iter().enumerate() {
+        let name = device.model().name;
+        device
+            .check()
+            .map_err(|error| Error::Device(format!("Cannot use --device {name}: {error}")))?;
+        let is_again = devices.iter().take(index).any(|other| other.model().name == name);
+        if device.model().placement == Placement::Fixed && is_again {
+            return Err(Error::Device(format!(
+                "Cannot use --device {name}: a machine has one {name} only (leave one out)"
+            )));
         }
-        all.push(options);
     }
-    slots::assign(&all).map(|_| ())
+    slots::assign(devices)
 }
 
 /// Quotes a user's text for a message: without control characters, not longer than a line.
@@ -265,10 +275,8 @@ pub(crate) fn quoted(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
-
     use super::*;
-    use crate::config::{GdbConfig, LoadConfig};
+    use crate::config::{FilePath, GdbConfig, LoadConfig};
 
     fn bootable() -> VmConfig {
         let mut config = VmConfig::default();
@@ -305,7 +313,7 @@ mod tests {
 
     #[test]
     fn firmware_in_a_flash_needs_an_entry_and_no_file() {
-        let devices = vec!["flash,addr=0x20000000,file=CODE.fd".into()];
+        let devices = vec![DeviceConfig::parse("flash,addr=0x20000000,file=CODE.fd").unwrap()];
         let mut config = VmConfig { devices, ..VmConfig::default() };
         let error = config.validate().expect_err("no entry point").to_string();
         assert!(error.contains("--entry ADDR"), "{error}");
@@ -415,8 +423,8 @@ mod tests {
 
     #[test]
     fn a_socket_path_that_no_socket_can_have_is_refused() {
-        let path = PathBuf::from("s".repeat(MAX_SOCKET_PATH + 1));
-        assert!(refusal(|config| config.serial = SerialConfig::Unix(path)).contains("108 bytes"));
+        let path = FilePath::from("s".repeat(MAX_SOCKET_PATH + 1));
+        assert!(refusal(|config| config.serial = Endpoint::Unix(path)).contains("108 bytes"));
         for (path, part) in
             [("s".repeat(MAX_SOCKET_PATH + 1), "108 bytes"), (String::new(), "empty")]
         {
@@ -425,23 +433,36 @@ mod tests {
             assert!(text.contains("--gdb") && text.contains(part), "{text}");
         }
         assert!(
-            refusal(|config| config.serial = SerialConfig::File(PathBuf::new()))
+            refusal(|config| config.serial = Endpoint::File(FilePath::default()))
                 .contains("--serial")
         );
     }
 
     #[test]
-    fn devices_and_their_options_are_looked_up_in_the_catalog() {
-        let device = |text: &str| refusal(|config| config.devices = vec![text.into()]);
-        let text = device("floppy");
-        assert!(text.contains("floppy") && text.contains("serial"), "lists the known ones: {text}");
-        assert!(device("rtc,colour=red").contains("colour"));
-        assert!(device("rtc,").contains("--device"));
-        assert!(device("").contains("--device"));
-        assert!(
-            refusal(|config| config.devices = vec!["rtc".into(), "rtc".into()])
-                .contains("one rtc only")
-        );
+    fn the_board_has_one_of_each_of_its_devices() {
+        let clock = || DeviceConfig::parse("rtc").unwrap();
+        assert!(refusal(|config| config.devices = vec![clock(), clock()]).contains("one rtc only"));
+    }
+
+    #[test]
+    fn a_device_whose_options_exclude_each_other_is_refused() {
+        let net: DeviceConfig = serde_json::from_str(r#"{"model":"net"}"#).unwrap();
+        let text = refusal(|config| config.devices = vec![net]);
+        assert!(text.starts_with("Cannot use --device net: The host interface"), "{text}");
+    }
+
+    #[test]
+    fn a_valid_configuration_knows_the_slots_of_its_devices() {
+        for (texts, reach) in [
+            (vec![], 0),
+            (vec!["rng"], 1),
+            (vec!["serial"], 0),
+            (vec!["rng", "rng,slot=4", "rng"], 5),
+        ] {
+            let mut config = bootable();
+            config.devices = texts.iter().map(|text| DeviceConfig::parse(text).unwrap()).collect();
+            assert_eq!(config.validate().unwrap().slot_reach(), reach, "{texts:?}");
+        }
     }
 
     #[test]

@@ -27,7 +27,7 @@ use rvmm_devices::virtio::vhost_kernel::KernelQueues;
 use rvmm_devices::virtio::vhost_user::{Daemon, Service};
 use rvmm_devices::{ConsoleBackend, Host, HostError, Listener};
 
-use crate::config::{SerialConfig, quoted};
+use crate::config::{Endpoint, quoted};
 use crate::error::Error;
 use crate::sockets::connect_to;
 use crate::terminal::{self, Shared, StopRequest};
@@ -57,8 +57,8 @@ const BACKLOG: i32 = 128;
 pub(crate) struct Linux {
     /// Stops the machine at a user's request.
     stop: StopRequest,
-    /// Consoles by the value of their `to` option.
-    consoles: Mutex<HashMap<String, Shared>>,
+    /// The consoles of devices.
+    consoles: Mutex<HashMap<Endpoint, Shared>>,
     kept: Kept,
 }
 
@@ -68,11 +68,8 @@ impl Linux {
         Self { stop, consoles: Mutex::default(), kept: Kept::default() }
     }
 
-    fn open_console(&self, to: &str) -> Result<Shared, HostError> {
-        let serial = SerialConfig::parse(to.as_ref()).map_err(|reason| {
-            HostError::invalid(format!("Cannot use to={}: {reason}", quoted(to)))
-        })?;
-        let console = terminal::open(&serial, Arc::clone(&self.stop)).map_err(refusal)?;
+    fn open_console(&self, to: &Endpoint) -> Result<Shared, HostError> {
+        let console = terminal::open(to, Arc::clone(&self.stop)).map_err(refusal)?;
         if let Some(path) = &console.pty {
             // At a level that is always shown: the terminal's name is only known from this line.
             warn!("The console of the device console is {}", path.display());
@@ -111,17 +108,20 @@ impl Host for Linux {
         Ok(Box::new(disk::open(plan, memory)?))
     }
 
-    fn console(&self, to: &str) -> Result<Box<dyn ConsoleBackend>, HostError> {
+    fn console(&self, to: &Endpoint) -> Result<Box<dyn ConsoleBackend>, HostError> {
         let mut consoles = self.consoles.lock().unwrap_or_else(PoisonError::into_inner);
         let console = match consoles.get(to) {
             Some(console) if console.is_in_use() => {
-                let what = format!("Cannot use {} twice (give each console its own)", quoted(to));
+                let what = format!(
+                    "Cannot use {} twice (give each console its own)",
+                    quoted(&to.to_string())
+                );
                 return Err(HostError::invalid(what));
             }
             Some(console) => console.clone(),
             None => {
                 let console = self.open_console(to)?;
-                consoles.insert(to.to_owned(), console.clone());
+                consoles.insert(to.clone(), console.clone());
                 console
             }
         };
@@ -179,7 +179,7 @@ mod tests {
     fn a_console_has_one_user_at_a_time_and_stays_open_for_the_next() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("log");
-        let (linux, to) = (linux(), format!("file:{}", path.display()));
+        let (linux, to) = (linux(), Endpoint::File(path.as_path().into()));
         let mut first = linux.console(&to).unwrap();
         first.write(b"first boot, ").unwrap();
         let refused = linux.console(&to).err().unwrap().to_string();
@@ -191,8 +191,9 @@ mod tests {
 
     #[test]
     fn an_invalid_console_is_a_mistake() {
-        for to in ["", "tty", "file:", "unix:", "file:/nowhere/at/all"] {
-            let (what, source) = linux().console(to).err().unwrap().into_parts();
+        for to in ["file:/nowhere/at/all", "file:/"] {
+            let to = Endpoint::parse(to.as_ref()).unwrap();
+            let (what, source) = linux().console(&to).err().unwrap().into_parts();
             assert!(what.starts_with("Cannot ") && source.is_none(), "{what}");
         }
     }

@@ -108,7 +108,7 @@ fn run_machines(
             observer: Some(Arc::new(narrator)),
             ..Parts::default()
         };
-        machines.push(Machine::build_with(config, parts)?);
+        machines.push(Machine::build_with(config.validate()?, parts)?);
     }
     let running = machines.into_iter().map(Machine::start).collect::<Result<Vec<_>, Error>>()?;
     let limit = Duration::from_secs(options.limit_s);

@@ -13,7 +13,8 @@ use super::catalog::{Guest, LOAD_ADDRESS, Lab, ORIGIN, Variant};
 use super::narrator::{Code, Narration};
 use super::pflash;
 use crate::config::{
-    BootConfig, CsrValue, InitrdConfig, LoadConfig, StartMode, TimerChoice, Unassigned, VmConfig,
+    BootConfig, CsrValue, DeviceConfig, Endpoint, InitrdConfig, LoadConfig, StartMode, TimerChoice,
+    Unassigned, VmConfig,
 };
 use crate::error::Error;
 use crate::host::read_small;
@@ -95,7 +96,7 @@ pub(super) fn set_up(
                 code.bytes = read(path)?;
             }
             let file = in_memory(&code.bytes, &mut files)?;
-            config.boot.load = vec![LoadConfig { file, addr }];
+            config.boot.load = vec![LoadConfig { file: file.into(), addr }];
             config.boot.entry = Some(addr);
         }
         Guest::Pair { payload, configs } => return pair(payload, configs, options),
@@ -105,7 +106,7 @@ pub(super) fn set_up(
             return Err(Error::Config(what).into());
         }
         Guest::Linux => {
-            config.boot.kernel = Some(kernel(options)?);
+            config.boot.kernel = Some(kernel(options)?.into());
             config.boot.initrd = InitrdConfig::Builtin("/proc/self/exe".into());
             config.boot.cmdline = "console=ttyS0 quiet".into();
             config.cpus.count = 4;
@@ -124,7 +125,7 @@ pub(super) fn set_up(
                 (Narration::Exits, &["Shutdown vm normally!", "Hypervisor ok!"]);
             config.cpus.mode = StartMode::User;
             config.cpus.csrs = vec![MHARTID];
-            config.devices = vec![CONSTANT.into()];
+            config.devices = vec![device(CONSTANT)?];
         }
         "h_2_0" => {
             config.devices = vec![flash(variant.name, ORIGIN, &mut files)?];
@@ -154,12 +155,12 @@ pub(super) fn set_up(
             let folder = Folder::new()?;
             let tree = folder.path.join("tree.dtb");
             let dumped = VmConfig {
-                boot: BootConfig { dump_dtb: Some(tree.clone()), ..config.boot.clone() },
+                boot: BootConfig { dump_dtb: Some(tree.as_path().into()), ..config.boot.clone() },
                 ..config.clone()
             };
             let parts = Parts { console: Some(Console::null()), ..Parts::default() };
-            drop(Machine::build_with(dumped, parts)?);
-            config.boot.dtb = Some(tree);
+            drop(Machine::build_with(dumped.validate()?, parts)?);
+            config.boot.dtb = Some(tree.into());
             kept = Some(folder);
         }
         _ => {}
@@ -183,16 +184,19 @@ fn pair(payload: &[u8], configs: [&str; 2], options: &LabOptions) -> Result<LabS
     };
     let file = in_memory(&code, &mut files)?;
     let folder = Folder::new()?;
-    let socket = folder.path.join(SOCKET).display().to_string();
+    let socket = folder.path.join(SOCKET);
     let of = |text: &str| {
-        let mut config: VmConfig = serde_json::from_str(text).map_err(|error| {
+        let mut config = VmConfig::from_json(text.as_bytes()).map_err(|error| {
             Error::Config(format!("Cannot read the lab's own configuration: {error}"))
         })?;
         for load in &mut config.boot.load {
-            load.file.clone_from(&file);
+            load.file = file.as_path().into();
         }
         for device in &mut config.devices {
-            *device = device.replace(SOCKET, &socket);
+            let DeviceConfig::Uart(uart) = device else { continue };
+            if let Endpoint::Unix(path) | Endpoint::Connect(path) = &mut uart.to {
+                *path = socket.as_path().into();
+            }
         }
         Ok(config)
     };
@@ -232,14 +236,18 @@ impl Drop for Folder {
 }
 
 /// The flash device of a lab; in mode passthrough the host's own, if it has an image.
-fn flash(mode: &str, program: &[u8], files: &mut Vec<File>) -> Result<String, SetupError> {
+fn flash(mode: &str, program: &[u8], files: &mut Vec<File>) -> Result<DeviceConfig, SetupError> {
     if mode == "passthrough" {
         host_flash()?;
-        return Ok(format!("flash,addr={FLASH:#x},mode=passthrough,size=4096"));
+        return Ok(device(&format!("flash,addr={FLASH:#x},mode=passthrough,size=4096"))?);
     }
     let image = pflash::image(program).map_err(Error::Config)?;
     let path = in_memory(&image, files)?;
-    Ok(format!("flash,addr={FLASH:#x},mode={mode},file={}", path.display()))
+    Ok(device(&format!("flash,addr={FLASH:#x},mode={mode},file={}", path.display()))?)
+}
+
+fn device(text: &str) -> Result<DeviceConfig, Error> {
+    DeviceConfig::parse(text).map_err(|error| Error::Device(error.to_string()))
 }
 
 /// Checks that the host has a readable flash at the address, with an image. Its device tree is checked first: a read of an address

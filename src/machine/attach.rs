@@ -10,13 +10,13 @@ use rvmm_devices::flash::Window;
 use rvmm_devices::virtio::DmaMemory;
 use rvmm_devices::virtio::balloon::BalloonControl;
 use rvmm_devices::{
-    BuildError, Bus, CATALOG, ConsoleBackend, FdtDesc, FdtProperty, FdtValue, Host, MmioDevice,
-    Model, Options, Placement, PowerSwitch, Wiring,
+    BuildError, Bus, ConsoleBackend, DeviceConfig, FdtDesc, FdtProperty, FdtValue, Host,
+    MmioDevice, Placement, PowerSwitch, Wiring,
 };
 
 use super::irqchip::Lines;
 use crate::button::Button;
-use crate::config::slots;
+use crate::config::ValidConfig;
 use crate::error::Error;
 use crate::hypervisor::{FIRST_WINDOW_SLOT, Vm};
 use crate::layout::{self, SLOT_SIZE, SLOTS, Span};
@@ -49,24 +49,23 @@ pub(super) struct Connections<'a> {
     pub(super) vm: &'a Arc<dyn Vm>,
 }
 
-/// A device to be created: its model, its options and its address.
+/// A device to be created: its configuration and its address.
 struct Plan {
-    model: &'static Model,
-    options: Options,
+    device: DeviceConfig,
     label: String,
     base: u64,
     irq: u32,
 }
 
-/// Creates the board's devices and those of `extra` (`NAME,key=value,...`) on a bus.
-pub(super) fn attach(extra: &[String], machine: Connections<'_>) -> Result<Attached, Error> {
+/// Creates the board's devices and those of the configuration on a bus.
+pub(super) fn attach(config: &ValidConfig, machine: Connections<'_>) -> Result<Attached, Error> {
     let (mut console, mut button) = (Some(machine.console), machine.button);
     let mut balloon = Some(machine.balloon);
     let mut devices: Vec<(u64, Box<dyn MmioDevice>)> = Vec::new();
     let mut nodes = Vec::new();
     let slots = Arc::new(AtomicU32::new(FIRST_WINDOW_SLOT));
     let roms = Arc::new(Mutex::new(Vec::new()));
-    for plan in plan(extra)? {
+    for plan in plan(config)? {
         let mut wiring = Wiring::new(Arc::clone(&machine.power));
         wiring.memory = Arc::clone(&machine.memory);
         wiring.host = Arc::clone(&machine.host);
@@ -79,19 +78,19 @@ pub(super) fn attach(extra: &[String], machine: Connections<'_>) -> Result<Attac
         if plan.irq != 0 {
             wiring.irq = machine.lines.source(plan.irq)?;
         }
-        if plan.model.name == "serial" {
-            wiring.console = console.take();
-        }
-        if plan.model.name == "balloon" {
-            wiring.balloon = balloon.take().cloned();
-        }
-        if plan.model.name == "input" {
-            wiring.power_button =
-                button.take().map(Button::device_event).transpose().map_err(|source| {
-                    Error::Host { what: "Cannot connect the power button".into(), source }
+        match plan.device {
+            DeviceConfig::Serial(_) => wiring.console = console.take(),
+            DeviceConfig::Balloon(_) => wiring.balloon = balloon.take().cloned(),
+            DeviceConfig::Input(_) => {
+                let event = button.take().map(Button::device_event).transpose();
+                wiring.power_button = event.map_err(|source| Error::Host {
+                    what: "Cannot connect the power button".into(),
+                    source,
                 })?;
+            }
+            _ => {}
         }
-        let device = plan.model.create(&plan.options, wiring).map_err(not_built)?;
+        let device = plan.device.build(wiring).map_err(not_built)?;
         for ioevent in device.ioeventfds() {
             machine.vm.register_ioeventfd(plan.base, ioevent)?;
         }
@@ -105,63 +104,41 @@ pub(super) fn attach(extra: &[String], machine: Connections<'_>) -> Result<Attac
     Ok(Attached { bus: Arc::new(bus), nodes, roms })
 }
 
-fn plan(extra: &[String]) -> Result<Vec<Plan>, Error> {
-    let extra = extra
-        .iter()
-        .map(|text| Options::parse(text))
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(refused)?;
+fn plan(config: &ValidConfig) -> Result<Vec<Plan>, Error> {
     let mut plans = Vec::new();
-    for model in CATALOG.iter().filter(|model| model.placement == Placement::Fixed) {
-        let mut given = extra.iter().filter(|options| options.name() == model.name);
-        let options = given.next().cloned().unwrap_or_else(|| Options::none(model.name));
-        if given.next().is_some() {
-            return Err(Error::Device(format!(
-                "Device {} is given twice (the board has one: put all its keys into one --device)",
-                model.name
-            )));
-        }
-        let row = layout::find(model.name).ok_or_else(|| {
-            Error::Device(format!("Device {} has no address in the memory map", model.name))
-        })?;
+    for default in DeviceConfig::built_in() {
+        let model = default.model();
+        let given = config.devices.iter().find(|device| device.model().name == model.name);
+        let row = layout::find(model.name).ok_or_else(|| no_address(&default))?;
         plans.push(Plan {
-            model,
-            options,
+            device: given.cloned().unwrap_or(default),
             label: model.name.into(),
             base: row.span.base,
             irq: row.irq,
         });
     }
-    let slots = slots::assign(&extra)?;
-    for (options, slot) in extra.into_iter().zip(slots) {
-        let model = Model::find(options.name()).map_err(refused)?;
-        if model.placement == Placement::Fixed {
-            continue;
-        }
-        if model.placement == Placement::AtAddress {
-            plans.push(asked(model, options)?);
-            continue;
-        }
-        let place = slot.and_then(|slot| Some((slot, layout::slot_irqs().nth(slot)?)));
-        let (slot, irq) = place.ok_or_else(|| {
-            Error::Device(format!("Device {} has no address in the memory map", model.name))
-        })?;
-        let irq = if model.irqs == 0 { 0 } else { irq };
-        let label = format!("{}{slot}", model.name);
-        plans.push(Plan { model, options, label, base: SLOTS.base + slot as u64 * SLOT_SIZE, irq });
+    for (device, slot) in config.placed_devices() {
+        let model = device.model();
+        let (label, base, irq) = match model.placement {
+            Placement::Fixed => continue,
+            Placement::AtAddress => {
+                let base = device.addr().ok_or_else(|| no_address(device))?;
+                (format!("{}{base:x}", model.name), base, 0)
+            }
+            Placement::Slot => {
+                let place = slot.and_then(|slot| Some((slot, layout::slot_irqs().nth(slot)?)));
+                let (slot, irq) = place.ok_or_else(|| no_address(device))?;
+                let base = SLOTS.base + slot as u64 * SLOT_SIZE;
+                (format!("{}{slot}", model.name), base, if model.irqs == 0 { 0 } else { irq })
+            }
+        };
+        plans.push(Plan { device: device.clone(), label, base, irq });
     }
     Ok(plans)
 }
 
-/// A device at an address of the user's choice.
-fn asked(model: &'static Model, options: Options) -> Result<Plan, Error> {
-    let addr = options
-        .number("addr")
-        .map_err(|error| Error::Device(format!("Device {}: {error}", model.name)))?;
-    let base = addr.ok_or_else(|| {
-        Error::Device(format!("Device {} has no address (add addr=ADDR)", model.name))
-    })?;
-    Ok(Plan { model, options, label: format!("{}{base:x}", model.name), base, irq: 0 })
+fn no_address(device: &DeviceConfig) -> Error {
+    Error::Device(format!("Device {} has no address in the memory map", device.model().name))
 }
 
 /// Refuses a device that overlaps RAM: the guest would access RAM there, whatever is on the bus.
@@ -172,7 +149,9 @@ fn check_place(plan: &Plan, size: u64, ram: &Span) -> Result<(), Error> {
     }
     Err(Error::Device(format!(
         "Device {} at {:#x} ({size:#x} bytes) overlaps guest RAM, which begins at {:#x} (use another addr)",
-        plan.model.name, plan.base, ram.base
+        plan.device.model().name,
+        plan.base,
+        ram.base
     )))
 }
 
@@ -209,7 +188,6 @@ fn not_built(error: BuildError) -> Error {
             Error::Host { what: format!("Device {model}: cannot create its {what}"), source }
         }
         BuildError::Option { model, source } => Error::Device(format!("Device {model}: {source}")),
-        other => refused(other),
     }
 }
 
@@ -247,11 +225,14 @@ fn property(property: FdtProperty, owner: &str) -> Property {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::VmConfig;
 
     fn places(devices: &[&str]) -> Vec<(String, u64, u32)> {
-        let devices: Vec<String> = devices.iter().map(|text| (*text).into()).collect();
-        let slotted = |plan: &Plan| plan.model.placement == Placement::Slot;
-        let plans = plan(&devices).unwrap().into_iter().filter(slotted);
+        let mut config = VmConfig::default();
+        config.boot.kernel = Some("Image".into());
+        config.devices = devices.iter().map(|text| DeviceConfig::parse(text).unwrap()).collect();
+        let slotted = |plan: &Plan| plan.device.model().placement == Placement::Slot;
+        let plans = plan(&config.validate().unwrap()).unwrap().into_iter().filter(slotted);
         plans.map(|plan| (plan.label, plan.base, plan.irq)).collect()
     }
 

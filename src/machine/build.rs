@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use rvmm_devices::virtio::DmaMemory;
 use rvmm_devices::virtio::balloon::BalloonControl;
-use rvmm_devices::{Bus, Host, Model, Options, Placement, PowerRequest, PowerSwitch};
+use rvmm_devices::{Bus, DeviceConfig, Host, Placement, PowerRequest, PowerSwitch};
 
 use super::attach::{Attached, Connections, attach};
 use super::fdt::{Facts, board};
@@ -14,7 +14,7 @@ use super::irqchip::Lines;
 use super::load::{Files, Start};
 use super::shared_console::SharedConsole;
 use crate::button::Button;
-use crate::config::{VmConfig, slots};
+use crate::config::{ValidConfig, VmConfig};
 use crate::error::Error;
 use crate::gdb;
 use crate::hypervisor::{AiaPlan, CpuSettings, Hypervisor, Irqchip, RAM_SLOT, Vm};
@@ -59,14 +59,14 @@ pub(super) struct Backends {
 impl Board {
     /// Builds a board of `config`, whose files are open, on `host`, its devices connected to `backends`.
     pub(super) fn build(
-        config: &VmConfig,
+        config: &ValidConfig,
         files: &Files,
         host: &dyn Hypervisor,
         backends: &Backends,
     ) -> Result<Self, Error> {
         let span = Span { base: RAM_BASE, size: config.mem };
         // Shared memory costs copies of the user's files: it is used only where another program serves a device.
-        let is_shared = config.devices.iter().any(|text| is_served_elsewhere(text));
+        let is_shared = config.devices.iter().any(|device| device.model().shares_ram);
         let ram = if is_shared { GuestRam::shared } else { GuestRam::new };
         let ram = Arc::new(ram(span, config.hugepages)?);
         let vm = host.create_vm()?;
@@ -91,7 +91,7 @@ impl Board {
             memory: Arc::clone(&ram) as Arc<dyn DmaMemory>,
             vm: &vm,
         };
-        let Attached { bus, nodes, roms } = attach(&config.devices, connections)?;
+        let Attached { bus, nodes, roms } = attach(config, connections)?;
         let facts = Facts {
             harts: config.cpus.count,
             cpu: &cpu,
@@ -152,16 +152,8 @@ fn create_debug_context(
     })
 }
 
-fn is_served_elsewhere(device: &str) -> bool {
-    model_of(device).is_some_and(|model| model.shares_ram)
-}
-
-fn interrupts_from_a_slot(device: &str) -> bool {
-    model_of(device).is_some_and(|model| model.irqs > 0 && model.placement == Placement::Slot)
-}
-
-fn model_of(device: &str) -> Option<&'static Model> {
-    Model::find(device.split(',').next().unwrap_or_default()).ok()
+fn interrupts_from_a_slot(device: &DeviceConfig) -> bool {
+    device.model().irqs > 0 && device.model().placement == Placement::Slot
 }
 
 fn make_harts(config: &VmConfig, vm: &dyn Vm) -> Result<Vec<Box<dyn Hart>>, Error> {
@@ -180,11 +172,11 @@ fn make_harts(config: &VmConfig, vm: &dyn Vm) -> Result<Vec<Box<dyn Hart>>, Erro
     (0..config.cpus.count).map(|id| Ok(vm.create_hart(id, &knobs)?)).collect()
 }
 
-fn aia_plan(config: &VmConfig) -> Result<AiaPlan, Error> {
+fn aia_plan(config: &ValidConfig) -> Result<AiaPlan, Error> {
     let (aplic, imsics) = (layout::span("aplic")?, layout::span("imsics")?);
     // The kernel scans all sources at every write to the APLIC, such as the end of each interrupt.
-    let sources = layout::last_source(slots::reach(&config.devices)?);
-    let in_slots = config.devices.iter().filter(|text| interrupts_from_a_slot(text)).count();
+    let sources = layout::last_source(config.slot_reach());
+    let in_slots = config.devices.iter().filter(|device| interrupts_from_a_slot(device)).count();
     // Linux allocates identities from 1 on, the first for inter-processor interrupts; simpler guests use the numbers of the sources.
     let identities = layout::sources_in_use(in_slots).saturating_add(1).max(sources);
     Ok(AiaPlan { harts: config.cpus.count, sources, identities, aplic, imsics })
@@ -192,10 +184,7 @@ fn aia_plan(config: &VmConfig) -> Result<AiaPlan, Error> {
 
 /// The first address after RAM and all devices; the maximum where the user has placed a device above RAM.
 fn reach(config: &VmConfig, ram: Span) -> u64 {
-    let is_behind = |text: &String| {
-        let addr = Options::parse(text).ok().and_then(|options| options.number("addr").ok());
-        addr.flatten().is_some_and(|addr| addr >= ram.end())
-    };
+    let is_behind = |device: &DeviceConfig| device.addr().is_some_and(|addr| addr >= ram.end());
     if config.devices.iter().any(is_behind) { u64::MAX } else { ram.end() }
 }
 

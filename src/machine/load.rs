@@ -72,7 +72,7 @@ impl Files {
         let is_compressed =
             files.kernel.as_ref().is_some_and(|kernel| kernel.compression().is_some());
         if is_compressed && let Some(path) = &boot.kernel {
-            let failed = |source| Error::File { verb: "open", path: path.clone(), source };
+            let failed = |source| Error::File { verb: "open", path: path.to_path_buf(), source };
             files.compressed = Some((File::open(path).map_err(failed)?, config.mem));
         }
         Ok(files)

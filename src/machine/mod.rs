@@ -6,7 +6,7 @@
 //!
 //! let mut config = VmConfig::default();
 //! config.boot.kernel = Some("Image".into());
-//! let reason = Machine::build(config)?.run()?;
+//! let reason = Machine::build(config.validate()?)?.run()?;
 //! println!("{reason}");
 //! # Ok::<(), rvmm::error::Error>(())
 //! ```
@@ -18,7 +18,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use crate::button::Button;
-use crate::config::{GdbAddress, OnReset, VmConfig};
+use crate::config::{GdbAddress, OnReset, ValidConfig, VmConfig};
 use crate::error::{EXIT_OK, Error};
 use crate::gdb;
 use crate::host::Linux;
@@ -70,7 +70,7 @@ pub struct Parts {
     /// Receives every exit of every hart.
     pub observer: Option<Arc<dyn ExitObserver>>,
     /// True if SIGTERM, SIGINT, SIGHUP and SIGQUIT stop the machine; with a power button the first SIGTERM presses that
-    /// instead, and the guest has `config.grace_s` to power off. Signals belong to the process: this is only for a program that
+    /// instead, and the guest has `config.shutdown_timeout_s` to power off. Signals belong to the process: this is only for a program that
     /// does nothing but run this machine.
     ///
     /// The memory that only the start of the program needed is freed then, too.
@@ -82,7 +82,7 @@ pub struct Parts {
 
 /// A virtual machine that is built and not yet running.
 pub struct Machine {
-    config: VmConfig,
+    config: ValidConfig,
     host: Box<dyn Hypervisor>,
     backends: Backends,
     pty: Option<PathBuf>,
@@ -111,8 +111,8 @@ impl Machine {
     /// Builds the machine that `config` describes on this host's KVM, with the console that it names.
     ///
     /// # Errors
-    /// A file cannot be used, the host lacks a resource, or the configuration contradicts itself: see [`Error`].
-    pub fn build(config: VmConfig) -> Result<Self, Error> {
+    /// A file cannot be used, or the host lacks a resource: see [`Error`].
+    pub fn build(config: ValidConfig) -> Result<Self, Error> {
         Self::build_with(config, Parts::default())
     }
 
@@ -120,8 +120,7 @@ impl Machine {
     ///
     /// # Errors
     /// As [`Machine::build`].
-    pub fn build_with(config: VmConfig, parts: Parts) -> Result<Self, Error> {
-        let mut config = config.validate()?.into_inner();
+    pub fn build_with(mut config: ValidConfig, parts: Parts) -> Result<Self, Error> {
         // The user's files come first: a wrong one is found before the host's resources are used and the terminal changes.
         let mut files = Files::open(&config)?;
         let handle = Handle::new().map_err(|e| host_error("create the machine's control", e))?;
@@ -155,7 +154,7 @@ impl Machine {
         let board = Board::build(&config, &files, host.as_ref(), &backends)?;
         files.free_uncompressed();
         // The tree is written once: a reboot does not use paths, and the tree is the same.
-        config.boot.dump_dtb = None;
+        config.forget_tree_file();
         let trace = trace(&config, &board)?;
         let inspection = parts.socket.and_then(|path| inspection(&config.name, &path));
         let observers = Observers { trace, inspection };

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
+use rvmm_devices::config::NetConfig;
 use rvmm_devices::irq::{IrqLine, NoIrq};
 use rvmm_devices::virtio::vhost_user::testing::{Traits, serve_at};
 use rvmm_devices::{ConsoleBackend, IoEvent, Port, Ports};
@@ -14,7 +15,8 @@ use tempfile::NamedTempFile;
 
 use super::{Machine, Parts};
 use crate::config::{
-    GdbAddress, GdbConfig, InitrdConfig, IrqchipChoice, LoadConfig, TraceConfig, VmConfig,
+    DeviceConfig, GdbAddress, GdbConfig, InitrdConfig, IrqchipChoice, LoadConfig, TraceConfig,
+    VmConfig,
 };
 use crate::error::{EXIT_HOST, EXIT_USAGE, Error, VmError};
 use crate::host::in_a_namespace;
@@ -99,13 +101,17 @@ impl Vm for ScriptVm {
     }
 }
 
+fn parsed(device: &str) -> DeviceConfig {
+    DeviceConfig::parse(device).unwrap()
+}
+
 /// A machine of 16 MiB with this device, whose hart runs one of `scripts` after the other, the number of VMs created,
 /// and the file that it starts.
 fn machine(
     device: &str,
     scripts: impl IntoIterator<Item = Vec<Step>>,
 ) -> (Result<Machine, Error>, Arc<AtomicUsize>, NamedTempFile) {
-    let config = VmConfig { devices: vec![device.into()], ..VmConfig::default() };
+    let config = VmConfig { devices: vec![parsed(device)], ..VmConfig::default() };
     machine_of(config, None, scripts)
 }
 
@@ -135,14 +141,15 @@ fn machine_with(
     let host = ScriptHypervisor { scripts, created: Arc::clone(&created) };
     let (console, hypervisor) = (Some(console), Some(Box::new(host) as _));
     let parts = Parts { console, hypervisor, socket, ..Parts::default() };
-    (Machine::build_with(config, parts), created, program)
+    let machine = config.validate().and_then(|config| Machine::build_with(config, parts));
+    (machine, created, program)
 }
 
 #[test]
 fn a_trace_continues_over_all_runs_of_the_guest() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("exits.jsonl");
-    let trace = Some(TraceConfig { file: file.clone(), ..TraceConfig::default() });
+    let trace = Some(TraceConfig { file: file.as_path().into(), ..TraceConfig::default() });
     let config = VmConfig { trace, ..VmConfig::default() };
     let look = || Step::Load { addr: 0x1000_0005, len: 1 };
     let scripts = [
@@ -273,9 +280,9 @@ fn a_restart_needs_nothing_from_the_paths_of_what_the_guest_starts_from() {
             std::fs::copy(folder.path().join(name), path(name)).unwrap();
         }
         let mut config = VmConfig::default();
-        config.boot.kernel = Some(path(kernel));
-        config.boot.initrd = InitrdConfig::File(path("initrd"));
-        config.boot.dump_dtb = Some(path("tree"));
+        config.boot.kernel = Some(path(kernel).into());
+        config.boot.initrd = InitrdConfig::File(path("initrd").into());
+        config.boot.dump_dtb = Some(path("tree").into());
         assert_eq!(after_reboot(copy, config).unwrap(), StopReason::PowerOff, "{kernel}");
     }
 }
@@ -284,7 +291,7 @@ fn a_restart_needs_nothing_from_the_paths_of_what_the_guest_starts_from() {
 fn a_restart_needs_nothing_from_the_paths_of_sockets() {
     let folder = tempfile::tempdir().unwrap();
     let device = format!("vsock,path={},cid=3", folder.path().join("vsock").display());
-    let config = VmConfig { devices: vec![device], ..VmConfig::default() };
+    let config = VmConfig { devices: vec![parsed(&device)], ..VmConfig::default() };
     assert_eq!(after_reboot(folder, config).unwrap(), StopReason::PowerOff);
 }
 
@@ -295,7 +302,7 @@ fn a_restart_needs_nothing_from_the_paths_of_disks_and_flash() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("file");
         std::fs::write(&file, [0; 4096]).unwrap();
-        let devices = vec![format!("{device}{}", file.display())];
+        let devices = vec![parsed(&format!("{device}{}", file.display()))];
         let config = VmConfig { devices, ..VmConfig::default() };
         assert_eq!(after_reboot(folder, config).unwrap(), StopReason::PowerOff, "{device}");
     }
@@ -315,9 +322,13 @@ fn a_tap_is_opened_once_for_all_runs_of_the_guest() {
 
 #[test]
 fn a_missing_network_and_one_that_was_not_named_are_different_errors() {
+    let devices = vec![NetConfig::default().into()];
+    let config = VmConfig { devices, ..VmConfig::default() };
+    let error = machine_of(config, None, [Vec::new()]).0.err().unwrap();
+    assert_eq!(error.exit_code(), EXIT_USAGE);
+    assert!(error.to_string().contains("add tap=NAME or fd=N"), "{error}");
     in_a_namespace(|| {
         for (device, code, part) in [
-            ("net", EXIT_USAGE, "add tap=NAME or fd=N"),
             ("net,tap=a/b", EXIT_USAGE, "1 to 15 letters"),
             ("net,tap=lo", EXIT_HOST, "Cannot use tap lo (an interface"),
         ] {
@@ -352,7 +363,7 @@ fn a_machine_waits_for_its_debugger_and_is_killed_by_it() {
     let mut config = VmConfig { mem: 16 << 20, ..VmConfig::default() };
     config.boot.load = vec![LoadConfig { file: program.path().into(), addr: 0x8000_0000 }];
     config.boot.entry = Some(0x8000_0000);
-    config.gdb = Some(GdbConfig { at: GdbAddress::Unix(socket.clone()), wait: true });
+    config.gdb = Some(GdbConfig { at: GdbAddress::Unix(socket.as_path().into()), wait: true });
     let scripts = Mutex::new(vec![vec![Step::System(SystemEvent::Shutdown(0))]]);
     let host = ScriptHypervisor { scripts, created: Arc::default() };
     let parts = Parts {
@@ -361,8 +372,8 @@ fn a_machine_waits_for_its_debugger_and_is_killed_by_it() {
         signals: false,
         ..Parts::default()
     };
-    let machine = Machine::build_with(config, parts).unwrap();
-    assert_eq!(machine.debugger(), Some((&GdbAddress::Unix(socket.clone()), true)));
+    let machine = Machine::build_with(config.validate().unwrap(), parts).unwrap();
+    assert_eq!(machine.debugger(), Some((&GdbAddress::Unix(socket.as_path().into()), true)));
     let running = machine.start().unwrap();
     let mut debugger = UnixStream::connect(&socket).unwrap();
     let mut answer = [0; 8];

@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 use rvmm_devices::{ConsoleBackend, NullConsole};
 
-use crate::config::SerialConfig;
+use crate::config::Endpoint;
 use crate::error::Error;
 use crate::sockets::connect_to_starting;
 
@@ -58,19 +58,19 @@ pub struct Console {
 /// Opens the console that a configuration asks for.
 ///
 /// Standard input, if it is a terminal, is set to raw mode and restored when the console is dropped (see [`restore`]).
-/// The file of [`SerialConfig::File`] may be of any kind that can be written: symbolic links are followed, a FIFO needs a
+/// The file of [`Endpoint::File`] may be of any kind that can be written: symbolic links are followed, a FIFO needs a
 /// reader.
 ///
 /// # Errors
 /// [`Error::File`] and [`Error::Host`], with the reason and advice.
-pub fn open(serial: &SerialConfig, stop: StopRequest) -> Result<Console, Error> {
+pub fn open(serial: &Endpoint, stop: StopRequest) -> Result<Console, Error> {
     match serial {
-        SerialConfig::Stdio => Console::stdio(stop),
-        SerialConfig::Null => Ok(Console::null()),
-        SerialConfig::File(path) => Console::file(path),
-        SerialConfig::Pty => Console::pty(),
-        SerialConfig::Unix(path) => Console::unix(path),
-        SerialConfig::Connect(path) => Console::connect(path),
+        Endpoint::Stdio => Console::stdio(stop),
+        Endpoint::Null => Ok(Console::null()),
+        Endpoint::File(path) => Console::file(path),
+        Endpoint::Pty => Console::pty(),
+        Endpoint::Unix(path) => Console::unix(path),
+        Endpoint::Connect(path) => Console::connect(path),
     }
 }
 

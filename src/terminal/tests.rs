@@ -11,7 +11,7 @@ fn never() -> StopRequest {
     Arc::new(|| panic!("unexpected stop request"))
 }
 
-fn refusal(serial: &SerialConfig) -> String {
+fn refusal(serial: &Endpoint) -> String {
     open(serial, never()).unwrap_err().to_string()
 }
 
@@ -20,7 +20,7 @@ fn a_file_gets_the_output_and_is_truncated_first() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("log");
     fs::write(&path, "old and longer").unwrap();
-    let mut console = open(&SerialConfig::File(path.clone()), never()).unwrap();
+    let mut console = open(&Endpoint::File(path.as_path().into()), never()).unwrap();
     assert_eq!(console.backend.ports().input, Port::Closed);
     assert_eq!(console.backend.write(b"new").unwrap(), 3);
     assert_eq!(fs::read_to_string(&path).unwrap(), "new");
@@ -29,9 +29,9 @@ fn a_file_gets_the_output_and_is_truncated_first() {
 #[test]
 fn a_file_that_cannot_be_written_is_refused_by_name() {
     let folder = tempfile::tempdir().unwrap();
-    let text = refusal(&SerialConfig::File(folder.path().into()));
+    let text = refusal(&Endpoint::File(folder.path().into()));
     assert!(text.contains("Cannot open") && text.contains("irectory"), "{text}");
-    let text = refusal(&SerialConfig::File(folder.path().join("no/such/folder")));
+    let text = refusal(&Endpoint::File(folder.path().join("no/such/folder").into()));
     assert!(text.contains("no/such/folder"), "{text}");
 }
 
@@ -41,19 +41,19 @@ fn a_fifo_without_a_reader_is_refused_at_once() {
     let path = folder.path().join("fifo");
     let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
     rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, mode, 0).unwrap();
-    let text = refusal(&SerialConfig::File(path.clone()));
+    let text = refusal(&Endpoint::File(path.as_path().into()));
     assert!(text.contains("start the reader first"), "{text}");
 
     let options = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).clone();
     let _reader = options.open(&path).unwrap();
-    let mut console = open(&SerialConfig::File(path), never()).unwrap();
+    let mut console = open(&Endpoint::File(path.into()), never()).unwrap();
     assert!(matches!(console.backend.ports().output, Port::Poll(_)));
     assert_eq!(console.backend.write(b"read").unwrap(), 4);
 }
 
 #[test]
 fn a_pseudo_terminal_has_a_path() {
-    let console = open(&SerialConfig::Pty, never()).unwrap();
+    let console = open(&Endpoint::Pty, never()).unwrap();
     let path = console.pty.as_ref().unwrap();
     assert!(path.starts_with("/dev/pts"), "{console:?}");
     assert!(path.exists());
@@ -61,7 +61,7 @@ fn a_pseudo_terminal_has_a_path() {
 
 #[test]
 fn a_null_console_discards_the_output() {
-    let mut console = open(&SerialConfig::Null, never()).unwrap();
+    let mut console = open(&Endpoint::Null, never()).unwrap();
     assert_eq!(console.backend.write(b"lost").unwrap(), 4);
     assert_eq!(console.backend.ports().input, Port::Closed);
 }

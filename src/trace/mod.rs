@@ -76,7 +76,8 @@ impl Trace {
     /// # Errors
     /// [`Error::File`] if the file cannot be created, [`Error::Host`] if the host has no thread left.
     pub fn start(config: &TraceConfig, plan: Plan) -> Result<Self, Error> {
-        let failed = |source| Error::File { verb: "write", path: config.file.clone(), source };
+        let failed =
+            |source| Error::File { verb: "write", path: config.file.to_path_buf(), source };
         // Non-blocking: a named pipe without a reader is an error instead of a hang.
         let open = OpenOptions::new()
             .write(true)
@@ -103,7 +104,7 @@ impl Trace {
             what: "Cannot start the writer of the trace".into(),
             source,
         })?;
-        Ok(Self { rings, ticks, every_pc: config.pc, writer, path: config.file.clone() })
+        Ok(Self { rings, ticks, every_pc: config.pc, writer, path: config.file.to_path_buf() })
     }
 
     /// Completes the file.

@@ -49,7 +49,7 @@ fn run_script(config: &TraceConfig, script: &[Step]) -> (String, Result<(), Erro
 }
 
 fn config(folder: &TempDir, name: &str) -> TraceConfig {
-    TraceConfig { file: folder.path().join(name), ..TraceConfig::default() }
+    TraceConfig { file: folder.path().join(name).into(), ..TraceConfig::default() }
 }
 
 fn script() -> Vec<Step> {
@@ -154,7 +154,7 @@ fn a_trace_that_finds_no_room_ends_with_a_whole_event_and_says_what_is_missing()
         for (name, format) in [("a.jsonl", TraceFormat::Lines), ("a.json", TraceFormat::Chrome)] {
             let file = folder.join(name);
             let config = TraceConfig {
-                file: file.clone(),
+                file: file.as_path().into(),
                 format: Some(format),
                 ring: Some(4096),
                 ..TraceConfig::default()
@@ -189,7 +189,7 @@ fn a_file_that_cannot_be_a_trace_is_refused() {
     let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
     rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, mode, 0).unwrap();
     for file in [folder.path().into(), folder.path().join("no/where"), pipe, "/dev/null".into()] {
-        let config = TraceConfig { file, ..TraceConfig::default() };
+        let config = TraceConfig { file: file.into(), ..TraceConfig::default() };
         let plan =
             Plan { name: "a".into(), harts: 1, ticks: ticks(), places: DeviceMap::default() };
         let error = Trace::start(&config, plan).unwrap_err().to_string();

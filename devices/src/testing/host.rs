@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use super::lock;
+use crate::config::Endpoint;
 use crate::console::{ConsoleBackend, NullConsole};
 use crate::flash::{FlashMemory, FlashPlan};
 use crate::host::{Host, HostError, Listener};
@@ -56,9 +57,9 @@ impl MemoryHost {
 }
 
 impl Host for MemoryHost {
-    fn console(&self, to: &str) -> Result<Box<dyn ConsoleBackend>, HostError> {
+    fn console(&self, to: &Endpoint) -> Result<Box<dyn ConsoleBackend>, HostError> {
         match to {
-            "null" => Ok(Box::new(NullConsole)),
+            Endpoint::Null => Ok(Box::new(NullConsole)),
             other => Err(HostError::invalid(format!("Cannot open {other}: not a test console"))),
         }
     }

@@ -8,12 +8,14 @@
 
 use std::os::fd::AsRawFd;
 
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{VirtioDevice, VirtioError, VirtioMmio, Work};
 use crate::catalog::{Built, Model, Placement, Wiring};
+use crate::config::{ModelConfig, Slot};
 use crate::device::{Interest, Source};
-use crate::options::Options;
 
 /// The catalog's entry.
 pub(crate) const MODEL: Model = Model {
@@ -23,8 +25,16 @@ pub(crate) const MODEL: Model = Model {
     placement: Placement::Slot,
     irqs: 1,
     shares_ram: false,
-    build,
 };
+
+/// The configuration of a power button.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct InputConfig {
+    /// The slot on the board; `None` for the first free one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub slot: Option<Slot>,
+}
 
 const EVENTS: u16 = 0;
 const STATUS: u16 = 1;
@@ -65,10 +75,16 @@ struct Input {
     config: [u8; config::LEN],
 }
 
-fn build(_: &Options, mut wiring: Wiring) -> Built {
-    let button = wiring.power_button.take();
-    let input = Input { button, sent: PRESS.len(), config: [0; config::LEN] };
-    VirtioMmio::create(Box::new(input), wiring)
+impl ModelConfig for InputConfig {
+    fn slot(&self) -> Option<Slot> {
+        self.slot
+    }
+
+    fn build(&self, mut wiring: Wiring) -> Built {
+        let button = wiring.power_button.take();
+        let input = Input { button, sent: PRESS.len(), config: [0; config::LEN] };
+        VirtioMmio::create(Box::new(input), wiring)
+    }
 }
 
 impl Input {
@@ -188,6 +204,7 @@ mod tests {
     use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
     use super::*;
+    use crate::testing::create;
     use crate::virtio::testing::{Buffer, Rig};
 
     const DOWN: [u8; 8] = [1, 0, 116, 0, 1, 0, 0, 0];
@@ -199,7 +216,7 @@ mod tests {
         let own = button.try_clone().unwrap();
         let rig = Rig::build(|mut wiring| {
             wiring.power_button = Some(own);
-            MODEL.create(&Options::none("input"), wiring).unwrap()
+            create("input", wiring).unwrap()
         });
         (rig, button)
     }

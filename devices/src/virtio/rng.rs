@@ -2,15 +2,15 @@
 //!
 //! A request gets at most [`MAX_BYTES`] whatever its size, as the specification allows: the driver sends another one.
 
-use std::num::NonZeroU64;
-
 use rustix::rand::{GetRandomFlags, getrandom};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 use super::bucket::{Limit, Limiter};
 use super::{Chain, VirtioDevice, VirtioError, VirtioMmio, Work};
 use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
+use crate::config::{ByteRate, ModelConfig, Slot};
 use crate::device::{Interest, Source};
-use crate::options::Options;
 
 /// The catalog's entry.
 pub(crate) const MODEL: Model = Model {
@@ -24,8 +24,19 @@ pub(crate) const MODEL: Model = Model {
     placement: Placement::Slot,
     irqs: 1,
     shares_ram: false,
-    build,
 };
+
+/// The configuration of an entropy device.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RngConfig {
+    /// Limit of bytes per second; `None` for no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bps: Option<ByteRate>,
+    /// The slot on the board; `None` for the first free one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub slot: Option<Slot>,
+}
 
 /// Maximum number of bytes for one request.
 const MAX_BYTES: usize = 64 << 10;
@@ -43,17 +54,20 @@ struct Rng {
     limiter: Limiter,
 }
 
-fn build(options: &Options, wiring: Wiring) -> Built {
-    let bps = options
-        .parsed::<NonZeroU64>("bps", "a number of bytes from 1")
-        .map_err(|source| BuildError::Option { model: MODEL.name, source })?;
-    let limit = bps.map(|bps| Limit::per_second(bps.get()));
-    let limiter = Limiter::new(limit, None).map_err(|source| BuildError::Host {
-        model: MODEL.name,
-        what: "timer",
-        source,
-    })?;
-    VirtioMmio::create(Box::new(Rng { limiter }), wiring)
+impl ModelConfig for RngConfig {
+    fn slot(&self) -> Option<Slot> {
+        self.slot
+    }
+
+    fn build(&self, wiring: Wiring) -> Built {
+        let limit = self.bps.map(|bps| Limit::per_second(bps.get()));
+        let limiter = Limiter::new(limit, None).map_err(|source| BuildError::Host {
+            model: MODEL.name,
+            what: "timer",
+            source,
+        })?;
+        VirtioMmio::create(Box::new(Rng { limiter }), wiring)
+    }
 }
 
 impl Rng {
@@ -148,12 +162,11 @@ impl VirtioDevice for Rng {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use crate::testing::create;
     use crate::virtio::testing::{Buffer, Rig};
 
     fn rig(options: &str) -> Rig {
-        let options = Options::parse(options).unwrap();
-        let mut rig = Rig::build(|wiring| MODEL.create(&options, wiring).unwrap());
+        let mut rig = Rig::build(|wiring| create(options, wiring).unwrap());
         rig.start(0);
         rig
     }

@@ -3,25 +3,22 @@
 
 use std::sync::{Arc, Mutex};
 
-use rvmm_devices::testing::{MemoryHost, dispatch_event, turn};
+use rvmm_devices::testing::{MemoryHost, create, dispatch_event, turn};
 use rvmm_devices::virtio::blk::testing::MemoryDisk;
 use rvmm_devices::virtio::mmio::KICK;
 use rvmm_devices::virtio::testing::{Buffer, NEXT, RAM, RAM_SIZE, Rig, WRITE};
-use rvmm_devices::{Model, Options};
 
 use crate::scenario::ram::Watched;
 
 fn rig(options: &str) -> Rig {
-    let options = Options::parse(options).unwrap();
-    let mut rig =
-        Rig::build(|wiring| Model::find(options.name()).unwrap().create(&options, wiring).unwrap());
-    rig.start(rig_features(&options));
+    let mut rig = Rig::build(|wiring| create(options, wiring).unwrap());
+    rig.start(rig_features(options));
     rig
 }
 
 /// The features to negotiate: streams for a vsock device.
-fn rig_features(options: &Options) -> u64 {
-    u64::from(options.name() == "vsock")
+fn rig_features(options: &str) -> u64 {
+    u64::from(options.starts_with("vsock,"))
 }
 
 /// Number of requests of `queue` that are returned by one call of the device, and in total.
@@ -58,11 +55,10 @@ fn one_pass_takes_half_a_mib_of_a_guests_packets_and_the_next_goes_on() {
 #[test]
 fn a_report_of_more_memory_than_a_pass_may_release_takes_several_passes() {
     let released = Arc::new(Mutex::new(0));
-    let options = Options::parse("balloon,reporting=on").unwrap();
     let mut rig = Rig::build(|mut wiring| {
         let memory = wiring.memory.view().clone();
         wiring.memory = Arc::new(Watched { memory, released: Arc::clone(&released) });
-        Model::find("balloon").unwrap().create(&options, wiring).unwrap()
+        create("balloon,reporting=on", wiring).unwrap()
     });
     rig.start(1 << 5);
     // All of RAM, sixteen times, not page-aligned.
@@ -91,10 +87,9 @@ fn a_report_of_more_memory_than_a_pass_may_release_takes_several_passes() {
 fn stuck(features: u64) -> (Rig, MemoryDisk, u16) {
     let disk = MemoryDisk::new(8).unwrap();
     disk.change(|bytes| bytes.fill(0xd5));
-    let options = Options::parse("blk,path=d,queues=2").unwrap();
     let mut rig = Rig::build(|mut wiring| {
         wiring.host = Arc::new(MemoryHost::with_disk(disk.clone()));
-        Model::find("blk").unwrap().create(&options, wiring).unwrap()
+        create("blk,path=d,queues=2", wiring).unwrap()
     });
     rig.start(features);
     disk.get_stuck();

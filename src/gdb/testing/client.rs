@@ -113,7 +113,7 @@ impl TestServer {
     pub(in crate::gdb) fn new(wait: bool) -> Self {
         let folder = Folder::new();
         let socket = folder.0.join("gdb");
-        let config = GdbConfig { at: GdbAddress::Unix(socket.clone()), wait };
+        let config = GdbConfig { at: GdbAddress::Unix(socket.as_path().into()), wait };
         Self { server: Server::open(&config).unwrap(), socket, _folder: folder }
     }
 

@@ -13,7 +13,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 
 use log::warn;
-use rvmm_devices::HostError;
+use rvmm_devices::{FilePath, HostError};
 
 /// Ranges of rvmm's bytes: the first byte, and their number; zero for all that follow. In between are QEMU's.
 const OURS: [(i64, i64); 2] = [(0, 100), (300, 0)];
@@ -31,7 +31,7 @@ const RESIZE: i64 = 3;
 ///
 /// # Errors
 /// Another program has a conflicting lock.
-pub(super) fn take(path: &str, file: &File, is_read_only: bool) -> Result<(), HostError> {
+pub(super) fn take(path: &FilePath, file: &File, is_read_only: bool) -> Result<(), HostError> {
     match try_all(file, is_read_only) {
         Ok(true) => return Ok(()),
         Ok(false) => {}
@@ -156,8 +156,9 @@ mod tests {
     /// Opens for writing, then for reading only: `opened`, or the reason why not.
     fn both(file: &NamedTempFile) -> [String; 2] {
         [false, true].map(|is_read_only| {
-            let what =
-                take("disk", &reopen(file), is_read_only).err().map(|error| error.to_string());
+            let what = take(&"disk".into(), &reopen(file), is_read_only)
+                .err()
+                .map(|error| error.to_string());
             what.map_or("opened".into(), |what| what.rsplit(" for ").next().unwrap().to_owned())
         })
     }
@@ -207,7 +208,7 @@ mod tests {
         let file = disk();
         let (other, refused) = (reopen(&file), reopen(&file));
         assert!(set(&other, libc::F_RDLCK, (101, 1)).unwrap());
-        assert!(take("disk", &refused, false).is_err());
+        assert!(take(&"disk".into(), &refused, false).is_err());
         drop(other);
         assert_eq!(both(&file), [OPENED, OPENED]);
     }
@@ -265,7 +266,7 @@ mod tests {
         let copy = format!("convert|-f|raw|-O|raw|DISK|{}", other.path().to_str().unwrap());
         for (is_read_only, may_read) in [(true, true), (false, false)] {
             let ours = reopen(&file);
-            take("disk", &ours, is_read_only).unwrap();
+            take(&"disk".into(), &ours, is_read_only).unwrap();
             let Some(is_ok) = qemu("qemu-io", write, &file) else { return };
             assert!(!is_ok, "written by two");
             assert_eq!(qemu("qemu-img", &copy, &file), Some(may_read));

@@ -156,7 +156,7 @@ impl Disk {
             size,
             is_raw: true,
             is_unsafe: plan.cache == DiskCache::Unsafe,
-            name: plan.path.clone(),
+            name: plan.path.to_string(),
             files,
             memory,
         }

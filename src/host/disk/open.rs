@@ -11,8 +11,8 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use log::warn;
 use rustix::fs::{OFlags, SeekFrom, fcntl_getfl, fcntl_setfl, fstatfs, seek};
 use rustix::io::Errno;
-use rvmm_devices::HostError;
 use rvmm_devices::virtio::blk::{DiskCache, DiskPlan};
+use rvmm_devices::{FilePath, HostError};
 
 use super::lock;
 
@@ -83,7 +83,7 @@ impl Files {
         let is_in_memory =
             !is_block && fstatfs(&main).is_ok_and(|stat| IN_MEMORY.contains(&stat.f_type));
         // A file that was deleted meanwhile keeps the path that was given.
-        let name = std::fs::canonicalize(path).unwrap_or_else(|_| path.into());
+        let name = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
         let name = name.into_os_string().into_vec();
         let mut files = Self { main, name, is_block, is_in_memory, direct: None };
         if plan.cache == DiskCache::None {
@@ -98,7 +98,7 @@ impl Files {
     }
 
     /// The size of the disk in bytes: whole sectors.
-    pub(super) fn first_size(&self, path: &str) -> Result<u64, HostError> {
+    pub(super) fn first_size(&self, path: &FilePath) -> Result<u64, HostError> {
         let bytes = self.bytes().map_err(|source| {
             HostError::os(format!("Cannot read the size of disk {path}"), source)
         })?;
@@ -184,7 +184,7 @@ pub(super) fn whole_sectors(bytes: u64) -> u64 {
     bytes / SECTOR * SECTOR
 }
 
-fn check_kind(path: &str, kind: FileType) -> Result<(), HostError> {
+fn check_kind(path: &FilePath, kind: FileType) -> Result<(), HostError> {
     if kind.is_file() || kind.is_block_device() {
         return Ok(());
     }
@@ -202,7 +202,7 @@ fn check_kind(path: &str, kind: FileType) -> Result<(), HostError> {
     )))
 }
 
-fn not_open(path: &str, error: io::Error) -> HostError {
+fn not_open(path: &FilePath, error: io::Error) -> HostError {
     let what = format!("Cannot open disk {path}");
     let hint = match error.kind() {
         io::ErrorKind::NotFound => format!("create it: truncate -s 1G {path}"),
@@ -218,7 +218,7 @@ fn not_open(path: &str, error: io::Error) -> HostError {
     HostError::invalid(format!("{what}: {error} ({hint})"))
 }
 
-fn no_direct(path: &str) -> HostError {
+fn no_direct(path: &FilePath) -> HostError {
     HostError::invalid(format!(
         "Cannot use disk {path} with cache=none: its file system does not have O_DIRECT (use cache=writeback)"
     ))

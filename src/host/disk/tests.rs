@@ -9,10 +9,11 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rvmm_devices::Wiring;
+use rvmm_devices::testing::create;
 use rvmm_devices::testing::{leave_out, skip, turn};
 use rvmm_devices::virtio::testing::{Buffer, Rig};
 use rvmm_devices::virtio::{GuestMemoryMmap, Segment};
-use rvmm_devices::{Model, Options, Wiring};
 use tempfile::{NamedTempFile, TempDir};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -681,10 +682,9 @@ fn a_driver_reaches_the_file_through_the_device_and_its_event_loop() {
             leave_out(&error.to_string());
             continue;
         }
-        let options = Options::parse(&format!("blk,path={path}{options}")).unwrap();
+        let text = format!("blk,path={path}{options}");
         let host = Arc::new(crate::host::Linux::new(Arc::new(|| {})));
-        let model = Model::find("blk").unwrap();
-        let device = |wiring| model.create(&options, Wiring { host, ..wiring }).unwrap();
+        let device = |wiring| create(&text, Wiring { host, ..wiring }).unwrap();
         let mut rig = Rig::build(device);
         rig.start(1 << 9);
         let header =
@@ -722,10 +722,9 @@ fn a_driver_reaches_the_file_through_the_device_and_its_event_loop() {
 
 /// The serial number of the disk at `path`, as a driver reads it.
 fn serial_number(path: &str) -> Vec<u8> {
-    let options = Options::parse(&format!("blk,ro=on,path={path}")).unwrap();
+    let text = format!("blk,ro=on,path={path}");
     let host = Arc::new(crate::host::Linux::new(Arc::new(|| {})));
-    let model = Model::find("blk").unwrap();
-    let device = |wiring| model.create(&options, Wiring { host, ..wiring }).unwrap();
+    let device = |wiring| create(&text, Wiring { host, ..wiring }).unwrap();
     let mut rig = Rig::build(device);
     rig.start(1 << 9);
     let get_id = [8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::thread;
 
 use rvmm_devices::testing::{leave_out, skip};
-use rvmm_devices::virtio::net::{Net, NetSettings, bit};
+use rvmm_devices::virtio::net::{Net, NetConfig, bit};
 use rvmm_devices::virtio::testing::{Buffer, Rig};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -330,7 +330,7 @@ fn a_guest_and_the_kernel_exchange_frames_and_large_segments() {
     in_a_namespace(|| {
         let tap = Tap::open("t0").unwrap();
         let cable = Cable::to("t0");
-        let device = Net::new(Box::new(tap), &NetSettings::default()).unwrap();
+        let device = Net::new(Box::new(tap), &NetConfig::default()).unwrap();
         let counters = Arc::clone(&device.counters());
         let mut rig = Rig::new(Box::new(device));
         rig.start(bit::CSUM | bit::HOST_TSO4 | bit::GUEST_CSUM | bit::GUEST_TSO4 | bit::MRG_RXBUF);

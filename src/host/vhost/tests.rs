@@ -5,11 +5,12 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
+use rvmm_devices::Host;
+use rvmm_devices::testing::create;
 use rvmm_devices::testing::{skip, turn};
 use rvmm_devices::virtio::feature;
 use rvmm_devices::virtio::net::{HEADER, bit};
 use rvmm_devices::virtio::testing::{Buffer, Rig, status};
-use rvmm_devices::{Host, Model, Options};
 
 use super::*;
 use crate::host::Linux;
@@ -17,12 +18,10 @@ use crate::host::tap::tests::{Cable, ETHERTYPE, attached, frame, in_a_namespace}
 
 /// A device on this machine's kernel, or the reason why it cannot be created.
 fn build(text: &str) -> Result<Rig, String> {
-    let options = Options::parse(text).unwrap();
-    let model = Model::find(options.name()).unwrap();
     let host: Arc<dyn Host> = Arc::new(Linux::new(Arc::new(|| {})));
     Rig::try_build(|mut wiring| {
         wiring.host = host;
-        model.create(&options, wiring)
+        create(text, wiring)
     })
     .map_err(|error| error.source().map_or_else(String::new, ToString::to_string))
 }

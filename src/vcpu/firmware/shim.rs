@@ -73,7 +73,7 @@ impl Firmware {
                     Fetched::Word(word) => Ok(stop(
                         hart,
                         format!(
-                            "it has no trap vector, and instruction {word:#010x} at {pc:#x} is illegal in its mode (--csr NAME=VALUE gives it CSRs of machine mode, --mode vs those of supervisor mode)"
+                            "it has no trap vector, and instruction {word:#010x} at {pc:#x} is illegal in its mode (--csr NAME=VALUE gives it CSRs of machine mode, --start-mode vs those of supervisor mode)"
                         ),
                     )),
                     Fetched::Trap(_) | Fetched::Lost => Ok(stop(

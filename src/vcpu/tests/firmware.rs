@@ -301,7 +301,7 @@ fn a_csr_of_machine_mode_is_read_and_the_guest_goes_on_in_its_own_mode() {
 fn an_unhandled_trap_without_a_vector_stops_the_guest_with_advice() {
     let (world, _) = bare();
     for (cause, tval, word) in
-        [(2, 0x1002_6073, "--mode vs"), (13, 0x40, "trap 13"), (2, 0, "illegal")]
+        [(2, 0x1002_6073, "--start-mode vs"), (13, 0x40, "trap 13"), (2, 0, "illegal")]
     {
         let Some(StopReason::HartFault { what, .. }) = step(&mut trapped(cause, tval, &[]), &world)
         else {

@@ -23,8 +23,8 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::{Chain, DmaMemory, VirtioDevice, VirtioError, VirtioMmio, Work};
 use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
+use crate::config::{ModelConfig, Slot};
 use crate::device::{Interest, Source};
-use crate::options::Options;
 
 mod control;
 mod pages;
@@ -35,7 +35,8 @@ mod stats;
 pub use control::{BalloonControl, BalloonTooLarge};
 use pages::{List, PAGE};
 use reports::Reports;
-use settings::{BalloonSettings, f};
+use settings::f;
+pub use settings::{BalloonConfig, BalloonSize, Interval};
 use stats::{MAX_BYTES, numbers};
 
 /// The catalog's entry.
@@ -63,7 +64,6 @@ pub(crate) const MODEL: Model = Model {
     placement: Placement::Slot,
     irqs: 1,
     shares_ram: false,
-    build,
 };
 
 /// Maximum length of one request in bytes: page numbers for a GiB.
@@ -109,32 +109,36 @@ struct Balloon {
     is_asked: bool,
 }
 
-fn build(options: &Options, wiring: Wiring) -> Built {
-    let settings = BalloonSettings::parse(options)
-        .map_err(|source| BuildError::Option { model: MODEL.name, source })?;
-    let BalloonSettings { pages, features, stats_every } = settings;
-    let optional = [f::STATS_VQ, f::PAGE_REPORTING].iter().filter(|bit| features & **bit != 0);
-    let failed = |what| move |source| BuildError::Host { model: MODEL.name, what, source };
-    let target = wiring.balloon.as_ref().map_or(pages, |control| control.begin(pages));
-    let mut balloon = Balloon {
-        features,
-        queue_sizes: vec![128; usize::from(FIRST_OPTIONAL) + optional.count()],
-        memory: Arc::clone(&wiring.memory),
-        stats_every,
-        resume: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(failed("event descriptor"))?,
-        timer: TimerFd::new().map_err(|error| failed("timer")(error.into()))?,
-        has_warned: false,
-        ignored: 0,
-        active: 0,
-        config: [0; 8],
-        control: wiring.balloon.clone(),
-        unfinished: None,
-        reports: Reports::default(),
-        stats: None,
-        is_asked: false,
-    };
-    balloon.set_target(target);
-    VirtioMmio::create(Box::new(balloon), wiring)
+impl ModelConfig for BalloonConfig {
+    fn slot(&self) -> Option<Slot> {
+        self.slot
+    }
+
+    fn build(&self, wiring: Wiring) -> Built {
+        let (pages, features, stats_every) = (self.pages(), self.features(), self.stats_every());
+        let optional = [f::STATS_VQ, f::PAGE_REPORTING].iter().filter(|bit| features & **bit != 0);
+        let failed = |what| move |source| BuildError::Host { model: MODEL.name, what, source };
+        let target = wiring.balloon.as_ref().map_or(pages, |control| control.begin(pages));
+        let mut balloon = Balloon {
+            features,
+            queue_sizes: vec![128; usize::from(FIRST_OPTIONAL) + optional.count()],
+            memory: Arc::clone(&wiring.memory),
+            stats_every,
+            resume: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(failed("event descriptor"))?,
+            timer: TimerFd::new().map_err(|error| failed("timer")(error.into()))?,
+            has_warned: false,
+            ignored: 0,
+            active: 0,
+            config: [0; 8],
+            control: wiring.balloon.clone(),
+            unfinished: None,
+            reports: Reports::default(),
+            stats: None,
+            is_asked: false,
+        };
+        balloon.set_target(target);
+        VirtioMmio::create(Box::new(balloon), wiring)
+    }
 }
 
 impl Balloon {

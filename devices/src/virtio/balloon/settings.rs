@@ -1,8 +1,12 @@
-//! The options of the balloon.
+//! The configuration of the balloon.
 
 use std::time::Duration;
 
-use crate::options::{OptionError, Options};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::config::Slot;
+use crate::config::number::number;
 
 /// Feature bits (section 5.5.3).
 pub(super) mod f {
@@ -11,31 +15,61 @@ pub(super) mod f {
     pub(in super::super) const PAGE_REPORTING: u64 = 1 << 5;
 }
 
-pub(super) struct BalloonSettings {
-    /// The first target, in pages of 4 KiB.
-    pub(super) pages: u32,
-    /// Offered features.
-    pub(super) features: u64,
-    /// Interval for logging the guest's statistics.
-    pub(super) stats_every: Option<Duration>,
+number! {
+    /// A size of the balloon in MiB: 32 bits of pages of 4 KiB.
+    BalloonSize(u32), 0, 16_777_215, 1, "a number of MiB up to 16777215"
 }
 
-impl BalloonSettings {
-    pub(super) fn parse(options: &Options) -> Result<Self, OptionError> {
-        let mib = options.parsed::<u32>("size", "a number of MiB")?.unwrap_or(0);
-        let Some(pages) = mib.checked_mul((1 << 20) / 4096) else {
-            return Err(options.bad_value("size", "a number of MiB up to 16777215"));
-        };
-        let seconds = options.parsed::<u32>("stats", "a number of seconds")?.filter(|s| *s > 0);
+number! {
+    /// An interval in seconds; 0 for never.
+    Interval(u32), 0, u32::MAX, 1, "a number of seconds"
+}
+
+/// The configuration of a balloon.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct BalloonConfig {
+    /// The first target; `None` for 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size: Option<BalloonSize>,
+    /// Interval for logging the guest's memory statistics; `None` for never.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stats: Option<Interval>,
+    /// True to take back pages that the guest reports as free.
+    pub reporting: bool,
+    /// True if the guest may deflate the balloon when it runs out of memory.
+    pub deflate_on_oom: bool,
+    /// The slot on the board; `None` for the first free one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub slot: Option<Slot>,
+}
+
+impl Default for BalloonConfig {
+    fn default() -> Self {
+        Self { size: None, stats: None, reporting: false, deflate_on_oom: true, slot: None }
+    }
+}
+
+impl BalloonConfig {
+    /// The first target, in pages of 4 KiB.
+    pub(super) fn pages(&self) -> u32 {
+        const PAGES_PER_MIB: u32 = (1 << 20) / 4096;
+        self.size.map_or(0, BalloonSize::get).saturating_mul(PAGES_PER_MIB)
+    }
+
+    /// Offered features.
+    pub(super) fn features(&self) -> u64 {
         let bits = [
-            (seconds.is_some(), f::STATS_VQ),
-            (options.flag("reporting", false)?, f::PAGE_REPORTING),
-            (options.flag("deflate_on_oom", true)?, f::DEFLATE_ON_OOM),
+            (self.stats_every().is_some(), f::STATS_VQ),
+            (self.reporting, f::PAGE_REPORTING),
+            (self.deflate_on_oom, f::DEFLATE_ON_OOM),
         ];
-        Ok(Self {
-            pages,
-            features: bits.iter().filter(|(on, _)| *on).fold(0, |all, (_, bit)| all | bit),
-            stats_every: seconds.map(|seconds| Duration::from_secs(seconds.into())),
-        })
+        bits.iter().filter(|(on, _)| *on).fold(0, |all, (_, bit)| all | bit)
+    }
+
+    /// Interval for logging the guest's statistics.
+    pub(super) fn stats_every(&self) -> Option<Duration> {
+        let seconds = self.stats.map(Interval::get).filter(|seconds| *seconds > 0);
+        seconds.map(|seconds| Duration::from_secs(seconds.into()))
     }
 }

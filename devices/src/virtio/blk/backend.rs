@@ -3,13 +3,17 @@
 use std::os::fd::RawFd;
 use std::time::Duration;
 
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::config::FilePath;
 use crate::virtio::Segment;
 
 /// The parameters with which a host opens a disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskPlan {
     /// The file or block device.
-    pub path: String,
+    pub path: FilePath,
     /// The guest only reads; the file is opened read-only, too.
     pub is_read_only: bool,
     /// The cache mode.
@@ -32,7 +36,8 @@ pub enum DiskFormat {
 }
 
 /// The cache mode of a disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
 pub enum DiskCache {
     /// The host's page cache; a flush reaches the disk.
     #[default]

@@ -13,8 +13,9 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::bucket::Limiter;
 use super::{Chain, Segment, VirtioDevice, VirtioError, VirtioMmio, Work, pieces};
 use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
+use crate::config::{ModelConfig, Slot};
 use crate::device::{Interest, Source};
-use crate::options::Options;
+use crate::options::OptionError;
 
 mod backend;
 mod config;
@@ -27,7 +28,8 @@ pub use backend::{DiskBackend, DiskCache, DiskDone, DiskFormat, DiskOp, DiskPlan
 
 use config::Config;
 use request::{HEADER, ID_BYTES, Limits, Request, Status, parse, room};
-use settings::{BlkSettings, derived_id};
+use settings::derived_id;
+pub use settings::{BlkConfig, DiskQueues, DiskSerial, ImageFormat, RequestRate};
 
 /// The catalog's entry.
 pub(crate) const MODEL: Model = Model {
@@ -51,7 +53,6 @@ pub(crate) const MODEL: Model = Model {
     placement: Placement::Slot,
     irqs: 1,
     shares_ram: false,
-    build,
 };
 
 /// Entries of each queue: a mebibyte of scattered pages fits into one request.
@@ -119,35 +120,44 @@ struct State {
     has_flush: bool,
 }
 
-fn build(options: &Options, wiring: Wiring) -> Built {
-    let bad = |source| BuildError::Option { model: MODEL.name, source };
-    let settings = BlkSettings::read(options).map_err(bad)?;
-    let disk = wiring
-        .host
-        .disk(&settings.plan, Arc::clone(&wiring.memory))
-        .map_err(|source| BuildError::Backend { model: MODEL.name, source })?;
-    let host = |what| move |source| BuildError::Host { model: MODEL.name, what, source };
-    let limiter = Limiter::new(settings.bps, settings.iops).map_err(host("timer"))?;
-    let poll_timer = TimerFd::new().map_err(|error| host("timer")(error.into()))?;
-    VirtioMmio::create(Box::new(Blk::new(&settings, disk, limiter, poll_timer)), wiring)
+impl ModelConfig for BlkConfig {
+    fn slot(&self) -> Option<Slot> {
+        self.slot
+    }
+
+    fn check(&self) -> Result<(), OptionError> {
+        self.check()
+    }
+
+    fn build(&self, wiring: Wiring) -> Built {
+        let disk = wiring
+            .host
+            .disk(&self.plan(), Arc::clone(&wiring.memory))
+            .map_err(|source| BuildError::Backend { model: MODEL.name, source })?;
+        let host = |what| move |source| BuildError::Host { model: MODEL.name, what, source };
+        let (bytes, requests) = self.limits();
+        let limiter = Limiter::new(bytes, requests).map_err(host("timer"))?;
+        let poll_timer = TimerFd::new().map_err(|error| host("timer")(error.into()))?;
+        VirtioMmio::create(Box::new(Blk::new(self, disk, limiter, poll_timer)), wiring)
+    }
 }
 
 impl Blk {
     fn new(
-        settings: &BlkSettings,
+        user: &BlkConfig,
         disk: Box<dyn DiskBackend>,
         limiter: Limiter,
         poll_timer: TimerFd,
     ) -> Self {
-        let is_read_only = settings.plan.is_read_only;
+        let is_read_only = user.ro;
         let access = if is_read_only { feature::RO } else { feature::WRITABLE };
-        let queues = if settings.queues > 1 { feature::MQ } else { 0 };
-        let config = Config::new(disk.size(), settings.queues, SEG_MAX);
+        let queues = if user.queues() > 1 { feature::MQ } else { 0 };
+        let config = Config::new(disk.size(), user.queues(), SEG_MAX);
         Self {
-            queue_sizes: vec![QUEUE_SIZE; settings.queues.into()].into(),
+            queue_sizes: vec![QUEUE_SIZE; user.queues().into()].into(),
             features: feature::ALWAYS | access | queues,
             is_read_only,
-            id: settings.serial.unwrap_or_else(|| derived_id(disk.file_name())),
+            id: user.id().unwrap_or_else(|| derived_id(disk.file_name())),
             disk,
             limiter,
             poll_timer,
@@ -406,9 +416,8 @@ mod tests {
         let disk = MemoryDisk::new(8).unwrap();
         let host = disk.clone();
         let rig = Rig::build(|wiring| {
-            let settings =
-                BlkSettings::read(&Options::parse("blk,path=disk,queues=2").unwrap()).unwrap();
-            let end = host.open(&settings.plan, Arc::clone(&wiring.memory));
+            let settings = BlkConfig { queues: DiskQueues::new(2), ..BlkConfig::new("disk") };
+            let end = host.open(&settings.plan(), Arc::clone(&wiring.memory));
             let limiter = Limiter::new(None, None).unwrap();
             let mut blk = Blk::new(&settings, end, limiter, TimerFd::new().unwrap());
             blk.free.truncate(2);
@@ -443,9 +452,9 @@ mod tests {
 
     #[test]
     fn without_a_host_there_is_no_disk() {
-        let settings = BlkSettings::read(&Options::parse("blk,path=a").unwrap()).unwrap();
+        let settings = BlkConfig::new("a");
         let memory = Arc::new(GuestMemoryMmap::new());
-        let error = crate::host::NoHost.disk(&settings.plan, memory).err().unwrap();
+        let error = crate::host::NoHost.disk(&settings.plan(), memory).err().unwrap();
         assert_eq!(error.to_string(), "Cannot open disk a: this host has no disks");
     }
 }

@@ -1,79 +1,152 @@
-//! The options of `--device blk`.
+//! The configuration of a disk.
 
+use std::fmt;
 use std::hash::Hasher;
-use std::num::NonZeroU64;
 
 use fnv::FnvHasher;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 use super::backend::{DiskCache, DiskFormat, DiskPlan};
 use super::request::ID_BYTES;
-use crate::options::{OptionError, Options};
+use crate::config::number::number;
+use crate::config::text::{Textual, text};
+use crate::config::{ByteRate, FilePath, Slot};
+use crate::options::OptionError;
 use crate::virtio::Limit;
 
-/// Maximum number of queues.
-const MAX_QUEUES: u16 = 8;
-
-/// The settings of a disk.
-pub(super) struct BlkSettings {
-    pub(super) plan: DiskPlan,
-    /// The serial number given by the user.
-    pub(super) serial: Option<[u8; ID_BYTES]>,
-    pub(super) queues: u16,
-    pub(super) bps: Option<Limit>,
-    pub(super) iops: Option<Limit>,
+number! {
+    /// A number of request queues.
+    DiskQueues(u16), 1, 8, 1, "a number of queues from 1 to 8"
 }
 
-impl BlkSettings {
-    pub(super) fn read(options: &Options) -> Result<Self, OptionError> {
-        let path = options.get("path").unwrap_or_default();
-        if path.is_empty() {
-            return Err(options.bad_value("path", "the path of a file or block device"));
+number! {
+    /// A limit of requests per second.
+    RequestRate(u64), 1, u64::MAX, 1, "a number of requests from 1"
+}
+
+/// The serial number of a disk: 1 to 20 bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskSerial(String);
+
+impl DiskSerial {
+    /// `None` for a text that is empty or too long.
+    #[must_use]
+    pub fn new(text: &str) -> Option<Self> {
+        Self::textual(text)
+    }
+}
+
+impl Textual for DiskSerial {
+    const EXPECTED: &'static str = "a text of 1 to 20 bytes";
+
+    fn textual(text: &str) -> Option<Self> {
+        (1..=ID_BYTES).contains(&text.len()).then(|| Self(text.into()))
+    }
+}
+
+impl fmt::Display for DiskSerial {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+text!(DiskSerial, "^[\\s\\S]{1,20}$");
+
+/// The name of a disk's format.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ImageFormat {
+    /// The file's bytes are the disk's.
+    #[default]
+    Raw,
+    /// A qcow2 image.
+    Qcow2,
+}
+
+/// The configuration of a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BlkConfig {
+    /// The file or block device.
+    pub path: FilePath,
+    /// The guest cannot write.
+    #[serde(default)]
+    pub ro: bool,
+    /// The serial number; `None` for one derived from the file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<DiskSerial>,
+    /// The cache mode.
+    #[serde(default)]
+    pub cache: DiskCache,
+    /// Request queues; `None` for one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queues: Option<DiskQueues>,
+    /// Limit of requests per second; `None` for no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iops: Option<RequestRate>,
+    /// Limit of bytes per second; `None` for no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bps: Option<ByteRate>,
+    /// The format, which is never probed.
+    #[serde(default)]
+    pub format: ImageFormat,
+    /// A qcow2 image may name a backing file.
+    #[serde(default)]
+    pub backing: bool,
+    /// The slot on the board; `None` for the first free one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot: Option<Slot>,
+}
+
+impl BlkConfig {
+    /// A disk with the defaults.
+    pub fn new(path: impl Into<FilePath>) -> Self {
+        Self {
+            path: path.into(),
+            ro: false,
+            serial: None,
+            cache: DiskCache::default(),
+            queues: None,
+            iops: None,
+            bps: None,
+            format: ImageFormat::default(),
+            backing: false,
+            slot: None,
         }
-        let has_backing = options.flag("backing", false)?;
-        let format = match options.get("format") {
-            None | Some("raw") if options.get("backing").is_some() => {
-                return Err(
-                    options.bad_value("backing", "possible with a raw disk (add format=qcow2)")
-                );
-            }
-            None | Some("raw") => DiskFormat::Raw,
-            Some("qcow2") => DiskFormat::Qcow2 { has_backing },
-            Some(_) => {
-                const KNOWN: &str = "raw or qcow2 (convert other formats with qemu-img convert)";
-                return Err(options.bad_value("format", KNOWN));
-            }
-        };
-        let is_read_only = match options.get("ro") {
-            None | Some("off") => false,
-            Some("on") => true,
-            Some(_) => return Err(options.bad_value("ro", "on or off")),
-        };
-        let cache = match options.get("cache") {
-            None | Some("writeback") => DiskCache::Writeback,
-            Some("none") => DiskCache::None,
-            Some("unsafe") => DiskCache::Unsafe,
-            Some(_) => return Err(options.bad_value("cache", "writeback, none or unsafe")),
-        };
-        let serial = options.get("serial");
-        if serial.is_some_and(|serial| serial.is_empty() || serial.len() > ID_BYTES) {
-            return Err(options.bad_value("serial", "a text of 1 to 20 bytes"));
+    }
+
+    pub(super) fn check(&self) -> Result<(), OptionError> {
+        if self.backing && self.format == ImageFormat::Raw {
+            let expected = "possible with a raw disk (add format=qcow2)";
+            return Err(OptionError::bad_value("backing", "on", expected));
         }
-        const QUEUES: &str = "a number of queues from 1 to 8";
-        let queues = options.parsed("queues", QUEUES)?.unwrap_or(1);
-        if !(1..=MAX_QUEUES).contains(&queues) {
-            return Err(options.bad_value("queues", QUEUES));
-        }
-        let limit = |key, what| {
-            let limit = options.parsed::<NonZeroU64>(key, what)?;
-            Ok(limit.map(|limit| Limit::per_second(limit.get())))
+        Ok(())
+    }
+
+    /// The parameters with which the host opens the disk.
+    pub(super) fn plan(&self) -> DiskPlan {
+        let format = match self.format {
+            ImageFormat::Raw => DiskFormat::Raw,
+            ImageFormat::Qcow2 => DiskFormat::Qcow2 { has_backing: self.backing },
         };
-        Ok(Self {
-            plan: DiskPlan { path: path.into(), is_read_only, cache, format },
-            serial: serial.map(padded),
-            queues,
-            bps: limit("bps", "a number of bytes from 1")?,
-            iops: limit("iops", "a number of requests from 1")?,
-        })
+        DiskPlan { path: self.path.clone(), is_read_only: self.ro, cache: self.cache, format }
+    }
+
+    /// The serial number that the user has chosen.
+    pub(super) fn id(&self) -> Option<[u8; ID_BYTES]> {
+        self.serial.as_ref().map(|serial| padded(&serial.0))
+    }
+
+    /// Number of queues.
+    pub(super) fn queues(&self) -> u16 {
+        self.queues.map_or(1, DiskQueues::get)
+    }
+
+    /// The limits on bytes and on requests.
+    pub(super) fn limits(&self) -> (Option<Limit>, Option<Limit>) {
+        let bytes = self.bps.map(|rate| Limit::per_second(rate.get()));
+        (bytes, self.iops.map(|rate| Limit::per_second(rate.get())))
     }
 }
 

@@ -154,7 +154,7 @@ impl MemoryDisk {
     pub fn open(&self, plan: &DiskPlan, memory: Arc<dyn DmaMemory>) -> Box<dyn DiskBackend> {
         let mut state = self.state();
         state.plan = Some(plan.clone());
-        let name = plan.path.clone().into_bytes();
+        let name = plan.path.as_bytes().to_vec();
         Box::new(End { disk: self.clone(), name, memory, event: state.event.as_raw_fd() })
     }
 

@@ -2,7 +2,7 @@
 //!
 //! | file | contents |
 //! |---|---|
-//! | `settings.rs` | options |
+//! | `settings.rs` | configuration |
 //! | `port.rs` | a port: bytes in both directions |
 //! | `control.rs` | control messages about ports |
 //!
@@ -18,9 +18,10 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{VirtioDevice, VirtioError, VirtioMmio, Work};
 use crate::catalog::{BuildError, Built, Model, Placement, Wiring};
+use crate::config::{ModelConfig, Slot};
 use crate::device::{Interest, Source};
 use crate::link::{LAST_TOKEN, Link};
-use crate::options::Options;
+use crate::options::OptionError;
 
 mod control;
 mod port;
@@ -28,7 +29,7 @@ mod settings;
 
 use control::{Message, Pending, event};
 use port::Port;
-use settings::ConsoleSettings;
+pub use settings::{ConsoleConfig, PortConfig, PortName};
 
 /// The catalog's entry.
 pub(crate) const MODEL: Model = Model {
@@ -38,7 +39,6 @@ pub(crate) const MODEL: Model = Model {
     placement: Placement::Slot,
     irqs: 1,
     shares_ram: false,
-    build,
 };
 
 /// Queue sizes. The queues are the first port's two, two for control messages, and two for each further port (section 5.3.2).
@@ -77,23 +77,32 @@ struct Console {
     config: [u8; CONFIG],
 }
 
-fn build(options: &Options, wiring: Wiring) -> Built {
-    let settings = ConsoleSettings::read(options)
-        .map_err(|source| BuildError::Option { model: MODEL.name, source })?;
-    let failed = |source| BuildError::Host { model: MODEL.name, what: "event descriptors", source };
-    let mut ports = Vec::new();
-    for (number, end) in (0..).zip(settings.ends) {
-        let backend = wiring
-            .host
-            .console(&end.to)
-            .map_err(|source| BuildError::Backend { model: MODEL.name, source })?;
-        let link = Link::new(MODEL.name, backend).map_err(failed)?;
-        ports.push(Port::new(number, link, end.name));
+impl ModelConfig for ConsoleConfig {
+    fn slot(&self) -> Option<Slot> {
+        self.slot
     }
-    let mut console =
-        Console::new(ports, EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(failed)?);
-    console.update_size();
-    VirtioMmio::create(Box::new(console), wiring)
+
+    fn check(&self) -> Result<(), OptionError> {
+        self.check()
+    }
+
+    fn build(&self, wiring: Wiring) -> Built {
+        let failed =
+            |source| BuildError::Host { model: MODEL.name, what: "event descriptors", source };
+        let mut ports = Vec::new();
+        for (number, (name, to)) in (0..).zip(self.ends()) {
+            let backend = wiring
+                .host
+                .console(to)
+                .map_err(|source| BuildError::Backend { model: MODEL.name, source })?;
+            let link = Link::new(MODEL.name, backend).map_err(failed)?;
+            ports.push(Port::new(number, link, name.map(ToString::to_string)));
+        }
+        let mut console =
+            Console::new(ports, EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(failed)?);
+        console.update_size();
+        VirtioMmio::create(Box::new(console), wiring)
+    }
 }
 
 impl Console {

@@ -24,9 +24,10 @@ use vmm_sys_util::eventfd::EventFd;
 use super::vhost_kernel::{FIRST_TOKEN, Kernel, KernelQueues};
 use super::{Rings, VirtioDevice, VirtioError, VirtioMmio, Work, feature};
 use crate::catalog::{BuildError, Built, Model, Placement, Wiring};
+use crate::config::{ModelConfig, Slot};
 use crate::device::Source;
 use crate::irq::IrqLine;
-use crate::options::Options;
+use crate::options::OptionError;
 
 mod backend;
 mod control;
@@ -42,8 +43,8 @@ mod transmit;
 pub use backend::{NetBackend, NetworkSource};
 pub use counters::{Counter, Counters};
 pub use header::{HEADER, MAX_FRAME, MIN_FRAME, Offloads, bit};
-pub use settings::{NetSettings, Rates};
-pub(super) use settings::{mac_of, parse_mac};
+pub(super) use settings::mac_of;
+pub use settings::{Descriptor, FrameRate, MacAddress, Mtu, NetConfig, QueuePairs};
 
 use control::Action;
 use pairs::Pairs;
@@ -56,7 +57,6 @@ pub(crate) const MODEL: Model = Model {
     placement: Placement::Slot,
     irqs: 1,
     shares_ram: false,
-    build,
 };
 
 /// The first receive queue: buffers for frames to the guest.
@@ -101,33 +101,42 @@ pub struct Net {
     kernel: Option<Kernel>,
 }
 
-fn build(options: &Options, wiring: Wiring) -> Built {
-    let settings = NetSettings::parse(options)
-        .map_err(|source| BuildError::Option { model: MODEL.name, source })?;
-    let end = settings::end(options)?;
-    let in_kernel = settings::in_kernel(options)
-        .map_err(|source| BuildError::Option { model: MODEL.name, source })?;
-    let backends = wiring
-        .host
-        .network_queues(&end, settings.pairs)
-        .map_err(|source| BuildError::Backend { model: MODEL.name, source })?;
-    let queues = backends.iter().map(|backend| backend.kernel_queues(wiring.memory.clone()));
-    let queues = in_kernel
-        .then(|| queues.collect::<Result<Vec<_>, _>>())
-        .transpose()
-        .map_err(|source| BuildError::Backend { model: MODEL.name, source })?;
-    let failed = |what| move |source| BuildError::Host { model: MODEL.name, what, source };
-    let mut net = Net::with_queues(backends, &settings).map_err(failed("timers"))?;
-    if let Some(queues) = queues {
-        net.dispatch_event(queues, &*wiring.irq).map_err(failed("queues"))?;
+impl ModelConfig for NetConfig {
+    fn slot(&self) -> Option<Slot> {
+        self.slot
     }
-    VirtioMmio::create(Box::new(net), wiring)
+
+    fn check(&self) -> Result<(), OptionError> {
+        self.check()
+    }
+
+    fn build(&self, wiring: Wiring) -> Built {
+        let refused = |source| BuildError::Option { model: MODEL.name, source };
+        let end = self.source().ok_or_else(|| refused(OptionError::NoBackend))?;
+        let backends = wiring
+            .host
+            .network_queues(&end, self.pairs())
+            .map_err(|source| BuildError::Backend { model: MODEL.name, source })?;
+        let queues = backends.iter().map(|backend| backend.kernel_queues(wiring.memory.clone()));
+        let queues = self
+            .vhost
+            .then(|| queues.collect::<Result<Vec<_>, _>>())
+            .transpose()
+            .map_err(|source| BuildError::Backend { model: MODEL.name, source })?;
+        let failed = |what| move |source| BuildError::Host { model: MODEL.name, what, source };
+        let mut net = Net::with_queues(backends, self).map_err(failed("timers"))?;
+        if let Some(queues) = queues {
+            net.dispatch_event(queues, &*wiring.irq).map_err(failed("queues"))?;
+        }
+        VirtioMmio::create(Box::new(net), wiring)
+    }
 }
 
 /// The MAC address: the user's, else the one that the backend requires, else one derived from the backend's identity.
-fn address(settings: &NetSettings, end: Option<&dyn NetBackend>) -> [u8; 6] {
+fn address(config: &NetConfig, end: Option<&dyn NetBackend>) -> [u8; 6] {
     let needed = end.and_then(NetBackend::address);
-    if let (Some(wanted), Some(needed)) = (settings.mac, needed)
+    let wanted = config.mac.map(MacAddress::bytes);
+    if let (Some(wanted), Some(needed)) = (wanted, needed)
         && wanted != needed
     {
         warn!(
@@ -136,8 +145,8 @@ fn address(settings: &NetSettings, end: Option<&dyn NetBackend>) -> [u8; 6] {
             shown(wanted)
         );
     }
-    let made = || mac_of(end.map_or("", NetBackend::identity));
-    settings.mac.or(needed).unwrap_or_else(made)
+    let made = || mac_of(end.map_or("", NetBackend::identity).as_bytes());
+    wanted.or(needed).unwrap_or_else(made)
 }
 
 fn shown(mac: [u8; 6]) -> String {
@@ -149,21 +158,19 @@ impl Net {
     ///
     /// # Errors
     /// The host has no timers left.
-    pub fn new(backend: Box<dyn NetBackend>, settings: &NetSettings) -> io::Result<Self> {
-        Self::with_queues(vec![backend], settings)
+    pub fn new(backend: Box<dyn NetBackend>, config: &NetConfig) -> io::Result<Self> {
+        Self::with_queues(vec![backend], config)
     }
 
     /// Creates a device with a queue pair for each of `backends`, 1 to 8 queues of the same network.
     ///
     /// # Errors
     /// The host has no timers left.
-    pub fn with_queues(
-        backends: Vec<Box<dyn NetBackend>>,
-        settings: &NetSettings,
-    ) -> io::Result<Self> {
-        let mac = address(settings, backends.first().map(AsRef::as_ref));
-        let mtu = settings.mtu.unwrap_or(0).to_le_bytes();
-        let pairs = Pairs::new(backends, settings, mac)?;
+    pub fn with_queues(backends: Vec<Box<dyn NetBackend>>, config: &NetConfig) -> io::Result<Self> {
+        let mac = address(config, backends.first().map(AsRef::as_ref));
+        let mtu = config.mtu.map_or(0, Mtu::get).to_le_bytes();
+        let pairs = Pairs::new(backends, config, mac)?;
+        let has_mtu = config.mtu.is_some();
         let mut config = [0; CONFIG];
         let [low, high] = pairs.count().to_le_bytes();
         let status = if pairs.is_link_up() { LINK_UP } else { 0 };
@@ -171,7 +178,7 @@ impl Net {
         config.iter_mut().zip(fields).for_each(|(byte, value)| *byte = value);
         let mut queue_sizes = vec![256; 2 * usize::from(pairs.count())];
         queue_sizes.push(64);
-        let mtu = if settings.mtu.is_some() { bit::MTU } else { 0 };
+        let mtu = if has_mtu { bit::MTU } else { 0 };
         let queues = if pairs.count() > 1 { bit::MQ } else { 0 };
         let queue_sizes = queue_sizes.into();
         Ok(Self { extra: mtu | queues, queue_sizes, pairs, config, taken: 0, kernel: None })

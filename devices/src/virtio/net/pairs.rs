@@ -11,7 +11,7 @@ use super::counters::Counters;
 use super::header::Offloads;
 use super::port::Port;
 use super::receive::Receiver;
-use super::settings::NetSettings;
+use super::settings::{Mtu, NetConfig};
 use super::transmit::Transmitter;
 use crate::device::{Interest, Source};
 use crate::virtio::{Limiter, VirtioError, Work};
@@ -46,17 +46,17 @@ impl Pairs {
     /// The host has no timers left.
     pub(super) fn new(
         backends: Vec<Box<dyn NetBackend>>,
-        settings: &NetSettings,
+        config: &NetConfig,
         mac: [u8; 6],
     ) -> io::Result<Self> {
         let counters = Arc::default();
         let pair = |(number, backend): (u16, Box<dyn NetBackend>)| Pair {
             port: Port::new(backend, &counters),
-            rx: Receiver::new(2 * number, settings.mtu),
-            tx: Transmitter::new(2 * number + 1, settings.pin.then_some(mac)),
+            rx: Receiver::new(2 * number, config.mtu.map(Mtu::get)),
+            tx: Transmitter::new(2 * number + 1, config.pin.then_some(mac)),
         };
         let all = (0..).zip(backends).map(pair).collect();
-        let (rx_limit, tx_limit) = (settings.rx.limiter()?, settings.tx.limiter()?);
+        let (rx_limit, tx_limit) = (config.rx_limiter()?, config.tx_limiter()?);
         let mut pairs = Self { all, rx_limit, tx_limit, counters, is_up: true };
         pairs.use_first(1);
         pairs.read_link();

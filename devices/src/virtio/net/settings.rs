@@ -1,15 +1,19 @@
-//! The options of `--device net`: `tap=NAME,mac=...`.
+//! The configuration of a network device.
 
+use std::fmt;
 use std::hash::Hasher;
-use std::num::NonZeroU64;
+use std::io;
 
 use fnv::FnvHasher;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
-use super::MODEL;
 use super::backend::NetworkSource;
-use crate::catalog::{BuildError, Key};
-use crate::host::HostError;
-use crate::options::{OptionError, Options};
+use crate::catalog::Key;
+use crate::config::number::number;
+use crate::config::text::{Textual, text};
+use crate::config::{ByteRate, Slot};
+use crate::options::OptionError;
 use crate::virtio::{Limit, Limiter};
 
 pub(super) const KEYS: &[Key] = &[
@@ -65,133 +69,178 @@ pub(super) const KEYS: &[Key] = &[
 /// Maximum number of queue pairs.
 pub(super) const MAX_PAIRS: u16 = 8;
 
-/// The minimum MTU of IPv4 (RFC 791).
-const MIN_MTU: u16 = 68;
+number! {
+    /// A number of queue pairs.
+    QueuePairs(u16), 1, MAX_PAIRS, 1, "a number of queue pairs from 1 to 8"
+}
 
-/// The settings of a network device, except its host end.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct NetSettings {
+number! {
+    /// An MTU: at least the minimum of IPv4 (RFC 791).
+    Mtu(u16), 68, u16::MAX, 1, "a number from 68 to 65535"
+}
+
+number! {
+    /// A limit of frames per second.
+    FrameRate(u64), 1, u64::MAX, 1, "a number of frames from 1"
+}
+
+number! {
+    /// The number of an inherited descriptor.
+    Descriptor(u16), 0, u16::MAX, 1, "a descriptor's number"
+}
+
+/// A unicast MAC address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MacAddress([u8; 6]);
+
+impl MacAddress {
+    /// `None` for a group's address, and for the one of zeroes.
+    #[must_use]
+    pub fn new(bytes: [u8; 6]) -> Option<Self> {
+        let [first, ..] = bytes;
+        (first & 1 == 0 && bytes != [0; 6]).then_some(Self(bytes))
+    }
+
+    /// The six bytes.
+    #[must_use]
+    pub fn bytes(self) -> [u8; 6] {
+        self.0
+    }
+}
+
+impl Textual for MacAddress {
+    const EXPECTED: &'static str = "a unicast MAC address, in hexadecimal (as 02:00:00:12:34:56)";
+
+    fn textual(text: &str) -> Option<Self> {
+        let mut mac = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut mac {
+            let part = parts.next().filter(|part| {
+                (1..=2).contains(&part.len()) && part.bytes().all(|c| c.is_ascii_hexdigit())
+            })?;
+            *byte = u8::from_str_radix(part, 16).ok()?;
+        }
+        parts.next().is_none().then_some(mac).and_then(Self::new)
+    }
+}
+
+impl fmt::Display for MacAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.map(|byte| format!("{byte:02x}")).join(":"))
+    }
+}
+
+text!(MacAddress, "^([0-9a-fA-F]{1,2}:){5}[0-9a-fA-F]{1,2}$");
+
+/// The configuration of a network device on a tap interface.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct NetConfig {
+    /// The tap interface; created if it does not exist. This or `fd` is needed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tap: Option<String>,
+    /// Inherited descriptor of an open tap.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fd: Option<Descriptor>,
     /// The MAC address; `None` for one derived from the backend's identity.
-    pub mac: Option<[u8; 6]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mac: Option<MacAddress>,
     /// The MTU that the driver is told.
-    pub mtu: Option<u16>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<Mtu>,
     /// Frames of the guest with a source other than the MAC address are dropped.
     pub pin: bool,
-    /// Queue pairs, with one backend each. Zero means one.
-    pub pairs: u16,
-    /// Limits on frames to the guest, over all pairs.
-    pub rx: Rates,
-    /// Limits on frames from the guest, over all pairs.
-    pub tx: Rates,
+    /// Queue pairs, with one backend each; `None` for one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queues: Option<QueuePairs>,
+    /// The host's kernel moves the frames.
+    pub vhost: bool,
+    /// Limit of bytes per second to the guest, over all pairs; `None` for no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rx_bps: Option<ByteRate>,
+    /// Limit of bytes per second from the guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tx_bps: Option<ByteRate>,
+    /// Limit of frames per second to the guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rx_pps: Option<FrameRate>,
+    /// Limit of frames per second from the guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tx_pps: Option<FrameRate>,
+    /// The slot on the board; `None` for the first free one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub slot: Option<Slot>,
 }
 
-/// Limits of one direction; `None` for no limit.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Rates {
-    /// Bytes per second.
-    pub bps: Option<NonZeroU64>,
-    /// Frames per second.
-    pub pps: Option<NonZeroU64>,
-}
-
-impl Rates {
-    pub(super) fn limiter(self) -> std::io::Result<Limiter> {
-        let limit = |rate: NonZeroU64| Limit::per_second(rate.get());
-        Limiter::new(self.bps.map(limit), self.pps.map(limit))
+impl NetConfig {
+    /// Number of queue pairs.
+    pub(super) fn pairs(&self) -> u16 {
+        self.queues.map_or(1, QueuePairs::get)
     }
 
-    fn parse(options: &Options, bps: &'static str, pps: &'static str) -> Result<Self, OptionError> {
-        Ok(Self {
-            bps: options.parsed(bps, "a number of bytes from 1")?,
-            pps: options.parsed(pps, "a number of frames from 1")?,
-        })
+    /// The limits on frames to the guest.
+    pub(super) fn rx_limiter(&self) -> io::Result<Limiter> {
+        limiter(self.rx_bps, self.rx_pps)
     }
-}
 
-impl NetSettings {
-    pub(super) fn parse(options: &Options) -> Result<Self, OptionError> {
-        let expected = "a number from 68 to 65535";
-        let mtu = options.parsed::<u16>("mtu", expected)?;
-        if mtu.is_some_and(|mtu| mtu < MIN_MTU) {
-            return Err(options.bad_value("mtu", expected));
+    /// The limits on frames from the guest.
+    pub(super) fn tx_limiter(&self) -> io::Result<Limiter> {
+        limiter(self.tx_bps, self.tx_pps)
+    }
+
+    /// The host end.
+    pub(super) fn source(&self) -> Option<NetworkSource> {
+        let tap = || self.tap.clone().map(NetworkSource::Tap);
+        self.fd.map(|fd| NetworkSource::Descriptor(fd.get().into())).or_else(tap)
+    }
+
+    pub(super) fn check(&self) -> Result<(), OptionError> {
+        match (&self.tap, self.fd) {
+            (Some(_), Some(fd)) => {
+                return Err(OptionError::bad_value(
+                    "fd",
+                    fd.get(),
+                    "possible with tap (leave one out)",
+                ));
+            }
+            (None, None) => return Err(OptionError::NoBackend),
+            _ => {}
         }
-        let mac = |text| {
-            let what = "a unicast MAC address, in hexadecimal (as 02:00:00:12:34:56)";
-            parse_mac(text).ok_or_else(|| options.bad_value("mac", what))
-        };
-        let expected = "a number of queue pairs from 1 to 8";
-        let pairs = options.parsed("queues", expected)?.unwrap_or(1);
-        if !(1..=MAX_PAIRS).contains(&pairs) {
-            return Err(options.bad_value("queues", expected));
+        if self.pairs() > 1 && self.fd.is_some() {
+            return Err(OptionError::bad_value(
+                "queues",
+                self.pairs(),
+                "1: a descriptor has one queue pair (use tap=NAME)",
+            ));
         }
-        if pairs > 1 && options.get("fd").is_some() {
-            return Err(
-                options.bad_value("queues", "1: a descriptor has one queue pair (use tap=NAME)")
-            );
+        let rates = [
+            ("pin", self.pin.then(|| "on".to_owned())),
+            ("rx_bps", self.rx_bps.map(|rate| rate.get().to_string())),
+            ("tx_bps", self.tx_bps.map(|rate| rate.get().to_string())),
+            ("rx_pps", self.rx_pps.map(|rate| rate.get().to_string())),
+            ("tx_pps", self.tx_pps.map(|rate| rate.get().to_string())),
+        ];
+        let refused = rates.into_iter().find_map(|(key, value)| Some((key, value?)));
+        match refused.filter(|_| self.vhost) {
+            None => Ok(()),
+            Some((key, value)) => Err(OptionError::bad_value(
+                key,
+                value,
+                "possible with vhost=on, where the kernel moves the frames (leave one of them out)",
+            )),
         }
-        let pin = options.flag("pin", false)?;
-        Ok(Self {
-            mac: options.get("mac").map(mac).transpose()?,
-            mtu,
-            pin,
-            pairs,
-            rx: Rates::parse(options, "rx_bps", "rx_pps")?,
-            tx: Rates::parse(options, "tx_bps", "tx_pps")?,
-        })
     }
 }
 
-/// True if the host's kernel is to serve the data queues; an error with options that need to inspect each frame.
-pub(super) fn in_kernel(options: &Options) -> Result<bool, OptionError> {
-    let in_kernel = options.flag("vhost", false)?;
-    let is_pinned = options.flag("pin", false)?;
-    for key in ["pin", "rx_bps", "tx_bps", "rx_pps", "tx_pps"] {
-        let is_asked_for = if key == "pin" { is_pinned } else { options.get(key).is_some() };
-        if in_kernel && is_asked_for {
-            let expected =
-                "possible with vhost=on, where the kernel moves the frames (leave one of them out)";
-            return Err(options.bad_value(key, expected));
-        }
-    }
-    Ok(in_kernel)
-}
-
-/// The host end that the options name: exactly one.
-pub(super) fn end(options: &Options) -> Result<NetworkSource, BuildError> {
-    let expected = "a descriptor's number";
-    let bad = |source| BuildError::Option { model: MODEL.name, source };
-    let fd = options.parsed::<u16>("fd", expected).map_err(bad)?;
-    match (options.get("tap"), fd) {
-        (Some(name), None) => Ok(NetworkSource::Tap(name.to_owned())),
-        (None, Some(fd)) => Ok(NetworkSource::Descriptor(fd.into())),
-        (Some(_), Some(_)) => {
-            Err(bad(options.bad_value("fd", "possible with tap (leave one out)")))
-        }
-        (None, None) => Err(BuildError::Backend {
-            model: MODEL.name,
-            source: HostError::invalid("The host interface is missing (add tap=NAME or fd=N)"),
-        }),
-    }
-}
-
-/// Parses six bytes in hexadecimal: a unicast address that is not all zero.
-pub(in crate::virtio) fn parse_mac(text: &str) -> Option<[u8; 6]> {
-    let mut mac = [0; 6];
-    let mut parts = text.split(':');
-    for byte in &mut mac {
-        let part = parts.next().filter(|part| {
-            (1..=2).contains(&part.len()) && part.bytes().all(|c| c.is_ascii_hexdigit())
-        })?;
-        *byte = u8::from_str_radix(part, 16).ok()?;
-    }
-    let is_group = mac.first()? & 1 != 0;
-    (parts.next().is_none() && !is_group && mac != [0; 6]).then_some(mac)
+fn limiter(bytes: Option<ByteRate>, frames: Option<FrameRate>) -> io::Result<Limiter> {
+    let bytes = bytes.map(|rate| Limit::per_second(rate.get()));
+    Limiter::new(bytes, frames.map(|rate| Limit::per_second(rate.get())))
 }
 
 /// Derives a locally administered address from an identity: `02:` and 40 bits of its FNV-1a hash.
-pub(in crate::virtio) fn mac_of(identity: &str) -> [u8; 6] {
+pub(in crate::virtio) fn mac_of(identity: &[u8]) -> [u8; 6] {
     let mut hasher = FnvHasher::default();
-    hasher.write(identity.as_bytes());
+    hasher.write(identity);
     let [a, b, c, d, e, f, g, h] = hasher.finish().to_be_bytes();
     // The high bytes of the hash depend on all of the text, the low ones hardly on its beginning.
     [2, a ^ f, b ^ g, c ^ h, d, e]
@@ -203,6 +252,7 @@ mod tests {
 
     #[test]
     fn a_mac_address_is_six_bytes_of_one_station() {
+        let parse_mac = |text| MacAddress::textual(text).map(MacAddress::bytes);
         assert_eq!(parse_mac("02:0:fF:12:34:56"), Some([2, 0, 0xff, 0x12, 0x34, 0x56]));
         for text in [
             "",
@@ -223,9 +273,10 @@ mod tests {
 
     #[test]
     fn an_address_made_from_a_name_is_stable_local_and_its_own() {
-        assert_eq!(mac_of("host/tap0"), mac_of("host/tap0"));
+        assert_eq!(mac_of(b"host/tap0"), mac_of(b"host/tap0"));
         let names = ["host/tap0", "host/tap1", "tsoh/tap0", "", "a", "host/tap00"];
-        let all: std::collections::HashSet<_> = names.iter().map(|name| mac_of(name)).collect();
+        let all: std::collections::HashSet<_> =
+            names.iter().map(|name| mac_of(name.as_bytes())).collect();
         assert_eq!(all.len(), names.len());
         assert!(all.iter().all(|mac| mac.starts_with(&[2])), "locally administered, one station");
     }

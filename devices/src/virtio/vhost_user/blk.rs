@@ -3,8 +3,12 @@
 use super::Kind;
 use super::front::Front;
 use super::peer::Peer;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
 use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
-use crate::options::Options;
+use crate::config::number::number;
+use crate::config::{FilePath, ModelConfig, Slot};
 use crate::virtio::VirtioMmio;
 
 /// The catalog's entry.
@@ -18,13 +22,29 @@ pub(crate) const MODEL: Model = Model {
     placement: Placement::Slot,
     irqs: 1,
     shares_ram: true,
-    build,
 };
+
+number! {
+    /// A number of queues.
+    ServedQueues(u16), 1, 16, 1, "a number from 1 to 16"
+}
+
+/// The configuration of a disk that another program serves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VhostUserBlkConfig {
+    /// The socket that the program listens on.
+    pub socket: FilePath,
+    /// Queues; `None` for one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queues: Option<ServedQueues>,
+    /// The slot on the board; `None` for the first free one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot: Option<Slot>,
+}
 
 /// Entries of a queue.
 const QUEUE_SIZE: u16 = 256;
-/// Maximum number of queues.
-const MAX_QUEUES: u16 = 16;
 
 /// SIZE_MAX, SEG_MAX, GEOMETRY, RO, BLK_SIZE, FLUSH, TOPOLOGY, MQ, DISCARD, WRITE_ZEROES. Without CONFIG_WCE the
 /// configuration space is read-only.
@@ -40,34 +60,32 @@ const CONFIG: usize = 60;
 /// Offset of the number of queues in it.
 const NUM_QUEUES: usize = 34;
 
-fn build(options: &Options, wiring: Wiring) -> Built {
-    let bad = |source| BuildError::Option { model: MODEL.name, source };
-    let socket = options.get("socket").filter(|path| !path.is_empty());
-    let socket =
-        socket.ok_or_else(|| bad(options.bad_value("socket", "a path (write socket=PATH)")))?;
-    let expected = "a number from 1 to 16";
-    let wanted = options.parsed::<u16>("queues", expected).map_err(bad)?;
-    if wanted.is_some_and(|queues| !(1..=MAX_QUEUES).contains(&queues)) {
-        return Err(bad(options.bad_value("queues", expected)));
+impl ModelConfig for VhostUserBlkConfig {
+    fn slot(&self) -> Option<Slot> {
+        self.slot
     }
-    let end = |source| BuildError::Backend { model: MODEL.name, source };
-    let peer = Peer::connect(wiring.host.as_ref(), socket.into(), CONFIG).map_err(end)?;
-    let has_many = peer.session.features() & MQ != 0;
-    let has = if has_many { queues_of(peer.session.config()) } else { 1 };
-    let has = has.min(peer.session.queue_count().max(1));
-    let queues = wanted.unwrap_or(1).min(has);
-    let kind = Kind {
-        model: MODEL.name,
-        id: 2,
-        features: FEATURES,
-        own: 0,
-        sizes: vec![QUEUE_SIZE; usize::from(queues)],
-        remote: queues,
-        config: Vec::new(),
-        asked: CONFIG,
-        adapt,
-    };
-    VirtioMmio::create(Box::new(Front::create(kind, peer, &wiring)?), wiring)
+
+    fn build(&self, wiring: Wiring) -> Built {
+        let end = |source| BuildError::Backend { model: MODEL.name, source };
+        let peer = Peer::connect(wiring.host.as_ref(), self.socket.clone().into(), CONFIG);
+        let peer = peer.map_err(end)?;
+        let has_many = peer.session.features() & MQ != 0;
+        let has = if has_many { queues_of(peer.session.config()) } else { 1 };
+        let has = has.min(peer.session.queue_count().max(1));
+        let queues = self.queues.map_or(1, ServedQueues::get).min(has);
+        let kind = Kind {
+            model: MODEL.name,
+            id: 2,
+            features: FEATURES,
+            own: 0,
+            sizes: vec![QUEUE_SIZE; usize::from(queues)],
+            remote: queues,
+            config: Vec::new(),
+            asked: CONFIG,
+            adapt,
+        };
+        VirtioMmio::create(Box::new(Front::create(kind, peer, &wiring)?), wiring)
+    }
 }
 
 fn queues_of(config: &[u8]) -> u16 {

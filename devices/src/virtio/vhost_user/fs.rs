@@ -5,8 +5,15 @@
 use super::front::Front;
 use super::peer::Peer;
 use super::{Kind, Sandbox, Service};
+use std::fmt;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
 use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
-use crate::options::{OptionError, Options};
+use crate::config::text::{Textual, text};
+use crate::config::{FilePath, ModelConfig, Slot};
+use crate::options::OptionError;
 use crate::virtio::VirtioMmio;
 
 /// The catalog's entry.
@@ -27,110 +34,180 @@ pub(crate) const MODEL: Model = Model {
     placement: Placement::Slot,
     irqs: 1,
     shares_ram: true,
-    build,
 };
 
 /// Bytes of a tag, padded with zeroes.
 const TAG: usize = 36;
 
-fn build(options: &Options, wiring: Wiring) -> Built {
-    let bad = |source| BuildError::Option { model: MODEL.name, source };
-    let config = config(options).map_err(bad)?;
-    let service = service(options).map_err(bad)?;
-    let host = wiring.host.as_ref();
-    let peer = match (service, options.get("socket")) {
-        (Some(service), None) => Peer::start(host, &service),
-        (None, Some(socket)) if !socket.is_empty() => Peer::connect(host, socket.into(), 0),
-        (_, _) => {
-            let expected = "given (write path=FOLDER, or socket=PATH without path, ro and sandbox)";
-            return Err(bad(options.bad_value("path", expected)));
-        }
-    };
-    let peer = peer.map_err(|source| BuildError::Backend { model: MODEL.name, source })?;
-    let kind = Kind {
-        model: MODEL.name,
-        id: 26,
-        features: 0,
-        own: 0,
-        // The high-priority queue, and the request queue.
-        sizes: vec![256, 1024],
-        remote: 2,
-        config,
-        asked: 0,
-        adapt: |_, _| {},
-    };
-    VirtioMmio::create(Box::new(Front::create(kind, peer, &wiring)?), wiring)
-}
+/// The mount tag of a shared folder: 1 to 36 bytes without control characters.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MountTag(String);
 
-/// The configuration space: the tag, and one request queue.
-fn config(options: &Options) -> Result<Vec<u8>, OptionError> {
-    let expected = "a name of 1 to 36 bytes without control characters";
-    let tag = options.get("tag").unwrap_or_default();
-    if !(1..=TAG).contains(&tag.len()) || tag.chars().any(char::is_control) {
-        return Err(options.bad_value("tag", expected));
+impl MountTag {
+    /// `None` for an invalid tag.
+    #[must_use]
+    pub fn new(text: &str) -> Option<Self> {
+        Self::textual(text)
     }
-    let mut config = tag.as_bytes().to_vec();
-    config.resize(TAG, 0);
-    config.extend(1_u32.to_le_bytes());
-    Ok(config)
+
+    /// The configuration space: the tag, and one request queue.
+    fn space(&self) -> Vec<u8> {
+        let mut space = self.0.as_bytes().to_vec();
+        space.resize(TAG, 0);
+        space.extend(1_u32.to_le_bytes());
+        space
+    }
 }
 
-/// The virtiofsd to start; `None` with `socket`.
-fn service(options: &Options) -> Result<Option<Service>, OptionError> {
-    let read_only = match options.get("ro") {
-        None | Some("off") => false,
-        Some("on") => true,
-        Some(_) => return Err(options.bad_value("ro", "on or off")),
-    };
-    let sandbox = match options.get("sandbox") {
-        None | Some("namespace") => Sandbox::Namespace,
-        Some("chroot") => Sandbox::Chroot,
-        Some("none") => Sandbox::None,
-        Some(_) => return Err(options.bad_value("sandbox", "namespace, chroot or none")),
-    };
-    let only_own = ["ro", "sandbox"].into_iter().find(|key| options.get(key).is_some());
-    match options.get("path").filter(|path| !path.is_empty()) {
-        Some(path) => Ok(Some(Service::Folder { path: path.into(), read_only, sandbox })),
-        None if only_own.is_some() && options.get("socket").is_some() => Err(options.bad_value(
-            "socket",
-            "possible with ro or sandbox (set them on virtiofsd's command line)",
-        )),
-        None => Ok(None),
+impl Textual for MountTag {
+    const EXPECTED: &'static str = "a name of 1 to 36 bytes without control characters";
+
+    fn textual(text: &str) -> Option<Self> {
+        let is_good = (1..=TAG).contains(&text.len()) && !text.chars().any(char::is_control);
+        is_good.then(|| Self(text.into()))
+    }
+}
+
+impl fmt::Display for MountTag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+text!(MountTag, "^[^\\u0000-\\u001f\\u007f-\\u009f]{1,36}$");
+
+/// The configuration of a shared folder: `path`, or `socket`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FsConfig {
+    /// Mount tag in the guest.
+    pub tag: MountTag,
+    /// The folder, for a virtiofsd that rvmm starts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<FilePath>,
+    /// The folder is read-only.
+    #[serde(default)]
+    pub ro: bool,
+    /// The way virtiofsd is confined to the folder; `None` for a namespace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sandbox: Option<Sandbox>,
+    /// The socket of a virtiofsd that runs already.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<FilePath>,
+    /// The slot on the board; `None` for the first free one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot: Option<Slot>,
+}
+
+/// The program behind a shared folder.
+#[derive(Debug, PartialEq, Eq)]
+enum Server<'a> {
+    Started(Service),
+    At(&'a FilePath),
+}
+
+impl FsConfig {
+    /// A folder that a virtiofsd of its own shares, with the defaults.
+    pub fn new(tag: MountTag, path: impl Into<FilePath>) -> Self {
+        Self { tag, path: Some(path.into()), ro: false, sandbox: None, socket: None, slot: None }
+    }
+
+    fn server(&self) -> Result<Server<'_>, OptionError> {
+        match (&self.path, &self.socket) {
+            (Some(path), None) => Ok(Server::Started(Service::Folder {
+                path: path.clone().into(),
+                read_only: self.ro,
+                sandbox: self.sandbox.unwrap_or_default(),
+            })),
+            (None, Some(socket)) if self.ro || self.sandbox.is_some() => {
+                Err(OptionError::bad_value(
+                    "socket",
+                    socket.display(),
+                    "possible with ro or sandbox (set them on virtiofsd's command line)",
+                ))
+            }
+            (None, Some(socket)) => Ok(Server::At(socket)),
+            (path, _) => {
+                let path = path.as_ref().map(|path| path.display().to_string());
+                let expected =
+                    "given (write path=FOLDER, or socket=PATH without path, ro and sandbox)";
+                Err(OptionError::bad_value("path", path.unwrap_or_default(), expected))
+            }
+        }
+    }
+}
+
+impl ModelConfig for FsConfig {
+    fn slot(&self) -> Option<Slot> {
+        self.slot
+    }
+
+    fn check(&self) -> Result<(), OptionError> {
+        self.server().map(|_| ())
+    }
+
+    fn build(&self, wiring: Wiring) -> Built {
+        let host = wiring.host.as_ref();
+        let server =
+            self.server().map_err(|source| BuildError::Option { model: MODEL.name, source })?;
+        let peer = match server {
+            Server::Started(service) => Peer::start(host, &service),
+            Server::At(socket) => Peer::connect(host, socket.clone().into(), 0),
+        };
+        let peer = peer.map_err(|source| BuildError::Backend { model: MODEL.name, source })?;
+        let kind = Kind {
+            model: MODEL.name,
+            id: 26,
+            features: 0,
+            own: 0,
+            // The high-priority queue, and the request queue.
+            sizes: vec![256, 1024],
+            remote: 2,
+            config: self.tag.space(),
+            asked: 0,
+            adapt: |_, _| {},
+        };
+        VirtioMmio::create(Box::new(Front::create(kind, peer, &wiring)?), wiring)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn parse(text: &str) -> Options {
-        Options::parse(text).unwrap()
-    }
+    use crate::config::DeviceConfig;
 
     #[test]
     fn a_tag_has_36_bytes_at_most() {
-        let config = |text: &str| config(&parse(text));
-        let good = config("fs,tag=home").unwrap();
+        let good = MountTag::new("home").unwrap().space();
         assert_eq!((good.len(), &good[..5], good[36]), (40, &b"home\0"[..], 1));
-        assert!(config(&format!("fs,tag={}", "x".repeat(36))).is_ok());
-        for text in ["fs", "fs,tag=", &format!("fs,tag={}", "x".repeat(37)), "fs,tag=a\nb"] {
-            assert!(config(text).is_err(), "{text}");
+        assert!(MountTag::new(&"x".repeat(36)).is_some());
+        for text in ["", &"x".repeat(37), "a\nb"] {
+            assert_eq!(MountTag::new(text), None, "{text}");
         }
     }
 
     #[test]
     fn a_folder_is_served_by_a_program_of_its_own() {
-        let wanted = |text: &str| service(&parse(text));
-        let folder =
-            |read_only, sandbox| Service::Folder { path: "/srv".into(), read_only, sandbox };
-        assert_eq!(wanted("fs,path=/srv"), Ok(Some(folder(false, Sandbox::Namespace))));
-        assert_eq!(
-            wanted("fs,path=/srv,ro=on,sandbox=chroot"),
-            Ok(Some(folder(true, Sandbox::Chroot)))
-        );
-        assert_eq!(wanted("fs,socket=/s"), Ok(None));
-        for text in ["fs,path=/srv,ro=yes", "fs,path=/srv,sandbox=jail", "fs,socket=/s,ro=on"] {
-            assert!(wanted(text).is_err(), "{text}");
+        let config = |text: &str| match DeviceConfig::parse(format!("fs,tag=t,{text}")) {
+            Ok(DeviceConfig::Fs(config)) => Some(config),
+            _ => None,
+        };
+        let folder = |read_only, sandbox| {
+            Server::Started(Service::Folder { path: "/srv".into(), read_only, sandbox })
+        };
+        let default = config("path=/srv").unwrap();
+        assert_eq!(default.server(), Ok(folder(false, Sandbox::Namespace)));
+        let chroot = config("path=/srv,ro=on,sandbox=chroot").unwrap();
+        assert_eq!(chroot.server(), Ok(folder(true, Sandbox::Chroot)));
+        assert_eq!(config("socket=/s").unwrap().server(), Ok(Server::At(&"/s".into())));
+        for text in [
+            "path=/srv,ro=yes",
+            "path=/srv,sandbox=jail",
+            "socket=/s,ro=on",
+            "path=/srv,socket=/s",
+            "ro=on",
+        ] {
+            assert!(config(text).is_none(), "{text}");
         }
     }
 }

@@ -22,6 +22,8 @@ use std::io;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub(crate) mod blk;
@@ -34,6 +36,11 @@ mod peer;
 mod session;
 pub mod testing;
 pub(crate) mod vsock;
+
+pub use blk::{ServedQueues, VhostUserBlkConfig};
+pub use fs::{FsConfig, MountTag};
+pub use net::{Forwards, NetUserConfig, VhostUserNetConfig};
+pub use vsock::VhostUserVsockConfig;
 
 /// The properties of a kind of device.
 struct Kind {
@@ -76,7 +83,8 @@ pub enum Service {
 }
 
 /// The sandbox that confines virtiofsd to its folder.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
 pub enum Sandbox {
     /// Its own namespaces, which contain nothing but the folder.
     #[default]

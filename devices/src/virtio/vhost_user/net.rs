@@ -4,11 +4,17 @@
 use super::front::Front;
 use super::peer::Peer;
 use super::{Kind, Service};
+use std::fmt;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
 use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
+use crate::config::text::{Textual, text};
+use crate::config::{FilePath, ModelConfig, Slot};
 use crate::host::HostError;
-use crate::options::{OptionError, Options};
 use crate::virtio::VirtioMmio;
-use crate::virtio::net::{mac_of, parse_mac};
+use crate::virtio::net::{MacAddress, mac_of};
 
 const MAC: Key =
     Key { name: "mac", value: "ADDR", help: "MAC address (default: the same one at every start)" };
@@ -28,7 +34,6 @@ pub(crate) const USER: Model = Model {
     placement: Placement::Slot,
     irqs: 1,
     shares_ram: true,
-    build: build_user,
 };
 
 /// The catalog's entry of a network on a socket.
@@ -42,8 +47,72 @@ pub(crate) const MODEL: Model = Model {
     placement: Placement::Slot,
     irqs: 1,
     shares_ram: true,
-    build,
 };
+
+/// Forwarded ports: (host, guest), at most 64. As text `2222:22+8080:80`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Forwards(Vec<(u16, u16)>);
+
+impl Forwards {
+    /// `None` for more than 64 pairs, none, or port 0.
+    #[must_use]
+    pub fn new(pairs: Vec<(u16, u16)>) -> Option<Self> {
+        let is_good = (1..=MAX_FORWARDS).contains(&pairs.len())
+            && pairs.iter().all(|(host, guest)| *host != 0 && *guest != 0);
+        is_good.then_some(Self(pairs))
+    }
+}
+
+impl Textual for Forwards {
+    const EXPECTED: &'static str =
+        "a list of at most 64 ports HOST:GUEST, separated by '+' (as 2222:22+8080:80)";
+
+    fn textual(text: &str) -> Option<Self> {
+        let pair = |part: &str| {
+            let (host, guest) = part.split_once(':')?;
+            Some((host.parse().ok()?, guest.parse().ok()?))
+        };
+        text.split('+').map(pair).collect::<Option<Vec<_>>>().and_then(Self::new)
+    }
+}
+
+impl fmt::Display for Forwards {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let pairs: Vec<_> = self.0.iter().map(|(host, guest)| format!("{host}:{guest}")).collect();
+        f.write_str(&pairs.join("+"))
+    }
+}
+
+text!(Forwards, "^[0-9]+:[0-9]+([+][0-9]+:[0-9]+){0,63}$");
+
+/// The configuration of a network card through passt.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct NetUserConfig {
+    /// The MAC address; `None` for the same one at every start.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mac: Option<MacAddress>,
+    /// TCP ports of the host's loopback interface to forward to the guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub forward: Option<Forwards>,
+    /// The slot on the board; `None` for the first free one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub slot: Option<Slot>,
+}
+
+/// The configuration of a network card that another program serves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VhostUserNetConfig {
+    /// The socket that the program listens on.
+    pub socket: FilePath,
+    /// The MAC address; `None` for the same one at every start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<MacAddress>,
+    /// The slot on the board; `None` for the first free one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot: Option<Slot>,
+}
 
 /// CSUM, GUEST_CSUM, GUEST_TSO4 to HOST_UFO, MRG_RXBUF.
 const FEATURES: u64 = 0b11 | 0x1ff << 7;
@@ -53,22 +122,28 @@ const HAS_MAC: u64 = 1 << 5;
 /// Maximum number of forwarded ports.
 const MAX_FORWARDS: usize = 64;
 
-fn build_user(options: &Options, wiring: Wiring) -> Built {
-    let bad = |source| BuildError::Option { model: USER.name, source };
-    let forwards = forwards(options).map_err(bad)?;
-    let mac = mac(options, "passt").map_err(bad)?;
-    let peer = Peer::start(wiring.host.as_ref(), &Service::Network { forwards });
-    create(USER.name, mac, peer, wiring)
+impl ModelConfig for NetUserConfig {
+    fn slot(&self) -> Option<Slot> {
+        self.slot
+    }
+
+    fn build(&self, wiring: Wiring) -> Built {
+        let forwards = self.forward.clone().unwrap_or_default().0;
+        let peer = Peer::start(wiring.host.as_ref(), &Service::Network { forwards });
+        create(USER.name, mac(self.mac, b"passt"), peer, wiring)
+    }
 }
 
-fn build(options: &Options, wiring: Wiring) -> Built {
-    let bad = |source| BuildError::Option { model: MODEL.name, source };
-    let socket = options.get("socket").filter(|path| !path.is_empty());
-    let socket =
-        socket.ok_or_else(|| bad(options.bad_value("socket", "a path (write socket=PATH)")))?;
-    let mac = mac(options, socket).map_err(bad)?;
-    let peer = Peer::connect(wiring.host.as_ref(), socket.into(), 0);
-    create(MODEL.name, mac, peer, wiring)
+impl ModelConfig for VhostUserNetConfig {
+    fn slot(&self) -> Option<Slot> {
+        self.slot
+    }
+
+    fn build(&self, wiring: Wiring) -> Built {
+        let mac = mac(self.mac, self.socket.as_bytes());
+        let peer = Peer::connect(wiring.host.as_ref(), self.socket.clone().into(), 0);
+        create(MODEL.name, mac, peer, wiring)
+    }
 }
 
 fn create(
@@ -93,26 +168,8 @@ fn create(
 }
 
 /// The MAC address given, else one derived from `identity`.
-fn mac(options: &Options, identity: &str) -> Result<[u8; 6], OptionError> {
-    let expected = "a unicast MAC address, in hexadecimal (as 02:00:00:12:34:56)";
-    match options.get("mac") {
-        None => Ok(mac_of(identity)),
-        Some(text) => parse_mac(text).ok_or_else(|| options.bad_value("mac", expected)),
-    }
-}
-
-fn forwards(options: &Options) -> Result<Vec<(u16, u16)>, OptionError> {
-    let expected = "a list of at most 64 ports HOST:GUEST, separated by '+' (as 2222:22+8080:80)";
-    let Some(text) = options.get("forward") else { return Ok(Vec::new()) };
-    let port = |text: &str| text.parse().ok().filter(|port| *port != 0);
-    let pair = |part: &str| {
-        let (host, guest) = part.split_once(':')?;
-        Some((port(host)?, port(guest)?))
-    };
-    let pairs: Option<Vec<(u16, u16)>> = text.split('+').map(pair).collect();
-    pairs
-        .filter(|pairs| pairs.len() <= MAX_FORWARDS)
-        .ok_or_else(|| options.bad_value("forward", expected))
+fn mac(given: Option<MacAddress>, identity: &[u8]) -> [u8; 6] {
+    given.map_or_else(|| mac_of(identity), MacAddress::bytes)
 }
 
 #[cfg(test)]
@@ -121,21 +178,21 @@ mod tests {
 
     #[test]
     fn ports_are_forwarded_in_pairs() {
-        let forwards = |text: &str| forwards(&Options::parse(text).unwrap());
-        assert_eq!(forwards("net-user"), Ok(vec![]));
-        assert_eq!(forwards("net-user,forward=2222:22"), Ok(vec![(2222, 22)]));
-        assert_eq!(forwards("net-user,forward=1:2+3:4"), Ok(vec![(1, 2), (3, 4)]));
+        let forwards = |text: &str| Forwards::textual(text).map(|forwards| forwards.0);
+        assert_eq!(forwards("2222:22"), Some(vec![(2222, 22)]));
+        assert_eq!(forwards("1:2+3:4"), Some(vec![(1, 2), (3, 4)]));
         for text in ["", "22", "22:", ":22", "0:22", "22:0", "65536:1", "1:2+", "1:2:3", "-1:2"] {
-            assert!(forwards(&format!("net-user,forward={text}")).is_err(), "{text}");
+            assert_eq!(forwards(text), None, "{text}");
         }
+        assert_eq!(forwards(&["1:1"; 65].join("+")), None);
     }
 
     #[test]
     fn a_card_has_the_same_address_at_every_start() {
-        let mac = |text: &str, identity| mac(&Options::parse(text).unwrap(), identity);
-        assert_eq!(mac("net-user", "passt"), mac("net-user", "passt"));
-        assert_ne!(mac("net-user", "/a"), mac("net-user", "/b"));
-        assert_eq!(mac("net-user,mac=02:00:00:00:00:07", ""), Ok([2, 0, 0, 0, 0, 7]));
-        assert!(mac("net-user,mac=01:00:00:00:00:07", "").is_err(), "a group");
+        assert_eq!(mac(None, b"passt"), mac(None, b"passt"));
+        assert_ne!(mac(None, b"/a"), mac(None, b"/b"));
+        let given = MacAddress::new([2, 0, 0, 0, 0, 7]);
+        assert_eq!(mac(given, b""), [2, 0, 0, 0, 0, 7]);
+        assert_eq!(MacAddress::new([1, 0, 0, 0, 0, 7]), None, "a group");
     }
 }

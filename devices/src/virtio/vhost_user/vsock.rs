@@ -4,8 +4,11 @@
 use super::Kind;
 use super::front::Front;
 use super::peer::Peer;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
 use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
-use crate::options::Options;
+use crate::config::{FilePath, ModelConfig, Slot};
 use crate::virtio::VirtioMmio;
 
 /// The catalog's entry.
@@ -20,8 +23,18 @@ pub(crate) const MODEL: Model = Model {
     placement: Placement::Slot,
     irqs: 1,
     shares_ram: true,
-    build,
 };
+
+/// The configuration of sockets that another program serves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VhostUserVsockConfig {
+    /// The socket that the program listens on.
+    pub socket: FilePath,
+    /// The slot on the board; `None` for the first free one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot: Option<Slot>,
+}
 
 /// SEQPACKET, if the peer has it.
 const FEATURES: u64 = 1 << 1;
@@ -29,23 +42,26 @@ const FEATURES: u64 = 1 << 1;
 /// Bytes of the configuration space: the guest's CID.
 const CONFIG: usize = 8;
 
-fn build(options: &Options, wiring: Wiring) -> Built {
-    let bad = |source| BuildError::Option { model: MODEL.name, source };
-    let socket = options.get("socket").filter(|path| !path.is_empty());
-    let socket =
-        socket.ok_or_else(|| bad(options.bad_value("socket", "a path (write socket=PATH)")))?;
-    let end = |source| BuildError::Backend { model: MODEL.name, source };
-    let peer = Peer::connect(wiring.host.as_ref(), socket.into(), CONFIG).map_err(end)?;
-    let kind = Kind {
-        model: MODEL.name,
-        id: 19,
-        features: FEATURES,
-        own: 0,
-        sizes: vec![256; 3],
-        remote: 2,
-        config: Vec::new(),
-        asked: CONFIG,
-        adapt: |_, _| {},
-    };
-    VirtioMmio::create(Box::new(Front::create(kind, peer, &wiring)?), wiring)
+impl ModelConfig for VhostUserVsockConfig {
+    fn slot(&self) -> Option<Slot> {
+        self.slot
+    }
+
+    fn build(&self, wiring: Wiring) -> Built {
+        let end = |source| BuildError::Backend { model: MODEL.name, source };
+        let peer = Peer::connect(wiring.host.as_ref(), self.socket.clone().into(), CONFIG);
+        let peer = peer.map_err(end)?;
+        let kind = Kind {
+            model: MODEL.name,
+            id: 19,
+            features: FEATURES,
+            own: 0,
+            sizes: vec![256; 3],
+            remote: 2,
+            config: Vec::new(),
+            asked: CONFIG,
+            adapt: |_, _| {},
+        };
+        VirtioMmio::create(Box::new(Front::create(kind, peer, &wiring)?), wiring)
+    }
 }

@@ -17,18 +17,20 @@
 //! Left out: SEQPACKET, whose messages have no counterpart in a stream socket, and events: the event queue only reports
 //! migration to another host.
 
-use std::num::ParseIntError;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::timerfd::TimerFd;
 
 use self::packet::{HOST_CID, Header};
-use self::streams::{Streams, VsockSettings};
+use self::streams::{Streams, VsockPlan};
 use super::{Chain, VirtioDevice, VirtioError, VirtioMmio, Work};
 use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
+use crate::config::number::number;
+use crate::config::{FilePath, ModelConfig, Slot};
 use crate::device::Source;
-use crate::options::Options;
+use crate::options::OptionError;
 
 mod client;
 mod connection;
@@ -62,7 +64,6 @@ pub(crate) const MODEL: Model = Model {
     placement: Placement::Slot,
     irqs: 1,
     shares_ram: false,
-    build,
 };
 
 const RX: u16 = 0;
@@ -88,76 +89,106 @@ struct Vsock {
     config: [u8; 8],
 }
 
-/// A CID that a guest may have: 0 to 2 and the last one are reserved (section 5.10.4).
-#[derive(Debug, Clone, Copy)]
-struct Cid(u32);
-
-impl std::str::FromStr for Cid {
-    type Err = Option<ParseIntError>;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let cid = text.parse().map_err(Some)?;
-        if (3..u32::MAX).contains(&cid) { Ok(Self(cid)) } else { Err(None) }
-    }
+number! {
+    /// A CID that a guest may have: 0 to 2 and the last one are reserved (section 5.10.4).
+    Cid(u32), 3, u32::MAX - 1, 1, "a number from 3 to 4294967294"
 }
 
-/// A time-out in seconds.
-struct Seconds(Duration);
-
-impl std::str::FromStr for Seconds {
-    type Err = Option<ParseIntError>;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let seconds: u64 = text.parse().map_err(Some)?;
-        let is_known = (1..=86_400).contains(&seconds);
-        is_known.then(|| Self(Duration::from_secs(seconds))).ok_or(None)
-    }
+number! {
+    /// A time-out in seconds.
+    ReplyTimeout(u32), 1, 86_400, 1, "a number of seconds from 1 to 86400"
 }
 
-fn build(options: &Options, wiring: Wiring) -> Built {
-    let refused = |source| BuildError::Option { model: MODEL.name, source };
-    let cid = options.parsed::<Cid>("cid", "a number from 3 to 4294967294").map_err(refused)?;
-    let guest_cid = cid.unwrap_or(Cid(3)).0;
-    let in_kernel = match options.get("backend") {
-        None | Some("unix") => false,
-        Some("kernel") => true,
-        Some(_) => return Err(refused(options.bad_value("backend", "unix or kernel"))),
-    };
-    let path = options.get("path");
-    if in_kernel {
+/// The host's side of the sockets.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum VsockBackend {
+    /// Unix sockets.
+    #[default]
+    Unix,
+    /// AF_VSOCK, through the host's kernel.
+    Kernel,
+}
+
+/// The configuration of a socket device.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct VsockConfig {
+    /// Unix socket to listen on; needed with [`VsockBackend::Unix`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<FilePath>,
+    /// The guest's CID; `None` for 3.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cid: Option<Cid>,
+    /// Time-out for the guest's reply to a program of the host; `None` for 30 seconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<ReplyTimeout>,
+    /// The host's side.
+    pub backend: VsockBackend,
+    /// The slot on the board; `None` for the first free one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub slot: Option<Slot>,
+}
+
+impl VsockConfig {
+    fn guest_cid(&self) -> u32 {
+        self.cid.map_or(3, Cid::get)
+    }
+
+    /// The socket to listen on; `None` with the kernel's backend.
+    fn socket(&self) -> Result<Option<&FilePath>, OptionError> {
+        if self.backend == VsockBackend::Unix {
+            let missing = || OptionError::bad_value("path", "", "a path (write vsock,path=PATH)");
+            return self.path.as_ref().map(Some).ok_or_else(missing);
+        }
         let expected =
             "possible with backend=kernel, which has no Unix socket (leave one of them out)";
-        if let Some(key) = ["path", "timeout"].into_iter().find(|key| options.get(key).is_some()) {
-            return Err(refused(options.bad_value(key, expected)));
+        match (&self.path, self.timeout) {
+            (Some(path), _) => Err(OptionError::bad_value("path", path.display(), expected)),
+            (None, Some(timeout)) => {
+                Err(OptionError::bad_value("timeout", timeout.get(), expected))
+            }
+            (None, None) => Ok(None),
         }
-        return super::vhost_kernel::vsock::build(guest_cid, wiring);
     }
-    let path = path.filter(|path| !path.is_empty()).map(PathBuf::from);
-    let path =
-        path.ok_or_else(|| refused(options.bad_value("path", "a path (write vsock,path=PATH)")))?;
-    let timeout = options
-        .parsed::<Seconds>("timeout", "a number of seconds from 1 to 86400")
-        .map_err(refused)?
-        .map_or(DEFAULT_TIMEOUT, |Seconds(timeout)| timeout);
-    let guest_cid = u64::from(guest_cid);
-    let listener = wiring
-        .host
-        .listen(&path)
-        .map_err(|source| BuildError::Backend { model: MODEL.name, source })?;
-    let timer = TimerFd::new().map_err(|source| BuildError::Host {
-        model: MODEL.name,
-        what: "timer",
-        source: source.into(),
-    })?;
-    let settings = VsockSettings { guest_cid, path, timeout };
-    let streams = Streams::new(settings, wiring.host.clone(), listener, timer);
-    let vsock = Vsock {
-        streams,
-        payload: vec![0; MAX_PAYLOAD].into(),
-        guest_cid,
-        config: guest_cid.to_le_bytes(),
-    };
-    VirtioMmio::create(Box::new(vsock), wiring)
+}
+
+impl ModelConfig for VsockConfig {
+    fn slot(&self) -> Option<Slot> {
+        self.slot
+    }
+
+    fn check(&self) -> Result<(), OptionError> {
+        self.socket().map(|_| ())
+    }
+
+    fn build(&self, wiring: Wiring) -> Built {
+        let refused = |source| BuildError::Option { model: MODEL.name, source };
+        let Some(path) = self.socket().map_err(refused)? else {
+            return super::vhost_kernel::vsock::build(self.guest_cid(), wiring);
+        };
+        let seconds = |timeout: ReplyTimeout| Duration::from_secs(timeout.get().into());
+        let timeout = self.timeout.map_or(DEFAULT_TIMEOUT, seconds);
+        let guest_cid = u64::from(self.guest_cid());
+        let listener = wiring
+            .host
+            .listen(path)
+            .map_err(|source| BuildError::Backend { model: MODEL.name, source })?;
+        let timer = TimerFd::new().map_err(|source| BuildError::Host {
+            model: MODEL.name,
+            what: "timer",
+            source: source.into(),
+        })?;
+        let plan = VsockPlan { guest_cid, path: path.clone().into(), timeout };
+        let streams = Streams::new(plan, wiring.host.clone(), listener, timer);
+        let vsock = Vsock {
+            streams,
+            payload: vec![0; MAX_PAYLOAD].into(),
+            guest_cid,
+            config: guest_cid.to_le_bytes(),
+        };
+        VirtioMmio::create(Box::new(vsock), wiring)
+    }
 }
 
 impl Vsock {

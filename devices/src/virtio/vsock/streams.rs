@@ -65,8 +65,8 @@ pub(super) struct Streams {
     warned: Warned,
 }
 
-/// The settings of a vsock device.
-pub(super) struct VsockSettings {
+/// The parameters of a vsock device.
+pub(super) struct VsockPlan {
     pub(super) guest_cid: u64,
     pub(super) path: PathBuf,
     pub(super) timeout: Duration,
@@ -82,12 +82,12 @@ struct Warned {
 
 impl Streams {
     pub(super) fn new(
-        settings: VsockSettings,
+        plan: VsockPlan,
         host: Arc<dyn Host>,
         listener: Box<dyn Listener>,
         timer: TimerFd,
     ) -> Self {
-        let VsockSettings { guest_cid, path, timeout } = settings;
+        let VsockPlan { guest_cid, path, timeout } = plan;
         Self {
             guest_cid,
             path,

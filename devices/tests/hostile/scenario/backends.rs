@@ -14,7 +14,7 @@ use rvmm_devices::virtio::blk::testing::MemoryDisk;
 use rvmm_devices::virtio::blk::{DiskBackend, DiskPlan};
 use rvmm_devices::virtio::net::testing::MemoryNet;
 use rvmm_devices::virtio::net::{NetBackend, NetworkSource};
-use rvmm_devices::{ConsoleBackend, Host, HostError, Listener};
+use rvmm_devices::{ConsoleBackend, Endpoint, Host, HostError, Listener};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EFD_SEMAPHORE, EventFd};
 
 use super::kind::Kind;
@@ -219,7 +219,7 @@ impl Host for Backends {
         Ok(ends.map(|end| Box::new(end) as Box<dyn NetBackend>).collect())
     }
 
-    fn console(&self, _to: &str) -> Result<Box<dyn ConsoleBackend>, HostError> {
+    fn console(&self, _to: &Endpoint) -> Result<Box<dyn ConsoleBackend>, HostError> {
         let mut consoles = self.consoles.lock().unwrap();
         *consoles += 1;
         let first = *consoles == 1;

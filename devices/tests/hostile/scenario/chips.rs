@@ -1,11 +1,13 @@
 //! The chips without queues, and the text of `--device`, driven by bytes.
 
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
 use std::sync::Arc;
 
 use rvmm_devices::testing::{
-    ManualClock, MemoryConsole, MemoryHost, TestIrq, dispatch_event, turn, wiring,
+    ManualClock, MemoryConsole, MemoryHost, TestIrq, create, dispatch_event, turn, wiring,
 };
-use rvmm_devices::{CATALOG, IrqLine, MmioDevice, Model, Options, Plic, Wiring};
+use rvmm_devices::{CATALOG, DeviceConfig, IrqLine, MmioDevice, Plic, Wiring};
 
 use super::script::Script;
 
@@ -86,8 +88,7 @@ pub fn uart(bytes: &[u8]) {
     let (irq, console) = (TestIrq::default(), MemoryConsole::new().unwrap());
     let wiring =
         Wiring { irq: Arc::new(irq.clone()), console: Some(Box::new(console.clone())), ..wiring() };
-    let model = Model::find("serial").unwrap();
-    let mut device = model.create(&Options::none("serial"), wiring).unwrap();
+    let mut device = create("serial", wiring).unwrap();
     for _ in 0..ACTIONS {
         match script.below(10) {
             _ if script.is_over() => break,
@@ -129,8 +130,7 @@ pub fn rtc(bytes: &[u8]) {
     let (irq, clock) = (TestIrq::default(), ManualClock::default());
     let wiring = Wiring { irq: Arc::new(irq.clone()), clock: Arc::new(clock.clone()), ..wiring() };
     let text = format!("rtc,offset={}", script.pick(&["0", "-1", "9223372036854775807", "60"]));
-    let Ok(options) = Options::parse(&text) else { return };
-    let Ok(mut device) = Model::find("rtc").unwrap().create(&options, wiring) else { return };
+    let Ok(mut device) = create(&text, wiring) else { return };
     for _ in 0..ACTIONS {
         match script.below(8) {
             _ if script.is_over() => break,
@@ -154,25 +154,28 @@ pub fn options(bytes: &[u8]) {
     let mut script = Script::new(bytes);
     let model = CATALOG[script.below(CATALOG.len())];
     let pick = script.byte();
-    let rest = String::from_utf8_lossy(script.rest());
-    let text = match pick % 4 {
-        0 => rest.into_owned(),
-        1 => format!("{},{rest}", model.name),
+    let rest = script.rest();
+    let begin = match pick % 4 {
+        0 => String::new(),
+        1 => format!("{},", model.name),
         // An existing key.
         _ => match model.keys.get(usize::from(pick / 4) % model.keys.len().max(1)) {
-            Some(key) => format!("{},{}={rest}", model.name, key.name),
-            None => format!("{},{rest}", model.name),
+            Some(key) => format!("{},{}=", model.name, key.name),
+            None => format!("{},", model.name),
         },
     };
-    let Ok(options) = Options::parse(&text) else { return };
-    let Ok(model) = Model::find(options.name()) else { return };
+    let text = OsString::from_vec([begin.as_bytes(), rest].concat());
+    let Ok(config) = DeviceConfig::parse(&text) else { return };
+    // What is valid survives JSON.
+    let json = serde_json::to_string(&config).unwrap();
+    assert_eq!(serde_json::from_str::<DeviceConfig>(&json).unwrap(), config);
     // Sockets would be files on the host.
-    if model.name == "vsock" && options.get("path").is_some() {
+    if matches!(&config, DeviceConfig::Vsock(vsock) if vsock.path.is_some()) {
         return;
     }
     let wiring = Wiring { host: Arc::new(MemoryHost::default()), ..wiring() };
-    match model.create(&options, wiring) {
-        Ok(device) => assert_eq!(device.name(), model.name),
+    match config.build(wiring) {
+        Ok(device) => assert_eq!(device.name(), config.model().name),
         Err(error) => assert!(!error.to_string().is_empty()),
     }
 }

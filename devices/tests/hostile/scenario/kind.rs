@@ -41,7 +41,7 @@ impl Kind {
             Self::Balloon => {
                 &["balloon,size=1,reporting=on", "balloon,stats=3600,reporting=on", "balloon"]
             }
-            Self::Console => &["console,to=c", "console,to=c,port1=log=x"],
+            Self::Console => &["console,to=file:c", "console,to=file:c,port1=log=file:x"],
         }
     }
 

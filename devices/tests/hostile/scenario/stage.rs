@@ -4,8 +4,8 @@ use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-use rvmm_devices::testing::{TestIrq, dispatch_event, turn, wiring};
-use rvmm_devices::{MmioDevice, Model, Options, Wiring};
+use rvmm_devices::testing::{TestIrq, create, dispatch_event, turn, wiring};
+use rvmm_devices::{MmioDevice, Wiring};
 
 use super::backends::Backends;
 use super::kind::{Kind, Piece};
@@ -79,7 +79,6 @@ impl Stage {
         let (ram, ends, irq) = (Ram::new(), Backends::new(), TestIrq::default());
         let released = Arc::new(Mutex::new(0));
         let memory = Watched { memory: ram.memory.clone(), released: Arc::clone(&released) };
-        let options = Options::parse(options).unwrap();
         let wiring = Wiring {
             irq: Arc::new(irq.clone()),
             memory: Arc::new(memory),
@@ -87,7 +86,7 @@ impl Stage {
             power_button: Some(ends.button.try_clone().unwrap()),
             ..wiring()
         };
-        let device = Model::find(options.name()).unwrap().create(&options, wiring).unwrap();
+        let device = create(options, wiring).unwrap();
         let mut stage = Self {
             kind,
             device,

@@ -11,8 +11,8 @@ use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
 use log::warn;
-use rvmm_devices::HostError;
 use rvmm_devices::virtio::blk::{DiskFormat, DiskPlan};
+use rvmm_devices::{FilePath, HostError};
 
 use super::super::open::Files;
 use super::header::{Backing, Flaw, Header};
@@ -25,7 +25,7 @@ const MOST_FILES: usize = 16;
 
 /// One file of a chain.
 struct Layer {
-    path: String,
+    path: FilePath,
     store: Store,
     /// None if it is raw.
     header: Option<Header>,
@@ -75,15 +75,15 @@ pub(super) fn open(
 }
 
 /// The backing file of the lowest file so far, with the path of the latter.
-fn next(layers: &[Layer]) -> Option<(&str, &Backing)> {
+fn next(layers: &[Layer]) -> Option<(&FilePath, &Backing)> {
     let lowest = layers.last()?;
     Some((&lowest.path, lowest.header.as_ref()?.backing.as_ref()?))
 }
 
-fn layer(path: &str, files: &Files, is_image: bool) -> Result<Layer, HostError> {
+fn layer(path: &FilePath, files: &Files, is_image: bool) -> Result<Layer, HostError> {
     let unusable = |what: String| HostError::invalid(format!("Cannot use disk {path}: it {what}"));
     let refused = |source| HostError::os(format!("Cannot use disk {path}"), source);
-    let mut store = Store::new(files, path).map_err(refused)?;
+    let mut store = Store::new(files, &path.to_string()).map_err(refused)?;
     let len = files.bytes().map_err(refused)?;
     let header = is_image.then(|| Header::read(files.readable(), len).map_err(unusable));
     let header = header.transpose()?;
@@ -95,11 +95,11 @@ fn layer(path: &str, files: &Files, is_image: bool) -> Result<Layer, HostError> 
             "Disk {path} is marked as corrupt: reads may return wrong data (repair it: qemu-img check -r all)"
         );
     }
-    Ok(Layer { path: path.to_owned(), store, header })
+    Ok(Layer { path: path.clone(), store, header })
 }
 
 /// Fails if writing the image could damage it, or loses snapshots.
-fn check_writable(path: &str, files: &Files, top: &Layer) -> Result<(), HostError> {
+fn check_writable(path: &FilePath, files: &Files, top: &Layer) -> Result<(), HostError> {
     let Some(header) = &top.header else { return Ok(()) };
     if let Some(flaw) = header.flaw {
         let what = match flaw {
@@ -136,7 +136,7 @@ pub(super) fn lost_bitmaps(header: &Header) -> Option<String> {
     })
 }
 
-fn is_image(above: &str, backing: &Backing) -> Result<bool, HostError> {
+fn is_image(above: &FilePath, backing: &Backing) -> Result<bool, HostError> {
     match backing.format.as_deref() {
         Some("qcow2") => Ok(true),
         // The latter two are QEMU's names of the protocol layer.
@@ -153,9 +153,9 @@ fn is_image(above: &str, backing: &Backing) -> Result<bool, HostError> {
 }
 
 /// The path of a backing file, from its name in the image `above`.
-fn path_of(above: &str, backing: &Backing) -> Result<String, HostError> {
+fn path_of(above: &FilePath, backing: &Backing) -> Result<FilePath, HostError> {
     match backing.name.split_once(':') {
-        Some(("file", path)) if !path.is_empty() => Ok(path.to_owned()),
+        Some(("file", path)) if !path.is_empty() => Ok(path.into()),
         Some((protocol, _)) if !protocol.contains('/') => Err(HostError::invalid(format!(
             "Cannot use disk {above}: it has the backing file {}, which is not a path (set one: qemu-img rebase -u -f qcow2 -b PATH -F FORMAT {above}; ./NAME if the file's name has a colon)",
             quoted(&backing.name)
@@ -165,18 +165,17 @@ fn path_of(above: &str, backing: &Backing) -> Result<String, HostError> {
 }
 
 /// A path relative to the folder of `image`.
-fn beside(image: &str, name: &str) -> String {
-    let path = Path::new(image).parent().unwrap_or(Path::new("")).join(name);
-    path.to_string_lossy().into_owned()
+fn beside(image: &FilePath, name: &str) -> FilePath {
+    image.parent().unwrap_or(Path::new("")).join(name).into()
 }
 
-fn identity(path: &str) -> Result<(u64, u64), HostError> {
+fn identity(path: &FilePath) -> Result<(u64, u64), HostError> {
     let data = std::fs::metadata(path)
         .map_err(|error| HostError::invalid(format!("Cannot open disk {path}: {error}")))?;
     Ok((data.dev(), data.ino()))
 }
 
-fn named_by(above: &str, error: HostError) -> HostError {
+fn named_by(above: &FilePath, error: HostError) -> HostError {
     let (what, source) = error.into_parts();
     let what = format!("{what} (a backing file of {above})");
     match source {

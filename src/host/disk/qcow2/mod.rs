@@ -55,7 +55,7 @@ impl Image {
             image,
             _below: below,
             is_written: !plan.is_read_only,
-            name: plan.path.clone(),
+            name: plan.path.to_string(),
             piece: Vec::new(),
         })
     }
