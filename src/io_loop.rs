@@ -8,7 +8,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use event_manager::{EventManager, Events, SubscriberId, SubscriberOps};
 use log::{info, warn};
 use rvmm_devices::{Bus, Interest, Source};
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::epoll::EventSet;
 
 use crate::button::Button;
 use crate::signals::{self, Signals};
@@ -369,18 +369,6 @@ impl IoLoop {
 impl std::fmt::Debug for IoLoop {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("IoLoop").field("listed", &self.listed).finish_non_exhaustive()
-    }
-}
-
-/// True if epoll can watch a descriptor; it refuses files and devices that are always ready (epoll_ctl(2), EPERM).
-///
-/// # Errors
-/// Other errors of epoll.
-pub(crate) fn accepts(fd: BorrowedFd<'_>) -> io::Result<bool> {
-    let event = EpollEvent::new(EventSet::IN, 0);
-    match Epoll::new()?.ctl(ControlOperation::Add, fd.as_raw_fd(), event) {
-        Err(error) if error.raw_os_error() == Some(libc::EPERM) => Ok(false),
-        result => result.map(|()| true),
     }
 }
 

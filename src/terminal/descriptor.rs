@@ -2,15 +2,14 @@
 //! find it non-blocking.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, Mode, OFlags, Stat, fcntl_getfl, fstat, major, minor, open};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use rustix::termios::isatty;
 use rvmm_devices::Port;
-
-use crate::io_loop;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 /// Bytes that a pipe takes without blocking when poll(2) reports it as writable (`PIPE_BUF` on Linux).
 const PIPE_BUF: usize = 4096;
@@ -57,7 +56,7 @@ impl Descriptor {
         let method = match FileType::from_raw_mode(stat.st_mode) {
             FileType::Directory => return Err(io::ErrorKind::IsADirectory.into()),
             FileType::Socket => Method::Socket,
-            _ if !io_loop::accepts(fd.as_fd())? => Method::Unpollable,
+            _ if !is_pollable(fd.as_fd())? => Method::Unpollable,
             kind => {
                 // Also if it is non-blocking: processes that share it may change that at any time.
                 if let Some(own) = reopen(&fd, &stat, direction) {
@@ -141,6 +140,18 @@ fn reopen(fd: &OwnedFd, stat: &Stat, direction: Direction) -> Option<OwnedFd> {
     let own = open(path, flags, Mode::empty()).ok()?;
     let same = fstat(&own).is_ok_and(|own| (own.st_dev, own.st_ino) == (stat.st_dev, stat.st_ino));
     same.then_some(own)
+}
+
+/// True if epoll can watch a descriptor; it refuses files and devices that are always ready (epoll_ctl(2), EPERM).
+///
+/// # Errors
+/// Other errors of epoll.
+fn is_pollable(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    let event = EpollEvent::new(EventSet::IN, 0);
+    match Epoll::new()?.ctl(ControlOperation::Add, fd.as_raw_fd(), event) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => Ok(false),
+        result => result.map(|()| true),
+    }
 }
 
 #[cfg(test)]

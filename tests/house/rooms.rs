@@ -16,7 +16,7 @@ pub(crate) const ROOMS: [(&str, &[&str]); 24] = [
     ("memory", &["devices", "error", "layout"]),
     ("config", &["boot", "devices", "riscv", "error", "layout"]),
     ("sockets", &["devices", "error", "config"]),
-    ("terminal", &["devices", "error", "config", "sockets", "io_loop"]),
+    ("terminal", &["devices", "error", "config", "sockets"]),
     ("io_loop", &["devices", "button", "signals", "terminal"]),
     ("host", &["devices", "error", "memory", "config", "sockets", "terminal"]),
     ("init", &["boot", "signals", "error"]),
@@ -68,10 +68,7 @@ pub(crate) const ROOMS: [(&str, &[&str]); 24] = [
 ];
 
 /// Arrows that close a circle, which are to be removed.
-pub(crate) const CIRCLES: [(&str, &str); 1] = [
-    // `io_loop::accepts`, which only the terminal uses.
-    ("terminal", "io_loop"),
-];
+pub(crate) const CIRCLES: [(&str, &str); 0] = [];
 
 /// The room of a file; `None` for files outside of rooms, such as `src/lib.rs`.
 fn room(path: &str) -> Option<&str> {
