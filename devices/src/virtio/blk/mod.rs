@@ -12,7 +12,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::bucket::Limiter;
 use super::{Chain, Segment, VirtioDevice, VirtioError, VirtioMmio, Work, pieces};
-use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
+use crate::catalog::{BuildError, Built, Model, Placement, Wiring};
 use crate::config::{ModelConfig, Slot};
 use crate::device::{Interest, Source};
 use crate::options::OptionError;
@@ -35,21 +35,7 @@ pub use settings::{BlkConfig, DiskQueues, DiskSerial, ImageFormat, RequestRate};
 pub(crate) const MODEL: Model = Model {
     name: "blk",
     summary: "virtio block device: a disk in a file or block device",
-    keys: &[
-        key("path", "FILE", "the file or block device (needed)"),
-        key("ro", "on|off", "the guest cannot write (default: off)"),
-        key("serial", "TEXT", "identity of up to 20 bytes (default: derived from the file)"),
-        key(
-            "cache",
-            "MODE",
-            "writeback, none (O_DIRECT) or unsafe (no flush) (default: writeback)",
-        ),
-        key("queues", "N", "request queues, 1 to 8 (default: 1)"),
-        key("iops", "N", "limit of requests per second (default: no limit)"),
-        key("bps", "BYTES", "limit of bytes per second (default: no limit)"),
-        key("format", "FORMAT", "raw or qcow2; never probed (default: raw)"),
-        key("backing", "on|off", "a qcow2 image may name a backing file (default: off)"),
-    ],
+    keys: settings::KEYS,
     placement: Placement::Slot,
     irqs: 1,
     shares_ram: false,
@@ -73,10 +59,6 @@ const NOW: Duration = Duration::from_nanos(1);
 const TOKEN_LIMIT: u32 = 0;
 const TOKEN_DISK: u32 = 1;
 const TOKEN_POLL: u32 = 2;
-
-const fn key(name: &'static str, value: &'static str, help: &'static str) -> Key {
-    Key { name, value, help }
-}
 
 /// A disk.
 struct Blk {

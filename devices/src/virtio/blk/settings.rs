@@ -9,11 +9,28 @@ use serde::{Deserialize, Serialize};
 
 use super::backend::{DiskCache, DiskFormat, DiskPlan};
 use super::request::ID_BYTES;
+use crate::catalog::Key;
 use crate::config::number::number;
 use crate::config::text::{Textual, text};
 use crate::config::{ByteRate, FilePath, Slot};
 use crate::options::OptionError;
 use crate::virtio::Limit;
+
+pub(super) const KEYS: &[Key] = &[
+    key("path", "FILE", "the file or block device (needed)"),
+    key("ro", "on|off", "the guest cannot write (default: off)"),
+    key("serial", "TEXT", "identity of up to 20 bytes (default: derived from the file)"),
+    key("cache", "MODE", "writeback, none (O_DIRECT) or unsafe (no flush) (default: writeback)"),
+    key("queues", "N", "request queues, 1 to 8 (default: 1)"),
+    key("iops", "N", "limit of requests per second (default: no limit)"),
+    key("bps", "BYTES", "limit of bytes per second (default: no limit)"),
+    key("format", "FORMAT", "raw or qcow2; never probed (default: raw)"),
+    key("backing", "on|off", "a qcow2 image may name a backing file (default: off)"),
+];
+
+const fn key(name: &'static str, value: &'static str, help: &'static str) -> Key {
+    Key { name, value, help }
+}
 
 number! {
     /// A number of request queues.
