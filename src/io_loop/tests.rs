@@ -418,12 +418,3 @@ fn two_loops_run_in_one_process_and_end_by_being_dropped() {
     assert_eq!(receiver.recv_timeout(LONG).unwrap(), b"x");
     drop(second);
 }
-
-#[test]
-fn epoll_takes_pipes_and_no_files() {
-    use std::os::fd::AsFd;
-    let (reader, _writer) = io::pipe().unwrap();
-    assert!(accepts(reader.as_fd()).unwrap());
-    assert!(!accepts(tempfile::tempfile().unwrap().as_fd()).unwrap());
-    assert!(!accepts(std::fs::File::open("/dev/null").unwrap().as_fd()).unwrap());
-}

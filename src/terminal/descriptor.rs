@@ -166,6 +166,14 @@ mod tests {
 
     use super::*;
 
+    #[test]
+    fn epoll_takes_pipes_and_no_files() {
+        let (reader, _writer) = io::pipe().unwrap();
+        assert!(is_pollable(reader.as_fd()).unwrap());
+        assert!(!is_pollable(tempfile::tempfile().unwrap().as_fd()).unwrap());
+        assert!(!is_pollable(File::open("/dev/null").unwrap().as_fd()).unwrap());
+    }
+
     fn kind<T>(result: io::Result<T>) -> io::ErrorKind {
         result.map(|_| ()).unwrap_err().kind()
     }
