@@ -298,10 +298,10 @@ impl MmioDevice for VirtioMmio {
             self.core.hold_expired();
         } else if token & KICK == 0 {
             self.core.work(|device, work| device.ready(token, work), None);
-        } else if let Ok(queue) = u16::try_from(token & !KICK) {
-            if self.core.is_active(queue) {
-                self.core.work(|device, work| device.kicked(queue, work), Some(queue));
-            }
+        } else if let Ok(queue) = u16::try_from(token & !KICK)
+            && self.core.is_active(queue)
+        {
+            self.core.work(|device, work| device.kicked(queue, work), Some(queue));
         }
     }
 
