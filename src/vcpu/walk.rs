@@ -42,7 +42,7 @@ pub(crate) fn translate(ram: &GuestRam, satp: u64, va: u64) -> Result<u64, WalkE
     walk(ram, satp, va, |_| {})
 }
 
-/// As [`translate`], and passes every entry that is read to `seen`.
+/// As `translate`, and passes every entry that is read to `seen`.
 ///
 /// # Errors
 /// The address has no translation; the last step is the entry that ends the walk.
