@@ -6,7 +6,7 @@
 //! removed until the device changes its list. A device reset closes descriptors on a hart's thread, and their numbers stay in the
 //! set until the list is read again: if another descriptor gets such a number first, the closed one is removed.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::Ordering;
@@ -16,18 +16,19 @@ use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, Events, SubscriberId, SubscriberOps};
 use log::{info, warn};
-use rvmm_devices::{Bus, Interest, Source};
+use rvmm_devices::{Bus, BusView, Interest, Source};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::button::Button;
 use crate::signals::{self, Signals};
 use crate::terminal::{self, StopRequest};
 
+mod devices;
 mod running;
 mod watch;
 
 pub use running::IoThread;
-use running::{Failure, Shared};
+use running::{Failure, LoopState};
 pub use watch::EventSource;
 use watch::{Origin, ReadyEvent, Watch, WatchedSource};
 
@@ -44,18 +45,21 @@ struct Listed {
 /// The loop before it runs. No descriptor is watched until [`IoLoop::spawn`].
 pub struct IoLoop {
     bus: Arc<Bus>,
+    view: BusView,
     manager: EventManager<Watch>,
     ready: Arc<Mutex<Vec<ReadyEvent>>>,
     /// The events being served, and the sources of a device: buffers, kept to reuse their allocations.
     batch: Vec<ReadyEvent>,
     sources: Vec<Source>,
     /// By the index of the device.
-    listed: Vec<Vec<Listed>>,
+    listed: BTreeMap<usize, Vec<Listed>>,
+    /// No event is delivered to devices.
+    is_paused: bool,
     signals: Option<(Signals, StopRequest)>,
     button: Option<Arc<Button>>,
     external: Option<WatchedSource>,
     failed: Option<OnFailure>,
-    shared: Arc<Shared>,
+    shared: Arc<LoopState>,
 }
 
 /// Receives the reason, in one line, if the thread ends without [`IoThread::stop`].
@@ -73,15 +77,16 @@ impl IoLoop {
     /// The error of the system call if the host has no descriptors left.
     pub fn new(bus: Arc<Bus>) -> io::Result<Self> {
         let manager = EventManager::new_with_capacity(BATCH).map_err(io::Error::other)?;
-        let shared = Arc::new(Shared::new()?);
-        let listed = bus.devices().map(|_| Vec::new()).collect();
+        let shared = Arc::new(LoopState::new()?);
         let mut new = Self {
+            view: bus.view(),
             bus,
             manager,
             ready: Arc::default(),
             batch: Vec::new(),
             sources: Vec::new(),
-            listed,
+            listed: BTreeMap::new(),
+            is_paused: false,
             signals: None,
             button: None,
             external: None,
@@ -157,7 +162,7 @@ impl IoLoop {
     /// The error of the system call if the host has no threads left.
     pub fn spawn(mut self) -> io::Result<IoThread> {
         let shared = Arc::clone(&self.shared);
-        let failure = Failure(self.failed.take());
+        let failure = Failure(self.failed.take(), Arc::clone(&shared));
         let body = move || match self.run() {
             Ok(()) => failure.none(),
             Err(error) => failure.report(format!("The I/O thread failed: {error}")),
@@ -168,8 +173,9 @@ impl IoLoop {
 
     fn run(mut self) -> event_manager::Result<()> {
         loop {
+            self.follow_rest();
             if self.shared.wants_refresh.swap(false, Ordering::SeqCst) {
-                (0..self.listed.len()).for_each(|index| self.sync(index));
+                self.sync_all();
             }
             let Some(timeout_ms) = self.timeout_ms() else { return Ok(()) };
             self.manager.run_with_timeout(timeout_ms)?;
@@ -191,7 +197,7 @@ impl IoLoop {
     fn timeout_ms(&self) -> Option<i32> {
         let Some(deadline) = self.shared.deadline() else { return Some(-1) };
         let has_output = |listed: &Listed| listed.id.is_some() && listed.source.interest.writes();
-        if !self.listed.iter().flatten().any(has_output) {
+        if !self.listed.values().flatten().any(has_output) {
             return None;
         }
         let left = deadline.saturating_duration_since(Instant::now());
@@ -212,11 +218,11 @@ impl IoLoop {
             Origin::Device { index, source } => {
                 let is_listed = |listed: &Listed| listed.source == source && listed.id.is_some();
                 // An earlier event of the same batch may have changed the device's list.
-                if !self.listed.get(index).is_some_and(|list| list.iter().any(is_listed)) {
+                if !self.listed.get(&index).is_some_and(|list| list.iter().any(is_listed)) {
                     return;
                 }
                 let mut sources = std::mem::take(&mut self.sources);
-                self.bus.ready(index, source.token, &mut sources);
+                self.view.ready(index, source.token, &mut sources);
                 self.apply(index, &sources);
                 self.sources = sources;
                 if only_hang_up {
@@ -272,52 +278,6 @@ impl IoLoop {
         }
     }
 
-    /// Updates the epoll set to the sources that the device lists now.
-    fn sync(&mut self, index: usize) {
-        let sources = self.bus.with_device(index, |device| device.sources()).unwrap_or_default();
-        self.apply(index, &sources);
-    }
-
-    /// Updates the epoll set to these sources of the device.
-    fn apply(&mut self, index: usize, wanted: &[Source]) {
-        let Some(listed) = self.listed.get_mut(index) else { return };
-        if listed.iter().map(|listed| &listed.source).eq(wanted) {
-            return;
-        }
-        // Old sources are removed first: a new one may have the same descriptor.
-        let stays: HashSet<&Source> = wanted.iter().collect();
-        let (kept, gone): (Vec<_>, Vec<_>) =
-            std::mem::take(listed).into_iter().partition(|listed| stays.contains(&listed.source));
-        gone.into_iter().for_each(|listed| self.unwatch(listed.id));
-        let mut kept: HashMap<Source, _> = kept.into_iter().map(|l| (l.source, l.id)).collect();
-        let now = wanted.iter().copied().map(|source| {
-            let id = kept.remove(&source).unwrap_or_else(|| self.watch_source(index, source));
-            Listed { source, id }
-        });
-        let now = now.collect();
-        if let Some(listed) = self.listed.get_mut(index) {
-            *listed = now;
-        }
-    }
-
-    fn watch_source(&mut self, index: usize, source: Source) -> Option<SubscriberId> {
-        let origin = Origin::Device { index, source };
-        let result = self.watch(origin, source.fd, source.interest);
-        result
-            .inspect_err(|error| {
-                warn!("Cannot watch descriptor {} of device {index}: {error}", source.fd)
-            })
-            .ok()
-    }
-
-    /// Removes a source from the set that would report the same hang-up over and over.
-    fn mute(&mut self, index: usize, source: Source) {
-        let listed = self.listed.get_mut(index).into_iter().flatten();
-        let id =
-            listed.filter(|listed| listed.source == source).find_map(|listed| listed.id.take());
-        self.unwatch(id);
-    }
-
     fn watch(&mut self, origin: Origin, fd: RawFd, interest: Interest) -> io::Result<SubscriberId> {
         let mut added = self.add(origin, fd, interest);
         if matches!(added, Err(event_manager::Error::FdAlreadyRegistered)) {
@@ -343,21 +303,6 @@ impl IoLoop {
         let added =
             self.manager.event_ops(id).and_then(|mut ops| ops.add(Events::new_raw(fd, events)));
         added.map(|()| id).inspect_err(|_| self.unwatch(Some(id)))
-    }
-
-    /// Removes a descriptor of this number that a device has closed since its list was last read, as a reset does on a hart's
-    /// thread: another descriptor has the number now.
-    fn forget_closed(&mut self, fd: RawFd) {
-        for index in 0..self.listed.len() {
-            let has_it = |listed: &&mut Listed| listed.source.fd == fd && listed.id.is_some();
-            let listed = self.listed.get_mut(index).into_iter().flatten().find(has_it);
-            let Some(Listed { source, id }) = listed else { continue };
-            let sources = self.bus.with_device(index, |device| device.sources());
-            if !sources.is_some_and(|sources| sources.contains(source)) {
-                let id = id.take();
-                self.unwatch(id);
-            }
-        }
     }
 
     fn unwatch(&mut self, id: Option<SubscriberId>) {

@@ -16,10 +16,18 @@ use crate::options::OptionError;
 use crate::power::PowerSwitch;
 use crate::rtc::{Clock, WallClock};
 use crate::virtio::balloon::BalloonControl;
-use crate::virtio::{DmaMemory, GuestMemoryMmap};
+use crate::virtio::{DmaMemory, GuestMemoryMmap, VirtioDevice};
+
+/// A device that is not on a bus yet.
+pub enum Device {
+    /// A device with registers in guest-physical memory.
+    Mmio(Box<dyn MmioDevice>),
+    /// A virtio device, which needs a transport: [`VirtioMmio`](crate::virtio::VirtioMmio).
+    Virtio(Box<dyn VirtioDevice>),
+}
 
 /// The result of building a device.
-pub type Built = Result<Box<dyn MmioDevice>, BuildError>;
+pub type Built = Result<Device, BuildError>;
 
 /// A kind of device: its name, its options, and its requirements on the board.
 #[derive(Debug, Clone, Copy)]
@@ -69,7 +77,7 @@ pub enum Placement {
 
 /// The connections of a device to the board and the host. Passed by value: backends have one owner.
 pub struct Wiring {
-    /// The device's interrupt line; [`NoIrq`] if the model has none.
+    /// The interrupt line of a device without a transport of its own; [`NoIrq`] if the model has none.
     pub irq: Arc<dyn IrqLine>,
     /// The backend of the console; without one, output is discarded and there is no input.
     pub console: Option<Box<dyn ConsoleBackend>>,

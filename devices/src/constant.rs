@@ -6,9 +6,10 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::catalog::{Built, Key, Model, Placement, Wiring};
+use crate::catalog::{Built, Device, Key, Model, Placement, Wiring};
 use crate::config::{ModelConfig, Number};
 use crate::device::{Access, AccessError, FdtDesc, MmioDevice, RegisterName};
+use crate::stateless;
 
 /// The catalog's entry.
 pub(crate) const MODEL: Model = Model {
@@ -47,9 +48,11 @@ impl ModelConfig for ConstConfig {
     }
 
     fn build(&self, _: Wiring) -> Built {
-        Ok(Box::new(Constant { value: self.value.get().to_le_bytes() }))
+        Ok(Device::Mmio(Box::new(Constant { value: self.value.get().to_le_bytes() })))
     }
 }
+
+stateless!(Constant);
 
 impl MmioDevice for Constant {
     fn name(&self) -> &'static str {
@@ -77,8 +80,6 @@ impl MmioDevice for Constant {
         Err(AccessError::ReadOnly)
     }
 
-    fn reset(&mut self) {}
-
     fn fdt(&self) -> Option<FdtDesc> {
         None
     }
@@ -87,9 +88,10 @@ impl MmioDevice for Constant {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::catalog::BuildError;
     use crate::testing::{create, wiring};
 
-    fn made(text: &str) -> Built {
+    fn made(text: &str) -> Result<Box<dyn MmioDevice>, BuildError> {
         create(text, wiring())
     }
 

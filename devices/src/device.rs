@@ -7,7 +7,8 @@ use std::sync::Arc;
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::irq::StatusPin;
+use crate::irq::PendingInterrupt;
+use crate::lifecycle::Lifecycle;
 
 /// The result of an access: done, or refused without any effect on the device.
 pub type Access = Result<(), AccessError>;
@@ -64,7 +65,7 @@ pub type RegisterName = fn(offset: u64, is_write: bool) -> Option<&'static str>;
 /// A source with an interest in writing means pending output: bytes that the guest has sent and the
 /// host has not accepted. When the machine stops, such devices get a bounded time to write it (the loop
 /// keeps polling while any device lists one).
-pub trait MmioDevice: Send {
+pub trait MmioDevice: Lifecycle + Send {
     /// The model's name, as in the catalog (`serial`) and in logs.
     fn name(&self) -> &'static str;
 
@@ -85,10 +86,6 @@ pub trait MmioDevice: Send {
     /// # Errors
     /// An [`AccessError`] if the device does not support the access; nothing has changed then.
     fn write(&mut self, offset: u64, data: &[u8]) -> Access;
-
-    /// Resets every guest-visible register to its value after power-on, and drives the interrupt line
-    /// low.
-    fn reset(&mut self);
 
     /// Returns the function that names the device's registers.
     fn register_names(&self) -> RegisterName {
@@ -122,9 +119,9 @@ pub trait MmioDevice: Send {
         let _ = token;
     }
 
-    /// The interrupt whose level [`ready`](Self::ready) has changed but not driven: the caller drives it after releasing the
+    /// The interrupt that [`ready`](Self::ready) has raised and not delivered: the caller delivers it after releasing the
     /// device's lock.
-    fn take_pending_irq(&mut self) -> Option<Arc<StatusPin>> {
+    fn take_pending_irq(&mut self) -> Option<PendingInterrupt> {
         None
     }
 

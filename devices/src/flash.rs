@@ -14,11 +14,12 @@ use log::warn;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
+use crate::catalog::{BuildError, Built, Device, Key, Model, Placement, Wiring};
 use crate::config::number::number;
 use crate::config::{FilePath, ModelConfig};
 use crate::device::{Access, AccessError, FdtDesc, FdtProperty, MmioDevice, RegisterName};
 use crate::options::OptionError;
+use crate::stateless;
 
 /// The catalog's entry.
 pub(crate) const MODEL: Model = Model {
@@ -187,7 +188,7 @@ impl ModelConfig for FlashConfig {
                 source,
             })?;
         }
-        Ok(Box::new(flash))
+        Ok(Device::Mmio(Box::new(flash)))
     }
 }
 
@@ -233,6 +234,8 @@ impl Flash {
     }
 }
 
+stateless!(Flash);
+
 impl MmioDevice for Flash {
     fn name(&self) -> &'static str {
         MODEL.name
@@ -262,8 +265,6 @@ impl MmioDevice for Flash {
     fn write(&mut self, _offset: u64, _data: &[u8]) -> Access {
         Err(AccessError::ReadOnly)
     }
-
-    fn reset(&mut self) {}
 
     fn fdt(&self) -> Option<FdtDesc> {
         Some(FdtDesc {
@@ -299,7 +300,7 @@ mod tests {
         }
     }
 
-    fn made(text: &str, room: usize) -> (Built, Arc<Mappings>) {
+    fn made(text: &str, room: usize) -> (Result<Box<dyn MmioDevice>, BuildError>, Arc<Mappings>) {
         let window = Arc::new(Mappings { mapped: Mutex::default(), room });
         let host = MemoryHost::with_flash(&[b"pfld".as_slice(), &[0; 8192]].concat());
         let wiring =

@@ -1,4 +1,4 @@
-//! Level-triggered interrupt lines, and a device's pin on its line.
+//! Interrupts: level-triggered lines and a device's pin on its line, or messages.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
@@ -19,6 +19,72 @@ pub trait IrqLine: Send + Sync {
     fn attach_irqfd(&self, event: &EventFd) -> bool {
         let _ = event;
         false
+    }
+}
+
+/// Interrupts by messages (MSI-X), one for each queue of a device and one for its configuration. The transport assigns them.
+pub trait Messages: Send + Sync {
+    /// Sends the message for used buffers of `queue`.
+    fn used_buffers(&self, queue: u16);
+
+    /// Sends the message for a change of the configuration space.
+    fn configuration_changed(&self);
+
+    /// Makes the host's kernel send the message of `queue` on each write to `event` (an irqfd). Returns false, without any effect, if the
+    /// kernel cannot do that.
+    fn attach_irqfd(&self, queue: u16, event: &EventFd) -> bool;
+}
+
+/// The interrupt of a device: a line or messages. The device does not know which.
+#[derive(Clone)]
+pub enum Interrupt {
+    /// A line.
+    Line(Arc<dyn IrqLine>),
+    /// Messages.
+    Messages(Arc<dyn Messages>),
+}
+
+impl Interrupt {
+    /// Makes the host's kernel interrupt the driver for `queue` on each write to `event` (an irqfd): see [`IrqLine::attach_irqfd`] and
+    /// [`Messages::attach_irqfd`].
+    #[must_use]
+    pub fn attach_irqfd(&self, queue: u16, event: &EventFd) -> bool {
+        match self {
+            Self::Line(line) => line.attach_irqfd(event),
+            Self::Messages(messages) => messages.attach_irqfd(queue, event),
+        }
+    }
+}
+
+/// An interrupt to be delivered after the device's lock was released.
+#[must_use = "an interrupt that is not delivered is lost"]
+pub enum PendingInterrupt {
+    /// The line has to be driven.
+    Line(Arc<StatusPin>),
+    /// Messages have to be sent.
+    Messages {
+        /// The receiver.
+        to: Arc<dyn Messages>,
+        /// Queues with used buffers, a bit each.
+        queues: u64,
+        /// The configuration space has changed.
+        configuration: bool,
+    },
+}
+
+impl PendingInterrupt {
+    /// Delivers it.
+    pub fn deliver(self) {
+        match self {
+            Self::Line(pin) => pin.drive(),
+            Self::Messages { to, queues, configuration } => {
+                let queues = (0..64).filter(|queue| queues >> queue & 1 == 1);
+                queues.for_each(|queue| to.used_buffers(queue));
+                if configuration {
+                    to.configuration_changed();
+                }
+            }
+        }
     }
 }
 
@@ -97,6 +163,12 @@ impl StatusPin {
     #[must_use]
     pub fn status(&self) -> u32 {
         self.status.load(SeqCst) | self.external.load(SeqCst)
+    }
+
+    /// The bits that are set.
+    #[must_use]
+    pub fn raised(&self) -> u32 {
+        self.status.load(SeqCst)
     }
 
     /// Sets the bits for which the kernel raises the line from now on; 0 for none, after which the caller has to

@@ -8,8 +8,9 @@
 //! | file | contents |
 //! |---|---|
 //! | `device.rs` | [`MmioDevice`], access errors, the I/O loop's contract, device tree descriptions |
-//! | `irq.rs` | [`IrqLine`], and a device's pin on it |
-//! | `bus.rs` | [`Bus`]: dispatches accesses to devices by address |
+//! | `irq.rs` | [`Interrupt`]: lines and messages |
+//! | `lifecycle.rs` | [`Lifecycle`]: pause, resume, reset, save, restore |
+//! | `bus/` | [`Bus`]: dispatches accesses to devices by address |
 //! | `config/`, `options.rs` | [`DeviceConfig`], [`CATALOG`], `NAME,key=value` |
 //! | `catalog.rs` | [`Model`], [`Wiring`] |
 //! | `number.rs` | numbers as users write them |
@@ -40,6 +41,7 @@ pub mod device;
 pub mod flash;
 pub mod host;
 pub mod irq;
+pub mod lifecycle;
 mod link;
 mod ns16550;
 pub mod number;
@@ -52,8 +54,8 @@ pub mod serial;
 pub mod testing;
 pub mod virtio;
 
-pub use bus::{Bus, BusCounters, BusError, Claim};
-pub use catalog::{BuildError, Built, Key, Model, Placement, SLOT, Wiring};
+pub use bus::{Bus, BusCounters, BusError, BusView, Claim, DeviceState, StateError};
+pub use catalog::{BuildError, Built, Device, Key, Model, Placement, SLOT, Wiring};
 pub use config::{CATALOG, DeviceConfig, Endpoint, FilePath};
 pub use console::{ConsoleBackend, NullConsole, Port, Ports};
 pub use device::{
@@ -61,7 +63,8 @@ pub use device::{
     MmioDevice, RegisterName, SerialLine, Source, Unlocked,
 };
 pub use host::{Host, HostError, Listener, NoHost};
-pub use irq::{IrqLine, IrqPin, NoIrq, StatusPin};
+pub use irq::{Interrupt, IrqLine, IrqPin, Messages, NoIrq, PendingInterrupt, StatusPin};
+pub use lifecycle::{Lifecycle, PauseError, RestoreError, SaveError, SavedState};
 pub use options::OptionError;
 pub use plic::{Plic, PlicError};
 pub use power::{PowerRequest, PowerSwitch};

@@ -18,6 +18,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use crate::console::{ConsoleBackend, Port};
 use crate::device::{Interest, Source};
+use crate::lifecycle::RestoreError;
 
 const TOKEN_KICK: u32 = 0;
 const TOKEN_TIMER: u32 = 1;
@@ -166,6 +167,40 @@ impl Link {
             self.write_out();
             self.announce();
         }
+    }
+
+    /// The output that the host has not accepted.
+    pub(crate) fn pending_output(&self) -> Vec<u8> {
+        let Self {
+            name: _,
+            backend: _,
+            kick: _,
+            timer: _,
+            timer_armed: _,
+            queue,
+            // In the state of a device that throttles its guest by it.
+            held: _,
+            // The backend of a restored device tells these anew.
+            blocked: _,
+            output_ended: _,
+            // Set by the device.
+            input_wanted: _,
+            input_ended: _,
+            announced: _,
+            counters: _,
+            warned: _,
+        } = self;
+        queue.iter().copied().collect()
+    }
+
+    /// Queues the output of a saved device, which throttled its guest if `held`. Nothing is written before [`flush`](Self::flush).
+    pub(crate) fn restore_output(&mut self, output: &[u8], held: bool) -> Result<(), RestoreError> {
+        if output.len() > QUEUE_MAX {
+            return Err(RestoreError::invalid("the length of the output"));
+        }
+        self.queue.extend(output);
+        self.held = held;
+        Ok(())
     }
 
     /// True if no output is queued.

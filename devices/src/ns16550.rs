@@ -6,9 +6,13 @@ use std::convert::Infallible;
 use std::io::{Sink, sink};
 
 use vm_superio::Trigger;
-use vm_superio::serial::{NoEvents, Serial as Registers};
+use vm_superio::serial::{NoEvents, Serial as Registers, SerialState};
 
 use crate::device::AccessError;
+
+mod saved;
+
+pub(crate) use saved::UartState;
 
 /// Size in bytes of the receive FIFO (`vm-superio`'s).
 pub(crate) const FIFO: usize = 64;
@@ -71,7 +75,7 @@ mod bit {
 }
 
 /// The guest-visible state.
-pub(crate) struct State {
+pub(crate) struct UartRegisters {
     /// DLL, DLM, LCR, MCR, MSR, SCR and the receive FIFO.
     registers: Registers<NoTrigger, NoEvents, Sink>,
     /// Copies of IER, LCR and MCR: reading them from `registers` depends on DLAB, or needs a copy of
@@ -98,7 +102,25 @@ pub(crate) struct State {
     changed: bool,
 }
 
-/// Ignores the edges of `vm-superio`; the line follows [`State::interrupts`] instead.
+/// DLL and DLM, SCR, and the received bytes that the guest has not read.
+fn stored(registers: &Registers<NoTrigger, NoEvents, Sink>) -> ([u8; 2], u8, Vec<u8>) {
+    let SerialState {
+        baud_divisor_low,
+        baud_divisor_high,
+        // Copied in `UartRegisters`, derived from the FIFO, or without effect here.
+        interrupt_enable: _,
+        interrupt_identification: _,
+        line_control: _,
+        line_status: _,
+        modem_control: _,
+        modem_status: _,
+        scratch,
+        in_buffer,
+    } = registers.state();
+    ([baud_divisor_low, baud_divisor_high], scratch, in_buffer)
+}
+
+/// Ignores the edges of `vm-superio`; the line follows [`UartRegisters::interrupts`] instead.
 #[derive(Debug)]
 struct NoTrigger;
 
@@ -110,7 +132,7 @@ impl Trigger for NoTrigger {
     }
 }
 
-impl State {
+impl UartRegisters {
     pub(crate) fn at_power_on() -> Self {
         Self {
             registers: Registers::new(NoTrigger, sink()),
@@ -313,6 +335,11 @@ impl State {
     /// these never do.
     fn set(&mut self, register: u8, value: u8) {
         drop(self.registers.write(register, value));
+    }
+
+    /// True if the line accepts no more bytes.
+    pub(crate) fn is_held(&self) -> bool {
+        self.held
     }
 
     /// True if there is received data.

@@ -10,11 +10,12 @@ use log::debug;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::catalog::{Built, Model, Placement, Wiring};
+use crate::catalog::{Built, Device, Model, Placement, Wiring};
 use crate::config::ModelConfig;
 use crate::device::{
     Access, AccessError, FdtCompanion, FdtDesc, FdtProperty, FdtValue, MmioDevice, RegisterName,
 };
+use crate::stateless;
 
 /// The catalog's entry.
 pub(crate) const MODEL: Model = Model {
@@ -76,9 +77,11 @@ impl Power {
 
 impl ModelConfig for PowerConfig {
     fn build(&self, wiring: Wiring) -> Built {
-        Ok(Box::new(Power::new(wiring.power)))
+        Ok(Device::Mmio(Box::new(Power::new(wiring.power))))
     }
 }
+
+stateless!(Power);
 
 impl MmioDevice for Power {
     fn name(&self) -> &'static str {
@@ -114,8 +117,6 @@ impl MmioDevice for Power {
         }
         Ok(())
     }
-
-    fn reset(&mut self) {}
 
     fn fdt(&self) -> Option<FdtDesc> {
         let companion = |name, compatible, value: u16| FdtCompanion {

@@ -4,6 +4,7 @@
 //! registers (AIA specification 1.0, section 4.5: reserved ones are read-only zeros), not unassigned addresses.
 
 use crate::device::{Access, FdtDesc, MmioDevice};
+use crate::stateless;
 
 /// The reserved registers of a device whose other registers the kernel implements.
 #[derive(Debug)]
@@ -19,6 +20,8 @@ impl Reserved {
         Self { name, size }
     }
 }
+
+stateless!(Reserved);
 
 impl MmioDevice for Reserved {
     fn name(&self) -> &'static str {
@@ -37,8 +40,6 @@ impl MmioDevice for Reserved {
     fn write(&mut self, _offset: u64, _data: &[u8]) -> Access {
         Ok(())
     }
-
-    fn reset(&mut self) {}
 
     /// None: the implementation of the other registers describes the device.
     fn fdt(&self) -> Option<FdtDesc> {

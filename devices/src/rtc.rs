@@ -18,7 +18,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::timerfd::TimerFd;
 
-use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
+use crate::catalog::{BuildError, Built, Device, Key, Model, Placement, Wiring};
 use crate::config::ModelConfig;
 use crate::config::number::number;
 use crate::device::{
@@ -26,6 +26,7 @@ use crate::device::{
     write_words,
 };
 use crate::irq::IrqPin;
+use crate::lifecycle::{Lifecycle, PauseError, RestoreError, SaveError, SavedState};
 
 /// The catalog's entry.
 pub(crate) const MODEL: Model = Model {
@@ -114,12 +115,13 @@ pub struct Rtc {
     irq: IrqPin,
     timer: TimerFd,
 
-    state: State,
+    state: RtcState,
 }
 
 /// The guest-visible state.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct State {
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RtcState {
     /// Offset from the clock, modulo 2^64 nanoseconds.
     offset: u64,
     /// The latched high half of the time, returned by `TIME_HIGH`.
@@ -139,14 +141,43 @@ impl ModelConfig for RtcConfig {
             what: "timer",
             source: error.into(),
         })?;
-        let state = State::at_power_on(nanos.cast_unsigned());
-        Ok(Box::new(Rtc {
+        let state = RtcState::at_power_on(nanos.cast_unsigned());
+        Ok(Device::Mmio(Box::new(Rtc {
             initial_offset: nanos.cast_unsigned(),
             clock: wiring.clock,
             irq: IrqPin::new(wiring.irq),
             timer,
             state,
-        }))
+        })))
+    }
+}
+
+impl Lifecycle for Rtc {
+    fn pause(&mut self) -> Result<(), PauseError> {
+        Ok(())
+    }
+
+    /// An alarm whose time has come meanwhile fires at once: the time of day does not stand still.
+    fn resume(&mut self) {
+        self.check_alarm();
+        self.sync_irq();
+    }
+
+    fn reset(&mut self) {
+        self.state = RtcState::at_power_on(self.initial_offset);
+        self.check_alarm();
+        self.irq.reset();
+    }
+
+    fn save(&self) -> Result<SavedState, SaveError> {
+        let Self { initial_offset: _, clock: _, irq: _, timer: _, state } = self;
+        SavedState::of(state)
+    }
+
+    fn restore(&mut self, state: SavedState) -> Result<(), RestoreError> {
+        self.state = state.read()?;
+        self.sync_irq();
+        Ok(())
     }
 }
 
@@ -169,12 +200,6 @@ impl MmioDevice for Rtc {
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Access {
         write_words(offset, data, |register, value| self.write_register(register, value))
-    }
-
-    fn reset(&mut self) {
-        self.state = State::at_power_on(self.initial_offset);
-        self.check_alarm();
-        self.irq.reset();
     }
 
     fn fdt(&self) -> Option<FdtDesc> {
@@ -279,7 +304,7 @@ impl Rtc {
     }
 }
 
-impl State {
+impl RtcState {
     fn at_power_on(offset: u64) -> Self {
         Self {
             offset,

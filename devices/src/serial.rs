@@ -22,15 +22,18 @@ use std::sync::Arc;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
+use crate::catalog::{BuildError, Built, Device, Key, Model, Placement, Wiring};
 use crate::config::{Endpoint, ModelConfig, Slot};
 use crate::console::{ConsoleBackend, NullConsole};
 use crate::device::{
     Access, AccessError, FdtDesc, FdtProperty, MmioDevice, RegisterName, SerialLine, Source,
 };
 use crate::irq::{IrqLine, IrqPin};
+use crate::lifecycle::{Lifecycle, PauseError, RestoreError, SaveError, SavedState};
 use crate::link::Link;
-use crate::ns16550::{FIFO, LSR, State, register, register_name, reports_transmitter};
+use crate::ns16550::{
+    FIFO, LSR, UartRegisters, UartState, register, register_name, reports_transmitter,
+};
 
 /// The catalog's entry.
 pub(crate) const MODEL: Model = Model {
@@ -84,7 +87,7 @@ pub struct Serial {
     link: Link,
     irq: IrqPin,
 
-    state: State,
+    state: UartRegisters,
 }
 
 impl ModelConfig for SerialConfig {
@@ -112,7 +115,54 @@ fn port(name: &'static str, backend: Box<dyn ConsoleBackend>, irq: Arc<dyn IrqLi
         what: "event descriptors",
         source,
     })?;
-    Ok(Box::new(Serial { name, link, irq: IrqPin::new(irq), state: State::at_power_on() }))
+    let state = UartRegisters::at_power_on();
+    Ok(Device::Mmio(Box::new(Serial { name, link, irq: IrqPin::new(irq), state })))
+}
+
+/// The state of a serial port.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SerialState {
+    registers: UartState,
+    /// Output that the host has not accepted.
+    output: Vec<u8>,
+}
+
+impl Lifecycle for Serial {
+    fn pause(&mut self) -> Result<(), PauseError> {
+        self.link.flush();
+        self.sync_line();
+        self.sync();
+        Ok(())
+    }
+
+    fn resume(&mut self) {
+        self.link.flush();
+        self.sync_line();
+        self.sync();
+    }
+
+    fn reset(&mut self) {
+        self.state = UartRegisters::at_power_on();
+        self.link.flush();
+        self.sync_line();
+        self.sync();
+        self.irq.reset();
+    }
+
+    fn save(&self) -> Result<SavedState, SaveError> {
+        let Self { name: _, link, irq: _, state } = self;
+        SavedState::of(&SerialState { registers: state.save(), output: link.pending_output() })
+    }
+
+    fn restore(&mut self, state: SavedState) -> Result<(), RestoreError> {
+        let SerialState { registers, output } = state.read()?;
+        self.state.restore(&registers)?;
+        self.link.restore_output(&output, self.state.is_held())?;
+        self.sync_line();
+        self.sync();
+        Ok(())
+    }
 }
 
 impl MmioDevice for Serial {
@@ -152,14 +202,6 @@ impl MmioDevice for Serial {
         }
         self.sync();
         Ok(())
-    }
-
-    fn reset(&mut self) {
-        self.state = State::at_power_on();
-        self.link.flush();
-        self.sync_line();
-        self.sync();
-        self.irq.reset();
     }
 
     fn register_names(&self) -> RegisterName {

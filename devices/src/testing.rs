@@ -11,14 +11,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::catalog::{BuildError, Built, Wiring};
+use crate::catalog::{BuildError, Device, Wiring};
 use crate::config::DeviceConfig;
 use crate::console::{ConsoleBackend, Port, Ports};
 use crate::device::{Interest, MmioDevice};
 use crate::flash::Window;
-use crate::irq::IrqLine;
+use crate::irq::{Interrupt, IrqLine, Messages, PendingInterrupt};
 use crate::power::{PowerRequest, PowerSwitch};
 use crate::rtc::Clock;
+use crate::virtio::VirtioMmio;
 use crate::virtio::mmio::KICK;
 
 mod captured_log;
@@ -52,6 +53,32 @@ impl IrqLine for TestIrq {
         if self.0.0.swap(high, SeqCst) != high {
             self.0.1.fetch_add(1, SeqCst);
         }
+    }
+}
+
+/// Messages that are recorded: the queue, or `None` for the configuration.
+#[derive(Debug, Clone, Default)]
+pub struct TestMessages(Arc<Mutex<Vec<Option<u16>>>>);
+
+impl TestMessages {
+    /// The messages since the last call, oldest first.
+    #[must_use]
+    pub fn take(&self) -> Vec<Option<u16>> {
+        std::mem::take(&mut *lock(&self.0))
+    }
+}
+
+impl Messages for TestMessages {
+    fn used_buffers(&self, queue: u16) {
+        lock(&self.0).push(Some(queue));
+    }
+
+    fn configuration_changed(&self) {
+        lock(&self.0).push(None);
+    }
+
+    fn attach_irqfd(&self, _queue: u16, _event: &EventFd) -> bool {
+        false
     }
 }
 
@@ -272,14 +299,28 @@ impl Window for OpenWindow {
     }
 }
 
-/// Builds the device of the text `NAME,key=value,...`.
+/// Builds the device of the text `NAME,key=value,...`, a virtio device with the MMIO transport.
 ///
 /// # Errors
 /// [`BuildError::Option`] for a text that is no device, and those of [`DeviceConfig::build`].
-pub fn create(text: &str, wiring: Wiring) -> Built {
+pub fn create(text: &str, wiring: Wiring) -> Result<Box<dyn MmioDevice>, BuildError> {
     let config = DeviceConfig::parse(text)
         .map_err(|source| BuildError::Option { model: "of the test", source })?;
-    config.build(wiring)
+    build(&config, wiring)
+}
+
+/// As [`create`], of a configuration.
+///
+/// # Errors
+/// Those of [`DeviceConfig::build`].
+pub fn build(config: &DeviceConfig, wiring: Wiring) -> Result<Box<dyn MmioDevice>, BuildError> {
+    let (memory, irq) = (Arc::clone(&wiring.memory), Arc::clone(&wiring.irq));
+    match config.build(wiring)? {
+        Device::Mmio(device) => Ok(device),
+        Device::Virtio(device) => {
+            Ok(Box::new(VirtioMmio::create(device, memory, Interrupt::Line(irq))?))
+        }
+    }
 }
 
 /// Wiring with test doubles for the line, the power switch, the clock and the host, and no console.
@@ -297,7 +338,7 @@ pub fn wiring() -> Wiring {
 /// Dispatches an event to a device as the I/O thread does: the interrupt is driven afterwards.
 pub fn dispatch_event(device: &mut dyn MmioDevice, token: u32) {
     device.ready(token);
-    let _ = device.take_pending_irq().map(|pin| pin.drive());
+    let _ = device.take_pending_irq().map(PendingInterrupt::deliver);
 }
 
 /// Runs one turn of an I/O loop with only this device: waits up to `timeout_ms` milliseconds for its

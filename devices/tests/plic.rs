@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use rvmm_devices::testing::TestIrq;
-use rvmm_devices::{AccessError, FdtValue, IrqLine, MmioDevice, Plic, PlicError};
+use rvmm_devices::{AccessError, FdtValue, IrqLine, Lifecycle, MmioDevice, Plic, PlicError};
 
 const SOURCES: u32 = 70;
 

@@ -14,8 +14,10 @@ use rvmm_devices::testing::captured_log;
 use rvmm_devices::virtio::testing::{
     Buffer, INDIRECT, NEXT, QUEUE_SIZE, RAM, RAM_SIZE, Rig, WRITE, status,
 };
-use rvmm_devices::virtio::{Chain, VirtioDevice, VirtioError, Work, feature};
-use rvmm_devices::{Interest, Source};
+use rvmm_devices::virtio::{
+    Chain, DeviceType, SavedChain, VirtioDevice, VirtioError, VirtioLifecycle, Work, feature,
+};
+use rvmm_devices::{Interest, PauseError, RestoreError, SaveError, SavedState, Source};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -49,20 +51,8 @@ impl Echo {
 }
 
 impl VirtioDevice for Echo {
-    fn name(&self) -> &'static str {
-        "echo"
-    }
-
-    fn id(&self) -> u32 {
-        42
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &[256, 8]
-    }
-
-    fn features(&self) -> u64 {
-        0b101
+    fn device_type(&self) -> DeviceType {
+        DeviceType::new("echo", 42, &[256, 8], 0b101)
     }
 
     fn config(&self) -> &[u8] {
@@ -102,9 +92,21 @@ impl VirtioDevice for Echo {
         Ok(())
     }
 
-    fn reset_queue(&mut self, queue: u16) {
-        self.note(format!("reset queue {queue}"));
-        self.kept.retain(|chain| chain.queue() != queue);
+    fn list_sources(&self, _list: &mut Vec<Source>) {}
+
+    fn ready(&mut self, _token: u32, _work: &mut Work<'_>) -> Result<(), VirtioError> {
+        Ok(())
+    }
+}
+
+impl VirtioLifecycle for Echo {
+    fn pause(&mut self, _work: &mut Work<'_>) -> Result<(), PauseError> {
+        self.note("pause");
+        Ok(())
+    }
+
+    fn resume(&mut self) {
+        self.note("resume");
     }
 
     fn reset(&mut self) {
@@ -112,9 +114,29 @@ impl VirtioDevice for Echo {
         // The chains are kept, to test that an old chain is harmless after a reset.
     }
 
-    fn list_sources(&self, _list: &mut Vec<Source>) {}
+    fn reset_queue(&mut self, queue: u16) {
+        self.note(format!("reset queue {queue}"));
+        self.kept.retain(|chain| chain.queue() != queue);
+    }
 
-    fn ready(&mut self, _token: u32, _work: &mut Work<'_>) -> Result<(), VirtioError> {
+    fn is_quiescent(&self) -> bool {
+        true
+    }
+
+    fn save(&self) -> Result<SavedState, SaveError> {
+        SavedState::of(&self.kept.iter().map(Chain::saved).collect::<Vec<_>>())
+    }
+
+    fn restore(
+        &mut self,
+        state: SavedState,
+        features: Option<u64>,
+        work: &mut Work<'_>,
+    ) -> Result<(), RestoreError> {
+        self.note(format!("restore {features:x?}"));
+        for chain in state.read::<Vec<SavedChain>>()? {
+            self.kept.extend(work.retake(chain)?);
+        }
         Ok(())
     }
 }
@@ -720,20 +742,8 @@ proptest! {
 struct Greedy(EventFd);
 
 impl VirtioDevice for Greedy {
-    fn name(&self) -> &'static str {
-        "greedy"
-    }
-
-    fn id(&self) -> u32 {
-        42
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &[16, 16]
-    }
-
-    fn features(&self) -> u64 {
-        0
+    fn device_type(&self) -> DeviceType {
+        DeviceType::new("greedy", 42, &[16, 16], 0)
     }
 
     fn config(&self) -> &[u8] {
@@ -751,10 +761,6 @@ impl VirtioDevice for Greedy {
         Ok(())
     }
 
-    fn reset_queue(&mut self, _queue: u16) {}
-
-    fn reset(&mut self) {}
-
     fn list_sources(&self, list: &mut Vec<Source>) {
         list.push(Source { fd: self.0.as_raw_fd(), token: 0, interest: Interest::Read });
     }
@@ -762,6 +768,35 @@ impl VirtioDevice for Greedy {
     fn ready(&mut self, _token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {
         drop(self.0.read());
         (0..2).try_for_each(|queue| self.kicked(queue, work))
+    }
+}
+
+impl VirtioLifecycle for Greedy {
+    fn pause(&mut self, _work: &mut Work<'_>) -> Result<(), PauseError> {
+        Ok(())
+    }
+
+    fn resume(&mut self) {}
+
+    fn reset(&mut self) {}
+
+    fn reset_queue(&mut self, _queue: u16) {}
+
+    fn is_quiescent(&self) -> bool {
+        true
+    }
+
+    fn save(&self) -> Result<SavedState, SaveError> {
+        Err(SaveError("a test does not save it".into()))
+    }
+
+    fn restore(
+        &mut self,
+        _state: SavedState,
+        _features: Option<u64>,
+        _work: &mut Work<'_>,
+    ) -> Result<(), RestoreError> {
+        Err(RestoreError("a test does not save it".into()))
     }
 }
 

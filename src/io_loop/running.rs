@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -13,22 +13,55 @@ use super::OnFailure;
 
 /// State that the loop's thread shares with its handle.
 #[derive(Debug)]
-pub(super) struct Shared {
+pub(super) struct LoopState {
     pub(super) wake: EventFd,
-    /// Deadline for the end of the loop; set once, and shortened by [`Shared::shorten`].
+    /// Deadline for the end of the loop; set once, and shortened by [`LoopState::shorten`].
     pub(super) deadline: Mutex<Option<Instant>>,
     pub(super) wants_refresh: AtomicBool,
     pub(super) turns: AtomicU64,
+    rest: Mutex<Rest>,
+    rests: Condvar,
 }
 
-impl Shared {
+/// The requested and the reached rest of the devices: no event is delivered to them.
+#[derive(Debug, Default)]
+struct Rest {
+    is_requested: bool,
+    is_reached: bool,
+    has_ended: bool,
+}
+
+impl LoopState {
     pub(super) fn new() -> io::Result<Self> {
         Ok(Self {
             wake: EventFd::new(EFD_NONBLOCK)?,
             deadline: Mutex::new(None),
             wants_refresh: AtomicBool::new(true),
             turns: AtomicU64::new(0),
+            rest: Mutex::default(),
+            rests: Condvar::new(),
         })
+    }
+
+    /// True if no events are to be delivered to devices.
+    pub(super) fn wants_rest(&self) -> bool {
+        self.lock_rest().is_requested
+    }
+
+    /// Notes whether events are delivered to devices.
+    pub(super) fn set_rest(&self, is_reached: bool) {
+        self.lock_rest().is_reached = is_reached;
+        self.rests.notify_all();
+    }
+
+    /// Notes that the thread has ended: no event is delivered any more.
+    pub(super) fn set_ended(&self) {
+        self.lock_rest().has_ended = true;
+        self.rests.notify_all();
+    }
+
+    fn lock_rest(&self) -> MutexGuard<'_, Rest> {
+        self.rest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Deadline for the end of the loop; `None` if it was not stopped.
@@ -46,7 +79,7 @@ impl Shared {
 }
 
 /// Reports that the thread has ended without being stopped. If it panics, dropping this reports it.
-pub(super) struct Failure(pub(super) Option<OnFailure>);
+pub(super) struct Failure(pub(super) Option<OnFailure>, pub(super) Arc<LoopState>);
 
 impl Failure {
     /// Reports nothing: the thread was stopped.
@@ -62,6 +95,7 @@ impl Failure {
 
 impl Drop for Failure {
     fn drop(&mut self) {
+        self.1.set_ended();
         let _ = self.0.take().map(|failed| failed("The I/O thread panicked".into()));
     }
 }
@@ -69,7 +103,7 @@ impl Drop for Failure {
 /// The running loop. Dropping it stops the loop at once; [`IoThread::stop`] waits for the last output.
 #[derive(Debug)]
 pub struct IoThread {
-    pub(super) shared: Arc<Shared>,
+    pub(super) shared: Arc<LoopState>,
     pub(super) thread: Option<JoinHandle<()>>,
 }
 
@@ -78,6 +112,22 @@ impl IoThread {
     pub fn refresh(&self) {
         self.shared.wants_refresh.store(true, Ordering::SeqCst);
         self.wake();
+    }
+
+    /// Stops the delivery of events to devices, and returns once none is being delivered: events wait in their descriptors. Signals and
+    /// the external event source are still served.
+    pub fn pause(&self) {
+        self.shared.lock_rest().is_requested = true;
+        self.wake();
+        let rest = self.shared.lock_rest();
+        let is_waiting = |rest: &mut Rest| !rest.is_reached && !rest.has_ended;
+        drop(self.shared.rests.wait_while(rest, is_waiting));
+    }
+
+    /// Delivers events to devices again, also to those that were added meanwhile.
+    pub fn resume(&self) {
+        self.shared.lock_rest().is_requested = false;
+        self.refresh();
     }
 
     /// Number of times that the thread has woken up and served all events.
@@ -99,6 +149,7 @@ impl IoThread {
         let Some(thread) = self.thread.take() else { return Ok(()) };
         let now = Instant::now();
         let deadline = now.checked_add(drain).unwrap_or(now);
+        self.shared.lock_rest().is_requested = false;
         *self.shared.deadline.lock().unwrap_or_else(PoisonError::into_inner) = Some(deadline);
         // There may be output for which no source is listed yet.
         self.refresh();

@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::AtomicU32;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
-use rvmm_devices::{Access, FdtDesc, MmioDevice};
+use rvmm_devices::{Access, FdtDesc, MmioDevice, stateless};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
@@ -21,6 +21,8 @@ struct Device {
     on_ready: OnReady,
 }
 
+stateless!(Device, |device| device.sources.clear());
+
 impl MmioDevice for Device {
     fn name(&self) -> &'static str {
         "test"
@@ -33,9 +35,6 @@ impl MmioDevice for Device {
     }
     fn write(&mut self, _offset: u64, _data: &[u8]) -> Access {
         Ok(())
-    }
-    fn reset(&mut self) {
-        self.sources.clear();
     }
     fn fdt(&self) -> Option<FdtDesc> {
         None
@@ -280,6 +279,7 @@ fn a_refresh_finds_sources_that_were_added_from_outside() {
     let (sources, mut on_ready, receiver) = reader(near);
     let known = Arc::new(Mutex::new(Vec::new()));
     struct Late(Arc<Mutex<Vec<Source>>>, OnReady);
+    stateless!(Late);
     impl MmioDevice for Late {
         fn name(&self) -> &'static str {
             "late"
@@ -293,7 +293,6 @@ fn a_refresh_finds_sources_that_were_added_from_outside() {
         fn write(&mut self, _offset: u64, _data: &[u8]) -> Access {
             Ok(())
         }
-        fn reset(&mut self) {}
         fn fdt(&self) -> Option<FdtDesc> {
             None
         }
@@ -417,4 +416,45 @@ fn two_loops_run_in_one_process_and_end_by_being_dropped() {
     far.write_all(b"x").unwrap();
     assert_eq!(receiver.recv_timeout(LONG).unwrap(), b"x");
     drop(second);
+}
+
+#[test]
+fn a_paused_loop_delivers_no_event_until_it_is_resumed() {
+    let (mut far, near) = UnixStream::pair().unwrap();
+    let (sources, on_ready, receiver) = reader(near);
+    let (io, _bus) = start(vec![(sources, on_ready)]);
+    far.write_all(b"before").unwrap();
+    assert_eq!(receiver.recv_timeout(LONG).unwrap(), b"before");
+    io.pause();
+    io.pause();
+    far.write_all(b"meanwhile").unwrap();
+    // The loop still runs: it serves what is not a device's.
+    let turns = io.turns();
+    io.refresh();
+    while io.turns() == turns {
+        thread::yield_now();
+    }
+    assert!(receiver.try_recv().is_err());
+    io.resume();
+    assert_eq!(receiver.recv_timeout(LONG).unwrap(), b"meanwhile");
+    io.pause();
+    io.stop(Duration::ZERO).unwrap();
+}
+
+#[test]
+fn a_device_that_was_added_is_watched_and_one_that_was_removed_is_not() {
+    let (io, bus) = start(Vec::new());
+    settle(&io);
+    let (mut far, near) = UnixStream::pair().unwrap();
+    let (sources, on_ready, receiver) = reader(near);
+    let index = bus.add(7, Box::new(Device { sources, on_ready })).unwrap();
+    io.refresh();
+    far.write_all(b"added").unwrap();
+    assert_eq!(receiver.recv_timeout(LONG).unwrap(), b"added");
+    let device = bus.remove(index).unwrap();
+    io.refresh();
+    settle(&io);
+    drop(device);
+    assert!(far.write_all(b"removed").is_err(), "nobody holds the other end");
+    assert!(receiver.recv().is_err());
 }

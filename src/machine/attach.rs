@@ -7,11 +7,11 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use rvmm_boot::Region;
 use rvmm_boot::fdt::{DeviceNode, Node, Property, Value};
 use rvmm_devices::flash::Window;
-use rvmm_devices::virtio::DmaMemory;
 use rvmm_devices::virtio::balloon::BalloonControl;
+use rvmm_devices::virtio::{DmaMemory, VirtioMmio};
 use rvmm_devices::{
-    BuildError, Bus, ConsoleBackend, DeviceConfig, FdtDesc, FdtProperty, FdtValue, Host,
-    MmioDevice, Placement, PowerSwitch, Wiring,
+    BuildError, Bus, ConsoleBackend, Device, DeviceConfig, FdtDesc, FdtProperty, FdtValue, Host,
+    Interrupt, MmioDevice, Placement, PowerSwitch, Wiring,
 };
 
 use super::irqchip::Lines;
@@ -90,7 +90,14 @@ pub(super) fn attach(config: &ValidConfig, machine: Connections<'_>) -> Result<A
             }
             _ => {}
         }
-        let device = plan.device.build(wiring).map_err(not_built)?;
+        let irq = Arc::clone(&wiring.irq);
+        let device = match plan.device.build(wiring).map_err(not_built)? {
+            Device::Mmio(device) => device,
+            Device::Virtio(device) => {
+                let (memory, interrupt) = (Arc::clone(&machine.memory), Interrupt::Line(irq));
+                Box::new(VirtioMmio::create(device, memory, interrupt).map_err(not_built)?)
+            }
+        };
         for ioevent in device.ioeventfds() {
             machine.vm.register_ioeventfd(plan.base, ioevent)?;
         }

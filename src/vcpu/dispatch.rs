@@ -1,7 +1,7 @@
 //! Handles exits: one match, without a hart or thread.
 
 use log::info;
-use rvmm_devices::Claim;
+use rvmm_devices::{BusView, Claim};
 
 use super::exit::{Exit, Fault, SystemEvent};
 use super::stop::StopReason;
@@ -52,26 +52,26 @@ pub enum UnresolvedExit {
     UnknownExit(u32),
 }
 
-/// Handles an exit.
+/// Handles an exit. `bus` is the hart's own view.
 ///
 /// MMIO is the hot path: a lookup on the bus, the device's lock, the device. Everything rare is out of line.
 #[inline]
-pub fn dispatch(exit: &mut Exit<'_>, world: &World) -> Flow {
+pub fn dispatch(exit: &mut Exit<'_>, world: &World, bus: &mut BusView) -> Flow {
     let claim = match exit {
-        Exit::MmioRead { addr, data } => world.bus.read(*addr, data),
-        Exit::MmioWrite { addr, data } => world.bus.write(*addr, data),
-        _ => return dispatch_rare(exit, world),
+        Exit::MmioRead { addr, data } => bus.read(*addr, data),
+        Exit::MmioWrite { addr, data } => bus.write(*addr, data),
+        _ => return dispatch_rare(exit, world, bus),
     };
-    if claim == Claim::Unassigned { dispatch_rare(exit, world) } else { Flow::Resume }
+    if claim == Claim::Unassigned { dispatch_rare(exit, world, bus) } else { Flow::Resume }
 }
 
 /// Handles everything but MMIO accesses to a device.
 #[inline(never)]
-fn dispatch_rare(exit: &mut Exit<'_>, world: &World) -> Flow {
+fn dispatch_rare(exit: &mut Exit<'_>, world: &World, bus: &mut BusView) -> Flow {
     match exit {
         Exit::MmioRead { addr, .. } => unassigned(world, *addr, false),
         Exit::MmioWrite { addr, .. } => unassigned(world, *addr, true),
-        Exit::Sbi(call) => sbi::handle(call, world),
+        Exit::Sbi(call) => sbi::handle(call, world, bus),
         Exit::Csr(access) => {
             csr::handle(access, world);
             Flow::Resume

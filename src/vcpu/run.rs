@@ -119,13 +119,14 @@ fn run_loop(
     if !follow_order(hart, control)? {
         return Ok(None);
     }
+    let mut bus = world.bus.view();
     loop {
         recorder.entering();
         // The exit is not moved: that would cost as much as the rest of this loop.
         let flow = match hart.enter() {
             Ok(ref mut exit) => {
                 recorder.left();
-                let flow = dispatch(exit, world);
+                let flow = dispatch(exit, world, &mut bus);
                 recorder.answered(exit, &flow);
                 match flow {
                     Flow::Resume if !recorder.wants_pc(&Flow::Resume) => continue,

@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex};
 
-use rvmm_devices::{Access, Bus, FdtDesc, MmioDevice, SerialLine};
+use rvmm_devices::{Access, Bus, FdtDesc, MmioDevice, SerialLine, stateless};
 
 use super::World;
 use super::exit::{CsrAccess, Exit, Fault, SbiCall, SystemEvent};
@@ -297,6 +297,8 @@ impl FakeUart {
     }
 }
 
+stateless!(FakeUart);
+
 impl MmioDevice for FakeUart {
     fn name(&self) -> &'static str {
         "fake-uart"
@@ -335,8 +337,6 @@ impl MmioDevice for FakeUart {
     fn serial_line(&mut self) -> Option<&mut dyn SerialLine> {
         Some(self)
     }
-
-    fn reset(&mut self) {}
 
     fn fdt(&self) -> Option<FdtDesc> {
         None

@@ -2,8 +2,11 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::sources::Sources;
 use crate::irq::IrqLine;
+use crate::lifecycle::RestoreError;
 
 /// The highest priority; a power of two minus one, and so the mask of the implemented bits.
 pub(super) const PRIORITY_MAX: u32 = 7;
@@ -14,11 +17,11 @@ pub(super) struct Core {
     /// The supervisor external interrupt of each hart.
     outputs: Box<[Arc<dyn IrqLine>]>,
 
-    state: State,
+    state: PlicRegisters,
 }
 
 /// The guest-visible state, and the levels of the lines.
-struct State {
+struct PlicRegisters {
     /// By source; number 0 is not a source.
     priorities: Box<[u8]>,
     level: Sources,
@@ -32,6 +35,26 @@ struct State {
     is_unsampled: bool,
 }
 
+/// The saved state: bitmaps of sources as in the registers.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct PlicState {
+    /// By source, from 0 on, which is none.
+    priorities: Vec<u8>,
+    level: Vec<u32>,
+    pending: Vec<u32>,
+    claimed: Vec<u32>,
+    contexts: Vec<ContextState>,
+    is_unsampled: bool,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ContextState {
+    enabled: Vec<u32>,
+    threshold: u8,
+}
+
 struct Context {
     enabled: Sources,
     threshold: u8,
@@ -41,20 +64,60 @@ struct Context {
 
 impl Core {
     pub(super) fn new(sources: u32, outputs: Vec<Arc<dyn IrqLine>>) -> Self {
-        let state = State::at_power_on(sources, outputs.len());
+        let state = PlicRegisters::at_power_on(sources, outputs.len());
         Self { sources, outputs: outputs.into(), state }
     }
 
     /// Resets everything but the lines' levels to its value after power-on. A line that is still
     /// high is forwarded at the guest's next access to the PLIC: until then devices are being reset.
     pub(super) fn reset(&mut self) {
-        let fresh = State::at_power_on(self.sources, self.outputs.len());
+        let fresh = PlicRegisters::at_power_on(self.sources, self.outputs.len());
         let old = std::mem::replace(&mut self.state, fresh);
         self.state.level = old.level;
         self.state.is_unsampled = true;
         for output in &self.outputs {
             output.set_level(false);
         }
+    }
+
+    pub(super) fn save(&self) -> PlicState {
+        let Self { sources: _, outputs: _, state } = self;
+        let PlicRegisters { priorities, level, pending, claimed, contexts, is_unsampled } = state;
+        // The output follows from the rest.
+        let context = |Context { enabled, threshold, output: _ }: &Context| ContextState {
+            enabled: enabled.words().to_vec(),
+            threshold: *threshold,
+        };
+        PlicState {
+            priorities: priorities.to_vec(),
+            level: level.words().to_vec(),
+            pending: pending.words().to_vec(),
+            claimed: claimed.words().to_vec(),
+            contexts: contexts.iter().map(context).collect(),
+            is_unsampled: *is_unsampled,
+        }
+    }
+
+    pub(super) fn restore(&mut self, state: &PlicState) -> Result<(), RestoreError> {
+        let PlicState { priorities, level, pending, claimed, contexts, is_unsampled } = state;
+        let now = &mut self.state;
+        if priorities.len() != now.priorities.len() || contexts.len() != now.contexts.len() {
+            return Err(RestoreError::invalid("the number of interrupt sources or harts"));
+        }
+        let both = now.priorities.iter_mut().zip(priorities);
+        both.for_each(|(to, from)| *to = legal((*from).into()));
+        for (to, from) in
+            [(&mut now.level, level), (&mut now.pending, pending), (&mut now.claimed, claimed)]
+        {
+            to.restore(from)?;
+        }
+        for (to, from) in now.contexts.iter_mut().zip(contexts) {
+            to.enabled.restore(&from.enabled)?;
+            to.threshold = legal(from.threshold.into());
+        }
+        now.is_unsampled = *is_unsampled;
+        self.drive_all();
+        Ok(())
     }
 
     /// Sets the level of a device's line.
@@ -175,7 +238,7 @@ impl Core {
     }
 }
 
-impl State {
+impl PlicRegisters {
     fn at_power_on(sources: u32, harts: usize) -> Self {
         let none = Sources::none(sources);
         let context = || Context { enabled: none.clone(), threshold: 0, output: false };

@@ -32,6 +32,7 @@ use crate::device::{
     Access, AccessError, FdtDesc, FdtProperty, FdtValue, MmioDevice, RegisterName, register32,
 };
 use crate::irq::IrqLine;
+use crate::lifecycle::{Lifecycle, PauseError, RestoreError, SaveError, SavedState};
 
 mod reg {
     /// Priority of source `n` at `4n`.
@@ -70,7 +71,7 @@ const HARTS_MAX: usize = 512;
 /// A handle on a PLIC; every clone refers to the same PLIC. One of them is placed on the bus.
 #[derive(Clone)]
 pub struct Plic {
-    shared: Arc<Shared>,
+    shared: Arc<PlicShared>,
 }
 
 /// An error while building a PLIC.
@@ -84,7 +85,7 @@ pub enum PlicError {
     Harts(usize),
 }
 
-struct Shared {
+struct PlicShared {
     sources: u32,
     harts: usize,
     core: Mutex<Core>,
@@ -112,7 +113,7 @@ enum Register {
 
 /// A device's interrupt line.
 struct SourceLine {
-    shared: Arc<Shared>,
+    shared: Arc<PlicShared>,
     source: u32,
 }
 
@@ -136,7 +137,7 @@ impl Plic {
             return Err(PlicError::Harts(harts));
         }
         let core = Mutex::new(Core::new(sources, outputs));
-        Ok(Self { shared: Arc::new(Shared { sources, harts, core }) })
+        Ok(Self { shared: Arc::new(PlicShared { sources, harts, core }) })
     }
 
     /// Returns the line of a source, from 1 on; `None` if the PLIC has no such source.
@@ -151,6 +152,27 @@ impl Plic {
 impl IrqLine for SourceLine {
     fn set_level(&self, high: bool) {
         self.shared.lock().set_level(self.source, high);
+    }
+}
+
+impl Lifecycle for Plic {
+    fn pause(&mut self) -> Result<(), PauseError> {
+        Ok(())
+    }
+
+    fn resume(&mut self) {}
+
+    fn reset(&mut self) {
+        self.shared.lock().reset();
+    }
+
+    fn save(&self) -> Result<SavedState, SaveError> {
+        SavedState::of(&self.shared.lock().save())
+    }
+
+    /// The levels of the sources are part of the state: the devices' own restores, before or after this one, drive the same.
+    fn restore(&mut self, state: SavedState) -> Result<(), RestoreError> {
+        self.shared.lock().restore(&state.read()?)
     }
 }
 
@@ -199,10 +221,6 @@ impl MmioDevice for Plic {
         Ok(())
     }
 
-    fn reset(&mut self) {
-        self.shared.lock().reset();
-    }
-
     fn fdt(&self) -> Option<FdtDesc> {
         Some(FdtDesc {
             name: "interrupt-controller",
@@ -218,7 +236,7 @@ impl MmioDevice for Plic {
     }
 }
 
-impl Shared {
+impl PlicShared {
     fn lock(&self) -> MutexGuard<'_, Core> {
         // A test that panicked must not block the PLIC.
         self.core.lock().unwrap_or_else(PoisonError::into_inner)

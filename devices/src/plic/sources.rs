@@ -1,5 +1,7 @@
 //! A set of interrupt sources, as a bitmap of 32-bit words as in the PLIC's registers.
 
+use crate::lifecycle::RestoreError;
+
 /// The highest source number in the register map.
 pub(super) const SOURCES_MAX: u32 = 1023;
 
@@ -19,6 +21,20 @@ impl Sources {
     /// Number of words in the set.
     pub(super) fn word_count(last: u32) -> usize {
         place(last).0 + 1
+    }
+
+    /// All words.
+    pub(super) fn words(&self) -> &[u32] {
+        &self.words
+    }
+
+    /// Replaces all words, except for the bits without a source.
+    pub(super) fn restore(&mut self, words: &[u32]) -> Result<(), RestoreError> {
+        if words.len() != self.words.len() {
+            return Err(RestoreError::invalid("the number of interrupt sources"));
+        }
+        (0..).zip(words).for_each(|(index, word)| self.set_word(index, *word));
+        Ok(())
     }
 
     pub(super) fn contains(&self, source: u32) -> bool {

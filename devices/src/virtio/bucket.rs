@@ -4,7 +4,10 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::timerfd::TimerFd;
+
+use crate::lifecycle::RestoreError;
 
 /// A limit: `size` tokens, refilled evenly over `refill`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +41,19 @@ struct Bucket {
 impl Bucket {
     fn new(limit: Limit, now: Instant) -> Self {
         Self { limit, tokens: limit.size, burst: limit.burst, counted: now }
+    }
+
+    fn save(&self) -> Tokens {
+        let Self { limit: _, tokens, burst, counted: _ } = self;
+        Tokens { tokens: *tokens, burst: *burst }
+    }
+
+    /// Takes over the tokens, as far as the limit allows.
+    fn restore(&mut self, saved: Tokens) {
+        let Tokens { tokens, burst } = saved;
+        self.tokens = tokens.min(self.limit.size);
+        self.burst = burst.min(self.limit.burst);
+        self.counted = Instant::now();
     }
 
     fn refill(&mut self, now: Instant) {
@@ -74,6 +90,21 @@ impl Bucket {
     }
 }
 
+/// The tokens of a limiter; `None` without a limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LimiterState {
+    bytes: Option<Tokens>,
+    operations: Option<Tokens>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Tokens {
+    tokens: u64,
+    burst: u64,
+}
+
 /// A device's limits on bytes and operations; each may be absent.
 #[derive(Debug)]
 pub struct Limiter {
@@ -98,6 +129,31 @@ impl Limiter {
             timer: TimerFd::new()?,
             waits_until: None,
         })
+    }
+
+    /// The tokens that are left.
+    #[must_use]
+    pub fn save(&self) -> LimiterState {
+        // An operation that waits is tried again when the device is resumed.
+        let Self { bytes, operations, timer: _, waits_until: _ } = self;
+        let tokens = |bucket: &Option<Bucket>| bucket.as_ref().map(Bucket::save);
+        LimiterState { bytes: tokens(bytes), operations: tokens(operations) }
+    }
+
+    /// Takes over the tokens of a limiter with the same limits.
+    ///
+    /// # Errors
+    /// [`RestoreError`] if it had others.
+    pub fn restore(&mut self, state: LimiterState) -> Result<(), RestoreError> {
+        let LimiterState { bytes, operations } = state;
+        for (bucket, tokens) in [(&mut self.bytes, bytes), (&mut self.operations, operations)] {
+            match (bucket, tokens) {
+                (Some(bucket), Some(tokens)) => bucket.restore(tokens),
+                (None, None) => {}
+                _ => return Err(RestoreError::invalid("a rate limit")),
+            }
+        }
+        Ok(())
     }
 
     /// Takes the tokens of one operation of `bytes` bytes and returns true, if there are enough. Otherwise takes nothing and waits: the

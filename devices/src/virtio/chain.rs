@@ -3,6 +3,7 @@
 //! Every field is read once. The result is a list of segments of RAM: first the device-readable ones, then the
 //! device-writable ones. Any other chain is refused as a whole.
 
+use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 /// A descriptor's bytes in memory.
@@ -73,7 +74,22 @@ pub struct Chain {
     writable_bytes: u32,
 }
 
+/// A chain that a device has taken and not returned, as it is in a saved state. Its buffers are those in guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedChain {
+    pub(super) queue: u16,
+    pub(super) head: u16,
+    pub(super) position: u16,
+}
+
 impl Chain {
+    /// The chain for a saved state.
+    #[must_use]
+    pub fn saved(&self) -> SavedChain {
+        SavedChain { queue: self.queue, head: self.head, position: self.position }
+    }
+
     /// The queue that it was taken from.
     #[must_use]
     pub fn queue(&self) -> u16 {

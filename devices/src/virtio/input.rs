@@ -12,10 +12,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{VirtioDevice, VirtioError, VirtioMmio, Work};
-use crate::catalog::{Built, Model, Placement, Wiring};
+use super::{DeviceType, VirtioDevice, VirtioError, VirtioLifecycle, Work};
+use crate::catalog::{Built, Device, Model, Placement, Wiring};
 use crate::config::{ModelConfig, Slot};
 use crate::device::{Interest, Source};
+use crate::lifecycle::{PauseError, RestoreError, SaveError, SavedState};
 
 /// The catalog's entry.
 pub(crate) const MODEL: Model = Model {
@@ -75,6 +76,16 @@ struct Input {
     config: [u8; config::LEN],
 }
 
+/// The state of a power button.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct InputState {
+    /// Number of events of the current press that were sent.
+    sent: usize,
+    select: u8,
+    subsel: u8,
+}
+
 impl ModelConfig for InputConfig {
     fn slot(&self) -> Option<Slot> {
         self.slot
@@ -83,7 +94,7 @@ impl ModelConfig for InputConfig {
     fn build(&self, mut wiring: Wiring) -> Built {
         let button = wiring.power_button.take();
         let input = Input { button, sent: PRESS.len(), config: [0; config::LEN] };
-        VirtioMmio::create(Box::new(input), wiring)
+        Ok(Device::Virtio(Box::new(input)))
     }
 }
 
@@ -129,25 +140,9 @@ impl Input {
 }
 
 impl VirtioDevice for Input {
-    fn name(&self) -> &'static str {
-        MODEL.name
-    }
-
-    fn id(&self) -> u32 {
-        18
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &[64, 64]
-    }
-
-    /// The events have the same format without it.
-    fn version_1_is_optional(&self) -> bool {
-        true
-    }
-
-    fn features(&self) -> u64 {
-        0
+    fn device_type(&self) -> DeviceType {
+        // The events have the same format without it.
+        DeviceType { version_1_is_optional: true, ..DeviceType::new(MODEL.name, 18, &[64, 64], 0) }
     }
 
     fn config(&self) -> &[u8] {
@@ -171,16 +166,6 @@ impl VirtioDevice for Input {
         self.send(work)
     }
 
-    fn reset_queue(&mut self, _queue: u16) {}
-
-    fn reset(&mut self) {
-        self.config = [0; config::LEN];
-        // A press that is not fully delivered is repeated for the next driver.
-        if self.sent < PRESS.len() {
-            self.sent = 0;
-        }
-    }
-
     fn list_sources(&self, list: &mut Vec<Source>) {
         let source = |button: &EventFd| Source {
             fd: button.as_raw_fd(),
@@ -196,6 +181,47 @@ impl VirtioDevice for Input {
             self.sent = 0;
         }
         self.send(work)
+    }
+}
+
+impl VirtioLifecycle for Input {
+    fn pause(&mut self, _work: &mut Work<'_>) -> Result<(), PauseError> {
+        Ok(())
+    }
+
+    fn resume(&mut self) {}
+
+    fn reset(&mut self) {
+        self.config = [0; config::LEN];
+        // A press that is not fully delivered is repeated for the next driver.
+        if self.sent < PRESS.len() {
+            self.sent = 0;
+        }
+    }
+
+    fn reset_queue(&mut self, _queue: u16) {}
+
+    fn is_quiescent(&self) -> bool {
+        true
+    }
+
+    fn save(&self) -> Result<SavedState, SaveError> {
+        let Self { button: _, sent, config } = self;
+        // The rest of the configuration space follows from the selection.
+        let [select, subsel, ..] = *config;
+        SavedState::of(&InputState { sent: *sent, select, subsel })
+    }
+
+    fn restore(
+        &mut self,
+        state: SavedState,
+        _features: Option<u64>,
+        _work: &mut Work<'_>,
+    ) -> Result<(), RestoreError> {
+        let InputState { sent, select, subsel } = state.read()?;
+        self.sent = sent.min(PRESS.len());
+        self.write_config(config::SELECT, &[select, subsel]);
+        Ok(())
     }
 }
 

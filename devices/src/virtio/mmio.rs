@@ -10,16 +10,17 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::VirtioDevice;
 use super::hold::Hold;
 use super::queue::Queue;
 use super::state::Core;
-use crate::catalog::{BuildError, Built, Wiring};
+use super::{DmaMemory, VirtioDevice};
+use crate::catalog::BuildError;
 use crate::device::{
     Access, AccessError, FdtDesc, FdtProperty, FdtValue, Interest, IoEvent, MmioDevice,
     RegisterName, Source, Unlocked, read_words, write_words,
 };
-use crate::irq::StatusPin;
+use crate::irq::{Interrupt, PendingInterrupt, StatusPin};
+use crate::lifecycle::{Lifecycle, PauseError, RestoreError, SaveError, SavedState};
 
 /// Tokens from this one on are the queues' kicks; those below are the device's own.
 pub const KICK: u32 = 1 << 31;
@@ -143,15 +144,23 @@ impl Unlocked for InterruptRegisters {
 }
 
 impl VirtioMmio {
-    /// Creates the transport of `device`, connected to `wiring`.
+    /// Creates the transport of `device`, which accesses `memory` and interrupts its driver by `interrupt`: a line, since this
+    /// transport has no messages.
     ///
     /// # Errors
     /// The host has no event descriptors left.
-    pub fn create(device: Box<dyn VirtioDevice>, wiring: Wiring) -> Built {
-        let model = device.name();
-        let core = Core::new(device, wiring.memory, wiring.irq)
-            .map_err(|source| BuildError::Host { model, what: "event descriptors", source })?;
-        Ok(Box::new(Self { core }))
+    pub fn create(
+        device: Box<dyn VirtioDevice>,
+        memory: Arc<dyn DmaMemory>,
+        interrupt: Interrupt,
+    ) -> Result<Self, BuildError> {
+        let model = device.device_type().name;
+        let core = Core::new(device, memory, interrupt).map_err(|source| BuildError::Host {
+            model,
+            what: "event descriptors",
+            source,
+        })?;
+        Ok(Self { core })
     }
 
     /// Number of requests that were refused as invalid since the device was created.
@@ -166,12 +175,12 @@ impl VirtioMmio {
         Ok(match register {
             reg::MAGIC_VALUE => MAGIC,
             reg::VERSION => 2,
-            reg::DEVICE_ID => core.device.id(),
+            reg::DEVICE_ID => core.kind.id,
             reg::VENDOR_ID => VENDOR,
             reg::DEVICE_FEATURES => half(core.offered(), state.device_features_sel),
             reg::QUEUE_SIZE_MAX => core.selected().map_or(0, |queue| queue.max_size().into()),
             reg::QUEUE_READY => core.selected().is_some_and(Queue::is_ready).into(),
-            reg::INTERRUPT_STATUS => core.interrupt.pin().status(),
+            reg::INTERRUPT_STATUS => core.interrupt.status(),
             reg::STATUS => state.status,
             reg::SHM_LEN_LOW | reg::SHM_LEN_HIGH | reg::SHM_BASE_LOW | reg::SHM_BASE_HIGH => {
                 u32::MAX
@@ -220,9 +229,33 @@ impl VirtioMmio {
     }
 }
 
+impl Lifecycle for VirtioMmio {
+    fn pause(&mut self) -> Result<(), PauseError> {
+        self.core.pause()
+    }
+
+    fn resume(&mut self) {
+        self.core.resume();
+    }
+
+    fn reset(&mut self) {
+        self.core.reset_device();
+        self.core.interrupt.reset();
+        self.core.interrupt.sync();
+    }
+
+    fn save(&self) -> Result<SavedState, SaveError> {
+        self.core.save()
+    }
+
+    fn restore(&mut self, state: SavedState) -> Result<(), RestoreError> {
+        self.core.restore(state)
+    }
+}
+
 impl MmioDevice for VirtioMmio {
     fn name(&self) -> &'static str {
-        self.core.device.name()
+        self.core.kind.name
     }
 
     fn size(&self) -> u64 {
@@ -259,12 +292,6 @@ impl MmioDevice for VirtioMmio {
         result
     }
 
-    fn reset(&mut self) {
-        self.core.reset_device();
-        self.core.interrupt.reset();
-        self.core.interrupt.sync();
-    }
-
     fn fdt(&self) -> Option<FdtDesc> {
         Some(FdtDesc {
             name: "virtio_mmio",
@@ -284,7 +311,7 @@ impl MmioDevice for VirtioMmio {
         let core = &self.core;
         let is_own = |(index, _): &(u32, &EventFd)| {
             !u16::try_from(*index)
-                .is_ok_and(|queue| core.device.is_remote(queue, core.state.driver_features))
+                .is_ok_and(|queue| core.kind.remote.include(queue, core.state.driver_features))
         };
         let kicks = (0..).zip(self.core.kicks.iter()).filter(is_own);
         list.extend(kicks.map(kick));
@@ -305,12 +332,13 @@ impl MmioDevice for VirtioMmio {
         }
     }
 
-    fn take_pending_irq(&mut self) -> Option<Arc<StatusPin>> {
-        self.core.interrupt.take_pending_irq()
+    fn take_pending_irq(&mut self) -> Option<PendingInterrupt> {
+        self.core.interrupt.take_pending()
     }
 
     fn unlocked(&self) -> Option<Arc<dyn Unlocked>> {
-        Some(Arc::new(InterruptRegisters(Arc::clone(self.core.interrupt.pin()))))
+        let pin = self.core.interrupt.pin()?;
+        Some(Arc::new(InterruptRegisters(Arc::clone(pin))))
     }
 
     fn ioeventfds(&self) -> Vec<IoEvent<'_>> {

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `state.rs`, `pass.rs` | the state of a device: status, features, queues; and the processing of its queues |
 //! | `mmio.rs` | the transport: registers and interrupt |
+//! | `lifecycle.rs` | pause, save and restore of all that |
 //! | `queue.rs` | a virtqueue that validates the driver's rings; the only file that uses `virtio-queue` |
 //! | `chain.rs` | parsing and validation of descriptor chains |
 //! | `work.rs` | a device's access to its queues |
@@ -16,12 +17,14 @@
 //! A hart only accesses the transport's registers. Only a device reset, on a hart, waits for the host, for a bounded
 //! time: if a call of the host does not return, the driver reads that the reset is not complete.
 //!
-//! A queue may also be processed by another program or the host's kernel ([`VirtioDevice::is_remote`]): the device then passes on
+//! A queue may also be processed by another program or the host's kernel ([`DeviceType::remote`]): the device then passes on
 //! the driver's set-up and the kicks, and does not access the rings.
 
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::device::Source;
+use crate::irq::Interrupt;
+use crate::lifecycle::{PauseError, RestoreError, SaveError, SavedState};
 
 pub mod balloon;
 pub mod blk;
@@ -31,6 +34,7 @@ pub(crate) mod console;
 mod hold;
 pub(crate) mod input;
 mod interrupt;
+mod lifecycle;
 pub mod mmio;
 pub mod net;
 mod pass;
@@ -45,7 +49,7 @@ pub(crate) mod vsock;
 pub mod work;
 
 pub use bucket::{Limit, Limiter};
-pub use chain::{Chain, ChainError, Segment, pieces};
+pub use chain::{Chain, ChainError, SavedChain, Segment, pieces};
 pub use mmio::VirtioMmio;
 pub use queue::{MAX_QUEUE_SIZE, RingError};
 pub use vm_memory::GuestMemoryMmap;
@@ -120,21 +124,77 @@ pub struct Rings {
     pub driver: u64,
     /// The device area: the used ring.
     pub device: u64,
+    /// The index in the available ring to begin with: 0, unless the queue was stopped and continues.
+    pub next: u16,
 }
 
-/// A device type. The transport implements the rest.
-pub trait VirtioDevice: Send {
+/// The constant properties of a device.
+#[derive(Debug, Clone)]
+pub struct DeviceType {
     /// The model's name, as in the catalog.
-    fn name(&self) -> &'static str;
-
+    pub name: &'static str,
     /// The device type (virtio 1.3, chapter 5).
-    fn id(&self) -> u32;
-
+    pub id: u32,
     /// The maximum size of each queue: powers of two up to [`MAX_QUEUE_SIZE`].
-    fn queue_sizes(&self) -> &[u16];
+    pub queue_sizes: Box<[u16]>,
+    /// The offered features of this device type.
+    pub features: u64,
+    /// The offered features of [`feature::TRANSPORT`]: all of them, unless a remote queue's backend lacks some.
+    pub transport_features: u64,
+    /// The queues that another program or the kernel processes.
+    pub remote: RemoteQueues,
+    /// True if a driver may leave out [`feature::VERSION_1`] (virtio 1.3, 6.2: a device may fail to operate then): only if the
+    /// device's data formats are the same without it.
+    pub version_1_is_optional: bool,
+    /// True if results may be held back for a short time, so that several share one interrupt (`hold.rs`).
+    pub coalesces_interrupts: bool,
+}
 
-    /// The offered features of this device type; constant.
-    fn features(&self) -> u64;
+impl DeviceType {
+    /// A device that processes all its queues itself, for drivers of virtio 1.
+    #[must_use]
+    pub fn new(name: &'static str, id: u32, queue_sizes: &[u16], features: u64) -> Self {
+        Self {
+            name,
+            id,
+            queue_sizes: queue_sizes.into(),
+            features,
+            transport_features: feature::TRANSPORT,
+            remote: RemoteQueues::None,
+            version_1_is_optional: false,
+            coalesces_interrupts: false,
+        }
+    }
+}
+
+/// The queues of a device that another program or the kernel processes: the device takes no chains from them, and ignores their kicks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RemoteQueues {
+    /// None.
+    None,
+    /// This number of queues, the first ones.
+    First(u16),
+    /// Those of this number of pairs of a network device, or of one pair without `VIRTIO_NET_F_MQ`.
+    Pairs(u16),
+}
+
+impl RemoteQueues {
+    /// True if `queue` is one of them with these negotiated features.
+    #[must_use]
+    pub fn include(self, queue: u16, features: u64) -> bool {
+        match self {
+            Self::None => false,
+            Self::First(count) => queue < count,
+            Self::Pairs(_) if features & net::bit::MQ == 0 => queue < 2,
+            Self::Pairs(count) => queue / 2 < count,
+        }
+    }
+}
+
+/// A device type. The transport implements the rest; the device does not know which one it is.
+pub trait VirtioDevice: VirtioLifecycle + Send {
+    /// The constant properties. Called once.
+    fn device_type(&self) -> DeviceType;
 
     /// The configuration space, little-endian.
     fn config(&self) -> &[u8];
@@ -143,39 +203,17 @@ pub trait VirtioDevice: Send {
     /// change.
     fn write_config(&mut self, offset: usize, data: &[u8]);
 
-    /// The offered features of [`feature::TRANSPORT`]: all of them, unless a remote queue's backend lacks some.
-    fn transport_features(&self) -> u64 {
-        feature::TRANSPORT
-    }
-
-    /// True if another program or the kernel processes `queue` with these negotiated features: the device then takes no chains from
-    /// it, and ignores its kicks. Depends on nothing but the arguments.
-    fn is_remote(&self, queue: u16, features: u64) -> bool {
-        let _ = (queue, features);
+    /// Lets the backends of remote queues interrupt the driver directly while the device is active, bypassing the transport
+    /// ([`Interrupt::attach_irqfd`]). True if they do. Called once, first.
+    fn attach_interrupt(&mut self, interrupt: &Interrupt) -> bool {
+        let _ = interrupt;
         false
     }
 
-    /// Starts a remote queue with this set-up: before the device is activated, or later after a reset of the queue alone.
-    /// Every notification of the driver is written to `kick`.
+    /// Starts a remote queue ([`DeviceType::remote`]) with this set-up: before the device is activated, or later after a reset of the
+    /// queue alone. Every notification of the driver is written to `kick`.
     fn start_remote(&mut self, rings: Rings, kick: &EventFd) {
         let _ = (rings, kick);
-    }
-
-    /// True if remote queues raise the interrupt line directly ([`crate::IrqLine::attach_irqfd`]) while the device is active, bypassing
-    /// the transport; constant.
-    fn uses_irqfd(&self) -> bool {
-        false
-    }
-
-    /// True if a driver may leave out [`feature::VERSION_1`] (virtio 1.3, 6.2: a device may fail to operate then): only if the
-    /// device's data formats are the same without it; constant.
-    fn version_1_is_optional(&self) -> bool {
-        false
-    }
-
-    /// True if results may be held back for a short time, so that several share one interrupt (`hold.rs`); constant.
-    fn coalesces_interrupts(&self) -> bool {
-        false
     }
 
     /// Starts the device: the driver has set DRIVER_OK and accepted these `features`.
@@ -187,20 +225,6 @@ pub trait VirtioDevice: Send {
     /// [`VirtioError`] if the device needs a reset.
     fn kicked(&mut self, queue: u16, work: &mut Work<'_>) -> Result<(), VirtioError>;
 
-    /// Resets `queue` alone: drops the chains taken from it, which are no longer accessed in guest memory when this has
-    /// returned and [`is_quiescent`](Self::is_quiescent) is true.
-    fn reset_queue(&mut self, queue: u16);
-
-    /// Resets the device to its state after power-on. Chains taken from its queues are no longer accessed in guest memory when this
-    /// has returned and [`is_quiescent`](Self::is_quiescent) is true. Waits for a second at most.
-    fn reset(&mut self);
-
-    /// True if no request from before the last resets accesses guest memory any more. Until then the driver reads that the reset is not
-    /// complete; the device gets an event ([`ready`](Self::ready)) when it is.
-    fn is_quiescent(&self) -> bool {
-        true
-    }
-
     /// The descriptors for the I/O loop to watch for this device; tokens are below [`mmio::KICK`].
     fn list_sources(&self, list: &mut Vec<Source>);
 
@@ -209,4 +233,48 @@ pub trait VirtioDevice: Send {
     /// # Errors
     /// As for [`kicked`](Self::kicked).
     fn ready(&mut self, token: u32, work: &mut Work<'_>) -> Result<(), VirtioError>;
+}
+
+/// The life cycle of a device type: [`Lifecycle`](crate::Lifecycle) of the part that the transport does not have. Without default bodies.
+pub trait VirtioLifecycle {
+    /// Brings the device to rest: completes what its backend has begun, and begins nothing more. Afterwards
+    /// [`is_quiescent`](Self::is_quiescent) is true.
+    ///
+    /// # Errors
+    /// [`PauseError`] if the backend does not complete a request in time; the device is not paused then.
+    fn pause(&mut self, work: &mut Work<'_>) -> Result<(), PauseError>;
+
+    /// Continues after a pause or a restore. The transport kicks each active queue afterwards.
+    fn resume(&mut self);
+
+    /// Resets the device to its state after power-on. Chains taken from its queues are no longer accessed in guest memory when this
+    /// has returned and [`is_quiescent`](Self::is_quiescent) is true. Waits for a second at most.
+    fn reset(&mut self);
+
+    /// Resets `queue` alone: drops the chains taken from it, which are no longer accessed in guest memory when this has
+    /// returned and [`is_quiescent`](Self::is_quiescent) is true.
+    fn reset_queue(&mut self, queue: u16);
+
+    /// True if no request from before the last resets accesses guest memory any more. Until then the driver reads that the reset is not
+    /// complete; the device gets an event ([`VirtioDevice::ready`]) when it is.
+    fn is_quiescent(&self) -> bool;
+
+    /// Returns the state of the paused device, without that of the transport and of the queues. Chains that the device has taken and
+    /// not returned are saved as [`SavedChain`].
+    ///
+    /// # Errors
+    /// [`SaveError`] with the reason, if a part of the state is out of reach.
+    fn save(&self) -> Result<SavedState, SaveError>;
+
+    /// Takes over the state of a device of the same configuration. The queues are restored already, and `features` were negotiated if
+    /// the device is active. Neither [`VirtioDevice::activate`] nor [`VirtioDevice::start_remote`] was called.
+    ///
+    /// # Errors
+    /// [`RestoreError`] if the state is none of such a device.
+    fn restore(
+        &mut self,
+        state: SavedState,
+        features: Option<u64>,
+        work: &mut Work<'_>,
+    ) -> Result<(), RestoreError>;
 }

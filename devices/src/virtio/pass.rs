@@ -5,7 +5,6 @@ use std::sync::Arc;
 use log::warn;
 
 use super::hold::Hold;
-use super::interrupt::isr;
 use super::queue::Queue;
 use super::state::Core;
 use super::work::{Outcome, Work};
@@ -67,18 +66,18 @@ impl Core {
 
     /// Enables notifications of drained queues, and raises the interrupt if the driver wants it. Returns the queues
     /// in which new chains are available, a bit each.
-    fn signal(&mut self, memory: &Arc<dyn DmaMemory>) -> u64 {
+    pub(super) fn signal(&mut self, memory: &Arc<dyn DmaMemory>) -> u64 {
         let memory = memory.view();
-        let (mut has_more, mut interrupts) = (0, 0);
+        let (mut has_more, mut interrupts) = (0, 0_u64);
         for (index, queue) in self.queues.iter_mut().enumerate() {
             if queue.wants_interrupt(memory) {
-                interrupts |= isr::USED_BUFFER;
+                interrupts |= 1 << (index % 64);
             }
             if queue.has_more(memory) {
                 has_more |= 1 << (index % 64);
             }
         }
-        self.interrupt.raise(interrupts);
+        self.interrupt.raise_queues(interrupts);
         has_more
     }
 
@@ -86,20 +85,26 @@ impl Core {
         (0..64).filter(|queue| queues >> queue & 1 == 1).for_each(|queue| self.kick(queue));
     }
 
-    fn note(&mut self, outcome: Outcome) {
-        if outcome.notify && self.state.is_running() {
-            self.interrupt.raise(isr::USED_BUFFER);
+    /// Wakes the I/O thread for every active queue.
+    pub(super) fn kick_active(&self) {
+        let active = (0..).zip(&self.queues).filter(|(_, queue)| queue.is_active());
+        active.for_each(|(index, _)| self.kick(index));
+    }
+
+    pub(super) fn note(&mut self, outcome: Outcome) {
+        if self.state.is_running() {
+            self.interrupt.raise_queues(outcome.notify);
         }
         if outcome.config_changed {
             self.state.generation = self.state.generation.wrapping_add(1);
             if self.state.is_running() {
-                self.interrupt.raise(isr::CONFIG_CHANGE);
+                self.interrupt.raise_configuration();
             }
         }
         self.state.refused = self.state.refused.saturating_add(outcome.refused.into());
         if let (Some(error), false) = (outcome.last_error, self.logged.refused) {
             self.logged.refused = true;
-            warn!("{}: a request was refused: {error}", self.device.name());
+            warn!("{}: a request was refused: {error}", self.kind.name);
         }
     }
 }

@@ -6,11 +6,16 @@
 
 use std::sync::atomic::{Ordering, fence};
 
+use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue as Ring, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::Rings;
 use super::chain::{Chain, Segment, Tables};
+
+mod saved;
+
+pub(super) use saved::QueueState;
 
 /// Maximum size of a queue.
 pub const MAX_QUEUE_SIZE: u16 = 1024;
@@ -22,7 +27,8 @@ const SPARE: usize = 64;
 const NO_INTERRUPT: u16 = 1;
 
 /// The contents of the queue's registers, as written by the driver.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct SetUp {
     /// Entries; a power of two up to the device's maximum once it is accepted.
     pub(super) size: u32,
@@ -125,7 +131,7 @@ impl Queue {
     pub(super) fn rings(&self) -> Option<Rings> {
         let SetUp { descriptors, driver, device, .. } = self.set_up;
         let size = self.active.as_ref()?.ring.size();
-        Some(Rings { queue: self.index, size, descriptors, driver, device })
+        Some(Rings { queue: self.index, size, descriptors, driver, device, next: 0 })
     }
 
     /// Starts the queue; returns false if its set-up is invalid.
@@ -303,6 +309,21 @@ impl SetUp {
 }
 
 impl Active {
+    fn is_in_flight(&self, head: u16) -> bool {
+        let word = self.in_flight.get(usize::from(head / 64));
+        head < self.ring.size() && word.is_some_and(|word| word >> (head % 64) & 1 == 1)
+    }
+
+    /// The next entries of the available ring and of the used ring.
+    fn position(&self) -> (u16, u16) {
+        (self.ring.next_avail(), self.ring.next_used())
+    }
+
+    fn set_position(&mut self, next_available: u16, next_used: u16) {
+        self.ring.set_next_avail(next_available);
+        self.ring.set_next_used(next_used);
+    }
+
     /// Marks `head` as in flight.
     fn take(&mut self, head: u16) -> Result<(), RingError> {
         if head >= self.ring.size() {

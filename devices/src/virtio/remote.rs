@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{DmaMemory, Rings, Work};
 use crate::device::{Interest, Source};
-use crate::irq::IrqLine;
+use crate::irq::Interrupt;
 
 /// A queue passed to its backend.
 pub(super) struct Remote {
@@ -48,13 +48,10 @@ impl Calls {
         Ok(Self { all: (0..count).map(call).collect::<Result<_, _>>()?, by_kernel: 0, first })
     }
 
-    /// Lets the kernel raise `line` for them, if it can; to be called before a queue is passed on.
-    pub(super) fn raise(&mut self, line: &dyn IrqLine) {
-        self.by_kernel = self.all.iter().take_while(|call| line.attach_irqfd(call)).count();
-    }
-
-    /// True if the kernel raises the line for some of them.
-    pub(super) fn raise_line(&self) -> bool {
+    /// Lets the kernel interrupt the driver for them, if it can; to be called before a queue is passed on. True if it does for some.
+    pub(super) fn attach(&mut self, interrupt: &Interrupt) -> bool {
+        let attach = |(queue, call): &(u16, &Arc<EventFd>)| interrupt.attach_irqfd(*queue, call);
+        self.by_kernel = (0..).zip(&self.all).take_while(attach).count();
         self.by_kernel > 0
     }
 
@@ -77,11 +74,11 @@ impl Calls {
 
     /// Processes an event of one of these sources, which may be stale.
     pub(super) fn ready(&self, token: u32, work: &mut Work<'_>) {
-        let queue = token.checked_sub(self.first).and_then(|queue| usize::try_from(queue).ok());
-        let call = queue.and_then(|queue| self.all.get(queue));
+        let queue = token.checked_sub(self.first).and_then(|queue| u16::try_from(queue).ok());
+        let Some(queue) = queue else { return };
         // Empty if the event was stale.
-        if call.is_some_and(|call| call.read().is_ok()) {
-            work.notify_driver();
+        if self.all.get(usize::from(queue)).is_some_and(|call| call.read().is_ok()) {
+            work.notify_driver(queue);
         }
     }
 }

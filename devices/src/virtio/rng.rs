@@ -7,10 +7,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::bucket::{Limit, Limiter};
-use super::{Chain, VirtioDevice, VirtioError, VirtioMmio, Work};
-use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
+use super::{Chain, DeviceType, VirtioDevice, VirtioError, VirtioLifecycle, Work};
+use crate::catalog::{BuildError, Built, Device, Key, Model, Placement, Wiring};
 use crate::config::{ByteRate, ModelConfig, Slot};
 use crate::device::{Interest, Source};
+use crate::lifecycle::{PauseError, RestoreError, SaveError, SavedState};
 
 /// The catalog's entry.
 pub(crate) const MODEL: Model = Model {
@@ -59,14 +60,14 @@ impl ModelConfig for RngConfig {
         self.slot
     }
 
-    fn build(&self, wiring: Wiring) -> Built {
+    fn build(&self, _wiring: Wiring) -> Built {
         let limit = self.bps.map(|bps| Limit::per_second(bps.get()));
         let limiter = Limiter::new(limit, None).map_err(|source| BuildError::Host {
             model: MODEL.name,
             what: "timer",
             source,
         })?;
-        VirtioMmio::create(Box::new(Rng { limiter }), wiring)
+        Ok(Device::Virtio(Box::new(Rng { limiter })))
     }
 }
 
@@ -113,25 +114,9 @@ fn fill(chain: &Chain, wanted: usize, work: &Work<'_>) -> u32 {
 }
 
 impl VirtioDevice for Rng {
-    fn name(&self) -> &'static str {
-        MODEL.name
-    }
-
-    fn id(&self) -> u32 {
-        4
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &[64]
-    }
-
-    /// The data has the same format without it.
-    fn version_1_is_optional(&self) -> bool {
-        true
-    }
-
-    fn features(&self) -> u64 {
-        0
+    fn device_type(&self) -> DeviceType {
+        // The data has the same format without it.
+        DeviceType { version_1_is_optional: true, ..DeviceType::new(MODEL.name, 4, &[64], 0) }
     }
 
     fn config(&self) -> &[u8] {
@@ -146,10 +131,6 @@ impl VirtioDevice for Rng {
         self.serve(work)
     }
 
-    fn reset_queue(&mut self, _queue: u16) {}
-
-    fn reset(&mut self) {}
-
     fn list_sources(&self, list: &mut Vec<Source>) {
         list.push(Source { fd: self.limiter.fd(), token: TOKEN_LIMIT, interest: Interest::Read });
     }
@@ -160,55 +141,32 @@ impl VirtioDevice for Rng {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use crate::testing::create;
-    use crate::virtio::testing::{Buffer, Rig};
-
-    fn rig(options: &str) -> Rig {
-        let mut rig = Rig::build(|wiring| create(options, wiring).unwrap());
-        rig.start(0);
-        rig
+impl VirtioLifecycle for Rng {
+    fn pause(&mut self, _work: &mut Work<'_>) -> Result<(), PauseError> {
+        Ok(())
     }
 
-    #[test]
-    fn a_request_is_filled_with_random_bytes() {
-        let mut rig = rig("rng");
-        let first = rig.ask(0, &[Buffer::Write(64)]).unwrap();
-        let second = rig.ask(0, &[Buffer::Write(32), Buffer::Write(32)]).unwrap();
-        assert_eq!((first.len(), second.len()), (64, 64));
-        assert_ne!(first, second);
-        assert!(rig.irq.is_high());
-        assert_eq!(rig.acknowledge(), 1);
-        assert!(!rig.irq.is_high());
+    fn resume(&mut self) {}
+
+    fn reset(&mut self) {}
+
+    fn reset_queue(&mut self, _queue: u16) {}
+
+    fn is_quiescent(&self) -> bool {
+        true
     }
 
-    #[test]
-    fn a_huge_request_gets_64_kib_and_an_honest_length() {
-        let mut rig = rig("rng");
-        assert_eq!(rig.ask(0, &[Buffer::Write(1 << 20)]).unwrap().len(), 64 << 10);
+    fn save(&self) -> Result<SavedState, SaveError> {
+        let Self { limiter } = self;
+        SavedState::of(&limiter.save())
     }
 
-    #[test]
-    fn a_request_without_room_comes_back_empty() {
-        let mut rig = rig("rng");
-        assert_eq!(rig.ask(0, &[Buffer::Read(b"nothing to write to")]).unwrap(), b"");
-        assert_eq!(rig.ask(0, &[Buffer::Write(8)]).unwrap().len(), 8);
-    }
-
-    #[test]
-    fn the_limit_holds_requests_back_until_there_are_tokens_again() {
-        let mut rig = rig("rng,bps=100000");
-        let heads: Vec<u16> = (0..3).map(|_| rig.add(0, &[Buffer::Write(60_000)])).collect();
-        rig.kick(0);
-        assert_eq!(rig.take_used(0), Some((heads[0], 60_000)));
-        assert_eq!(rig.take_used(0), None, "the second is over the limit");
-        // The waits are 0.2 and 0.6 s; the timer ends them.
-        let mut rest = Vec::new();
-        while rest.len() < 2 {
-            crate::testing::turn(rig.device.as_mut(), 10_000).unwrap();
-            rest.extend(rig.take_used(0));
-        }
-        assert_eq!(rest, [(heads[1], 60_000), (heads[2], 60_000)]);
+    fn restore(
+        &mut self,
+        state: SavedState,
+        _features: Option<u64>,
+        _work: &mut Work<'_>,
+    ) -> Result<(), RestoreError> {
+        self.limiter.restore(state.read()?)
     }
 }

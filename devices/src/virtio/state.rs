@@ -7,13 +7,14 @@
 use std::sync::Arc;
 
 use log::warn;
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::interrupt::{Interrupt, isr};
+use super::interrupt::DriverInterrupt;
 use super::queue::{Queue, SetUp};
-use super::{DmaMemory, VirtioDevice, feature};
+use super::{DeviceType, DmaMemory, Rings, VirtioDevice, feature};
 use crate::device::{Access, AccessError};
-use crate::irq::IrqLine;
+use crate::irq::Interrupt;
 
 /// Bits of the status register (virtio 1.3, section 2.1).
 pub(super) mod status {
@@ -32,19 +33,22 @@ const STEPS: [u32; 4] =
 /// A device, its queues, and their state.
 pub(super) struct Core {
     pub(super) device: Box<dyn VirtioDevice>,
+    pub(super) kind: DeviceType,
     pub(super) memory: Arc<dyn DmaMemory>,
     /// One per queue; signalled by the kernel (ioeventfd) if possible, else by a write to QueueNotify.
     pub(super) kicks: Box<[EventFd]>,
     pub(super) logged: Logged,
     /// The driver has reset the device, which has not yet settled the requests from before. Until then the status is
     /// NEEDS_RESET, so that the driver does not start it.
-    is_resetting: bool,
+    pub(super) is_resetting: bool,
     /// The same for queues that were reset alone, a bit each.
-    resetting_queues: u64,
+    pub(super) resetting_queues: u64,
 
     pub(super) queues: Box<[Queue]>,
-    pub(super) interrupt: Interrupt,
-    pub(super) state: State,
+    pub(super) interrupt: DriverInterrupt,
+    /// Remote queues interrupt the driver directly.
+    pub(super) uses_irqfd: bool,
+    pub(super) state: DriverState,
 }
 
 /// Log lines about the driver that were written, each once.
@@ -57,8 +61,9 @@ pub(super) struct Logged {
 }
 
 /// The driver-visible state other than the queues.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct State {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct DriverState {
     pub(super) status: u32,
     pub(super) device_features_sel: u32,
     pub(super) driver_features_sel: u32,
@@ -71,17 +76,20 @@ pub(super) struct State {
 
 impl Core {
     pub(super) fn new(
-        device: Box<dyn VirtioDevice>,
+        mut device: Box<dyn VirtioDevice>,
         memory: Arc<dyn DmaMemory>,
-        irq: Arc<dyn IrqLine>,
+        interrupt: Interrupt,
     ) -> std::io::Result<Self> {
+        let kind = device.device_type();
+        let uses_irqfd = device.attach_interrupt(&interrupt);
         let queues: Box<[Queue]> =
-            (0..).zip(device.queue_sizes()).map(|(index, size)| Queue::new(index, *size)).collect();
+            (0..).zip(&kind.queue_sizes).map(|(index, size)| Queue::new(index, *size)).collect();
         let kick = |_: &Queue| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         let kicks = queues.iter().map(kick).collect::<Result<_, _>>()?;
-        let interrupt = Interrupt::new(irq, device.coalesces_interrupts())?;
+        let interrupt = DriverInterrupt::new(interrupt, kind.coalesces_interrupts)?;
         Ok(Self {
             device,
+            kind,
             memory,
             kicks,
             logged: Logged::default(),
@@ -89,12 +97,13 @@ impl Core {
             resetting_queues: 0,
             queues,
             interrupt,
-            state: State::default(),
+            uses_irqfd,
+            state: DriverState::default(),
         })
     }
 
     pub(super) fn offered(&self) -> u64 {
-        self.device.features() | self.device.transport_features() & feature::TRANSPORT
+        self.kind.features | self.kind.transport_features & feature::TRANSPORT
     }
 
     pub(super) fn selected(&self) -> Option<&Queue> {
@@ -163,7 +172,7 @@ impl Core {
                 if !queue.start(memory.view(), indirect, event_idx) {
                     self.fail("a queue is not entirely in RAM");
                 }
-                self.start_remote(self.state.queue_sel as usize);
+                self.start_remote(self.state.queue_sel as usize, 0);
             }
             _ => return Err(AccessError::ReadOnly),
         }
@@ -260,14 +269,14 @@ impl Core {
         let unknown = taken & !self.offered();
         if unknown != 0 {
             if !std::mem::replace(&mut self.logged.features, true) {
-                let name = self.device.name();
+                let name = self.kind.name;
                 warn!(
                     "{name}: the guest's driver accepts features that were not offered ({unknown:#x}): FEATURES_OK is refused"
                 );
             }
             return false;
         }
-        let is_known = taken & feature::VERSION_1 != 0 || self.device.version_1_is_optional();
+        let is_known = taken & feature::VERSION_1 != 0 || self.kind.version_1_is_optional;
         if !is_known {
             self.wants_version_1(format_args!("does not accept VIRTIO_F_VERSION_1"));
         }
@@ -280,7 +289,7 @@ impl Core {
             warn!(
                 "{}: the guest's driver {what}, as for legacy virtio-mmio (version 1), which rvmm does not support: the device stays unused \
                  (it is version 2; build the guest with a driver for that, one that runs with QEMU's -global virtio-mmio.force-legacy=false)",
-                self.device.name()
+                self.kind.name
             );
         }
     }
@@ -295,22 +304,26 @@ impl Core {
             self.fail("a queue is not entirely in RAM");
             return;
         }
-        if self.device.uses_irqfd() {
-            self.interrupt.share(true);
-        }
-        (0..self.queues.len()).for_each(|queue| self.start_remote(queue));
+        self.share_line();
+        (0..self.queues.len()).for_each(|queue| self.start_remote(queue, 0));
         self.device.activate(self.state.driver_features);
         // There is no notification for buffers made available before.
-        (0..).zip(&self.queues).filter(|(_, queue)| queue.is_active()).for_each(|(index, _)| {
-            self.kick(index);
-        });
+        self.kick_active();
     }
 
-    /// Passes a started queue to the device, if it is a remote one.
-    fn start_remote(&mut self, queue: usize) {
+    /// Remote queues raise the line from now on, if they can.
+    pub(super) fn share_line(&mut self) {
+        if self.uses_irqfd {
+            self.interrupt.share(true);
+        }
+    }
+
+    /// Passes a started queue to the device, if it is a remote one; its backend begins with the entry `next`.
+    pub(super) fn start_remote(&mut self, queue: usize, next: u16) {
         let rings = self.queues.get(queue).and_then(Queue::rings);
+        let rings = rings.map(|rings| Rings { next, ..rings });
         if let (Some(rings), Some(kick)) = (rings, self.kicks.get(queue))
-            && self.device.is_remote(rings.queue, self.state.driver_features)
+            && self.kind.remote.include(rings.queue, self.state.driver_features)
         {
             self.device.start_remote(rings, kick);
         }
@@ -320,8 +333,8 @@ impl Core {
     pub(super) fn reset_device(&mut self) {
         self.device.reset();
         self.queues.iter_mut().for_each(|queue| queue.reset(false));
-        let State { generation, refused, .. } = self.state;
-        self.state = State { generation, refused, ..State::default() };
+        let DriverState { generation, refused, .. } = self.state;
+        self.state = DriverState { generation, refused, ..DriverState::default() };
         self.interrupt.clear(u32::MAX);
         self.unshare_line();
         self.interrupt.forget();
@@ -334,7 +347,7 @@ impl Core {
 
     /// Remote queues no longer raise the line.
     fn unshare_line(&mut self) {
-        if self.device.uses_irqfd() {
+        if self.uses_irqfd {
             self.interrupt.share(false);
         }
     }
@@ -350,22 +363,22 @@ impl Core {
     /// Stops the device until it is reset, and tells the driver by NEEDS_RESET.
     pub(super) fn fail(&mut self, why: &str) {
         if !std::mem::replace(&mut self.logged.failure, true) {
-            warn!("{}: {why}: the device stops until the guest resets it", self.device.name());
+            warn!("{}: {why}: the device stops until the guest resets it", self.kind.name);
         }
         self.stop();
         self.state.status |= status::NEEDS_RESET;
-        self.interrupt.raise(isr::CONFIG_CHANGE);
+        self.interrupt.raise_configuration();
     }
 }
 
-impl State {
+impl DriverState {
     pub(super) fn is_running(&self) -> bool {
         self.status & (status::DRIVER_OK | status::FAILED | status::NEEDS_RESET)
             == status::DRIVER_OK
     }
 
     /// True for indirect descriptors and for event indices, if the driver has accepted them.
-    fn ring_features(&self) -> (bool, bool) {
+    pub(super) fn ring_features(&self) -> (bool, bool) {
         let has = |bit| self.driver_features & bit != 0;
         (has(feature::INDIRECT_DESC), has(feature::EVENT_IDX))
     }

@@ -7,8 +7,9 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::vhost_user::testing::shared_memory;
 use super::{VirtioDevice, VirtioMmio, feature};
-use crate::catalog::{BuildError, Built, Wiring};
+use crate::catalog::{BuildError, Wiring};
 use crate::device::MmioDevice;
+use crate::irq::Interrupt;
 use crate::testing::{TestIrq, turn, wiring};
 
 /// Start address of the test's RAM.
@@ -50,6 +51,13 @@ pub enum Buffer<'a> {
     Write(u32),
 }
 
+/// Puts a device on the MMIO transport, with the memory and the line of `wiring`. Panics if the host has no descriptors left.
+#[must_use]
+#[expect(clippy::unwrap_used, reason = "a failed step fails the test")]
+pub fn on_mmio(device: Box<dyn VirtioDevice>, wiring: Wiring) -> Box<dyn MmioDevice> {
+    Box::new(VirtioMmio::create(device, wiring.memory, Interrupt::Line(wiring.irq)).unwrap())
+}
+
 /// A machine with one virtio device and its driver. Panics if a step fails.
 pub struct Rig {
     /// The device with its transport.
@@ -83,7 +91,7 @@ impl Rig {
     /// A machine with this device.
     #[must_use]
     pub fn new(device: Box<dyn VirtioDevice>) -> Self {
-        Self::build(|wiring| VirtioMmio::create(device, wiring).unwrap())
+        Self::build(|wiring| on_mmio(device, wiring))
     }
 
     /// A machine with the device that `build` creates with the wiring.
@@ -95,7 +103,9 @@ impl Rig {
     ///
     /// # Errors
     /// The error of `build`.
-    pub fn try_build(build: impl FnOnce(Wiring) -> Built) -> Result<Self, BuildError> {
+    pub fn try_build(
+        build: impl FnOnce(Wiring) -> Result<Box<dyn MmioDevice>, BuildError>,
+    ) -> Result<Self, BuildError> {
         let memory = shared_memory(RAM, RAM_SIZE).unwrap();
         let irq = TestIrq::default();
         let device = build(Wiring {

@@ -3,15 +3,16 @@
 use vm_memory::GuestMemoryMmap;
 
 use super::VirtioError;
-use super::chain::{Chain, ChainError};
-use super::interrupt::{Interrupt, isr};
+use super::chain::{Chain, ChainError, SavedChain};
+use super::interrupt::DriverInterrupt;
 use super::queue::{Popped, Queue};
+use crate::lifecycle::RestoreError;
 
 /// One bounded pass of a device over its queues. Remaining chains are processed in another pass, after the other devices' events.
 pub struct Work<'a> {
     queues: &'a mut [Queue],
     memory: &'a GuestMemoryMmap,
-    interrupt: &'a mut Interrupt,
+    interrupt: &'a mut DriverInterrupt,
     outcome: Outcome,
 }
 
@@ -24,8 +25,8 @@ pub(super) struct Outcome {
     pub(super) cut_short: u64,
     /// The configuration space has changed.
     pub(super) config_changed: bool,
-    /// The driver is to be interrupted for a remote queue.
-    pub(super) notify: bool,
+    /// Remote queues for which the driver is to be interrupted, a bit each.
+    pub(super) notify: u64,
     /// Number of refused chains, and the last error of an invalid one.
     pub(super) refused: u32,
     pub(super) last_error: Option<ChainError>,
@@ -35,7 +36,7 @@ impl<'a> Work<'a> {
     pub(super) fn new(
         queues: &'a mut [Queue],
         memory: &'a GuestMemoryMmap,
-        interrupt: &'a mut Interrupt,
+        interrupt: &'a mut DriverInterrupt,
         budget: u16,
     ) -> Self {
         Self { queues, memory, interrupt, outcome: Outcome { budget, ..Outcome::default() } }
@@ -103,9 +104,9 @@ impl<'a> Work<'a> {
 
     /// Interrupts the driver for the chains returned to `queue` so far, if it wants that, before the end of the pass.
     pub fn interrupt_driver(&mut self, queue: u16) {
-        let queue = self.queues.get_mut(usize::from(queue));
-        if queue.is_some_and(|queue| queue.wants_interrupt(self.memory)) {
-            self.interrupt.raise(isr::USED_BUFFER);
+        let from = self.queues.get_mut(usize::from(queue));
+        if from.is_some_and(|from| from.wants_interrupt(self.memory)) {
+            self.interrupt.raise_queues(1 << (queue % 64));
             // The hart reads the cause without the device's lock.
             self.interrupt.sync();
         }
@@ -131,14 +132,24 @@ impl<'a> Work<'a> {
         }
     }
 
+    /// Takes a chain of a saved state again. `None` if the driver has overwritten it with an invalid one: then it was returned.
+    ///
+    /// # Errors
+    /// [`RestoreError`] if the queue has no such chain.
+    pub fn retake(&mut self, chain: SavedChain) -> Result<Option<Chain>, RestoreError> {
+        let queue = self.queues.get_mut(usize::from(chain.queue));
+        let queue = queue.ok_or_else(|| RestoreError::invalid("a chain in flight"))?;
+        queue.retake(self.memory, chain)
+    }
+
     /// Marks the configuration space as changed: the driver gets an interrupt.
     pub fn config_changed(&mut self) {
         self.outcome.config_changed = true;
     }
 
     /// Interrupts the driver for a remote queue.
-    pub fn notify_driver(&mut self) {
-        self.outcome.notify = true;
+    pub fn notify_driver(&mut self, queue: u16) {
+        self.outcome.notify |= 1 << (queue % 64);
     }
 
     pub(super) fn end(self) -> Outcome {

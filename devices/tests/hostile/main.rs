@@ -32,6 +32,37 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 100, max_shrink_iters: 1000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_guest_does_not_notice_that_its_devices_are_saved_and_restored(
+        bytes in prop::collection::vec(any::<u8>(), 0..400),
+        every in 1_usize..8,
+    ) {
+        for kind in Kind::ALL {
+            scenario::restored(kind, &bytes, every);
+        }
+    }
+}
+
+#[test]
+fn every_seed_of_the_fuzzers_passes_with_saves_and_restores_in_between() {
+    for (kind, name) in Kind::ALL.into_iter().zip([
+        "virtio_rng",
+        "virtio_blk",
+        "virtio_net",
+        "virtio_vsock",
+        "virtio_input",
+        "virtio_balloon",
+        "virtio_console",
+    ]) {
+        let seeds = seeds::of(name);
+        assert!(!seeds.is_empty(), "no seeds of {name}");
+        seeds.iter().for_each(|seed| scenario::restored(kind, seed, 3));
+    }
+}
+
 #[test]
 fn every_seed_of_the_fuzzers_passes() {
     for (name, target) in scenario::TARGETS {

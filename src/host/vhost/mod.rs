@@ -163,7 +163,7 @@ impl Vhost {
             log: 0,
         };
         self.send(&SET_VRING_NUM, &VringState { index, num: rings.size.into() })?;
-        self.send(&SET_VRING_BASE, &VringState { index, num: 0 })?;
+        self.send(&SET_VRING_BASE, &VringState { index, num: rings.next.into() })?;
         self.send(&SET_VRING_ADDR, &addr)?;
         let file = |fd: &dyn AsRawFd| VringFile { index, fd: fd.as_raw_fd() };
         self.send(&SET_VRING_ERR, &file(queue.error))?;

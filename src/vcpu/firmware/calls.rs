@@ -202,7 +202,8 @@ fn console_call(
     let [a0, a1, a2, a3, a4, a5, function, extension] = *args;
     let mut ret = [0; 2];
     let args = [a0, a1, a2, a3, a4, a5];
-    let flow = sbi::handle(&mut SbiCall { extension, function, args: &args, ret: &mut ret }, world);
+    let mut call = SbiCall { extension, function, args: &args, ret: &mut ret };
+    let flow = sbi::handle(&mut call, world, &mut world.bus.view());
     match flow {
         Flow::Retry => {
             std::thread::yield_now();

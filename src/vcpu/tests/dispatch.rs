@@ -10,11 +10,15 @@ fn zero() -> World {
     world(Unassigned::Zero).0
 }
 
+fn handle(exit: &mut Exit<'_>, world: &World) -> Flow {
+    dispatch(exit, world, &mut world.bus.view())
+}
+
 #[test]
 fn a_load_from_a_device_is_answered_in_place() {
     for len in [1, 2, 4, 8] {
         let mut data = vec![0xff; len];
-        let flow = dispatch(&mut Exit::MmioRead { addr: UART + 7, data: &mut data }, &zero());
+        let flow = handle(&mut Exit::MmioRead { addr: UART + 7, data: &mut data }, &zero());
         assert_eq!(flow, Flow::Resume);
         assert_eq!(data[0], 0x77);
         assert!(data[1..].iter().all(|byte| *byte == 0));
@@ -25,7 +29,7 @@ fn a_load_from_a_device_is_answered_in_place() {
 fn a_store_reaches_its_device() {
     let (world, uart) = world(Unassigned::Stop);
     uart.line().room = 1;
-    assert_eq!(dispatch(&mut Exit::MmioWrite { addr: UART, data: b"x" }, &world), Flow::Resume);
+    assert_eq!(handle(&mut Exit::MmioWrite { addr: UART, data: b"x" }, &world), Flow::Resume);
     assert_eq!(uart.line().sent, b"x");
 }
 
@@ -33,9 +37,9 @@ fn a_store_reaches_its_device() {
 fn loads_from_unassigned_addresses_give_zero_and_stores_have_no_effect() {
     for addr in [0, NOWHERE, 1 << 55, u64::MAX - 7, u64::MAX] {
         let mut data = [0xff; 8];
-        assert_eq!(dispatch(&mut Exit::MmioRead { addr, data: &mut data }, &zero()), Flow::Resume);
+        assert_eq!(handle(&mut Exit::MmioRead { addr, data: &mut data }, &zero()), Flow::Resume);
         assert_eq!(data, [0; 8]);
-        assert_eq!(dispatch(&mut Exit::MmioWrite { addr, data: &data }, &zero()), Flow::Resume);
+        assert_eq!(handle(&mut Exit::MmioWrite { addr, data: &data }, &zero()), Flow::Resume);
     }
 }
 
@@ -43,21 +47,21 @@ fn loads_from_unassigned_addresses_give_zero_and_stores_have_no_effect() {
 fn under_the_other_policies_an_unassigned_access_needs_the_hart() {
     for policy in [Unassigned::Fault, Unassigned::Stop] {
         let (world, _) = world(policy);
-        let load = dispatch(&mut Exit::MmioRead { addr: NOWHERE, data: &mut [0; 4] }, &world);
+        let load = handle(&mut Exit::MmioRead { addr: NOWHERE, data: &mut [0; 4] }, &world);
         assert_eq!(load, Flow::Resolve(UnresolvedExit::Unassigned { addr: NOWHERE, write: false }));
-        let store = dispatch(&mut Exit::MmioWrite { addr: NOWHERE, data: &[0; 4] }, &world);
+        let store = handle(&mut Exit::MmioWrite { addr: NOWHERE, data: &[0; 4] }, &world);
         assert_eq!(store, Flow::Resolve(UnresolvedExit::Unassigned { addr: NOWHERE, write: true }));
     }
 }
 
 #[test]
 fn an_interruption_leads_to_the_control() {
-    assert_eq!(dispatch(&mut Exit::Interrupted, &zero()), Flow::Yield);
+    assert_eq!(handle(&mut Exit::Interrupted, &zero()), Flow::Yield);
 }
 
 #[test]
 fn system_events_stop_the_machine_with_their_reason() {
-    let flow = |event| dispatch(&mut Exit::System(event), &zero());
+    let flow = |event| handle(&mut Exit::System(event), &zero());
     for reason in [0, 2, 0xe000_0000, u64::MAX] {
         assert_eq!(flow(SystemEvent::Shutdown(reason)), StopReason::PowerOff.into());
     }
@@ -69,7 +73,7 @@ fn system_events_stop_the_machine_with_their_reason() {
 
 #[test]
 fn a_shutdown_because_of_a_system_failure_ends_with_the_guests_exit_code() {
-    let flow = dispatch(&mut Exit::System(SystemEvent::Shutdown(1)), &zero());
+    let flow = handle(&mut Exit::System(SystemEvent::Shutdown(1)), &zero());
     assert_eq!(flow, StopReason::SystemFailure.into());
     assert_eq!((StopReason::SystemFailure.exit_code(), StopReason::PowerOff.exit_code()), (3, 0));
 }
@@ -78,12 +82,12 @@ fn a_shutdown_because_of_a_system_failure_ends_with_the_guests_exit_code() {
 fn faults_breakpoints_and_unknown_exits_need_the_hart() {
     let fault = Fault::Unemulated;
     assert_eq!(
-        dispatch(&mut Exit::Fault(fault), &zero()),
+        handle(&mut Exit::Fault(fault), &zero()),
         Flow::Resolve(UnresolvedExit::Fault(fault))
     );
-    assert_eq!(dispatch(&mut Exit::Debug, &zero()), Flow::Resolve(UnresolvedExit::Breakpoint));
+    assert_eq!(handle(&mut Exit::Debug, &zero()), Flow::Resolve(UnresolvedExit::Breakpoint));
     assert_eq!(
-        dispatch(&mut Exit::Unknown(99), &zero()),
+        handle(&mut Exit::Unknown(99), &zero()),
         Flow::Resolve(UnresolvedExit::UnknownExit(99))
     );
 }
@@ -91,7 +95,7 @@ fn faults_breakpoints_and_unknown_exits_need_the_hart() {
 fn csr(number: u64) -> u64 {
     let mut ret = 0xdead;
     let access = CsrAccess { csr: number, new_value: 5, write_mask: u64::MAX, ret: &mut ret };
-    assert_eq!(dispatch(&mut Exit::Csr(access), &zero()), Flow::Resume);
+    assert_eq!(handle(&mut Exit::Csr(access), &zero()), Flow::Resume);
     ret
 }
 

@@ -15,7 +15,7 @@ fn call(world: &World, extension: u64, function: u64, args: &[u64]) -> (Flow, [u
     all[..args.len()].copy_from_slice(args);
     let mut ret = [NOT_SUPPORTED, 0];
     let call = SbiCall { extension, function, args: &all, ret: &mut ret };
-    (dispatch(&mut Exit::Sbi(call), world), ret)
+    (dispatch(&mut Exit::Sbi(call), world, &mut world.bus.view()), ret)
 }
 
 /// A call after which the guest continues.

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -23,6 +23,8 @@ struct Shared {
     target: AtomicU64,
     /// Pages in the balloon, as the guest reports.
     actual: AtomicU32,
+    /// [`BalloonControl::set_target`] was called.
+    is_set: AtomicBool,
     /// Readable when the target has changed.
     changed: EventFd,
 }
@@ -44,7 +46,7 @@ impl BalloonControl {
     pub fn new() -> io::Result<Self> {
         let changed = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let (target, actual) = (AtomicU64::new(UNSET), AtomicU32::new(0));
-        Ok(Self(Arc::new(Shared { target, actual, changed })))
+        Ok(Self(Arc::new(Shared { target, actual, is_set: AtomicBool::new(false), changed })))
     }
 
     /// Sets the target: bytes to have in the balloon, in whole pages of 4 KiB. The guest's driver decides if it follows;
@@ -55,6 +57,7 @@ impl BalloonControl {
     pub fn set_target(&self, bytes: u64) -> Result<(), BalloonTooLarge> {
         let pages = u32::try_from(bytes / PAGE).map_err(|_| BalloonTooLarge { bytes })?;
         self.0.target.store(pages.into(), Ordering::SeqCst);
+        self.0.is_set.store(true, Ordering::SeqCst);
         // An error means that it is readable already.
         let _ = self.0.changed.write(1);
         Ok(())
@@ -78,6 +81,15 @@ impl BalloonControl {
         let _ = self.0.target.compare_exchange(UNSET, new, order, order);
         self.0.actual.store(0, order);
         self.target_pages().unwrap_or(first)
+    }
+
+    /// Attaches a balloon that was saved with the target `saved`, and returns its target in pages: the one that
+    /// [`set_target`](Self::set_target) has set for this machine, else `saved`.
+    pub(super) fn restore(&self, saved: u32) -> Option<u32> {
+        if !self.0.is_set.load(Ordering::SeqCst) {
+            self.0.target.store(saved.into(), Ordering::SeqCst);
+        }
+        self.target_pages()
     }
 
     /// The target in pages, if one is set.

@@ -21,12 +21,13 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::{Chain, DmaMemory, VirtioDevice, VirtioError, VirtioMmio, Work};
-use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
+use super::{Chain, DeviceType, DmaMemory, VirtioDevice, VirtioError, Work};
+use crate::catalog::{BuildError, Built, Device, Key, Model, Placement, Wiring};
 use crate::config::{ModelConfig, Slot};
 use crate::device::{Interest, Source};
 
 mod control;
+mod lifecycle;
 mod pages;
 mod reports;
 mod settings;
@@ -137,7 +138,7 @@ impl ModelConfig for BalloonConfig {
             is_asked: false,
         };
         balloon.set_target(target);
-        VirtioMmio::create(Box::new(balloon), wiring)
+        Ok(Device::Virtio(Box::new(balloon)))
     }
 }
 
@@ -282,20 +283,8 @@ impl Drop for Balloon {
 }
 
 impl VirtioDevice for Balloon {
-    fn name(&self) -> &'static str {
-        MODEL.name
-    }
-
-    fn id(&self) -> u32 {
-        5
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &self.queue_sizes
-    }
-
-    fn features(&self) -> u64 {
-        self.features
+    fn device_type(&self) -> DeviceType {
+        DeviceType::new(MODEL.name, 5, &self.queue_sizes, self.features)
     }
 
     fn config(&self) -> &[u8] {
@@ -318,29 +307,6 @@ impl VirtioDevice for Balloon {
 
     fn kicked(&mut self, _queue: u16, work: &mut Work<'_>) -> Result<(), VirtioError> {
         self.serve(work)
-    }
-
-    fn reset_queue(&mut self, queue: u16) {
-        if queue == INFLATE {
-            self.unfinished = None;
-        }
-        if Some(queue) == self.stats_queue() {
-            self.stats = None;
-        }
-        if Some(queue) == self.reporting_queue() {
-            self.reports.reset();
-        }
-    }
-
-    fn reset(&mut self) {
-        self.active = 0;
-        self.unfinished = None;
-        self.reports.reset();
-        self.stats = None;
-        self.is_asked = false;
-        self.config.iter_mut().skip(4).for_each(|byte| *byte = 0);
-        let _ = self.control.as_ref().map(|control| control.set_actual(0));
-        self.set_timer();
     }
 
     fn list_sources(&self, list: &mut Vec<Source>) {

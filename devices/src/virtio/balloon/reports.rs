@@ -8,7 +8,7 @@ use crate::virtio::{Chain, DmaMemory, Segment, VirtioError, Work, pieces};
 #[derive(Debug, Default)]
 pub(super) struct Reports {
     /// A report with more pages than one pass handles, and its next offset.
-    unfinished: Option<(Chain, u32)>,
+    pub(super) unfinished: Option<(Chain, u32)>,
 }
 
 impl Reports {

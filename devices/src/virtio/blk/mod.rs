@@ -11,8 +11,8 @@ use std::time::Duration;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::bucket::Limiter;
-use super::{Chain, Segment, VirtioDevice, VirtioError, VirtioMmio, Work, pieces};
-use crate::catalog::{BuildError, Built, Model, Placement, Wiring};
+use super::{Chain, DeviceType, Segment, VirtioDevice, VirtioError, Work, pieces};
+use crate::catalog::{BuildError, Built, Device, Model, Placement, Wiring};
 use crate::config::{ModelConfig, Slot};
 use crate::device::{Interest, Source};
 use crate::options::OptionError;
@@ -20,6 +20,7 @@ use crate::options::OptionError;
 mod backend;
 mod config;
 mod feature;
+mod lifecycle;
 mod request;
 mod settings;
 pub mod testing;
@@ -47,9 +48,6 @@ const QUEUE_SIZE: u16 = 512;
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 /// Maximum number of requests in the backend, of all queues together.
 const MAX_IN_FLIGHT: u32 = 256;
-
-/// Time for which a reset waits for the disk, with the device's lock held. After that the driver waits.
-const RESET_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Delay before a backend that did not accept everything is polled poll_timer.
 const POLL_DELAY: Duration = Duration::from_millis(1);
@@ -85,7 +83,7 @@ struct Blk {
     data: Vec<Segment>,
 
     // Guest-visible.
-    state: State,
+    state: DriverView,
 }
 
 /// A request in the backend.
@@ -96,7 +94,7 @@ struct InFlight {
 }
 
 /// State that the driver reads and writes.
-struct State {
+struct DriverView {
     config: Config,
     /// `VIRTIO_BLK_F_FLUSH` was negotiated.
     has_flush: bool,
@@ -120,7 +118,7 @@ impl ModelConfig for BlkConfig {
         let (bytes, requests) = self.limits();
         let limiter = Limiter::new(bytes, requests).map_err(host("timer"))?;
         let poll_timer = TimerFd::new().map_err(|error| host("timer")(error.into()))?;
-        VirtioMmio::create(Box::new(Blk::new(self, disk, limiter, poll_timer)), wiring)
+        Ok(Device::Virtio(Box::new(Blk::new(self, disk, limiter, poll_timer))))
     }
 }
 
@@ -150,7 +148,7 @@ impl Blk {
             is_starved: false,
             done: Vec::new(),
             data: Vec::new(),
-            state: State { config, has_flush: false },
+            state: DriverView { config, has_flush: false },
         }
     }
 
@@ -269,14 +267,14 @@ impl Blk {
         }
     }
 
-    /// Abandons the requests in flight whose chains are selected by `is_meant`.
-    fn abandon(&mut self, is_meant: impl Fn(&Chain) -> bool) {
+    /// Abandons the requests in flight whose chains are selected by `is_meant`, and waits for the backend for `limit` at most.
+    fn abandon(&mut self, is_meant: impl Fn(&Chain) -> bool, limit: Duration) {
         let is_meant = |(slot, place): (u32, &Option<InFlight>)| {
             place.as_ref().is_some_and(|request| is_meant(&request.chain)).then_some(slot)
         };
         let slots: Vec<u32> = (0..).zip(&self.in_flight).filter_map(is_meant).collect();
         if !slots.is_empty() {
-            let left = self.disk.abandon(&slots, RESET_TIMEOUT);
+            let left = self.disk.abandon(&slots, limit);
             for slot in slots {
                 drop(self.release(slot));
                 if left.contains(&slot) {
@@ -298,25 +296,13 @@ fn complete(chain: Chain, status: Status, filled: u32, work: &mut Work<'_>) {
 }
 
 impl VirtioDevice for Blk {
-    fn name(&self) -> &'static str {
-        MODEL.name
-    }
-
-    fn id(&self) -> u32 {
-        2
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &self.queue_sizes
-    }
-
-    /// Requests are the same without it, and some drivers never accept it (the crate virtio-drivers).
-    fn version_1_is_optional(&self) -> bool {
-        true
-    }
-
-    fn features(&self) -> u64 {
-        self.features
+    fn device_type(&self) -> DeviceType {
+        DeviceType {
+            // Requests are the same without it, and some drivers never accept it (the crate virtio-drivers).
+            version_1_is_optional: true,
+            coalesces_interrupts: true,
+            ..DeviceType::new(MODEL.name, 2, &self.queue_sizes, self.features)
+        }
     }
 
     fn config(&self) -> &[u8] {
@@ -329,10 +315,6 @@ impl VirtioDevice for Blk {
         }
     }
 
-    fn coalesces_interrupts(&self) -> bool {
-        true
-    }
-
     fn activate(&mut self, features: u64) {
         self.state.has_flush = features & feature::FLUSH != 0;
     }
@@ -340,26 +322,6 @@ impl VirtioDevice for Blk {
     fn kicked(&mut self, queue: u16, work: &mut Work<'_>) -> Result<(), VirtioError> {
         self.serve(queue, work)?;
         self.run(work)
-    }
-
-    fn reset_queue(&mut self, queue: u16) {
-        self.abandon(|chain| chain.queue() == queue);
-        // Requests of other queues may have completed meanwhile.
-        self.poll_after(NOW);
-    }
-
-    fn is_quiescent(&self) -> bool {
-        self.abandoned.is_empty()
-    }
-
-    fn reset(&mut self) {
-        self.abandon(|_| true);
-        if self.disk.is_behind() {
-            self.poll_after(POLL_DELAY);
-        }
-        self.is_starved = false;
-        self.state.config.set_writeback(true);
-        self.state.has_flush = false;
     }
 
     fn list_sources(&self, list: &mut Vec<Source>) {
@@ -391,7 +353,7 @@ mod tests {
     use super::*;
     use crate::host::Host;
     use crate::virtio::GuestMemoryMmap;
-    use crate::virtio::testing::{Buffer, Rig};
+    use crate::virtio::testing::{Buffer, Rig, on_mmio};
 
     /// A device with at most two requests in flight, and the disk that holds them up.
     fn narrow() -> (Rig, MemoryDisk) {
@@ -403,7 +365,7 @@ mod tests {
             let limiter = Limiter::new(None, None).unwrap();
             let mut blk = Blk::new(&settings, end, limiter, TimerFd::new().unwrap());
             blk.free.truncate(2);
-            VirtioMmio::create(Box::new(blk), wiring).unwrap()
+            on_mmio(Box::new(blk), wiring)
         });
         (rig, disk)
     }
@@ -430,6 +392,28 @@ mod tests {
         for queue in [0, 1] {
             assert_eq!(std::iter::from_fn(|| rig.take_used(queue)).count(), 6, "queue {queue}");
         }
+    }
+
+    #[test]
+    fn a_pause_completes_what_has_begun_and_fails_if_the_disk_does_not_answer() {
+        let (mut rig, disk) = narrow();
+        rig.start(feature::FLUSH | feature::MQ);
+        disk.hold();
+        let flush = [4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        for _ in 0..3 {
+            rig.add(0, &[Buffer::Read(&flush), Buffer::Write(1)]);
+        }
+        rig.kick(0);
+        assert_eq!(disk.waiting(), 2);
+        let error = rig.device.pause().unwrap_err();
+        assert_eq!(error.to_string(), "its disk does not complete a request");
+        disk.release();
+        rig.device.pause().unwrap();
+        let completed = std::iter::from_fn(|| rig.take_used(0)).count();
+        assert_eq!(completed, 2, "the third is not begun");
+        rig.device.resume();
+        rig.run();
+        assert!(rig.take_used(0).is_some());
     }
 
     #[test]

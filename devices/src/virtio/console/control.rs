@@ -3,6 +3,8 @@
 //! Pending messages to the driver are kept as flags and not as a list: a driver that sends requests without limit, or has no
 //! buffers, costs no memory. Left out: removing ports.
 
+use serde::{Deserialize, Serialize};
+
 use crate::virtio::{Chain, GuestMemoryMmap};
 
 /// Events of control messages.
@@ -51,7 +53,8 @@ impl Message {
 }
 
 /// Messages about a port that are pending for the driver.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Pending {
     add: bool,
     console: bool,

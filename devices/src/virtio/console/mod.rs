@@ -5,6 +5,7 @@
 //! | `settings.rs` | configuration |
 //! | `port.rs` | a port: bytes in both directions |
 //! | `control.rs` | control messages about ports |
+//! | `lifecycle.rs` | pause, reset and save |
 //!
 //! The guest's output stays in its queue until the backend accepts it: a slow reader holds the guest back, and no output is lost.
 //! Input is read only as the guest provides buffers. The size of the terminal, if the backend is one, is read on every
@@ -16,14 +17,15 @@ use std::os::fd::AsRawFd;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::{VirtioDevice, VirtioError, VirtioMmio, Work};
-use crate::catalog::{BuildError, Built, Model, Placement, Wiring};
+use super::{DeviceType, VirtioDevice, VirtioError, Work};
+use crate::catalog::{BuildError, Built, Device, Model, Placement, Wiring};
 use crate::config::{ModelConfig, Slot};
 use crate::device::{Interest, Source};
 use crate::link::{LAST_TOKEN, Link};
 use crate::options::OptionError;
 
 mod control;
+mod lifecycle;
 mod port;
 mod settings;
 
@@ -101,7 +103,7 @@ impl ModelConfig for ConsoleConfig {
         let mut console =
             Console::new(ports, EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(failed)?);
         console.update_size();
-        VirtioMmio::create(Box::new(console), wiring)
+        Ok(Device::Virtio(Box::new(console)))
     }
 }
 
@@ -227,25 +229,12 @@ impl Console {
 }
 
 impl VirtioDevice for Console {
-    fn name(&self) -> &'static str {
-        MODEL.name
-    }
-
-    fn id(&self) -> u32 {
-        3
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &self.queue_sizes
-    }
-
-    /// Bytes and messages are the same without VERSION_1.
-    fn version_1_is_optional(&self) -> bool {
-        true
-    }
-
-    fn features(&self) -> u64 {
-        self.offered
+    fn device_type(&self) -> DeviceType {
+        DeviceType {
+            // Bytes and messages are the same without VERSION_1.
+            version_1_is_optional: true,
+            ..DeviceType::new(MODEL.name, 3, &self.queue_sizes, self.offered)
+        }
     }
 
     fn config(&self) -> &[u8] {
@@ -276,19 +265,6 @@ impl VirtioDevice for Console {
             }
             None => Ok(()),
         }
-    }
-
-    fn reset_queue(&mut self, queue: u16) {
-        let number = self.port_of(queue);
-        let port = number.and_then(|number| self.ports.get_mut(number));
-        if let (Some(port), false) = (port, queue.is_multiple_of(2)) {
-            port.forget_output();
-        }
-    }
-
-    fn reset(&mut self) {
-        self.taken = 0;
-        self.ports.iter_mut().for_each(Port::reset);
     }
 
     fn list_sources(&self, list: &mut Vec<Source>) {

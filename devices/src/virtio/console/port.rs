@@ -1,9 +1,12 @@
 //! A port of a console device: bytes in both directions, between two queues and the backend.
 
+use serde::{Deserialize, Serialize};
+
 use super::control::Pending;
 use crate::device::Source;
+use crate::lifecycle::RestoreError;
 use crate::link::Link;
-use crate::virtio::{Chain, VirtioError, Work};
+use crate::virtio::{Chain, SavedChain, VirtioError, Work};
 
 /// Maximum number of bytes moved at once.
 const CHUNK: usize = 4096;
@@ -23,6 +26,17 @@ pub(super) struct Port {
     unfinished: Option<(Chain, u32)>,
     /// Control messages about it for the driver.
     pub(super) pending: Pending,
+}
+
+/// The state of a port.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct PortState {
+    is_open: bool,
+    unfinished: Option<(SavedChain, u32)>,
+    pending: Pending,
+    /// Output that the host has not accepted.
+    output: Vec<u8>,
 }
 
 impl Port {
@@ -72,6 +86,44 @@ impl Port {
 
     pub(super) fn list_sources(&self, list: &mut Vec<Source>) {
         self.link.list_sources(list);
+    }
+
+    /// Writes as much output as the host accepts.
+    pub(super) fn flush(&mut self) {
+        self.link.flush();
+    }
+
+    pub(super) fn save(&self) -> PortState {
+        let Self {
+            number: _,
+            receive: _,
+            transmit: _,
+            link,
+            name: _,
+            is_open,
+            unfinished,
+            pending,
+        } = self;
+        PortState {
+            is_open: *is_open,
+            unfinished: unfinished.as_ref().map(|(chain, offset)| (chain.saved(), *offset)),
+            pending: *pending,
+            output: link.pending_output(),
+        }
+    }
+
+    pub(super) fn restore(
+        &mut self,
+        state: PortState,
+        work: &mut Work<'_>,
+    ) -> Result<(), RestoreError> {
+        let PortState { is_open, unfinished, pending, output } = state;
+        self.set_open(is_open);
+        self.pending = pending;
+        if let Some((chain, offset)) = unfinished {
+            self.unfinished = work.retake(chain)?.map(|chain| (chain, offset));
+        }
+        self.link.restore_output(&output, false)
     }
 
     pub(super) fn forget_output(&mut self) {

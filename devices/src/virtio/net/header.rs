@@ -2,6 +2,7 @@
 //!
 //! A header asks the receiver to complete the frame: to fill in a checksum, or to segment it. No header passes that was not
 //! negotiated or that points outside the frame. Left out: UFO and USO, hash reports, RSC.
+use serde::{Deserialize, Serialize};
 
 /// Bytes of a header.
 pub const HEADER: usize = 12;
@@ -66,7 +67,8 @@ mod gso {
 }
 
 /// Work on a frame that is left to its receiver. None by default.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Offloads {
     /// Checksums.
     pub csum: bool,

@@ -7,6 +7,7 @@
 //! | `header.rs` | the header before each frame, and its validation |
 //! | `control.rs` | commands of the driver |
 //! | `backend.rs`, `port.rs` | the host backend, and the handling of its errors |
+//! | `lifecycle.rs` | pause, reset and save |
 //! | `settings.rs`, `counters.rs` | options and statistics |
 //!
 //! Checksums and segmentation are negotiated end to end: the backend passes to the guest only what its driver accepts, and accepts
@@ -22,17 +23,18 @@ use log::warn;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::vhost_kernel::{FIRST_TOKEN, Kernel, KernelQueues};
-use super::{Rings, VirtioDevice, VirtioError, VirtioMmio, Work, feature};
-use crate::catalog::{BuildError, Built, Model, Placement, Wiring};
+use super::{DeviceType, RemoteQueues, Rings, VirtioDevice, VirtioError, Work};
+use crate::catalog::{BuildError, Built, Device, Model, Placement, Wiring};
 use crate::config::{ModelConfig, Slot};
 use crate::device::Source;
-use crate::irq::IrqLine;
+use crate::irq::Interrupt;
 use crate::options::OptionError;
 
 mod backend;
 mod control;
 mod counters;
 mod header;
+mod lifecycle;
 mod pairs;
 mod port;
 mod receive;
@@ -126,9 +128,9 @@ impl ModelConfig for NetConfig {
         let failed = |what| move |source| BuildError::Host { model: MODEL.name, what, source };
         let mut net = Net::with_queues(backends, self).map_err(failed("timers"))?;
         if let Some(queues) = queues {
-            net.dispatch_event(queues, &*wiring.irq).map_err(failed("queues"))?;
+            net.serve_by_kernel(queues).map_err(failed("queues"))?;
         }
-        VirtioMmio::create(Box::new(net), wiring)
+        Ok(Device::Virtio(Box::new(net)))
     }
 }
 
@@ -184,18 +186,12 @@ impl Net {
         Ok(Self { extra: mtu | queues, queue_sizes, pairs, config, taken: 0, kernel: None })
     }
 
-    /// Has the host's kernel serve the data queues, one end for each pair, and raise the device's line.
+    /// Has the host's kernel serve the data queues, one end for each pair.
     ///
     /// # Errors
     /// The host has no event descriptors left, or its kernel does not support virtio 1.
-    fn dispatch_event(
-        &mut self,
-        ends: Vec<Box<dyn KernelQueues>>,
-        line: &dyn IrqLine,
-    ) -> io::Result<()> {
-        let mut kernel = Kernel::new(MODEL.name, ends, bit::MRG_RXBUF)?;
-        kernel.raise(line);
-        self.kernel = Some(kernel);
+    fn serve_by_kernel(&mut self, ends: Vec<Box<dyn KernelQueues>>) -> io::Result<()> {
+        self.kernel = Some(Kernel::new(MODEL.name, ends, bit::MRG_RXBUF)?);
         Ok(())
     }
 
@@ -240,6 +236,17 @@ impl Net {
         self.pairs.set_offloads(Offloads::of_driver(features))
     }
 
+    /// Sets the offloads of frames to the driver to those that it has accepted.
+    fn require_offloads(&mut self, offloads: Offloads) {
+        if !self.pairs.set_offloads(offloads) {
+            // The backend keeps its offloads; frames that need one that this driver has not accepted are dropped.
+            self.pairs.take_only(offloads);
+            if let Some(kernel) = &mut self.kernel {
+                kernel.fail(&io::Error::other("the offloads cannot be set"));
+            }
+        }
+    }
+
     /// Reports a change of the link state to the driver; the link is down, too, once the backend is gone.
     fn update_link(&mut self, work: &mut Work<'_>) {
         let [_, _, _, _, _, _, status, ..] = &mut self.config;
@@ -251,41 +258,16 @@ impl Net {
 }
 
 impl VirtioDevice for Net {
-    fn name(&self) -> &'static str {
-        MODEL.name
-    }
-
-    fn id(&self) -> u32 {
-        1
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &self.queue_sizes
-    }
-
-    fn features(&self) -> u64 {
+    fn device_type(&self) -> DeviceType {
         let all = FEATURES | self.extra;
-        match &self.kernel {
-            Some(kernel) => all & (kernel.features() | !bit::MRG_RXBUF),
-            None => all,
+        let kind = DeviceType::new(MODEL.name, 1, &self.queue_sizes, all);
+        let Some(kernel) = &self.kernel else { return kind };
+        DeviceType {
+            features: all & (kernel.features() | !bit::MRG_RXBUF),
+            transport_features: kernel.features(),
+            remote: RemoteQueues::Pairs(self.pairs.count()),
+            ..kind
         }
-    }
-
-    fn transport_features(&self) -> u64 {
-        self.kernel.as_ref().map_or(feature::TRANSPORT, Kernel::features)
-    }
-
-    fn is_remote(&self, queue: u16, features: u64) -> bool {
-        let pairs = if features & bit::MQ == 0 { 1 } else { self.pairs.count() };
-        self.kernel.is_some() && queue < 2 * pairs
-    }
-
-    fn uses_irqfd(&self) -> bool {
-        self.kernel.as_ref().is_some_and(Kernel::uses_irqfd)
-    }
-
-    fn start_remote(&mut self, rings: Rings, kick: &EventFd) {
-        let _ = self.kernel.as_mut().map(|kernel| kernel.add(rings, kick));
     }
 
     fn config(&self) -> &[u8] {
@@ -295,16 +277,18 @@ impl VirtioDevice for Net {
     // The driver may write the MAC address in legacy devices only (section 5.1.4.1).
     fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
 
+    fn attach_interrupt(&mut self, interrupt: &Interrupt) -> bool {
+        self.kernel.as_mut().is_some_and(|kernel| kernel.attach(interrupt))
+    }
+
+    fn start_remote(&mut self, rings: Rings, kick: &EventFd) {
+        let _ = self.kernel.as_mut().map(|kernel| kernel.add(rings, kick));
+    }
+
     fn activate(&mut self, features: u64) {
         self.taken = features;
         self.pairs.start(features);
-        if !self.set_offloads(features) {
-            // The backend keeps its offloads; frames that need one that this driver has not accepted are dropped.
-            self.pairs.take_only(Offloads::of_driver(features));
-            if let Some(kernel) = &mut self.kernel {
-                kernel.fail(&io::Error::other("the offloads cannot be set"));
-            }
-        }
+        self.require_offloads(Offloads::of_driver(features));
         if let Some(kernel) = &mut self.kernel {
             kernel.activate(features);
             if features & bit::MQ == 0 {
@@ -322,22 +306,6 @@ impl VirtioDevice for Net {
         }
         self.update_link(work);
         Ok(())
-    }
-
-    fn reset_queue(&mut self, queue: u16) {
-        if queue == self.control() {
-            return;
-        }
-        match &mut self.kernel {
-            Some(kernel) => kernel.reset_queue(queue),
-            None => self.pairs.reset_queue(queue),
-        }
-    }
-
-    fn reset(&mut self) {
-        self.taken = 0;
-        let _ = self.kernel.as_mut().map(Kernel::reset);
-        self.pairs.reset();
     }
 
     fn list_sources(&self, list: &mut Vec<Source>) {

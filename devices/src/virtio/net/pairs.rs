@@ -6,14 +6,18 @@
 use std::io;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::backend::NetBackend;
 use super::counters::Counters;
 use super::header::Offloads;
 use super::port::Port;
-use super::receive::Receiver;
+use super::receive::{Receiver, ReceiverState};
 use super::settings::{Mtu, NetConfig};
-use super::transmit::Transmitter;
+use super::transmit::{Transmitter, TransmitterState};
 use crate::device::{Interest, Source};
+use crate::lifecycle::RestoreError;
+use crate::virtio::bucket::LimiterState;
 use crate::virtio::{Limiter, VirtioError, Work};
 
 const TOKEN_NETWORK: u32 = 0;
@@ -31,6 +35,24 @@ pub(super) struct Pairs {
     counters: Arc<Counters>,
     /// Last known link state of the network's side.
     is_up: bool,
+}
+
+/// The state of all pairs.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct PairsState {
+    /// The number of pairs that the driver uses.
+    in_use: u16,
+    all: Vec<PairState>,
+    rx_limit: LimiterState,
+    tx_limit: LimiterState,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PairState {
+    rx: ReceiverState,
+    tx: TransmitterState,
 }
 
 struct Pair {
@@ -158,6 +180,47 @@ impl Pairs {
             first.port.set_offloads(Offloads::default());
         }
         self.use_first(1);
+    }
+
+    /// Offloads that the driver accepts now.
+    pub(super) fn offloads(&self) -> Offloads {
+        self.all.first().map_or(Offloads::default(), |first| first.rx.offloads)
+    }
+
+    pub(super) fn save(&self) -> PairsState {
+        // Counters belong to the process, and the link's state to the backend.
+        let Self { all, rx_limit, tx_limit, counters: _, is_up: _ } = self;
+        let in_use = all.iter().filter(|pair| pair.port.is_in_use).count();
+        let pair = |Pair { port: _, rx, tx }: &Pair| PairState { rx: rx.save(), tx: tx.save() };
+        PairsState {
+            in_use: u16::try_from(in_use).unwrap_or(u16::MAX),
+            all: all.iter().map(pair).collect(),
+            rx_limit: rx_limit.save(),
+            tx_limit: tx_limit.save(),
+        }
+    }
+
+    /// Takes over a state, but for the backend's offloads; 0 for `features` if there was no driver.
+    pub(super) fn restore(
+        &mut self,
+        state: &PairsState,
+        features: u64,
+    ) -> Result<(), RestoreError> {
+        let PairsState { in_use, all, rx_limit, tx_limit } = state;
+        if all.len() != self.all.len() {
+            return Err(RestoreError::invalid("the number of queue pairs"));
+        }
+        self.start(features);
+        for (Pair { rx, tx, port: _ }, saved) in self.all.iter_mut().zip(all) {
+            rx.restore(&saved.rx);
+            tx.restore(&saved.tx);
+        }
+        self.rx_limit.restore(*rx_limit)?;
+        self.tx_limit.restore(*tx_limit)?;
+        if !self.use_first(*in_use) {
+            return Err(RestoreError("its network does not provide the queues in use".into()));
+        }
+        Ok(())
     }
 
     pub(super) fn list_sources(&self, list: &mut Vec<Source>) {

@@ -4,6 +4,8 @@
 //! where it is copied into further buffers. The header stays in rvmm until it is validated, so that the guest cannot change it
 //! meanwhile. Without a buffer nothing is read, and the backend is not watched until there is one.
 
+use serde::{Deserialize, Serialize};
+
 use super::header::{HEADER, HEADER_LEN, Header, Offloads, bit};
 use super::port::{Port, Received};
 use crate::virtio::{Chain, Limiter, Segment, VirtioError, Work, pieces};
@@ -44,6 +46,14 @@ pub(super) struct Receiver {
     is_starved: bool,
 }
 
+/// The state of a receive queue.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ReceiverState {
+    uncharged: Option<u64>,
+    pub(super) offloads: Offloads,
+}
+
 impl Receiver {
     /// Creates the receiver of this queue; `mtu` is the MTU that the driver is told.
     pub(super) fn new(queue: u16, mtu: Option<u16>) -> Self {
@@ -59,6 +69,30 @@ impl Receiver {
             is_mergeable: false,
             is_starved: true,
         }
+    }
+
+    pub(super) fn save(&self) -> ReceiverState {
+        let Self {
+            queue: _,
+            most: _,
+            uncharged,
+            // Buffers, and the expectation for the next frame.
+            rest: _,
+            expected: _,
+            segments: _,
+            parts: _,
+            offloads,
+            // Negotiated.
+            is_mergeable: _,
+            // The queue is kicked when the device is resumed.
+            is_starved: _,
+        } = self;
+        ReceiverState { uncharged: *uncharged, offloads: *offloads }
+    }
+
+    pub(super) fn restore(&mut self, state: &ReceiverState) {
+        let ReceiverState { uncharged, offloads } = *state;
+        (self.uncharged, self.offloads) = (uncharged, offloads);
     }
 
     pub(super) fn start(&mut self, features: u64) {

@@ -3,6 +3,8 @@
 //! The header and the Ethernet header are copied once, validated, and sent from the copy; the rest of the frame is sent from
 //! guest memory as it is. An invalid frame is dropped and counted, never forwarded.
 
+use serde::{Deserialize, Serialize};
+
 use super::header::{HEADER, HEADER_LEN, Header, MAX_FRAME, MIN_FRAME, Offloads};
 use super::port::{Port, Sent};
 use crate::virtio::{Chain, GuestMemoryMmap, Limiter, Segment, VirtioError, Work, pieces};
@@ -30,6 +32,13 @@ pub(super) struct Transmitter {
     is_charged: bool,
 }
 
+/// The state of a transmit queue.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct TransmitterState {
+    is_charged: bool,
+}
+
 impl Transmitter {
     /// Creates the transmitter of this queue; `pinned` is the only permitted source address, if any.
     pub(super) fn new(queue: u16, pinned: Option<[u8; 6]>) -> Self {
@@ -41,6 +50,25 @@ impl Transmitter {
             is_blocked: false,
             is_charged: false,
         }
+    }
+
+    pub(super) fn save(&self) -> TransmitterState {
+        let Self {
+            queue: _,
+            pinned: _,
+            segments: _,
+            // Negotiated.
+            offloads: _,
+            // The backend of the restored device has room, or says again that it has none.
+            is_blocked: _,
+            is_charged,
+        } = self;
+        TransmitterState { is_charged: *is_charged }
+    }
+
+    pub(super) fn restore(&mut self, state: &TransmitterState) {
+        let TransmitterState { is_charged } = *state;
+        self.is_charged = is_charged;
     }
 
     pub(super) fn start(&mut self, features: u64) {

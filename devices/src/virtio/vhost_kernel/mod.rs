@@ -11,7 +11,7 @@
 //! that, and the device needs a reset. Unlike another program it stops at once on request, and cannot die.
 //!
 //! Left out: logging (migration), the IOTLB (no IOMMU), busy polling, and reading the index where the kernel stopped
-//! (`VHOST_GET_VRING_BASE`): a queue that is started again was set up anew and starts at 0.
+//! (`VHOST_GET_VRING_BASE`): a queue that was set up anew starts at 0, and one that was paused at the index of its used ring.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -20,9 +20,9 @@ use log::warn;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::remote::{Calls, Remote};
-use super::{Rings, VirtioError, Work, feature};
+use super::{DmaMemory, Rings, VirtioError, Work, feature};
 use crate::device::{Interest, Source};
-use crate::irq::IrqLine;
+use crate::irq::Interrupt;
 
 pub mod testing;
 pub(crate) mod vsock;
@@ -36,7 +36,7 @@ const TOKEN_ERROR: u32 = FIRST_TOKEN;
 const TOKEN_WAKEUP: u32 = FIRST_TOKEN + 1;
 const TOKEN_CALL: u32 = FIRST_TOKEN + 2;
 
-/// A queue for the kernel to serve, from the first entry on.
+/// A queue for the kernel to serve, from the entry [`Rings::next`] on.
 #[derive(Debug, Clone, Copy)]
 pub struct KernelQueue<'a> {
     /// Its rings; the queue number is that of the end: 0 or 1.
@@ -78,6 +78,8 @@ pub(super) struct Kernel {
     /// Negotiated features, while the device runs.
     running: Option<u64>,
     queues: Vec<Remote>,
+    /// No queue runs until the device is resumed.
+    is_paused: bool,
     has_warned: bool,
 }
 
@@ -108,18 +110,14 @@ impl Kernel {
             wakeup: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             running: None,
             queues: Vec::new(),
+            is_paused: false,
             has_warned: false,
         })
     }
 
-    /// Has the kernel raise the device's `line` itself, if possible; once, before a queue is added.
-    pub(super) fn raise(&mut self, line: &dyn IrqLine) {
-        self.calls.raise(line);
-    }
-
-    /// True if the kernel raises the line itself.
-    pub(super) fn uses_irqfd(&self) -> bool {
-        self.calls.raise_line()
+    /// Has the kernel interrupt the driver itself, if possible; once, before a queue is added. True if it does.
+    pub(super) fn attach(&mut self, interrupt: &Interrupt) -> bool {
+        self.calls.attach(interrupt)
     }
 
     /// Features of the device and of the transport that the kernel supports.
@@ -150,7 +148,8 @@ impl Kernel {
 
     /// Starts the queues from this index on.
     fn start(&mut self, from: usize) {
-        let Some(features) = self.running.map(|taken| taken & self.features) else { return };
+        let features = self.running.filter(|_| !self.is_paused);
+        let Some(features) = features.map(|taken| taken & self.features) else { return };
         let mut result = Ok(());
         for (number, end) in (0..).zip(&mut self.ends) {
             let own = self.queues.iter().skip(from).filter(|q| q.rings.queue / QUEUES == number);
@@ -187,8 +186,40 @@ impl Kernel {
         self.queues.retain(|kept| kept.rings.queue != queue);
     }
 
-    /// Stops all queues.
+    /// Stops all queues and drops them.
     pub(super) fn reset(&mut self) {
+        self.stop();
+        self.queues.clear();
+        self.running = None;
+        // An error of the stopped queues, if any.
+        let _ = self.error.read();
+    }
+
+    /// Stops all queues until [`resume`](Self::resume). They continue at the index of their used ring: the kernel returns every chain
+    /// that it has taken.
+    pub(super) fn pause(&mut self, memory: &dyn DmaMemory) {
+        if !std::mem::replace(&mut self.is_paused, true) {
+            self.stop();
+            for queue in &mut self.queues {
+                queue.rings.next = queue.used_index(memory);
+            }
+        }
+    }
+
+    /// Starts the queues again.
+    pub(super) fn resume(&mut self) {
+        if std::mem::take(&mut self.is_paused) {
+            self.start(0);
+        }
+    }
+
+    /// Becomes the queues of a paused device with these negotiated features; the queues are added afterwards.
+    pub(super) fn restore(&mut self, features: u64) {
+        self.running = Some(features);
+        self.is_paused = true;
+    }
+
+    fn stop(&mut self) {
         for (number, end) in (0..).zip(&mut self.ends) {
             let own = self.queues.iter().map(|queue| queue.rings.queue);
             let own = own.filter(|queue| queue / QUEUES == number).map(|queue| queue % QUEUES);
@@ -197,10 +228,6 @@ impl Kernel {
                 end.stop(&own);
             }
         }
-        self.queues.clear();
-        self.running = None;
-        // An error of the stopped queues, if any.
-        let _ = self.error.read();
     }
 
     /// The descriptors to watch.

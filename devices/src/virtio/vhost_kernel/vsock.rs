@@ -4,12 +4,19 @@
 //! The event queue stays here and is never used, since events report migration. A queue cannot be reset alone: the kernel starts and
 //! stops both at once.
 
+use std::sync::Arc;
+
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Kernel, QUEUES};
-use crate::catalog::{BuildError, Built, Wiring};
+use crate::catalog::{BuildError, Built, Device, Wiring};
 use crate::device::Source;
-use crate::virtio::{Rings, VirtioDevice, VirtioError, VirtioMmio, Work, feature};
+use crate::irq::Interrupt;
+use crate::lifecycle::{PauseError, RestoreError, SaveError, SavedState};
+use crate::virtio::{
+    DeviceType, DmaMemory, RemoteQueues, Rings, VirtioDevice, VirtioError, VirtioLifecycle, Work,
+    feature,
+};
 
 /// Name in the catalog: that of the device with Unix sockets.
 const MODEL: &str = "vsock";
@@ -21,6 +28,7 @@ const F_SEQPACKET: u64 = 1 << 1;
 
 struct KernelVsock {
     kernel: Kernel,
+    memory: Arc<dyn DmaMemory>,
     config: [u8; 8],
 }
 
@@ -30,40 +38,23 @@ pub(in crate::virtio) fn build(guest_cid: u32, wiring: Wiring) -> Built {
         .host
         .kernel_sockets(guest_cid, wiring.memory.clone())
         .map_err(|source| BuildError::Backend { model: MODEL, source })?;
-    let mut kernel = Kernel::new(MODEL, vec![end], F_SEQPACKET)
-        .map_err(|source| BuildError::Host { model: MODEL, what: "queues", source })?;
-    kernel.raise(&*wiring.irq);
+    let kernel = Kernel::new(MODEL, vec![end], F_SEQPACKET).map_err(|source| BuildError::Host {
+        model: MODEL,
+        what: "queues",
+        source,
+    })?;
     let config = u64::from(guest_cid).to_le_bytes();
-    VirtioMmio::create(Box::new(KernelVsock { kernel, config }), wiring)
+    Ok(Device::Virtio(Box::new(KernelVsock { kernel, memory: wiring.memory, config })))
 }
 
 impl VirtioDevice for KernelVsock {
-    fn name(&self) -> &'static str {
-        MODEL
-    }
-
-    fn id(&self) -> u32 {
-        19
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &[256, 256, 64]
-    }
-
-    fn features(&self) -> u64 {
-        F_STREAM | self.kernel.features() & F_SEQPACKET
-    }
-
-    fn transport_features(&self) -> u64 {
-        self.kernel.features() & !feature::RING_RESET
-    }
-
-    fn is_remote(&self, queue: u16, _features: u64) -> bool {
-        queue < QUEUES
-    }
-
-    fn uses_irqfd(&self) -> bool {
-        self.kernel.uses_irqfd()
+    fn device_type(&self) -> DeviceType {
+        let features = F_STREAM | self.kernel.features() & F_SEQPACKET;
+        DeviceType {
+            transport_features: self.kernel.features() & !feature::RING_RESET,
+            remote: RemoteQueues::First(QUEUES),
+            ..DeviceType::new(MODEL, 19, &[256, 256, 64], features)
+        }
     }
 
     fn config(&self) -> &[u8] {
@@ -71,6 +62,10 @@ impl VirtioDevice for KernelVsock {
     }
 
     fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
+
+    fn attach_interrupt(&mut self, interrupt: &Interrupt) -> bool {
+        self.kernel.attach(interrupt)
+    }
 
     fn start_remote(&mut self, rings: Rings, kick: &EventFd) {
         self.kernel.add(rings, kick);
@@ -85,17 +80,45 @@ impl VirtioDevice for KernelVsock {
         Ok(())
     }
 
-    fn reset_queue(&mut self, _queue: u16) {}
-
-    fn reset(&mut self) {
-        self.kernel.reset();
-    }
-
     fn list_sources(&self, list: &mut Vec<Source>) {
         list.extend(self.kernel.sources());
     }
 
     fn ready(&mut self, token: u32, work: &mut Work<'_>) -> Result<(), VirtioError> {
         self.kernel.ready(token, work)
+    }
+}
+
+impl VirtioLifecycle for KernelVsock {
+    fn pause(&mut self, _work: &mut Work<'_>) -> Result<(), PauseError> {
+        self.kernel.pause(self.memory.as_ref());
+        Ok(())
+    }
+
+    fn resume(&mut self) {
+        self.kernel.resume();
+    }
+
+    fn reset(&mut self) {
+        self.kernel.reset();
+    }
+
+    fn reset_queue(&mut self, _queue: u16) {}
+
+    fn is_quiescent(&self) -> bool {
+        true
+    }
+
+    fn save(&self) -> Result<SavedState, SaveError> {
+        Err(SaveError("its connections are in the host's kernel (use backend=unix)".into()))
+    }
+
+    fn restore(
+        &mut self,
+        _state: SavedState,
+        _features: Option<u64>,
+        _work: &mut Work<'_>,
+    ) -> Result<(), RestoreError> {
+        Err(RestoreError("its connections are in the host's kernel (use backend=unix)".into()))
     }
 }

@@ -6,10 +6,9 @@ use super::peer::Peer;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
+use crate::catalog::{BuildError, Built, Device, Key, Model, Placement, Wiring};
 use crate::config::number::number;
 use crate::config::{FilePath, ModelConfig, Slot};
-use crate::virtio::VirtioMmio;
 
 /// The catalog's entry.
 pub(crate) const MODEL: Model = Model {
@@ -84,7 +83,7 @@ impl ModelConfig for VhostUserBlkConfig {
             asked: CONFIG,
             adapt,
         };
-        VirtioMmio::create(Box::new(Front::create(kind, peer, &wiring)?), wiring)
+        Ok(Device::Virtio(Box::new(Front::create(kind, peer, &wiring)?)))
     }
 }
 

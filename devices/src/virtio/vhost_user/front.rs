@@ -21,7 +21,11 @@ use crate::catalog::{BuildError, Wiring};
 use crate::device::{Interest, Source};
 use crate::host::{Host, HostError};
 use crate::virtio::remote::{Calls, Remote};
-use crate::virtio::{DmaMemory, Rings, VirtioDevice, VirtioError, Work, feature};
+use crate::virtio::{
+    DeviceType, DmaMemory, RemoteQueues, Rings, VirtioDevice, VirtioError, Work, feature,
+};
+
+mod lifecycle;
 
 /// Time for which a hart waits for a peer that stops its queues; after that the driver waits.
 const HART_WAIT: Duration = Duration::from_secs(1);
@@ -195,24 +199,26 @@ impl Front {
 
     /// Has the peer stop queues, and waits at most [`HART_WAIT`] for that.
     fn stop(&mut self, queues: &[Remote]) {
-        if queues.is_empty() {
-            return;
+        if !queues.is_empty() && !self.stop_within(queues, HART_WAIT) {
+            self.stopping = Some(deadline(STOP_TIMEOUT));
+            self.wake(STOP_TIMEOUT);
         }
+    }
+
+    /// Has the peer stop queues, and waits for that and for its other replies, for `limit` at most. False if it is still working.
+    fn stop_within(&mut self, queues: &[Remote], limit: Duration) -> bool {
         let mut is_late = false;
         self.with_peer(|session| {
             for queue in queues {
                 session.stop_queue(queue.rings.queue)?;
             }
-            match session.complete(deadline(HART_WAIT)) {
+            match session.complete(deadline(limit)) {
                 Err(PeerError::Timeout) => is_late = true,
                 other => other?,
             }
             Ok(())
         });
-        if is_late && self.is_ready {
-            self.stopping = Some(deadline(STOP_TIMEOUT));
-            self.wake(STOP_TIMEOUT);
-        }
+        !(is_late && self.is_ready)
     }
 
     /// Checks if the peer has stopped its queues; disconnects it at the deadline.
@@ -286,28 +292,12 @@ impl Front {
 }
 
 impl VirtioDevice for Front {
-    fn name(&self) -> &'static str {
-        self.kind.model
-    }
-
-    fn id(&self) -> u32 {
-        self.kind.id
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &self.kind.sizes
-    }
-
-    fn features(&self) -> u64 {
-        self.features
-    }
-
-    fn transport_features(&self) -> u64 {
-        self.transport
-    }
-
-    fn is_remote(&self, queue: u16, _features: u64) -> bool {
-        queue < self.kind.remote
+    fn device_type(&self) -> DeviceType {
+        DeviceType {
+            transport_features: self.transport,
+            remote: RemoteQueues::First(self.kind.remote),
+            ..DeviceType::new(self.kind.model, self.kind.id, &self.kind.sizes, self.features)
+        }
     }
 
     fn config(&self) -> &[u8] {
@@ -335,23 +325,6 @@ impl VirtioDevice for Front {
     fn kicked(&mut self, _queue: u16, _work: &mut Work<'_>) -> Result<(), VirtioError> {
         // A queue that the device does not use.
         Ok(())
-    }
-
-    fn reset_queue(&mut self, queue: u16) {
-        let (stopped, kept) =
-            mem::take(&mut self.queues).into_iter().partition(|q| q.rings.queue == queue);
-        self.queues = kept;
-        self.stop(&stopped);
-    }
-
-    fn reset(&mut self) {
-        let queues = mem::take(&mut self.queues);
-        self.running = None;
-        self.stop(&queues);
-    }
-
-    fn is_quiescent(&self) -> bool {
-        self.stopping.is_none()
     }
 
     fn list_sources(&self, list: &mut Vec<Source>) {

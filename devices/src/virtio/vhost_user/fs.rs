@@ -10,11 +10,10 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
+use crate::catalog::{BuildError, Built, Device, Key, Model, Placement, Wiring};
 use crate::config::text::{Textual, text};
 use crate::config::{FilePath, ModelConfig, Slot};
 use crate::options::OptionError;
-use crate::virtio::VirtioMmio;
 
 /// The catalog's entry.
 pub(crate) const MODEL: Model = Model {
@@ -167,7 +166,7 @@ impl ModelConfig for FsConfig {
             asked: 0,
             adapt: |_, _| {},
         };
-        VirtioMmio::create(Box::new(Front::create(kind, peer, &wiring)?), wiring)
+        Ok(Device::Virtio(Box::new(Front::create(kind, peer, &wiring)?)))
     }
 }
 

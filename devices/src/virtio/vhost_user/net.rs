@@ -9,11 +9,10 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
+use crate::catalog::{BuildError, Built, Device, Key, Model, Placement, Wiring};
 use crate::config::text::{Textual, text};
 use crate::config::{FilePath, ModelConfig, Slot};
 use crate::host::HostError;
-use crate::virtio::VirtioMmio;
 use crate::virtio::net::{MacAddress, mac_of};
 
 const MAC: Key =
@@ -164,7 +163,7 @@ fn create(
         asked: 0,
         adapt: |_, _| {},
     };
-    VirtioMmio::create(Box::new(Front::create(kind, peer, &wiring)?), wiring)
+    Ok(Device::Virtio(Box::new(Front::create(kind, peer, &wiring)?)))
 }
 
 /// The MAC address given, else one derived from `identity`.

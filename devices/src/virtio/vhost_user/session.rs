@@ -242,7 +242,7 @@ impl Session {
 
     /// Has the peer start a queue, at index `base` of its available ring.
     pub(super) fn start_queue(&mut self, queue: &Remote, base: u16) -> Result<(), PeerError> {
-        let Rings { queue: index, size, descriptors, driver, device } = queue.rings;
+        let Rings { queue: index, size, descriptors, driver, device, next: _ } = queue.rings;
         let index = u32::from(index);
         let state = |request, value: u16| Message::new(request).u32(index).u32(value.into());
         self.link.send(state(request::SET_VRING_NUM, size))?;

@@ -7,9 +7,8 @@ use super::peer::Peer;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
+use crate::catalog::{BuildError, Built, Device, Key, Model, Placement, Wiring};
 use crate::config::{FilePath, ModelConfig, Slot};
-use crate::virtio::VirtioMmio;
 
 /// The catalog's entry.
 pub(crate) const MODEL: Model = Model {
@@ -62,6 +61,6 @@ impl ModelConfig for VhostUserVsockConfig {
             asked: CONFIG,
             adapt: |_, _| {},
         };
-        VirtioMmio::create(Box::new(Front::create(kind, peer, &wiring)?), wiring)
+        Ok(Device::Virtio(Box::new(Front::create(kind, peer, &wiring)?)))
     }
 }

@@ -14,8 +14,8 @@
 //! the host is connected to the program that listens on `<path>_<port>`. With `backend=kernel` the host uses AF_VSOCK, and the
 //! device is that of `vhost_kernel/vsock.rs`.
 //!
-//! Left out: SEQPACKET, whose messages have no counterpart in a stream socket, and events: the event queue only reports
-//! migration to another host.
+//! The event queue only reports that all streams have ended, after a restore. Left out: SEQPACKET, whose messages have no counterpart
+//! in a stream socket.
 
 use std::time::{Duration, Instant};
 
@@ -25,11 +25,12 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use self::packet::{HOST_CID, Header};
 use self::streams::{Streams, VsockPlan};
-use super::{Chain, VirtioDevice, VirtioError, VirtioMmio, Work};
-use crate::catalog::{BuildError, Built, Key, Model, Placement, Wiring};
+use super::{Chain, DeviceType, VirtioDevice, VirtioError, VirtioLifecycle, Work};
+use crate::catalog::{BuildError, Built, Device, Key, Model, Placement, Wiring};
 use crate::config::number::number;
 use crate::config::{FilePath, ModelConfig, Slot};
 use crate::device::Source;
+use crate::lifecycle::{PauseError, RestoreError, SaveError, SavedState};
 use crate::options::OptionError;
 
 mod client;
@@ -68,6 +69,10 @@ pub(crate) const MODEL: Model = Model {
 
 const RX: u16 = 0;
 const TX: u16 = 1;
+const EVENT: u16 = 2;
+
+/// The event `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`.
+const TRANSPORT_RESET: [u8; 4] = [0; 4];
 
 /// `VIRTIO_VSOCK_F_STREAM`
 const F_STREAM: u64 = 1;
@@ -87,6 +92,8 @@ struct Vsock {
     payload: Box<[u8]>,
     guest_cid: u64,
     config: [u8; 8],
+    /// The driver has to be told that all streams have ended.
+    must_report_reset: bool,
 }
 
 number! {
@@ -153,6 +160,14 @@ impl VsockConfig {
     }
 }
 
+/// The state of a socket device, without its streams.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct VsockState {
+    /// The port of the next stream that the host requests, so that no stream of the saved device is taken for a new one.
+    next_port: u32,
+}
+
 impl ModelConfig for VsockConfig {
     fn slot(&self) -> Option<Slot> {
         self.slot
@@ -186,8 +201,9 @@ impl ModelConfig for VsockConfig {
             payload: vec![0; MAX_PAYLOAD].into(),
             guest_cid,
             config: guest_cid.to_le_bytes(),
+            must_report_reset: false,
         };
-        VirtioMmio::create(Box::new(vsock), wiring)
+        Ok(Device::Virtio(Box::new(vsock)))
     }
 }
 
@@ -201,6 +217,21 @@ impl Vsock {
             }
         }
         self.streams.set_timer(now);
+        Ok(())
+    }
+
+    /// Sends the event that all streams have ended (section 5.10.6.7), once the driver has a buffer for it.
+    fn report_reset(&mut self, work: &mut Work<'_>) -> Result<(), VirtioError> {
+        while self.must_report_reset {
+            let Some(chain) = work.pop(EVENT)? else { break };
+            if (chain.writable_bytes() as usize) < TRANSPORT_RESET.len() {
+                work.refuse(chain);
+                continue;
+            }
+            let written = chain.write_at(work.memory(), 0, &TRANSPORT_RESET);
+            work.complete(chain, u32::try_from(written).unwrap_or(0));
+            self.must_report_reset = false;
+        }
         Ok(())
     }
 
@@ -271,20 +302,8 @@ impl Vsock {
 }
 
 impl VirtioDevice for Vsock {
-    fn name(&self) -> &'static str {
-        MODEL.name
-    }
-
-    fn id(&self) -> u32 {
-        19
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &[256, 256, 64]
-    }
-
-    fn features(&self) -> u64 {
-        F_STREAM
+    fn device_type(&self) -> DeviceType {
+        DeviceType::new(MODEL.name, 19, &[256, 256, 64], F_STREAM)
     }
 
     fn config(&self) -> &[u8] {
@@ -298,13 +317,8 @@ impl VirtioDevice for Vsock {
     }
 
     fn kicked(&mut self, _queue: u16, work: &mut Work<'_>) -> Result<(), VirtioError> {
+        self.report_reset(work)?;
         self.serve(work, Instant::now())
-    }
-
-    fn reset_queue(&mut self, _queue: u16) {}
-
-    fn reset(&mut self) {
-        self.streams.reset();
     }
 
     fn list_sources(&self, list: &mut Vec<Source>) {
@@ -315,5 +329,43 @@ impl VirtioDevice for Vsock {
         let now = Instant::now();
         self.streams.ready(token, now);
         self.serve(work, now)
+    }
+}
+
+impl VirtioLifecycle for Vsock {
+    fn pause(&mut self, _work: &mut Work<'_>) -> Result<(), PauseError> {
+        Ok(())
+    }
+
+    fn resume(&mut self) {}
+
+    fn reset(&mut self) {
+        self.streams.reset();
+        self.must_report_reset = false;
+    }
+
+    fn reset_queue(&mut self, _queue: u16) {}
+
+    fn is_quiescent(&self) -> bool {
+        true
+    }
+
+    fn save(&self) -> Result<SavedState, SaveError> {
+        // The streams' sockets stay with this process: the guest of the restored device is told that its streams have ended.
+        let Self { streams, payload: _, guest_cid: _, config: _, must_report_reset: _ } = self;
+        SavedState::of(&VsockState { next_port: streams.next_port() })
+    }
+
+    fn restore(
+        &mut self,
+        state: SavedState,
+        features: Option<u64>,
+        _work: &mut Work<'_>,
+    ) -> Result<(), RestoreError> {
+        let VsockState { next_port } = state.read()?;
+        self.streams.set_next_port(next_port);
+        self.streams.is_active = features.is_some();
+        self.must_report_reset = features.is_some();
+        Ok(())
     }
 }

@@ -121,6 +121,16 @@ impl Streams {
         self.armed = is_set.then(Instant::now);
     }
 
+    /// The port of the next stream that the host requests.
+    pub(super) fn next_port(&self) -> u32 {
+        self.next_port
+    }
+
+    /// Sets it, to one of the ports for such streams.
+    pub(super) fn set_next_port(&mut self, port: u32) {
+        self.next_port = FIRST_PORT | port & (FIRST_PORT - 1);
+    }
+
     /// The descriptors to watch. Clients are not accepted until the guest has a driver and there is room.
     pub(super) fn list_sources(&self, list: &mut Vec<Source>) {
         let read = |fd, token| Source { fd, token, interest: Interest::Read };

@@ -76,6 +76,11 @@ impl Backends {
         self.sockets.lock().unwrap().refusal = None;
     }
 
+    /// Lets another device open the backends from the first on.
+    pub(crate) fn reopen(&self) {
+        *self.consoles.lock().unwrap() = 0;
+    }
+
     /// Blocks all backends.
     pub(crate) fn hold(&self) {
         self.disk.hold();

@@ -5,9 +5,9 @@ use std::os::unix::ffi::OsStringExt;
 use std::sync::Arc;
 
 use rvmm_devices::testing::{
-    ManualClock, MemoryConsole, MemoryHost, TestIrq, create, dispatch_event, turn, wiring,
+    ManualClock, MemoryConsole, MemoryHost, TestIrq, build, create, dispatch_event, turn, wiring,
 };
-use rvmm_devices::{CATALOG, DeviceConfig, IrqLine, MmioDevice, Plic, Wiring};
+use rvmm_devices::{CATALOG, DeviceConfig, IrqLine, Lifecycle, MmioDevice, Plic, Wiring};
 
 use super::script::Script;
 
@@ -174,7 +174,7 @@ pub fn options(bytes: &[u8]) {
         return;
     }
     let wiring = Wiring { host: Arc::new(MemoryHost::default()), ..wiring() };
-    match config.build(wiring) {
+    match build(&config, wiring) {
         Ok(device) => assert_eq!(device.name(), config.model().name),
         Err(error) => assert!(!error.to_string().is_empty()),
     }

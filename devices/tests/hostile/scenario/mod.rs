@@ -44,16 +44,28 @@ pub const TARGETS: [(&str, Target); 12] = [
 
 /// Runs a hostile driver of a virtio device; afterwards the device works after a reset.
 pub fn virtio(kind: Kind, bytes: &[u8]) {
+    drive(kind, bytes, usize::MAX);
+}
+
+/// The same, with the device saved and restored after every `every` actions.
+pub fn restored(kind: Kind, bytes: &[u8], every: usize) {
+    drive(kind, bytes, every);
+}
+
+fn drive(kind: Kind, bytes: &[u8], every: usize) {
     let mut script = Script::new(bytes);
     let mut stage = Stage::new(kind, script.pick(kind.options()));
     if !script.once_in(4) {
         start(&mut stage, &mut script);
     }
-    for _ in 0..ACTIONS {
+    for action in 0..ACTIONS {
         if script.is_over() {
             break;
         }
         act(&mut stage, &mut script);
+        if action % every == every - 1 {
+            stage.save_and_restore();
+        }
     }
     stage.run();
     works(&mut stage);

@@ -59,6 +59,7 @@ pub(crate) struct Queue {
 /// A device and its guest.
 pub(crate) struct Stage {
     pub(crate) kind: Kind,
+    options: &'static str,
     pub(crate) device: Box<dyn MmioDevice>,
     pub(crate) ends: Backends,
     pub(crate) ram: Ram,
@@ -75,20 +76,13 @@ pub(crate) struct Stage {
 
 impl Stage {
     /// Creates a device as after power-on.
-    pub(crate) fn new(kind: Kind, options: &str) -> Self {
+    pub(crate) fn new(kind: Kind, options: &'static str) -> Self {
         let (ram, ends, irq) = (Ram::new(), Backends::new(), TestIrq::default());
         let released = Arc::new(Mutex::new(0));
-        let memory = Watched { memory: ram.memory.clone(), released: Arc::clone(&released) };
-        let wiring = Wiring {
-            irq: Arc::new(irq.clone()),
-            memory: Arc::new(memory),
-            host: Arc::new(ends.clone()),
-            power_button: Some(ends.button.try_clone().unwrap()),
-            ..wiring()
-        };
-        let device = create(options, wiring).unwrap();
+        let device = Self::device(options, &ram, &ends, &irq, &released);
         let mut stage = Self {
             kind,
+            options,
             device,
             ends,
             ram,
@@ -103,6 +97,55 @@ impl Stage {
         };
         stage.look();
         stage
+    }
+
+    fn device(
+        options: &str,
+        ram: &Ram,
+        ends: &Backends,
+        irq: &TestIrq,
+        released: &Arc<Mutex<u64>>,
+    ) -> Box<dyn MmioDevice> {
+        let memory = Watched { memory: ram.memory.clone(), released: Arc::clone(released) };
+        let wiring = Wiring {
+            irq: Arc::new(irq.clone()),
+            memory: Arc::new(memory),
+            host: Arc::new(ends.clone()),
+            power_button: Some(ends.button.try_clone().unwrap()),
+            ..wiring()
+        };
+        create(options, wiring).unwrap()
+    }
+
+    /// Replaces the device by one that is restored from its saved state, and checks that the driver sees no difference.
+    pub(crate) fn save_and_restore(&mut self) {
+        // A disk that does not answer cannot be paused, and a network that fails cannot be opened.
+        self.ends.disk.release();
+        self.ends.net.fail(None);
+        self.before();
+        self.device.pause().unwrap();
+        self.after();
+        let text = serde_json::to_string(&self.device.save().unwrap()).unwrap();
+        let seen = self.visible();
+        self.ends.reopen();
+        let irq = TestIrq::default();
+        let new = Self::device(self.options, &self.ram, &self.ends, &irq, &self.released);
+        (self.device, self.irq) = (new, irq);
+        self.device.restore(serde_json::from_str(&text).unwrap()).unwrap();
+        assert_eq!(self.ram.changes(), [], "a restore has written to RAM");
+        assert_eq!(self.visible(), seen, "{text}");
+        let again = serde_json::to_string(&self.device.save().unwrap()).unwrap();
+        assert_eq!(again, text, "a restored device has another state");
+        self.device.resume();
+        self.run();
+    }
+
+    /// Everything that a driver can read, but for configuration spaces that show the backend, which may have changed.
+    fn visible(&mut self) -> Vec<u32> {
+        let registers = (0..0x100).step_by(4).map(|register| self.read(register));
+        let mut seen: Vec<u32> = registers.collect();
+        seen.push(self.irq.is_high().into());
+        seen
     }
 
     /// Reads the features and the queues of the device.

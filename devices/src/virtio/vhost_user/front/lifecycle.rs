@@ -1,0 +1,56 @@
+//! Pause and reset of a device that another program serves. Its state is in that program.
+
+use std::mem;
+
+use super::{Front, STOP_TIMEOUT};
+use crate::lifecycle::{PauseError, RestoreError, SaveError, SavedState};
+use crate::virtio::{VirtioLifecycle, Work};
+
+impl VirtioLifecycle for Front {
+    fn pause(&mut self, _work: &mut Work<'_>) -> Result<(), PauseError> {
+        let queues = mem::take(&mut self.queues);
+        // Also waits for queues of before a reset, even if there are none now.
+        let has_stopped = self.stop_within(&queues, STOP_TIMEOUT);
+        self.queues = queues;
+        if has_stopped {
+            self.stopping = None;
+            return Ok(());
+        }
+        self.start_all(false);
+        Err(PauseError("its program does not stop the queues"))
+    }
+
+    fn resume(&mut self) {
+        self.start_all(false);
+    }
+
+    fn reset(&mut self) {
+        let queues = mem::take(&mut self.queues);
+        self.running = None;
+        self.stop(&queues);
+    }
+
+    fn reset_queue(&mut self, queue: u16) {
+        let (stopped, kept) =
+            mem::take(&mut self.queues).into_iter().partition(|q| q.rings.queue == queue);
+        self.queues = kept;
+        self.stop(&stopped);
+    }
+
+    fn is_quiescent(&self) -> bool {
+        self.stopping.is_none()
+    }
+
+    fn save(&self) -> Result<SavedState, SaveError> {
+        Err(SaveError("its state is in the program that serves it".into()))
+    }
+
+    fn restore(
+        &mut self,
+        _state: SavedState,
+        _features: Option<u64>,
+        _work: &mut Work<'_>,
+    ) -> Result<(), RestoreError> {
+        Err(RestoreError("its state is in the program that serves it".into()))
+    }
+}
