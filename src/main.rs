@@ -4,8 +4,8 @@ use std::env;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    if rvmm::init::is_guest_init() {
-        rvmm::init::main();
+    if rvmm_init::is_guest_init() {
+        rvmm_init::main(|signals| Ok(Box::new(rvmm::signals::watch(signals)?)));
     }
     ExitCode::from(rvmm::cli::main(env::args_os()))
 }

@@ -84,6 +84,12 @@ impl Signals {
     }
 }
 
+impl rvmm_init::Signals for Signals {
+    fn take(&self) -> Vec<c_int> {
+        Self::take(*self).collect()
+    }
+}
+
 impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.wake

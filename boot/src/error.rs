@@ -159,6 +159,8 @@ pub enum Role {
     DeviceTree,
     /// `--load`, or a file inside the built-in initramfs.
     Data,
+    /// The init of the built-in initramfs.
+    Init,
 }
 
 impl fmt::Display for Role {
@@ -168,6 +170,7 @@ impl fmt::Display for Role {
             Self::Initrd => "an initrd",
             Self::DeviceTree => "a device tree",
             Self::Data => "data",
+            Self::Init => "the guest's init",
         })
     }
 }

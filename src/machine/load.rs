@@ -15,7 +15,6 @@ use super::fdt::region;
 use crate::config::{BootConfig, InitrdConfig, VmConfig};
 use crate::error::Error;
 use crate::host::write_file;
-use crate::init;
 use crate::memory::GuestRam;
 
 /// The files of a machine, open and checked.
@@ -211,7 +210,7 @@ fn initrd(boot: &BootConfig, dtb: Option<&UserTree>) -> Result<Option<Initrd>, E
         InitrdConfig::None => Ok(None),
         InitrdConfig::File(path) => Ok(Some(Initrd::open(path)?)),
         InitrdConfig::Builtin(exe) => {
-            Ok(Some(init::initramfs(exe, init::host_busybox().as_deref())?))
+            Ok(Some(rvmm_init::initramfs(exe, rvmm_init::host_busybox().as_deref())?))
         }
     }
 }

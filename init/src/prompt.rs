@@ -8,17 +8,16 @@ use rustix::termios::{OptionalActions, SpecialCodeIndex, tcgetattr, tcsetattr};
 
 use super::commands::Shell;
 use super::session::PROMPT;
-use super::words;
-use crate::signals;
+use super::{Watch, words};
 
 /// Size of the line buffer: more than the terminal returns at once (N_TTY_BUF_SIZE).
 const MAX_LINE: usize = 4096;
 
 /// Reads and executes lines until the end of the input.
-pub(super) fn run() {
+pub(super) fn run(watch: Watch) {
     without_suspend(io::stdin());
     // Ctrl-C is for the program that runs: programs start with the default action of the signal and end; the prompt does not.
-    let Ok(interrupts) = signals::watch(&[libc::SIGINT, libc::SIGQUIT, libc::SIGTSTP]) else {
+    let Ok(interrupts) = watch(&[libc::SIGINT, libc::SIGQUIT, libc::SIGTSTP]) else {
         eprintln!("rvmm: cannot take over signals");
         return;
     };

@@ -13,10 +13,12 @@
 //! | `session.rs` | the session on the console |
 //! | `prompt.rs`, `commands.rs` | the small prompt and its commands |
 //! | `words.rs`, `tables.rs` | parsers for lines and the kernel's tables: pure |
+#![forbid(unsafe_code)]
 
 use std::ffi::{OsStr, c_int};
 use std::fmt;
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::panic;
 use std::process::{self, Command};
@@ -28,7 +30,6 @@ use rustix::mount::{MountFlags, mount};
 use rustix::process::{Pid, WaitOptions, wait};
 use rustix::system::sethostname;
 
-use crate::signals::{self, Signals};
 use power::Ending;
 
 mod archive;
@@ -54,6 +55,15 @@ const SHORT: Duration = Duration::from_secs(1);
 /// Number of short sessions in a row after which busybox is not started again.
 const MAX_SHORT: u32 = 3;
 
+/// Signals of this process that it has taken over, as a descriptor that is readable while one is pending.
+pub trait Signals: AsFd {
+    /// Takes the signals received since the last call, each once.
+    fn take(&self) -> Vec<c_int>;
+}
+
+/// Takes over the signals of these numbers for the whole process. Programs started from it have their default actions.
+pub type Watch = fn(&[c_int]) -> io::Result<Box<dyn Signals>>;
+
 /// True if this process is a guest's init, or the session that init has started: then [`main`] has to be called instead of
 /// everything else. A process 1 of another name (in a container, for example) is neither.
 #[must_use]
@@ -63,20 +73,20 @@ pub fn is_guest_init() -> bool {
 }
 
 /// Runs process 1 of a guest, or its session; see [`is_guest_init`]. Process 1 ends with the machine.
-pub fn main() -> ! {
+pub fn main(watch: Watch) -> ! {
     if process::id() == 1 {
-        process_one()
+        process_one(watch)
     }
-    session::main()
+    session::main(watch)
 }
 
-fn process_one() -> ! {
+fn process_one(watch: Watch) -> ! {
     panic::set_hook(Box::new(|panic| {
         print_line(format_args!("rvmm: init failed and powers off: {panic}"));
         power::now(Ending::PowerOff);
     }));
     mount_all();
-    let signals = signals::watch(&[
+    let signals = watch(&[
         libc::SIGCHLD,
         libc::SIGINT,
         libc::SIGTERM,
@@ -120,7 +130,7 @@ fn mount_all() {
 
 /// The state of process 1.
 struct Init {
-    signals: Signals,
+    signals: Box<dyn Signals>,
     session: Option<(Pid, Instant)>,
     /// Short sessions in a row.
     short: u32,
@@ -133,7 +143,7 @@ impl Init {
                 self.start_session();
             }
             if let Some(ending) = self.wait(None) {
-                power::end(ending, &mut self.signals)
+                power::end(ending, self.signals.as_ref())
             }
             self.reap();
         }
@@ -145,7 +155,7 @@ impl Init {
         let mut fds = [PollFd::new(&self.signals, PollFlags::IN)];
         // An error means that a signal has just arrived.
         let _ = poll(&mut fds, limit.as_ref());
-        self.signals.take().find_map(requested_ending)
+        self.signals.take().into_iter().find_map(requested_ending)
     }
 
     fn start_session(&mut self) {
@@ -178,7 +188,7 @@ impl Init {
     /// Waits before the next session, so that one that fails at once is not restarted in a busy loop.
     fn pause(&mut self) {
         if let Some(ending) = self.wait(Some(SHORT)) {
-            power::end(ending, &mut self.signals)
+            power::end(ending, self.signals.as_ref())
         }
     }
 }

@@ -12,8 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::power::{self, Ending};
 use super::session::BUSYBOX;
-use super::{SEARCH, program, tables};
-use crate::signals::Signals;
+use super::{SEARCH, Signals, program, tables};
 
 /// The result of a command: done, or a line with the error.
 type Outcome = Result<(), String>;
@@ -46,17 +45,17 @@ const COMMANDS: &[Command] = &[
 
 /// The state of the prompt's commands.
 pub(super) struct Shell {
-    interrupts: Signals,
+    interrupts: Box<dyn Signals>,
 }
 
 impl Shell {
-    pub(super) fn new(interrupts: Signals) -> Self {
+    pub(super) fn new(interrupts: Box<dyn Signals>) -> Self {
         Self { interrupts }
     }
 
     /// Runs a line that was split into words.
     pub(super) fn run(&mut self, words: &[String]) -> Outcome {
-        self.interrupts.take().for_each(drop);
+        self.interrupts.take();
         let Some((name, arguments)) = words.split_first() else { return Ok(()) };
         match COMMANDS.iter().find(|(command, ..)| command == name) {
             Some((.., run)) => run(self, arguments),
@@ -66,7 +65,7 @@ impl Shell {
     }
 
     fn was_interrupted(&mut self) -> bool {
-        let interrupted = self.interrupts.take().count() > 0;
+        let interrupted = !self.interrupts.take().is_empty();
         if interrupted {
             // The terminal has shown ^C; the prompt is printed on the next line.
             println!();

@@ -10,8 +10,7 @@ use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process_group, wait};
 use rustix::system::{RebootCommand, reboot};
 
-use super::{print_line, tables};
-use crate::signals::Signals;
+use super::{Signals, print_line, tables};
 
 /// Time that programs have after SIGTERM before they are killed.
 const GRACE: Duration = Duration::from_millis(500);
@@ -26,7 +25,7 @@ pub(super) enum Ending {
 }
 
 /// Ends all programs, writes all data to the disks, and ends the machine.
-pub(super) fn end(ending: Ending, signals: &mut Signals) -> ! {
+pub(super) fn end(ending: Ending, signals: &dyn Signals) -> ! {
     // A shell ends on SIGHUP only, and a stopped program on no signal before SIGCONT.
     for signal in [Signal::TERM, Signal::HUP, Signal::CONT] {
         signal_all(signal);
@@ -39,8 +38,8 @@ pub(super) fn end(ending: Ending, signals: &mut Signals) -> ! {
             break;
         }
         let limit = Timespec::try_from(left).ok();
-        let _ = poll(&mut [PollFd::new(signals, PollFlags::IN)], limit.as_ref());
-        signals.take().for_each(drop);
+        let _ = poll(&mut [PollFd::new(&signals, PollFlags::IN)], limit.as_ref());
+        signals.take();
     }
     sync();
     unmount_disks();

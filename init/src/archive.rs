@@ -7,9 +7,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use rvmm_boot::cpio::Node;
-use rvmm_boot::{Cpio, Initrd, Source};
-
-use crate::error::Error;
+use rvmm_boot::error::Role;
+use rvmm_boot::{BootError, Cpio, Initrd, Source};
 
 /// Folders of the archive, each before its contents.
 const FOLDERS: &[&str] = &[
@@ -20,19 +19,14 @@ const FOLDERS: &[&str] = &[
 /// when the guest is loaded.
 ///
 /// # Errors
-/// [`Error::Config`] if `exe` cannot be a guest's init, [`Error::Boot`] if a file cannot be used.
-pub fn initramfs(exe: &Path, busybox: Option<&Path>) -> Result<Initrd, Error> {
-    let unfit = |why: &str| {
-        Error::Config(format!(
-            "Cannot use {} as the guest's init: {why} (give --initrd FILE, or --no-initrd)",
-            exe.display()
-        ))
-    };
-    let kind = Program::of(exe).map_err(|source| Error::File {
-        verb: "read",
+/// [`BootError::Unusable`] if `exe` cannot be a guest's init; else the error of the file that cannot be used.
+pub fn initramfs(exe: &Path, busybox: Option<&Path>) -> Result<Initrd, BootError> {
+    let unfit = |why: &str| BootError::Unusable {
         path: exe.into(),
-        source,
-    })?;
+        role: Role::Init,
+        reason: format!("{why} (give --initrd FILE, or --no-initrd)"),
+    };
+    let kind = Program::of(exe).map_err(|source| BootError::Read { path: exe.into(), source })?;
     match kind {
         Program::Static => {}
         Program::Dynamic => {
@@ -227,7 +221,7 @@ mod tests {
     fn an_executable_that_cannot_be_init_is_refused_with_what_to_do() {
         let (_folder, exe) = written(&program(field::EM_RISCV, DYNAMIC));
         let refusal = initramfs(&exe, None).unwrap_err();
-        assert_eq!(refusal.exit_code(), crate::error::EXIT_USAGE);
+        assert!(matches!(refusal, BootError::Unusable { role: Role::Init, .. }), "{refusal:?}");
         let text = refusal.to_string();
         assert!(text.contains("crt-static") && text.contains("--initrd"), "{text}");
         let (_folder, exe) = written(&program(62, STATIC));

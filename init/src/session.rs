@@ -10,7 +10,7 @@ use std::process;
 use rustix::process::{ioctl_tiocsctty, setsid};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
-use super::{program, prompt};
+use super::{Watch, program, prompt};
 
 /// Path of the host's busybox in the initramfs, if the host has one.
 pub(super) const BUSYBOX: &str = "/bin/busybox";
@@ -19,7 +19,7 @@ pub(super) const BUSYBOX: &str = "/bin/busybox";
 pub(super) const PROMPT: &str = "rvmm# ";
 
 /// Runs the session's process; its first argument is `prompt` if the shell has failed.
-pub(super) fn main() -> ! {
+pub(super) fn main(watch: Watch) -> ! {
     if let Err(error) = take_console() {
         eprintln!("rvmm: no controlling terminal, Ctrl-C does nothing: {error}");
     }
@@ -28,7 +28,7 @@ pub(super) fn main() -> ! {
         let error = become_busybox();
         eprintln!("rvmm: cannot start busybox: {error}");
     }
-    prompt::run();
+    prompt::run(watch);
     process::exit(0)
 }
 
