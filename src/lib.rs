@@ -4,8 +4,8 @@
 //! KVM nor `unsafe`: [`rvmm_boot`] turns files into bytes at guest-physical addresses, [`rvmm_devices`] has the device
 //! models and the bus, [`rvmm_init`] is process 1 of a guest that boots without an initrd. In boot order:
 //!
-//! 1. **Parse.** [`cli`] parses the command line. `run` is one of its verbs; others are `doctor`, a report on the host, and the
-//!    exercises of [`labs`]. As process 1 of a guest, the same executable is that guest's init instead.
+//! 1. **Parse.** [`cli`] parses the command line. `run` is one of its verbs; others are `doctor`, a report on the host, and, with
+//!    the feature `labs`, the exercises of `labs`. As process 1 of a guest, the same executable is that guest's init instead.
 //! 2. **Configure.** The flags, a JSON file or an embedding program fill in a [`config::VmConfig`], which is plain data.
 //!    [`config::VmConfig::validate`] checks everything that needs neither files nor the host. Failures are [`error::Error`]s.
 //! 3. **Build.** [`machine::Machine::build`] opens the user's files, KVM and the console ([`terminal`]), and builds a board: the
@@ -46,6 +46,7 @@ pub mod inspect;
 pub mod io_loop;
 #[cfg_attr(not(target_arch = "riscv64"), path = "kvm/absent.rs")]
 pub mod kvm;
+#[cfg(feature = "labs")]
 pub mod labs;
 pub mod layout;
 pub mod machine;

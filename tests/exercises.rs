@@ -1,6 +1,7 @@
 //! The exercises of the labs' pages: each command of the English page accepts the solution of `guests/labs/solutions`, and
 //! neither the lab's own guest, nor one that does nothing, nor the solution of the page's other exercise.
 
+#![cfg(feature = "labs")]
 #![allow(
     clippy::expect_used,
     clippy::indexing_slicing,

@@ -10,9 +10,11 @@ use rvmm_devices::number;
 
 use super::choice;
 use super::device::{self, ConsoleEnd, DeviceFlag};
+#[cfg(feature = "labs")]
+use super::lab::LabVerb;
 use super::texts::{ABOUT, EXAMPLES, LONG_ABOUT, SHORT_END};
 use super::value::{self, List};
-use super::verb::{LabArgs, MachineArgs, TraceVerb};
+use super::verb::{MachineArgs, TraceVerb};
 use crate::config::{
     CpuId, CsrValue, DeviceConfig, Endpoint, ExtensionChange, GdbConfig, IrqchipChoice, LoadConfig,
     SbiV01, StartMode, TimerChoice, TraceConfig, Unassigned,
@@ -51,19 +53,9 @@ pub(super) enum Verb {
         #[arg(long)]
         json: bool,
     },
-    /// Run an exercise of a course on virtualization, and see what the hardware, KVM and rvmm do
-    #[command(after_help = "Example: rvmm lab simple_hv --explain")]
-    Lab(Box<LabArgs>),
-    /// Create a flash image with one program, for the labs h_2_0 and h_4_0
-    #[command(after_help = "Example: rvmm mkpflash program.bin --output pflash.img")]
-    Mkpflash {
-        /// The program: a flat file
-        #[arg(value_name = "FILE")]
-        program: PathBuf,
-        /// The image, 32 MiB with holes
-        #[arg(long, short, value_name = "FILE")]
-        output: PathBuf,
-    },
+    #[cfg(feature = "labs")]
+    #[command(flatten)]
+    Labs(LabVerb),
     /// Process traces of exits, which rvmm --trace FILE writes
     Trace {
         #[command(subcommand)]

@@ -8,7 +8,7 @@
 //! | `usage.rs` | mistakes on the command line, one line each |
 //! | `run.rs` | the verb `run`, which is also the command without a verb |
 //! | `doctor/` | the verb `doctor` |
-//! | `lab.rs` | the verbs `lab` and `mkpflash` |
+//! | `lab/` | the verbs `lab` and `mkpflash`, with the feature `labs` |
 //! | `inspect/` | the verbs `stat`, `regs` and `walk` |
 //! | `catalog.rs` | `--list-devices` |
 //! | `manual.rs` | the manual page and the completion scripts |
@@ -16,13 +16,13 @@
 
 use std::env;
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Parser;
 use log::LevelFilter;
 
 use crate::config::ValidConfig;
-use crate::error::{EXIT_OK, EXIT_USAGE};
+use crate::error::{EXIT_OK, EXIT_USAGE, Error};
 use crate::inspect::Query;
 use crate::trace;
 
@@ -32,6 +32,7 @@ mod command;
 mod device;
 mod doctor;
 mod inspect;
+#[cfg(feature = "labs")]
 mod lab;
 mod logging;
 mod manual;
@@ -44,7 +45,7 @@ mod verb;
 
 use command::{Cli, RunArgs, Verb};
 use device::DeviceFlag;
-use verb::{LabArgs, MachineArgs, TraceVerb};
+use verb::{MachineArgs, TraceVerb};
 
 /// The task of a command line, independent of clap.
 #[derive(Debug)]
@@ -53,10 +54,9 @@ enum Task {
     Run(Box<ValidConfig>, LevelFilter),
     /// Examine the host.
     Doctor { json: bool },
-    /// Run labs. Boxed, as above.
-    Lab(Box<LabArgs>, LevelFilter),
-    /// Create the image of a flash.
-    MakeFlash { program: PathBuf, output: PathBuf },
+    /// Run labs, or create a file for one.
+    #[cfg(feature = "labs")]
+    Lab(lab::LabTask),
     /// Write the report `output` of the trace `file`.
     Report { file: PathBuf, output: PathBuf },
     /// Query a running machine once.
@@ -75,15 +75,9 @@ pub fn main(args: impl Iterator<Item = OsString>) -> u8 {
     match task(args, env::var_os("RVMM_LOG")) {
         Ok(Task::Run(config, level)) => run::run(*config, level),
         Ok(Task::Doctor { json }) => doctor::examine(json),
-        Ok(Task::Lab(args, level)) => lab::run(*args, level),
-        Ok(Task::MakeFlash { program, output }) => match lab::make_flash(&program, &output) {
-            Ok(()) => EXIT_OK,
-            Err(error) => {
-                output::print_message(&output::chain(&error));
-                error.exit_code()
-            }
-        },
-        Ok(Task::Report { file, output }) => report(&file, &output),
+        #[cfg(feature = "labs")]
+        Ok(Task::Lab(task)) => lab::perform(task),
+        Ok(Task::Report { file, output }) => exit_code(trace::report(&file, &output)),
         Ok(Task::Ask(request)) => inspect::ask(&request),
         Ok(Task::Watch(request)) => inspect::watch(&request),
         Ok(Task::Show(text)) => output::show(&text),
@@ -107,12 +101,8 @@ fn task(args: impl Iterator<Item = OsString>, env_level: Option<OsString>) -> Re
         None => run_task(cli.run, env_level),
         Some(Verb::Run(args)) => run_task(*args, env_level),
         Some(Verb::Doctor { json }) => Ok(Task::Doctor { json }),
-        Some(Verb::Lab(args)) if args.list => Ok(Task::Show(lab::list())),
-        Some(Verb::Lab(args)) => {
-            let level = run::level(args.log, env_level)?;
-            Ok(Task::Lab(args, level))
-        }
-        Some(Verb::Mkpflash { program, output }) => Ok(Task::MakeFlash { program, output }),
+        #[cfg(feature = "labs")]
+        Some(Verb::Labs(verb)) => lab::task(verb, env_level),
         Some(Verb::Trace { verb: TraceVerb::Report { file, output } }) => {
             Ok(Task::Report { file, output })
         }
@@ -130,8 +120,9 @@ fn request(query: Query, machine: MachineArgs) -> inspect::Request {
     inspect::Request { query, target: machine.machine, json: machine.json }
 }
 
-fn report(file: &Path, page: &Path) -> u8 {
-    match trace::report(file, page) {
+/// Reports the error, if there is one, and returns the exit code.
+fn exit_code(result: Result<(), Error>) -> u8 {
+    match result {
         Ok(()) => EXIT_OK,
         Err(error) => {
             output::print_message(&output::chain(&error));

@@ -1,8 +1,7 @@
 //! Output for users: requested texts on standard output, messages on standard error.
 
 use std::error::Error;
-use std::io::{self, ErrorKind, Write};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::io::{self, ErrorKind};
 
 use rustix::termios::{OutputModes, tcgetattr};
 
@@ -15,7 +14,7 @@ pub(super) fn show(text: &str) -> u8 {
 }
 
 /// Reports an error of standard output, and returns the exit code.
-fn report_result(written: io::Result<()>) -> u8 {
+pub(super) fn report_result(written: io::Result<()>) -> u8 {
     match written {
         Ok(()) => EXIT_OK,
         Err(error) if error.kind() == ErrorKind::BrokenPipe => EXIT_OK,
@@ -26,35 +25,6 @@ fn report_result(written: io::Result<()>) -> u8 {
             ));
             EXIT_HOST
         }
-    }
-}
-
-/// Standard output for a run that continues without it: the first error is kept for the end.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Stdout(Arc<Mutex<Option<io::Error>>>);
-
-impl Stdout {
-    fn error(&self) -> MutexGuard<'_, Option<io::Error>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Reports the first error, if there was one, and returns the exit code.
-    pub(super) fn end(&self) -> u8 {
-        report_result(self.error().take().map_or(Ok(()), Err))
-    }
-}
-
-impl Write for Stdout {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut error = self.error();
-        if error.is_none() {
-            *error = deliver(io::stdout(), bytes).err();
-        }
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }
 

@@ -439,6 +439,18 @@ fn help_version_catalog_manual_and_completions_are_texts() {
 }
 
 #[test]
+fn the_verbs_of_the_labs_belong_to_their_feature() {
+    for (verb, args) in [("lab", ["lab", "--list"]), ("mkpflash", ["mkpflash", "--help"])] {
+        let Ok(Task::Show(help)) = parse(&["--help"]) else { panic!("help") };
+        assert_eq!(help.contains(&format!("\n  {verb} ")), cfg!(feature = "labs"), "{help}");
+        assert_eq!(parse(&args).is_ok(), cfg!(feature = "labs"), "{args:?}");
+        if cfg!(not(feature = "labs")) {
+            assert!(!help.contains("lab") && mistake(&[verb]).contains(&format!("'{verb}'")));
+        }
+    }
+}
+
+#[test]
 fn every_flag_has_a_help_text_and_the_guide_names_it() {
     let guide = include_str!("../../docs/cli.md");
     let command = Cli::command();

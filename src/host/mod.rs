@@ -45,7 +45,9 @@ mod vhost;
 use kept::Kept;
 #[cfg(test)]
 pub(crate) use output::tests::on_a_small_file_system;
-pub(crate) use output::{deliver, write_file, write_padded};
+#[cfg(feature = "labs")]
+pub(crate) use output::write_padded;
+pub(crate) use output::{deliver, write_file};
 pub(crate) use small::read_small;
 #[cfg(test)]
 pub(crate) use tap::tests::in_a_namespace;

@@ -1,17 +1,55 @@
 //! The verbs `lab` and `mkpflash`.
 
+use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use super::verb::LabArgs;
-use super::{logging, output};
+use log::LevelFilter;
+
+use super::{Task, exit_code, logging, output, run};
 use crate::error::{EXIT_GUEST, EXIT_OK, EXIT_USAGE, Error};
 use crate::host::{write_file, write_padded};
 use crate::labs::steps::Step;
 use crate::labs::{self, LABS, Lab, LabOptions, Outcome, Variant};
 
+mod stdout;
+mod verb;
+
+use stdout::Stdout;
+use verb::LabArgs;
+pub(super) use verb::LabVerb;
+
+/// The task of a command line with one of these verbs.
+#[derive(Debug)]
+pub(super) enum LabTask {
+    /// Run labs. Boxed: the other task is small.
+    Run(Box<LabArgs>, LevelFilter),
+    /// Create the image of a flash.
+    MakeFlash { program: PathBuf, output: PathBuf },
+}
+
+/// The task of a verb; the error is the mistake as one line.
+pub(super) fn task(verb: LabVerb, env_level: Option<OsString>) -> Result<Task, String> {
+    Ok(match verb {
+        LabVerb::Lab(args) if args.list => Task::Show(list()),
+        LabVerb::Lab(args) => {
+            let level = run::level(args.log, env_level)?;
+            Task::Lab(LabTask::Run(args, level))
+        }
+        LabVerb::Mkpflash { program, output } => Task::Lab(LabTask::MakeFlash { program, output }),
+    })
+}
+
+/// Runs the task, and returns the exit code.
+pub(super) fn perform(task: LabTask) -> u8 {
+    match task {
+        LabTask::Run(args, level) => run_labs(*args, level),
+        LabTask::MakeFlash { program, output } => exit_code(make_flash(&program, &output)),
+    }
+}
+
 /// Every lab, for `--list`.
-pub(super) fn list() -> String {
+fn list() -> String {
     let mut text = String::from("Labs (rvmm lab NAME):\n");
     for lab in LABS {
         // Writing into a String cannot fail.
@@ -24,7 +62,7 @@ pub(super) fn list() -> String {
 }
 
 /// Runs the selected labs, and returns the exit code.
-pub(super) fn run(args: LabArgs, level: log::LevelFilter) -> u8 {
+fn run_labs(args: LabArgs, level: LevelFilter) -> u8 {
     logging::start(level);
     let plan = match plan(&args) {
         Ok(plan) => plan,
@@ -34,13 +72,7 @@ pub(super) fn run(args: LabArgs, level: log::LevelFilter) -> u8 {
         }
     };
     if let Some(path) = &args.save {
-        return match save(&plan, path) {
-            Ok(()) => EXIT_OK,
-            Err(error) => {
-                output::print_message(&output::chain(&error));
-                error.exit_code()
-            }
-        };
+        return exit_code(save(&plan, path));
     }
     if args.picture {
         return picture(&plan);
@@ -95,7 +127,7 @@ fn numbered(steps: &[Step]) -> String {
 
 fn run_one(lab: &Lab, variant: &Variant, options: &LabOptions, is_check: bool) -> u8 {
     let name = format!("{}{}", lab.name, suffix(lab, variant));
-    let stdout = output::Stdout::default();
+    let stdout = Stdout::default();
     let outcome = labs::run(lab, variant, options, Box::new(stdout.clone()));
     let code = match outcome {
         Ok(Outcome::Passed) if is_check => output::show(&format!("lab {name}: passed\n")),
@@ -165,7 +197,7 @@ fn save(plan: &[(&Lab, &Variant)], path: &Path) -> Result<(), Error> {
 }
 
 /// Writes a flash image with the program in `program` to `to`, as long as a whole bank.
-pub(super) fn make_flash(program: &Path, to: &Path) -> Result<(), Error> {
+fn make_flash(program: &Path, to: &Path) -> Result<(), Error> {
     let failed = |verb, path: &Path| {
         let path = PathBuf::from(path);
         move |source| Error::File { verb, path, source }
