@@ -12,6 +12,7 @@ use rvmm_devices::virtio::net::{HEADER, NetBackend, NetworkSource, Offloads, bit
 use rvmm_devices::virtio::testing::{Buffer, Rig, status};
 use rvmm_devices::virtio::vhost_kernel::testing::FakeKernel;
 use rvmm_devices::{Host, HostError, IrqLine};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 /// A host whose networks have the requested number of queues.
@@ -386,4 +387,71 @@ fn sockets_in_the_kernel_have_their_cid_and_start_and_stop_together() {
         rig.write(0x70, 0);
         assert_eq!((numbers(&kernel).len(), kernel.stops()), (0, vec![vec![0, 1]]));
     }
+}
+
+/// The driver's used ring shows that the kernel has returned this number of chains.
+fn complete(rig: &Rig, queue: u32, count: u16) {
+    let [_, _, used] = rig.rings(queue);
+    rig.memory.write_obj(count.to_le(), GuestAddress(used + 2)).unwrap();
+}
+
+fn positions(kernel: &FakeKernel) -> Vec<(u16, u16)> {
+    kernel.rings().iter().map(|rings| (rings.queue, rings.next)).collect()
+}
+
+#[test]
+fn a_paused_card_stops_its_queues_in_the_kernel_and_continues_them_where_they_were() {
+    let (mut rig, _, kernels) = card("");
+    rig.start(bit::MAC);
+    let kernel = &kernels[0];
+    assert_eq!(positions(kernel), [(0, 0), (1, 0)]);
+    complete(&rig, 0, 5);
+    rig.device.pause().unwrap();
+    assert_eq!(positions(kernel), []);
+    assert_eq!(kernel.stops(), [[0, 1]]);
+    rig.device.pause().unwrap();
+    assert!(kernel.stops().is_empty(), "it is at rest already");
+    rig.device.resume();
+    assert_eq!(positions(kernel), [(0, 5), (1, 0)]);
+    let kicked = kernel.with_queue(0, |queue| queue.kick.read().is_ok());
+    assert_eq!(kicked, Some(true), "what came meanwhile is announced");
+    rig.device.reset();
+    rig.device.pause().unwrap();
+    rig.device.resume();
+    assert_eq!(positions(kernel), [], "a reset card has no queues to continue");
+}
+
+#[test]
+fn a_restored_card_continues_its_queues_in_another_kernel() {
+    let (mut rig, _, _) = card("");
+    rig.start(bit::MAC | bit::CTRL_VQ);
+    complete(&rig, 1, 700);
+    rig.device.pause().unwrap();
+    let state = rig.device.save().unwrap();
+    let host = Networks::default();
+    let memory = Arc::new(rig.memory.clone());
+    let mut other = Rig::build(|mut wiring| {
+        (wiring.host, wiring.memory) = (Arc::new(host.clone()), memory);
+        create("net,tap=t0,vhost=on", wiring).unwrap()
+    });
+    let kernel = host.0.lock().unwrap()[0].kernel();
+    other.device.restore(state).unwrap();
+    assert_eq!(positions(&kernel), [], "not before it is resumed");
+    other.device.resume();
+    assert_eq!(positions(&kernel), [(0, 0), (1, 700)]);
+    assert_eq!(kernel.taken(), Some(feature::VERSION_1));
+    assert_eq!(other.read(0x70), status::RUNNING);
+}
+
+#[test]
+fn sockets_in_the_kernel_pause_and_cannot_be_saved() {
+    let (mut rig, kernel) = sockets();
+    rig.start(0);
+    complete(&rig, 0, 9);
+    rig.device.pause().unwrap();
+    assert_eq!(positions(&kernel), []);
+    let why = rig.device.save().unwrap_err().to_string();
+    assert_eq!(why, "its connections are in the host's kernel (use backend=unix)");
+    rig.device.resume();
+    assert_eq!(positions(&kernel), [(0, 9), (1, 0)]);
 }

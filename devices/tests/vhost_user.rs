@@ -571,3 +571,37 @@ fn interrupts_of_a_stopped_device_are_dropped() {
     assert!(!rig.irq.is_high());
     assert_eq!(rig.read(0x60), 0);
 }
+
+#[test]
+fn a_paused_device_waits_until_its_peer_has_stopped_and_continues_at_the_used_index() {
+    let place = place();
+    let heard = serve_at(&place.path, disk()).unwrap();
+    let mut rig = build(&format!("vhost-user-blk,socket={}", place.path.display()));
+    rig.start(FLUSH);
+    let (holdings, _) = holdings(&heard, 1);
+    rig.add(0, &[Buffer::Read(b"hello"), Buffer::Write(5)]);
+    shout(&holdings, 0);
+    rig.device.pause().unwrap();
+    let requests: Vec<u32> = heard.try_iter().map(|heard| heard.request).collect();
+    assert!(requests.contains(&GET_VRING_BASE), "{requests:?}");
+    rig.device.resume();
+    let (holdings, _) = self::holdings(&heard, 1);
+    assert_eq!(holdings.queues[0].base, 1);
+    let why = rig.device.save().unwrap_err().to_string();
+    assert_eq!(why, "its state is in the program that serves it");
+}
+
+#[test]
+fn a_device_whose_peer_leaves_during_a_pause_is_at_rest() {
+    let place = place();
+    let listener = UnixListener::bind(&place.path).unwrap();
+    let text = format!("vhost-user-blk,socket={}", place.path.display());
+    let (mut rig, peer) = build_by_hand(&listener, &text, &disk());
+    rig.start(FLUSH);
+    serve_start(&mut rig, &peer, &disk());
+    let leaving = thread::spawn(move || while hear(&peer).unwrap().request != GET_VRING_BASE {});
+    rig.device.pause().unwrap();
+    leaving.join().unwrap();
+    rig.device.resume();
+    assert_eq!(rig.status(), status::RUNNING, "it waits for the peer to come back");
+}
