@@ -1,11 +1,17 @@
 //! The interface between the machine and its hypervisor: KVM, or in tests a double.
 
+mod state;
+
 use std::io;
 use std::sync::Arc;
 
 use rvmm_devices::IoEvent;
 use rvmm_devices::irq::IrqLine;
 
+pub use self::state::{
+    AplicState, HartState, ImsicState, IrqchipState, MpState, Register, RegisterValue, SourceState,
+    VmState,
+};
 use crate::config::{CpuId, ExtensionChange, IrqchipChoice};
 use crate::error::VmError;
 use crate::layout::Span;
@@ -94,8 +100,58 @@ pub trait Hypervisor: Send {
     fn create_vm(&self) -> Result<Arc<dyn Vm>, VmError>;
 }
 
+/// Saving, restoring and resetting a VM, and the log of the pages that its guest writes.
+pub trait VmLifecycle {
+    /// The state of the VM but its memory: time, the registers and the run state of every hart, the in-kernel interrupt controller.
+    ///
+    /// All harts are out of the guest and settled, and nothing raises an interrupt meanwhile. Not saved are what the hypervisor does not
+    /// show: the counters of SBI PMU, the start of a hart (SBI HSM) or the resumption from SUSP that it has not made yet, and the
+    /// debugger's setting of `ebreak`. The guest's memory is saved afterwards: the steal time of a hart is written there when it runs.
+    ///
+    /// # Errors
+    /// A register cannot be read.
+    fn save(&self) -> io::Result<VmState>;
+
+    /// Restores a saved state into a VM with the same harts and the same irqchip, none of which has run since it was created.
+    ///
+    /// Memory is restored by the caller, who calls [`Vm::code_changed`] afterwards. Lines of the in-kernel controller get the levels
+    /// that were saved. A software interrupt that was pending does not end a `wfi` on KVM, though the guest sees it: each hart should
+    /// be kicked once after it runs.
+    ///
+    /// # Errors
+    /// The harts or the irqchip differ from those that were saved: the message names what differs, and nothing was written. Or a
+    /// register refuses its value; then the VM is of no use.
+    fn restore(&self, state: &VmState) -> Result<(), VmError>;
+
+    /// Returns the VM to its state after creation: no harts, no irqchip, time 0.
+    ///
+    /// Memory, ioevents, the width of addresses and the levels of lines stay. Every line that was given out works on as soon as the
+    /// irqchip, or the hart that it leads to, exists again: it then has the level that its device drove last, and the eventfds
+    /// that were attached to it. Pages written before are reported by the next [`VmLifecycle::dirty_pages`].
+    ///
+    /// All harts were dropped; so should be what [`Vm::counters`] returned, which belongs to them.
+    ///
+    /// # Errors
+    /// A hart still exists, or the host refuses a new VM. The VM is then of no use.
+    fn reset(&self) -> Result<(), VmError>;
+
+    /// Switches the log of written pages of a memory slot on or off. All harts are out of the guest. The log has the writes of the
+    /// guest and of the hypervisor, not those of this process or of the kernel's vhost.
+    ///
+    /// # Errors
+    /// There is no such slot, or the host refuses.
+    fn log_dirty(&self, slot: u32, on: bool) -> Result<(), VmError>;
+
+    /// The pages of a slot that were written since the last call, or since the log was switched on: a bit for each 4096 bytes, 64 in
+    /// a word, from the lowest address on. Harts may run.
+    ///
+    /// # Errors
+    /// There is no such slot, or its log is off.
+    fn dirty_pages(&self, slot: u32) -> io::Result<Vec<u64>>;
+}
+
 /// A virtual machine. Calls are made in boot order: memory, harts (ascending), irqchip, lines; then the harts run.
-pub trait Vm: Send + Sync {
+pub trait Vm: VmLifecycle + Send + Sync {
     /// Maximum number of harts of a VM.
     fn max_harts(&self) -> u32;
 

@@ -14,6 +14,9 @@ pub(crate) mod release;
 pub mod report;
 #[cfg(test)]
 #[allow(dead_code, reason = "only its tests are used here")]
+mod snapshot;
+#[cfg(test)]
+#[allow(dead_code, reason = "only its tests are used here")]
 mod stats;
 
 use std::sync::Arc;

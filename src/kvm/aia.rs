@@ -38,7 +38,7 @@ const FIRST_IMSIC: u64 = 1;
 
 /// The AIA device, created and initialised.
 pub(super) struct Aia {
-    device: DeviceFd,
+    pub(super) device: DeviceFd,
     pub(super) facts: AiaFacts,
 }
 
@@ -83,6 +83,11 @@ pub(super) fn make(vm: &VmFd, plan: &AiaPlan) -> Result<DeviceFd, VmError> {
 }
 
 impl Aia {
+    /// True if no IMSIC is ever in a guest file of the host.
+    pub(super) fn is_emulated(&self) -> Result<bool, VmError> {
+        Ok(mode(&self.device)? == KVM_DEV_RISCV_AIA_MODE_EMUL)
+    }
+
     /// True if the guest has enabled interrupt delivery in the APLIC or configured one of its sources.
     pub(super) fn is_set_up(&self) -> Result<bool, VmError> {
         let register = |offset| -> Result<u32, VmError> {

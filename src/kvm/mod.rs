@@ -6,20 +6,27 @@
 //! kernel's numbers; `probe` makes a [`report`] of the host's capabilities.
 
 mod aia;
+mod aia_state;
 mod clock;
 mod deadline;
 mod exit;
 mod hart;
 mod identities;
 mod irq;
+mod irqchip;
 mod isa;
 mod kick;
 mod knobs;
+mod lifecycle;
 mod probe;
 mod refusal;
 mod regs;
 pub(crate) mod release;
+mod renew;
 pub mod report;
+mod slots;
+mod snapshot;
+mod state;
 mod stats;
 #[cfg(test)]
 mod tests;
@@ -37,9 +44,9 @@ use crate::error::VmError;
 use crate::hypervisor::{Hypervisor, Vm};
 
 /// An open /dev/kvm.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Kvm {
-    fd: kvm_ioctls::Kvm,
+    fd: Arc<kvm_ioctls::Kvm>,
 }
 
 /// Opens /dev/kvm.
@@ -51,7 +58,7 @@ pub fn open() -> Result<Kvm, VmError> {
     let fd = kvm_ioctls::Kvm::new().map_err(|e| refusal::of_open(e.into()))?;
     let version = fd.get_api_version();
     match u32::try_from(version) {
-        Ok(KVM_API_VERSION) => Ok(Kvm { fd }),
+        Ok(KVM_API_VERSION) => Ok(Kvm { fd: Arc::new(fd) }),
         _ => Err(refusal::of_version(version)),
     }
 }
@@ -59,7 +66,7 @@ pub fn open() -> Result<Kvm, VmError> {
 impl Kvm {
     fn new_vm(&self) -> Result<vm::KvmVm, VmError> {
         let fd = self.fd.create_vm();
-        fd.map(vm::KvmVm::new)
+        fd.map(|fd| vm::KvmVm::new(self.clone(), fd))
             .map_err(|e| VmError::io("Cannot create a virtual machine", io::Error::from(e)))
     }
 }

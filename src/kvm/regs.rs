@@ -9,14 +9,22 @@ const RISCV: u64 = 0x8000_0000_0000_0000;
 const U32: u64 = 0x0020_0000_0000_0000;
 const U64: u64 = 0x0030_0000_0000_0000;
 
-const CONFIG: u64 = 0x01 << 24;
+pub(super) const CONFIG: u64 = 0x01 << 24;
 const CORE: u64 = 0x02 << 24;
 const CSR: u64 = 0x03 << 24;
-const TIMER: u64 = 0x04 << 24;
+pub(super) const TIMER: u64 = 0x04 << 24;
+/// The registers of the F extension.
+pub(super) const FP_F: u64 = 0x05 << 24;
 /// The registers of the D extension, of which the lower halves are those of F.
-const FP_D: u64 = 0x06 << 24;
-const ISA: u64 = 0x07 << 24;
-const SBI: u64 = 0x08 << 24;
+pub(super) const FP_D: u64 = 0x06 << 24;
+pub(super) const ISA: u64 = 0x07 << 24;
+pub(super) const SBI: u64 = 0x08 << 24;
+const VECTOR: u64 = 0x09 << 24;
+const SBI_STATE: u64 = 0x0a << 24;
+
+/// The bits of an id for its type, one of the above, and for its index within type and subtype.
+const TYPE_MASK: u64 = 0xff << 24;
+const INDEX_MASK: u64 = 0xffff;
 
 /// Subtype of the CSRs of Ssaia. Those after the third are for RV32.
 const CSR_AIA: u64 = 1 << 16;
@@ -28,8 +36,8 @@ const MULTI_ENABLED: u64 = 1 << 16;
 /// Index of the privilege mode among the core registers.
 const CORE_MODE: u64 = 32;
 
-/// Index of the guest's `time` among the timer's registers.
-const TIMER_TIME: u64 = 1;
+/// The guest's `time`, which all harts of a VM share.
+pub(super) const TIME: u64 = id(TIMER, 1);
 
 /// The deadline of the guest's timer; all ones where it is not set.
 pub(super) const TIMER_COMPARE: u64 = id(TIMER, 2);
@@ -62,8 +70,31 @@ pub(super) const SATP_MODE: u64 = id(CONFIG, 6);
 pub(super) const ZICBOP_BLOCK: u64 = id(CONFIG, 7);
 /// `sscratch` of the guest.
 pub(super) const SSCRATCH: u64 = id(CSR, 3);
+/// `sip` of the guest.
+pub(super) const SIP: u64 = id(CSR, 7);
 /// Ticks of `time` per second.
 pub(super) const TIMEBASE: u64 = id(TIMER, 0);
+/// `vlenb`, which cannot be changed.
+pub(super) const VLENB: u64 = id(VECTOR, 4);
+/// The address of the steal time's page: lower and upper half.
+pub(super) const STEAL_LOW: u64 = id(SBI_STATE, 0);
+/// See [`STEAL_LOW`].
+pub(super) const STEAL_HIGH: u64 = id(SBI_STATE, 1);
+
+/// The type in an id.
+pub(super) const fn type_of(id: u64) -> u64 {
+    id & TYPE_MASK
+}
+
+/// The index in an id.
+pub(super) const fn index_of(id: u64) -> u64 {
+    id & INDEX_MASK
+}
+
+/// Bytes of the register with this id.
+pub(super) const fn size_of_register(id: u64) -> usize {
+    1 << (id >> 52 & 0xf)
+}
 
 /// State of ISA extension `number`: 1 if it is on, else 0.
 pub(super) const fn isa_extension(number: u64) -> u64 {
@@ -93,7 +124,7 @@ pub(super) const fn guest(reg: Reg) -> Option<u64> {
         Reg::X(number @ 1..=31) => Some(id(CORE, number as u64)),
         Reg::X(_) => None,
         Reg::Mode => Some(id(CORE, CORE_MODE)),
-        Reg::Time => Some(id(TIMER, TIMER_TIME)),
+        Reg::Time => Some(TIME),
         Reg::TimeCompare => Some(TIMER_COMPARE),
         Reg::Csr(csr) => Some(id(CSR, csr_index(csr))),
         Reg::F(number @ 0..=31) => Some(id(FP_D, number as u64)),
@@ -141,11 +172,25 @@ mod tests {
             (SSAIA, isa_extension(isa_number("ssaia").unwrap())),
             (SSTC, isa_extension(isa_number("sstc").unwrap())),
             (TIMER_STATE, 0x8030_0000_0400_0003),
+            (SIP, 0x8030_0000_0300_0007),
+            (TIME, 0x8030_0000_0400_0001),
+            (VLENB, 0x8030_0000_0900_0004),
+            (STEAL_LOW, 0x8030_0000_0a00_0000),
+            (STEAL_HIGH, 0x8030_0000_0a00_0001),
             (isa_word(1), 0x8030_0000_0701_0001),
             (sbi_extension(9), 0x8030_0000_0800_0009),
         ] {
             assert_eq!(id, expected, "{id:#x}");
         }
+    }
+
+    #[test]
+    fn an_id_has_the_type_the_index_and_the_size_of_its_register() {
+        let vector = 0x8040_0000_0900_0006;
+        assert_eq!((type_of(vector), index_of(vector), size_of_register(vector)), (VECTOR, 6, 16));
+        let fcsr = guest(Reg::Fcsr).unwrap();
+        assert_eq!((type_of(fcsr), index_of(fcsr), size_of_register(fcsr)), (FP_D, 32, 4));
+        assert_eq!((type_of(SSAIA), size_of_register(SSAIA)), (ISA, 8));
     }
 
     #[test]

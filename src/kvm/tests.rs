@@ -5,6 +5,8 @@ mod asm;
 mod harts;
 mod knobs;
 mod report;
+mod reset;
+mod state;
 
 use std::sync::Arc;
 

@@ -12,12 +12,16 @@ use std::ptr::NonNull;
 use std::sync::atomic::AtomicU8;
 use std::sync::{Mutex, PoisonError};
 
-use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVMIO, kvm_guest_debug, kvm_interrupt, kvm_run};
+use kvm_bindings::{
+    KVM_GUESTDBG_ENABLE, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_STOPPED, KVMIO, kvm_guest_debug,
+    kvm_interrupt, kvm_mp_state, kvm_run,
+};
 use kvm_ioctls::VcpuFd;
-use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_WRITE, ioctl_expr};
+use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
 
 use super::exit::Body;
 use super::regs;
+use crate::hypervisor::{MpState, RegisterValue};
 
 const KVM_RUN: u64 = ioctl_expr(_IOC_NONE, KVMIO, 0x80, 0);
 /// Its argument is a `kvm_interrupt`, which is one `u32`.
@@ -34,6 +38,9 @@ const SIGNALS: libc::c_int = u64::BITS.cast_signed();
 
 /// Returns a descriptor of the counters.
 const KVM_GET_STATS_FD: u64 = ioctl_expr(_IOC_NONE, KVMIO, 0xce, 0);
+
+/// Its argument is a `kvm_reg_list`: a 64-bit count, followed by as many ids.
+const KVM_GET_REG_LIST: u64 = ioctl_expr(_IOC_READ | _IOC_WRITE, KVMIO, 0xb0, u64::BITS / 8);
 
 /// Level of the external interrupt: high. The kernel's header has -1.
 const INTERRUPT_SET: u32 = u32::MAX;
@@ -160,6 +167,70 @@ impl Vcpu {
     pub(super) fn set_reg(&self, id: u64, value: u64) -> io::Result<()> {
         self.fd.set_one_reg(id, &value.to_le_bytes()).map_err(io::Error::from)?;
         Ok(())
+    }
+
+    /// The ids of all registers. Blocks while the vCPU is inside KVM_RUN.
+    pub(super) fn reg_list(&self) -> io::Result<Vec<u64>> {
+        let mut list = vec![0; 1];
+        // The first call finds the count, the second one the ids. kvm-ioctls has too small a maximum.
+        for _ in 0..2 {
+            // SAFETY: the kernel reads the count and writes no more than that many ids behind it, which the buffer has room for.
+            match unsafe { libc::ioctl(self.raw, KVM_GET_REG_LIST, list.as_mut_ptr()) } {
+                0 => return Ok(list.split_off(1)),
+                _ => match io::Error::last_os_error() {
+                    error if error.raw_os_error() == Some(libc::E2BIG) => {
+                        let count = list.first().copied().and_then(|n| u16::try_from(n).ok());
+                        let count = count.ok_or(io::ErrorKind::InvalidData)?;
+                        // The kernel reads the count from the first word.
+                        list = vec![count.into(); usize::from(count) + 1];
+                    }
+                    error => return Err(error),
+                },
+            }
+        }
+        Err(io::ErrorKind::InvalidData.into())
+    }
+
+    /// Reads a register of any size. Blocks while the vCPU is inside KVM_RUN.
+    pub(super) fn value(&self, id: u64) -> io::Result<RegisterValue> {
+        match regs::size_of_register(id) {
+            0..=8 => self.reg(id).map(RegisterValue::Word),
+            size => {
+                let mut bytes = vec![0; size];
+                self.fd.get_one_reg(id, &mut bytes).map_err(io::Error::from)?;
+                Ok(RegisterValue::Bytes(bytes))
+            }
+        }
+    }
+
+    /// Writes a register of any size. Blocks while the vCPU is inside KVM_RUN.
+    pub(super) fn set_value(&self, id: u64, value: &RegisterValue) -> io::Result<()> {
+        match value {
+            RegisterValue::Word(word) if regs::size_of_register(id) <= 8 => self.set_reg(id, *word),
+            RegisterValue::Bytes(bytes) if bytes.len() == regs::size_of_register(id) => {
+                self.fd.set_one_reg(id, bytes).map_err(io::Error::from)?;
+                Ok(())
+            }
+            _ => Err(io::ErrorKind::InvalidInput.into()),
+        }
+    }
+
+    /// Reads the run state. Blocks while the vCPU is inside KVM_RUN.
+    pub(super) fn mp_state(&self) -> io::Result<MpState> {
+        match self.fd.get_mp_state().map_err(io::Error::from)?.mp_state {
+            KVM_MP_STATE_RUNNABLE => Ok(MpState::Runnable),
+            KVM_MP_STATE_STOPPED => Ok(MpState::Stopped),
+            other => Err(io::Error::other(format!("unknown MP state {other}"))),
+        }
+    }
+
+    /// Sets the run state. Blocks while the vCPU is inside KVM_RUN.
+    pub(super) fn set_mp_state(&self, state: MpState) -> io::Result<()> {
+        let mp_state = match state {
+            MpState::Runnable => KVM_MP_STATE_RUNNABLE,
+            MpState::Stopped => KVM_MP_STATE_STOPPED,
+        };
+        self.fd.set_mp_state(kvm_mp_state { mp_state }).map_err(io::Error::from)
     }
 
     /// Makes every `ebreak` of the guest exit to user space, or trap in the guest again. Blocks while the vCPU is inside KVM_RUN.

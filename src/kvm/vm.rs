@@ -1,26 +1,29 @@
 //! A virtual machine on KVM: memory, harts, irqchip and lines, in the order that KVM requires.
-#![expect(unsafe_code, reason = "guest memory is passed to the kernel by address")]
+#![expect(unsafe_code, reason = "a system call without a safe interface")]
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
-    KVM_CAP_IRQCHIP, KVM_CAP_MAX_VCPUS, KVM_CAP_NR_VCPUS, KVM_CAP_VM_GPA_BITS, KVM_MEM_READONLY,
-    kvm_enable_cap, kvm_userspace_memory_region,
+    KVM_CAP_MAX_VCPUS, KVM_CAP_NR_VCPUS, KVM_CAP_VM_GPA_BITS, KVM_MEM_READONLY,
+    kvm_userspace_memory_region,
 };
-use kvm_ioctls::{IoEventAddress, VmFd};
+use kvm_ioctls::VmFd;
 use rvmm_devices::IoEvent;
 use rvmm_devices::irq::IrqLine;
 
+use super::Kvm;
 use super::aia::{self, Aia};
 use super::clock;
 use super::deadline::Deadlines;
 use super::hart::KvmHart;
-use super::identities;
-use super::irq::KernelLine;
+use super::irq::Lines;
+use super::irqchip;
 use super::isa::names_in;
 use super::knobs::{self, Applied};
 use super::regs;
+use super::renew::Settings;
+use super::slots::Slots;
 use super::stats::HartCounters;
 use super::vcpu::Vcpu;
 use crate::config::IrqchipChoice;
@@ -38,43 +41,78 @@ const ADDRESS_BITS: [u32; 3] = [41, 50, 59];
 /// riscv_flush_icache(2) (kernel, `arch/riscv/include/uapi/asm/unistd.h`: `__NR_arch_specific_syscall + 15`).
 const SYS_RISCV_FLUSH_ICACHE: libc::c_long = 244 + 15;
 
-/// A VM of KVM.
+/// A VM of KVM. Its locks are taken in the order of the fields.
 pub(super) struct KvmVm {
-    fd: Arc<VmFd>,
-    harts: Mutex<Vec<Member>>,
-    /// The result of the ISA knobs on the first hart; it is the same on the others.
-    applied: OnceLock<Applied>,
-    aia: OnceLock<Aia>,
+    pub(super) kvm: Kvm,
+    /// The descriptor's number stays the same over resets.
+    pub(super) fd: Arc<VmFd>,
+    members: Mutex<Members>,
+    slots: Mutex<Slots>,
+    settings: Mutex<Settings>,
+    lines: Mutex<Lines>,
     deadlines: Arc<Deadlines>,
 }
 
+/// The parts of a VM that a reset ends.
+#[derive(Default)]
+pub(super) struct Members {
+    pub(super) harts: Vec<Member>,
+    /// The result of the ISA knobs on the first hart; it is the same on the others.
+    pub(super) applied: Option<Applied>,
+    pub(super) aia: Option<Aia>,
+}
+
 /// The VM's record of a hart.
-struct Member {
-    id: u32,
-    vcpu: Arc<Vcpu>,
+pub(super) struct Member {
+    pub(super) id: u32,
+    pub(super) vcpu: Arc<Vcpu>,
     /// True if the user has switched SBI SUSP on or off.
-    susp_chosen: bool,
+    pub(super) susp_chosen: bool,
+}
+
+impl Members {
+    pub(super) fn first_vcpu(&self) -> Result<&Arc<Vcpu>, VmError> {
+        let first = self.harts.first().ok_or_else(|| VmError::new("The VM has no hart yet"))?;
+        Ok(&first.vcpu)
+    }
+
+    /// True if events may raise lines: an interrupt that the kernel raises by itself would not wake a suspended guest.
+    pub(super) fn may_share_lines(&self) -> bool {
+        !self.harts.iter().any(|member| member.susp_chosen)
+    }
 }
 
 impl KvmVm {
-    pub(super) fn new(fd: VmFd) -> Self {
+    pub(super) fn new(kvm: Kvm, fd: VmFd) -> Self {
         Self {
+            kvm,
             fd: Arc::new(fd),
-            harts: Mutex::default(),
-            applied: OnceLock::new(),
-            aia: OnceLock::new(),
+            members: Mutex::default(),
+            slots: Mutex::default(),
+            settings: Mutex::default(),
+            lines: Mutex::default(),
             deadlines: Arc::default(),
         }
     }
 
-    fn harts(&self) -> MutexGuard<'_, Vec<Member>> {
-        self.harts.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn members(&self) -> MutexGuard<'_, Members> {
+        self.members.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn slots(&self) -> MutexGuard<'_, Slots> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn settings(&self) -> MutexGuard<'_, Settings> {
+        self.settings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn lines(&self) -> MutexGuard<'_, Lines> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn first_vcpu(&self) -> Result<Arc<Vcpu>, VmError> {
-        let harts = self.harts();
-        let first = harts.first().ok_or_else(|| VmError::new("The VM has no hart yet"))?;
-        Ok(Arc::clone(&first.vcpu))
+        self.members().first_vcpu().cloned()
     }
 
     pub(super) fn fd(&self) -> &VmFd {
@@ -95,22 +133,7 @@ impl KvmVm {
             memory_size: host.1,
             userspace_addr: host.0,
         };
-        // SAFETY: the caller keeps the memory mapped as long as the VM exists (contract of the trait); the kernel checks
-        // that the range lies in this process's address space and overlaps no other slot.
-        unsafe { self.fd.set_user_memory_region(region) }.map_err(io::Error::from)
-    }
-
-    fn has_cap(&self, cap: u32) -> bool {
-        self.fd.check_extension_raw(cap.into()) > 0
-    }
-
-    /// The reason why the guest cannot have an AIA; `None` if it can.
-    fn aia_obstacle(&self) -> Result<Option<&'static str>, VmError> {
-        if !self.has_cap(KVM_CAP_IRQCHIP) {
-            return Ok(Some("this host has no AIA that KVM can use (Ssaia)"));
-        }
-        let shown = shown(&*self.first_vcpu()?, self.applied.get())?;
-        Ok((!shown.contains(&"ssaia")).then_some("ssaia is switched off (--isa)"))
+        self.slots().map(&self.fd, region)
     }
 }
 
@@ -142,28 +165,31 @@ impl Vm for KvmVm {
     }
 
     fn create_hart(&self, id: u32, knobs: &CpuSettings) -> Result<Box<dyn Hart>, VmError> {
-        let mut harts = self.harts();
-        if self.aia.get().is_some() {
+        let mut members = self.members();
+        if members.aia.is_some() {
             // Linux 6.12 assumes that a vCPU created after the AIA has an IMSIC, and dereferences a null pointer.
             return Err(VmError::new(format!("Hart {id} is created after the irqchip")));
         }
-        if harts.last().is_some_and(|last| last.id >= id) {
+        if members.harts.last().is_some_and(|last| last.id >= id) {
             return Err(VmError::new(format!("Hart {id} is not created in ascending order")));
         }
         let vcpu = Arc::new(self.make_vcpu(id)?);
         let applied = knobs::apply(&vcpu, knobs)?;
         let susp_chosen = knobs.sbi.iter().any(|change| change.name == "susp");
-        harts.push(Member { id, vcpu: Arc::clone(&vcpu), susp_chosen });
-        if self.applied.set(applied).is_ok() {
-            report(self.applied.get());
+        members.harts.push(Member { id, vcpu: Arc::clone(&vcpu), susp_chosen });
+        if members.applied.is_none() {
+            report(&applied);
+            members.applied = Some(applied);
         }
+        self.lines().connect_external(&vcpu, id)?;
         Ok(Box::new(KvmHart::new(id, vcpu, Arc::clone(&self.deadlines))))
     }
 
     fn cpu_facts(&self) -> Result<CpuFacts, VmError> {
-        let vcpu = self.first_vcpu()?;
-        let mut extensions = shown(&vcpu, self.applied.get())?;
-        if self.aia.get().is_none() {
+        let members = self.members();
+        let vcpu = members.first_vcpu()?;
+        let mut extensions = shown(vcpu, members.applied.as_ref())?;
+        if members.aia.is_none() {
             // Without an interrupt controller the guest's AIA registers have no effect.
             extensions.retain(|name| *name != "ssaia");
         }
@@ -192,7 +218,7 @@ impl Vm for KvmVm {
     }
 
     fn counters(&self) -> Vec<Box<dyn Counters>> {
-        let harts = self.harts();
+        let members = self.members();
         let open = |member: &Member| match member.vcpu.stats() {
             Ok(file) => Some(Box::new(HartCounters::new(member.id, file)) as _),
             Err(error) => {
@@ -200,12 +226,16 @@ impl Vm for KvmVm {
                 None
             }
         };
-        harts.iter().filter_map(open).collect()
+        members.harts.iter().filter_map(open).collect()
     }
 
     fn reg(&self, hart: u32, reg: Reg) -> io::Result<u64> {
-        let vcpu =
-            self.harts().iter().find(|member| member.id == hart).map(|m| Arc::clone(&m.vcpu));
+        let vcpu = self
+            .members()
+            .harts
+            .iter()
+            .find(|member| member.id == hart)
+            .map(|m| Arc::clone(&m.vcpu));
         let id = regs::guest(reg).ok_or(io::ErrorKind::InvalidInput)?;
         vcpu.ok_or(io::ErrorKind::NotFound)?.reg(id)
     }
@@ -222,62 +252,33 @@ impl Vm for KvmVm {
         else {
             return;
         };
-        let request = kvm_enable_cap {
-            cap: KVM_CAP_VM_GPA_BITS,
-            args: [u64::from(*bits), 0, 0, 0],
-            ..kvm_enable_cap::default()
-        };
         // Older kernels support one width only, the widest.
-        if let Err(error) = self.fd.enable_cap(&request) {
+        if let Err(error) = self.settings().narrow(&self.fd, *bits) {
             log::debug!("Cannot narrow guest-physical addresses: {error}");
         }
     }
 
     fn create_irqchip(&self, choice: IrqchipChoice, plan: &AiaPlan) -> Result<Irqchip, VmError> {
-        if choice == IrqchipChoice::Plic {
+        let mut members = self.members();
+        if !irqchip::is_aia(&self.kvm, &self.fd, &members, (choice, plan))? {
             return Ok(Irqchip::None);
         }
-        match (self.aia_obstacle()?, choice) {
-            (Some(why), IrqchipChoice::Aia) => {
-                return Err(VmError::new(format!(
-                    "--irqchip aia is not available: {why} (use --irqchip plic or auto)"
-                )));
-            }
-            (Some(why), _) => {
-                log::info!("Interrupt controller: PLIC, since {why}");
-                return Ok(Irqchip::None);
-            }
-            (None, _) => {}
-        }
-        if self.harts().len() != plan.harts as usize {
-            return Err(VmError::new("The irqchip is created before all harts are"));
-        }
-        if plan.identities > identities::ALWAYS && !identities::all_work(&super::open()?)? {
-            let (most, sure) = (plan.identities, identities::ALWAYS);
-            if choice != IrqchipChoice::Aia {
-                log::info!(
-                    "Interrupt controller: PLIC, since the machine may use {most} interrupts, and an emulated IMSIC of this kernel loses all but {sure}"
-                );
-                return Ok(Irqchip::None);
-            }
-            log::warn!(
-                "With --irqchip aia the machine may use {most} interrupts, and an emulated IMSIC of this kernel loses all but {sure}: a device may hang the guest (use --irqchip auto or plic, or Linux 7.3)"
-            );
+        if members.aia.is_some() {
+            return Err(VmError::new("The irqchip exists already"));
         }
         let aia = aia::create(&self.fd, plan)?;
         let facts = aia.facts;
-        if self.aia.set(aia).is_err() {
-            return Err(VmError::new("The irqchip exists already"));
-        }
+        members.aia = Some(aia);
         // The kernel resets the IMSIC of a hart that resumes, which guests do not expect: no interrupt would wake them again.
-        for member in self.harts().iter().filter(|member| !member.susp_chosen) {
+        for member in members.harts.iter().filter(|member| !member.susp_chosen) {
             knobs::without_suspend(&member.vcpu)?;
         }
+        self.lines().connect_sources()?;
         Ok(Irqchip::Aia(facts))
     }
 
     fn has_set_up_irqchip(&self) -> Option<bool> {
-        match self.aia.get()?.is_set_up() {
+        match self.members().aia.as_ref()?.is_set_up() {
             Ok(is_set_up) => Some(is_set_up),
             Err(error) => {
                 log::debug!("{error}");
@@ -287,18 +288,16 @@ impl Vm for KvmVm {
     }
 
     fn register_ioeventfd(&self, base: u64, ioevent: IoEvent<'_>) -> Result<(), VmError> {
-        let address = IoEventAddress::Mmio(base.saturating_add(ioevent.offset));
-        self.fd.register_ioevent(ioevent.event, &address, ioevent.value).map_err(|e| {
-            VmError::io("Cannot register a device's ioevent (KVM_IOEVENTFD)", e.into())
-        })
+        self.settings()
+            .register(&self.fd, base, &ioevent)
+            .map_err(|e| VmError::io("Cannot register a device's ioevent (KVM_IOEVENTFD)", e))
     }
 
     fn irq_line(&self, source: u32) -> Result<Arc<dyn IrqLine>, VmError> {
-        let sources = self.aia.get().map_or(0, |aia| aia.facts.sources);
+        let members = self.members();
+        let sources = members.aia.as_ref().map_or(0, |aia| aia.facts.sources);
         if (1..=sources).contains(&source) {
-            // An interrupt that the kernel raises by itself would not wake a suspended guest.
-            let may_suspend = self.harts().iter().any(|member| member.susp_chosen);
-            return Ok(Arc::new(KernelLine::source(&self.fd, source, !may_suspend)));
+            return Ok(self.lines().source(&self.fd, source, members.may_share_lines()));
         }
         Err(VmError::new(format!(
             "The APLIC has no interrupt source {source} (it has 1 to {sources})"
@@ -306,13 +305,13 @@ impl Vm for KvmVm {
     }
 
     fn external_line(&self, hart: u32) -> Result<Arc<dyn IrqLine>, VmError> {
-        if self.aia.get().is_some() {
+        let members = self.members();
+        if members.aia.is_some() {
             return Err(VmError::new("The in-kernel AIA owns the harts' external interrupts"));
         }
-        let harts = self.harts();
-        let member = harts.iter().find(|member| member.id == hart);
+        let member = members.harts.iter().find(|member| member.id == hart);
         let member = member.ok_or_else(|| VmError::new(format!("The VM has no hart {hart}")))?;
-        Ok(Arc::new(KernelLine::external(&member.vcpu, hart)))
+        Ok(self.lines().external(&member.vcpu, hart))
     }
 }
 
@@ -336,8 +335,8 @@ pub(super) fn shown(vcpu: &Vcpu, applied: Option<&Applied>) -> Result<Vec<&'stat
 }
 
 /// Logs the effect of the ISA knobs.
-fn report(applied: Option<&Applied>) {
-    let Some(Applied { disabled, hidden, withheld }) = applied else { return };
+fn report(applied: &Applied) {
+    let Applied { disabled, hidden, withheld } = applied;
     for name in withheld {
         log::info!(
             "SBI extension {name} is off, since with it a guest could harm this kernel (--sbi +{name} switches it on)"

@@ -1,105 +1,31 @@
 //! Whole machines on a hypervisor that runs scripts.
 
+mod script_vm;
+
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
-use std::sync::{Arc, Mutex};
 
 use rvmm_devices::config::NetConfig;
-use rvmm_devices::irq::{IrqLine, NoIrq};
 use rvmm_devices::virtio::vhost_user::testing::{Traits, serve_at};
-use rvmm_devices::{ConsoleBackend, IoEvent, Port, Ports};
+use rvmm_devices::{ConsoleBackend, Port, Ports};
 use tempfile::NamedTempFile;
 
+use self::script_vm::ScriptHypervisor;
 use super::{Machine, Parts};
 use crate::config::{
-    DeviceConfig, GdbAddress, GdbConfig, InitrdConfig, IrqchipChoice, LoadConfig, TraceConfig,
-    VmConfig,
+    DeviceConfig, GdbAddress, GdbConfig, InitrdConfig, LoadConfig, TraceConfig, VmConfig,
 };
-use crate::error::{EXIT_HOST, EXIT_USAGE, Error, VmError};
+use crate::error::{EXIT_HOST, EXIT_USAGE, Error};
 use crate::host::in_a_namespace;
-use crate::hypervisor::{AiaPlan, CpuFacts, CpuSettings, Hypervisor, Irqchip, Vm};
 use crate::inspect::{Connection, Query, Reply, WalkTarget};
 use crate::terminal::Console;
 use crate::vcpu::exit::SystemEvent;
-use crate::vcpu::hart::{Csr, Hart, Reg};
 use crate::vcpu::stop::StopReason;
-use crate::vcpu::testing::{ScriptHart, Step};
-
-/// Creates VMs whose one hart runs the next of these scripts.
-struct ScriptHypervisor {
-    scripts: Mutex<Vec<Vec<Step>>>,
-    created: Arc<AtomicUsize>,
-}
-
-struct ScriptVm {
-    script: Mutex<Option<Vec<Step>>>,
-}
-
-impl Hypervisor for ScriptHypervisor {
-    fn create_vm(&self) -> Result<Arc<dyn Vm>, VmError> {
-        self.created.fetch_add(1, SeqCst);
-        let script = Mutex::new(Some(self.scripts.lock().unwrap().remove(0)));
-        Ok(Arc::new(ScriptVm { script }))
-    }
-}
-
-impl Vm for ScriptVm {
-    fn max_harts(&self) -> u32 {
-        1
-    }
-
-    fn map_memory(&self, _: u32, _: u64, _: u64, _: u64) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn map_rom(&self, _: u32, _: u64, _: u64, _: u64) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn code_changed(&self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn create_hart(&self, id: u32, _: &CpuSettings) -> Result<Box<dyn Hart>, VmError> {
-        let script = self.script.lock().unwrap().take().unwrap();
-        Ok(Box::new(ScriptHart::new(id, script)))
-    }
-
-    fn cpu_facts(&self) -> Result<CpuFacts, VmError> {
-        Ok(CpuFacts {
-            extensions: ["i", "m", "a"].map(String::from).to_vec(),
-            satp_mode: 8,
-            cbom_block: None,
-            cboz_block: None,
-            cbop_block: None,
-            timebase_hz: 10_000_000,
-        })
-    }
-
-    fn reg(&self, hart: u32, reg: Reg) -> io::Result<u64> {
-        assert_eq!(hart, 0);
-        Ok(if reg == Reg::Csr(Csr::Satp) { 0 } else { 7 })
-    }
-
-    fn create_irqchip(&self, _: IrqchipChoice, _: &AiaPlan) -> Result<Irqchip, VmError> {
-        Ok(Irqchip::None)
-    }
-
-    fn register_ioeventfd(&self, _: u64, _: IoEvent<'_>) -> Result<(), VmError> {
-        Ok(())
-    }
-
-    fn irq_line(&self, _: u32) -> Result<Arc<dyn IrqLine>, VmError> {
-        Ok(Arc::new(NoIrq))
-    }
-
-    fn external_line(&self, _: u32) -> Result<Arc<dyn IrqLine>, VmError> {
-        Ok(Arc::new(NoIrq))
-    }
-}
+use crate::vcpu::testing::Step;
 
 fn parsed(device: &str) -> DeviceConfig {
     DeviceConfig::parse(device).unwrap()
@@ -136,9 +62,8 @@ fn machine_with(
     config.mem = 16 << 20;
     config.boot.load = vec![LoadConfig { file: program.path().into(), addr: 0x8000_0000 }];
     config.boot.entry = Some(0x8000_0000);
-    let created = Arc::new(AtomicUsize::new(0));
-    let scripts = Mutex::new(scripts.into_iter().collect());
-    let host = ScriptHypervisor { scripts, created: Arc::clone(&created) };
+    let host = ScriptHypervisor::new(scripts);
+    let created = Arc::clone(&host.created);
     let (console, hypervisor) = (Some(console), Some(Box::new(host) as _));
     let parts = Parts { console, hypervisor, socket, ..Parts::default() };
     let machine = config.validate().and_then(|config| Machine::build_with(config, parts));
@@ -364,8 +289,7 @@ fn a_machine_waits_for_its_debugger_and_is_killed_by_it() {
     config.boot.load = vec![LoadConfig { file: program.path().into(), addr: 0x8000_0000 }];
     config.boot.entry = Some(0x8000_0000);
     config.gdb = Some(GdbConfig { at: GdbAddress::Unix(socket.as_path().into()), wait: true });
-    let scripts = Mutex::new(vec![vec![Step::System(SystemEvent::Shutdown(0))]]);
-    let host = ScriptHypervisor { scripts, created: Arc::default() };
+    let host = ScriptHypervisor::new([vec![Step::System(SystemEvent::Shutdown(0))]]);
     let parts = Parts {
         console: Some(Console::null()),
         hypervisor: Some(Box::new(host)),

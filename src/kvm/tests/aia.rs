@@ -19,10 +19,10 @@ use crate::kvm::vm::KvmVm;
 use crate::layout::Span;
 use crate::vcpu::hart::Csr;
 
-const APLIC: u32 = 0x0d00_0000;
+pub(super) const APLIC: u32 = 0x0d00_0000;
 const IMSICS: u64 = 0x2800_0000;
 
-fn plan(harts: u32) -> AiaPlan {
+pub(super) fn plan(harts: u32) -> AiaPlan {
     AiaPlan {
         harts,
         sources: 95,
@@ -32,7 +32,7 @@ fn plan(harts: u32) -> AiaPlan {
     }
 }
 
-fn host_has_aia() -> bool {
+pub(super) fn host_has_aia() -> bool {
     let guest = Guest::new(&[SPIN]);
     let _hart = guest.hart(0);
     guest.vm.create_irqchip(IrqchipChoice::Auto, &plan(1)).unwrap() != Irqchip::None
@@ -171,7 +171,7 @@ fn harts_and_irqchip_are_created_in_order_only() {
 }
 
 /// Sets the trap's target to `at` words behind the first of its three instructions.
-fn trap_to(at: u32) -> [u32; 3] {
+pub(super) fn trap_to(at: u32) -> [u32; 3] {
     [here(T1), addi(T1, T1, 4 * at), csrw(STVEC, T1)]
 }
 
@@ -208,7 +208,7 @@ fn an_external_interrupt_reaches_a_waiting_hart_and_is_cleared_with_the_line() {
 
 /// A guest that wires source 7 of this mode (AIA 4.5.2) to identity 5 of its hart, calls, and waits. From the interrupt on it calls
 /// again and again, with what it claims by stopei, and with in_clrip, the levels of sources 0 to 31.
-fn wired(mode: u32) -> Vec<u32> {
+pub(super) fn wired(mode: u32) -> Vec<u32> {
     let (siselect, sireg, stopei) = (0x150, 0x151, 0x15c);
     let select = |reg: u32, value: u32| {
         [&li(T0, reg)[..], &[csrw(siselect, T0)], &li(T0, value), &[csrw(sireg, T0)]].concat()
@@ -241,7 +241,7 @@ fn wired(mode: u32) -> Vec<u32> {
 }
 
 const EDGE_RISING: u32 = 4;
-const LEVEL_HIGH: u32 = 6;
+pub(super) const LEVEL_HIGH: u32 = 6;
 
 /// A machine with an AIA whose guest has wired source 7 and is about to wait.
 struct Wired {

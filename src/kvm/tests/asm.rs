@@ -69,6 +69,13 @@ pub(super) fn jump_back(words: u32) -> u32 {
     0x801f_f06f | ((4 * words).wrapping_neg() & 0x7fe) << 20
 }
 
+/// `bnez rs1` to `words` instructions before this one, 15 at most.
+pub(super) fn branch_back(rs1: u32, words: u32) -> u32 {
+    let offset = (4 * words).wrapping_neg();
+    // All of the bits above bit 6 are sign bits.
+    0xfc00_10e3 | rs1 << 15 | (offset & 0x1e) << 7 | (offset & 0x20) << 20
+}
+
 /// `csrs csr, rs1`
 pub(super) fn csrs(csr: u16, rs1: u32) -> u32 {
     i_type(0x73, 2, 0, rs1, csr.into())
@@ -98,6 +105,7 @@ fn the_encodings_are_those_of_the_gnu_assembler() {
     assert_eq!(csrw(STVEC, T0), 0x1052_9073);
     assert_eq!(csrrw(A0, 0x15c, ZERO), 0x15c0_1573);
     assert_eq!((jump_back(1), jump_back(5)), (0xffdf_f06f, 0xfedf_f06f));
+    assert_eq!(branch_back(T0, 6), 0xfe02_94e3);
     assert_eq!(csrs(SIE, T0), 0x1042_a073);
     assert_eq!(csrr(A0, SSTATUS), 0x1000_2573);
 }
