@@ -30,7 +30,8 @@ pub trait Lifecycle {
     /// Continues after [`pause`](Self::pause) or [`restore`](Self::restore).
     fn resume(&mut self);
 
-    /// Resets every guest-visible register to its value after power-on, and drives the interrupt line low.
+    /// Resets every guest-visible register to its value after power-on, and drives the interrupt line low: a reset of the whole machine.
+    /// An end of the host that was lost for good (a program that has ended, a network that was deleted) is opened again, if possible.
     fn reset(&mut self);
 
     /// Returns the whole state of a paused device.

@@ -455,3 +455,25 @@ fn sockets_in_the_kernel_pause_and_cannot_be_saved() {
     rig.device.resume();
     assert_eq!(positions(&kernel), [(0, 9), (1, 0)]);
 }
+
+#[test]
+fn a_reset_of_the_machine_opens_a_network_again_that_was_lost_and_no_other() {
+    let host = Networks::default();
+    let mut rig = try_build("net,tap=t0", Arc::new(host.clone())).unwrap();
+    let opened = || host.0.lock().unwrap().len();
+    rig.device.reset();
+    assert_eq!(opened(), 1);
+    rig.start(bit::STATUS);
+    rig.add(0, &[Buffer::Write(2000)]);
+    rig.kick(0);
+    host.0.lock().unwrap()[0].fail(Some(ErrorKind::NotConnected));
+    rig.run();
+    assert_eq!(rig.read(0x104) >> 16 & 1, 0, "the link is down");
+    rig.write(0x70, 0);
+    assert_eq!(opened(), 1, "a reset by the driver opens nothing");
+    rig.device.reset();
+    assert_eq!(opened(), 2);
+    rig.start(bit::STATUS);
+    rig.kick(0);
+    assert_eq!(rig.read(0x104) >> 16 & 1, 1, "the link is up");
+}

@@ -385,6 +385,16 @@ fn a_peer_that_exits_breaks_only_its_device() {
     while rig.status() & status::NEEDS_RESET == 0 {
         turn(rig.device.as_mut(), 10_000).unwrap();
     }
+    // A reset of the whole machine starts the program again.
+    rig.device.pause().unwrap();
+    rig.device.reset();
+    rig.device.resume();
+    assert_eq!(programs.0.lock().unwrap().len(), 2);
+    rig.start(0);
+    rig.run();
+    assert_eq!(rig.status(), status::RUNNING);
+    rig.device.reset();
+    assert_eq!(programs.0.lock().unwrap().len(), 2, "one that works is not started again");
 }
 
 /// The reaction of a hostile peer to one request.

@@ -114,6 +114,8 @@ impl VirtioLifecycle for Echo {
         // The chains are kept, to test that an old chain is harmless after a reset.
     }
 
+    fn reopen(&mut self) {}
+
     fn reset_queue(&mut self, queue: u16) {
         self.note(format!("reset queue {queue}"));
         self.kept.retain(|chain| chain.queue() != queue);
@@ -779,6 +781,8 @@ impl VirtioLifecycle for Greedy {
     fn resume(&mut self) {}
 
     fn reset(&mut self) {}
+
+    fn reopen(&mut self) {}
 
     fn reset_queue(&mut self, _queue: u16) {}
 

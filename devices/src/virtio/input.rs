@@ -199,6 +199,8 @@ impl VirtioLifecycle for Input {
         }
     }
 
+    fn reopen(&mut self) {}
+
     fn reset_queue(&mut self, _queue: u16) {}
 
     fn is_quiescent(&self) -> bool {

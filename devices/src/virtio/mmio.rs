@@ -240,6 +240,7 @@ impl Lifecycle for VirtioMmio {
 
     fn reset(&mut self) {
         self.core.reset_device();
+        self.core.device.reopen();
         self.core.interrupt.reset();
         self.core.interrupt.sync();
     }

@@ -251,6 +251,10 @@ pub trait VirtioLifecycle {
     /// has returned and [`is_quiescent`](Self::is_quiescent) is true. Waits for a second at most.
     fn reset(&mut self);
 
+    /// Opens again the end of the host that the device has lost for good: called after [`reset`](Self::reset) where the whole machine is
+    /// reset, as when it was built. The device is paused or has not run. Without success it stays as it is, and logs the reason.
+    fn reopen(&mut self);
+
     /// Resets `queue` alone: drops the chains taken from it, which are no longer accessed in guest memory when this has
     /// returned and [`is_quiescent`](Self::is_quiescent) is true.
     fn reset_queue(&mut self, queue: u16);

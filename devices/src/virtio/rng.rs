@@ -150,6 +150,8 @@ impl VirtioLifecycle for Rng {
 
     fn reset(&mut self) {}
 
+    fn reopen(&mut self) {}
+
     fn reset_queue(&mut self, _queue: u16) {}
 
     fn is_quiescent(&self) -> bool {

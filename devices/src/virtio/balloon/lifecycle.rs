@@ -42,6 +42,8 @@ impl VirtioLifecycle for Balloon {
         self.set_timer();
     }
 
+    fn reopen(&mut self) {}
+
     fn reset_queue(&mut self, queue: u16) {
         if queue == INFLATE {
             self.unfinished = None;

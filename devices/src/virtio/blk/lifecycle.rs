@@ -54,6 +54,8 @@ impl VirtioLifecycle for Blk {
         self.state.has_flush = false;
     }
 
+    fn reopen(&mut self) {}
+
     fn reset_queue(&mut self, queue: u16) {
         self.abandon(|chain| chain.queue() == queue, RESET_TIMEOUT);
         // Requests of other queues may have completed meanwhile.

@@ -31,6 +31,8 @@ impl VirtioLifecycle for Console {
         self.ports.iter_mut().for_each(Port::reset);
     }
 
+    fn reopen(&mut self) {}
+
     fn reset_queue(&mut self, queue: u16) {
         let number = self.port_of(queue);
         let port = number.and_then(|number| self.ports.get_mut(number));

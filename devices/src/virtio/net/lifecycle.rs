@@ -1,9 +1,10 @@
 //! Pause, reset and save of a network device. The backend's frames that are not received stay in the host.
 
+use log::{info, warn};
 use serde::{Deserialize, Serialize};
 
 use super::pairs::PairsState;
-use super::{Kernel, Net, bit};
+use super::{Kernel, MODEL, Net, bit};
 use crate::lifecycle::{PauseError, RestoreError, SaveError, SavedState};
 use crate::virtio::{VirtioLifecycle, Work};
 
@@ -30,6 +31,18 @@ impl VirtioLifecycle for Net {
         self.pairs.reset();
     }
 
+    fn reopen(&mut self) {
+        let Some(network) = self.network.as_ref().filter(|_| self.pairs.is_gone()) else { return };
+        match network.open(self.pairs.count(), self.kernel.is_some()) {
+            Ok((backends, queues)) => {
+                self.pairs.connect(backends);
+                let _ = self.kernel.as_mut().map(|kernel| kernel.connect(queues));
+                info!("{}: its network was opened again", MODEL.name);
+            }
+            Err(error) => warn!("{}: its network cannot be opened again: {error}", MODEL.name),
+        }
+    }
+
     fn reset_queue(&mut self, queue: u16) {
         if queue == self.control() {
             return;
@@ -46,7 +59,8 @@ impl VirtioLifecycle for Net {
 
     fn save(&self) -> Result<SavedState, SaveError> {
         // The link's state in the configuration space is that of the backend, which is read again; the rest of it is constant.
-        let Self { extra: _, queue_sizes: _, pairs, config: _, taken: _, kernel: _ } = self;
+        let Self { extra: _, queue_sizes: _, pairs, config: _, taken: _, kernel: _, network: _ } =
+            self;
         SavedState::of(&NetState { pairs: pairs.save() })
     }
 

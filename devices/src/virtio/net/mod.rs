@@ -23,10 +23,11 @@ use log::warn;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::vhost_kernel::{FIRST_TOKEN, Kernel, KernelQueues};
-use super::{DeviceType, RemoteQueues, Rings, VirtioDevice, VirtioError, Work};
+use super::{DeviceType, DmaMemory, RemoteQueues, Rings, VirtioDevice, VirtioError, Work};
 use crate::catalog::{BuildError, Built, Device, Model, Placement, Wiring};
 use crate::config::{ModelConfig, Slot};
 use crate::device::Source;
+use crate::host::{Host, HostError};
 use crate::irq::Interrupt;
 use crate::options::OptionError;
 
@@ -101,6 +102,15 @@ pub struct Net {
     taken: u64,
     /// Serves the data queues in place of `pairs`.
     kernel: Option<Kernel>,
+    /// Opens the backends again after they were lost.
+    network: Option<Network>,
+}
+
+/// The network on the host.
+struct Network {
+    host: Arc<dyn Host>,
+    source: NetworkSource,
+    memory: Arc<dyn DmaMemory>,
 }
 
 impl ModelConfig for NetConfig {
@@ -115,22 +125,31 @@ impl ModelConfig for NetConfig {
     fn build(&self, wiring: Wiring) -> Built {
         let refused = |source| BuildError::Option { model: MODEL.name, source };
         let end = self.source().ok_or_else(|| refused(OptionError::NoBackend))?;
-        let backends = wiring
-            .host
-            .network_queues(&end, self.pairs())
-            .map_err(|source| BuildError::Backend { model: MODEL.name, source })?;
-        let queues = backends.iter().map(|backend| backend.kernel_queues(wiring.memory.clone()));
-        let queues = self
-            .vhost
-            .then(|| queues.collect::<Result<Vec<_>, _>>())
-            .transpose()
+        let network = Network { host: wiring.host, source: end, memory: wiring.memory };
+        let (backends, queues) = network
+            .open(self.pairs(), self.vhost)
             .map_err(|source| BuildError::Backend { model: MODEL.name, source })?;
         let failed = |what| move |source| BuildError::Host { model: MODEL.name, what, source };
         let mut net = Net::with_queues(backends, self).map_err(failed("timers"))?;
-        if let Some(queues) = queues {
+        if self.vhost {
             net.serve_by_kernel(queues).map_err(failed("queues"))?;
         }
+        net.network = Some(network);
         Ok(Device::Virtio(Box::new(net)))
+    }
+}
+
+/// The backends of a card's queue pairs, and with vhost the kernel's end of each.
+type Ends = (Vec<Box<dyn NetBackend>>, Vec<Box<dyn KernelQueues>>);
+
+impl Network {
+    /// Opens the backends of `pairs` queue pairs.
+    fn open(&self, pairs: u16, vhost: bool) -> Result<Ends, HostError> {
+        let backends = self.host.network_queues(&self.source, pairs)?;
+        let served = backends.iter().filter(|_| vhost);
+        let queues = served.map(|backend| backend.kernel_queues(self.memory.clone()));
+        let queues = queues.collect::<Result<_, _>>()?;
+        Ok((backends, queues))
     }
 }
 
@@ -183,7 +202,15 @@ impl Net {
         let mtu = if has_mtu { bit::MTU } else { 0 };
         let queues = if pairs.count() > 1 { bit::MQ } else { 0 };
         let queue_sizes = queue_sizes.into();
-        Ok(Self { extra: mtu | queues, queue_sizes, pairs, config, taken: 0, kernel: None })
+        Ok(Self {
+            extra: mtu | queues,
+            queue_sizes,
+            pairs,
+            config,
+            taken: 0,
+            kernel: None,
+            network: None,
+        })
     }
 
     /// Has the host's kernel serve the data queues, one end for each pair.

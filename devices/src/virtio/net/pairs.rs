@@ -93,10 +93,24 @@ impl Pairs {
         Arc::clone(&self.counters)
     }
 
+    /// True if the network is gone for good.
+    pub(super) fn is_gone(&self) -> bool {
+        // All queues belong to one network: if one is gone for good, all are.
+        self.all.iter().any(|pair| pair.port.is_gone)
+    }
+
+    /// Connects the pairs to new backends, of which the first is in use.
+    pub(super) fn connect(&mut self, backends: Vec<Box<dyn NetBackend>>) {
+        for (pair, backend) in self.all.iter_mut().zip(backends) {
+            pair.port.connect(backend);
+        }
+        self.use_first(1);
+        self.read_link();
+    }
+
     /// True if the backend is there and its link is up.
     pub(super) fn is_link_up(&self) -> bool {
-        // All queues belong to one network: if one is gone for good, all are.
-        self.is_up && !self.all.iter().any(|pair| pair.port.is_gone)
+        self.is_up && !self.is_gone()
     }
 
     fn read_link(&mut self) {

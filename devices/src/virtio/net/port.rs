@@ -57,6 +57,11 @@ impl Port {
         }
     }
 
+    /// Connects the port to a new backend.
+    pub(super) fn connect(&mut self, backend: Box<dyn NetBackend>) {
+        *self = Self::new(backend, &self.counters);
+    }
+
     pub(super) fn fd(&self) -> i32 {
         self.backend.fd()
     }

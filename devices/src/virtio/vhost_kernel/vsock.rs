@@ -103,6 +103,8 @@ impl VirtioLifecycle for KernelVsock {
         self.kernel.reset();
     }
 
+    fn reopen(&mut self) {}
+
     fn reset_queue(&mut self, _queue: u16) {}
 
     fn is_quiescent(&self) -> bool {

@@ -153,7 +153,7 @@ impl Front {
                 );
                 if has_warned { info!("{what}") } else { warn!("{what}") }
             }
-            (Origin::Started(daemon), _) => {
+            (Origin::Started(daemon, _), _) => {
                 self.is_gone = true;
                 daemon.forward_output();
                 daemon.kill();
@@ -256,8 +256,19 @@ impl Front {
                     }
                 }
             }
-            (Origin::Started(_), false, _) => {}
+            (Origin::Started(..), false, _) => {}
         }
+    }
+
+    /// True if the peer has everything that the driver was offered.
+    fn suits(&self) -> bool {
+        let features = self.features & !self.kind.own | self.transport & !feature::RING_RESET;
+        let queues = if self.kind.asked > 0 { self.kind.remote } else { 1 };
+        self.session.as_ref().is_some_and(|session| {
+            session.features() & features == features
+                && session.config().len() >= self.kind.asked
+                && session.queue_count() >= queues
+        })
     }
 
     /// Takes an event of the connection: it is readable or writable.
@@ -272,12 +283,7 @@ impl Front {
         if !session.is_quiescent() {
             return;
         }
-        let features = self.features & !self.kind.own | self.transport & !feature::RING_RESET;
-        let queues = if self.kind.asked > 0 { self.kind.remote } else { 1 };
-        let is_suitable = session.features() & features == features
-            && session.config().len() >= self.kind.asked
-            && session.queue_count() >= queues;
-        if !is_suitable {
+        if !self.suits() {
             return self.disconnect(&PeerError::Unsuitable("it is another device than before"));
         }
         let _ = self.timer.clear();
@@ -331,7 +337,7 @@ impl VirtioDevice for Front {
         let read = |fd, token| Source { fd, token, interest: Interest::Read };
         list.push(read(self.timer.as_raw_fd(), TOKEN_TIMER));
         list.extend(self.calls.sources());
-        if let Origin::Started(daemon) = &self.origin {
+        if let Origin::Started(daemon, _) = &self.origin {
             list.extend(daemon.messages().map(|fd| read(fd, TOKEN_DAEMON)));
         }
         if let Some(session) = &self.session {
@@ -349,7 +355,7 @@ impl VirtioDevice for Front {
                 self.timer_expired();
             }
             TOKEN_DAEMON => {
-                if let Origin::Started(daemon) = &mut self.origin {
+                if let Origin::Started(daemon, _) = &mut self.origin {
                     daemon.forward_output();
                 }
             }

@@ -15,7 +15,7 @@ pub(super) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
 /// The way in which a peer is reached.
 pub(super) enum Origin {
     Socket(PathBuf),
-    Started(Box<dyn Daemon>),
+    Started(Box<dyn Daemon>, Service),
 }
 
 /// A peer that has completed the handshake, and has no device yet.
@@ -45,7 +45,7 @@ impl Peer {
     pub(super) fn start(host: &dyn Host, service: &Service) -> Result<Self, HostError> {
         let (stream, mut daemon) = host.serve(service)?;
         match handshake(stream, 0) {
-            Ok(session) => Ok(Self { origin: Origin::Started(daemon), session }),
+            Ok(session) => Ok(Self { origin: Origin::Started(daemon, service.clone()), session }),
             Err(error) => {
                 let said = daemon.last_output();
                 let said = if said.is_empty() { error.to_string() } else { said };
@@ -60,7 +60,7 @@ impl Peer {
     pub(super) fn shown(&self) -> String {
         match &self.origin {
             Origin::Socket(path) => path.display().to_string(),
-            Origin::Started(daemon) => daemon.name().to_owned(),
+            Origin::Started(daemon, _) => daemon.name().to_owned(),
         }
     }
 }

@@ -344,6 +344,8 @@ impl VirtioLifecycle for Vsock {
         self.must_report_reset = false;
     }
 
+    fn reopen(&mut self) {}
+
     fn reset_queue(&mut self, _queue: u16) {}
 
     fn is_quiescent(&self) -> bool {

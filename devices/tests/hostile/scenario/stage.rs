@@ -131,11 +131,15 @@ impl Stage {
         let irq = TestIrq::default();
         let new = Self::device(self.options, &self.ram, &self.ends, &irq, &self.released);
         (self.device, self.irq) = (new, irq);
+        self.before();
         self.device.restore(serde_json::from_str(&text).unwrap()).unwrap();
-        assert_eq!(self.ram.changes(), [], "a restore has written to RAM");
-        assert_eq!(self.visible(), seen, "{text}");
-        let again = serde_json::to_string(&self.device.save().unwrap()).unwrap();
-        assert_eq!(again, text, "a restored device has another state");
+        // A chain in flight that the driver has overwritten with an invalid one is returned.
+        let returned = self.after();
+        if returned.iter().all(|count| *count == 0) {
+            assert_eq!(self.visible(), seen, "{text}");
+            let again = serde_json::to_string(&self.device.save().unwrap()).unwrap();
+            assert_eq!(again, text, "a restored device has another state");
+        }
         self.device.resume();
         self.run();
     }

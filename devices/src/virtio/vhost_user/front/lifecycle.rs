@@ -2,7 +2,9 @@
 
 use std::mem;
 
-use super::{Front, STOP_TIMEOUT};
+use log::{info, warn};
+
+use super::{Front, Origin, Peer, PeerError, STOP_TIMEOUT};
 use crate::lifecycle::{PauseError, RestoreError, SaveError, SavedState};
 use crate::virtio::{VirtioLifecycle, Work};
 
@@ -28,6 +30,27 @@ impl VirtioLifecycle for Front {
         let queues = mem::take(&mut self.queues);
         self.running = None;
         self.stop(&queues);
+    }
+
+    fn reopen(&mut self) {
+        let Origin::Started(_, service) = &self.origin else { return };
+        if !self.is_gone {
+            return;
+        }
+        let model = self.kind.model;
+        match Peer::start(self.host.as_ref(), service) {
+            Ok(Peer { session, origin }) => {
+                self.connections = self.connections.wrapping_add(1);
+                (self.session, self.origin) = (Some(session), origin);
+                (self.is_ready, self.is_gone, self.has_warned) = (true, false, false);
+                if self.suits() {
+                    info!("{model}: its program was started again");
+                } else {
+                    self.disconnect(&PeerError::Unsuitable("it is another device than before"));
+                }
+            }
+            Err(error) => warn!("{model}: its program cannot be started again: {error}"),
+        }
     }
 
     fn reset_queue(&mut self, queue: u16) {
