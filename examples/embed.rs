@@ -8,8 +8,8 @@ use std::io::{PipeReader, Read, pipe};
 use std::path::PathBuf;
 
 use rvmm::config::VmConfig;
-use rvmm::machine::{Machine, Parts, Running};
 use rvmm::terminal::Console;
+use rvmm::vmm::{Parts, Running, Vmm};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let kernel = std::env::args_os().nth(1).ok_or("usage: embed KERNEL")?;
@@ -30,6 +30,6 @@ fn launch(name: &str, kernel: PathBuf) -> Result<(Running, PipeReader), Box<dyn 
     let (reader, writer) = pipe()?;
     let console = Console::from_fds(None, Some(writer.into()))?;
     let parts = Parts { console: Some(console), ..Parts::default() };
-    let running = Machine::build_with(config.validate()?, parts)?.start()?;
+    let running = Vmm::build_with(config.validate()?, parts)?.start()?;
     Ok((running, reader))
 }

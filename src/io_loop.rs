@@ -173,10 +173,10 @@ impl IoLoop {
 
     fn run(mut self) -> event_manager::Result<()> {
         loop {
-            self.follow_rest();
             if self.shared.wants_refresh.swap(false, Ordering::SeqCst) {
                 self.sync_all();
             }
+            self.follow_rest();
             let Some(timeout_ms) = self.timeout_ms() else { return Ok(()) };
             self.manager.run_with_timeout(timeout_ms)?;
             let mut batch = std::mem::take(&mut self.batch);
@@ -195,15 +195,24 @@ impl IoLoop {
     /// Time-out of the next turn; -1 for none. `None` if the loop is over: it was stopped, and no device has pending output,
     /// or the time-out for that is over.
     fn timeout_ms(&self) -> Option<i32> {
-        let Some(deadline) = self.shared.deadline() else { return Some(-1) };
-        let has_output = |listed: &Listed| listed.id.is_some() && listed.source.interest.writes();
-        if !self.listed.values().flatten().any(has_output) {
+        let Some(deadline) = self.shared.deadline() else { return Some(self.rest_timeout_ms()) };
+        if !self.has_output() {
             return None;
         }
-        let left = deadline.saturating_duration_since(Instant::now());
-        // Rounded up, since the loop would spin for the last millisecond.
-        let left_ms = left.as_nanos().div_ceil(1_000_000);
-        (left_ms > 0).then(|| i32::try_from(left_ms).unwrap_or(i32::MAX))
+        millis_until(deadline)
+    }
+
+    /// Time-out of a turn before the devices rest: until the deadline for their pending output, if they are to.
+    fn rest_timeout_ms(&self) -> i32 {
+        let (wants_rest, drain_until) = self.shared.wanted_rest();
+        let until = drain_until.filter(|_| wants_rest && !self.is_paused);
+        until.map_or(-1, |until| millis_until(until).unwrap_or(0))
+    }
+
+    /// True if a device has pending output.
+    fn has_output(&self) -> bool {
+        let has_output = |listed: &Listed| listed.id.is_some() && listed.source.interest.writes();
+        self.listed.values().flatten().any(has_output)
     }
 
     fn serve(&mut self, origin: Origin, only_hang_up: bool) {
@@ -309,6 +318,13 @@ impl IoLoop {
         // A closed descriptor is no longer in the epoll set; the event manager removes its entry in any case.
         let _ = id.map(|id| self.manager.remove_subscriber(id));
     }
+}
+
+/// Milliseconds until `deadline`, rounded up, since the loop would spin for the last one; `None` if it has passed.
+fn millis_until(deadline: Instant) -> Option<i32> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    let left_ms = left.as_nanos().div_ceil(1_000_000);
+    (left_ms > 0).then(|| i32::try_from(left_ms).unwrap_or(i32::MAX))
 }
 
 impl std::fmt::Debug for IoLoop {

@@ -1,6 +1,6 @@
 //! rvmm, a virtual machine monitor for RISC-V Linux hosts.
 //!
-//! The crate is the command, [`cli::main`], and a library with the entry point [`machine::Machine`]. Three more crates use neither
+//! The crate is the command, [`cli::main`], and a library with the entry point [`vmm::Vmm`]. Three more crates use neither
 //! KVM nor `unsafe`: [`rvmm_boot`] turns files into bytes at guest-physical addresses, [`rvmm_devices`] has the device
 //! models and the bus, [`rvmm_init`] is process 1 of a guest that boots without an initrd. In boot order:
 //!
@@ -8,9 +8,9 @@
 //!    the feature `labs`, the exercises of `labs`. As process 1 of a guest, the same executable is that guest's init instead.
 //! 2. **Configure.** The flags, a JSON file or an embedding program fill in a [`config::VmConfig`], which is plain data.
 //!    [`config::VmConfig::validate`] checks everything that needs neither files nor the host. Failures are [`error::Error`]s.
-//! 3. **Build.** [`machine::Machine::build`] opens the user's files, KVM and the console ([`terminal`]), and builds a board: the
-//!    state of one run of the guest, from reset to stop. `machine/build.rs` has the steps in their order: RAM ([`memory`]), VM,
-//!    harts, interrupt controller, devices at the addresses of [`layout`], files and device tree, the boot hart's registers.
+//! 3. **Build.** [`vmm::Vmm::build`] opens the user's files, KVM and the console ([`terminal`]), and builds a machine.
+//!    `machine/build.rs` has the steps in their order: RAM ([`memory`]), VM, harts, interrupt controller, devices at the addresses of
+//!    [`layout`], files and device tree, the boot hart's registers.
 //! 4. **KVM.** [`kvm`] has all ioctls of KVM. It implements the traits [`hypervisor::Hypervisor`], [`hypervisor::Vm`] and
 //!    [`vcpu::hart::Hart`], which are all that other modules know of KVM, so that they build and are tested on any architecture.
 //! 5. **Boot files.** [`rvmm_boot`] checks kernel, initrd and command line, assigns their addresses, and writes the device tree. The
@@ -22,8 +22,10 @@
 //!    the guest, or the end. [`vcpu::Control`] starts, pauses and stops harts from other threads.
 //! 8. **I/O.** The thread `io` runs the [`io_loop`], which has the only epoll set: console input, the queues of virtio devices
 //!    (ioeventfd, without an exit), the RTC's alarm, [`signals`] and the power [`button`].
-//! 9. **End.** The first [`vcpu::stop::StopReason`] ends all threads. A reset drops the board and builds the next one from the
-//!    same files; any other reason is the result of [`machine::Machine::run`], and the command's exit code.
+//! 9. **Control.** [`vmm`] has the controller, the one thread that owns the machine. Everybody else sends it commands through a
+//!    [`vmm::Handle`]: start, pause, resume, reset, inspect; only a stop is immediate.
+//! 10. **End.** The first [`vcpu::stop::StopReason`] ends the harts' threads. A reset resets the machine in place, from the open
+//!     files; any other reason is the result of [`vmm::Vmm::run`], and the command's exit code.
 //!
 //! Two modules serve the others: [`riscv`] has what the specifications define (CSRs, SBI, instructions, traps), and `sockets` the
 //! listening sockets of rvmm itself.
@@ -49,7 +51,7 @@ pub mod kvm;
 #[cfg(feature = "labs")]
 pub mod labs;
 pub mod layout;
-pub mod machine;
+mod machine;
 pub mod memory;
 pub mod riscv;
 pub mod signals;
@@ -57,3 +59,4 @@ mod sockets;
 pub mod terminal;
 pub mod trace;
 pub mod vcpu;
+pub mod vmm;

@@ -19,9 +19,9 @@ use std::time::{Duration, Instant};
 use harness::{kernel, one_host};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rvmm::config::{InitrdConfig, IrqchipChoice, VmConfig};
-use rvmm::machine::BalloonControl;
-use rvmm::machine::{Machine, Parts};
 use rvmm::terminal::Console;
+use rvmm::vmm::BalloonControl;
+use rvmm::vmm::{Parts, Vmm};
 use rvmm_devices::config::BalloonConfig;
 
 /// The guest's memory, and half of it.
@@ -90,7 +90,7 @@ fn balloon_to_half_and_back(irqchip: &str) {
     let ((input, keys), (output, writer)) = (pipe().expect("a pipe"), pipe().expect("a pipe"));
     let console = Console::from_fds(Some(input.into()), Some(writer.into())).expect("a console");
     let parts = Parts { console: Some(console), ..Parts::default() };
-    let machine = Machine::build_with(config.validate().expect("a valid machine"), parts)
+    let machine = Vmm::build_with(config.validate().expect("a valid machine"), parts)
         .expect("a machine")
         .start()
         .expect("a thread");

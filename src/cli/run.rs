@@ -18,8 +18,8 @@ use crate::config::{
 use crate::error::Error;
 use crate::host::read_small;
 use crate::inspect::socket_for;
-use crate::machine::{Machine, Parts};
 use crate::vcpu::stop::StopReason;
+use crate::vmm::{Parts, Vmm};
 
 /// This program's file, even if it was renamed or deleted after the start (proc(5)).
 const THIS_PROGRAM: &str = "/proc/self/exe";
@@ -180,7 +180,7 @@ pub(super) fn run(config: ValidConfig, level: LevelFilter) -> u8 {
 fn run_machine(config: ValidConfig) -> Result<StopReason, Error> {
     let socket = socket_for(&config.name);
     let parts = Parts { signals: true, socket, ..Parts::default() };
-    let machine = Machine::build_with(config, parts)?;
+    let machine = Vmm::build_with(config, parts)?;
     if let Some(path) = machine.pty() {
         output::print_message(&format!("The console is {}", path.display()));
     }

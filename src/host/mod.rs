@@ -9,10 +9,8 @@
 //! | `small.rs` | files that are read at once |
 //! | `output.rs` | files that are written for a user, whole or not at all |
 //! | `node.rs` | device nodes, and advice for one that cannot be opened |
-//! | `kept.rs` | taps and sockets that stay open across reboots of the guest |
 //! | `daemon.rs` | programs that serve devices: virtiofsd, passt |
 
-use std::collections::HashMap;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -29,20 +27,18 @@ use rvmm_devices::{ConsoleBackend, Host, HostError, Listener};
 
 use crate::config::{Endpoint, quoted};
 use crate::error::Error;
-use crate::sockets::connect_to;
-use crate::terminal::{self, Shared, StopRequest};
+use crate::sockets::{Listening, connect_to};
+use crate::terminal::{self, StopRequest};
 
 mod daemon;
 mod disk;
 mod flash;
-mod kept;
 pub(crate) mod node;
 mod output;
 mod small;
 mod tap;
 mod vhost;
 
-use kept::Kept;
 #[cfg(test)]
 pub(crate) use output::tests::on_a_small_file_system;
 #[cfg(feature = "labs")]
@@ -55,28 +51,18 @@ pub(crate) use tap::tests::in_a_namespace;
 /// Backlog of a device's listening socket.
 const BACKLOG: i32 = 128;
 
-/// The Linux host of one machine, with the consoles, taps and sockets that stay open across reboots of the guest.
+/// The Linux host of one machine. What it opens belongs to the device that asked for it, as long as the machine exists.
 pub(crate) struct Linux {
     /// Stops the machine at a user's request.
     stop: StopRequest,
-    /// The consoles of devices.
-    consoles: Mutex<HashMap<Endpoint, Shared>>,
-    kept: Kept,
+    /// The consoles of devices, each of which has one user.
+    consoles: Mutex<Vec<Endpoint>>,
 }
 
 impl Linux {
     /// Creates a host whose consoles call `stop` on Ctrl-A x.
     pub(crate) fn new(stop: StopRequest) -> Self {
-        Self { stop, consoles: Mutex::default(), kept: Kept::default() }
-    }
-
-    fn open_console(&self, to: &Endpoint) -> Result<Shared, HostError> {
-        let console = terminal::open(to, Arc::clone(&self.stop)).map_err(refusal)?;
-        if let Some(path) = &console.pty {
-            // At a level that is always shown: the terminal's name is only known from this line.
-            warn!("The console of the device console is {}", path.display());
-        }
-        Ok(Shared::new(console.backend))
+        Self { stop, consoles: Mutex::default() }
     }
 }
 
@@ -95,7 +81,10 @@ impl Host for Linux {
     ) -> Result<Vec<Box<dyn NetBackend>>, HostError> {
         match end {
             NetworkSource::Tap(name) => {
-                let taps = self.kept.tap(name, pairs)?;
+                let taps = match pairs {
+                    1 => vec![tap::Tap::open(name)?],
+                    _ => tap::Tap::open_queues(name, pairs)?,
+                };
                 Ok(taps.into_iter().map(|tap| Box::new(tap) as Box<dyn NetBackend>).collect())
             }
             NetworkSource::Descriptor(_) => Ok(vec![self.network(end)?]),
@@ -112,26 +101,22 @@ impl Host for Linux {
 
     fn console(&self, to: &Endpoint) -> Result<Box<dyn ConsoleBackend>, HostError> {
         let mut consoles = self.consoles.lock().unwrap_or_else(PoisonError::into_inner);
-        let console = match consoles.get(to) {
-            Some(console) if console.is_in_use() => {
-                let what = format!(
-                    "Cannot use {} twice (give each console its own)",
-                    quoted(&to.to_string())
-                );
-                return Err(HostError::invalid(what));
-            }
-            Some(console) => console.clone(),
-            None => {
-                let console = self.open_console(to)?;
-                consoles.insert(to.clone(), console.clone());
-                console
-            }
-        };
-        Ok(Box::new(console))
+        if consoles.contains(to) {
+            let what =
+                format!("Cannot use {} twice (give each console its own)", quoted(&to.to_string()));
+            return Err(HostError::invalid(what));
+        }
+        let console = terminal::open(to, Arc::clone(&self.stop)).map_err(refusal)?;
+        if let Some(path) = &console.pty {
+            // At a level that is always shown: the terminal's name is only known from this line.
+            warn!("The console of the device console is {}", path.display());
+        }
+        consoles.push(to.clone());
+        Ok(console.backend)
     }
 
     fn listen(&self, path: &Path) -> Result<Box<dyn Listener>, HostError> {
-        self.kept.listen(path, BACKLOG).map_err(refusal)
+        Ok(Box::new(Listening::open(path, BACKLOG).map_err(refusal)?))
     }
 
     fn kernel_sockets(
@@ -178,17 +163,15 @@ mod tests {
     }
 
     #[test]
-    fn a_console_has_one_user_at_a_time_and_stays_open_for_the_next() {
+    fn a_console_has_one_user() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("log");
         let (linux, to) = (linux(), Endpoint::File(path.as_path().into()));
         let mut first = linux.console(&to).unwrap();
-        first.write(b"first boot, ").unwrap();
+        first.write(b"text").unwrap();
         let refused = linux.console(&to).err().unwrap().to_string();
         assert!(refused.contains("twice"), "{refused}");
-        drop(first);
-        linux.console(&to).unwrap().write(b"second boot").unwrap();
-        assert_eq!(fs::read_to_string(&path).unwrap(), "first boot, second boot");
+        assert_eq!(fs::read_to_string(&path).unwrap(), "text");
     }
 
     #[test]

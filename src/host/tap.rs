@@ -50,8 +50,6 @@ pub(super) struct Tap {
     identity: String,
     /// Readable when an interface of the host has changed; none if that is not available.
     changes: Option<OwnedFd>,
-    /// Marks the tap as in use where it is kept open ([`Tap::keep`]).
-    _user: Option<Arc<()>>,
     /// The interface's address, if it passes on no frames to another.
     address: Option<[u8; 6]>,
 }
@@ -69,28 +67,6 @@ impl Tap {
             .collect::<Result<_, _>>()?;
         queues.iter_mut().take(1).for_each(|first| first.changes = changes());
         Ok(queues)
-    }
-
-    /// A duplicate of the descriptor, which keeps the interface and its queue when this tap is dropped. The tap holds a clone of `user`.
-    pub(super) fn keep(&mut self, user: &Arc<()>) -> io::Result<OwnedFd> {
-        self._user = Some(Arc::clone(user));
-        self.fd.try_clone()
-    }
-
-    /// The tap that `kept` has kept open, as [`Tap::open`] returns it. `is_first` if it reports the state of the link.
-    pub(super) fn reopen(
-        kept: &OwnedFd,
-        name: &str,
-        is_first: bool,
-        user: &Arc<()>,
-    ) -> Result<Self, HostError> {
-        let refused = |error| HostError::os(format!("Cannot reuse tap {name}"), error);
-        let mut tap = Self::prepare(kept.try_clone().map_err(refused)?, name.to_owned())?;
-        // The last driver may have detached the queue. Fails if it has not.
-        let _ = tap.set_in_use(true);
-        tap.changes = is_first.then(changes).flatten();
-        tap._user = Some(Arc::clone(user));
-        Ok(tap)
     }
 
     fn attach(name: &str, more: c_int) -> Result<Self, HostError> {
@@ -113,7 +89,7 @@ impl Tap {
         let host = fs::read_to_string("/etc/machine-id").unwrap_or_default();
         let identity = format!("{}/{name}", host.trim());
         // An inherited tap may be in another network namespace, so its link is not watched.
-        let mut tap = Self { fd, name, identity, changes: None, address: None, _user: None };
+        let mut tap = Self { fd, name, identity, changes: None, address: None };
         tap.set_up()
             .map_err(|error| HostError::os(format!("Cannot set up tap {}", tap.name), error))?;
         Ok(tap)

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::os::fd::RawFd;
-use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use event_manager::SubscriberId;
 use log::warn;
@@ -14,16 +14,21 @@ use super::{IoLoop, Listed};
 impl IoLoop {
     /// Stops or continues the delivery of events to devices, as requested.
     pub(super) fn follow_rest(&mut self) {
-        let is_paused = self.shared.wants_rest();
+        let (is_paused, drain_until) = self.shared.wanted_rest();
         if self.is_paused == is_paused {
             return;
         }
-        self.is_paused = is_paused;
         if is_paused {
+            let may_wait = drain_until.is_some_and(|until| until > Instant::now());
+            if may_wait && self.has_output() {
+                return;
+            }
             let listed: Vec<usize> = self.listed.keys().copied().collect();
             listed.into_iter().for_each(|index| self.apply(index, &[]));
-        } else {
-            self.shared.wants_refresh.store(true, Ordering::SeqCst);
+        }
+        self.is_paused = is_paused;
+        if !is_paused {
+            self.sync_all();
         }
         self.shared.set_rest(is_paused);
     }

@@ -27,6 +27,8 @@ pub(super) struct LoopState {
 #[derive(Debug, Default)]
 struct Rest {
     is_requested: bool,
+    /// Deadline for the devices' pending output before the rest.
+    drain_until: Option<Instant>,
     is_reached: bool,
     has_ended: bool,
 }
@@ -43,9 +45,10 @@ impl LoopState {
         })
     }
 
-    /// True if no events are to be delivered to devices.
-    pub(super) fn wants_rest(&self) -> bool {
-        self.lock_rest().is_requested
+    /// True if no events are to be delivered to devices; with a deadline if only once they have no pending output.
+    pub(super) fn wanted_rest(&self) -> (bool, Option<Instant>) {
+        let rest = self.lock_rest();
+        (rest.is_requested, rest.drain_until)
     }
 
     /// Notes whether events are delivered to devices.
@@ -69,8 +72,12 @@ impl LoopState {
         *self.deadline.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Shortens the deadline of a loop that was stopped to `rest` from now; does not affect another one.
+    /// Shortens the deadline of a loop that was stopped or is to rest to `rest` from now; does not affect another one.
     pub(super) fn shorten(&self, rest: Duration) {
+        let soon = Instant::now() + rest;
+        let mut wanted = self.lock_rest();
+        wanted.drain_until = wanted.drain_until.map(|until| until.min(soon));
+        drop(wanted);
         let mut deadline = self.deadline.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
         let soon = now.checked_add(rest).unwrap_or(now);
@@ -114,11 +121,16 @@ impl IoThread {
         self.wake();
     }
 
-    /// Stops the delivery of events to devices, and returns once none is being delivered: events wait in their descriptors. Signals and
-    /// the external event source are still served.
-    pub fn pause(&self) {
-        self.shared.lock_rest().is_requested = true;
-        self.wake();
+    /// Stops the delivery of events to devices as soon as none has pending output, after `drain` at the latest; returns once no event is
+    /// being delivered: events wait in their descriptors. Signals and the external event source are still served.
+    pub fn pause(&self, drain: Duration) {
+        let now = Instant::now();
+        let mut rest = self.shared.lock_rest();
+        rest.is_requested = true;
+        rest.drain_until = Some(now.checked_add(drain).unwrap_or(now));
+        drop(rest);
+        // There may be output for which no source is listed yet.
+        self.refresh();
         let rest = self.shared.lock_rest();
         let is_waiting = |rest: &mut Rest| !rest.is_reached && !rest.has_ended;
         drop(self.shared.rests.wait_while(rest, is_waiting));
@@ -128,6 +140,12 @@ impl IoThread {
     pub fn resume(&self) {
         self.shared.lock_rest().is_requested = false;
         self.refresh();
+    }
+
+    /// True if the thread has ended: no device gets events any more.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.shared.lock_rest().has_ended
     }
 
     /// Number of times that the thread has woken up and served all events.

@@ -425,8 +425,8 @@ fn a_paused_loop_delivers_no_event_until_it_is_resumed() {
     let (io, _bus) = start(vec![(sources, on_ready)]);
     far.write_all(b"before").unwrap();
     assert_eq!(receiver.recv_timeout(LONG).unwrap(), b"before");
-    io.pause();
-    io.pause();
+    io.pause(Duration::ZERO);
+    io.pause(Duration::ZERO);
     far.write_all(b"meanwhile").unwrap();
     // The loop still runs: it serves what is not a device's.
     let turns = io.turns();
@@ -437,7 +437,7 @@ fn a_paused_loop_delivers_no_event_until_it_is_resumed() {
     assert!(receiver.try_recv().is_err());
     io.resume();
     assert_eq!(receiver.recv_timeout(LONG).unwrap(), b"meanwhile");
-    io.pause();
+    io.pause(Duration::ZERO);
     io.stop(Duration::ZERO).unwrap();
 }
 
@@ -457,4 +457,38 @@ fn a_device_that_was_added_is_watched_and_one_that_was_removed_is_not() {
     drop(device);
     assert!(far.write_all(b"removed").is_err(), "nobody holds the other end");
     assert!(receiver.recv().is_err());
+}
+
+#[test]
+fn a_pause_waits_for_pending_output_but_not_for_ever() {
+    let owing = || {
+        let (mut writer, reader) = UnixStream::pair().unwrap();
+        writer.set_nonblocking(true).unwrap();
+        while writer.write(&[0; 4096]).is_ok() {}
+        let sources = vec![source(&writer, 0, Interest::Write)];
+        let on_ready: OnReady = Box::new(move |sources, _| {
+            if writer.write(b"last words").is_ok() {
+                sources.clear();
+            }
+        });
+        (sources, on_ready, reader)
+    };
+    let (sources, on_ready, mut reader) = owing();
+    let (io, _bus) = start(vec![(sources, on_ready)]);
+    let pausing = thread::spawn(move || {
+        io.pause(LONG);
+        io
+    });
+    let mut text = Vec::new();
+    let mut buffer = [0; 65536];
+    while !text.ends_with(b"last words") {
+        let count = reader.read(&mut buffer).unwrap();
+        text.extend_from_slice(&buffer[..count]);
+    }
+    pausing.join().unwrap().stop(Duration::ZERO).unwrap();
+
+    let (sources, on_ready, _reader) = owing();
+    let (io, _bus) = start(vec![(sources, on_ready)]);
+    io.pause(Duration::from_millis(10));
+    io.stop(Duration::ZERO).unwrap();
 }

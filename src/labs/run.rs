@@ -15,9 +15,9 @@ use super::narrator::Narrator;
 use super::setup::{LabOptions, LabSetup, SetupError, set_up};
 use super::transcript::{Screen, Transcript, missing};
 use crate::error::Error;
-use crate::machine::{Handle, Machine, Parts, Running};
 use crate::terminal::Console;
 use crate::vcpu::stop::StopReason;
+use crate::vmm::{Handle, Parts, Running, Vmm};
 
 /// A part of the line that rvmm's own init prints when user space runs.
 const INIT_LINE: &str = "user space after";
@@ -108,9 +108,9 @@ fn run_machines(
             observer: Some(Arc::new(narrator)),
             ..Parts::default()
         };
-        machines.push(Machine::build_with(config.validate()?, parts)?);
+        machines.push(Vmm::build_with(config.validate()?, parts)?);
     }
-    let running = machines.into_iter().map(Machine::start).collect::<Result<Vec<_>, Error>>()?;
+    let running = machines.into_iter().map(Vmm::start).collect::<Result<Vec<_>, Error>>()?;
     let limit = Duration::from_secs(options.limit_s);
     let (ended, end) = channel::<()>();
     let handles: Vec<_> = running.iter().map(Running::handle).collect();

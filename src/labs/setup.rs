@@ -18,9 +18,9 @@ use crate::config::{
 };
 use crate::error::Error;
 use crate::host::read_small;
-use crate::machine::{Machine, Parts};
 use crate::memory::{PAGE, Rom};
 use crate::terminal::Console;
+use crate::vmm::{Parts, Vmm};
 
 /// The user's options for a lab.
 #[derive(Debug, Clone, Default)]
@@ -159,7 +159,7 @@ pub(super) fn set_up(
                 ..config.clone()
             };
             let parts = Parts { console: Some(Console::null()), ..Parts::default() };
-            drop(Machine::build_with(dumped.validate()?, parts)?);
+            drop(Vmm::build_with(dumped.validate()?, parts)?);
             config.boot.dtb = Some(tree.into());
             kept = Some(folder);
         }

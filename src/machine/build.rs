@@ -3,16 +3,20 @@
 
 use std::sync::Arc;
 
+use rvmm_boot::Region;
+use rvmm_boot::fdt::DeviceNode;
 use rvmm_devices::virtio::DmaMemory;
 use rvmm_devices::virtio::balloon::BalloonControl;
-use rvmm_devices::{Bus, DeviceConfig, Host, Placement, PowerRequest, PowerSwitch};
+use rvmm_devices::{
+    Bus, ConsoleBackend, DeviceConfig, Host, NullConsole, Placement, PowerRequest, PowerSwitch,
+};
 
 use super::attach::{Attached, Connections, attach};
 use super::fdt::{Facts, board};
 use super::firmware::{self, Stage};
 use super::irqchip::Lines;
 use super::load::{Files, Start};
-use super::shared_console::SharedConsole;
+use super::waking_console::WakingConsole;
 use crate::button::Button;
 use crate::config::{ValidConfig, VmConfig};
 use crate::error::Error;
@@ -26,26 +30,33 @@ use crate::vcpu::restarts::{self, Restarts};
 use crate::vcpu::stop::StopReason;
 use crate::vcpu::{Control, Debugger, World};
 
-/// The state of one run of the guest, from reset to stop. A reboot drops it and builds the next.
+/// The parts of a machine that stay when the guest is reset.
 ///
-/// Fields are dropped in this order: harts and devices release the VM before its RAM is unmapped.
+/// Fields are dropped in this order: devices release the VM before its RAM is unmapped.
 pub(super) struct Board {
-    pub(super) harts: Vec<Box<dyn Hart>>,
-    pub(super) world: Arc<World>,
     pub(super) bus: Arc<Bus>,
     pub(super) control: Arc<Control>,
-    /// The state that a debugger shares with the harts, where one is configured.
-    pub(super) debug_context: Option<Arc<gdb::DebugContext>>,
     pub(super) vm: Arc<dyn Vm>,
-    _shim: Option<Rom>,
-    _ram: Arc<GuestRam>,
+    irqchip: Irqchip,
+    nodes: Vec<DeviceNode>,
+    /// The ranges that devices map as guest memory.
+    roms: Vec<Region>,
+    shim: Option<Rom>,
+    ram: Arc<GuestRam>,
 }
 
-/// The parts that outlive a board: the backends of its devices.
-#[derive(Clone)]
+/// One run of the guest, from reset to stop.
+pub(super) struct Run {
+    pub(super) harts: Vec<Box<dyn Hart>>,
+    pub(super) world: Arc<World>,
+    /// The state that a debugger shares with the harts, where one is configured.
+    pub(super) debug_context: Option<Arc<gdb::DebugContext>>,
+}
+
+/// The machine's connections to the host, besides the files that the guest starts from.
 pub(super) struct Backends {
-    /// Of the first UART.
-    pub(super) console: SharedConsole,
+    /// Of the first UART; connected once.
+    pub(super) console: Option<Box<dyn ConsoleBackend>>,
     /// Of the first input device.
     pub(super) button: Option<Arc<Button>>,
     /// Of the first balloon.
@@ -57,13 +68,13 @@ pub(super) struct Backends {
 }
 
 impl Board {
-    /// Builds a board of `config`, whose files are open, on `host`, its devices connected to `backends`.
+    /// Builds a board of `config` on `host`, its devices connected to `backends`. Its harts have not run.
     pub(super) fn build(
         config: &ValidConfig,
-        files: &Files,
         host: &dyn Hypervisor,
-        backends: &Backends,
-    ) -> Result<Self, Error> {
+        backends: &mut Backends,
+        control: &Arc<Control>,
+    ) -> Result<(Self, Vec<Box<dyn Hart>>), Error> {
         let span = Span { base: RAM_BASE, size: config.mem };
         // Shared memory costs copies of the user's files: it is used only where another program serves a device.
         let is_shared = config.devices.iter().any(|device| device.model().shares_ram);
@@ -73,17 +84,14 @@ impl Board {
         vm.limit_addresses(reach(config, span));
         vm.map_memory(RAM_SLOT, RAM_BASE, ram.host_address(), config.mem)
             .map_err(|e| cannot_map(config.mem, e))?;
-        // The first hart created is the boot hart; the in-kernel irqchip requires all harts to exist.
-        let mut harts = make_harts(config, vm.as_ref())?;
-        let irqchip = vm.create_irqchip(config.irqchip, &aia_plan(config)?)?;
-        let cpu = vm.cpu_facts()?;
-        let control = Arc::new(Control::new());
-        let lines = Lines::new(&vm, irqchip, config.cpus.count, &control)?;
-        let power: Arc<dyn PowerSwitch> = Arc::new(SysconPower(Arc::clone(&control)));
+        let (harts, irqchip) = make_harts(config, vm.as_ref())?;
+        let lines = Lines::new(&vm, irqchip, config.cpus.count, control)?;
+        let power: Arc<dyn PowerSwitch> = Arc::new(SysconPower(Arc::clone(control)));
+        let console = backends.console.take().unwrap_or_else(|| Box::new(NullConsole));
         let connections = Connections {
             lines: &lines,
             power,
-            console: Box::new(backends.console.waking(&control)),
+            console: Box::new(WakingConsole::new(console, control)),
             button: backends.button.as_deref(),
             balloon: &backends.balloon,
             host: Arc::clone(&backends.host),
@@ -92,36 +100,67 @@ impl Board {
             vm: &vm,
         };
         let Attached { bus, nodes, roms } = attach(config, connections)?;
+        let control = Arc::clone(control);
+        Ok((Self { bus, control, vm, irqchip, nodes, roms, shim: None, ram }, harts))
+    }
+
+    /// Resets everything but the host's side: devices, memory, the VM. The harts of the last run are dropped, its threads have ended, and
+    /// the devices are at rest. Returns new harts, which have not run.
+    pub(super) fn reset(&self, config: &ValidConfig) -> Result<Vec<Box<dyn Hart>>, Error> {
+        self.bus.reset();
+        self.vm.reset()?;
+        self.ram.clear()?;
+        let (harts, irqchip) = make_harts(config, self.vm.as_ref())?;
+        if irqchip != self.irqchip {
+            let what =
+                "The host's interrupt controller is another one than when the machine was built";
+            return Err(Error::Config(what.into()));
+        }
+        Ok(harts)
+    }
+
+    /// Loads the files and prepares the harts for a run.
+    pub(super) fn load(
+        &mut self,
+        config: &ValidConfig,
+        files: &Files,
+        host: &dyn Hypervisor,
+        backends: &Backends,
+        mut harts: Vec<Box<dyn Hart>>,
+    ) -> Result<Run, Error> {
+        let cpu = self.vm.cpu_facts()?;
         let facts = Facts {
             harts: config.cpus.count,
             cpu: &cpu,
-            irqchip,
-            ram: ram.span(),
+            irqchip: self.irqchip,
+            ram: self.ram.span(),
             cmdline: &config.boot.cmdline,
         };
-        let start = files.load(&config.boot, board(&facts, nodes)?, &ram, &roms)?;
+        let tree = board(&facts, self.nodes.clone())?;
+        let start = files.load(&config.boot, tree, &self.ram, &self.roms)?;
         let opens_counters = prepare_boot_hart(&mut harts, &start)?;
         let stage = Stage {
             config,
             host,
-            vm: &vm,
-            ram: &ram,
-            control: &control,
+            vm: &self.vm,
+            ram: &self.ram,
+            control: &self.control,
             timebase_hz: cpu.timebase_hz,
             observer: backends.observer.clone(),
         };
-        let (firmware, shim) = firmware::wire(&stage, &mut harts, &start.code)?.unzip();
+        let firmware = firmware::wire(&stage, &mut harts, &start.code, &mut self.shim)?;
         let uart = layout::span("serial")?.base;
-        let mut world =
-            World::new(Arc::clone(&bus), Arc::clone(&ram), config.unassigned, Some(uart));
+        let (bus, ram) = (Arc::clone(&self.bus), Arc::clone(&self.ram));
+        let mut world = World::new(bus, ram, config.unassigned, Some(uart));
         world.firmware = firmware;
         world.timebase_hz = cpu.timebase_hz;
-        world.restarts = watch_starts(&vm, harts.len(), irqchip, opens_counters, &control)?;
+        world.restarts =
+            watch_starts(&self.vm, harts.len(), self.irqchip, opens_counters, &self.control)?;
         let ebreaks = world.firmware.is_some();
         let debug_context = config
             .gdb
             .as_ref()
-            .map(|_| create_debug_context(&control, &ram, &vm, ebreaks))
+            .map(|_| create_debug_context(&self.control, &self.ram, &self.vm, ebreaks))
             .transpose()?;
         world.debugger =
             debug_context.clone().map(|debug_context| debug_context as Arc<dyn Debugger>);
@@ -130,8 +169,7 @@ impl Board {
                 |hart| Box::new(ObservedHart::new(hart, Arc::clone(observer))) as Box<dyn Hart>;
             harts = harts.into_iter().map(observed).collect();
         }
-        let world = Arc::new(world);
-        Ok(Self { harts, world, bus, control, debug_context, vm, _shim: shim, _ram: ram })
+        Ok(Run { harts, world: Arc::new(world), debug_context })
     }
 }
 
@@ -156,7 +194,8 @@ fn interrupts_from_a_slot(device: &DeviceConfig) -> bool {
     device.model().irqs > 0 && device.model().placement == Placement::Slot
 }
 
-fn make_harts(config: &VmConfig, vm: &dyn Vm) -> Result<Vec<Box<dyn Hart>>, Error> {
+/// Creates the harts and the irqchip. The first hart created is the boot hart; the in-kernel irqchip requires all harts to exist.
+fn make_harts(config: &ValidConfig, vm: &dyn Vm) -> Result<(Vec<Box<dyn Hart>>, Irqchip), Error> {
     let knobs = CpuSettings {
         isa: config.cpus.isa.clone(),
         sbi: config.cpus.sbi.clone(),
@@ -169,7 +208,10 @@ fn make_harts(config: &VmConfig, vm: &dyn Vm) -> Result<Vec<Box<dyn Hart>>, Erro
             vm.max_harts()
         )));
     }
-    (0..config.cpus.count).map(|id| Ok(vm.create_hart(id, &knobs)?)).collect()
+    let harts: Result<_, Error> =
+        (0..config.cpus.count).map(|id| Ok(vm.create_hart(id, &knobs)?)).collect();
+    let harts = harts?;
+    Ok((harts, vm.create_irqchip(config.irqchip, &aia_plan(config)?)?))
 }
 
 fn aia_plan(config: &ValidConfig) -> Result<AiaPlan, Error> {

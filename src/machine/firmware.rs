@@ -36,16 +36,14 @@ pub(super) struct Stage<'a> {
     pub(super) observer: Option<Arc<dyn ExitObserver>>,
 }
 
-/// The firmware, and the page that it needs in the guest.
-pub(super) type Wired = Option<(Firmware, Rom)>;
-
 /// Installs what the configuration asks for in the machine's memory and harts; `None` where it asks for nothing and the guest
-/// makes no call that the kernel does not answer.
+/// makes no call that the kernel does not answer. `shim` is the page that it needs in the guest, which stays mapped.
 pub(super) fn wire(
     stage: &Stage<'_>,
     harts: &mut [Box<dyn Hart>],
     code: &[Code],
-) -> Result<Wired, Error> {
+    shim: &mut Option<Rom>,
+) -> Result<Option<Firmware>, Error> {
     let config = stage.config;
     let is_bare = config.cpus.mode == StartMode::User || !config.cpus.csrs.is_empty();
     let patches = plant(stage, code)?;
@@ -53,11 +51,14 @@ pub(super) fn wire(
     if !is_bare && patches.count() == 0 && !is_timed {
         return Ok(None);
     }
-    let page = Rom::page(&shim::code()).map_err(|e| failed("create the trap shim", e))?;
-    stage
-        .vm
-        .map_rom(SHIM_SLOT, shim::PAGE, page.host_address(), PAGE)
-        .map_err(|e| failed("map the trap shim into the guest", e))?;
+    if shim.is_none() {
+        let page = Rom::page(&shim::code()).map_err(|e| failed("create the trap shim", e))?;
+        stage
+            .vm
+            .map_rom(SHIM_SLOT, shim::PAGE, page.host_address(), PAGE)
+            .map_err(|e| failed("map the trap shim into the guest", e))?;
+        *shim = Some(page);
+    }
     stage.vm.code_changed().map_err(|e| failed("make changed code visible to the harts", e))?;
     for hart in harts.iter_mut() {
         hart.trap_ebreaks(true)
@@ -79,7 +80,7 @@ pub(super) fn wire(
     });
     let timer = timer.transpose().map_err(|e| failed("start the timer", e))?.map(Arc::new);
     let csrs = config.cpus.csrs.clone();
-    Ok(Some((Firmware::new(patches, csrs, timer), page)))
+    Ok(Some(Firmware::new(patches, csrs, timer)))
 }
 
 /// Replaces the guest's calls that the kernel does not answer with breakpoints.

@@ -4,10 +4,9 @@
 use std::time::Duration;
 
 use crate::hypervisor::{Counters, Vm};
-use crate::vcpu::Control;
 
 /// Interval between two checks of the guest.
-const PERIOD: Duration = Duration::from_secs(1);
+pub(super) const PERIOD: Duration = Duration::from_secs(1);
 
 /// Number of consecutive checks that must find the guest waiting.
 const STALLED_CHECKS: u32 = 5;
@@ -54,6 +53,8 @@ impl StallCounter {
 /// Watches the progress of a guest.
 pub(super) struct StallWatch {
     counters: Vec<Box<dyn Counters>>,
+    stall: StallCounter,
+    checks: u32,
 }
 
 impl StallWatch {
@@ -61,27 +62,25 @@ impl StallWatch {
     /// there is no in-kernel controller.
     pub(super) fn new(vm: &dyn Vm) -> Option<Self> {
         vm.has_set_up_irqchip()?;
-        Some(Self { counters: vm.counters() })
+        Some(Self { counters: vm.counters(), stall: StallCounter::default(), checks: 0 })
     }
 
-    /// Checks the guest until it has set up interrupts, has stalled or has ended; logs a warning where it has stalled.
-    pub(super) fn run(self, vm: &dyn Vm, control: &Control) {
-        let mut stall = StallCounter::default();
-        for _ in 0..MAX_CHECKS {
-            if control.ends_within(PERIOD) {
-                return;
-            }
-            let harts: Option<Vec<_>> = self.counters.iter().map(|hart| hart.read().ok()).collect();
-            let (Some(has_set_up), Some(harts)) = (vm.has_set_up_irqchip(), harts) else { return };
-            match stall.check(has_set_up, &harts) {
-                Progress::Undecided => {}
-                Progress::HasInterrupts => return,
-                Progress::Stalled => {
-                    log::warn!(
-                        "The guest waits and has not set up any device interrupt. If it has no driver for the AIA, like Linux before 6.10, FreeBSD and RT-Thread, use --irqchip plic"
-                    );
-                    return;
-                }
+    /// Checks the guest, and logs a warning where it has stalled. False if it need not be checked again: it has set up interrupts, has
+    /// stalled, or has run long enough without them. To be called every [`PERIOD`].
+    pub(super) fn check(&mut self, vm: &dyn Vm) -> bool {
+        self.checks += 1;
+        let harts: Option<Vec<_>> = self.counters.iter().map(|hart| hart.read().ok()).collect();
+        let (Some(has_set_up), Some(harts)) = (vm.has_set_up_irqchip(), harts) else {
+            return false;
+        };
+        match self.stall.check(has_set_up, &harts) {
+            Progress::Undecided => self.checks < MAX_CHECKS,
+            Progress::HasInterrupts => false,
+            Progress::Stalled => {
+                log::warn!(
+                    "The guest waits and has not set up any device interrupt. If it has no driver for the AIA, like Linux before 6.10, FreeBSD and RT-Thread, use --irqchip plic"
+                );
+                false
             }
         }
     }

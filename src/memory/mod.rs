@@ -188,6 +188,18 @@ impl GuestRam {
         self.copy_file(addr + done, file, offset + done, len - done)
     }
 
+    /// Makes RAM what it was at first: it reads as zero, and no file is mapped over it. Nothing accesses it meanwhile.
+    ///
+    /// # Errors
+    /// The host cannot replace a mapped file.
+    pub fn clear(&self) -> Result<(), Error> {
+        for Overlay { span, .. } in self.overlays().drain(..) {
+            self.reservation.uncover(span.base - self.span.base, span.size)?;
+        }
+        self.reservation.discard(0, self.span.size);
+        Ok(())
+    }
+
     fn copy_file(&self, addr: u64, file: &File, offset: u64, len: u64) -> Result<(), Error> {
         use std::os::unix::fs::FileExt;
         let mut chunk = vec![0; usize::try_from(len.min(1 << 20)).unwrap_or(1 << 20)];

@@ -159,6 +159,26 @@ impl Reservation {
 }
 
 impl Reservation {
+    /// Puts anonymous memory in the place of a file that was mapped over `len` bytes of RAM at `at`, both multiples of the page size.
+    pub(super) fn uncover(&self, at: u64, len: u64) -> Result<(), Error> {
+        let fits = at.checked_add(len).is_some_and(|end| end <= self.size as u64);
+        let (Ok(at), Ok(len), true) = (usize::try_from(at), usize::try_from(len), fits) else {
+            return Err(Error::Memory {
+                what: "Cannot clear more than guest RAM".into(),
+                source: None,
+            });
+        };
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+        // SAFETY: the target is inside the RAM mapping (checked above), into which there are no references: all
+        // accesses are volatile copies.
+        let mapped = unsafe { mmap_anonymous(self.ram.wrapping_byte_add(at), len, prot, flags) };
+        mapped.map(|_| ()).map_err(|error| Error::Memory {
+            what: "Cannot clear guest memory".into(),
+            source: Some(error.into()),
+        })
+    }
+
     /// Returns the pages of `len` bytes of RAM at `at` to the host, both multiples of the page size and without mapped files: they
     /// read as zero from then on. Ignores a range that is not all RAM.
     pub(super) fn discard(&self, at: u64, len: u64) {

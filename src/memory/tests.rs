@@ -1,6 +1,7 @@
 //! Tests of guest RAM on any machine.
 
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use rvmm_devices::testing::skip;
@@ -13,6 +14,28 @@ fn file_of(bytes: &[u8]) -> Arc<File> {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(bytes).unwrap();
     Arc::new(file)
+}
+
+#[test]
+fn cleared_memory_is_zero_and_has_no_file_over_it() {
+    let file = Arc::new(tempfile::tempfile().unwrap());
+    file.write_all_at(&[7; 8192], 0).unwrap();
+    let span = Span { base: 0x8000_0000, size: 1 << 20 };
+    for ram in [GuestRam::new(span, false).unwrap(), GuestRam::shared(span, false).unwrap()] {
+        ram.place_file(span.base + 4096, &file, 0, 8192).unwrap();
+        ram.write(span.base + 100, &[9; 10]).unwrap();
+        ram.clear().unwrap();
+        let mut all = vec![1; 1 << 20];
+        ram.read(span.base, &mut all).unwrap();
+        assert!(all.iter().all(|byte| *byte == 0));
+        // A file that has shrunk since no longer matters.
+        file.set_len(100).unwrap();
+        assert!(!ram.is_lost());
+        file.write_all_at(&[7; 8192], 0).unwrap();
+        ram.place_file(span.base, &file, 0, 8192).unwrap();
+        ram.read(span.base, &mut all[..8192]).unwrap();
+        assert!(all[..8192].iter().all(|byte| *byte == 7));
+    }
 }
 
 #[test]
@@ -64,7 +87,7 @@ fn what_the_guest_writes_never_reaches_the_file() {
     ram.place_file(SPAN.base, &file, 0, 8192).unwrap();
     ram.write(SPAN.base + 100, &[9; 5000]).unwrap();
     let mut back = vec![0; 8192];
-    std::os::unix::fs::FileExt::read_exact_at(&*file, &mut back, 0).unwrap();
+    file.read_exact_at(&mut back, 0).unwrap();
     assert_eq!(back, [1; 8192]);
 }
 

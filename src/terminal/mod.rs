@@ -9,7 +9,6 @@
 //! | `descriptor.rs` | non-blocking access to a descriptor of any kind |
 //! | `streams.rs`, `stdio.rs` | a console on two descriptors; on standard input and output |
 //! | `pty.rs`, `socket.rs` | consoles whose clients connect and disconnect |
-//! | `shared.rs` | a console that stays open when its device is dropped |
 //! | `writer.rs` | a console that writes to any [`Write`] |
 
 use std::fmt;
@@ -31,7 +30,6 @@ mod foreground;
 mod keys;
 mod pty;
 mod raw;
-mod shared;
 mod socket;
 mod stdio;
 mod streams;
@@ -39,7 +37,6 @@ mod writer;
 
 pub use raw::restore;
 pub(crate) use raw::{resized, resume, suspend};
-pub(crate) use shared::Shared;
 
 /// Requests a stop of the machine: called for Ctrl-A x and for signals.
 ///

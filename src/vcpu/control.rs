@@ -10,21 +10,22 @@
 
 use std::collections::BTreeSet;
 use std::sync::mpsc::sync_channel;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use super::hart::{Hart, Kick};
 use super::stop::StopReason;
 
-/// The requested state of a machine's harts. One per run; a reboot creates a new one.
+/// The requested state of a machine's harts.
 #[derive(Default)]
 pub struct Control {
-    state: Mutex<State>,
+    state: Mutex<ControlState>,
     changed: Condvar,
+    on_stop: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 #[derive(Default)]
-struct State {
+struct ControlState {
     started: bool,
     /// Number of [`Pause`]s.
     pauses: usize,
@@ -69,7 +70,7 @@ struct RegisteredHart {
     kick: Arc<dyn Kick>,
 }
 
-impl State {
+impl ControlState {
     fn may_run(&self, id: u32) -> bool {
         self.started && self.pauses == 0 && !self.held.has(id)
     }
@@ -93,6 +94,10 @@ impl State {
         }
     }
 }
+
+mod waiting;
+
+pub(super) use waiting::Registration;
 
 /// The requested state of one hart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,6 +128,20 @@ impl Control {
         self.changed.notify_all();
     }
 
+    /// Calls `task` whenever a run gets its reason to end, on the thread that has the reason: it must neither block nor call a device.
+    /// Only the first such task counts.
+    pub fn on_stop(&self, task: Box<dyn Fn() + Send + Sync>) {
+        let _ = self.on_stop.set(task);
+    }
+
+    /// Prepares another run, whose harts wait for [`Control::start`]. The threads of the last one have ended. Pauses stay.
+    pub fn reset(&self) {
+        let mut state = self.lock();
+        state.stop = None;
+        state.started = false;
+        state.held = Held::None;
+    }
+
     /// Ends the run. Only the first reason counts; true if it is this one. Returns at once: [`Control::wait`] waits.
     ///
     /// Callable from any thread, a hart's own included, and with a device's lock held.
@@ -138,7 +157,16 @@ impl Control {
         let lost = std::mem::take(&mut state.tasks);
         drop(state);
         drop(lost);
+        if first {
+            self.tell_stop();
+        }
         first
+    }
+
+    fn tell_stop(&self) {
+        if let Some(task) = self.on_stop.get() {
+            task();
+        }
     }
 
     /// Makes all harts leave the guest and waits for that: their registers are current then, and only the host changes memory
@@ -265,7 +293,7 @@ impl Control {
     /// Waits until there is a reason to stop, for `limit` at most. True if there is one.
     pub fn ends_within(&self, limit: Duration) -> bool {
         let state = self.lock();
-        let is_running = |state: &mut State| state.stop.is_none();
+        let is_running = |state: &mut ControlState| state.stop.is_none();
         let waited = self.changed.wait_timeout_while(state, limit, is_running);
         waited.map_or(true, |(state, _)| state.stop.is_some())
     }
@@ -282,84 +310,17 @@ impl Control {
         self.lock().pauses > 0
     }
 
-    /// Registers a hart to be kicked and waited for, until its thread drops the guard.
-    pub(super) fn register(self: &Arc<Self>, id: u32, kick: Arc<dyn Kick>) -> Registration {
-        self.lock().harts.push(RegisteredHart { id, kick });
-        Registration { control: Arc::clone(self), id }
-    }
-
-    /// The requested state of a hart.
-    pub(super) fn order(&self, id: u32) -> Order {
-        let state = self.lock();
-        match state.stop {
-            Some(_) => Order::End,
-            None if state.may_run(id) => Order::Run,
-            None => Order::Park,
-        }
-    }
-
-    /// Number of host events so far, for [`Control::sleep`].
-    pub(super) fn events(&self) -> u64 {
-        self.lock().wakes
-    }
-
-    /// Waits until the hart may run or has a task, or the run ends.
-    pub(super) fn park(&self, id: u32) -> WakeReason {
-        self.wait_parked(id, None)
-    }
-
-    /// As [`Control::park`], but first sleeps until the number of host events differs from `events`, for `limit` at most.
-    pub(super) fn sleep(&self, id: u32, events: u64, limit: Duration) -> WakeReason {
-        self.wait_parked(id, Some((events, limit)))
-    }
-
-    fn wait_parked(&self, id: u32, sleep: Option<(u64, Duration)>) -> WakeReason {
-        let mut state = self.lock();
-        state.parked += 1;
-        self.changed.notify_all();
-        if let Some((events, limit)) = sleep {
-            state.asleep += 1;
-            let waited = self.changed.wait_timeout_while(state, limit, |state| {
-                state.stop.is_none() && state.wakes == events && !state.has_task(id)
-            });
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
-            state.asleep -= 1;
-        }
-        state = self.wait_while(state, |state| {
-            state.stop.is_none() && !state.may_run(id) && !state.has_task(id)
-        });
-        state.parked -= 1;
-        match state.take_task(id) {
-            _ if state.stop.is_some() => WakeReason::End,
-            Some(task) => WakeReason::Task(task),
-            None => WakeReason::Run,
-        }
-    }
-
-    fn deregister(&self, id: u32) {
-        let mut state = self.lock();
-        state.harts.retain(|hart| hart.id != id);
-        let lost = std::mem::take(&mut state.tasks);
-        if state.stop.is_none() {
-            state.stop = Some(StopReason::HostFailure(format!("The thread of hart {id} died")));
-            state.kick_all();
-        }
-        self.changed.notify_all();
-        drop(state);
-        drop(lost);
-    }
-
     /// A poisoned lock is safe to use: no code that holds it can panic halfway through a change.
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, ControlState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn wait_while<'a>(
         &self,
-        state: MutexGuard<'a, State>,
-        condition: impl Fn(&State) -> bool,
-    ) -> MutexGuard<'a, State> {
-        let condition = |state: &mut State| condition(state);
+        state: MutexGuard<'a, ControlState>,
+        condition: impl Fn(&ControlState) -> bool,
+    ) -> MutexGuard<'a, ControlState> {
+        let condition = |state: &mut ControlState| condition(state);
         self.changed.wait_while(state, condition).unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -383,17 +344,5 @@ impl Drop for Pause {
 impl std::fmt::Debug for Pause {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Pause").finish_non_exhaustive()
-    }
-}
-
-/// Registration of a hart. Dropped last by its thread, however that ends; if the run has no reason to end yet, it gets one then.
-pub(super) struct Registration {
-    control: Arc<Control>,
-    id: u32,
-}
-
-impl Drop for Registration {
-    fn drop(&mut self) {
-        self.control.deregister(self.id);
     }
 }

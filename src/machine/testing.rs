@@ -18,15 +18,15 @@ use crate::vcpu::hart::{Csr, Hart, Reg};
 use crate::vcpu::testing::{ScriptHart, Step};
 
 /// Creates VMs whose one hart runs the next of these scripts: one for each VM, and one for each reset.
-pub(super) struct ScriptHypervisor {
+pub(crate) struct ScriptHypervisor {
     scripts: Arc<Mutex<Vec<Vec<Step>>>>,
-    pub(super) created: Arc<AtomicUsize>,
+    pub(crate) created: Arc<AtomicUsize>,
     /// Number of resets of its VMs.
-    pub(super) resets: Arc<AtomicUsize>,
+    pub(crate) resets: Arc<AtomicUsize>,
 }
 
 impl ScriptHypervisor {
-    pub(super) fn new(scripts: impl IntoIterator<Item = Vec<Step>>) -> Self {
+    pub(crate) fn new(scripts: impl IntoIterator<Item = Vec<Step>>) -> Self {
         let scripts = Arc::new(Mutex::new(scripts.into_iter().collect()));
         Self { scripts, created: Arc::default(), resets: Arc::default() }
     }

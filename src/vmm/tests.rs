@@ -1,7 +1,5 @@
 //! Whole machines on a hypervisor that runs scripts.
 
-mod script_vm;
-
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -14,14 +12,14 @@ use rvmm_devices::virtio::vhost_user::testing::{Traits, serve_at};
 use rvmm_devices::{ConsoleBackend, Port, Ports};
 use tempfile::NamedTempFile;
 
-use self::script_vm::ScriptHypervisor;
-use super::{Machine, Parts};
+use super::{CommandError, DeviceChange, Parts, State, Vmm};
 use crate::config::{
-    DeviceConfig, GdbAddress, GdbConfig, InitrdConfig, LoadConfig, TraceConfig, VmConfig,
+    DeviceConfig, GdbAddress, GdbConfig, InitrdConfig, LoadConfig, OnReset, TraceConfig, VmConfig,
 };
 use crate::error::{EXIT_HOST, EXIT_USAGE, Error};
 use crate::host::in_a_namespace;
 use crate::inspect::{Connection, Query, Reply, WalkTarget};
+use crate::machine::testing::ScriptHypervisor;
 use crate::terminal::Console;
 use crate::vcpu::exit::SystemEvent;
 use crate::vcpu::stop::StopReason;
@@ -31,12 +29,12 @@ fn parsed(device: &str) -> DeviceConfig {
     DeviceConfig::parse(device).unwrap()
 }
 
-/// A machine of 16 MiB with this device, whose hart runs one of `scripts` after the other, the number of VMs created,
+/// A machine of 16 MiB with this device, whose hart runs one of `scripts` after the other, the number of resets,
 /// and the file that it starts.
 fn machine(
     device: &str,
     scripts: impl IntoIterator<Item = Vec<Step>>,
-) -> (Result<Machine, Error>, Arc<AtomicUsize>, NamedTempFile) {
+) -> (Result<Vmm, Error>, Arc<AtomicUsize>, NamedTempFile) {
     let config = VmConfig { devices: vec![parsed(device)], ..VmConfig::default() };
     machine_of(config, None, scripts)
 }
@@ -46,7 +44,7 @@ fn machine_of(
     config: VmConfig,
     socket: Option<PathBuf>,
     scripts: impl IntoIterator<Item = Vec<Step>>,
-) -> (Result<Machine, Error>, Arc<AtomicUsize>, NamedTempFile) {
+) -> (Result<Vmm, Error>, Arc<AtomicUsize>, NamedTempFile) {
     machine_with(config, socket, Console::null(), scripts)
 }
 
@@ -56,18 +54,18 @@ fn machine_with(
     socket: Option<PathBuf>,
     console: Console,
     scripts: impl IntoIterator<Item = Vec<Step>>,
-) -> (Result<Machine, Error>, Arc<AtomicUsize>, NamedTempFile) {
+) -> (Result<Vmm, Error>, Arc<AtomicUsize>, NamedTempFile) {
     let program = NamedTempFile::new().unwrap();
     std::fs::write(program.path(), [0; 64]).unwrap();
     config.mem = 16 << 20;
     config.boot.load = vec![LoadConfig { file: program.path().into(), addr: 0x8000_0000 }];
     config.boot.entry = Some(0x8000_0000);
     let host = ScriptHypervisor::new(scripts);
-    let created = Arc::clone(&host.created);
+    let resets = Arc::clone(&host.resets);
     let (console, hypervisor) = (Some(console), Some(Box::new(host) as _));
     let parts = Parts { console, hypervisor, socket, ..Parts::default() };
-    let machine = config.validate().and_then(|config| Machine::build_with(config, parts));
-    (machine, created, program)
+    let machine = config.validate().and_then(|config| Vmm::build_with(config, parts));
+    (machine, resets, program)
 }
 
 #[test]
@@ -132,17 +130,18 @@ fn a_running_machine_answers_queries_and_keeps_running() {
     assert_eq!((stat.name.as_str(), stat.harts.len(), reads), ("rvmm", 1, 1));
     // A machine that was paused through its handle stays paused, as many times as that.
     let handle = running.handle();
-    handle.resume();
-    assert!(handle.pause() && handle.pause());
+    assert!(handle.resume().is_err());
+    let (first, second) = (handle.pause().unwrap(), handle.pause().unwrap());
     assert!(matches!(ask(Query::Registers), Reply::Registers(_)));
-    assert!(handle.is_paused());
-    handle.resume();
-    assert!(handle.is_paused());
-    handle.resume();
-    assert!(!handle.is_paused());
-    handle.resume();
+    assert_eq!(handle.state(), State::Paused);
+    drop(first);
+    assert_eq!(handle.state(), State::Paused);
+    second.keep();
+    assert_eq!(handle.state(), State::Paused);
+    handle.resume().unwrap();
+    assert_eq!(handle.state(), State::Running);
     assert!(matches!(ask(Query::Registers), Reply::Registers(_)));
-    assert!(!handle.is_paused());
+    assert_eq!(handle.state(), State::Running);
     running.handle().stop();
     assert_eq!(running.wait().unwrap(), StopReason::Requested);
     assert!(!path.exists());
@@ -152,11 +151,11 @@ fn a_running_machine_answers_queries_and_keeps_running() {
 fn after_reboot(folder: tempfile::TempDir, config: VmConfig) -> Result<StopReason, Error> {
     let reset = vec![Step::System(SystemEvent::Reset(0))];
     let scripts = [reset, vec![Step::System(SystemEvent::Shutdown(0))]];
-    let (machine, created, program) = machine_of(config, None, scripts);
+    let (machine, resets, program) = machine_of(config, None, scripts);
     let machine = machine.unwrap();
     drop((program, folder));
     let reason = machine.run();
-    assert!(reason.is_err() || created.load(SeqCst) == 2);
+    assert!(reason.is_err() || resets.load(SeqCst) == 1);
     reason
 }
 
@@ -221,7 +220,6 @@ fn a_restart_needs_nothing_from_the_paths_of_sockets() {
 }
 
 #[test]
-#[ignore = "disks and flash are opened again at each reboot until their backends have one owner across reboots"]
 fn a_restart_needs_nothing_from_the_paths_of_disks_and_flash() {
     for device in ["blk,path=", "flash,addr=0x20000000,file="] {
         let folder = tempfile::tempdir().unwrap();
@@ -239,9 +237,9 @@ fn a_tap_is_opened_once_for_all_runs_of_the_guest() {
         let reset = || vec![Step::System(SystemEvent::Reset(0))];
         let scripts = [reset(), reset(), vec![Step::System(SystemEvent::Shutdown(0))]];
         // A tap can be open once only.
-        let (machine, created, _program) = machine("net,tap=t0", scripts);
+        let (machine, resets, _program) = machine("net,tap=t0", scripts);
         assert_eq!(machine.unwrap().run().unwrap(), StopReason::PowerOff);
-        assert_eq!(created.load(SeqCst), 3);
+        assert_eq!(resets.load(SeqCst), 2);
     });
 }
 
@@ -274,9 +272,9 @@ fn a_machine_shares_its_memory_where_a_device_needs_it() {
     let scripts = [reset(), vec![Step::System(SystemEvent::Shutdown(0))]];
     // Another program's device is not built with memory that is not shared.
     let device = format!("vhost-user-blk,socket={}", socket.display());
-    let (machine, created, _program) = machine(&device, scripts);
+    let (machine, resets, _program) = machine(&device, scripts);
     assert_eq!(machine.unwrap().run().unwrap(), StopReason::PowerOff);
-    assert_eq!(created.load(SeqCst), 2);
+    assert_eq!(resets.load(SeqCst), 1);
 }
 
 #[test]
@@ -296,7 +294,7 @@ fn a_machine_waits_for_its_debugger_and_is_killed_by_it() {
         signals: false,
         ..Parts::default()
     };
-    let machine = Machine::build_with(config.validate().unwrap(), parts).unwrap();
+    let machine = Vmm::build_with(config.validate().unwrap(), parts).unwrap();
     assert_eq!(machine.debugger(), Some((&GdbAddress::Unix(socket.as_path().into()), true)));
     let running = machine.start().unwrap();
     let mut debugger = UnixStream::connect(&socket).unwrap();
@@ -308,4 +306,134 @@ fn a_machine_waits_for_its_debugger_and_is_killed_by_it() {
     debugger.write_all(b"$k#6b").unwrap();
     assert_eq!(running.wait().unwrap(), StopReason::Requested);
     assert!(!socket.exists(), "the socket is gone with the machine");
+}
+
+/// A machine with these devices whose hart idles.
+fn idle(devices: &[&str]) -> (Vmm, Arc<AtomicUsize>, NamedTempFile) {
+    let devices = devices.iter().map(|device| parsed(device)).collect();
+    // Resets of the guest itself would end the machine.
+    let config = VmConfig { devices, on_reset: OnReset::Exit, ..VmConfig::default() };
+    let idle = || vec![Step::Idle];
+    let (vmm, resets, program) = machine_of(config, None, [idle(), idle(), idle()]);
+    (vmm.unwrap(), resets, program)
+}
+
+fn refusal(result: Result<(), CommandError>) -> String {
+    result.unwrap_err().to_string()
+}
+
+#[test]
+fn a_launched_machine_runs_when_it_is_started_and_each_command_needs_its_state() {
+    let (vmm, _, _program) = idle(&["rng"]);
+    let handle = vmm.handle();
+    assert_eq!(refusal(handle.start()), "Cannot start the machine: it is not started");
+    let running = vmm.launch().unwrap();
+    // The controller's thread may not have begun yet.
+    while handle
+        .change(DeviceChange::BalloonTarget(0))
+        .unwrap_err()
+        .to_string()
+        .contains("not started")
+    {
+        std::thread::yield_now();
+    }
+    assert_eq!(handle.state(), State::Built);
+    assert_eq!(refusal(handle.pause().map(drop)), "Cannot pause the machine: it is not started");
+    assert_eq!(refusal(handle.reset()), "Cannot reset the machine: it is not started");
+    assert!(handle.inspect(Query::Stat).is_err());
+    handle.start().unwrap();
+    assert_eq!(handle.state(), State::Running);
+    assert_eq!(refusal(handle.start()), "Cannot start the machine: it is running");
+    assert_eq!(refusal(handle.resume()), "Cannot resume the machine: it is running");
+    assert!(matches!(handle.inspect(Query::Stat), Ok(Reply::Stat(_))));
+    assert_eq!(refusal(handle.press_power_button()), "The machine has no power button");
+    let target = DeviceChange::BalloonTarget(0);
+    assert_eq!(refusal(handle.change(target)), "The machine has no balloon");
+    handle.stop();
+    assert_eq!(running.wait().unwrap(), StopReason::Requested);
+    assert_eq!(handle.state(), State::Ended);
+    assert_eq!(refusal(handle.reset()), "Cannot reset the machine: it is ended");
+}
+
+#[test]
+fn a_machine_that_is_stopped_before_its_start_never_runs() {
+    let (vmm, _, _program) = idle(&[]);
+    vmm.handle().stop();
+    assert_eq!(vmm.run().unwrap(), StopReason::Requested);
+    let (vmm, _, _program) = idle(&[]);
+    let running = vmm.launch().unwrap();
+    running.handle().stop();
+    assert_eq!(running.wait().unwrap(), StopReason::Requested);
+}
+
+#[test]
+fn a_client_resets_a_machine_in_place_and_a_paused_one_stays_paused() {
+    let (vmm, resets, _program) = idle(&["balloon", "rng"]);
+    let running = vmm.start().unwrap();
+    let handle = running.handle();
+    while handle.state() != State::Running {
+        std::thread::yield_now();
+    }
+    handle.reset().unwrap();
+    assert_eq!((resets.load(SeqCst), handle.state()), (1, State::Running));
+    let paused = handle.pause().unwrap();
+    handle.reset().unwrap();
+    assert_eq!((resets.load(SeqCst), handle.state()), (2, State::Paused));
+    drop(paused);
+    assert_eq!(handle.state(), State::Running);
+    handle.change(DeviceChange::BalloonTarget(4 << 20)).unwrap();
+    assert_eq!(handle.balloon().target(), 4 << 20);
+    let error = handle.change(DeviceChange::BalloonTarget(u64::MAX)).unwrap_err();
+    assert!(error.to_string().contains("less than 16 TiB"), "{error}");
+    handle.stop();
+    assert_eq!(running.wait().unwrap(), StopReason::Requested);
+}
+
+#[test]
+fn the_devices_of_a_paused_machine_are_at_rest() {
+    /// A console that counts the reads of its input, which is always announced and never there.
+    struct Busy(UnixStream, Arc<AtomicUsize>);
+    impl ConsoleBackend for Busy {
+        fn ports(&self) -> Ports {
+            let input = Port::Poll(self.0.as_raw_fd());
+            Ports { input, output: Port::Closed, event_fd: None }
+        }
+        fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+            self.1.fetch_add(1, SeqCst);
+            Err(io::ErrorKind::WouldBlock.into())
+        }
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            Ok(bytes.len())
+        }
+        fn process_event(&mut self) {}
+    }
+    let (near, far) = UnixStream::pair().unwrap();
+    let reads = Arc::new(AtomicUsize::new(0));
+    let console = Console { backend: Box::new(Busy(near, Arc::clone(&reads))), pty: None };
+    // The guest enables the receive interrupt: input is read from then on.
+    let script = vec![Step::Store { addr: 0x1000_0001, bytes: vec![1] }, Step::Idle];
+    let (vmm, ..) = machine_with(VmConfig::default(), None, console, [script]);
+    let running = vmm.unwrap().start().unwrap();
+    let handle = running.handle();
+    let stat = |handle: &super::Handle| match handle.inspect(Query::Stat) {
+        Ok(Reply::Stat(stat)) => stat.devices.iter().map(|device| device.writes).sum::<u64>(),
+        _ => 0,
+    };
+    while stat(&handle) == 0 {
+        std::thread::yield_now();
+    }
+    let paused = handle.pause().unwrap();
+    (&far).write_all(b"!").unwrap();
+    let before = reads.load(SeqCst);
+    // The I/O thread still serves others than the devices; so this proves that it had its chance.
+    for _ in 0..20 {
+        assert_eq!(stat(&handle), 1);
+    }
+    assert_eq!(reads.load(SeqCst), before);
+    drop(paused);
+    while reads.load(SeqCst) == before {
+        std::thread::yield_now();
+    }
+    handle.stop();
+    running.wait().unwrap();
 }

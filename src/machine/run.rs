@@ -1,0 +1,182 @@
+//! A run of the guest: from the start of the harts until all their threads have ended, and the reset before the next one.
+
+use std::io;
+use std::mem;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rvmm_devices::StateError;
+
+use super::upkeep::Upkeep;
+use super::{Machine, host_error};
+use crate::error::{EXIT_OK, Error};
+use crate::io_loop::{IoLoop, IoThread};
+use crate::vcpu::hart::Hart;
+use crate::vcpu::record::Unrecorded;
+use crate::vcpu::spawn_hart;
+use crate::vcpu::stop::StopReason;
+
+impl Machine {
+    /// Begins a run: the harts enter the guest. A hart whose thread cannot be started is a reason to stop.
+    ///
+    /// # Errors
+    /// The host has no resources left for the I/O thread.
+    pub(crate) fn begin(&mut self) -> Result<(), Error> {
+        let Some(run) = &mut self.run else { return Ok(()) };
+        let harts = mem::take(&mut run.harts);
+        let (world, debug_context) = (Arc::clone(&run.world), run.debug_context.take());
+        self.counters = self.board.vm.counters();
+        self.upkeep = Upkeep::of_run(self.board.vm.as_ref(), self.owns_process);
+        if self.io.is_none() {
+            self.io = Some(self.start_io()?);
+        }
+        for hart in harts {
+            let what = format!("start hart {}", hart.id());
+            match self.start_hart(hart, &world) {
+                Ok(thread) => self.threads.push(thread),
+                Err(error) => {
+                    self.failure = Some(host_error(&what, error));
+                    self.board.control.stop(StopReason::HostFailure(what));
+                    break;
+                }
+            }
+        }
+        drop(world);
+        if let (Some(server), Some(context)) = (&self.debugger, debug_context) {
+            server.begin(context);
+        }
+        self.begun = Some(Instant::now());
+        self.board.control.start();
+        self.upkeep.started();
+        Ok(())
+    }
+
+    /// Starts the I/O thread, which serves all runs.
+    fn start_io(&mut self) -> Result<IoThread, Error> {
+        let new = IoLoop::new(Arc::clone(&self.board.bus));
+        let mut io = new.map_err(|e| host_error("create the event loop", e))?;
+        if let Some(signals) = self.signals.take() {
+            let button = self.backends.button.clone();
+            io.watch_signals(signals, Arc::clone(&self.stop))
+                .and_then(|()| button.map_or(Ok(()), |button| io.watch_power_button(button)))
+                .map_err(|e| host_error("watch signals", e))?;
+        }
+        if let Some(socket) = &self.socket {
+            io.watch_external(Arc::clone(socket) as _)
+                .map_err(|e| host_error("watch the inspection socket", e))?;
+        }
+        let control = Arc::clone(&self.board.control);
+        io.watch_failure(Box::new(move |what| {
+            control.stop(StopReason::HostFailure(what));
+        }));
+        io.spawn().map_err(|e| host_error("start the event loop", e))
+    }
+
+    /// Starts a hart's thread, with a recorder where there is a trace.
+    fn start_hart(
+        &self,
+        hart: Box<dyn Hart>,
+        world: &Arc<crate::vcpu::World>,
+    ) -> io::Result<JoinHandle<()>> {
+        let (id, world, control) = (hart.id(), Arc::clone(world), Arc::clone(&self.board.control));
+        let affinity = &self.config.cpus.affinity;
+        let pinned = affinity.iter().find(|(hart, _)| *hart == id).map(|(_, cpu)| *cpu);
+        match self.trace.as_ref().and_then(|trace| trace.recorder(id)) {
+            None => spawn_hart(hart, world, control, pinned, Unrecorded),
+            Some(recorder) => spawn_hart(hart, world, control, pinned, recorder),
+        }
+    }
+
+    /// Ends a run that has a reason to end: waits for the harts' threads, and returns the reason. Devices go on.
+    pub(crate) fn finish_run(&mut self) -> StopReason {
+        let reason = self.board.control.wait();
+        for thread in self.threads.drain(..) {
+            // A hart that panicked has already stopped the machine with that reason.
+            let _ = thread.join();
+        }
+        if let Some(debugger) = &self.debugger {
+            debugger.over();
+        }
+        self.upkeep = Upkeep::default();
+        self.counters.clear();
+        // With it the threads that belong to the run end.
+        self.run = None;
+        reason
+    }
+
+    /// Resets the machine in place, after [`Machine::finish_run`]: devices, memory, harts and interrupt controller are as at power-on.
+    /// Everything of the host stays open. Paused devices stay paused.
+    ///
+    /// # Errors
+    /// The host lacks a resource, or a device does not come to rest; the machine cannot run any more.
+    pub(crate) fn reset(&mut self) -> Result<(), Error> {
+        let was_paused = self.are_devices_paused;
+        if !was_paused {
+            self.rest_devices(IoLoop::LONG_DRAIN).map_err(|e| Error::Device(e.to_string()))?;
+        }
+        if self.io.as_ref().is_some_and(IoThread::has_ended) {
+            return Err(host_error("continue", io::Error::other("The I/O thread has ended")));
+        }
+        self.files.uncompress_again()?;
+        let harts = self.board.reset(&self.config)?;
+        let (config, files, host) = (&self.config, &self.files, self.host.as_ref());
+        self.run = Some(self.board.load(config, files, host, &self.backends, harts)?);
+        self.files.free_uncompressed();
+        self.board.control.reset();
+        if !was_paused {
+            self.resume_devices();
+        }
+        Ok(())
+    }
+
+    /// Brings all devices to rest. The harts are out of the guest.
+    ///
+    /// # Errors
+    /// [`StateError`] for a device that goes on; none is paused then.
+    pub(crate) fn pause_devices(&mut self) -> Result<(), StateError> {
+        self.rest_devices(Duration::ZERO)
+    }
+
+    fn rest_devices(&mut self, drain: Duration) -> Result<(), StateError> {
+        let Some(io) = &self.io else { return Ok(()) };
+        io.pause(drain);
+        let paused = self.board.bus.pause();
+        match paused {
+            Ok(()) => self.are_devices_paused = true,
+            Err(_) => io.resume(),
+        }
+        paused
+    }
+
+    /// Continues after [`Machine::pause_devices`].
+    pub(crate) fn resume_devices(&mut self) {
+        if mem::take(&mut self.are_devices_paused) {
+            self.board.bus.resume();
+            let _ = self.io.as_ref().map(IoThread::resume);
+        }
+    }
+
+    /// Ends the machine with the reason of its last run, after the devices' last output.
+    ///
+    /// # Errors
+    /// The host failed to start a thread or the event loop, or the trace of a guest that ended well could not be written completely.
+    pub(crate) fn end(mut self, reason: StopReason) -> Result<StopReason, Error> {
+        self.resume_devices();
+        let is_forced = self.failure.is_some() || reason == StopReason::Requested;
+        let drain = if is_forced { IoLoop::DRAIN } else { IoLoop::LONG_DRAIN };
+        let stopped = self.io.take().map_or(Ok(()), |io| io.stop(drain));
+        if let Some(debugger) = self.debugger.take() {
+            debugger.end(reason.exit_code());
+        }
+        stopped.map_err(|e| host_error("end the event loop", e))?;
+        if let Some(failure) = self.failure.take() {
+            return Err(failure);
+        }
+        // A failure of the guest takes precedence over one of its trace.
+        match self.trace.take().map_or(Ok(()), crate::trace::Trace::finish) {
+            Err(error) if reason.exit_code() == EXIT_OK => Err(error),
+            _ => Ok(reason),
+        }
+    }
+}

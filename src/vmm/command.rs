@@ -1,0 +1,64 @@
+//! Commands of clients to the controller, each with a reply.
+
+use std::sync::mpsc::SyncSender;
+
+use rvmm_devices::StateError;
+use rvmm_devices::virtio::balloon::BalloonTooLarge;
+use thiserror::Error;
+
+use super::handle::State;
+use crate::inspect::{Query, Reply};
+
+/// What the controller waits for.
+pub(super) enum Event {
+    /// The current run has a reason to end; sent once for each run.
+    Stopping,
+    /// A command of a client.
+    Command(Command),
+}
+
+/// Receives the result of a command. If it is dropped, the machine has ended before.
+pub(super) type ReplyTo<T> = SyncSender<Result<T, CommandError>>;
+
+/// A command.
+pub(super) enum Command {
+    Start(ReplyTo<()>),
+    Pause(ReplyTo<()>),
+    Resume(ReplyTo<()>),
+    Reset(ReplyTo<()>),
+    PressPowerButton(ReplyTo<()>),
+    Change(DeviceChange, ReplyTo<()>),
+    Inspect(Query, ReplyTo<Reply>),
+}
+
+/// A change of a device of a machine that may be running.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceChange {
+    /// The target of the first balloon in bytes.
+    BalloonTarget(u64),
+}
+
+/// The reason for which a command was not carried out.
+#[derive(Debug, Error)]
+pub enum CommandError {
+    /// The machine is in another state.
+    #[error("Cannot {command} the machine: it is {state}")]
+    State {
+        /// The command: a verb.
+        command: &'static str,
+        /// The machine's state.
+        state: State,
+    },
+    /// A device does not come to rest.
+    #[error(transparent)]
+    Device(#[from] StateError),
+    /// The machine has no such device.
+    #[error("The machine has no {0}")]
+    NoDevice(&'static str),
+    /// The button was pressed before.
+    #[error("The power button was pressed before, and the guest has not powered off")]
+    Pressed,
+    /// A target that no balloon can have.
+    #[error(transparent)]
+    Balloon(#[from] BalloonTooLarge),
+}

@@ -1,0 +1,204 @@
+//! The controller: the only owner of a machine. It waits for commands, for the end of a run, and for the time of the machine's upkeep.
+
+use std::sync::mpsc::Receiver;
+use std::time::Instant;
+
+use super::command::{Command, CommandError, DeviceChange, Event, ReplyTo};
+use super::handle::{Handle, State};
+use crate::config::OnReset;
+use crate::error::Error;
+use crate::machine::Machine;
+use crate::vcpu::Pause;
+use crate::vcpu::stop::StopReason;
+
+/// A machine, and the state of its controller.
+pub(super) struct Controller {
+    machine: Machine,
+    handle: Handle,
+    events: Receiver<Event>,
+    state: State,
+    /// Number of pauses, and what keeps the harts out of the guest.
+    pauses: usize,
+    pause: Option<Pause>,
+    /// Clients that wait for a reset.
+    resets: Vec<ReplyTo<()>>,
+}
+
+impl Controller {
+    pub(super) fn new(machine: Machine, handle: Handle, events: Receiver<Event>) -> Self {
+        let (state, resets) = (State::Built, Vec::new());
+        Self { machine, handle, events, state, pauses: 0, pause: None, resets }
+    }
+
+    /// Serves clients until the machine has ended; starts the guest first if `begins`.
+    pub(super) fn run(self, begins: bool) -> Result<StopReason, Error> {
+        let handle = self.handle.clone();
+        let result = self.serve(begins);
+        handle.set_state(State::Ended);
+        result
+    }
+
+    fn serve(mut self, begins: bool) -> Result<StopReason, Error> {
+        self.set_state(State::Built);
+        if begins {
+            self.begin()?;
+        }
+        loop {
+            match self.next_event() {
+                Some(Event::Command(command)) => self.carry_out(command)?,
+                Some(Event::Stopping) => {
+                    let reason = self.machine.finish_run();
+                    if !self.restarts(&reason) {
+                        return self.end(reason);
+                    }
+                    self.restart()?;
+                }
+                None => self.machine.work(),
+            }
+        }
+    }
+
+    /// Waits for the next event; `None` when work of the machine is due.
+    fn next_event(&self) -> Option<Event> {
+        let Some(at) = self.machine.next_work() else { return self.events.recv().ok() };
+        // The channel stays open: the control has a sender.
+        self.events.recv_timeout(at.saturating_duration_since(Instant::now())).ok()
+    }
+
+    fn set_state(&mut self, state: State) {
+        self.state = state;
+        self.handle.set_state(state);
+    }
+
+    fn begin(&mut self) -> Result<(), Error> {
+        self.machine.begin()?;
+        self.set_state(if self.pauses > 0 { State::Paused } else { State::Running });
+        Ok(())
+    }
+
+    /// True if the machine is reset after a run that ended for this reason.
+    fn restarts(&self, reason: &StopReason) -> bool {
+        let is_wanted =
+            !self.resets.is_empty() || self.machine.config().on_reset == OnReset::Restart;
+        *reason == StopReason::Reset && is_wanted && self.state != State::Built
+    }
+
+    fn restart(&mut self) -> Result<(), Error> {
+        log::info!("The guest restarts");
+        self.machine.reset()?;
+        if self.handle.is_stopped() {
+            // Requested while the last run already had a reason to end.
+            self.handle.control().stop(StopReason::Requested);
+        }
+        self.begin()?;
+        for reply in self.resets.drain(..) {
+            // An error means that the client has gone.
+            let _ = reply.send(Ok(()));
+        }
+        Ok(())
+    }
+
+    fn end(mut self, reason: StopReason) -> Result<StopReason, Error> {
+        self.set_state(State::Stopping);
+        // Clients that still wait are told that the machine ends, since nobody replies.
+        let Self { machine, events, resets, pause, .. } = self;
+        drop((events, resets, pause));
+        machine.end(reason)
+    }
+
+    /// Carries out a command and replies. An error ends the machine.
+    fn carry_out(&mut self, command: Command) -> Result<(), Error> {
+        match command {
+            Command::Start(reply) => {
+                if self.state != State::Built {
+                    self.refuse("start", &reply);
+                    return Ok(());
+                }
+                self.begin()?;
+                let _ = reply.send(Ok(()));
+            }
+            Command::Pause(reply) => {
+                let _ = reply.send(self.pause());
+            }
+            Command::Resume(reply) => {
+                let _ = reply.send(self.resume());
+            }
+            Command::Reset(reply) => {
+                if !self.has_guest() {
+                    self.refuse("reset", &reply);
+                    return Ok(());
+                }
+                self.resets.push(reply);
+                // If the guest ends by itself at this moment, the client is told that the machine has ended.
+                self.handle.control().stop(StopReason::Reset);
+            }
+            Command::PressPowerButton(reply) => {
+                let pressed = match self.machine.button() {
+                    None => Err(CommandError::NoDevice("power button")),
+                    Some(button) if button.press() => Ok(()),
+                    Some(_) => Err(CommandError::Pressed),
+                };
+                let _ = reply.send(pressed);
+            }
+            Command::Change(change, reply) => {
+                let _ = reply.send(self.change(change));
+            }
+            Command::Inspect(query, reply) => {
+                if self.has_guest() {
+                    let _ = reply.send(Ok(self.machine.inspect(query)));
+                } else {
+                    self.refuse("inspect", &reply);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn has_guest(&self) -> bool {
+        matches!(self.state, State::Running | State::Paused)
+    }
+
+    fn refused(&self, command: &'static str) -> CommandError {
+        CommandError::State { command, state: self.state }
+    }
+
+    fn refuse<T>(&self, command: &'static str, reply: &ReplyTo<T>) {
+        let _ = reply.send(Err(self.refused(command)));
+    }
+
+    fn pause(&mut self) -> Result<(), CommandError> {
+        if !self.has_guest() {
+            return Err(self.refused("pause"));
+        }
+        if self.pauses == 0 {
+            let pause = self.handle.control().pause();
+            let pause =
+                pause.ok_or(CommandError::State { command: "pause", state: State::Stopping })?;
+            self.machine.pause_devices()?;
+            self.pause = Some(pause);
+            self.set_state(State::Paused);
+        }
+        self.pauses = self.pauses.saturating_add(1);
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), CommandError> {
+        let left = self.pauses.checked_sub(1).ok_or_else(|| self.refused("resume"))?;
+        self.pauses = left;
+        if left == 0 {
+            self.machine.resume_devices();
+            self.pause = None;
+            self.set_state(State::Running);
+        }
+        Ok(())
+    }
+
+    fn change(&self, change: DeviceChange) -> Result<(), CommandError> {
+        match change {
+            DeviceChange::BalloonTarget(_) if !self.machine.config().has_device("balloon") => {
+                Err(CommandError::NoDevice("balloon"))
+            }
+            DeviceChange::BalloonTarget(bytes) => Ok(self.handle.balloon().set_target(bytes)?),
+        }
+    }
+}

@@ -1,0 +1,226 @@
+//! The clients' side of a machine.
+
+use std::fmt;
+use std::mem;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::mpsc::{Sender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rvmm_devices::virtio::balloon::BalloonControl;
+
+use super::command::{Command, CommandError, DeviceChange, Event, ReplyTo};
+use crate::inspect::{Query, Reply};
+use crate::vcpu::Control;
+use crate::vcpu::stop::StopReason;
+
+/// The state of a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// Built; its guest has not started.
+    Built,
+    /// The guest runs.
+    Running,
+    /// The harts are out of the guest, and the devices at rest.
+    Paused,
+    /// The guest has ended; the devices write their last output.
+    Stopping,
+    /// Ended for good.
+    Ended,
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Built => "not started",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Stopping => "stopping",
+            Self::Ended => "ended",
+        })
+    }
+}
+
+/// Controls a machine from any thread, but not from one that the machine waits for (an observer, a console). Clones control the same
+/// machine.
+#[derive(Clone)]
+pub struct Handle {
+    link: Arc<Link>,
+}
+
+/// The connection to the controller.
+struct Link {
+    events: Sender<Event>,
+    control: Arc<Control>,
+    balloon: BalloonControl,
+    /// A stop was requested: no run begins any more.
+    is_stopped: AtomicBool,
+    now: Mutex<Status>,
+}
+
+/// The state as clients see it.
+#[derive(Debug, Clone, Copy)]
+struct Status {
+    state: State,
+    /// The controller takes commands.
+    is_attended: bool,
+}
+
+/// Keeps a machine paused until it is dropped, independently of other pauses.
+#[must_use = "dropped, it lets the machine run"]
+pub struct Paused(Handle);
+
+impl Handle {
+    pub(super) fn new(
+        events: Sender<Event>,
+        control: Arc<Control>,
+        balloon: BalloonControl,
+    ) -> Self {
+        let now = Mutex::new(Status { state: State::Built, is_attended: false });
+        Self {
+            link: Arc::new(Link {
+                events,
+                control,
+                balloon,
+                is_stopped: AtomicBool::new(false),
+                now,
+            }),
+        }
+    }
+
+    /// The machine's state.
+    #[must_use]
+    pub fn state(&self) -> State {
+        self.lock().state
+    }
+
+    /// The control of the machine's first balloon: its target, and the memory that the guest has given. In a machine without a balloon
+    /// it does nothing.
+    #[must_use]
+    pub fn balloon(&self) -> &BalloonControl {
+        &self.link.balloon
+    }
+
+    /// Starts the guest of a machine that was launched.
+    ///
+    /// # Errors
+    /// [`CommandError::State`] if it was started before.
+    pub fn start(&self) -> Result<(), CommandError> {
+        self.call("start", Command::Start)
+    }
+
+    /// Requests a stop with [`StopReason::Requested`]; returns at once, from any thread. A machine that is not running yet ends
+    /// as soon as it is run.
+    pub fn stop(&self) {
+        self.link.is_stopped.store(true, SeqCst);
+        self.link.control.stop(StopReason::Requested);
+    }
+
+    /// Pauses the machine: all harts leave the guest, and then all devices come to rest. It runs again when as many of these guards were
+    /// dropped as there were. Queries ([`Handle::inspect`]) neither end a pause nor are disturbed by its end.
+    ///
+    /// # Errors
+    /// [`CommandError::State`] if the guest does not run or ends meanwhile; [`CommandError::Device`] if a device goes on: then the
+    /// machine does, too.
+    pub fn pause(&self) -> Result<Paused, CommandError> {
+        self.call("pause", Command::Pause).map(|()| Paused(self.clone()))
+    }
+
+    /// Ends one pause that was [kept](Paused::keep).
+    ///
+    /// # Errors
+    /// [`CommandError::State`] if the machine is not paused.
+    pub fn resume(&self) -> Result<(), CommandError> {
+        self.call("resume", Command::Resume)
+    }
+
+    /// Resets the machine in place, whatever its configuration says about resets of the guest; returns when the guest starts again. A
+    /// machine that is paused stays so.
+    ///
+    /// # Errors
+    /// [`CommandError::State`] if the guest does not run, or the machine cannot be reset and ends.
+    pub fn reset(&self) -> Result<(), CommandError> {
+        self.call("reset", Command::Reset)
+    }
+
+    /// Presses the power button.
+    ///
+    /// # Errors
+    /// [`CommandError::NoDevice`] without one, [`CommandError::Pressed`] if it was pressed before.
+    pub fn press_power_button(&self) -> Result<(), CommandError> {
+        self.call("press the power button of", Command::PressPowerButton)
+    }
+
+    /// Changes a device.
+    ///
+    /// # Errors
+    /// [`CommandError::NoDevice`] without such a device, or the device's own error.
+    pub fn change(&self, change: DeviceChange) -> Result<(), CommandError> {
+        self.call("change a device of", |reply| Command::Change(change, reply))
+    }
+
+    /// Inspects the running guest: its counters, registers or page tables.
+    ///
+    /// # Errors
+    /// [`CommandError::State`] if the guest does not run.
+    pub fn inspect(&self, query: Query) -> Result<Reply, CommandError> {
+        self.call("inspect", |reply| Command::Inspect(query, reply))
+    }
+
+    /// Sends a command, and waits for its reply.
+    fn call<T>(
+        &self,
+        verb: &'static str,
+        command: impl FnOnce(ReplyTo<T>) -> Command,
+    ) -> Result<T, CommandError> {
+        let refused = || CommandError::State { command: verb, state: self.state() };
+        let (reply, answer) = sync_channel(1);
+        // Sent under the lock: the controller stops taking commands under it, too.
+        let now = self.lock();
+        let is_sent =
+            now.is_attended && self.link.events.send(Event::Command(command(reply))).is_ok();
+        drop(now);
+        if !is_sent {
+            return Err(refused());
+        }
+        answer.recv().unwrap_or_else(|_| Err(refused()))
+    }
+
+    /// Sets the state for clients.
+    pub(super) fn set_state(&self, state: State) {
+        let mut now = self.lock();
+        *now = Status { state, is_attended: state != State::Ended };
+    }
+
+    /// True once a stop was requested.
+    pub(super) fn is_stopped(&self) -> bool {
+        self.link.is_stopped.load(SeqCst)
+    }
+
+    pub(super) fn control(&self) -> &Arc<Control> {
+        &self.link.control
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Status> {
+        self.link.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Paused {
+    /// Keeps the machine paused until [`Handle::resume`].
+    pub fn keep(self) {
+        mem::forget(self);
+    }
+}
+
+impl Drop for Paused {
+    fn drop(&mut self) {
+        // An error means that the machine has ended.
+        let _ = self.0.resume();
+    }
+}
+
+impl fmt::Debug for Paused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Paused").finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,197 @@
+//! The controller of a machine: one thread owns it, and everybody else is a client who sends commands.
+//!
+//! | file | what is in it |
+//! |---|---|
+//! | `mod.rs` | [`Vmm`]: a machine with its controller, before it runs |
+//! | `handle.rs` | [`Handle`]: the clients' side |
+//! | `command.rs` | commands and their errors |
+//! | `controller.rs` | the controller's thread |
+//!
+//! ```text
+//!              start            pause, first of them
+//!     Built ----------> Running <--------------------> Paused
+//!       |                  |       resume, last of them   |
+//!       |                  +-- the guest ends, a stop ----+
+//!       |                  v
+//!       +--- stop ---> Stopping ---> Ended          (a reset comes back to the state before)
+//! ```
+//!
+//! Clients are the command line, signals and Ctrl-A x (which only stop), the inspection socket (`rvmm stat`, `regs`, `walk`), and programs
+//! that embed rvmm. A debugger works with the harts directly ([`Control`]); the controller tells it when a run begins and ends.
+//!
+//! ```no_run
+//! use rvmm::config::VmConfig;
+//! use rvmm::vmm::Vmm;
+//!
+//! let mut config = VmConfig::default();
+//! config.boot.kernel = Some("Image".into());
+//! let reason = Vmm::build(config.validate()?)?.run()?;
+//! println!("{reason}");
+//! # Ok::<(), rvmm::error::Error>(())
+//! ```
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::thread::{self, JoinHandle};
+
+pub use rvmm_devices::virtio::balloon::BalloonControl;
+
+use crate::config::{GdbAddress, ValidConfig};
+use crate::error::Error;
+use crate::inspect::{Inspectable, InspectionServer, Query, Reply};
+pub use crate::machine::Parts;
+use crate::machine::inspect::unavailable;
+use crate::machine::{Links, Machine};
+use crate::vcpu::Control;
+use crate::vcpu::stop::StopReason;
+
+mod command;
+mod controller;
+mod handle;
+#[cfg(test)]
+mod tests;
+
+use command::Event;
+pub use command::{CommandError, DeviceChange};
+use controller::Controller;
+pub use handle::{Handle, Paused, State};
+
+/// A machine that is built, and its controller.
+pub struct Vmm {
+    machine: Machine,
+    handle: Handle,
+    events: Receiver<Event>,
+}
+
+/// A machine whose controller has a thread of its own.
+pub struct Running {
+    handle: Handle,
+    thread: JoinHandle<Result<StopReason, Error>>,
+}
+
+impl Vmm {
+    /// Builds the machine that `config` describes on this host's KVM, with the console that it names.
+    ///
+    /// # Errors
+    /// A file cannot be used, or the host lacks a resource: see [`Error`].
+    pub fn build(config: ValidConfig) -> Result<Self, Error> {
+        Self::build_with(config, Parts::default())
+    }
+
+    /// As [`Vmm::build`], with some parts given.
+    ///
+    /// # Errors
+    /// As [`Vmm::build`].
+    pub fn build_with(config: ValidConfig, mut parts: Parts) -> Result<Self, Error> {
+        let control = Arc::new(Control::new());
+        let (sender, events) = channel();
+        let balloon = BalloonControl::new().map_err(|e| host_error("create the balloon", e))?;
+        let handle = Handle::new(sender.clone(), Arc::clone(&control), balloon.clone());
+        control.on_stop(Box::new(move || {
+            // An error means that the controller has ended.
+            let _ = sender.send(Event::Stopping);
+        }));
+        let socket = parts.socket.take();
+        let stopper = handle.clone();
+        let links = Links { control, stop: Arc::new(move || stopper.stop()), balloon };
+        let mut machine = Machine::build(config, parts, links)?;
+        if let Some(socket) = socket.and_then(|path| inspection(&path, &handle)) {
+            machine.watch_socket(socket);
+        }
+        Ok(Self { machine, handle, events })
+    }
+
+    /// A handle that controls the machine from any thread.
+    #[must_use]
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+
+    /// The pseudo terminal of the console, where there is one.
+    #[must_use]
+    pub fn pty(&self) -> Option<&Path> {
+        self.machine.pty()
+    }
+
+    /// The address a debugger connects to, and true if the guest waits for it; `None` without a debugger. The port is the actual one
+    /// where the configuration leaves it open.
+    #[must_use]
+    pub fn debugger(&self) -> Option<(&GdbAddress, bool)> {
+        self.machine.debugger()
+    }
+
+    /// Runs the guest on this thread until it stops for good; a reset restarts it in place where the configuration says so.
+    ///
+    /// # Errors
+    /// The host fails to start a thread or the event loop, a reset fails, or the trace of a
+    /// guest that ended well could not be written completely.
+    pub fn run(self) -> Result<StopReason, Error> {
+        self.controller().run(true)
+    }
+
+    /// As [`Vmm::run`], on a thread named `vmm`. Returns at once.
+    ///
+    /// # Errors
+    /// The host cannot start a thread.
+    pub fn start(self) -> Result<Running, Error> {
+        self.spawn(true)
+    }
+
+    /// As [`Vmm::start`], but the guest runs only after [`Handle::start`].
+    ///
+    /// # Errors
+    /// The host cannot start a thread.
+    pub fn launch(self) -> Result<Running, Error> {
+        self.spawn(false)
+    }
+
+    fn spawn(self, begins: bool) -> Result<Running, Error> {
+        let handle = self.handle();
+        let controller = self.controller();
+        let thread = thread::Builder::new().name("vmm".into());
+        let thread = thread.spawn(move || controller.run(begins));
+        let thread = thread.map_err(|e| host_error("start the thread of a machine", e))?;
+        Ok(Running { handle, thread })
+    }
+
+    fn controller(self) -> Controller {
+        let Self { machine, handle, events } = self;
+        Controller::new(machine, handle, events)
+    }
+}
+
+impl Running {
+    /// A handle that controls the machine from any thread.
+    #[must_use]
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+
+    /// Waits until the machine has stopped and its threads have ended.
+    ///
+    /// # Errors
+    /// As [`Vmm::run`].
+    pub fn wait(self) -> Result<StopReason, Error> {
+        let panicked = || Ok(StopReason::HostFailure("the machine's thread panicked".into()));
+        self.thread.join().unwrap_or_else(|_| panicked())
+    }
+}
+
+/// Opens the machine's inspection socket. The machine also runs without it.
+fn inspection(path: &Path, handle: &Handle) -> Option<InspectionServer> {
+    InspectionServer::open(path, Arc::new(handle.clone()))
+        .inspect_err(|error| log::warn!("Inspection socket unavailable: {error}"))
+        .ok()
+}
+
+impl Inspectable for Handle {
+    fn answer(&self, query: Query) -> Reply {
+        self.inspect(query).unwrap_or_else(|_| unavailable())
+    }
+}
+
+fn host_error(what: &str, source: io::Error) -> Error {
+    Error::Host { what: format!("Cannot {what}"), source }
+}
