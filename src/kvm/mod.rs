@@ -1,9 +1,11 @@
 //! KVM on RISC-V, behind the traits `Vm` and `Hart`: the only module with ioctls of KVM.
 //!
-//! [`open`] is the entry point. `vm` creates memory, harts, irqchip and lines; `identities` counts the interrupt identities of an
-//! IMSIC; `hart` runs one vCPU, `exit` decodes its exits and `kick` gets it out of the guest; `clock` reads the time and `stats` KVM's
-//! counters; `deadline` clears what a timer leaves in the host's CPUs; `knobs` applies ISA and SBI settings; `isa` and `regs` are the
-//! kernel's numbers; `probe` makes a [`report`] of the host's capabilities.
+//! [`open`] is the entry point. `vm` creates harts and the irqchip, `slots` memory and its dirty log, and `irq` lines; `irqchip` chooses
+//! between `aia` and a PLIC, and `identities` counts the interrupt identities of an IMSIC. `lifecycle` saves, restores and resets a VM:
+//! `state` its harts by the rules of `snapshot`, `aia_state` its AIA, and `renew` puts a new VM in the place of an old one. `hart` runs
+//! one vCPU, `exit` decodes its exits and `kick` gets it out of the guest; `clock` reads the time and `stats` KVM's counters; `deadline`
+//! clears what a timer leaves in the host's CPUs; `knobs` applies ISA and SBI settings; `isa` and `regs` are the kernel's numbers;
+//! `probe` makes a [`report`] of the host's capabilities.
 
 mod aia;
 mod aia_state;

@@ -8,13 +8,12 @@
 use std::io;
 use std::os::fd::AsRawFd;
 
-use kvm_ioctls::VmFd;
+use kvm_bindings::{KVM_CAP_VM_GPA_BITS, kvm_enable_cap};
+use kvm_ioctls::{IoEventAddress, VmFd};
 use rvmm_devices::IoEvent;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Kvm;
-use kvm_bindings::{KVM_CAP_VM_GPA_BITS, kvm_enable_cap};
-use kvm_ioctls::IoEventAddress;
 
 /// Puts a new VM in the place of `old`. The old one ends if neither its vCPUs nor its devices are open.
 pub(super) fn replace(kvm: &Kvm, old: &VmFd) -> io::Result<()> {

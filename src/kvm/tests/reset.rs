@@ -3,6 +3,7 @@
 use rvmm_devices::IoEvent;
 use rvmm_devices::irq::IrqLine;
 use rvmm_devices::testing::skip;
+use vm_memory::{GuestRegionMmap, MmapRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::aia::{LEVEL_HIGH, host_has_aia, plan, trap_to, wired};
@@ -213,7 +214,9 @@ fn writer() -> Vec<u32> {
 fn log_of(vm: &dyn Vm, hart: &mut dyn Hart) {
     let pages = |hart: &mut dyn Hart| {
         hart.settle().unwrap();
-        vm.dirty_pages(0).unwrap()[0]
+        let words = vm.dirty_pages(0).unwrap();
+        assert!(words[1..].iter().all(|word| *word == 0), "{words:x?}");
+        words[0]
     };
     for _ in 0..3 {
         called(hart, [0; 2]);
@@ -245,6 +248,25 @@ fn the_log_has_the_pages_that_the_guest_has_written_and_no_other() {
     let mut hart = guest.hart(0);
     log_of(guest.vm.as_ref(), hart.as_mut());
     assert!(guest.vm.log_dirty(1, true).is_err() && guest.vm.dirty_pages(1).is_err());
+}
+
+/// Linux 6.12 fails a store to a huge page that was mapped before the log was switched on.
+#[test]
+fn the_log_has_the_small_pages_that_the_guest_has_written_in_a_huge_one() {
+    const SIZE: usize = 2 << 20;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB;
+    let region = MmapRegion::<()>::build(None, SIZE, libc::PROT_READ | libc::PROT_WRITE, flags);
+    let Ok(region) = region else { return skip("this host has no free huge page") };
+    let region = GuestRegionMmap::new(region, GuestAddress(BASE)).unwrap();
+    let memory = GuestMemoryMmap::from_regions(vec![region]).unwrap();
+    let bytes: Vec<u8> = writer().iter().flat_map(|word| word.to_le_bytes()).collect();
+    memory.write_slice(&bytes, GuestAddress(BASE)).unwrap();
+    let vm = open().unwrap().create_vm().unwrap();
+    let host = memory.get_host_address(GuestAddress(BASE)).unwrap() as u64;
+    vm.map_memory(0, BASE, host, SIZE as u64).unwrap();
+    let mut hart = vm.create_hart(0, &CpuSettings::default()).unwrap();
+    hart.set(Reg::Pc, BASE).unwrap();
+    log_of(vm.as_ref(), hart.as_mut());
 }
 
 #[test]

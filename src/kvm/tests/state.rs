@@ -14,13 +14,23 @@ use crate::riscv::sbi::eid;
 use crate::vcpu::hart::Csr;
 
 const TIME: u16 = 0xc01;
+const STIMECMP: u16 = 0x14d;
 
 /// Iterations of the loop of [`counting`].
 const ROUNDS: u32 = 12;
 
 /// A guest that makes its software interrupt pending, sets its timer to a second later, and adds 3.0 to a floating-point sum in each
 /// iteration of a loop, which calls with the sum and `sip`. Then it waits for the timer and calls with `scause`.
+///
+/// With Sstc it sets the timer without KVM, which forgets a deadline that SBI TIME has set if the thread of the hart is preempted before
+/// the hart runs on (up to Linux 7.3).
 fn counting() -> Vec<u32> {
+    let set_timer = if host_has_sstc() {
+        vec![csrw(STIMECMP, A0)]
+    } else {
+        let time = u32::try_from(eid::TIME).unwrap();
+        [&li(A7, time)[..], &[addi(A6, ZERO, 0), ECALL]].concat()
+    };
     let (fadd, to_float, to_integer, zero) = (0x02b5_7553, 0xd223_75d3, 0xc225_1553, 0xf200_0553);
     let add_a0_t0 = 0x0055_0533;
     let prologue = [
@@ -28,9 +38,8 @@ fn counting() -> Vec<u32> {
         &[csrs(SSTATUS, T0), addi(T1, ZERO, 3), to_float, zero],
         &[addi(T0, ZERO, 2), csrs(SIP, T0)],
         &li(T0, 10_000_000),
-        &[csrr(A0, TIME), add_a0_t0, addi(A6, ZERO, 0)],
-        &li(A7, u32::try_from(eid::TIME).unwrap()),
-        &[ECALL],
+        &[csrr(A0, TIME), add_a0_t0],
+        &set_timer,
         &li(T0, 0x20),
         &[csrs(SIE, T0), addi(T0, ZERO, ROUNDS)],
     ];
@@ -42,9 +51,15 @@ fn counting() -> Vec<u32> {
     [&prologue.concat()[..], &body, &wait, &[csrr(A0, SCAUSE)], &call, &[SPIN]].concat()
 }
 
-/// The arguments of this many calls.
+fn host_has_sstc() -> bool {
+    let guest = Guest::new(&[SPIN]);
+    let _hart = guest.hart(0);
+    guest.vm.cpu_facts().unwrap().extensions.contains(&"sstc".into())
+}
+
+/// The sum, and the software interrupt in `sip`, of this many calls.
 fn calls(hart: &mut dyn Hart, count: u32) -> Vec<[u64; 2]> {
-    (0..count).map(|_| called(hart, [0; 2]).1).map(|args| [args[0], args[1]]).collect()
+    (0..count).map(|_| called(hart, [0; 2]).1).map(|args| [args[0], args[1] & 2]).collect()
 }
 
 /// A machine of one hart, with the interrupt controller that this host has.
