@@ -6,7 +6,7 @@
 #![expect(unsafe_code, reason = "replaces the file behind a descriptor that others hold")]
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 
 use kvm_bindings::{KVM_CAP_VM_GPA_BITS, kvm_enable_cap};
 use kvm_ioctls::{IoEventAddress, VmFd};
@@ -15,12 +15,20 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::Kvm;
 
-/// Puts a new VM in the place of `old`. The old one ends if neither its vCPUs nor its devices are open.
+/// Puts a new VM in the place of `old`, which ends if neither its vCPUs nor its devices are open. No other thread uses it meanwhile.
 pub(super) fn replace(kvm: &Kvm, old: &VmFd) -> io::Result<()> {
+    // The old VM ends first, so that there are never two: Linux names the VMs of a process after descriptor numbers, and complains about
+    // a name that exists. Until there is a new one the number is an open /dev/kvm, which refuses what only a VM can do.
+    put(kvm.fd.as_raw_fd(), old)?;
     let new = kvm.fd.create_vm().map_err(io::Error::from)?;
-    // SAFETY: both descriptors are VMs of this process and open. `old` keeps owning its number, under which it has no other state than
-    // the file: the size of the shared page of a vCPU, which it knows too, is the same for all VMs. `new` closes its own number.
-    match unsafe { libc::dup3(new.as_raw_fd(), old.as_raw_fd(), libc::O_CLOEXEC) } {
+    put(new.as_raw_fd(), old)
+}
+
+/// Puts the file of `source` behind the number of `vm`.
+fn put(source: RawFd, vm: &VmFd) -> io::Result<()> {
+    // SAFETY: both descriptors are open. `vm` keeps owning its number, under which it has no other state than the file: the size of the
+    // shared page of a vCPU, which it knows too, is the same for all VMs. The owner of `source` closes that number only.
+    match unsafe { libc::dup3(source, vm.as_raw_fd(), libc::O_CLOEXEC) } {
         0.. => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
