@@ -4,62 +4,52 @@
 //! `ready`, and applies the changes. The set is level-triggered, but for [`Interest::Signal`]. A descriptor that no device lists is not in the set, so
 //! an unhandled hang-up costs nothing; one that reports only a hang-up or an error, and is still listed unchanged afterwards, is
 //! removed until the device changes its list. A device reset closes descriptors on a hart's thread, and their numbers stay in the
-//! set until the list is read again: if another descriptor gets such a number first, the closed one is removed.
+//! set until the list is read again: if another descriptor gets such a number first, all lists are read again.
+//!
+//! Each device is a subscriber of the event manager, as are the signals, the power button and the external event source: an event is
+//! served where it is dispatched, and changes the set there.
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, Events, SubscriberId, SubscriberOps};
-use log::{info, warn};
-use rvmm_devices::{Bus, BusView, Interest, Source};
+use rvmm_devices::Bus;
 use vmm_sys_util::epoll::EventSet;
 
 use crate::button::Button;
 use crate::signals::{self, Signals};
-use crate::terminal::{self, StopRequest};
+use crate::terminal::StopRequest;
 
-mod devices;
+mod device;
 mod running;
-mod watch;
+mod subscriber;
 
+use device::DeviceSubscriber;
 pub use running::IoThread;
 use running::{Failure, LoopState};
-pub use watch::EventSource;
-use watch::{Origin, ReadyEvent, Watch, WatchedSource};
+pub use subscriber::EventSource;
+use subscriber::{External, SignalActions, Subscriber};
 
 /// Limit of the events of one epoll_wait(2).
 const BATCH: usize = 32;
 
-/// A source that a device lists, and its ID in the epoll set; none if it is not in the set.
-#[derive(Debug)]
-struct Listed {
-    source: Source,
-    id: Option<SubscriberId>,
-}
-
 /// The loop before it runs. No descriptor is watched until [`IoLoop::spawn`].
 pub struct IoLoop {
     bus: Arc<Bus>,
-    view: BusView,
-    manager: EventManager<Watch>,
-    ready: Arc<Mutex<Vec<ReadyEvent>>>,
-    /// The events being served, and the sources of a device: buffers, kept to reuse their allocations.
-    batch: Vec<ReadyEvent>,
-    sources: Vec<Source>,
-    /// By the index of the device.
-    listed: BTreeMap<usize, Vec<Listed>>,
-    /// No event is delivered to devices.
-    is_paused: bool,
+    manager: EventManager<Subscriber>,
+    /// The devices that get events, by index.
+    devices: BTreeMap<usize, SubscriberId>,
     signals: Option<(Signals, StopRequest)>,
     button: Option<Arc<Button>>,
-    external: Option<WatchedSource>,
+    external: Option<Arc<dyn EventSource>>,
     failed: Option<OnFailure>,
-    shared: Arc<LoopState>,
+    state: Arc<LoopState>,
+    /// No event is delivered to devices.
+    is_paused: bool,
 }
 
 /// Receives the reason, in one line, if the thread ends without [`IoThread::stop`].
@@ -76,26 +66,17 @@ impl IoLoop {
     /// # Errors
     /// The error of the system call if the host has no descriptors left.
     pub fn new(bus: Arc<Bus>) -> io::Result<Self> {
-        let manager = EventManager::new_with_capacity(BATCH).map_err(io::Error::other)?;
-        let shared = Arc::new(LoopState::new()?);
-        let mut new = Self {
-            view: bus.view(),
+        Ok(Self {
             bus,
-            manager,
-            ready: Arc::default(),
-            batch: Vec::new(),
-            sources: Vec::new(),
-            listed: BTreeMap::new(),
-            is_paused: false,
+            manager: EventManager::new_with_capacity(BATCH).map_err(io::Error::other)?,
+            devices: BTreeMap::new(),
             signals: None,
             button: None,
             external: None,
             failed: None,
-            shared,
-        };
-        let wake = new.shared.wake.as_raw_fd();
-        new.watch(Origin::Wake, wake, Interest::Read)?;
-        Ok(new)
+            state: Arc::new(LoopState::new()?),
+            is_paused: false,
+        })
     }
 
     /// Takes over the process's signals, once for all loops: SIGTERM, SIGINT, SIGHUP and SIGQUIT no longer end it, SIGTSTP
@@ -121,34 +102,18 @@ impl IoLoop {
 
     /// Handles `signals`: SIGTERM, SIGINT, SIGHUP and SIGQUIT call `stop`; SIGTSTP restores the terminal while the process is
     /// stopped, SIGCONT sets it to raw mode again. Only one loop at a time may do so.
-    ///
-    /// # Errors
-    /// Those of epoll.
-    pub fn watch_signals(&mut self, signals: Signals, stop: StopRequest) -> io::Result<()> {
-        self.watch(Origin::Signal, signals.as_raw_fd(), Interest::Read)?;
+    pub fn watch_signals(&mut self, signals: Signals, stop: StopRequest) {
         self.signals = Some((signals, stop));
-        Ok(())
     }
 
     /// Makes the first SIGTERM press the power button instead, and stops the machine if the guest does not power off in time.
-    ///
-    /// # Errors
-    /// Those of epoll.
-    pub fn watch_power_button(&mut self, button: Arc<Button>) -> io::Result<()> {
-        self.watch(Origin::ShutdownTimeout, button.as_raw_fd(), Interest::Read)?;
+    pub fn watch_power_button(&mut self, button: Arc<Button>) {
         self.button = Some(button);
-        Ok(())
     }
 
     /// Calls `source` when its descriptor is readable.
-    ///
-    /// # Errors
-    /// Those of epoll.
-    pub fn watch_external(&mut self, source: Arc<dyn EventSource>) -> io::Result<()> {
-        let fd = source.fd();
-        let id = self.watch(Origin::External, fd, Interest::Read)?;
-        self.external = Some(WatchedSource { source, fd, id });
-        Ok(())
+    pub fn watch_external(&mut self, source: Arc<dyn EventSource>) {
+        self.external = Some(source);
     }
 
     /// Calls `failed` if epoll fails or the thread panics: from then on no device gets input or notifications.
@@ -159,43 +124,67 @@ impl IoLoop {
     /// Starts the thread, named `io`.
     ///
     /// # Errors
-    /// The error of the system call if the host has no threads left.
+    /// Those of epoll, or the error of the system call if the host has no threads left.
     pub fn spawn(mut self) -> io::Result<IoThread> {
-        let shared = Arc::clone(&self.shared);
-        let failure = Failure(self.failed.take(), Arc::clone(&shared));
+        self.subscribe()?;
+        let state = Arc::clone(&self.state);
+        let failure = Failure(self.failed.take(), Arc::clone(&state));
         let body = move || match self.run() {
             Ok(()) => failure.none(),
             Err(error) => failure.report(format!("The I/O thread failed: {error}")),
         };
         let thread = thread::Builder::new().name("io".into()).spawn(body)?;
-        Ok(IoThread { shared, thread: Some(thread) })
+        Ok(IoThread { state, thread: Some(thread) })
+    }
+
+    /// Subscribes everything but the devices.
+    fn subscribe(&mut self) -> io::Result<()> {
+        let button = self.button.take();
+        let signals = self.signals.take();
+        let stop = signals.as_ref().map(|(_, stop)| Arc::clone(stop));
+        self.add(Subscriber::Wake(Arc::clone(&self.state)))?;
+        if let Some((signals, stop)) = signals {
+            let (button, state) = (button.clone(), Arc::clone(&self.state));
+            self.add(Subscriber::Signals(signals, SignalActions { stop, button, state }))?;
+        }
+        if let Some(button) = button {
+            self.add(Subscriber::ShutdownTimeout { button, stop })?;
+        }
+        if let Some(source) = self.external.take() {
+            self.add(Subscriber::External(External::new(source)))?;
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, subscriber: Subscriber) -> io::Result<()> {
+        let fd = subscriber.fd();
+        let id = self.manager.add_subscriber(subscriber);
+        let ops = self.manager.event_ops(id);
+        let added = ops
+            .and_then(|mut ops| fd.map_or(Ok(()), |fd| ops.add(Events::new_raw(fd, EventSet::IN))));
+        added.map_err(io::Error::other)
     }
 
     fn run(mut self) -> event_manager::Result<()> {
         loop {
-            if self.shared.wants_refresh.swap(false, Ordering::SeqCst) {
+            if self.state.wants_refresh.swap(false, Ordering::SeqCst) {
                 self.sync_all();
             }
             self.follow_rest();
             let Some(timeout_ms) = self.timeout_ms() else { return Ok(()) };
             self.manager.run_with_timeout(timeout_ms)?;
-            let mut batch = std::mem::take(&mut self.batch);
-            let mut ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
-            std::mem::swap(&mut batch, &mut *ready);
-            drop(ready);
-            for (origin, only_hang_up) in batch.drain(..) {
-                self.serve(origin, only_hang_up);
-            }
-            self.batch = batch;
             // Counted at the end: when the count is visible, all events are served.
-            self.shared.turns.fetch_add(1, Ordering::Release);
+            self.state.turns.fetch_add(1, Ordering::Release);
         }
     }
 
     /// Time-out of the next turn; -1 for none. `None` if the loop is over: it was stopped, and no device has pending output,
     /// or the time-out for that is over.
-    fn timeout_ms(&self) -> Option<i32> {
-        let Some(deadline) = self.shared.deadline() else { return Some(self.rest_timeout_ms()) };
+    fn timeout_ms(&mut self) -> Option<i32> {
+        if self.state.wants_refresh.load(Ordering::SeqCst) {
+            return Some(0);
+        }
+        let Some(deadline) = self.state.deadline() else { return Some(self.rest_timeout_ms()) };
         if !self.has_output() {
             return None;
         }
@@ -204,119 +193,56 @@ impl IoLoop {
 
     /// Time-out of a turn before the devices rest: until the deadline for their pending output, if they are to.
     fn rest_timeout_ms(&self) -> i32 {
-        let (wants_rest, drain_until) = self.shared.wanted_rest();
+        let (wants_rest, drain_until) = self.state.wanted_rest();
         let until = drain_until.filter(|_| wants_rest && !self.is_paused);
         until.map_or(-1, |until| millis_until(until).unwrap_or(0))
     }
 
     /// True if a device has pending output.
-    fn has_output(&self) -> bool {
-        let has_output = |listed: &Listed| listed.id.is_some() && listed.source.interest.writes();
-        self.listed.values().flatten().any(has_output)
+    fn has_output(&mut self) -> bool {
+        self.devices.values().any(|id| {
+            let subscriber = self.manager.subscriber_mut(*id);
+            matches!(subscriber, Ok(Subscriber::Device(device)) if device.has_output())
+        })
     }
 
-    fn serve(&mut self, origin: Origin, only_hang_up: bool) {
-        match origin {
-            Origin::Wake => {
-                // Fails if it was read already.
-                let _ = self.shared.wake.read();
-            }
-            Origin::Signal => self.serve_signals(),
-            Origin::ShutdownTimeout => self.end_shutdown(),
-            Origin::External => self.serve_external(),
-            Origin::Device { index, source } => {
-                let is_listed = |listed: &Listed| listed.source == source && listed.id.is_some();
-                // An earlier event of the same batch may have changed the device's list.
-                if !self.listed.get(&index).is_some_and(|list| list.iter().any(is_listed)) {
-                    return;
-                }
-                let mut sources = std::mem::take(&mut self.sources);
-                self.view.ready(index, source.token, &mut sources);
-                self.apply(index, &sources);
-                self.sources = sources;
-                if only_hang_up {
-                    self.mute(index, source);
-                }
-            }
-        }
-    }
-
-    fn serve_signals(&mut self) {
-        let Some((signals, stop)) = self.signals.as_ref() else { return };
-        for signal in signals.take() {
-            self.handle_signal(signal, stop);
-        }
-    }
-
-    fn handle_signal(&self, signal: i32, stop: &StopRequest) {
-        match signal {
-            libc::SIGTSTP => terminal::suspend(),
-            libc::SIGCONT => terminal::resume(),
-            libc::SIGXFSZ => {}
-            libc::SIGWINCH => terminal::resized(),
-            _ => {
-                // If the guest has stopped already, the loop is waiting for a slow reader of its output.
-                self.shared.shorten(Self::DRAIN);
-                if signal == libc::SIGTERM && self.button.as_ref().is_some_and(|b| b.press()) {
-                    info!("SIGTERM presses the power button");
-                } else {
-                    info!("Stopping the machine on signal {signal}");
-                    stop();
-                }
-            }
-        }
-    }
-
-    fn end_shutdown(&self) {
-        if self.button.as_ref().is_some_and(|button| button.is_over()) {
-            warn!("The guest has not powered off in time: stopping the machine");
-            let _ = self.signals.as_ref().map(|(_, stop)| stop());
-        }
-    }
-
-    fn serve_external(&mut self) {
-        let Some(WatchedSource { source, fd, .. }) = &self.external else { return };
-        source.ready();
-        if source.fd() == *fd {
+    /// Stops or continues the delivery of events to devices, as requested.
+    fn follow_rest(&mut self) {
+        let (is_paused, drain_until) = self.state.wanted_rest();
+        if self.is_paused == is_paused {
             return;
         }
-        let Some(WatchedSource { source, id, .. }) = self.external.take() else { return };
-        self.unwatch(Some(id));
-        if let Err(error) = self.watch_external(source) {
-            warn!("Inspection socket no longer available: {error}");
+        let may_wait = drain_until.is_some_and(|until| until > Instant::now());
+        if is_paused && may_wait && self.has_output() {
+            return;
         }
+        self.is_paused = is_paused;
+        self.sync_all();
+        self.state.set_rest(is_paused);
     }
 
-    fn watch(&mut self, origin: Origin, fd: RawFd, interest: Interest) -> io::Result<SubscriberId> {
-        let mut added = self.add(origin, fd, interest);
-        if matches!(added, Err(event_manager::Error::FdAlreadyRegistered)) {
-            self.forget_closed(fd);
-            added = self.add(origin, fd, interest);
+    /// Subscribes the devices that the bus has now with the sources that they list now; none in a paused loop.
+    fn sync_all(&mut self) {
+        let devices: Vec<usize> = self.bus.devices().map(|slot| slot.index).collect();
+        // First all that have changed are removed: a new source may have the number of a closed one.
+        let (manager, is_paused) = (&mut self.manager, self.is_paused);
+        self.devices.retain(|index, id| {
+            let is_same = match manager.subscriber_mut(*id) {
+                Ok(Subscriber::Device(device)) => !device.has_changed(),
+                _ => false,
+            };
+            let stays = is_same && !is_paused && devices.contains(index);
+            if !stays {
+                let _ = manager.remove_subscriber(*id);
+            }
+            stays
+        });
+        for index in devices.into_iter().filter(|_| !is_paused) {
+            self.devices.entry(index).or_insert_with(|| {
+                let device = DeviceSubscriber::new(index, self.bus.view(), Arc::clone(&self.state));
+                self.manager.add_subscriber(Subscriber::Device(device))
+            });
         }
-        added.map_err(io::Error::other)
-    }
-
-    fn add(
-        &mut self,
-        origin: Origin,
-        fd: RawFd,
-        interest: Interest,
-    ) -> event_manager::Result<SubscriberId> {
-        let id = self.manager.add_subscriber(Watch { origin, ready: Arc::clone(&self.ready) });
-        let events = match interest {
-            Interest::Read => EventSet::IN,
-            Interest::Write => EventSet::OUT,
-            Interest::ReadWrite => EventSet::IN | EventSet::OUT,
-            Interest::Signal => EventSet::IN | EventSet::EDGE_TRIGGERED,
-        };
-        let added =
-            self.manager.event_ops(id).and_then(|mut ops| ops.add(Events::new_raw(fd, events)));
-        added.map(|()| id).inspect_err(|_| self.unwatch(Some(id)))
-    }
-
-    fn unwatch(&mut self, id: Option<SubscriberId>) {
-        // A closed descriptor is no longer in the epoll set; the event manager removes its entry in any case.
-        let _ = id.map(|id| self.manager.remove_subscriber(id));
     }
 }
 
@@ -329,7 +255,7 @@ fn millis_until(deadline: Instant) -> Option<i32> {
 
 impl std::fmt::Debug for IoLoop {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("IoLoop").field("listed", &self.listed).finish_non_exhaustive()
+        f.debug_struct("IoLoop").field("devices", &self.devices).finish_non_exhaustive()
     }
 }
 

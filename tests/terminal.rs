@@ -102,7 +102,7 @@ fn echo(mode: &str) {
     let serial = rvmm_devices::testing::create("serial", wiring).unwrap();
     let bus = Arc::new(Bus::new(vec![(0, serial)]).unwrap());
     let mut io = IoLoop::new(Arc::clone(&bus)).unwrap();
-    io.watch_signals(IoLoop::take_signals().unwrap(), stop).unwrap();
+    io.watch_signals(IoLoop::take_signals().unwrap(), stop);
     let patience = match mode {
         "short grace" => Some(Duration::from_millis(1)),
         "long grace" => Some(Duration::from_secs(3600)),
@@ -110,7 +110,7 @@ fn echo(mode: &str) {
     };
     let button = patience.map(|patience| Arc::new(Button::new(patience).unwrap()));
     if let Some(button) = &button {
-        io.watch_power_button(Arc::clone(button)).unwrap();
+        io.watch_power_button(Arc::clone(button));
         let device = button.device_event().unwrap();
         let bus = Arc::clone(&bus);
         thread::spawn(move || {

@@ -32,7 +32,7 @@ impl Inspectable for Echo {
 fn server(path: &Path) -> IoThread {
     let server = InspectionServer::open(path, Arc::new(Echo)).unwrap();
     let mut io = IoLoop::new(Arc::new(Bus::new(Vec::new()).unwrap())).unwrap();
-    io.watch_external(Arc::new(server)).unwrap();
+    io.watch_external(Arc::new(server));
     io.spawn().unwrap()
 }
 

@@ -110,14 +110,14 @@ impl Drop for Failure {
 /// The running loop. Dropping it stops the loop at once; [`IoThread::stop`] waits for the last output.
 #[derive(Debug)]
 pub struct IoThread {
-    pub(super) shared: Arc<LoopState>,
+    pub(super) state: Arc<LoopState>,
     pub(super) thread: Option<JoinHandle<()>>,
 }
 
 impl IoThread {
     /// Makes the loop read the sources of all devices again: after a reset of the bus, or after a change outside of `ready`.
     pub fn refresh(&self) {
-        self.shared.wants_refresh.store(true, Ordering::SeqCst);
+        self.state.wants_refresh.store(true, Ordering::SeqCst);
         self.wake();
     }
 
@@ -125,33 +125,33 @@ impl IoThread {
     /// being delivered: events wait in their descriptors. Signals and the external event source are still served.
     pub fn pause(&self, drain: Duration) {
         let now = Instant::now();
-        let mut rest = self.shared.lock_rest();
+        let mut rest = self.state.lock_rest();
         rest.is_requested = true;
         rest.drain_until = Some(now.checked_add(drain).unwrap_or(now));
         drop(rest);
         // There may be output for which no source is listed yet.
         self.refresh();
-        let rest = self.shared.lock_rest();
+        let rest = self.state.lock_rest();
         let is_waiting = |rest: &mut Rest| !rest.is_reached && !rest.has_ended;
-        drop(self.shared.rests.wait_while(rest, is_waiting));
+        drop(self.state.rests.wait_while(rest, is_waiting));
     }
 
     /// Delivers events to devices again, also to those that were added meanwhile.
     pub fn resume(&self) {
-        self.shared.lock_rest().is_requested = false;
+        self.state.lock_rest().is_requested = false;
         self.refresh();
     }
 
     /// True if the thread has ended: no device gets events any more.
     #[must_use]
     pub fn has_ended(&self) -> bool {
-        self.shared.lock_rest().has_ended
+        self.state.lock_rest().has_ended
     }
 
     /// Number of times that the thread has woken up and served all events.
     #[must_use]
     pub fn turns(&self) -> u64 {
-        self.shared.turns.load(Ordering::Acquire)
+        self.state.turns.load(Ordering::Acquire)
     }
 
     /// Stops the loop as soon as no device has pending output, after `drain` at the latest. Returns when the thread
@@ -167,8 +167,8 @@ impl IoThread {
         let Some(thread) = self.thread.take() else { return Ok(()) };
         let now = Instant::now();
         let deadline = now.checked_add(drain).unwrap_or(now);
-        self.shared.lock_rest().is_requested = false;
-        *self.shared.deadline.lock().unwrap_or_else(PoisonError::into_inner) = Some(deadline);
+        self.state.lock_rest().is_requested = false;
+        *self.state.deadline.lock().unwrap_or_else(PoisonError::into_inner) = Some(deadline);
         // There may be output for which no source is listed yet.
         self.refresh();
         thread.join().map_err(|_| io::Error::other("The I/O thread panicked"))
@@ -176,7 +176,7 @@ impl IoThread {
 
     fn wake(&self) {
         // Fails if the counter is at its limit: it wakes up anyway.
-        let _ = self.shared.wake.write(1);
+        let _ = self.state.wake.write(1);
     }
 }
 

@@ -1,11 +1,13 @@
 //! The loop with test devices on pipes and sockets.
 
 use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Mutex;
 use std::sync::atomic::AtomicU32;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
-use rvmm_devices::{Access, FdtDesc, MmioDevice, stateless};
+use rvmm_devices::{Access, FdtDesc, Interest, MmioDevice, Source, stateless};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
@@ -351,23 +353,24 @@ fn a_stop_waits_for_pending_output_but_not_for_ever() {
 
 #[test]
 fn a_signal_shortens_the_wait_for_output_but_ends_no_loop_that_was_not_stopped() {
-    let io = IoLoop::new(Arc::new(Bus::new(Vec::new()).unwrap())).unwrap();
+    let state = Arc::new(LoopState::new().unwrap());
     let stops = Arc::new(AtomicU32::new(0));
     let seen = Arc::clone(&stops);
     let stop: StopRequest = Arc::new(move || {
         seen.fetch_add(1, Ordering::Relaxed);
     });
-    io.handle_signal(libc::SIGTERM, &stop);
-    assert_eq!((io.shared.deadline(), stops.load(Ordering::Relaxed)), (None, 1));
+    let actions = SignalActions { stop, button: None, state: Arc::clone(&state) };
+    actions.act_on(libc::SIGTERM);
+    assert_eq!((state.deadline(), stops.load(Ordering::Relaxed)), (None, 1));
 
     let late = Instant::now() + LONG;
     for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT] {
-        *io.shared.deadline.lock().unwrap() = Some(late);
-        io.handle_signal(signal, &stop);
-        let soon = io.shared.deadline().unwrap();
+        *state.deadline.lock().unwrap() = Some(late);
+        actions.act_on(signal);
+        let soon = state.deadline().unwrap();
         assert!(soon <= Instant::now() + IoLoop::DRAIN, "{signal}");
-        io.handle_signal(signal, &stop);
-        assert_eq!(io.shared.deadline(), Some(soon), "a second one does not give it more time");
+        actions.act_on(signal);
+        assert_eq!(state.deadline(), Some(soon), "a second one does not give it more time");
     }
     // `stop` is called for each signal, also by a loop that is being stopped for a reboot.
     assert_eq!(stops.load(Ordering::Relaxed), 9);

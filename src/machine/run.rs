@@ -58,13 +58,11 @@ impl Machine {
         let mut io = new.map_err(|e| host_error("create the event loop", e))?;
         if let Some(signals) = self.signals.take() {
             let button = self.backends.button.clone();
-            io.watch_signals(signals, Arc::clone(&self.stop))
-                .and_then(|()| button.map_or(Ok(()), |button| io.watch_power_button(button)))
-                .map_err(|e| host_error("watch signals", e))?;
+            io.watch_signals(signals, Arc::clone(&self.stop));
+            let _ = button.map(|button| io.watch_power_button(button));
         }
         if let Some(socket) = &self.socket {
-            io.watch_external(Arc::clone(socket) as _)
-                .map_err(|e| host_error("watch the inspection socket", e))?;
+            io.watch_external(Arc::clone(socket) as _);
         }
         let control = Arc::clone(&self.board.control);
         io.watch_failure(Box::new(move |what| {

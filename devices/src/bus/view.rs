@@ -70,6 +70,15 @@ impl BusView {
         }
     }
 
+    /// Replaces `sources` by those that this device lists now.
+    pub fn list_sources(&mut self, index: usize, sources: &mut Vec<Source>) {
+        self.update();
+        sources.clear();
+        if let Some(slot) = self.map.slot(index) {
+            slot.lock().list_sources(sources);
+        }
+    }
+
     /// Takes over the map, if it has changed.
     #[inline]
     fn update(&mut self) {
