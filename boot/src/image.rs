@@ -30,7 +30,7 @@ pub fn is_image(head: &[u8]) -> bool {
 
 /// The fields of an `Image` header that are used.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) struct Header {
+pub(crate) struct ImageHeader {
     /// Distance in bytes from the start of RAM at which the image has to be loaded.
     pub(crate) text_offset: u64,
     /// Size of the kernel in memory in bytes, BSS included; 0 if unknown.
@@ -39,7 +39,7 @@ pub(crate) struct Header {
     file_len: u64,
 }
 
-impl Header {
+impl ImageHeader {
     /// Reads the header from the first bytes of a file for which [`is_image`] holds.
     ///
     /// # Errors
@@ -75,7 +75,7 @@ impl Header {
     /// `image_size` is nevertheless loaded completely.
     ///
     /// # Errors
-    /// As [`Header::parse`]: the image is truncated.
+    /// As [`ImageHeader::parse`]: the image is truncated.
     pub(crate) fn segment(&self, source: Source) -> Result<(Format, Segment), String> {
         let len = source.len();
         if len < self.file_len {
@@ -93,7 +93,7 @@ impl Header {
 /// Creates the segment of an uncompressed image: the whole file.
 pub(crate) fn open(file: &KernelFile<'_>) -> Result<(Format, Segment), BootError> {
     let source = Source::File { file: file.file.clone(), offset: 0, len: file.len };
-    Header::parse(&file.head)
+    ImageHeader::parse(&file.head)
         .and_then(|header| header.segment(source))
         .map_err(|reason| file.unusable(reason))
 }

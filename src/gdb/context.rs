@@ -34,7 +34,7 @@ pub(super) enum StopCause {
 pub(crate) struct DebugContext {
     pub(super) control: Arc<Control>,
     pub(super) ram: Arc<GuestRam>,
-    state: Mutex<State>,
+    state: Mutex<ContextState>,
     /// Readable while there are stops that [`DebugContext::take_stop`] has not taken.
     wake: OwnedFd,
     sync_code: SyncCode,
@@ -46,7 +46,7 @@ pub(crate) struct DebugContext {
 pub(crate) type SyncCode = Box<dyn Fn() -> io::Result<()> + Send + Sync>;
 
 #[derive(Default)]
-struct State {
+struct ContextState {
     inserted: SoftwareBreakpoints,
     /// The debugger's breakpoints: virtual address, and the guest-physical address it translated to when they were set.
     breakpoints: BTreeMap<u64, u64>,
@@ -56,7 +56,7 @@ struct State {
     stops: Vec<(u32, StopCause)>,
 }
 
-impl State {
+impl ContextState {
     fn is_wanted(&self, addr: u64) -> bool {
         self.breakpoints.values().any(|at| *at == addr)
             || self.steps.range((addr, 0)..=(addr, u32::MAX)).next().is_some()
@@ -158,7 +158,7 @@ impl DebugContext {
     pub(super) fn clear(&self) {
         let mut state = self.lock();
         state.inserted.remove_all(&self.ram);
-        *state = State::default();
+        *state = ContextState::default();
     }
 
     /// Reads memory as it would be without breakpoints.
@@ -194,14 +194,14 @@ impl DebugContext {
         stops.first().copied()
     }
 
-    fn remove(&self, state: &mut State, addr: u64) {
+    fn remove(&self, state: &mut ContextState, addr: u64) {
         if !state.is_wanted(addr) {
             state.inserted.remove(&self.ram, addr);
         }
     }
 
     /// A poisoned lock is safe to use: no code that holds it can panic halfway through a change.
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, ContextState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

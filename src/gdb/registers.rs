@@ -28,7 +28,7 @@ pub(super) enum Rv64 {}
 
 impl Arch for Rv64 {
     type Usize = u64;
-    type Registers = Core;
+    type Registers = CoreRegisters;
     /// The length of the instruction, which breakpoints here do not depend on.
     type BreakpointKind = usize;
     type RegId = Number;
@@ -36,12 +36,12 @@ impl Arch for Rv64 {
 
 /// The registers in the packets `g` and `G`.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
-pub(super) struct Core {
+pub(super) struct CoreRegisters {
     pub(super) x: [u64; 32],
     pub(super) pc: u64,
 }
 
-impl Registers for Core {
+impl Registers for CoreRegisters {
     type ProgramCounter = u64;
 
     fn pc(&self) -> u64 {
@@ -247,7 +247,7 @@ mod tests {
 
     #[test]
     fn a_packet_of_registers_has_all_of_them_or_none() {
-        let mut core = Core::default();
+        let mut core = CoreRegisters::default();
         let bytes: Vec<u8> = (0..33_u64).flat_map(u64::to_le_bytes).collect();
         core.gdb_deserialize(&bytes).unwrap();
         assert_eq!((core.x[31], core.pc), (31, 32));

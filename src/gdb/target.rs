@@ -23,7 +23,7 @@ use gdbstub::target::ext::thread_extra_info::{ThreadExtraInfo, ThreadExtraInfoOp
 use gdbstub::target::{Target, TargetError, TargetResult};
 
 use super::debuggee::{Debuggee, MachineGone, ResumePlan};
-use super::registers::{Core, Number, Rv64};
+use super::registers::{CoreRegisters, Number, Rv64};
 use crate::vcpu::hart::Reg;
 
 /// EFAULT, "Bad address" (errno(3)).
@@ -80,9 +80,9 @@ impl Target for Debuggee {
 }
 
 impl MultiThreadBase for Debuggee {
-    fn read_registers(&mut self, regs: &mut Core, tid: Tid) -> TargetResult<(), Self> {
+    fn read_registers(&mut self, regs: &mut CoreRegisters, tid: Tid) -> TargetResult<(), Self> {
         let read = self.on(self.stopped_hart(tid)?, |hart| {
-            let mut core = Core { pc: hart.get(Reg::Pc)?, ..Core::default() };
+            let mut core = CoreRegisters { pc: hart.get(Reg::Pc)?, ..CoreRegisters::default() };
             for (number, x) in (0..).zip(&mut core.x) {
                 *x = hart.get(Reg::X(number))?;
             }
@@ -92,7 +92,7 @@ impl MultiThreadBase for Debuggee {
         Ok(())
     }
 
-    fn write_registers(&mut self, regs: &Core, tid: Tid) -> TargetResult<(), Self> {
+    fn write_registers(&mut self, regs: &CoreRegisters, tid: Tid) -> TargetResult<(), Self> {
         let core = regs.clone();
         let written = self.on(self.stopped_hart(tid)?, move |hart| {
             for (number, x) in (0..).zip(core.x) {

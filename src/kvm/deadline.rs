@@ -31,11 +31,11 @@ const NEVER: u64 = u64::MAX;
 /// The CPUs that may have run the harts of one machine, and the number of harts that are left.
 #[derive(Default)]
 pub(super) struct Deadlines {
-    state: Mutex<State>,
+    state: Mutex<DeadlineState>,
 }
 
 #[derive(Default)]
-struct State {
+struct DeadlineState {
     harts: usize,
     cpus: Vec<CpuSet>,
 }
@@ -68,12 +68,12 @@ impl Deadlines {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, DeadlineState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
+impl DeadlineState {
     fn note_affinity(&mut self) {
         match sched_getaffinity(None) {
             Ok(cpus) if !self.cpus.contains(&cpus) => self.cpus.push(cpus),

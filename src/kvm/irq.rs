@@ -47,13 +47,13 @@ impl End {
 pub(super) struct KernelLine {
     /// Locked during the system call, so that the kernel sees changes by several threads in their order. The call neither
     /// blocks nor calls back.
-    state: Mutex<State>,
+    state: Mutex<LineState>,
     /// True if eventfds may raise it.
     may_share: bool,
     has_warned: AtomicBool,
 }
 
-struct State {
+struct LineState {
     end: End,
     high: bool,
     /// Raise the line, too.
@@ -62,11 +62,11 @@ struct State {
 
 impl KernelLine {
     fn new(end: End, may_share: bool) -> Self {
-        let state = Mutex::new(State { end, high: false, events: Vec::new() });
+        let state = Mutex::new(LineState { end, high: false, events: Vec::new() });
         Self { state, may_share, has_warned: AtomicBool::new(false) }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, LineState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

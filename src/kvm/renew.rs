@@ -36,7 +36,7 @@ fn put(source: RawFd, vm: &VmFd) -> io::Result<()> {
 
 /// The settings of a VM that a new one gets again.
 #[derive(Default)]
-pub(super) struct Settings {
+pub(super) struct VmSettings {
     /// The width of guest-physical addresses, if it was narrowed.
     address_bits: Option<u32>,
     ioevents: Vec<Registered>,
@@ -49,7 +49,7 @@ struct Registered {
     event: EventFd,
 }
 
-impl Settings {
+impl VmSettings {
     /// Narrows guest-physical addresses. Older kernels support one width only, the widest.
     pub(super) fn narrow(&mut self, vm: &VmFd, bits: u32) -> io::Result<()> {
         set_address_bits(vm, bits)?;

@@ -22,7 +22,7 @@ use super::irqchip;
 use super::isa::names_in;
 use super::knobs::{self, Applied};
 use super::regs;
-use super::renew::Settings;
+use super::renew::VmSettings;
 use super::slots::Slots;
 use super::stats::HartCounters;
 use super::vcpu::Vcpu;
@@ -48,7 +48,7 @@ pub(super) struct KvmVm {
     pub(super) fd: Arc<VmFd>,
     members: Mutex<Members>,
     slots: Mutex<Slots>,
-    settings: Mutex<Settings>,
+    settings: Mutex<VmSettings>,
     lines: Mutex<Lines>,
     deadlines: Arc<Deadlines>,
 }
@@ -103,7 +103,7 @@ impl KvmVm {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn settings(&self) -> MutexGuard<'_, Settings> {
+    pub(super) fn settings(&self) -> MutexGuard<'_, VmSettings> {
         self.settings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

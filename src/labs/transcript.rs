@@ -19,14 +19,14 @@ const MAX_LINE: usize = 400;
 
 /// The text, shared by all of its writers.
 #[derive(Clone)]
-pub(super) struct Transcript(Arc<Shared>);
+pub(super) struct Transcript(Arc<SharedTranscript>);
 
-struct Shared {
-    state: Mutex<State>,
+struct SharedTranscript {
+    state: Mutex<TranscriptState>,
     grown: Condvar,
 }
 
-struct State {
+struct TranscriptState {
     text: Vec<u8>,
     out: Box<dyn Write + Send>,
     is_at_line_start: bool,
@@ -45,14 +45,14 @@ struct NarratorLine {
 impl Transcript {
     /// An empty transcript, printed to `out`.
     pub(super) fn new(out: Box<dyn Write + Send>) -> Self {
-        let state = State {
+        let state = TranscriptState {
             text: Vec::new(),
             out,
             is_at_line_start: true,
             waiting: Vec::new(),
             has_ended: false,
         };
-        Self(Arc::new(Shared { state: Mutex::new(state), grown: Condvar::new() }))
+        Self(Arc::new(SharedTranscript { state: Mutex::new(state), grown: Condvar::new() }))
     }
 
     /// Adds a whole line.
@@ -108,7 +108,7 @@ impl Transcript {
 
     /// Waits for `what` in the text or for the end of the text, for `limit` at most; true if the text has it.
     pub(super) fn wait_for(&self, what: &str, limit: Duration) -> bool {
-        let has = |state: &State| {
+        let has = |state: &TranscriptState| {
             state.text.windows(what.len().max(1)).any(|part| part == what.as_bytes())
         };
         let waited = self
@@ -119,12 +119,12 @@ impl Transcript {
         has(&state)
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, TranscriptState> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
+impl TranscriptState {
     /// Ends the guest's line, if there is an unfinished one.
     fn end_line(&mut self) {
         if !self.is_at_line_start {

@@ -50,7 +50,7 @@ pub(super) struct Connections<'a> {
 }
 
 /// A device to be created: its configuration and its address.
-struct Plan {
+struct DevicePlan {
     device: DeviceConfig,
     label: String,
     base: u64,
@@ -111,13 +111,13 @@ pub(super) fn attach(config: &ValidConfig, machine: Connections<'_>) -> Result<A
     Ok(Attached { bus: Arc::new(bus), nodes, roms })
 }
 
-fn plan(config: &ValidConfig) -> Result<Vec<Plan>, Error> {
+fn plan(config: &ValidConfig) -> Result<Vec<DevicePlan>, Error> {
     let mut plans = Vec::new();
     for default in DeviceConfig::built_in() {
         let model = default.model();
         let given = config.devices.iter().find(|device| device.model().name == model.name);
         let row = layout::find(model.name).ok_or_else(|| no_address(&default))?;
-        plans.push(Plan {
+        plans.push(DevicePlan {
             device: given.cloned().unwrap_or(default),
             label: model.name.into(),
             base: row.span.base,
@@ -139,7 +139,7 @@ fn plan(config: &ValidConfig) -> Result<Vec<Plan>, Error> {
                 (format!("{}{slot}", model.name), base, if model.irqs == 0 { 0 } else { irq })
             }
         };
-        plans.push(Plan { device: device.clone(), label, base, irq });
+        plans.push(DevicePlan { device: device.clone(), label, base, irq });
     }
     Ok(plans)
 }
@@ -149,7 +149,7 @@ fn no_address(device: &DeviceConfig) -> Error {
 }
 
 /// Refuses a device that overlaps RAM: the guest would access RAM there, whatever is on the bus.
-fn check_place(plan: &Plan, size: u64, ram: &Span) -> Result<(), Error> {
+fn check_place(plan: &DevicePlan, size: u64, ram: &Span) -> Result<(), Error> {
     let end = plan.base.checked_add(size);
     if end.is_some_and(|end| end <= ram.base) || plan.base >= ram.end() {
         return Ok(());
@@ -202,7 +202,7 @@ fn refused(error: impl std::fmt::Display) -> Error {
     Error::Device(error.to_string())
 }
 
-fn node(plan: &Plan, size: u64, desc: FdtDesc) -> DeviceNode {
+fn node(plan: &DevicePlan, size: u64, desc: FdtDesc) -> DeviceNode {
     let mut properties = vec![Property::strings("compatible", &desc.compatible)];
     properties.extend(desc.properties.into_iter().map(|p| property(p, &plan.label)));
     let companions = desc.companions.into_iter().map(|companion| Node {
@@ -238,7 +238,7 @@ mod tests {
         let mut config = VmConfig::default();
         config.boot.kernel = Some("Image".into());
         config.devices = devices.iter().map(|text| DeviceConfig::parse(text).unwrap()).collect();
-        let slotted = |plan: &Plan| plan.device.model().placement == Placement::Slot;
+        let slotted = |plan: &DevicePlan| plan.device.model().placement == Placement::Slot;
         let plans = plan(&config.validate().unwrap()).unwrap().into_iter().filter(slotted);
         plans.map(|plan| (plan.label, plan.base, plan.irq)).collect()
     }

@@ -32,7 +32,7 @@ use crate::io_loop::{IoLoop, IoThread};
 use crate::kvm;
 use crate::signals::Signals;
 use crate::terminal::{self, Console, StopRequest};
-use crate::trace::{DeviceMap, Plan, Trace};
+use crate::trace::{DeviceMap, Trace, TracePlan};
 use crate::vcpu::Control;
 use crate::vcpu::observer::ExitObserver;
 
@@ -209,7 +209,8 @@ impl Machine {
 fn trace(config: &VmConfig, board: &Board) -> Result<Option<Trace>, Error> {
     let Some(wanted) = &config.trace else { return Ok(None) };
     let (name, harts) = (config.name.clone(), config.cpus.count);
-    let plan = Plan { name, harts, ticks: board.vm.ticks()?, places: DeviceMap::of(&board.bus) };
+    let plan =
+        TracePlan { name, harts, ticks: board.vm.ticks()?, places: DeviceMap::of(&board.bus) };
     Trace::start(wanted, plan).map(Some)
 }
 

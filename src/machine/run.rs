@@ -121,6 +121,9 @@ impl Machine {
         let (config, files, host) = (&self.config, &self.files, self.host.as_ref());
         self.run = Some(self.board.load(config, files, host, &self.backends, harts)?);
         self.files.free_uncompressed();
+        // The old guest's code may be in the CPUs' instruction caches.
+        let changed = self.board.vm.code_changed();
+        changed.map_err(|e| host_error("make the new guest's code visible to the harts", e))?;
         self.board.control.reset();
         if !was_paused {
             self.resume_devices();

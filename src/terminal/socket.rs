@@ -25,13 +25,13 @@ const IN_USE: &[u8] = b"rvmm: this console is in use by another client\r\n";
 #[derive(Debug)]
 pub(super) struct Socket {
     acceptor: Acceptor,
-    client: Option<Client>,
+    client: Option<TerminalClient>,
     /// The last client's input is not read yet: the acceptor is not polled.
     is_paused: bool,
 }
 
 #[derive(Debug)]
-struct Client {
+struct TerminalClient {
     stream: OwnedFd,
     /// No more input; the client may still read.
     input_has_ended: bool,
@@ -56,7 +56,8 @@ impl Socket {
             return;
         }
         info!("A client connected to the console at {}", self.acceptor);
-        self.client = Some(Client { stream, input_has_ended: false, output_has_ended: false });
+        self.client =
+            Some(TerminalClient { stream, input_has_ended: false, output_has_ended: false });
     }
 
     fn disconnect(&mut self) {
@@ -66,7 +67,7 @@ impl Socket {
     }
 }
 
-impl Client {
+impl TerminalClient {
     fn has_unread_input(&self) -> bool {
         !self.input_has_ended && ioctl_fionread(&self.stream).is_ok_and(|bytes| bytes > 0)
     }
@@ -74,7 +75,7 @@ impl Client {
 
 impl ConsoleBackend for Socket {
     fn ports(&self) -> Ports {
-        let port = |end: fn(&Client) -> bool| match &self.client {
+        let port = |end: fn(&TerminalClient) -> bool| match &self.client {
             Some(client) if !end(client) => Port::Poll(client.stream.as_raw_fd()),
             _ => Port::Closed,
         };

@@ -98,9 +98,9 @@ mod tests {
     use super::*;
 
     #[derive(Clone, Default)]
-    struct Shared(Arc<Mutex<Vec<u8>>>);
+    struct SharedText(Arc<Mutex<Vec<u8>>>);
 
-    impl Write for Shared {
+    impl Write for SharedText {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
             self.0.lock().unwrap().extend_from_slice(bytes);
             Ok(bytes.len())
@@ -131,7 +131,7 @@ mod tests {
 
     #[test]
     fn everything_written_has_arrived_when_the_console_is_dropped() {
-        let shared = Shared::default();
+        let shared = SharedText::default();
         let mut console = Writer::new(Box::new(shared.clone())).unwrap();
         assert_eq!(console.ports().input, Port::Closed);
         for line in 0..100u8 {

@@ -36,7 +36,7 @@ impl Timescale {
 
 /// The header of a trace.
 #[derive(Debug, Clone)]
-pub(super) struct Header {
+pub(super) struct TraceHeader {
     /// The machine's name: letters, digits, `_` and `-`.
     pub(super) name: String,
     pub(super) harts: u32,
@@ -59,8 +59,8 @@ impl Format {
     }
 
     /// Writes the first lines.
-    pub(super) fn header(&self, out: &mut String, header: &Header) {
-        let Header { name, harts, start_ns, hz } = header;
+    pub(super) fn header(&self, out: &mut String, header: &TraceHeader) {
+        let TraceHeader { name, harts, start_ns, hz } = header;
         let fields = format!(
             r#"{{"rvmm_trace":{VERSION},"machine":"{name}","harts":{harts},"start_ns":{start_ns},"ticks_per_second":{hz}}}"#
         );

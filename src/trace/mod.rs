@@ -28,7 +28,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use format::{Format, Header, Timescale};
+use format::{Format, Timescale, TraceHeader};
 pub use names::DeviceMap;
 pub use record::HartRecorder;
 pub use report::report;
@@ -49,7 +49,7 @@ const MIN_RING: u32 = 1024;
 
 /// The subject of a trace.
 #[derive(Debug)]
-pub struct Plan {
+pub struct TracePlan {
     /// The machine's name: letters, digits, `_` and `-`.
     pub name: String,
     /// Number of its harts, which are numbered from 0.
@@ -75,7 +75,7 @@ impl Trace {
     ///
     /// # Errors
     /// [`Error::File`] if the file cannot be created, [`Error::Host`] if the host has no thread left.
-    pub fn start(config: &TraceConfig, plan: Plan) -> Result<Self, Error> {
+    pub fn start(config: &TraceConfig, plan: TracePlan) -> Result<Self, Error> {
         let failed =
             |source| Error::File { verb: "write", path: config.file.to_path_buf(), source };
         // Non-blocking: a named pipe without a reader is an error instead of a hang.
@@ -96,7 +96,8 @@ impl Trace {
         let scale = Timescale::new(plan.ticks, start_ns);
         let format = Format::new(config.format(), scale, plan.places);
         let mut text = String::new();
-        let header = Header { name: plan.name, harts: plan.harts, start_ns, hz: plan.ticks.hz };
+        let header =
+            TraceHeader { name: plan.name, harts: plan.harts, start_ns, hz: plan.ticks.hz };
         format.header(&mut text, &header);
         let (ticks, path) = (plan.ticks, config.file.display().to_string());
         let job = Job { file, format, rings: rings.clone(), ticks, text, path };

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::{DeviceMap, Plan, Trace};
+use super::{DeviceMap, Trace, TracePlan};
 use crate::config::{TraceConfig, TraceFormat, Unassigned};
 use crate::error::{EXIT_USAGE, Error};
 use crate::host::on_a_small_file_system;
@@ -35,7 +35,7 @@ fn traced(config: &TraceConfig, script: &[Step]) -> String {
 fn run_script(config: &TraceConfig, script: &[Step]) -> (String, Result<(), Error>) {
     let (world, _uart) = world(Unassigned::Zero);
     let places = DeviceMap::of(&world.bus);
-    let plan = Plan { name: "web".into(), harts: 2, ticks: ticks(), places };
+    let plan = TracePlan { name: "web".into(), harts: 2, ticks: ticks(), places };
     let trace = Trace::start(config, plan).unwrap();
     let control = Arc::new(Control::new());
     control.start();
@@ -191,7 +191,7 @@ fn a_file_that_cannot_be_a_trace_is_refused() {
     for file in [folder.path().into(), folder.path().join("no/where"), pipe, "/dev/null".into()] {
         let config = TraceConfig { file: file.into(), ..TraceConfig::default() };
         let plan =
-            Plan { name: "a".into(), harts: 1, ticks: ticks(), places: DeviceMap::default() };
+            TracePlan { name: "a".into(), harts: 1, ticks: ticks(), places: DeviceMap::default() };
         let error = Trace::start(&config, plan).unwrap_err().to_string();
         assert!(error.starts_with("Cannot write "), "{error}");
     }

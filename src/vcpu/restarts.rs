@@ -47,23 +47,23 @@ pub trait Exits: Send + Sync {
 
 /// Detects starts of harts.
 pub struct Restarts {
-    shared: Arc<Shared>,
+    shared: Arc<SharedRestarts>,
     /// The polling thread, once there is something to detect.
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
-struct Shared {
+struct SharedRestarts {
     exits: Vec<Box<dyn Exits>>,
     control: Arc<Control>,
     /// True if harts start with their counters disabled.
     opens: bool,
-    state: Mutex<State>,
+    state: Mutex<RestartState>,
     changed: Condvar,
     /// True for harts that were kicked to restore their state.
     kicked: Vec<AtomicBool>,
 }
 
-struct State {
+struct RestartState {
     watches: Vec<Watch>,
     ended: bool,
 }
@@ -96,10 +96,10 @@ impl Restarts {
         let now = Instant::now();
         let is_tracked = opens && exits.len() > 1;
         let watches = (0..exits.len()).map(|hart| Watch::new(hart > 0, is_tracked, now));
-        let state = State { watches: watches.collect(), ended: false };
+        let state = RestartState { watches: watches.collect(), ended: false };
         let kicked = exits.iter().map(|_| AtomicBool::new(false)).collect();
         let (state, changed, control) = (Mutex::new(state), Condvar::new(), Arc::clone(control));
-        let shared = Arc::new(Shared { exits, control, opens, state, changed, kicked });
+        let shared = Arc::new(SharedRestarts { exits, control, opens, state, changed, kicked });
         let this = Self { shared, thread: Mutex::default() };
         if is_tracked {
             this.ensure_thread()?;
@@ -174,8 +174,8 @@ fn index(hart: u32) -> usize {
     usize::try_from(hart).unwrap_or(usize::MAX)
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
+impl SharedRestarts {
+    fn lock(&self) -> MutexGuard<'_, RestartState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -6,7 +6,7 @@ use rvmm_devices::StateError;
 use rvmm_devices::virtio::balloon::BalloonTooLarge;
 use thiserror::Error;
 
-use super::handle::State;
+use super::handle::MachineState;
 use crate::inspect::{Query, Reply};
 
 /// What the controller waits for.
@@ -43,11 +43,11 @@ pub enum DeviceChange {
 pub enum CommandError {
     /// The machine is in another state.
     #[error("Cannot {command} the machine: it is {state}")]
-    State {
+    MachineState {
         /// The command: a verb.
         command: &'static str,
         /// The machine's state.
-        state: State,
+        state: MachineState,
     },
     /// A device does not come to rest.
     #[error(transparent)]

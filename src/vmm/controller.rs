@@ -4,7 +4,7 @@ use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
 use super::command::{Command, CommandError, DeviceChange, Event, ReplyTo};
-use super::handle::{Handle, State};
+use super::handle::{Handle, MachineState};
 use crate::config::OnReset;
 use crate::error::Error;
 use crate::machine::Machine;
@@ -16,7 +16,7 @@ pub(super) struct Controller {
     machine: Machine,
     handle: Handle,
     events: Receiver<Event>,
-    state: State,
+    state: MachineState,
     /// Number of pauses, and what keeps the harts out of the guest.
     pauses: usize,
     pause: Option<Pause>,
@@ -26,7 +26,7 @@ pub(super) struct Controller {
 
 impl Controller {
     pub(super) fn new(machine: Machine, handle: Handle, events: Receiver<Event>) -> Self {
-        let (state, resets) = (State::Built, Vec::new());
+        let (state, resets) = (MachineState::Built, Vec::new());
         Self { machine, handle, events, state, pauses: 0, pause: None, resets }
     }
 
@@ -34,12 +34,12 @@ impl Controller {
     pub(super) fn run(self, begins: bool) -> Result<StopReason, Error> {
         let handle = self.handle.clone();
         let result = self.serve(begins);
-        handle.set_state(State::Ended);
+        handle.set_state(MachineState::Ended);
         result
     }
 
     fn serve(mut self, begins: bool) -> Result<StopReason, Error> {
-        self.set_state(State::Built);
+        self.set_state(MachineState::Built);
         if begins {
             self.begin()?;
         }
@@ -65,14 +65,14 @@ impl Controller {
         self.events.recv_timeout(at.saturating_duration_since(Instant::now())).ok()
     }
 
-    fn set_state(&mut self, state: State) {
+    fn set_state(&mut self, state: MachineState) {
         self.state = state;
         self.handle.set_state(state);
     }
 
     fn begin(&mut self) -> Result<(), Error> {
         self.machine.begin()?;
-        self.set_state(if self.pauses > 0 { State::Paused } else { State::Running });
+        self.set_state(if self.pauses > 0 { MachineState::Paused } else { MachineState::Running });
         Ok(())
     }
 
@@ -80,7 +80,7 @@ impl Controller {
     fn restarts(&self, reason: &StopReason) -> bool {
         let is_wanted =
             !self.resets.is_empty() || self.machine.config().on_reset == OnReset::Restart;
-        *reason == StopReason::Reset && is_wanted && self.state != State::Built
+        *reason == StopReason::Reset && is_wanted && self.state != MachineState::Built
     }
 
     fn restart(&mut self) -> Result<(), Error> {
@@ -99,7 +99,7 @@ impl Controller {
     }
 
     fn end(mut self, reason: StopReason) -> Result<StopReason, Error> {
-        self.set_state(State::Stopping);
+        self.set_state(MachineState::Stopping);
         // Clients that still wait are told that the machine ends, since nobody replies.
         let Self { machine, events, resets, pause, .. } = self;
         drop((events, resets, pause));
@@ -110,7 +110,7 @@ impl Controller {
     fn carry_out(&mut self, command: Command) -> Result<(), Error> {
         match command {
             Command::Start(reply) => {
-                if self.state != State::Built {
+                if self.state != MachineState::Built {
                     self.refuse("start", &reply);
                     return Ok(());
                 }
@@ -155,11 +155,11 @@ impl Controller {
     }
 
     fn has_guest(&self) -> bool {
-        matches!(self.state, State::Running | State::Paused)
+        matches!(self.state, MachineState::Running | MachineState::Paused)
     }
 
     fn refused(&self, command: &'static str) -> CommandError {
-        CommandError::State { command, state: self.state }
+        CommandError::MachineState { command, state: self.state }
     }
 
     fn refuse<T>(&self, command: &'static str, reply: &ReplyTo<T>) {
@@ -172,11 +172,13 @@ impl Controller {
         }
         if self.pauses == 0 {
             let pause = self.handle.control().pause();
-            let pause =
-                pause.ok_or(CommandError::State { command: "pause", state: State::Stopping })?;
+            let pause = pause.ok_or(CommandError::MachineState {
+                command: "pause",
+                state: MachineState::Stopping,
+            })?;
             self.machine.pause_devices()?;
             self.pause = Some(pause);
-            self.set_state(State::Paused);
+            self.set_state(MachineState::Paused);
         }
         self.pauses = self.pauses.saturating_add(1);
         Ok(())
@@ -188,7 +190,7 @@ impl Controller {
         if left == 0 {
             self.machine.resume_devices();
             self.pause = None;
-            self.set_state(State::Running);
+            self.set_state(MachineState::Running);
         }
         Ok(())
     }

@@ -15,7 +15,7 @@ use crate::vcpu::stop::StopReason;
 
 /// The state of a machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum State {
+pub enum MachineState {
     /// Built; its guest has not started.
     Built,
     /// The guest runs.
@@ -28,7 +28,7 @@ pub enum State {
     Ended,
 }
 
-impl fmt::Display for State {
+impl fmt::Display for MachineState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Built => "not started",
@@ -60,7 +60,7 @@ struct Link {
 /// The state as clients see it.
 #[derive(Debug, Clone, Copy)]
 struct Status {
-    state: State,
+    state: MachineState,
     /// The controller takes commands.
     is_attended: bool,
 }
@@ -75,7 +75,7 @@ impl Handle {
         control: Arc<Control>,
         balloon: BalloonControl,
     ) -> Self {
-        let now = Mutex::new(Status { state: State::Built, is_attended: false });
+        let now = Mutex::new(Status { state: MachineState::Built, is_attended: false });
         Self {
             link: Arc::new(Link {
                 events,
@@ -89,7 +89,7 @@ impl Handle {
 
     /// The machine's state.
     #[must_use]
-    pub fn state(&self) -> State {
+    pub fn state(&self) -> MachineState {
         self.lock().state
     }
 
@@ -172,7 +172,7 @@ impl Handle {
         verb: &'static str,
         command: impl FnOnce(ReplyTo<T>) -> Command,
     ) -> Result<T, CommandError> {
-        let refused = || CommandError::State { command: verb, state: self.state() };
+        let refused = || CommandError::MachineState { command: verb, state: self.state() };
         let (reply, answer) = sync_channel(1);
         // Sent under the lock: the controller stops taking commands under it, too.
         let now = self.lock();
@@ -186,9 +186,9 @@ impl Handle {
     }
 
     /// Sets the state for clients.
-    pub(super) fn set_state(&self, state: State) {
+    pub(super) fn set_state(&self, state: MachineState) {
         let mut now = self.lock();
-        *now = Status { state, is_attended: state != State::Ended };
+        *now = Status { state, is_attended: state != MachineState::Ended };
     }
 
     /// True once a stop was requested.

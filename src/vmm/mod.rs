@@ -56,7 +56,7 @@ mod tests;
 use command::Event;
 pub use command::{CommandError, DeviceChange};
 use controller::Controller;
-pub use handle::{Handle, Paused, State};
+pub use handle::{Handle, MachineState, Paused};
 
 /// A machine that is built, and its controller.
 pub struct Vmm {

@@ -12,7 +12,7 @@ use rvmm_devices::virtio::vhost_user::testing::{Traits, serve_at};
 use rvmm_devices::{ConsoleBackend, Port, Ports};
 use tempfile::NamedTempFile;
 
-use super::{CommandError, DeviceChange, Parts, State, Vmm};
+use super::{CommandError, DeviceChange, MachineState, Parts, Vmm};
 use crate::config::{
     DeviceConfig, GdbAddress, GdbConfig, InitrdConfig, LoadConfig, OnReset, TraceConfig, VmConfig,
 };
@@ -133,15 +133,15 @@ fn a_running_machine_answers_queries_and_keeps_running() {
     assert!(handle.resume().is_err());
     let (first, second) = (handle.pause().unwrap(), handle.pause().unwrap());
     assert!(matches!(ask(Query::Registers), Reply::Registers(_)));
-    assert_eq!(handle.state(), State::Paused);
+    assert_eq!(handle.state(), MachineState::Paused);
     drop(first);
-    assert_eq!(handle.state(), State::Paused);
+    assert_eq!(handle.state(), MachineState::Paused);
     second.keep();
-    assert_eq!(handle.state(), State::Paused);
+    assert_eq!(handle.state(), MachineState::Paused);
     handle.resume().unwrap();
-    assert_eq!(handle.state(), State::Running);
+    assert_eq!(handle.state(), MachineState::Running);
     assert!(matches!(ask(Query::Registers), Reply::Registers(_)));
-    assert_eq!(handle.state(), State::Running);
+    assert_eq!(handle.state(), MachineState::Running);
     running.handle().stop();
     assert_eq!(running.wait().unwrap(), StopReason::Requested);
     assert!(!path.exists());
@@ -337,12 +337,12 @@ fn a_launched_machine_runs_when_it_is_started_and_each_command_needs_its_state()
     {
         std::thread::yield_now();
     }
-    assert_eq!(handle.state(), State::Built);
+    assert_eq!(handle.state(), MachineState::Built);
     assert_eq!(refusal(handle.pause().map(drop)), "Cannot pause the machine: it is not started");
     assert_eq!(refusal(handle.reset()), "Cannot reset the machine: it is not started");
     assert!(handle.inspect(Query::Stat).is_err());
     handle.start().unwrap();
-    assert_eq!(handle.state(), State::Running);
+    assert_eq!(handle.state(), MachineState::Running);
     assert_eq!(refusal(handle.start()), "Cannot start the machine: it is running");
     assert_eq!(refusal(handle.resume()), "Cannot resume the machine: it is running");
     assert!(matches!(handle.inspect(Query::Stat), Ok(Reply::Stat(_))));
@@ -351,7 +351,7 @@ fn a_launched_machine_runs_when_it_is_started_and_each_command_needs_its_state()
     assert_eq!(refusal(handle.change(target)), "The machine has no balloon");
     handle.stop();
     assert_eq!(running.wait().unwrap(), StopReason::Requested);
-    assert_eq!(handle.state(), State::Ended);
+    assert_eq!(handle.state(), MachineState::Ended);
     assert_eq!(refusal(handle.reset()), "Cannot reset the machine: it is ended");
 }
 
@@ -371,16 +371,16 @@ fn a_client_resets_a_machine_in_place_and_a_paused_one_stays_paused() {
     let (vmm, resets, _program) = idle(&["balloon", "rng"]);
     let running = vmm.start().unwrap();
     let handle = running.handle();
-    while handle.state() != State::Running {
+    while handle.state() != MachineState::Running {
         std::thread::yield_now();
     }
     handle.reset().unwrap();
-    assert_eq!((resets.load(SeqCst), handle.state()), (1, State::Running));
+    assert_eq!((resets.load(SeqCst), handle.state()), (1, MachineState::Running));
     let paused = handle.pause().unwrap();
     handle.reset().unwrap();
-    assert_eq!((resets.load(SeqCst), handle.state()), (2, State::Paused));
+    assert_eq!((resets.load(SeqCst), handle.state()), (2, MachineState::Paused));
     drop(paused);
-    assert_eq!(handle.state(), State::Running);
+    assert_eq!(handle.state(), MachineState::Running);
     handle.change(DeviceChange::BalloonTarget(4 << 20)).unwrap();
     assert_eq!(handle.balloon().target(), 4 << 20);
     let error = handle.change(DeviceChange::BalloonTarget(u64::MAX)).unwrap_err();

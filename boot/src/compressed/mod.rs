@@ -17,7 +17,7 @@ use std::os::unix::fs::FileExt;
 use self::gzip::Gzip;
 use self::zstd::Zstd;
 use crate::error::{BootError, Size};
-use crate::image::{self, Header};
+use crate::image::{self, ImageHeader};
 use crate::kernel::{Format, HEAD_LEN, KernelFile};
 use crate::source::{Segment, Source};
 use crate::{elf, foreign};
@@ -104,9 +104,9 @@ fn too_large(limit: u64) -> String {
 }
 
 /// The header of the `Image` whose first bytes are `head`; the error describes the file that it is instead.
-fn image_header(head: &[u8], compression: Compression) -> Result<Header, String> {
+fn image_header(head: &[u8], compression: Compression) -> Result<ImageHeader, String> {
     if image::is_image(head) {
-        return Header::parse(head);
+        return ImageHeader::parse(head);
     }
     if elf::is_elf(head) {
         return Err(format!(

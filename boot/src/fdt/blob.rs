@@ -69,7 +69,7 @@ pub(super) fn walk_spans<'a>(
     blob: &'a [u8],
     mut visit: impl FnMut(Range<usize>, Item<'a>),
 ) -> Result<usize, Fault> {
-    let header = Header::parse(blob)?;
+    let header = BlobHeader::parse(blob)?;
     let blob = blob.get(..header.total).unwrap_or(blob);
     let mut cursor = Cursor { blob, at: header.structure.start, end: header.structure.end };
     let mut depth = 0_usize;
@@ -120,7 +120,7 @@ const NOP: u32 = 4;
 const END: u32 = 9;
 
 /// The checked fields of a header.
-pub(super) struct Header {
+pub(super) struct BlobHeader {
     /// The length of the blob in bytes.
     total: usize,
     /// The memory reservation block, including the empty entry at its end.
@@ -131,7 +131,7 @@ pub(super) struct Header {
     pub(super) boot_cpu: u32,
 }
 
-impl Header {
+impl BlobHeader {
     pub(super) fn parse(blob: &[u8]) -> Result<Self, Fault> {
         let fault = |what, offset| Err(Fault { what, offset });
         if be_u32(blob, 0) != Some(MAGIC) {
@@ -185,7 +185,7 @@ fn reservations_from(blob: &[u8], start: usize) -> Result<Range<usize>, Fault> {
 /// The name at `offset` of the strings block, for the property at `at`.
 fn property_name<'a>(
     blob: &'a [u8],
-    header: &Header,
+    header: &BlobHeader,
     offset: u32,
     at: usize,
 ) -> Result<&'a str, Fault> {

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::blob::{self, BEGIN_NODE, END_NODE, HEADER_LEN, Header, Item, MAGIC, PROPERTY};
+use super::blob::{self, BEGIN_NODE, BlobHeader, END_NODE, HEADER_LEN, Item, MAGIC, PROPERTY};
 use super::{MAX_LEN, writer::ROOM};
 use crate::region::Region;
 
@@ -13,12 +13,12 @@ const END_NAME: usize = b"linux,initrd-start\0".len();
 /// Returns a valid blob with its initrd in `/chosen` replaced by `initrd`, if there is one, and with at least [`ROOM`]
 /// unused bytes at the end, as far as [`MAX_LEN`] allows.
 pub(super) fn completed(blob: &[u8], initrd: Option<Region>) -> Vec<u8> {
-    let Ok(header) = Header::parse(blob) else { return blob.to_vec() };
+    let Ok(header) = BlobHeader::parse(blob) else { return blob.to_vec() };
     let mut blob = match initrd {
         Some(initrd) => with_initrd(blob, &header, initrd),
         None => blob.to_vec(),
     };
-    let used = Header::parse(&blob).map_or(blob.len(), |header| header.used());
+    let used = BlobHeader::parse(&blob).map_or(blob.len(), |header| header.used());
     let most = usize::try_from(MAX_LEN).unwrap_or(usize::MAX);
     let total = blob.len().max((used + ROOM).min(most));
     blob.resize(total, 0);
@@ -64,7 +64,7 @@ fn places(blob: &[u8]) -> Places {
     places
 }
 
-fn with_initrd(blob: &[u8], header: &Header, initrd: Region) -> Vec<u8> {
+fn with_initrd(blob: &[u8], header: &BlobHeader, initrd: Region) -> Vec<u8> {
     let places = places(blob);
     let part = |range: Range<usize>| blob.get(range).unwrap_or_default();
     let mut strings = part(header.strings.clone()).to_vec();

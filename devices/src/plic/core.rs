@@ -12,7 +12,7 @@ use crate::lifecycle::RestoreError;
 pub(super) const PRIORITY_MAX: u32 = 7;
 
 /// The state machine and the harts' lines that it drives.
-pub(super) struct Core {
+pub(super) struct PlicCore {
     sources: u32,
     /// The supervisor external interrupt of each hart.
     outputs: Box<[Arc<dyn IrqLine>]>,
@@ -62,7 +62,7 @@ struct Context {
     output: bool,
 }
 
-impl Core {
+impl PlicCore {
     pub(super) fn new(sources: u32, outputs: Vec<Arc<dyn IrqLine>>) -> Self {
         let state = PlicRegisters::at_power_on(sources, outputs.len());
         Self { sources, outputs: outputs.into(), state }

@@ -26,7 +26,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
 
-use self::core::Core;
+use self::core::PlicCore;
 use self::sources::{SOURCES_MAX, Sources};
 use crate::device::{
     Access, AccessError, FdtDesc, FdtProperty, FdtValue, MmioDevice, RegisterName, register32,
@@ -88,7 +88,7 @@ pub enum PlicError {
 struct PlicShared {
     sources: u32,
     harts: usize,
-    core: Mutex<Core>,
+    core: Mutex<PlicCore>,
 }
 
 /// The register at an offset.
@@ -136,7 +136,7 @@ impl Plic {
         if !(1..=HARTS_MAX).contains(&harts) {
             return Err(PlicError::Harts(harts));
         }
-        let core = Mutex::new(Core::new(sources, outputs));
+        let core = Mutex::new(PlicCore::new(sources, outputs));
         Ok(Self { shared: Arc::new(PlicShared { sources, harts, core }) })
     }
 
@@ -237,7 +237,7 @@ impl MmioDevice for Plic {
 }
 
 impl PlicShared {
-    fn lock(&self) -> MutexGuard<'_, Core> {
+    fn lock(&self) -> MutexGuard<'_, PlicCore> {
         // A test that panicked must not block the PLIC.
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::queue::QueueState;
-use super::state::{Core, DriverState, status};
+use super::state::{DriverState, VirtioCore, status};
 use super::work::Work;
 use super::{DmaMemory, RemoteQueues};
 use crate::lifecycle::{PauseError, RestoreError, SaveError, SavedState};
@@ -21,7 +21,7 @@ struct VirtioState {
     device: SavedState,
 }
 
-impl Core {
+impl VirtioCore {
     /// Brings the device to rest, and delivers all results.
     pub(super) fn pause(&mut self) -> Result<(), PauseError> {
         let memory = Arc::clone(&self.memory);

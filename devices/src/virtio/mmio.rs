@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::hold::Hold;
 use super::queue::Queue;
-use super::state::Core;
+use super::state::VirtioCore;
 use super::{DmaMemory, VirtioDevice};
 use crate::catalog::BuildError;
 use crate::device::{
@@ -46,7 +46,7 @@ const VENDOR: u32 = 0x554d_4551;
 
 /// A virtio device with the MMIO transport.
 pub struct VirtioMmio {
-    core: Core,
+    core: VirtioCore,
 }
 
 /// The registers that a driver accesses in every interrupt.
@@ -82,11 +82,8 @@ impl VirtioMmio {
         interrupt: Interrupt,
     ) -> Result<Self, BuildError> {
         let model = device.device_type().name;
-        let core = Core::new(device, memory, interrupt).map_err(|source| BuildError::Host {
-            model,
-            what: "event descriptors",
-            source,
-        })?;
+        let core = VirtioCore::new(device, memory, interrupt)
+            .map_err(|source| BuildError::Host { model, what: "event descriptors", source })?;
         Ok(Self { core })
     }
 

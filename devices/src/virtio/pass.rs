@@ -6,11 +6,11 @@ use log::warn;
 
 use super::hold::Hold;
 use super::queue::Queue;
-use super::state::Core;
+use super::state::VirtioCore;
 use super::work::{Outcome, Work};
 use super::{DmaMemory, VirtioDevice, VirtioError};
 
-impl Core {
+impl VirtioCore {
     /// Runs `task` of the device for a bounded number of chains, then interrupts the driver and re-enables notifications as needed.
     pub(super) fn work(
         &mut self,

@@ -31,7 +31,7 @@ const STEPS: [u32; 4] =
     [status::ACKNOWLEDGE, status::DRIVER, status::FEATURES_OK, status::DRIVER_OK];
 
 /// A device, its queues, and their state.
-pub(super) struct Core {
+pub(super) struct VirtioCore {
     pub(super) device: Box<dyn VirtioDevice>,
     pub(super) kind: DeviceType,
     pub(super) memory: Arc<dyn DmaMemory>,
@@ -74,7 +74,7 @@ pub(super) struct DriverState {
     pub(super) refused: u64,
 }
 
-impl Core {
+impl VirtioCore {
     pub(super) fn new(
         mut device: Box<dyn VirtioDevice>,
         memory: Arc<dyn DmaMemory>,

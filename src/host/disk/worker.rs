@@ -14,13 +14,13 @@ use super::engine::{Call, CallKind, Engine, Executor, Outcome};
 
 /// A thread that makes calls.
 pub(super) struct Worker {
-    shared: Arc<Shared>,
+    shared: Arc<SharedWorker>,
     /// Calls that are not submitted yet.
     pushed: Vec<(u32, Call)>,
     thread: Option<JoinHandle<()>>,
 }
 
-struct Shared {
+struct SharedWorker {
     calls: Mutex<Calls>,
     /// There are calls, or `is_over` is set.
     begun: Condvar,
@@ -50,7 +50,7 @@ impl Worker {
     /// # Errors
     /// The host has no threads or descriptors left.
     pub(super) fn with(executor: impl Executor + 'static) -> io::Result<Self> {
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(SharedWorker {
             calls: Mutex::default(),
             begun: Condvar::new(),
             ended: Condvar::new(),
@@ -63,7 +63,7 @@ impl Worker {
     }
 }
 
-impl Shared {
+impl SharedWorker {
     fn calls(&self) -> MutexGuard<'_, Calls> {
         self.calls.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -23,7 +23,7 @@ const MAX_HARTS: u32 = crate::config::MAX_CPUS;
 #[derive(Debug, PartialEq)]
 pub(super) enum Event<'a> {
     /// The header: the machine's name, its harts and the time at which the trace begins.
-    Header {
+    TraceHeader {
         machine: Cow<'a, str>,
         harts: u32,
         start_ns: u64,
@@ -98,12 +98,12 @@ pub(super) fn events(
         let event = event(&line).map_err(|what| format!("line {number}: {what}"))?;
         match event {
             Event::Other => continue,
-            Event::Header { .. } if has_header => {
+            Event::TraceHeader { .. } if has_header => {
                 return Err(format!(
                     "line {number}: there is a second header (are these two traces?)"
                 ));
             }
-            Event::Header { .. } => has_header = true,
+            Event::TraceHeader { .. } => has_header = true,
             _ if !has_header => return Err(no_trace(number)),
             _ => {}
         }
@@ -151,7 +151,7 @@ fn interpret(fields: Fields<'_>) -> Result<Event<'_>, String> {
         }
         let harts = fields.harts.unwrap_or(1);
         let machine = fields.machine.unwrap_or_default();
-        return Ok(Event::Header { machine, harts, start_ns: fields.start_ns.unwrap_or(0) });
+        return Ok(Event::TraceHeader { machine, harts, start_ns: fields.start_ns.unwrap_or(0) });
     }
     if fields.rvmm_end.is_some() {
         return Ok(Event::End);

@@ -138,7 +138,7 @@ impl Tally {
 
     pub(super) fn take(&mut self, event: Event<'_>) {
         match event {
-            Event::Header { machine, harts, start_ns } => {
+            Event::TraceHeader { machine, harts, start_ns } => {
                 self.machine = short(&machine);
                 self.start_ns = start_ns;
                 let most = harts.min(crate::config::MAX_CPUS);

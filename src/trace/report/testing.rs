@@ -12,7 +12,7 @@ use super::page;
 use super::read::events;
 use super::tally::Tally;
 use crate::config::{MAX_CPUS, TraceFormat, Unassigned};
-use crate::trace::format::{Format, Header, Timescale};
+use crate::trace::format::{Format, Timescale, TraceHeader};
 use crate::trace::names::DeviceMap;
 use crate::trace::record::{Kind, Record};
 use crate::vcpu::record::Ticks;
@@ -118,7 +118,7 @@ fn check_written(format: TraceFormat, bytes: &[u8]) {
     let hz = u64::from(bytes.first().copied().unwrap_or(1)) * 1_000_000;
     let scale = Timescale::new(Ticks { now: || 7, hz }, 1000);
     let format = Format::new(format, scale, DeviceMap::of(&world.bus));
-    let header = Header { name: "web-1_a".into(), harts: 4, start_ns: 1000, hz };
+    let header = TraceHeader { name: "web-1_a".into(), harts: 4, start_ns: 1000, hz };
     let (mut text, mut kinds, mut lost) = (String::new(), Vec::new(), 0_u64);
     format.header(&mut text, &header);
     for chunk in bytes.chunks(12) {

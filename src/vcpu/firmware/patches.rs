@@ -65,11 +65,11 @@ pub struct Patches {
     removes_unused: bool,
     sync: SyncCode,
     patterns: Vec<Pattern>,
-    state: Mutex<State>,
+    state: Mutex<PatchState>,
 }
 
 #[derive(Default)]
-struct State {
+struct PatchState {
     /// By guest-physical address.
     patches: BTreeMap<u64, Patch>,
     has_logged: bool,
@@ -218,7 +218,7 @@ impl Patches {
         (PatchHit::Call, Some(patch))
     }
 
-    fn log_removal(state: &mut State, pc: u64, is_user: bool) {
+    fn log_removal(state: &mut PatchState, pc: u64, is_user: bool) {
         let whose =
             if is_user { "a program's system call" } else { "handled by the host's kernel" };
         // Only the first at level info: a guest may make any number of copies.
@@ -252,7 +252,7 @@ impl Patches {
             })
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, PatchState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -16,21 +16,21 @@ use crate::vcpu::observer::{ExitObserver, HartEvent};
 
 /// The timers of all harts of a machine.
 pub struct UserTimer {
-    shared: Arc<Shared>,
+    shared: Arc<SharedTimer>,
     hz: u64,
     observer: Option<Arc<dyn ExitObserver>>,
     thread: Option<JoinHandle<()>>,
 }
 
-struct Shared {
-    state: Mutex<State>,
+struct SharedTimer {
+    state: Mutex<TimerState>,
     changed: Condvar,
     /// True for harts whose timer has expired.
     due: Vec<AtomicBool>,
 }
 
 #[derive(Default)]
-struct State {
+struct TimerState {
     deadlines: Vec<Option<Instant>>,
     ended: bool,
 }
@@ -46,9 +46,10 @@ impl UserTimer {
         control: &Arc<Control>,
         observer: Option<Arc<dyn ExitObserver>>,
     ) -> io::Result<Self> {
-        let state = State { deadlines: (0..harts).map(|_| None).collect(), ended: false };
+        let state = TimerState { deadlines: (0..harts).map(|_| None).collect(), ended: false };
         let due = (0..harts).map(|_| AtomicBool::new(false)).collect();
-        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), due });
+        let shared =
+            Arc::new(SharedTimer { state: Mutex::new(state), changed: Condvar::new(), due });
         let (this, control) = (Arc::clone(&shared), Arc::clone(control));
         let thread =
             thread::Builder::new().name("timer".into()).spawn(move || this.run(&control))?;
@@ -99,8 +100,8 @@ impl UserTimer {
     }
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
+impl SharedTimer {
+    fn lock(&self) -> MutexGuard<'_, TimerState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -15,10 +15,10 @@ const UNSET: u64 = u64::MAX;
 
 /// Sets the size of a balloon and reads it, from any thread and across reboots. A clone is a handle to the same balloon.
 #[derive(Debug, Clone)]
-pub struct BalloonControl(Arc<Shared>);
+pub struct BalloonControl(Arc<SharedBalloon>);
 
 #[derive(Debug)]
-struct Shared {
+struct SharedBalloon {
     /// Target in pages.
     target: AtomicU64,
     /// Pages in the balloon, as the guest reports.
@@ -46,7 +46,12 @@ impl BalloonControl {
     pub fn new() -> io::Result<Self> {
         let changed = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let (target, actual) = (AtomicU64::new(UNSET), AtomicU32::new(0));
-        Ok(Self(Arc::new(Shared { target, actual, is_set: AtomicBool::new(false), changed })))
+        Ok(Self(Arc::new(SharedBalloon {
+            target,
+            actual,
+            is_set: AtomicBool::new(false),
+            changed,
+        })))
     }
 
     /// Sets the target: bytes to have in the balloon, in whole pages of 4 KiB. The guest's driver decides if it follows;

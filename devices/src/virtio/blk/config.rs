@@ -21,9 +21,9 @@ mod field {
 
 /// The configuration space, as the driver reads it.
 #[derive(Debug, Clone)]
-pub(super) struct Config([u8; field::END]);
+pub(super) struct ConfigSpace([u8; field::END]);
 
-impl Config {
+impl ConfigSpace {
     /// Creates that of a disk of `capacity` bytes with `queues` queues and at most `seg_max` data buffers in a request.
     pub(super) fn new(capacity: u64, queues: u16, seg_max: u32) -> Self {
         let mut config = Self([0; field::END]);

@@ -27,7 +27,7 @@ pub mod testing;
 
 pub use backend::{DiskBackend, DiskCache, DiskDone, DiskFormat, DiskOp, DiskPlan, DiskRequest};
 
-use config::Config;
+use config::ConfigSpace;
 use request::{HEADER, ID_BYTES, Limits, Request, Status, parse, room};
 use settings::derived_id;
 pub use settings::{BlkConfig, DiskQueues, DiskSerial, ImageFormat, RequestRate};
@@ -95,7 +95,7 @@ struct InFlight {
 
 /// State that the driver reads and writes.
 struct DriverView {
-    config: Config,
+    config: ConfigSpace,
     /// `VIRTIO_BLK_F_FLUSH` was negotiated.
     has_flush: bool,
 }
@@ -132,7 +132,7 @@ impl Blk {
         let is_read_only = user.ro;
         let access = if is_read_only { feature::RO } else { feature::WRITABLE };
         let queues = if user.queues() > 1 { feature::MQ } else { 0 };
-        let config = Config::new(disk.size(), user.queues(), SEG_MAX);
+        let config = ConfigSpace::new(disk.size(), user.queues(), SEG_MAX);
         Self {
             queue_sizes: vec![QUEUE_SIZE; user.queues().into()].into(),
             features: feature::ALWAYS | access | queues,

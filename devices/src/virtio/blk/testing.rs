@@ -12,10 +12,10 @@ use crate::virtio::{DmaMemory, Segment};
 
 /// A disk in memory. A clone is a handle to the same disk.
 #[derive(Debug, Clone)]
-pub struct MemoryDisk(Arc<Mutex<State>>);
+pub struct MemoryDisk(Arc<Mutex<MemoryDiskState>>);
 
 #[derive(Debug)]
-struct State {
+struct MemoryDiskState {
     bytes: Vec<u8>,
     /// Operations wait until they are released.
     is_held: bool,
@@ -58,7 +58,7 @@ impl MemoryDisk {
     /// # Errors
     /// The system has no event descriptors left.
     pub fn new(sectors: usize) -> std::io::Result<Self> {
-        Ok(Self(Arc::new(Mutex::new(State {
+        Ok(Self(Arc::new(Mutex::new(MemoryDiskState {
             bytes: vec![0; sectors * 512],
             is_held: false,
             is_stuck: false,
@@ -73,7 +73,7 @@ impl MemoryDisk {
         }))))
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, MemoryDiskState> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -164,7 +164,7 @@ impl MemoryDisk {
     }
 }
 
-impl State {
+impl MemoryDiskState {
     /// Performs an operation; true if all of it was done.
     fn perform(&mut self, started: &Started, memory: &dyn DmaMemory) -> bool {
         let Started { op, offset, len, data, .. } = started;

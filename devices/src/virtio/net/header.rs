@@ -116,7 +116,7 @@ impl Offloads {
 
 /// A header, read once from guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct Header {
+pub(super) struct FrameHeader {
     flags: u8,
     gso_type: u8,
     hdr_len: u16,
@@ -126,7 +126,7 @@ pub(super) struct Header {
     pub(super) num_buffers: u16,
 }
 
-impl Header {
+impl FrameHeader {
     pub(super) fn parse(raw: [u8; HEADER]) -> Self {
         let [flags, gso_type, a0, a1, b0, b1, c0, c1, d0, d1, e0, e1] = raw;
         Self {
@@ -212,8 +212,8 @@ mod tests {
     const ALL: Offloads = Offloads { csum: true, tso4: true, tso6: true, ecn: true };
     const CSUM: Offloads = Offloads { csum: true, tso4: false, tso6: false, ecn: false };
 
-    fn segment() -> Header {
-        Header {
+    fn segment() -> FrameHeader {
+        FrameHeader {
             flags: flag::NEEDS_CSUM,
             gso_type: gso::TCPV4,
             hdr_len: 54,
@@ -230,23 +230,23 @@ mod tests {
         assert_eq!(segment().sent_by_host(9000, ALL), Some(segment()));
         assert_eq!(segment().sent_by_guest(9000, CSUM), None);
         assert_eq!(segment().sent_by_host(9000, CSUM), None);
-        let marked = Header { gso_type: gso::TCPV4 | gso::ECN, ..segment() };
+        let marked = FrameHeader { gso_type: gso::TCPV4 | gso::ECN, ..segment() };
         assert_eq!(marked.sent_by_guest(9000, ALL), Some(marked));
         assert_eq!(marked.sent_by_guest(9000, Offloads { ecn: false, ..ALL }), None);
-        let six = Header { gso_type: gso::TCPV6, ..segment() };
+        let six = FrameHeader { gso_type: gso::TCPV6, ..segment() };
         assert_eq!(six.sent_by_guest(9000, Offloads { tso6: false, ..ALL }), None);
     }
 
     #[test]
     fn a_segment_of_no_size_or_kind_or_checksum_does_not_pass() {
         let bad = [
-            Header { gso_size: 0, ..segment() },
-            Header { flags: 0, ..segment() },
-            Header { gso_type: 3, ..segment() },
-            Header { gso_type: 5, ..segment() },
-            Header { gso_type: 0x7f, ..segment() },
-            Header { gso_type: gso::ECN, ..segment() },
-            Header { hdr_len: 9001, ..segment() },
+            FrameHeader { gso_size: 0, ..segment() },
+            FrameHeader { flags: 0, ..segment() },
+            FrameHeader { gso_type: 3, ..segment() },
+            FrameHeader { gso_type: 5, ..segment() },
+            FrameHeader { gso_type: 0x7f, ..segment() },
+            FrameHeader { gso_type: gso::ECN, ..segment() },
+            FrameHeader { hdr_len: 9001, ..segment() },
         ];
         for header in bad {
             assert_eq!(header.sent_by_guest(9000, ALL), None, "{header:?}");
@@ -255,21 +255,23 @@ mod tests {
 
     #[test]
     fn a_checksum_lies_inside_its_frame_to_the_last_byte() {
-        let header = Header { flags: 1, csum_start: 34, csum_offset: 16, ..Header::default() };
+        let header =
+            FrameHeader { flags: 1, csum_start: 34, csum_offset: 16, ..FrameHeader::default() };
         assert!(header.sent_by_guest(52, CSUM).is_some());
         assert!(header.sent_by_guest(51, CSUM).is_none());
-        let far = Header { flags: 1, csum_start: u16::MAX, csum_offset: u16::MAX, ..header };
+        let far = FrameHeader { flags: 1, csum_start: u16::MAX, csum_offset: u16::MAX, ..header };
         assert!(far.sent_by_guest(MAX_FRAME, CSUM).is_none());
         assert!(header.sent_by_guest(60, Offloads::default()).is_none());
     }
 
     #[test]
     fn what_has_no_meaning_in_a_header_is_cleared() {
-        let odd = Header { flags: 0xfe, gso_size: 7, csum_start: 9999, ..Header::default() };
-        assert_eq!(odd.sent_by_guest(60, ALL), Some(Header::default()));
-        let valid = Header { flags: flag::DATA_VALID, ..Header::default() };
+        let odd =
+            FrameHeader { flags: 0xfe, gso_size: 7, csum_start: 9999, ..FrameHeader::default() };
+        assert_eq!(odd.sent_by_guest(60, ALL), Some(FrameHeader::default()));
+        let valid = FrameHeader { flags: flag::DATA_VALID, ..FrameHeader::default() };
         assert_eq!(valid.sent_by_host(60, ALL), Some(valid));
-        assert_eq!(valid.sent_by_host(60, Offloads::default()), Some(Header::default()));
+        assert_eq!(valid.sent_by_host(60, Offloads::default()), Some(FrameHeader::default()));
     }
 
     #[test]
@@ -285,7 +287,7 @@ mod tests {
             raw: [u8; HEADER], len in MIN_FRAME..=MAX_FRAME,
             features: u64,
         ) {
-            let header = Header::parse(raw);
+            let header = FrameHeader::parse(raw);
             prop_assert_eq!(header.bytes(), raw);
             let offloads = Offloads::of_device(features);
             if let Some(passed) = header.sent_by_guest(len, offloads) {

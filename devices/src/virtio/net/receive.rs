@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::header::{HEADER, HEADER_LEN, Header, Offloads, bit};
+use super::header::{FrameHeader, HEADER, HEADER_LEN, Offloads, bit};
 use super::port::{Port, Received};
 use crate::virtio::{Chain, Limiter, Segment, VirtioError, Work, pieces};
 
@@ -202,7 +202,7 @@ impl Receiver {
             Received::Frame(len) => {
                 self.uncharged = Some(len as u64);
                 self.expected = len.min(ROOM);
-                self.deliver(room, Header::parse(header), len, port, work)?;
+                self.deliver(room, FrameHeader::parse(header), len, port, work)?;
                 Ok(true)
             }
             Received::Nothing => {
@@ -220,7 +220,7 @@ impl Receiver {
     fn deliver(
         &mut self,
         room: usize,
-        header: Header,
+        header: FrameHeader,
         len: usize,
         port: &Port,
         work: &mut Work<'_>,

@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::header::{HEADER, HEADER_LEN, Header, MAX_FRAME, MIN_FRAME, Offloads};
+use super::header::{FrameHeader, HEADER, HEADER_LEN, MAX_FRAME, MIN_FRAME, Offloads};
 use super::port::{Port, Sent};
 use crate::virtio::{Chain, GuestMemoryMmap, Limiter, Segment, VirtioError, Work, pieces};
 
@@ -139,7 +139,7 @@ impl Transmitter {
             return None;
         }
         let (raw, _) = head.split_first_chunk_mut::<HEADER>()?;
-        *raw = Header::parse(*raw).sent_by_guest(len, self.offloads)?.bytes();
+        *raw = FrameHeader::parse(*raw).sent_by_guest(len, self.offloads)?.bytes();
         Some(head)
     }
 }

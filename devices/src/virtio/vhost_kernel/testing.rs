@@ -10,10 +10,10 @@ use crate::virtio::{Rings, feature};
 
 /// Queues of a kernel. A clone is a handle to the same ones: a test keeps one and passes on the other.
 #[derive(Debug, Clone)]
-pub struct FakeKernel(Arc<Mutex<State>>);
+pub struct FakeKernel(Arc<Mutex<FakeKernelState>>);
 
 #[derive(Debug)]
-struct State {
+struct FakeKernelState {
     has: u64,
     taken: Option<u64>,
     queues: Vec<Running>,
@@ -45,7 +45,7 @@ impl FakeKernel {
     #[must_use]
     pub fn with_features(has: u64) -> Self {
         let (taken, queues, stops, failure) = (None, Vec::new(), Vec::new(), None);
-        Self(Arc::new(Mutex::new(State { has, taken, queues, stops, failure })))
+        Self(Arc::new(Mutex::new(FakeKernelState { has, taken, queues, stops, failure })))
     }
 
     /// The features of the last start.
@@ -76,7 +76,7 @@ impl FakeKernel {
         self.lock().failure = kind;
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, FakeKernelState> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

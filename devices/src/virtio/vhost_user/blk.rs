@@ -1,6 +1,6 @@
 //! A disk that another program serves (virtio 1.3, section 5.2): `qemu-storage-daemon`, SPDK, and others.
 
-use super::Kind;
+use super::PeerKind;
 use super::front::Front;
 use super::peer::Peer;
 use schemars::JsonSchema;
@@ -72,7 +72,7 @@ impl ModelConfig for VhostUserBlkConfig {
         let has = if has_many { queues_of(peer.session.config()) } else { 1 };
         let has = has.min(peer.session.queue_count().max(1));
         let queues = self.queues.map_or(1, ServedQueues::get).min(has);
-        let kind = Kind {
+        let kind = PeerKind {
             model: MODEL.name,
             id: 2,
             features: FEATURES,

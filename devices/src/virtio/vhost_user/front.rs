@@ -16,7 +16,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::peer::{HANDSHAKE_TIMEOUT, Origin, Peer, deadline, unsuitable};
 use super::session::{Inflight, Region, Session};
-use super::{Kind, PeerError};
+use super::{PeerError, PeerKind};
 use crate::catalog::{BuildError, Wiring};
 use crate::device::{Interest, Source};
 use crate::host::{Host, HostError};
@@ -44,7 +44,7 @@ const TOKEN_PEER: u32 = 0x100_0000;
 
 /// The device.
 pub(super) struct Front {
-    kind: Kind,
+    kind: PeerKind,
     features: u64,
     transport: u64,
     memory: Arc<dyn DmaMemory>,
@@ -75,7 +75,7 @@ pub(super) struct Front {
 
 impl Front {
     /// Creates a device of this `kind` in front of `peer`.
-    pub(super) fn create(kind: Kind, peer: Peer, wiring: &Wiring) -> Result<Self, BuildError> {
+    pub(super) fn create(kind: PeerKind, peer: Peer, wiring: &Wiring) -> Result<Self, BuildError> {
         let model = kind.model;
         let end = |source| BuildError::Backend { model, source };
         let host = |what| move |source| BuildError::Host { model, what, source };

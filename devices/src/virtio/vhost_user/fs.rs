@@ -4,7 +4,7 @@
 
 use super::front::Front;
 use super::peer::Peer;
-use super::{Kind, Sandbox, Service};
+use super::{PeerKind, Sandbox, Service};
 use std::fmt;
 
 use schemars::JsonSchema;
@@ -154,7 +154,7 @@ impl ModelConfig for FsConfig {
             Server::At(socket) => Peer::connect(host, socket.clone().into(), 0),
         };
         let peer = peer.map_err(|source| BuildError::Backend { model: MODEL.name, source })?;
-        let kind = Kind {
+        let kind = PeerKind {
             model: MODEL.name,
             id: 26,
             features: 0,

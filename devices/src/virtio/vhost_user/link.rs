@@ -13,7 +13,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFl
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::PeerError;
-use super::message::{HEADER, Header, MAX_PAYLOAD, Message, Reply};
+use super::message::{HEADER, MAX_PAYLOAD, Message, MessageHeader, Reply};
 
 /// Maximum number of messages queued for a peer that does not read: more than the start of any device needs.
 const MAX_QUEUED: usize = 4096;
@@ -80,7 +80,7 @@ impl Link {
     pub(super) fn receive(&mut self) -> Result<Option<Reply>, PeerError> {
         loop {
             let header = match self.incoming.first_chunk::<HEADER>() {
-                Some(bytes) => Some(Header::parse(bytes)?),
+                Some(bytes) => Some(MessageHeader::parse(bytes)?),
                 None => None,
             };
             let wanted = header.map_or(HEADER, |header| HEADER + header.size);

@@ -118,13 +118,13 @@ impl Message {
 
 /// The header of a reply, validated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Header {
+pub(super) struct MessageHeader {
     pub(super) request: u32,
     /// Bytes of the payload, at most [`MAX_PAYLOAD`].
     pub(super) size: usize,
 }
 
-impl Header {
+impl MessageHeader {
     pub(super) fn parse(bytes: &[u8; HEADER]) -> Result<Self, PeerError> {
         let mut words = bytes.chunks_exact(4).map(word);
         let mut next = || words.next().unwrap_or(0);

@@ -43,7 +43,7 @@ pub use net::{Forwards, NetUserConfig, VhostUserNetConfig};
 pub use vsock::VhostUserVsockConfig;
 
 /// The properties of a kind of device.
-struct Kind {
+struct PeerKind {
     model: &'static str,
     /// Virtio device type.
     id: u32,
@@ -55,7 +55,7 @@ struct Kind {
     sizes: Vec<u16>,
     /// Number of queues that the peer serves, the first ones.
     remote: u16,
-    /// The configuration space; the peer's if [`Kind::asked`] is not 0.
+    /// The configuration space; the peer's if [`PeerKind::asked`] is not 0.
     config: Vec<u8>,
     /// Bytes of the peer's configuration space that are needed.
     asked: usize,

@@ -3,7 +3,7 @@
 
 use super::front::Front;
 use super::peer::Peer;
-use super::{Kind, Service};
+use super::{PeerKind, Service};
 use std::fmt;
 
 use schemars::JsonSchema;
@@ -152,7 +152,7 @@ fn create(
     wiring: Wiring,
 ) -> Built {
     let peer = peer.map_err(|source| BuildError::Backend { model, source })?;
-    let kind = Kind {
+    let kind = PeerKind {
         model,
         id: 1,
         features: FEATURES,

@@ -1,7 +1,7 @@
 //! Sockets that another program serves (virtio 1.3, section 5.10): `vhost-device-vsock` and others. The event queue, which is
 //! never used, stays with the front end.
 
-use super::Kind;
+use super::PeerKind;
 use super::front::Front;
 use super::peer::Peer;
 use schemars::JsonSchema;
@@ -50,7 +50,7 @@ impl ModelConfig for VhostUserVsockConfig {
         let end = |source| BuildError::Backend { model: MODEL.name, source };
         let peer = Peer::connect(wiring.host.as_ref(), self.socket.clone().into(), CONFIG);
         let peer = peer.map_err(end)?;
-        let kind = Kind {
+        let kind = PeerKind {
             model: MODEL.name,
             id: 19,
             features: FEATURES,

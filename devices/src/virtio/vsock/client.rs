@@ -14,7 +14,7 @@ const MAX_LINE: usize = 32;
 
 /// A client whose line is not complete yet.
 #[derive(Debug)]
-pub(super) struct Client {
+pub(super) struct HostClient {
     pub(super) stream: UnixStream,
     pub(super) deadline: Instant,
     line: Vec<u8>,
@@ -22,7 +22,7 @@ pub(super) struct Client {
 
 /// The line of a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Line {
+pub(super) enum RequestLine {
     /// Not complete yet.
     Incomplete,
     /// Asks for this port.
@@ -31,7 +31,7 @@ pub(super) enum Line {
     Invalid,
 }
 
-impl Client {
+impl HostClient {
     pub(super) fn new(stream: UnixStream, deadline: Instant) -> Self {
         Self { stream, deadline, line: Vec::new() }
     }
@@ -41,7 +41,7 @@ impl Client {
     }
 
     /// Reads the line, and nothing behind it: that belongs to the stream.
-    pub(super) fn read_line(&mut self) -> Line {
+    pub(super) fn read_line(&mut self) -> RequestLine {
         let mut ahead = [0; MAX_LINE];
         let ahead = ahead.get_mut(..MAX_LINE - self.line.len()).unwrap_or_default();
         let peek = recv(&self.stream, &mut *ahead, RecvFlags::DONTWAIT | RecvFlags::PEEK);
@@ -50,9 +50,9 @@ impl Client {
             Err(error)
                 if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) =>
             {
-                return Line::Incomplete;
+                return RequestLine::Incomplete;
             }
-            _ => return Line::Invalid,
+            _ => return RequestLine::Invalid,
         };
         let seen = ahead.get(..count).unwrap_or_default();
         let newline = seen.iter().position(|byte| *byte == b'\n');
@@ -60,13 +60,13 @@ impl Client {
         let taken =
             recv(&self.stream, ahead.get_mut(..take).unwrap_or_default(), RecvFlags::DONTWAIT);
         if !taken.is_ok_and(|(taken, _)| taken == take) {
-            return Line::Invalid;
+            return RequestLine::Invalid;
         }
         self.line.extend(ahead.get(..take).unwrap_or_default());
         match (newline, port(&self.line)) {
-            (Some(_), Some(port)) => Line::Port(port),
-            (None, _) if self.line.len() < MAX_LINE => Line::Incomplete,
-            _ => Line::Invalid,
+            (Some(_), Some(port)) => RequestLine::Port(port),
+            (None, _) if self.line.len() < MAX_LINE => RequestLine::Incomplete,
+            _ => RequestLine::Invalid,
         }
     }
 }
@@ -86,10 +86,10 @@ mod tests {
 
     use super::*;
 
-    fn read(pieces: &[&[u8]]) -> (Line, Client) {
+    fn read(pieces: &[&[u8]]) -> (RequestLine, HostClient) {
         let (mut program, stream) = UnixStream::pair().unwrap();
-        let mut client = Client::new(stream, Instant::now());
-        let mut line = Line::Incomplete;
+        let mut client = HostClient::new(stream, Instant::now());
+        let mut line = RequestLine::Incomplete;
         for piece in pieces {
             program.write_all(piece).unwrap();
             line = client.read_line();
@@ -100,12 +100,12 @@ mod tests {
     #[test]
     fn a_line_names_a_port_and_leaves_the_rest_to_the_stream() {
         let (line, mut client) = read(&[b"CONN", b"ECT 52", b"\nhello"]);
-        assert_eq!(line, Line::Port(52));
+        assert_eq!(line, RequestLine::Port(52));
         let mut rest = [0; 5];
         client.stream.read_exact(&mut rest).unwrap();
         assert_eq!(&rest, b"hello");
-        assert_eq!(read(&[b"connect 4294967295\n"]).0, Line::Port(u32::MAX));
-        assert_eq!(read(&[b"CONNECT 1\r\n"]).0, Line::Port(1));
+        assert_eq!(read(&[b"connect 4294967295\n"]).0, RequestLine::Port(u32::MAX));
+        assert_eq!(read(&[b"CONNECT 1\r\n"]).0, RequestLine::Port(1));
     }
 
     #[test]
@@ -123,24 +123,29 @@ mod tests {
             b"CONNECT 1                       \n",
         ];
         for line in lines {
-            assert_eq!(read(&[line]).0, Line::Invalid, "{:?}", String::from_utf8_lossy(line));
+            assert_eq!(
+                read(&[line]).0,
+                RequestLine::Invalid,
+                "{:?}",
+                String::from_utf8_lossy(line)
+            );
         }
     }
 
     #[test]
     fn thirty_two_bytes_without_an_end_are_enough() {
-        assert_eq!(read(&[b"CONNECT 0000000000000000000000"]).0, Line::Incomplete);
-        assert_eq!(read(&[b"CONNECT 0000000000000000000000", b"00000"]).0, Line::Invalid);
+        assert_eq!(read(&[b"CONNECT 0000000000000000000000"]).0, RequestLine::Incomplete);
+        assert_eq!(read(&[b"CONNECT 0000000000000000000000", b"00000"]).0, RequestLine::Invalid);
         let (line, client) = read(&[&[b'x'; 4096]]);
-        assert_eq!((line, client.line.len()), (Line::Invalid, MAX_LINE));
+        assert_eq!((line, client.line.len()), (RequestLine::Invalid, MAX_LINE));
     }
 
     #[test]
     fn a_client_that_disconnects_has_sent_no_line() {
         let (program, stream) = UnixStream::pair().unwrap();
-        let mut client = Client::new(stream, Instant::now());
-        assert_eq!(client.read_line(), Line::Incomplete);
+        let mut client = HostClient::new(stream, Instant::now());
+        assert_eq!(client.read_line(), RequestLine::Incomplete);
         drop(program);
-        assert_eq!(client.read_line(), Line::Invalid);
+        assert_eq!(client.read_line(), RequestLine::Invalid);
     }
 }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::net::{RecvFlags, recv};
 
 use super::credit::Credit;
-use super::packet::{Header, STREAM, op, shutdown};
+use super::packet::{PacketHeader, STREAM, op, shutdown};
 use super::socket::{is_hung_up, write};
 use crate::device::{Interest, Source};
 
@@ -98,7 +98,7 @@ pub(super) struct Connection {
 
 impl Connection {
     /// Creates a stream that the guest has asked for by `request`.
-    pub(super) fn accepted(stream: UnixStream, request: &Header, timeout: Duration) -> Self {
+    pub(super) fn accepted(stream: UnixStream, request: &PacketHeader, timeout: Duration) -> Self {
         let mut new = Self::new(stream, request.dst_port, request.src_port, timeout);
         new.stage = Stage::Open;
         new.pending.response = true;
@@ -175,7 +175,12 @@ impl Connection {
     }
 
     /// Takes a packet of the guest, with its payload.
-    pub(super) fn receive(&mut self, header: &Header, payload: &[u8], now: Instant) -> Outcome {
+    pub(super) fn receive(
+        &mut self,
+        header: &PacketHeader,
+        payload: &[u8],
+        now: Instant,
+    ) -> Outcome {
         if !self.credit.update(header) {
             return Outcome::Reset;
         }
@@ -371,14 +376,14 @@ impl Connection {
     }
 
     /// Header fields common to all packets of this stream.
-    pub(super) fn address(&self, guest_cid: u64) -> Header {
-        Header {
+    pub(super) fn address(&self, guest_cid: u64) -> PacketHeader {
+        PacketHeader {
             src_cid: super::packet::HOST_CID,
             dst_cid: guest_cid,
             src_port: self.host_port,
             dst_port: self.guest_port,
             kind: STREAM,
-            ..Header::default()
+            ..PacketHeader::default()
         }
     }
 
@@ -396,7 +401,7 @@ mod tests {
     /// A stream with nearly 4 GiB moved in both directions.
     fn far_on() -> (Connection, UnixStream) {
         let (program, stream) = UnixStream::pair().unwrap();
-        let request = Header { op: op::REQUEST, buf_alloc: 1000, ..Header::default() };
+        let request = PacketHeader { op: op::REQUEST, buf_alloc: 1000, ..PacketHeader::default() };
         let mut connection = Connection::accepted(stream, &request, Duration::from_secs(30));
         let start = u32::MAX - 99;
         (connection.credit.sent, connection.credit.taken) = (start, start);
@@ -405,8 +410,8 @@ mod tests {
         (connection, program)
     }
 
-    fn credit(fwd_cnt: u32) -> Header {
-        Header { op: op::CREDIT_UPDATE, buf_alloc: 1000, fwd_cnt, ..Header::default() }
+    fn credit(fwd_cnt: u32) -> PacketHeader {
+        PacketHeader { op: op::CREDIT_UPDATE, buf_alloc: 1000, fwd_cnt, ..PacketHeader::default() }
     }
 
     #[test]
@@ -425,7 +430,7 @@ mod tests {
         assert_eq!(connection.receive(&credit(u32::MAX - 50), &[], now), Outcome::Continue);
         assert_eq!((connection.credit.room(), connection.credit.taken), (950, 150));
 
-        let bytes = Header { op: op::RW, ..credit(200) };
+        let bytes = PacketHeader { op: op::RW, ..credit(200) };
         assert_eq!(connection.receive(&bytes, &[2; 500], now), Outcome::Continue);
         assert_eq!((connection.received, connection.own_credit()), (400, (BUFFER, 400)));
         assert_eq!(connection.receive(&credit(201), &[], now), Outcome::Reset);

@@ -1,6 +1,6 @@
 //! The guest's credit on a stream (virtio 1.3, section 5.10.6.3). All counts are modulo 2^32.
 
-use super::packet::Header;
+use super::packet::PacketHeader;
 
 /// The guest's receive buffer, as it has reported it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -24,7 +24,7 @@ impl Credit {
     }
 
     /// Updates the credit from a packet; false if the guest claims to have read more than was sent.
-    pub(super) fn update(&mut self, header: &Header) -> bool {
+    pub(super) fn update(&mut self, header: &PacketHeader) -> bool {
         let newly_taken = header.fwd_cnt.wrapping_sub(self.taken);
         // A count below the last one is stale: two harts of the guest may send in another order than they counted.
         let is_old = newly_taken > u32::MAX / 2;

@@ -23,7 +23,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::timerfd::TimerFd;
 
-use self::packet::{HOST_CID, Header};
+use self::packet::{HOST_CID, PacketHeader};
 use self::streams::{Streams, VsockPlan};
 use super::{Chain, DeviceType, VirtioDevice, VirtioError, VirtioLifecycle, Work};
 use crate::catalog::{BuildError, Built, Device, Key, Model, Placement, Wiring};
@@ -256,14 +256,14 @@ impl Vsock {
 
     /// Takes one packet; false if it is malformed, or not from this guest to this host.
     fn take(&mut self, chain: &Chain, work: &Work<'_>, now: Instant) -> bool {
-        let mut raw = [0; Header::LEN];
+        let mut raw = [0; PacketHeader::LEN];
         if chain.read_at(work.memory(), 0, &mut raw) < raw.len() {
             return false;
         }
         // The header is read only once: the guest may change it meanwhile.
-        let header = Header::parse(&raw);
+        let header = PacketHeader::parse(&raw);
         let Some(payload) = self.payload.get_mut(..header.len as usize) else { return false };
-        if chain.read_at(work.memory(), Header::END, payload) < payload.len() {
+        if chain.read_at(work.memory(), PacketHeader::END, payload) < payload.len() {
             return false;
         }
         if header.src_cid != self.guest_cid || header.dst_cid != HOST_CID {
@@ -282,7 +282,7 @@ impl Vsock {
                 break;
             }
             let Some(chain) = work.pop(RX)? else { break };
-            let room = (chain.writable_bytes() as usize).saturating_sub(Header::LEN);
+            let room = (chain.writable_bytes() as usize).saturating_sub(PacketHeader::LEN);
             let Some(room @ [_, ..]) = self.payload.get_mut(..room.min(MAX_PAYLOAD)) else {
                 work.refuse(chain);
                 continue;
@@ -294,7 +294,7 @@ impl Vsock {
             let payload = room.get(..header.len as usize).unwrap_or_default();
             moved += payload.len();
             let mut written = chain.write_at(work.memory(), 0, &header.bytes());
-            written += chain.write_at(work.memory(), Header::END, payload);
+            written += chain.write_at(work.memory(), PacketHeader::END, payload);
             work.complete(chain, u32::try_from(written).unwrap_or(u32::MAX));
         }
         Ok(())

@@ -26,7 +26,7 @@ pub(super) mod shutdown {
 
 /// A header; in guest memory little-endian and in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct Header {
+pub(super) struct PacketHeader {
     pub(super) src_cid: u64,
     pub(super) dst_cid: u64,
     pub(super) src_port: u32,
@@ -42,7 +42,7 @@ pub(super) struct Header {
     pub(super) fwd_cnt: u32,
 }
 
-impl Header {
+impl PacketHeader {
     /// Bytes of a header.
     pub(super) const LEN: usize = 44;
 
@@ -120,8 +120,9 @@ mod tests {
 
     #[test]
     fn each_field_is_where_the_specification_has_it() {
-        let raw: [u8; Header::LEN] = std::array::from_fn(|index| u8::try_from(index).unwrap());
-        let header = Header::parse(&raw);
+        let raw: [u8; PacketHeader::LEN] =
+            std::array::from_fn(|index| u8::try_from(index).unwrap());
+        let header = PacketHeader::parse(&raw);
         assert_eq!(header.src_cid, 0x0706_0504_0302_0100);
         assert_eq!(header.dst_cid, 0x0f0e_0d0c_0b0a_0908);
         assert_eq!((header.src_port, header.dst_port), (0x1312_1110, 0x1716_1514));
@@ -133,13 +134,13 @@ mod tests {
 
     #[test]
     fn a_refusal_goes_back_to_where_the_packet_came_from() {
-        let sent = Header {
+        let sent = PacketHeader {
             src_cid: 3,
             dst_cid: 2,
             src_port: 7,
             dst_port: 9,
             kind: 5,
-            ..Header::default()
+            ..PacketHeader::default()
         };
         let back = sent.refusal();
         assert_eq!((back.src_cid, back.dst_cid, back.src_port, back.dst_port), (2, 3, 9, 7));

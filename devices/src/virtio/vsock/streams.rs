@@ -15,9 +15,9 @@ use std::time::{Duration, Instant};
 use log::{info, warn};
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::client::{Client, Line};
+use super::client::{HostClient, RequestLine};
 use super::connection::{Connection, Outcome};
-use super::packet::{Header, STREAM, op};
+use super::packet::{PacketHeader, STREAM, op};
 use crate::device::{Interest, Source};
 use crate::host::{Host, Listener};
 
@@ -56,10 +56,10 @@ pub(super) struct Streams {
     connections: BTreeMap<u32, Connection>,
     /// Tokens, by the ports of host and guest.
     by_ports: HashMap<(u32, u32), u32>,
-    clients: BTreeMap<u32, Client>,
+    clients: BTreeMap<u32, HostClient>,
     /// Streams with a packet for the guest, in the order of their turns.
     listed: VecDeque<u32>,
-    replies: VecDeque<Header>,
+    replies: VecDeque<PacketHeader>,
     next_token: u32,
     next_port: u32,
     warned: Warned,
@@ -166,7 +166,7 @@ impl Streams {
     }
 
     /// Takes a packet of the guest, with its payload; its CIDs are checked already.
-    pub(super) fn receive(&mut self, header: &Header, payload: &[u8], now: Instant) {
+    pub(super) fn receive(&mut self, header: &PacketHeader, payload: &[u8], now: Instant) {
         let ports = (header.dst_port, header.src_port);
         let token = self.by_ports.get(&ports).copied().filter(|_| header.kind == STREAM);
         if let Some((token, connection)) =
@@ -182,7 +182,7 @@ impl Streams {
     }
 
     /// Takes the next packet for the guest; its payload is at the front of `room` (at least 1 byte).
-    pub(super) fn next_packet(&mut self, room: &mut [u8], now: Instant) -> Option<Header> {
+    pub(super) fn next_packet(&mut self, room: &mut [u8], now: Instant) -> Option<PacketHeader> {
         if let Some(reply) = self.replies.pop_front() {
             return Some(reply);
         }
@@ -194,7 +194,7 @@ impl Streams {
             let address = connection.address(self.guest_cid);
             self.update(token, Outcome::Continue);
             if let Some(super::connection::Packet { op, flags, len }) = packet {
-                return Some(Header { op, flags, len, buf_alloc, fwd_cnt, ..address });
+                return Some(PacketHeader { op, flags, len, buf_alloc, fwd_cnt, ..address });
             }
         }
         None
@@ -250,7 +250,7 @@ impl Streams {
         }
         if outcome == Outcome::Reset && connection.is_known() {
             let address = connection.address(self.guest_cid);
-            self.replies.push_back(Header { op: op::RST, ..address });
+            self.replies.push_back(PacketHeader { op: op::RST, ..address });
         }
         if connection.is_listed {
             self.listed.retain(|listed| *listed != token);
@@ -260,7 +260,7 @@ impl Streams {
     }
 
     /// Connects the guest to the program that listens on `<path>_<port>`.
-    fn connect(&mut self, request: &Header) {
+    fn connect(&mut self, request: &PacketHeader) {
         if !self.has_room() {
             if !std::mem::replace(&mut self.warned.full, true) {
                 warn!("vsock: the guest has {MAX_STREAMS} streams: further ones are refused");
@@ -289,7 +289,7 @@ impl Streams {
         match self.listener.accept() {
             Ok(stream) => {
                 let token = self.new_token();
-                self.clients.insert(token, Client::new(stream, now + self.timeout));
+                self.clients.insert(token, HostClient::new(stream, now + self.timeout));
                 self.read_line(token, now);
             }
             Err(error)
@@ -307,11 +307,11 @@ impl Streams {
     fn read_line(&mut self, token: u32, now: Instant) {
         let Some(client) = self.clients.get_mut(&token) else { return };
         let line = client.read_line();
-        if line == Line::Incomplete {
+        if line == RequestLine::Incomplete {
             return;
         }
-        let Some(Client { stream, .. }) = self.clients.remove(&token) else { return };
-        if let Line::Port(port) = line {
+        let Some(HostClient { stream, .. }) = self.clients.remove(&token) else { return };
+        if let RequestLine::Port(port) = line {
             self.request(stream, port, now);
         }
     }

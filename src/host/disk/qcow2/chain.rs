@@ -15,7 +15,7 @@ use rvmm_devices::virtio::blk::{DiskFormat, DiskPlan};
 use rvmm_devices::{FilePath, HostError};
 
 use super::super::open::Files;
-use super::header::{Backing, Flaw, Header};
+use super::header::{Backing, Flaw, ImageHeader};
 use super::store::Store;
 use super::tables;
 use crate::config::quoted;
@@ -28,7 +28,7 @@ struct Layer {
     path: FilePath,
     store: Store,
     /// None if it is raw.
-    header: Option<Header>,
+    header: Option<ImageHeader>,
 }
 
 /// Opens the image in `files`, which the plan names, and its backing files, which stay locked as long as the returned list of
@@ -85,7 +85,7 @@ fn layer(path: &FilePath, files: &Files, is_image: bool) -> Result<Layer, HostEr
     let refused = |source| HostError::os(format!("Cannot use disk {path}"), source);
     let mut store = Store::new(files, &path.to_string()).map_err(refused)?;
     let len = files.bytes().map_err(refused)?;
-    let header = is_image.then(|| Header::read(files.readable(), len).map_err(unusable));
+    let header = is_image.then(|| ImageHeader::read(files.readable(), len).map_err(unusable));
     let header = header.transpose()?;
     if header.as_ref().is_some_and(|header| header.flaw.is_some()) {
         store.hide_marks();
@@ -127,7 +127,7 @@ fn check_writable(path: &FilePath, files: &Files, top: &Layer) -> Result<(), Hos
 }
 
 /// A warning about bitmaps that become invalid when the image is written.
-pub(super) fn lost_bitmaps(header: &Header) -> Option<String> {
+pub(super) fn lost_bitmaps(header: &ImageHeader) -> Option<String> {
     let count = header.bitmaps;
     (count > 0).then(|| {
         format!(

@@ -44,7 +44,7 @@ const HAS_BITMAPS: u64 = 1;
 
 /// The fields of a header that rvmm uses.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Header {
+pub(super) struct ImageHeader {
     pub(super) cluster_bits: u32,
     /// Size of the disk in bytes.
     pub(super) size: u64,
@@ -88,7 +88,7 @@ pub(super) struct Backing {
 /// Error for extensions that extend beyond the header.
 const ENDLESS: &str = "is damaged: its header extensions do not end";
 
-impl Header {
+impl ImageHeader {
     /// Size of a cluster in bytes.
     pub(super) fn cluster(&self) -> u64 {
         1 << self.cluster_bits

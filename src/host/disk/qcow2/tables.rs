@@ -13,7 +13,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use super::header::Header;
+use super::header::ImageHeader;
 
 /// Limit of the clusters of a file: 4 TiB in clusters of 64 KiB. A count in memory takes two bytes.
 const MOST_CLUSTERS: u64 = 1 << 26;
@@ -34,7 +34,7 @@ const COMPRESSED: u64 = 1 << 62;
 ///
 /// # Errors
 /// The inconsistency, as a sentence without a subject.
-pub(super) fn check(file: &File, header: &Header, len: u64) -> Result<(), String> {
+pub(super) fn check(file: &File, header: &ImageHeader, len: u64) -> Result<(), String> {
     let clusters = len.div_ceil(header.cluster());
     if clusters > MOST_CLUSTERS {
         return Err(format!(
@@ -48,7 +48,7 @@ pub(super) fn check(file: &File, header: &Header, len: u64) -> Result<(), String
 
 struct Tables<'a> {
     file: &'a File,
-    header: &'a Header,
+    header: &'a ImageHeader,
     /// References to each cluster of the file.
     references: Vec<u16>,
 }

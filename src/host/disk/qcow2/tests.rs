@@ -527,7 +527,7 @@ fn bitmaps_that_a_writer_loses_are_logged_and_a_reader_keeps_them() {
     let path = at(&folder, "disk");
     let lost = || {
         let file = File::open(&path).unwrap();
-        let header = header::Header::read(&file, file.metadata().unwrap().len()).unwrap();
+        let header = header::ImageHeader::read(&file, file.metadata().unwrap().len()).unwrap();
         chain::lost_bitmaps(&header)
     };
     assert_eq!(lost(), None);
