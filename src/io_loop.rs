@@ -47,10 +47,16 @@ pub struct IoLoop {
     button: Option<Arc<Button>>,
     external: Option<Arc<dyn EventSource>>,
     failed: Option<OnFailure>,
+    idle: Option<OnIdle>,
+    /// An event was served since the last call for idleness.
+    was_busy: bool,
     state: Arc<LoopState>,
     /// No event is delivered to devices.
     is_paused: bool,
 }
+
+/// A time without events, and the task after it.
+type OnIdle = (Duration, Box<dyn FnMut() + Send>);
 
 /// Receives the reason, in one line, if the thread ends without [`IoThread::stop`].
 pub type OnFailure = Box<dyn FnOnce(String) + Send>;
@@ -74,6 +80,8 @@ impl IoLoop {
             button: None,
             external: None,
             failed: None,
+            idle: None,
+            was_busy: true,
             state: Arc::new(LoopState::new()?),
             is_paused: false,
         })
@@ -119,6 +127,11 @@ impl IoLoop {
     /// Calls `failed` if epoll fails or the thread panics: from then on no device gets input or notifications.
     pub fn watch_failure(&mut self, failed: OnFailure) {
         self.failed = Some(failed);
+    }
+
+    /// Calls `task` when no event has come for the time `after`, and again only after another event and that time.
+    pub fn watch_idle(&mut self, after: Duration, task: Box<dyn FnMut() + Send>) {
+        self.idle = Some((after, task));
     }
 
     /// Starts the thread, named `io`.
@@ -172,7 +185,8 @@ impl IoLoop {
             }
             self.follow_rest();
             let Some(timeout_ms) = self.timeout_ms() else { return Ok(()) };
-            self.manager.run_with_timeout(timeout_ms)?;
+            let count = self.manager.run_with_timeout(timeout_ms)?;
+            self.follow_idleness(count > 0);
             // Counted at the end: when the count is visible, all events are served.
             self.state.turns.fetch_add(1, Ordering::Release);
         }
@@ -195,7 +209,22 @@ impl IoLoop {
     fn rest_timeout_ms(&self) -> i32 {
         let (wants_rest, drain_until) = self.state.wanted_rest();
         let until = drain_until.filter(|_| wants_rest && !self.is_paused);
-        until.map_or(-1, |until| millis_until(until).unwrap_or(0))
+        until.map_or_else(|| self.idle_timeout_ms(), |until| millis_until(until).unwrap_or(0))
+    }
+
+    /// Time-out of a turn after which the loop is idle; -1 if it is already, or nobody wants to know.
+    fn idle_timeout_ms(&self) -> i32 {
+        let after =
+            self.idle.as_ref().filter(|_| self.was_busy).map(|(after, _)| after.as_millis());
+        after.map_or(-1, |after| i32::try_from(after).unwrap_or(i32::MAX))
+    }
+
+    /// Takes the end of a turn that has served an event or not.
+    fn follow_idleness(&mut self, is_busy: bool) {
+        let was_busy = std::mem::replace(&mut self.was_busy, is_busy);
+        if let Some((_, task)) = self.idle.as_mut().filter(|_| was_busy && !is_busy) {
+            task();
+        }
     }
 
     /// True if a device has pending output.

@@ -495,3 +495,27 @@ fn a_pause_waits_for_pending_output_but_not_for_ever() {
     io.pause(Duration::from_millis(10));
     io.stop(Duration::ZERO).unwrap();
 }
+
+#[test]
+fn a_loop_tells_once_that_it_has_become_idle() {
+    let (mut far, near) = UnixStream::pair().unwrap();
+    let (sources, on_ready, receiver) = reader(near);
+    let device: Box<dyn MmioDevice> = Box::new(Device { sources, on_ready });
+    let bus = Arc::new(Bus::new(vec![(0, device)]).unwrap());
+    let mut io = IoLoop::new(bus).unwrap();
+    let (sender, idle) = channel();
+    io.watch_idle(Duration::from_millis(1), Box::new(move || sender.send(()).unwrap()));
+    let io = io.spawn().unwrap();
+    idle.recv_timeout(LONG).unwrap();
+    let turns = io.turns();
+    for _ in 0..3 {
+        far.write_all(b"x").unwrap();
+        assert_eq!(receiver.recv_timeout(LONG).unwrap(), b"x");
+        idle.recv_timeout(LONG).unwrap();
+    }
+    thread::sleep(Duration::from_millis(50));
+    assert!(idle.try_recv().is_err(), "it sleeps");
+    // An event and the time-out after it, each at most once for the three.
+    assert!(io.turns() - turns <= 7, "{}", io.turns() - turns);
+    io.stop(Duration::ZERO).unwrap();
+}

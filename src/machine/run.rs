@@ -12,10 +12,15 @@ use super::upkeep::Upkeep;
 use super::{Machine, host_error};
 use crate::error::{EXIT_OK, Error};
 use crate::io_loop::{IoLoop, IoThread};
+use crate::memory;
 use crate::vcpu::hart::Hart;
 use crate::vcpu::record::Unrecorded;
 use crate::vcpu::spawn_hart;
 use crate::vcpu::stop::StopReason;
+
+/// Time without any event after which rvmm frees the memory of its own code, which is loaded again as it is needed. Only memory use depends
+/// on it.
+const IDLE: Duration = Duration::from_secs(1);
 
 impl Machine {
     /// Begins a run: the harts enter the guest. A hart whose thread cannot be started is a reason to stop.
@@ -63,6 +68,9 @@ impl Machine {
         }
         if let Some(socket) = &self.socket {
             io.watch_external(Arc::clone(socket) as _);
+        }
+        if self.owns_process {
+            io.watch_idle(IDLE, Box::new(memory::discard_program_pages));
         }
         let control = Arc::clone(&self.board.control);
         io.watch_failure(Box::new(move |what| {

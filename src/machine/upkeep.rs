@@ -32,7 +32,7 @@ impl Upkeep {
         if self.frees_memory {
             // It is loaded again where it is needed after all. Once after rvmm's own start, and once after the guest's, whose
             // requests are hardly repeated.
-            memory::discard_startup_pages();
+            memory::discard_program_pages();
             self.free_at = now.checked_add(GUEST_START);
         }
         self.check_at = self.stall.as_ref().and_then(|_| now.checked_add(GUEST_START + PERIOD));
@@ -50,7 +50,7 @@ impl Machine {
         let now = Instant::now();
         let upkeep = &mut self.upkeep;
         if upkeep.free_at.take_if(|at| *at <= now).is_some() {
-            memory::discard_startup_pages();
+            memory::discard_program_pages();
         }
         if upkeep.check_at.is_some_and(|at| at <= now) {
             let goes_on = upkeep.stall.as_mut().is_some_and(|s| s.check(self.board.vm.as_ref()));

@@ -24,7 +24,7 @@ mod reserve;
 mod rom;
 
 use lost::Watch;
-pub use program::discard_startup_pages;
+pub use program::discard_program_pages;
 use reserve::Reservation;
 pub(crate) use rom::Rom;
 

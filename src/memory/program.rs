@@ -1,4 +1,4 @@
-//! The program's own memory: pages that only the start needed are returned to the host.
+//! The program's own memory: pages that are not needed for the moment are returned to the host.
 #![expect(unsafe_code, reason = "the program's own mapping is found by address")]
 
 use std::fs::{self, File};
@@ -18,14 +18,14 @@ const SWAPPED: u64 = 1 << 62;
 const OF_A_FILE: u64 = 1 << 61;
 
 /// Returns the memory of the program's code and constants to the host; pages that are used afterwards are read again from the
-/// program's file, usually from the host's page cache. To be called once, after the start, by a program that only runs a machine:
-/// parsing a command line needs more code than running a guest.
+/// program's file, usually from the host's page cache. To be called by a program that only runs a machine, after the start, since
+/// parsing a command line needs more code than running a guest, and when the guest has become idle.
 ///
 /// Pages of the code that were written stay: a breakpoint of a debugger or a uprobe is in a private copy of its page. While a
 /// debugger is attached all of the code stays.
 ///
 /// Unused heap memory is returned, too. Only a hint: if the program cannot be found in memory its code stays.
-pub fn discard_startup_pages() {
+pub fn discard_program_pages() {
     // SAFETY: has no preconditions; the allocator's own lock is taken.
     #[cfg(target_env = "gnu")]
     unsafe {
@@ -140,7 +140,7 @@ mod tests {
             assert_eq!(error.raw_os_error(), Some(libc::EIO), "{error}");
             return rvmm_devices::testing::skip("only debuggers write a program's text");
         }
-        discard_startup_pages();
+        discard_program_pages();
         let mut after = [0];
         memory.read_exact_at(&mut after, address).unwrap();
         memory.write_all_at(&before, address).unwrap();
@@ -177,7 +177,7 @@ mod tests {
             });
             assert!(found, "{from:#x}-{to:#x} is not among {:x?}", code());
         }
-        discard_startup_pages();
+        discard_program_pages();
         assert_eq!(format!("{:?}", whole_pages(0, PAGE)), "Some((0, 4096))");
     }
 }
