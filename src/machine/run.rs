@@ -119,7 +119,8 @@ impl Machine {
     pub(crate) fn reset(&mut self) -> Result<(), Error> {
         let was_paused = self.are_devices_paused;
         if !was_paused {
-            self.rest_devices(IoLoop::LONG_DRAIN).map_err(|e| Error::Device(e.to_string()))?;
+            let rested = self.rest_devices(IoLoop::LONG_DRAIN);
+            rested.map_err(|e| host_error("reset the machine", io::Error::other(e)))?;
         }
         if self.io.as_ref().is_some_and(IoThread::has_ended) {
             return Err(host_error("continue", io::Error::other("The I/O thread has ended")));

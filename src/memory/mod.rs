@@ -196,7 +196,16 @@ impl GuestRam {
         for Overlay { span, .. } in self.overlays().drain(..) {
             self.reservation.uncover(span.base - self.span.base, span.size)?;
         }
-        self.reservation.discard(0, self.span.size);
+        if !self.reservation.is_huge() {
+            self.reservation.discard(0, self.span.size);
+            return Ok(());
+        }
+        // Huge pages that are returned are no longer reserved: another program could take them.
+        let zeroes = vec![0; self.reservation.page()];
+        for at in self.reservation.present() {
+            self.write(self.span.base + at, &zeroes)
+                .map_err(|e| Error::Memory { what: self.explain(e), source: None })?;
+        }
         Ok(())
     }
 

@@ -121,14 +121,24 @@ impl Reservation {
 
     /// Offset of the first page of RAM that is not present: not accessed yet, or returned.
     pub(super) fn first_absent(&self) -> Option<u64> {
-        let is_absent = |at: &usize| {
-            let mut is_there = 0_u8;
-            let page = self.ram.wrapping_byte_add(*at);
-            // SAFETY: the page is inside the RAM mapping, and for one page of the smallest size one byte is written.
-            let result = unsafe { libc::mincore(page, 4096, &raw mut is_there) };
-            result == 0 && is_there & 1 == 0
-        };
-        (0..self.size).step_by(self.page()).find(is_absent).map(|at| at as u64)
+        let mut pages = (0..self.size).step_by(self.page());
+        pages.find(|at| self.is_absent(*at)).map(|at| at as u64)
+    }
+
+    /// Offsets of all pages of RAM that are present.
+    pub(super) fn present(&self) -> impl Iterator<Item = u64> {
+        let pages = (0..self.size).step_by(self.page());
+        pages.filter(|at| !self.is_absent(*at)).map(|at| at as u64)
+    }
+
+    /// True if the page at this offset of RAM is known not to be present.
+    fn is_absent(&self, at: usize) -> bool {
+        let mut is_there = 0_u8;
+        let page = self.ram.wrapping_byte_add(at.min(self.size));
+        // SAFETY: the page is inside the RAM mapping or the guard behind it, and for one page of the smallest size one byte is
+        // written.
+        let result = unsafe { libc::mincore(page, 4096, &raw mut is_there) };
+        result == 0 && is_there & 1 == 0
     }
 
     pub(super) fn is_shared(&self) -> bool {

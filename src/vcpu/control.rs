@@ -9,6 +9,7 @@
 //! wake the machine with its own lock held.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -21,6 +22,10 @@ use super::stop::StopReason;
 pub struct Control {
     state: Mutex<ControlState>,
     changed: Condvar,
+    /// Count of host events that wake sleeping harts, and number of the harts that sleep in SBI SUSP. Not under the lock, since every
+    /// interrupt is such an event.
+    wakes: AtomicU64,
+    asleep: AtomicUsize,
     on_stop: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
@@ -36,10 +41,6 @@ struct ControlState {
     harts: Vec<RegisteredHart>,
     /// Number of those that wait in [`Control::park`] or [`Control::sleep`].
     parked: usize,
-    /// Number of the waiting harts that sleep in SBI SUSP.
-    asleep: usize,
-    /// Count of host events that wake sleeping harts.
-    wakes: u64,
     /// Tasks for waiting harts, oldest first.
     tasks: Vec<(u32, HartTask)>,
 }
@@ -264,9 +265,10 @@ impl Control {
     /// Wakes a system that sleeps in SBI SUSP, upon console input or a rising interrupt line. Cheap if none sleeps, and callable
     /// with a device's lock held.
     pub fn wake(&self) {
-        let mut state = self.lock();
-        state.wakes = state.wakes.wrapping_add(1);
-        if state.asleep > 0 {
+        // In this order: a hart that goes to sleep does the opposite, under the lock until it waits.
+        self.wakes.fetch_add(1, SeqCst);
+        if self.asleep.load(SeqCst) > 0 {
+            drop(self.lock());
             self.changed.notify_all();
         }
     }

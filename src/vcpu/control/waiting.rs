@@ -1,5 +1,6 @@
 //! The harts' side of the control: they register, check what is requested of them, and wait.
 
+use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -30,7 +31,7 @@ impl Control {
 
     /// Number of host events so far, for [`Control::sleep`].
     pub(in crate::vcpu) fn events(&self) -> u64 {
-        self.lock().wakes
+        self.wakes.load(SeqCst)
     }
 
     /// Waits until the hart may run or has a task, or the run ends.
@@ -48,12 +49,12 @@ impl Control {
         state.parked += 1;
         self.changed.notify_all();
         if let Some((events, limit)) = sleep {
-            state.asleep += 1;
+            self.asleep.fetch_add(1, SeqCst);
             let waited = self.changed.wait_timeout_while(state, limit, |state| {
-                state.stop.is_none() && state.wakes == events && !state.has_task(id)
+                state.stop.is_none() && self.wakes.load(SeqCst) == events && !state.has_task(id)
             });
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
-            state.asleep -= 1;
+            self.asleep.fetch_sub(1, SeqCst);
         }
         state = self.wait_while(state, |state| {
             state.stop.is_none() && !state.may_run(id) && !state.has_task(id)

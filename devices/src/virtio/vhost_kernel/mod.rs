@@ -194,7 +194,9 @@ impl Kernel {
 
     /// Stops all queues and drops them.
     pub(super) fn reset(&mut self) {
-        self.stop();
+        if !self.is_paused {
+            self.stop();
+        }
         self.queues.clear();
         self.running = None;
         // An error of the stopped queues, if any.

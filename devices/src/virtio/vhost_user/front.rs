@@ -71,6 +71,8 @@ pub(super) struct Front {
     queues: Vec<Remote>,
     /// Deadline for a peer that has been asked to stop queues.
     stopping: Option<Instant>,
+    /// The peer has stopped all queues until the device is resumed.
+    is_paused: bool,
 }
 
 impl Front {
@@ -114,6 +116,7 @@ impl Front {
             running: None,
             queues: Vec::new(),
             stopping: None,
+            is_paused: false,
             kind,
         };
         new.take_config();

@@ -10,12 +10,16 @@ use crate::virtio::{VirtioLifecycle, Work};
 
 impl VirtioLifecycle for Front {
     fn pause(&mut self, _work: &mut Work<'_>) -> Result<(), PauseError> {
+        if self.is_paused {
+            return Ok(());
+        }
         let queues = mem::take(&mut self.queues);
         // Also waits for queues of before a reset, even if there are none now.
         let has_stopped = self.stop_within(&queues, STOP_TIMEOUT);
         self.queues = queues;
         if has_stopped {
             self.stopping = None;
+            self.is_paused = true;
             return Ok(());
         }
         self.start_all(false);
@@ -23,13 +27,16 @@ impl VirtioLifecycle for Front {
     }
 
     fn resume(&mut self) {
+        self.is_paused = false;
         self.start_all(false);
     }
 
     fn reset(&mut self) {
         let queues = mem::take(&mut self.queues);
         self.running = None;
-        self.stop(&queues);
+        if !self.is_paused {
+            self.stop(&queues);
+        }
     }
 
     fn reopen(&mut self) {
