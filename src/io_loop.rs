@@ -47,16 +47,14 @@ pub struct IoLoop {
     button: Option<Arc<Button>>,
     external: Option<Arc<dyn EventSource>>,
     failed: Option<OnFailure>,
-    idle: Option<OnIdle>,
-    /// An event was served since the last call for idleness.
-    was_busy: bool,
+    activity: Option<OnActivity>,
     state: Arc<LoopState>,
     /// No event is delivered to devices.
     is_paused: bool,
 }
 
-/// A time without events, and the task after it.
-type OnIdle = (Duration, Box<dyn FnMut() + Send>);
+/// Receives that an event was served, once after [`IoThread::expect_activity`]. It must not block.
+pub type OnActivity = Box<dyn Fn() + Send>;
 
 /// Receives the reason, in one line, if the thread ends without [`IoThread::stop`].
 pub type OnFailure = Box<dyn FnOnce(String) + Send>;
@@ -80,8 +78,7 @@ impl IoLoop {
             button: None,
             external: None,
             failed: None,
-            idle: None,
-            was_busy: true,
+            activity: None,
             state: Arc::new(LoopState::new()?),
             is_paused: false,
         })
@@ -129,9 +126,9 @@ impl IoLoop {
         self.failed = Some(failed);
     }
 
-    /// Calls `task` when no event has come for the time `after`, and again only after another event and that time.
-    pub fn watch_idle(&mut self, after: Duration, task: Box<dyn FnMut() + Send>) {
-        self.idle = Some((after, task));
+    /// Calls `active` after the first event, and after the first one that follows each [`IoThread::expect_activity`].
+    pub fn watch_activity(&mut self, active: OnActivity) {
+        self.activity = Some(active);
     }
 
     /// Starts the thread, named `io`.
@@ -179,14 +176,26 @@ impl IoLoop {
     }
 
     fn run(mut self) -> event_manager::Result<()> {
+        // The devices get events, and nobody waits for anything: most turns.
+        let mut is_plain = false;
         loop {
-            if self.state.wants_refresh.swap(false, Ordering::SeqCst) {
+            let is_asked = self.state.wants_refresh.swap(false, Ordering::SeqCst);
+            if is_asked {
                 self.sync_all();
             }
-            self.follow_rest();
-            let Some(timeout_ms) = self.timeout_ms() else { return Ok(()) };
-            let count = self.manager.run_with_timeout(timeout_ms)?;
-            self.follow_idleness(count > 0);
+            let mut timeout_ms = -1;
+            if is_asked || !is_plain {
+                self.follow_rest();
+                let Some(limit) = self.timeout_ms() else { return Ok(()) };
+                (timeout_ms, is_plain) = (limit, limit < 0);
+            }
+            self.manager.run_with_timeout(timeout_ms)?;
+            if let Some(active) = &self.activity
+                && !self.state.is_active.load(Ordering::SeqCst)
+            {
+                self.state.is_active.store(true, Ordering::SeqCst);
+                active();
+            }
             // Counted at the end: when the count is visible, all events are served.
             self.state.turns.fetch_add(1, Ordering::Release);
         }
@@ -195,9 +204,6 @@ impl IoLoop {
     /// Time-out of the next turn; -1 for none. `None` if the loop is over: it was stopped, and no device has pending output,
     /// or the time-out for that is over.
     fn timeout_ms(&mut self) -> Option<i32> {
-        if self.state.wants_refresh.load(Ordering::SeqCst) {
-            return Some(0);
-        }
         let Some(deadline) = self.state.deadline() else { return Some(self.rest_timeout_ms()) };
         if !self.has_output() {
             return None;
@@ -209,22 +215,7 @@ impl IoLoop {
     fn rest_timeout_ms(&self) -> i32 {
         let (wants_rest, drain_until) = self.state.wanted_rest();
         let until = drain_until.filter(|_| wants_rest && !self.is_paused);
-        until.map_or_else(|| self.idle_timeout_ms(), |until| millis_until(until).unwrap_or(0))
-    }
-
-    /// Time-out of a turn after which the loop is idle; -1 if it is already, or nobody wants to know.
-    fn idle_timeout_ms(&self) -> i32 {
-        let after =
-            self.idle.as_ref().filter(|_| self.was_busy).map(|(after, _)| after.as_millis());
-        after.map_or(-1, |after| i32::try_from(after).unwrap_or(i32::MAX))
-    }
-
-    /// Takes the end of a turn that has served an event or not.
-    fn follow_idleness(&mut self, is_busy: bool) {
-        let was_busy = std::mem::replace(&mut self.was_busy, is_busy);
-        if let Some((_, task)) = self.idle.as_mut().filter(|_| was_busy && !is_busy) {
-            task();
-        }
+        until.map_or(-1, |until| millis_until(until).unwrap_or(0))
     }
 
     /// True if a device has pending output.

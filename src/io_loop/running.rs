@@ -17,7 +17,10 @@ pub(super) struct LoopState {
     pub(super) wake: EventFd,
     /// Deadline for the end of the loop; set once, and shortened by [`LoopState::shorten`].
     pub(super) deadline: Mutex<Option<Instant>>,
+    /// A request of the handle is to be followed: set after the request itself.
     pub(super) wants_refresh: AtomicBool,
+    /// An event was served since it was last expected.
+    pub(super) is_active: AtomicBool,
     pub(super) turns: AtomicU64,
     rest: Mutex<Rest>,
     rests: Condvar,
@@ -39,6 +42,7 @@ impl LoopState {
             wake: EventFd::new(EFD_NONBLOCK)?,
             deadline: Mutex::new(None),
             wants_refresh: AtomicBool::new(true),
+            is_active: AtomicBool::new(false),
             turns: AtomicU64::new(0),
             rest: Mutex::default(),
             rests: Condvar::new(),
@@ -140,6 +144,11 @@ impl IoThread {
     pub fn resume(&self) {
         self.state.lock_rest().is_requested = false;
         self.refresh();
+    }
+
+    /// Reports the next event ([`IoLoop::watch_activity`](super::IoLoop::watch_activity)).
+    pub fn expect_activity(&self) {
+        self.state.is_active.store(false, Ordering::SeqCst);
     }
 
     /// True if the thread has ended: no device gets events any more.

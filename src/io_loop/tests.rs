@@ -497,25 +497,23 @@ fn a_pause_waits_for_pending_output_but_not_for_ever() {
 }
 
 #[test]
-fn a_loop_tells_once_that_it_has_become_idle() {
+fn activity_is_reported_once_each_time_that_it_is_expected() {
     let (mut far, near) = UnixStream::pair().unwrap();
     let (sources, on_ready, receiver) = reader(near);
     let device: Box<dyn MmioDevice> = Box::new(Device { sources, on_ready });
     let bus = Arc::new(Bus::new(vec![(0, device)]).unwrap());
     let mut io = IoLoop::new(bus).unwrap();
-    let (sender, idle) = channel();
-    io.watch_idle(Duration::from_millis(1), Box::new(move || sender.send(()).unwrap()));
+    let (sender, reports) = channel();
+    io.watch_activity(Box::new(move || sender.send(()).unwrap()));
     let io = io.spawn().unwrap();
-    idle.recv_timeout(LONG).unwrap();
-    let turns = io.turns();
     for _ in 0..3 {
-        far.write_all(b"x").unwrap();
-        assert_eq!(receiver.recv_timeout(LONG).unwrap(), b"x");
-        idle.recv_timeout(LONG).unwrap();
+        for text in [b"a", b"b", b"c"] {
+            far.write_all(text).unwrap();
+            assert_eq!(receiver.recv_timeout(LONG).unwrap(), text);
+        }
+        settle(&io);
+        assert_eq!(reports.try_iter().count(), 1);
+        io.expect_activity();
     }
-    thread::sleep(Duration::from_millis(50));
-    assert!(idle.try_recv().is_err(), "it sleeps");
-    // An event and the time-out after it, each at most once for the three.
-    assert!(io.turns() - turns <= 7, "{}", io.turns() - turns);
     io.stop(Duration::ZERO).unwrap();
 }

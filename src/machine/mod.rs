@@ -80,6 +80,8 @@ pub(crate) struct Links {
     pub(crate) control: Arc<Control>,
     /// Stops the machine at a user's request, from any thread.
     pub(crate) stop: StopRequest,
+    /// Has the controller call [`Machine::note_activity`], from any thread.
+    pub(crate) activity: Arc<dyn Fn() + Send + Sync>,
     /// Of the first balloon.
     pub(crate) balloon: BalloonControl,
 }
@@ -91,6 +93,7 @@ pub(crate) struct Machine {
     backends: Backends,
     pty: Option<PathBuf>,
     stop: StopRequest,
+    activity: Arc<dyn Fn() + Send + Sync>,
     /// Taken by the I/O thread.
     signals: Option<Signals>,
     owns_process: bool,
@@ -133,7 +136,7 @@ impl Machine {
         // Before the terminal changes: from here on no signal ends the process without restoring it.
         let signals = parts.signals.then(IoLoop::take_signals).transpose();
         let signals = signals.map_err(|e| host_error("take over the process's signals", e))?;
-        let Links { control, stop, balloon } = links;
+        let Links { control, stop, activity, balloon } = links;
         let console = match parts.console {
             Some(console) => console,
             None => terminal::open(&config.serial, Arc::clone(&stop))?,
@@ -161,6 +164,7 @@ impl Machine {
             backends,
             pty,
             stop,
+            activity,
             owns_process: signals.is_some(),
             signals,
             socket: None,

@@ -12,15 +12,10 @@ use super::upkeep::Upkeep;
 use super::{Machine, host_error};
 use crate::error::{EXIT_OK, Error};
 use crate::io_loop::{IoLoop, IoThread};
-use crate::memory;
 use crate::vcpu::hart::Hart;
 use crate::vcpu::record::Unrecorded;
 use crate::vcpu::spawn_hart;
 use crate::vcpu::stop::StopReason;
-
-/// Time without any event after which rvmm frees the memory of its own code, which is loaded again as it is needed. Only memory use depends
-/// on it.
-const IDLE: Duration = Duration::from_secs(1);
 
 impl Machine {
     /// Begins a run: the harts enter the guest. A hart whose thread cannot be started is a reason to stop.
@@ -33,8 +28,9 @@ impl Machine {
         let (world, debug_context) = (Arc::clone(&run.world), run.debug_context.take());
         self.counters = self.board.vm.counters();
         self.upkeep = Upkeep::of_run(self.board.vm.as_ref(), self.owns_process);
-        if self.io.is_none() {
-            self.io = Some(self.start_io()?);
+        match &self.io {
+            None => self.io = Some(self.start_io()?),
+            Some(io) => io.expect_activity(),
         }
         for hart in harts {
             let what = format!("start hart {}", hart.id());
@@ -70,7 +66,8 @@ impl Machine {
             io.watch_external(Arc::clone(socket) as _);
         }
         if self.owns_process {
-            io.watch_idle(IDLE, Box::new(memory::discard_program_pages));
+            let activity = Arc::clone(&self.activity);
+            io.watch_activity(Box::new(move || activity()));
         }
         let control = Arc::clone(&self.board.control);
         io.watch_failure(Box::new(move |what| {

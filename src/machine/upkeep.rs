@@ -10,6 +10,10 @@ use crate::memory;
 /// Time after which rvmm frees the memory that only the guest's start needed. Only memory use depends on it.
 const GUEST_START: Duration = Duration::from_secs(2);
 
+/// Time without any event of a device or a client after which rvmm frees the memory of its own code, which is loaded again as it is
+/// needed. Only memory use depends on it. It is checked only while there are events: an idle machine wakes up for nothing.
+const IDLE: Duration = Duration::from_secs(1);
+
 /// The work of one run.
 #[derive(Default)]
 pub(super) struct Upkeep {
@@ -18,6 +22,9 @@ pub(super) struct Upkeep {
     free_at: Option<Instant>,
     stall: Option<StallWatch>,
     check_at: Option<Instant>,
+    /// Time of the next check for idleness, and the number of turns of the I/O thread at the last one.
+    idle_at: Option<Instant>,
+    turns: u64,
 }
 
 impl Upkeep {
@@ -42,7 +49,8 @@ impl Upkeep {
 impl Machine {
     /// The time of the next work; `None` if there is none.
     pub(crate) fn next_work(&self) -> Option<Instant> {
-        self.upkeep.free_at.into_iter().chain(self.upkeep.check_at).min()
+        let Upkeep { free_at, check_at, idle_at, .. } = &self.upkeep;
+        [free_at, check_at, idle_at].into_iter().filter_map(|at| *at).min()
     }
 
     /// Does the work that is due.
@@ -56,5 +64,22 @@ impl Machine {
             let goes_on = upkeep.stall.as_mut().is_some_and(|s| s.check(self.board.vm.as_ref()));
             upkeep.check_at = now.checked_add(PERIOD).filter(|_| goes_on);
         }
+        if upkeep.idle_at.is_some_and(|at| at <= now)
+            && let Some(io) = &self.io
+        {
+            let turns = io.turns();
+            let is_idle = std::mem::replace(&mut upkeep.turns, turns) == turns;
+            upkeep.idle_at = now.checked_add(IDLE).filter(|_| !is_idle);
+            if is_idle {
+                // Before the memory is freed: the next event is another activity.
+                io.expect_activity();
+                memory::discard_program_pages();
+            }
+        }
+    }
+
+    /// Notes that the I/O thread has served events again.
+    pub(crate) fn note_activity(&mut self) {
+        self.upkeep.idle_at = Instant::now().checked_add(IDLE);
     }
 }

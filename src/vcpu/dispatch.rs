@@ -60,18 +60,18 @@ pub fn dispatch(exit: &mut Exit<'_>, world: &World, bus: &mut BusView) -> Flow {
     let claim = match exit {
         Exit::MmioRead { addr, data } => bus.read(*addr, data),
         Exit::MmioWrite { addr, data } => bus.write(*addr, data),
-        _ => return dispatch_rare(exit, world, bus),
+        _ => return dispatch_rare(exit, world),
     };
-    if claim == Claim::Unassigned { dispatch_rare(exit, world, bus) } else { Flow::Resume }
+    if claim == Claim::Unassigned { dispatch_rare(exit, world) } else { Flow::Resume }
 }
 
 /// Handles everything but MMIO accesses to a device.
 #[inline(never)]
-fn dispatch_rare(exit: &mut Exit<'_>, world: &World, bus: &mut BusView) -> Flow {
+fn dispatch_rare(exit: &mut Exit<'_>, world: &World) -> Flow {
     match exit {
         Exit::MmioRead { addr, .. } => unassigned(world, *addr, false),
         Exit::MmioWrite { addr, .. } => unassigned(world, *addr, true),
-        Exit::Sbi(call) => sbi::handle(call, world, bus),
+        Exit::Sbi(call) => sbi::handle(call, world),
         Exit::Csr(access) => {
             csr::handle(access, world);
             Flow::Resume

@@ -2,7 +2,6 @@
 //! and the ranges of extensions that do not exist here.
 
 use log::{Level, debug, info, log_enabled, warn};
-use rvmm_devices::BusView;
 
 use super::dispatch::Flow;
 use super::exit::SbiCall;
@@ -19,9 +18,9 @@ const SMALL_CHUNK: usize = 256;
 const LARGE_CHUNK: usize = 4096;
 
 /// Handles a call. The work is out of line, to keep calls that only probe cheap.
-pub(super) fn handle(call: &mut SbiCall<'_>, world: &World, bus: &mut BusView) -> Flow {
+pub(super) fn handle(call: &mut SbiCall<'_>, world: &World) -> Flow {
     match (call.extension, call.function) {
-        (eid::DBCN | v01::PUTCHAR | v01::GETCHAR, _) => console_call(call, world, bus),
+        (eid::DBCN | v01::PUTCHAR | v01::GETCHAR, _) => console_call(call, world),
         (eid::BASE, fid::PROBE_EXTENSION) => {
             *call.ret = [SUCCESS, 0];
             Flow::Resume
@@ -40,15 +39,15 @@ pub(super) fn handle(call: &mut SbiCall<'_>, world: &World, bus: &mut BusView) -
 
 /// The calls that reach the console.
 #[inline(never)]
-fn console_call(call: &mut SbiCall<'_>, world: &World, bus: &mut BusView) -> Flow {
+fn console_call(call: &mut SbiCall<'_>, world: &World) -> Flow {
     let (error, value, flow) = match call.extension {
-        v01::PUTCHAR => match put(world, bus, call.args[0]) {
+        v01::PUTCHAR => match put(world, call.args[0]) {
             true => (SUCCESS, call.args[1], Flow::Resume),
             false => return Flow::Retry,
         },
         // A legacy call returns its result in a0 alone; the kernel writes a1 as well.
-        v01::GETCHAR => (get(world, bus).map_or(u64::MAX, u64::from), call.args[1], Flow::Resume),
-        _ => dbcn(call.function, call.args, world, bus),
+        v01::GETCHAR => (get(world).map_or(u64::MAX, u64::from), call.args[1], Flow::Resume),
+        _ => dbcn(call.function, call.args, world),
     };
     *call.ret = [error, value];
     flow
@@ -80,7 +79,7 @@ fn suspend(call: &mut SbiCall<'_>) -> Flow {
 }
 
 /// Debug Console (SBI chapter 12).
-fn dbcn(function: u64, args: &[u64; 6], world: &World, bus: &mut BusView) -> CallResult {
+fn dbcn(function: u64, args: &[u64; 6], world: &World) -> CallResult {
     match function {
         fid::CONSOLE_WRITE | fid::CONSOLE_READ => {
             let [len, base, base_high, ..] = *args;
@@ -93,10 +92,10 @@ fn dbcn(function: u64, args: &[u64; 6], world: &World, bus: &mut BusView) -> Cal
             let len = len.min(MAX_BYTES);
             let moved = match function {
                 fid::CONSOLE_WRITE if len <= SMALL_CHUNK as u64 => {
-                    write::<SMALL_CHUNK>(world, bus, base, len)
+                    write::<SMALL_CHUNK>(world, base, len)
                 }
-                fid::CONSOLE_WRITE => write::<LARGE_CHUNK>(world, bus, base, len),
-                _ => read::<SMALL_CHUNK>(world, bus, base, len),
+                fid::CONSOLE_WRITE => write::<LARGE_CHUNK>(world, base, len),
+                _ => read::<SMALL_CHUNK>(world, base, len),
             };
             match moved {
                 Ok(done) => (SUCCESS, done, Flow::Resume),
@@ -108,25 +107,20 @@ fn dbcn(function: u64, args: &[u64; 6], world: &World, bus: &mut BusView) -> Cal
             }
         }
         // This call blocks until the byte is sent. The hart repeats the call, so that it still takes interrupts.
-        fid::CONSOLE_WRITE_BYTE if put(world, bus, args[0]) => (SUCCESS, 0, Flow::Resume),
+        fid::CONSOLE_WRITE_BYTE if put(world, args[0]) => (SUCCESS, 0, Flow::Resume),
         fid::CONSOLE_WRITE_BYTE => (SUCCESS, 0, Flow::Retry),
         _ => (NOT_SUPPORTED, 0, Flow::Resume),
     }
 }
 
 /// Copies guest memory to the console, as much as it takes now: one access per chunk.
-fn write<const CHUNK: usize>(
-    world: &World,
-    bus: &mut BusView,
-    base: u64,
-    len: u64,
-) -> Result<u64, RamError> {
+fn write<const CHUNK: usize>(world: &World, base: u64, len: u64) -> Result<u64, RamError> {
     let mut buf = [0; CHUNK];
     let mut done = 0;
     while done < len {
         let chunk = chunk(&mut buf, len - done);
         world.ram.read(base + done, chunk)?;
-        let taken = send(world, bus, chunk);
+        let taken = send(world, chunk);
         done += taken as u64;
         if taken < chunk.len() {
             break;
@@ -136,17 +130,12 @@ fn write<const CHUNK: usize>(
 }
 
 /// Copies available console input to guest memory.
-fn read<const CHUNK: usize>(
-    world: &World,
-    bus: &mut BusView,
-    base: u64,
-    len: u64,
-) -> Result<u64, RamError> {
+fn read<const CHUNK: usize>(world: &World, base: u64, len: u64) -> Result<u64, RamError> {
     let mut buf = [0; CHUNK];
     let mut done = 0;
     while done < len {
         let chunk = chunk(&mut buf, len - done);
-        let got = take(world, bus, chunk);
+        let got = take(world, chunk);
         world.ram.write(base + done, chunk.get(..got).unwrap_or_default())?;
         done += got as u64;
         if got < chunk.len() {
@@ -162,32 +151,31 @@ fn chunk(buf: &mut [u8], len: u64) -> &mut [u8] {
 }
 
 /// Sends one byte to the console; false if it is full. The other bits of the argument are ignored.
-fn put(world: &World, bus: &mut BusView, arg: u64) -> bool {
-    send(world, bus, &[arg.to_le_bytes()[0]]) == 1
+fn put(world: &World, arg: u64) -> bool {
+    send(world, &[arg.to_le_bytes()[0]]) == 1
 }
 
 /// Takes one byte from the console, if there is one.
-fn get(world: &World, bus: &mut BusView) -> Option<u8> {
+fn get(world: &World) -> Option<u8> {
     let mut byte = [0];
-    (take(world, bus, &mut byte) == 1).then_some(byte[0])
+    (take(world, &mut byte) == 1).then_some(byte[0])
 }
 
 /// Sends bytes to the console and returns the number it took. A machine without one discards all.
-fn send(world: &World, bus: &mut BusView, bytes: &[u8]) -> usize {
+fn send(world: &World, bytes: &[u8]) -> usize {
     let Some(addr) = console(world) else { return bytes.len() };
-    bus.serial_line(addr, |line| line.send(bytes)).unwrap_or(bytes.len())
+    world.bus.serial_line(addr, |line| line.send(bytes)).unwrap_or(bytes.len())
 }
 
 /// Takes bytes from the console and returns their number.
-fn take(world: &World, bus: &mut BusView, buf: &mut [u8]) -> usize {
+fn take(world: &World, buf: &mut [u8]) -> usize {
     let Some(addr) = console(world) else { return 0 };
-    bus.serial_line(addr, |line| line.take(buf)).unwrap_or(0)
+    world.bus.serial_line(addr, |line| line.take(buf)).unwrap_or(0)
 }
 
 /// True if the console has input that the guest has not read. Input is requested from now on.
 pub(super) fn has_input(world: &World) -> bool {
-    let mut bus = world.bus.view();
-    let asked = world.console.and_then(|addr| bus.serial_line(addr, |line| line.has_input()));
+    let asked = world.console.and_then(|addr| world.bus.serial_line(addr, |line| line.has_input()));
     asked.unwrap_or(false)
 }
 

@@ -13,6 +13,8 @@ use crate::inspect::{Query, Reply};
 pub(super) enum Event {
     /// The current run has a reason to end; sent once for each run.
     Stopping,
+    /// The I/O thread has served events again after an idle time.
+    Active,
     /// A command of a client.
     Command(Command),
 }

@@ -46,6 +46,7 @@ impl Controller {
         loop {
             match self.next_event() {
                 Some(Event::Command(command)) => self.carry_out(command)?,
+                Some(Event::Active) => self.machine.note_activity(),
                 Some(Event::Stopping) => {
                     let reason = self.machine.finish_run();
                     if !self.restarts(&reason) {

@@ -89,13 +89,17 @@ impl Vmm {
         let (sender, events) = channel();
         let balloon = BalloonControl::new().map_err(|e| host_error("create the balloon", e))?;
         let handle = Handle::new(sender.clone(), Arc::clone(&control), balloon.clone());
-        control.on_stop(Box::new(move || {
-            // An error means that the controller has ended.
-            let _ = sender.send(Event::Stopping);
-        }));
+        // An error means that the controller has ended.
+        let notify = |event: fn() -> Event| {
+            let sender = sender.clone();
+            move || _ = sender.send(event())
+        };
+        control.on_stop(Box::new(notify(|| Event::Stopping)));
+        let activity = Arc::new(notify(|| Event::Active));
         let socket = parts.socket.take();
         let stopper = handle.clone();
-        let links = Links { control, stop: Arc::new(move || stopper.stop()), balloon };
+        let stop = Arc::new(move || stopper.stop());
+        let links = Links { control, stop, activity, balloon };
         let mut machine = Machine::build(config, parts, links)?;
         if let Some(socket) = socket.and_then(|path| inspection(&path, &handle)) {
             machine.watch_socket(socket);

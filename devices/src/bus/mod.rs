@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use log::warn;
 use thiserror::Error;
 
-use crate::device::MmioDevice;
+use crate::device::{MmioDevice, SerialLine};
 
 mod slot;
 mod states;
@@ -183,6 +183,16 @@ impl Bus {
     /// Writes as [`BusView::write`] does; for threads without a view.
     pub fn write(&self, addr: u64, data: &[u8]) -> Claim {
         self.write_in(self.map().find(addr), addr, data)
+    }
+
+    /// Calls `f` with the line of the serial port at a guest-physical address, counted as one write; `None` if there is no serial port.
+    pub fn serial_line<R>(&self, addr: u64, f: impl FnOnce(&mut dyn SerialLine) -> R) -> Option<R> {
+        let map = self.map();
+        let (slot, _) = map.find(addr)?;
+        let mut device = slot.lock();
+        let line = device.serial_line()?;
+        slot.count_write();
+        Some(f(line))
     }
 
     #[inline]

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::slot::BusSlot;
 use super::{Bus, Claim, Map};
-use crate::device::{SerialLine, Source};
+use crate::device::Source;
 
 /// The bus as one thread accesses it. Each hart has one.
 pub struct BusView {
@@ -38,20 +38,6 @@ impl BusView {
         self.update();
         let found = find(&self.map, &mut self.last, addr);
         self.bus.write_in(found, addr, data)
-    }
-
-    /// Calls `f` with the line of the serial port at a guest-physical address, counted as one write; `None` if there is no serial port.
-    pub fn serial_line<R>(
-        &mut self,
-        addr: u64,
-        f: impl FnOnce(&mut dyn SerialLine) -> R,
-    ) -> Option<R> {
-        self.update();
-        let (slot, _) = find(&self.map, &mut self.last, addr)?;
-        let mut device = slot.lock();
-        let line = device.serial_line()?;
-        slot.count_write();
-        Some(f(line))
     }
 
     /// Calls [`MmioDevice::ready`](crate::MmioDevice::ready) of this device, and delivers the resulting interrupt after releasing the

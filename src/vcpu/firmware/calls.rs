@@ -203,7 +203,7 @@ fn console_call(
     let mut ret = [0; 2];
     let args = [a0, a1, a2, a3, a4, a5];
     let mut call = SbiCall { extension, function, args: &args, ret: &mut ret };
-    let flow = sbi::handle(&mut call, world, &mut world.bus.view());
+    let flow = sbi::handle(&mut call, world);
     match flow {
         Flow::Retry => {
             std::thread::yield_now();
