@@ -12,7 +12,7 @@ const GUEST_START: Duration = Duration::from_secs(2);
 
 /// Time without any event of a device or a client after which rvmm frees the memory of its own code, which is loaded again as it is
 /// needed. Only memory use depends on it. It is checked only while there are events: an idle machine wakes up for nothing.
-const IDLE: Duration = Duration::from_secs(1);
+const IDLE: Duration = Duration::from_millis(500);
 
 /// The work of one run.
 #[derive(Default)]

@@ -6,7 +6,8 @@ use super::slot::BusSlot;
 use super::{Bus, Claim, Map};
 use crate::device::Source;
 
-/// The bus as one thread accesses it. Each hart has one.
+/// The bus as one thread accesses it. Each hart has one. Accesses are out of line, so that the run loop stays small enough for the
+/// dispatch of exits to be part of it.
 pub struct BusView {
     bus: Arc<Bus>,
     map: Arc<Map>,
@@ -25,7 +26,7 @@ impl BusView {
     }
 
     /// Reads `data.len()` bytes at a guest-physical address; fills `data` in every case.
-    #[inline]
+    #[inline(never)]
     pub fn read(&mut self, addr: u64, data: &mut [u8]) -> Claim {
         self.update();
         let found = find(&self.map, &mut self.last, addr);
@@ -33,7 +34,7 @@ impl BusView {
     }
 
     /// Writes `data.len()` bytes at a guest-physical address.
-    #[inline]
+    #[inline(never)]
     pub fn write(&mut self, addr: u64, data: &[u8]) -> Claim {
         self.update();
         let found = find(&self.map, &mut self.last, addr);
