@@ -301,29 +301,16 @@ fn the_id_is_at_most_20_bytes_and_can_be_given_by_the_user() {
     assert!(id.starts_with(b"rvmm-") && id[..20].iter().all(u8::is_ascii_graphic), "{id:?}");
 }
 
-/// Makes two requests at a time and acknowledges each interrupt, until a result is held back.
+/// Makes requests and acknowledges each interrupt, until a result is held back.
 fn until_held(rig: &mut Rig) {
     let is_held = |_| {
-        for _ in 0..2 {
-            rig.add(0, &[Read(&header(IN, 1)), Write(512), Write(1)]);
-        }
+        rig.add(0, &[Read(&header(IN, 1)), Write(512), Write(1)]);
         rig.kick(0);
-        assert!(rig.take_used(0).is_some() && rig.take_used(0).is_some());
+        assert!(rig.take_used(0).is_some());
         rig.acknowledge() == 0
     };
     // On a slow machine the hold may end before the check; then the caller tries again.
     assert!((0..8_000).any(is_held), "nothing is ever held back");
-}
-
-#[test]
-fn a_driver_with_one_request_at_a_time_gets_each_interrupt_at_once() {
-    let (mut rig, _) = rig("");
-    for _ in 0..3_000 {
-        rig.add(0, &[Read(&header(IN, 1)), Write(512), Write(1)]);
-        rig.kick(0);
-        assert!(rig.take_used(0).is_some());
-        assert_eq!(rig.acknowledge(), 1);
-    }
 }
 
 #[test]

@@ -18,27 +18,13 @@ const MAX_CHECKS: u32 = 300;
 const BLOCKING: &str = "blocking";
 const EXITS: &str = "exits";
 
-/// The result of a check.
-#[derive(Debug, PartialEq, Eq)]
-enum Progress {
-    /// The guest has set up interrupts.
-    HasInterrupts,
-    /// The guest may still set up interrupts.
-    Undecided,
-    /// The guest has been waiting for interrupts without having set up any.
-    Stalled,
-}
-
 /// Number of consecutive checks that found the guest waiting.
 #[derive(Default)]
 struct StallCounter(u32);
 
 impl StallCounter {
-    /// Evaluates one more check. `harts` are KVM's counters of each hart.
-    fn check(&mut self, has_set_up: bool, harts: &[Vec<(String, u64)>]) -> Progress {
-        if has_set_up {
-            return Progress::HasInterrupts;
-        }
+    /// Evaluates one more check of a guest without interrupts; true if it has stalled. `harts` are KVM's counters of each hart.
+    fn is_stalled(&mut self, harts: &[Vec<(String, u64)>]) -> bool {
         let count = |hart: &[(String, u64)], name: &str| {
             hart.iter().find(|(found, _)| found == name).map(|(_, value)| *value)
         };
@@ -46,7 +32,7 @@ impl StallCounter {
         // A hart that the guest has not started yet waits for nothing.
         let idles = |hart: &Vec<_>| waits(hart) || count(hart, EXITS) == Some(0);
         self.0 = if harts.iter().any(waits) && harts.iter().all(idles) { self.0 + 1 } else { 0 };
-        if self.0 >= STALLED_CHECKS { Progress::Stalled } else { Progress::Undecided }
+        self.0 >= STALLED_CHECKS
     }
 }
 
@@ -65,24 +51,22 @@ impl StallWatch {
         Some(Self { counters: vm.counters(), stall: StallCounter::default(), checks: 0 })
     }
 
-    /// Checks the guest, and logs a warning where it has stalled. False if it need not be checked again: it has set up interrupts, has
-    /// stalled, or has run long enough without them. To be called every [`PERIOD`].
-    pub(super) fn check(&mut self, vm: &dyn Vm) -> bool {
+    /// Checks the guest, given [`Vm::has_set_up_irqchip`], and logs a warning where it has stalled. False if it need not be checked
+    /// again: it has set up interrupts, has stalled, or has run long enough without them. To be called every [`PERIOD`].
+    pub(super) fn check(&mut self, has_set_up: Option<bool>) -> bool {
         self.checks += 1;
-        let harts: Option<Vec<_>> = self.counters.iter().map(|hart| hart.read().ok()).collect();
-        let (Some(has_set_up), Some(harts)) = (vm.has_set_up_irqchip(), harts) else {
+        if has_set_up != Some(false) {
             return false;
-        };
-        match self.stall.check(has_set_up, &harts) {
-            Progress::Undecided => self.checks < MAX_CHECKS,
-            Progress::HasInterrupts => false,
-            Progress::Stalled => {
-                log::warn!(
-                    "The guest waits and has not set up any device interrupt. If it has no driver for the AIA, like Linux before 6.10, FreeBSD and RT-Thread, use --irqchip plic"
-                );
-                false
-            }
         }
+        let harts: Option<Vec<_>> = self.counters.iter().map(|hart| hart.read().ok()).collect();
+        let Some(harts) = harts else { return false };
+        let is_stalled = self.stall.is_stalled(&harts);
+        if is_stalled {
+            log::warn!(
+                "The guest waits and has not set up any device interrupt. If it has no driver for the AIA, like Linux before 6.10, FreeBSD and RT-Thread, use --irqchip plic"
+            );
+        }
+        !is_stalled && self.checks < MAX_CHECKS
     }
 }
 
@@ -100,9 +84,9 @@ mod tests {
         // The second hart was never started.
         let harts = [hart(1, 500), hart(0, 0)];
         for _ in 1..STALLED_CHECKS {
-            assert_eq!(stall.check(false, &harts), Progress::Undecided);
+            assert!(!stall.is_stalled(&harts));
         }
-        assert_eq!(stall.check(false, &harts), Progress::Stalled);
+        assert!(stall.is_stalled(&harts));
     }
 
     #[test]
@@ -110,27 +94,32 @@ mod tests {
         let mut stall = StallCounter::default();
         for busy in [vec![hart(0, 9)], vec![hart(1, 9), hart(0, 9)], vec![hart(0, 0)], vec![]] {
             for _ in 0..2 * STALLED_CHECKS {
-                assert_eq!(stall.check(false, &busy), Progress::Undecided, "{busy:?}");
+                assert!(!stall.is_stalled(&busy), "{busy:?}");
             }
         }
         for _ in 1..STALLED_CHECKS {
-            assert_eq!(stall.check(false, &[hart(1, 9)]), Progress::Undecided);
+            assert!(!stall.is_stalled(&[hart(1, 9)]));
         }
-        assert_eq!(stall.check(false, &[hart(0, 9)]), Progress::Undecided);
-        assert_eq!(stall.check(false, &[hart(1, 9)]), Progress::Undecided, "the count restarts");
+        assert!(!stall.is_stalled(&[hart(0, 9)]));
+        assert!(!stall.is_stalled(&[hart(1, 9)]), "the count restarts");
     }
 
     #[test]
-    fn a_guest_that_has_set_up_interrupts_may_wait() {
-        let mut stall = StallCounter::default();
-        assert_eq!(stall.check(true, &[hart(1, 9)]), Progress::HasInterrupts);
+    fn a_guest_that_has_set_up_interrupts_is_not_checked_again() {
+        let mut watch =
+            StallWatch { counters: Vec::new(), stall: StallCounter::default(), checks: 0 };
+        assert!(watch.check(Some(false)), "it may still");
+        assert!(!watch.check(Some(true)));
+        assert!(!watch.check(None), "the kernel cannot tell");
+        watch.checks = MAX_CHECKS;
+        assert!(!watch.check(Some(false)), "it does so on purpose");
     }
 
     #[test]
     fn counters_that_kvm_does_not_have_decide_nothing() {
         let mut stall = StallCounter::default();
         for _ in 0..2 * STALLED_CHECKS {
-            assert_eq!(stall.check(false, &[vec![("halted".into(), 1)]]), Progress::Undecided);
+            assert!(!stall.is_stalled(&[vec![("halted".into(), 1)]]));
         }
     }
 }

@@ -10,9 +10,12 @@ use crate::memory;
 /// Time after which rvmm frees the memory that only the guest's start needed. Only memory use depends on it.
 const GUEST_START: Duration = Duration::from_secs(2);
 
-/// Time without any event of a device or a client after which rvmm frees the memory of its own code, which is loaded again as it is
-/// needed. Only memory use depends on it. It is checked only while there are events: an idle machine wakes up for nothing.
-const IDLE: Duration = Duration::from_millis(500);
+/// Interval of the checks for events of devices and clients, and the number of them without an event after which rvmm frees the memory
+/// of its own code. Loading it again costs some three million instructions when the devices are used next, so this is not done in the
+/// pauses of a guest that works. Only memory use depends on it. There are checks only after events: an idle machine wakes up for
+/// nothing.
+const IDLE_CHECK: Duration = Duration::from_millis(250);
+const IDLE_CHECKS: u8 = 6;
 
 /// The work of one run.
 #[derive(Default)]
@@ -22,9 +25,10 @@ pub(super) struct Upkeep {
     free_at: Option<Instant>,
     stall: Option<StallWatch>,
     check_at: Option<Instant>,
-    /// Time of the next check for idleness, and the number of turns of the I/O thread at the last one.
+    /// Time of the next check for idleness, the number of turns of the I/O thread at the last one, and how many found no event.
     idle_at: Option<Instant>,
     turns: u64,
+    idle_checks: u8,
 }
 
 impl Upkeep {
@@ -42,7 +46,7 @@ impl Upkeep {
             memory::discard_program_pages();
             self.free_at = now.checked_add(GUEST_START);
         }
-        self.check_at = self.stall.as_ref().and_then(|_| now.checked_add(GUEST_START + PERIOD));
+        self.check_at = self.stall.as_ref().and_then(|_| now.checked_add(GUEST_START));
     }
 }
 
@@ -57,19 +61,23 @@ impl Machine {
     pub(crate) fn work(&mut self) {
         let now = Instant::now();
         let upkeep = &mut self.upkeep;
+        if upkeep.check_at.is_some_and(|at| at <= now) {
+            let goes_on =
+                upkeep.stall.as_mut().is_some_and(|s| s.check(self.board.vm.has_set_up_irqchip()));
+            upkeep.check_at = now.checked_add(PERIOD).filter(|_| goes_on);
+        }
+        // After the first check, which is the last one of most guests.
         if upkeep.free_at.take_if(|at| *at <= now).is_some() {
             memory::discard_program_pages();
-        }
-        if upkeep.check_at.is_some_and(|at| at <= now) {
-            let goes_on = upkeep.stall.as_mut().is_some_and(|s| s.check(self.board.vm.as_ref()));
-            upkeep.check_at = now.checked_add(PERIOD).filter(|_| goes_on);
         }
         if upkeep.idle_at.is_some_and(|at| at <= now)
             && let Some(io) = &self.io
         {
             let turns = io.turns();
-            let is_idle = std::mem::replace(&mut upkeep.turns, turns) == turns;
-            upkeep.idle_at = now.checked_add(IDLE).filter(|_| !is_idle);
+            let is_quiet = std::mem::replace(&mut upkeep.turns, turns) == turns;
+            upkeep.idle_checks = if is_quiet { upkeep.idle_checks.saturating_add(1) } else { 0 };
+            let is_idle = upkeep.idle_checks >= IDLE_CHECKS;
+            upkeep.idle_at = now.checked_add(IDLE_CHECK).filter(|_| !is_idle);
             if is_idle {
                 // Before the memory is freed: the next event is another activity.
                 io.expect_activity();
@@ -80,6 +88,7 @@ impl Machine {
 
     /// Notes that the I/O thread has served events again.
     pub(crate) fn note_activity(&mut self) {
-        self.upkeep.idle_at = Instant::now().checked_add(IDLE);
+        self.upkeep.idle_at = Instant::now().checked_add(IDLE_CHECK);
+        self.upkeep.idle_checks = 0;
     }
 }

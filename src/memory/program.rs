@@ -21,8 +21,8 @@ const OF_A_FILE: u64 = 1 << 61;
 /// program's file, usually from the host's page cache. To be called by a program that only runs a machine, after the start, since
 /// parsing a command line needs more code than running a guest, and when the guest has become idle.
 ///
-/// Pages of the code that were written stay: a breakpoint of a debugger or a uprobe is in a private copy of its page. While a
-/// debugger is attached all of the code stays.
+/// Pages that were written stay: relocated constants, and a breakpoint of a debugger or a uprobe, are in private copies of their pages.
+/// While a debugger is attached everything stays.
 ///
 /// Unused heap memory is returned, too. Only a hint: if the program cannot be found in memory its code stays.
 pub fn discard_program_pages() {
@@ -35,7 +35,7 @@ pub fn discard_program_pages() {
     if fs::read_to_string("/proc/self/status").map_or(true, |status| is_traced(&status)) {
         return;
     }
-    for (address, len) in code() {
+    for (address, len) in read_only() {
         for_file_pages(&map, address, len, |address, len| {
             // SAFETY: the kernel removes unmodified pages of a private file mapping, and the file cannot change while it is
             // executed: they are read again with the same contents.
@@ -77,8 +77,9 @@ fn for_file_pages(map: &File, address: usize, len: usize, mut each: impl FnMut(u
     }
 }
 
-/// Whole pages of the program's segments that can be executed and not written, as addresses and lengths.
-fn code() -> Vec<(usize, usize)> {
+/// Whole pages of the program that nobody writes after its start, as addresses and lengths: the segments that can be executed and not
+/// written, and what is written only by relocations (PT_GNU_RELRO).
+fn read_only() -> Vec<(usize, usize)> {
     // SAFETY: has no side effects; a missing entry reads as zero.
     let (headers, count) =
         unsafe { (libc::getauxval(libc::AT_PHDR), libc::getauxval(libc::AT_PHNUM)) };
@@ -95,7 +96,8 @@ fn code() -> Vec<(usize, usize)> {
     // Only a program that is loaded at its link address has no PT_PHDR.
     let shift = program.map_or(0, |header| (start as u64).wrapping_sub(header.p_vaddr));
     let fixed = headers.iter().filter(|h| {
-        h.p_type == libc::PT_LOAD && h.p_flags & (libc::PF_X | libc::PF_W) == libc::PF_X
+        h.p_type == libc::PT_GNU_RELRO
+            || h.p_type == libc::PT_LOAD && h.p_flags & (libc::PF_X | libc::PF_W) == libc::PF_X
     });
     fixed
         .filter_map(|header| whole_pages(shift.wrapping_add(header.p_vaddr), header.p_filesz))
@@ -147,6 +149,17 @@ mod tests {
         assert_eq!(after, [!before[0]]);
     }
 
+    static RELOCATED: [&(dyn Fn() -> u32 + Sync); 1] = [&|| uncalled()];
+
+    #[test]
+    fn relocated_constants_stay() {
+        let address = (&raw const RELOCATED).addr();
+        let is_inside = |(start, len): (usize, usize)| (start..start + len).contains(&address);
+        assert!(read_only().into_iter().any(is_inside), "{address:#x} in {:x?}", read_only());
+        discard_program_pages();
+        assert_eq!(std::hint::black_box(&RELOCATED)[0](), 0x6272_6b70);
+    }
+
     #[test]
     fn only_a_status_without_a_tracer_is_not_traced() {
         assert!(!is_traced("Name:\trvmm\nTracerPid:\t0\nUid:\t0\n"));
@@ -171,11 +184,11 @@ mod tests {
         assert!(!mapped.is_empty(), "{maps}");
         for &(from, to) in &mapped {
             // A segment need not begin or end at a page boundary: a page at each end of its mapping may stay.
-            let found = code().into_iter().any(|(start, len)| {
+            let found = read_only().into_iter().any(|(start, len)| {
                 let (start, end) = (start as u64, (start + len) as u64);
                 start >= from && start - from <= PAGE && end <= to && to - end <= PAGE
             });
-            assert!(found, "{from:#x}-{to:#x} is not among {:x?}", code());
+            assert!(found, "{from:#x}-{to:#x} is not among {:x?}", read_only());
         }
         discard_program_pages();
         assert_eq!(format!("{:?}", whole_pages(0, PAGE)), "Some((0, 4096))");

@@ -2,9 +2,8 @@
 //!
 //! A driver with many requests in flight makes the next one available without waiting for an interrupt; each interrupt and each kick
 //! costs an exit. So the interrupt is held back until there are [`BATCH`] results, and a timer polls for new requests meanwhile.
-//! A driver that has had no two requests at once is interrupted for each. One that waits for a result after all makes no new request
-//! available: then the interrupt is sent, and holding is not tried again before two requests at once, and for a number of interrupts
-//! that doubles each time. The timer adapts to the rate of the requests, so that a machine
+//! A driver that waits for a result makes no new request available: then the interrupt is sent, and holding is not
+//! tried again for a number of interrupts that doubles each time. The timer adapts to the rate of the requests, so that a machine
 //! of any speed loses the time of a few requests in a thousand at most.
 //!
 //! Not implemented: limits per queue, and settings by the guest (virtio has notification coalescing for network devices only).
@@ -99,8 +98,6 @@ pub(super) struct Hold {
     timer: TimerFd,
     /// The time of the timer's expiry, if it is set.
     due: Option<Instant>,
-    /// The driver has made a request available without waiting for the one before, since the last hold in which it waited.
-    is_pipelined: bool,
 }
 
 impl Hold {
@@ -109,8 +106,7 @@ impl Hold {
     /// # Errors
     /// The host has no timers left.
     pub(super) fn new() -> io::Result<Self> {
-        let policy = Policy::new(Instant::now());
-        Ok(Self { policy, timer: TimerFd::new()?, due: None, is_pipelined: false })
+        Ok(Self { policy: Policy::new(Instant::now()), timer: TimerFd::new()?, due: None })
     }
 
     /// The timer's descriptor, readable when [`is_time`](Self::is_time) returns true.
@@ -123,16 +119,8 @@ impl Hold {
         self.policy.held.is_some()
     }
 
-    /// Notes that the driver does not wait for each result.
-    pub(super) fn note_pipelined(&mut self) {
-        self.is_pipelined = true;
-    }
-
     /// Returns true if the driver is to be interrupted, with `count` results (at least 1) since the last interrupt.
     pub(super) fn interrupts(&mut self, count: u16) -> bool {
-        if !self.is_pipelined {
-            return true;
-        }
         let interrupts = self.policy.interrupts(count, Instant::now());
         if !interrupts && self.due.is_none() {
             return !self.arm(self.policy.gap());
@@ -158,10 +146,7 @@ impl Hold {
         }
         match self.policy.expired(Instant::now()) {
             Some(left) => !self.arm(left),
-            None => {
-                self.is_pipelined = false;
-                true
-            }
+            None => true,
         }
     }
 
@@ -283,7 +268,6 @@ mod tests {
     #[test]
     fn the_timer_ends_a_hold_without_further_results() {
         let mut hold = Hold::new().unwrap();
-        hold.note_pipelined();
         (0..1 << FIRST_PENALTY).for_each(|_| assert!(hold.interrupts(1)));
         assert!(!hold.interrupts(1) && hold.is_holding());
         while !(hold.is_time() && hold.is_over()) {}
@@ -291,20 +275,8 @@ mod tests {
     }
 
     #[test]
-    fn a_driver_that_has_one_request_at_a_time_is_interrupted_for_each() {
-        let mut hold = Hold::new().unwrap();
-        (0..10_000).for_each(|_| assert!(hold.interrupts(1)));
-        hold.note_pipelined();
-        (0..1 << FIRST_PENALTY).for_each(|_| assert!(hold.interrupts(1)));
-        assert!(!hold.interrupts(1));
-        while !(hold.is_time() && hold.is_over()) {}
-        (0..10_000).for_each(|_| assert!(hold.interrupts(1), "it has waited"));
-    }
-
-    #[test]
     fn after_a_reset_nothing_is_held() {
         let mut hold = Hold::new().unwrap();
-        hold.note_pipelined();
         (0..1 << FIRST_PENALTY).for_each(|_| assert!(hold.interrupts(1)));
         assert!(!hold.interrupts(1));
         hold.forget();

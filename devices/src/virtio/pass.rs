@@ -60,11 +60,6 @@ impl VirtioCore {
     /// Ends a pass, unless its results are held. Returns the queues in which new chains are available, a bit each.
     fn end_pass(&mut self, memory: &Arc<dyn DmaMemory>) -> u64 {
         let count = self.queues.iter().map(Queue::unsignalled).fold(0, u16::saturating_add);
-        if let Some(hold) = &mut self.interrupt.hold
-            && self.queues.iter_mut().fold(false, |any, queue| queue.take_pipelined() | any)
-        {
-            hold.note_pipelined();
-        }
         let hold = self.interrupt.hold.as_mut().filter(|_| count > 0);
         if hold.is_none_or(|hold| hold.interrupts(count)) { self.signal(memory) } else { 0 }
     }

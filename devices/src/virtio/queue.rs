@@ -83,11 +83,8 @@ pub(super) struct Queue {
 struct Active {
     ring: Ring,
     tables: Tables,
-    /// One bit per head, set while it is in flight, and their number.
+    /// One bit per head, set while it is in flight.
     in_flight: Box<[u64]>,
-    outstanding: u16,
-    /// There were several of them at once since the last call of [`Queue::take_pipelined`].
-    is_pipelined: bool,
     /// The used index at the last decision on an interrupt.
     signalled: u16,
     /// The last `pop` found no chain: notifications have to be enabled.
@@ -155,8 +152,6 @@ impl Queue {
             ring,
             tables,
             in_flight: vec![0; words].into(),
-            outstanding: 0,
-            is_pipelined: false,
             signalled: 0,
             is_drained: false,
         });
@@ -270,12 +265,6 @@ impl Queue {
         active.ring.enable_notification(memory).unwrap_or(false)
     }
 
-    /// True if the driver has made a chain available without waiting for the one before, since the last call.
-    pub(super) fn take_pipelined(&mut self) -> bool {
-        let active = self.active.as_mut();
-        active.is_some_and(|active| std::mem::take(&mut active.is_pipelined))
-    }
-
     /// Number of chains returned since the last call of [`wants_interrupt`](Self::wants_interrupt).
     pub(super) fn unsignalled(&self) -> u16 {
         self.active
@@ -346,8 +335,6 @@ impl Active {
             return Err(RingError::Twice);
         }
         *word |= bit;
-        self.outstanding = self.outstanding.saturating_add(1);
-        self.is_pipelined |= self.outstanding > 1;
         Ok(())
     }
 
@@ -355,7 +342,6 @@ impl Active {
         if let Some(word) = self.in_flight.get_mut(usize::from(head / 64)) {
             *word &= !(1 << (head % 64));
         }
-        self.outstanding = self.outstanding.saturating_sub(1);
     }
 
     fn complete(&mut self, memory: &GuestMemoryMmap, head: u16, written: u32) {

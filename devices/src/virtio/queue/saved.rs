@@ -89,17 +89,7 @@ impl Queue {
 
 impl Active {
     fn save(&self, position: Option<u16>) -> RingState {
-        let Self {
-            ring: _,
-            tables,
-            in_flight: _,
-            // Follows from the chains in flight.
-            outstanding: _,
-            // Only affects the time of interrupts.
-            is_pipelined: _,
-            signalled,
-            is_drained: _,
-        } = self;
+        let Self { ring: _, tables, in_flight: _, signalled, is_drained: _ } = self;
         let (next_available, next_used) = self.position();
         RingState {
             next_available: position.unwrap_or(next_available),
