@@ -11,9 +11,8 @@ use crate::memory;
 const GUEST_START: Duration = Duration::from_secs(2);
 
 /// Interval of the checks for events of devices and clients, and the number of them without an event after which rvmm frees the memory
-/// of its own code. Loading it again costs some three million instructions when the devices are used next, so this is not done in the
-/// pauses of a guest that works. Only memory use depends on it. There are checks only after events: an idle machine wakes up for
-/// nothing.
+/// of its own code. It is loaded again when the devices are used next, so this is not done in the short pauses of a guest that works.
+/// Only memory use depends on it. There are checks only after events: an idle machine wakes up for nothing.
 const IDLE_CHECK: Duration = Duration::from_millis(250);
 const IDLE_CHECKS: u8 = 6;
 
