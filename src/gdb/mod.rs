@@ -17,7 +17,7 @@
 //!
 //! # Threads
 //!
-//! A hart that executes an `ebreak` asks the context, which it finds in its [`crate::vcpu::World`]. If the debugger inserted the
+//! A hart that executes an `ebreak` asks the context, which it finds in its [`crate::vcpu::MachineContext`]. If the debugger inserted the
 //! `ebreak`, the hart records its stop there, holds all harts, wakes the thread `gdb` and waits as in a pause. That thread reaches
 //! the registers of waiting harts with [`crate::vcpu::Control::run_on`] and changes memory only while all harts wait. So a hart
 //! has no overhead without a debugger, and with one only at an `ebreak`.

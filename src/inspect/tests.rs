@@ -15,7 +15,7 @@ use super::{
 use crate::config::Unassigned;
 use crate::io_loop::{IoLoop, IoThread};
 use crate::trace::DeviceMap;
-use crate::vcpu::testing::{RAM, UART, world};
+use crate::vcpu::testing::{RAM, UART, context};
 
 struct Echo;
 
@@ -89,13 +89,13 @@ fn clients_are_limited_and_a_slot_is_free_after_a_disconnect() {
 }
 
 /// Entries of page tables at the start of RAM: root, second and last table, a page each.
-fn tables(entries: &[(u64, u64)]) -> (crate::vcpu::World, DeviceMap) {
-    let (world, _) = world(Unassigned::Zero);
+fn tables(entries: &[(u64, u64)]) -> (crate::vcpu::MachineContext, DeviceMap) {
+    let (context, _) = context(Unassigned::Zero);
     for (at, entry) in entries {
-        world.ram.write(RAM.base + at, &entry.to_le_bytes()).unwrap();
+        context.ram.write(RAM.base + at, &entry.to_le_bytes()).unwrap();
     }
-    let places = DeviceMap::of(&world.bus);
-    (world, places)
+    let places = DeviceMap::of(&context.bus);
+    (context, places)
 }
 
 const SATP: u64 = 8 << 60 | RAM.base >> 12;
@@ -108,7 +108,7 @@ fn entry(addr: u64, flags: u64) -> u64 {
 #[test]
 fn a_walk_shows_every_entry_and_where_it_ends() {
     let base = RAM.base;
-    let (world, places) = tables(&[
+    let (context, places) = tables(&[
         (0, entry(base + 0x1000, 1)),
         (0x1000, entry(base + 0x2000, 1)),
         (0x2000, entry(base + 0x5000, 0xcf)),
@@ -121,7 +121,7 @@ fn a_walk_shows_every_entry_and_where_it_ends() {
     ]);
     let walk = |address| {
         let stages = Stages {
-            ram: &world.ram,
+            ram: &context.ram,
             shim: Some((1, 0x1000)),
             places: &places,
             address_bits: Some(59),
@@ -155,9 +155,9 @@ fn a_walk_shows_every_entry_and_where_it_ends() {
 
 #[test]
 fn without_translation_only_the_second_stage_is_left() {
-    let (world, places) = tables(&[]);
+    let (context, places) = tables(&[]);
     let stages = Stages {
-        ram: &world.ram,
+        ram: &context.ram,
         shim: Some((1, 0x1000)),
         places: &places,
         address_bits: Some(41),

@@ -28,7 +28,7 @@ use crate::vcpu::hart::{Csr, Hart, Reg};
 use crate::vcpu::observer::{ExitObserver, ObservedHart};
 use crate::vcpu::restarts::{self, Restarts};
 use crate::vcpu::stop::StopReason;
-use crate::vcpu::{Control, Debugger, World};
+use crate::vcpu::{Control, Debugger, MachineContext};
 
 /// The parts of a machine that stay when the guest is reset.
 ///
@@ -48,7 +48,7 @@ pub(super) struct Board {
 /// One run of the guest, from reset to stop.
 pub(super) struct Run {
     pub(super) harts: Vec<Box<dyn Hart>>,
-    pub(super) world: Arc<World>,
+    pub(super) context: Arc<MachineContext>,
     /// The state that a debugger shares with the harts, where one is configured.
     pub(super) debug_context: Option<Arc<gdb::DebugContext>>,
 }
@@ -151,25 +151,25 @@ impl Board {
         let firmware = firmware::wire(&stage, &mut harts, &start.code, &mut self.shim)?;
         let uart = layout::span("serial")?.base;
         let (bus, ram) = (Arc::clone(&self.bus), Arc::clone(&self.ram));
-        let mut world = World::new(bus, ram, config.unassigned, Some(uart));
-        world.firmware = firmware;
-        world.timebase_hz = cpu.timebase_hz;
-        world.restarts =
+        let mut context = MachineContext::new(bus, ram, config.unassigned, Some(uart));
+        context.firmware = firmware;
+        context.timebase_hz = cpu.timebase_hz;
+        context.restarts =
             watch_starts(&self.vm, harts.len(), self.irqchip, opens_counters, &self.control)?;
-        let ebreaks = world.firmware.is_some();
+        let ebreaks = context.firmware.is_some();
         let debug_context = config
             .gdb
             .as_ref()
             .map(|_| create_debug_context(&self.control, &self.ram, &self.vm, ebreaks))
             .transpose()?;
-        world.debugger =
+        context.debugger =
             debug_context.clone().map(|debug_context| debug_context as Arc<dyn Debugger>);
         if let Some(observer) = &backends.observer {
             let observed =
                 |hart| Box::new(ObservedHart::new(hart, Arc::clone(observer))) as Box<dyn Hart>;
             harts = harts.into_iter().map(observed).collect();
         }
-        Ok(Run { harts, world: Arc::new(world), debug_context })
+        Ok(Run { harts, context: Arc::new(context), debug_context })
     }
 }
 

@@ -46,7 +46,7 @@ pub(super) fn wire(
 ) -> Result<Option<Firmware>, Error> {
     let config = stage.config;
     let is_bare = config.cpus.mode == StartMode::User || !config.cpus.csrs.is_empty();
-    let patches = plant(stage, code)?;
+    let patches = patch(stage, code)?;
     let is_timed = config.timer == TimerChoice::User;
     if !is_bare && patches.count() == 0 && !is_timed {
         return Ok(None);
@@ -84,7 +84,7 @@ pub(super) fn wire(
 }
 
 /// Replaces the guest's calls that the kernel does not answer with breakpoints.
-fn plant(stage: &Stage<'_>, code: &[Code]) -> Result<Patches, Error> {
+fn patch(stage: &Stage<'_>, code: &[Code]) -> Result<Patches, Error> {
     let choice = stage.config.sbi_v01;
     if choice == SbiV01::Kernel && !kernel_has_v01(stage.host)? {
         return Err(Error::Config(
@@ -117,9 +117,9 @@ fn plant(stage: &Stage<'_>, code: &[Code]) -> Result<Patches, Error> {
     };
     let (vm, wanted) = (Arc::clone(stage.vm), Wanted { v01, timer });
     let gives_up = choice == SbiV01::Auto && !timer;
-    let mut planted = Patches::new(wanted, gives_up, Box::new(move || vm.code_changed()));
+    let mut patches = Patches::new(wanted, gives_up, Box::new(move || vm.code_changed()));
     for Call { base, around, site } in found {
-        if !planted.plant(stage.ram, base, &around, site).map_err(memory)? {
+        if !patches.insert(stage.ram, base, &around, site).map_err(memory)? {
             log::warn!(
                 "The guest's code has more than {} calls: the others are not patched (--sbi-v01, --timer)",
                 patches::MOST
@@ -127,15 +127,15 @@ fn plant(stage: &Stage<'_>, code: &[Code]) -> Result<Patches, Error> {
             break;
         }
     }
-    if planted.count() > 0 {
+    if patches.count() > 0 {
         log::info!(
             "Replaced {} calls of the guest with breakpoints (--sbi-v01, --timer)",
-            planted.count()
+            patches.count()
         );
     } else {
         warn_nothing_found(choice == SbiV01::Patch, timer);
     }
-    Ok(planted)
+    Ok(patches)
 }
 
 /// Warns of options that have no effect.

@@ -76,8 +76,8 @@ impl Machine {
         };
         let places = DeviceMap::of(&self.board.bus);
         let address_bits = vm.address_bits();
-        let shim = run.world.firmware.is_some().then_some((SHIM_SLOT, shim::PAGE));
-        let stages = Stages { ram: &run.world.ram, shim, places: &places, address_bits };
+        let shim = run.context.firmware.is_some().then_some((SHIM_SLOT, shim::PAGE));
+        let stages = Stages { ram: &run.context.ram, shim, places: &places, address_bits };
         Reply::Walk(Walk::of(stages, hart, satp, address))
     }
 

@@ -25,7 +25,7 @@ impl Machine {
     pub(crate) fn begin(&mut self) -> Result<(), Error> {
         let Some(run) = &mut self.run else { return Ok(()) };
         let harts = mem::take(&mut run.harts);
-        let (world, debug_context) = (Arc::clone(&run.world), run.debug_context.take());
+        let (context, debug_context) = (Arc::clone(&run.context), run.debug_context.take());
         self.counters = self.board.vm.counters();
         self.upkeep = Upkeep::of_run(self.board.vm.as_ref(), self.owns_process);
         match &self.io {
@@ -34,7 +34,7 @@ impl Machine {
         }
         for hart in harts {
             let what = format!("start hart {}", hart.id());
-            match self.start_hart(hart, &world) {
+            match self.start_hart(hart, &context) {
                 Ok(thread) => self.threads.push(thread),
                 Err(error) => {
                     self.failure = Some(host_error(&what, error));
@@ -43,7 +43,7 @@ impl Machine {
                 }
             }
         }
-        drop(world);
+        drop(context);
         if let (Some(server), Some(context)) = (&self.debugger, debug_context) {
             server.begin(context);
         }
@@ -80,14 +80,15 @@ impl Machine {
     fn start_hart(
         &self,
         hart: Box<dyn Hart>,
-        world: &Arc<crate::vcpu::World>,
+        context: &Arc<crate::vcpu::MachineContext>,
     ) -> io::Result<JoinHandle<()>> {
-        let (id, world, control) = (hart.id(), Arc::clone(world), Arc::clone(&self.board.control));
+        let (id, context, control) =
+            (hart.id(), Arc::clone(context), Arc::clone(&self.board.control));
         let affinity = &self.config.cpus.affinity;
         let pinned = affinity.iter().find(|(hart, _)| *hart == id).map(|(_, cpu)| *cpu);
         match self.trace.as_ref().and_then(|trace| trace.recorder(id)) {
-            None => spawn_hart(hart, world, control, pinned, Unrecorded),
-            Some(recorder) => spawn_hart(hart, world, control, pinned, recorder),
+            None => spawn_hart(hart, context, control, pinned, Unrecorded),
+            Some(recorder) => spawn_hart(hart, context, control, pinned, recorder),
         }
     }
 

@@ -11,7 +11,7 @@ use super::register::SP;
 
 /// Load or store, as trap causes distinguish them: everything but a pure load is a store or AMO.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum AccessKind {
     /// A load.
     Load,
     /// A store or AMO.
@@ -22,7 +22,7 @@ pub enum Kind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Operand {
     /// Load or store.
-    pub kind: Kind,
+    pub kind: AccessKind,
     /// Number of the base register.
     pub base: u8,
     /// Added to the base, with wrap-around.
@@ -47,16 +47,16 @@ fn full(word: u32) -> Option<Operand> {
     let funct3 = funct3(word);
     let of = |kind, offset, size| Some(Operand { kind, base: rs1(word), offset, size });
     match opcode(word) {
-        opcode::LOAD if funct3 < 7 => of(Kind::Load, imm_i(word), 1 << (funct3 & 3)),
-        opcode::STORE if funct3 < 4 => of(Kind::Store, imm_s(word), 1 << funct3),
-        opcode::LOAD_FP if is_vector(funct3) => of(Kind::Load, 0, 1),
-        opcode::LOAD_FP => of(Kind::Load, imm_i(word), 1 << funct3),
-        opcode::STORE_FP if is_vector(funct3) => of(Kind::Store, 0, 1),
-        opcode::STORE_FP => of(Kind::Store, imm_s(word), 1 << funct3),
+        opcode::LOAD if funct3 < 7 => of(AccessKind::Load, imm_i(word), 1 << (funct3 & 3)),
+        opcode::STORE if funct3 < 4 => of(AccessKind::Store, imm_s(word), 1 << funct3),
+        opcode::LOAD_FP if is_vector(funct3) => of(AccessKind::Load, 0, 1),
+        opcode::LOAD_FP => of(AccessKind::Load, imm_i(word), 1 << funct3),
+        opcode::STORE_FP if is_vector(funct3) => of(AccessKind::Store, 0, 1),
+        opcode::STORE_FP => of(AccessKind::Store, imm_s(word), 1 << funct3),
         opcode::AMO if funct3 < 5 => of(atomic(word)?, 0, 1),
         // cbo.inval, cbo.clean, cbo.flush, cbo.zero; prefetches are hints elsewhere and never fault.
         opcode::MISC_MEM if funct3 == 2 && matches!(word >> 20, 0 | 1 | 2 | 4) => {
-            of(Kind::Store, 0, 1)
+            of(AccessKind::Store, 0, 1)
         }
         _ => None,
     }
@@ -68,11 +68,11 @@ fn is_vector(funct3: u32) -> bool {
 }
 
 /// LR and the load-acquires of Zalasr are loads; everything else with this opcode is a store.
-fn atomic(word: u32) -> Option<Kind> {
+fn atomic(word: u32) -> Option<AccessKind> {
     match funct5(word) {
-        0b00010 | 0b00110 => Some(Kind::Load),
+        0b00010 | 0b00110 => Some(AccessKind::Load),
         0b00000 | 0b00001 | 0b00011 | 0b00100 | 0b00101 | 0b00111 | 0b01000 | 0b01001 | 0b01100
-        | 0b10000 | 0b10100 | 0b11000 | 0b11100 => Some(Kind::Store),
+        | 0b10000 | 0b10100 | 0b11000 | 0b11100 => Some(AccessKind::Store),
         _ => None,
     }
 }
@@ -84,17 +84,17 @@ fn compressed(word: u32) -> Option<Operand> {
     let byte_offset = bits(word, 6, 1) | bits(word, 5, 1) << 1;
     let half_offset = bits(word, 5, 1) << 1;
     let (kind, offset, size) = match c_funct3(word) {
-        0b001 | 0b011 => (Kind::Load, double_offset, 8),
-        0b010 => (Kind::Load, word_offset, 4),
+        0b001 | 0b011 => (AccessKind::Load, double_offset, 8),
+        0b010 => (AccessKind::Load, word_offset, 4),
         0b100 => match bits(word, 10, 3) {
-            0b000 => (Kind::Load, byte_offset, 1),
-            0b001 => (Kind::Load, half_offset, 2),
-            0b010 => (Kind::Store, byte_offset, 1),
-            0b011 if bits(word, 6, 1) == 0 => (Kind::Store, half_offset, 2),
+            0b000 => (AccessKind::Load, byte_offset, 1),
+            0b001 => (AccessKind::Load, half_offset, 2),
+            0b010 => (AccessKind::Store, byte_offset, 1),
+            0b011 if bits(word, 6, 1) == 0 => (AccessKind::Store, half_offset, 2),
             _ => return None,
         },
-        0b101 | 0b111 => (Kind::Store, double_offset, 8),
-        0b110 => (Kind::Store, word_offset, 4),
+        0b101 | 0b111 => (AccessKind::Store, double_offset, 8),
+        0b110 => (AccessKind::Store, word_offset, 4),
         _ => return None,
     };
     Some(Operand { kind, base: c_rs1_short(word), offset: i64::from(offset), size })
@@ -107,11 +107,11 @@ fn stack(word: u32) -> Option<Operand> {
     let store_double = bits(word, 10, 3) << 3 | bits(word, 7, 3) << 6;
     let store_word = bits(word, 9, 4) << 2 | bits(word, 7, 2) << 6;
     let (kind, offset, size) = match c_funct3(word) {
-        0b001 => (Kind::Load, load_double, 8),
-        0b010 if rd(word) != 0 => (Kind::Load, load_word, 4),
-        0b011 if rd(word) != 0 => (Kind::Load, load_double, 8),
-        0b101 | 0b111 => (Kind::Store, store_double, 8),
-        0b110 => (Kind::Store, store_word, 4),
+        0b001 => (AccessKind::Load, load_double, 8),
+        0b010 if rd(word) != 0 => (AccessKind::Load, load_word, 4),
+        0b011 if rd(word) != 0 => (AccessKind::Load, load_double, 8),
+        0b101 | 0b111 => (AccessKind::Store, store_double, 8),
+        0b110 => (AccessKind::Store, store_word, 4),
         _ => return None,
     };
     Some(Operand { kind, base: SP, offset: i64::from(offset), size })
@@ -125,98 +125,98 @@ mod tests {
     use super::*;
 
     #[track_caller]
-    fn check(word: u32, kind: Kind, base: u8, offset: i64, size: u8) {
+    fn check(word: u32, kind: AccessKind, base: u8, offset: i64, size: u8) {
         assert_eq!(decode(word), Some(Operand { kind, base, offset, size }), "{word:#x}");
     }
 
     #[test]
     fn integer_loads_and_stores_give_their_address() {
-        check(0xffd5_8503, Kind::Load, 11, -3, 1); // lb a0,-3(a1)
-        check(0x7ff9_5283, Kind::Load, 18, 2047, 2); // lhu t0,2047(s2)
-        check(0x800f_6f83, Kind::Load, 30, -2048, 4); // lwu t6,-2048(t5)
-        check(0xfea5_8ea3, Kind::Store, 11, -3, 1); // sb a0,-3(a1)
-        check(0x7e59_1fa3, Kind::Store, 18, 2047, 2); // sh t0,2047(s2)
-        check(0x81ff_2023, Kind::Store, 30, -2048, 4); // sw t6,-2048(t5)
+        check(0xffd5_8503, AccessKind::Load, 11, -3, 1); // lb a0,-3(a1)
+        check(0x7ff9_5283, AccessKind::Load, 18, 2047, 2); // lhu t0,2047(s2)
+        check(0x800f_6f83, AccessKind::Load, 30, -2048, 4); // lwu t6,-2048(t5)
+        check(0xfea5_8ea3, AccessKind::Store, 11, -3, 1); // sb a0,-3(a1)
+        check(0x7e59_1fa3, AccessKind::Store, 18, 2047, 2); // sh t0,2047(s2)
+        check(0x81ff_2023, AccessKind::Store, 30, -2048, 4); // sw t6,-2048(t5)
     }
 
     #[test]
     fn floating_point_loads_and_stores_give_their_address() {
-        check(0xffc5_a507, Kind::Load, 11, -4, 4); // flw fa0,-4(a1)
-        check(0x0025_9507, Kind::Load, 11, 2, 2); // flh fa0,2(a1)
-        check(0xfea5_ae27, Kind::Store, 11, -4, 4); // fsw fa0,-4(a1)
-        check(0x7ea5_bc27, Kind::Store, 11, 2040, 8); // fsd fa0,2040(a1)
-        check(0xfea5_9f27, Kind::Store, 11, -2, 2); // fsh fa0,-2(a1)
+        check(0xffc5_a507, AccessKind::Load, 11, -4, 4); // flw fa0,-4(a1)
+        check(0x0025_9507, AccessKind::Load, 11, 2, 2); // flh fa0,2(a1)
+        check(0xfea5_ae27, AccessKind::Store, 11, -4, 4); // fsw fa0,-4(a1)
+        check(0x7ea5_bc27, AccessKind::Store, 11, 2040, 8); // fsd fa0,2040(a1)
+        check(0xfea5_9f27, AccessKind::Store, 11, -2, 2); // fsh fa0,-2(a1)
     }
 
     #[test]
     fn load_reserved_loads_and_every_other_atomic_stores() {
-        check(0x1005_a52f, Kind::Load, 11, 0, 1); // lr.w a0,(a1)
-        check(0x1606_b52f, Kind::Load, 13, 0, 1); // lr.d.aqrl a0,(a3)
-        check(0x18c5_a52f, Kind::Store, 11, 0, 1); // sc.w a0,a2,(a1)
-        check(0x18c5_b52f, Kind::Store, 11, 0, 1); // sc.d a0,a2,(a1)
-        check(0x00c5_a52f, Kind::Store, 11, 0, 1); // amoadd.w a0,a2,(a1)
-        check(0x0ecf_b52f, Kind::Store, 31, 0, 1); // amoswap.d.aqrl a0,a2,(t6)
-        check(0xe0c5_a52f, Kind::Store, 11, 0, 1); // amomaxu.w a0,a2,(a1)
-        check(0x60c5_b52f, Kind::Store, 11, 0, 1); // amoand.d a0,a2,(a1)
-        check(0x28c5_a52f, Kind::Store, 11, 0, 1); // amocas.w a0,a2,(a1)
-        check(0x28c5_c52f, Kind::Store, 11, 0, 1); // amocas.q a0,a2,(a1)
-        check(0x00c5_852f, Kind::Store, 11, 0, 1); // amoadd.b a0,a2,(a1)
-        check(0x08c5_952f, Kind::Store, 11, 0, 1); // amoswap.h a0,a2,(a1)
+        check(0x1005_a52f, AccessKind::Load, 11, 0, 1); // lr.w a0,(a1)
+        check(0x1606_b52f, AccessKind::Load, 13, 0, 1); // lr.d.aqrl a0,(a3)
+        check(0x18c5_a52f, AccessKind::Store, 11, 0, 1); // sc.w a0,a2,(a1)
+        check(0x18c5_b52f, AccessKind::Store, 11, 0, 1); // sc.d a0,a2,(a1)
+        check(0x00c5_a52f, AccessKind::Store, 11, 0, 1); // amoadd.w a0,a2,(a1)
+        check(0x0ecf_b52f, AccessKind::Store, 31, 0, 1); // amoswap.d.aqrl a0,a2,(t6)
+        check(0xe0c5_a52f, AccessKind::Store, 11, 0, 1); // amomaxu.w a0,a2,(a1)
+        check(0x60c5_b52f, AccessKind::Store, 11, 0, 1); // amoand.d a0,a2,(a1)
+        check(0x28c5_a52f, AccessKind::Store, 11, 0, 1); // amocas.w a0,a2,(a1)
+        check(0x28c5_c52f, AccessKind::Store, 11, 0, 1); // amocas.q a0,a2,(a1)
+        check(0x00c5_852f, AccessKind::Store, 11, 0, 1); // amoadd.b a0,a2,(a1)
+        check(0x08c5_952f, AccessKind::Store, 11, 0, 1); // amoswap.h a0,a2,(a1)
     }
 
     #[test]
     fn vector_accesses_begin_at_their_base() {
-        check(0x0205_8087, Kind::Load, 11, 0, 1); // vle8.v v1,(a1)
-        check(0x0205_f087, Kind::Load, 11, 0, 1); // vle64.v v1,(a1)
-        check(0x0ac5_e087, Kind::Load, 11, 0, 1); // vlse32.v v1,(a1),a2
-        check(0x0625_d087, Kind::Load, 11, 0, 1); // vluxei16.v v1,(a1),v2
-        check(0x6285_e207, Kind::Load, 11, 0, 1); // vl4re32.v v4,(a1)
-        check(0x0205_80a7, Kind::Store, 11, 0, 1); // vse8.v v1,(a1)
-        check(0x0ac5_f0a7, Kind::Store, 11, 0, 1); // vsse64.v v1,(a1),a2
-        check(0xe282_8427, Kind::Store, 5, 0, 1); // vs8r.v v8,(t0)
+        check(0x0205_8087, AccessKind::Load, 11, 0, 1); // vle8.v v1,(a1)
+        check(0x0205_f087, AccessKind::Load, 11, 0, 1); // vle64.v v1,(a1)
+        check(0x0ac5_e087, AccessKind::Load, 11, 0, 1); // vlse32.v v1,(a1),a2
+        check(0x0625_d087, AccessKind::Load, 11, 0, 1); // vluxei16.v v1,(a1),v2
+        check(0x6285_e207, AccessKind::Load, 11, 0, 1); // vl4re32.v v4,(a1)
+        check(0x0205_80a7, AccessKind::Store, 11, 0, 1); // vse8.v v1,(a1)
+        check(0x0ac5_f0a7, AccessKind::Store, 11, 0, 1); // vsse64.v v1,(a1),a2
+        check(0xe282_8427, AccessKind::Store, 5, 0, 1); // vs8r.v v8,(t0)
     }
 
     #[test]
     fn cache_block_operations_store() {
-        check(0x0045_a00f, Kind::Store, 11, 0, 1); // cbo.zero (a1)
-        check(0x0005_a00f, Kind::Store, 11, 0, 1); // cbo.inval (a1)
-        check(0x0015_a00f, Kind::Store, 11, 0, 1); // cbo.clean (a1)
-        check(0x0025_a00f, Kind::Store, 11, 0, 1); // cbo.flush (a1)
+        check(0x0045_a00f, AccessKind::Store, 11, 0, 1); // cbo.zero (a1)
+        check(0x0005_a00f, AccessKind::Store, 11, 0, 1); // cbo.inval (a1)
+        check(0x0015_a00f, AccessKind::Store, 11, 0, 1); // cbo.clean (a1)
+        check(0x0025_a00f, AccessKind::Store, 11, 0, 1); // cbo.flush (a1)
     }
 
     #[test]
     fn compressed_loads_and_stores_give_their_address() {
-        check(0x5de8, Kind::Load, 11, 124, 4); // c.lw a0,124(a1)
-        check(0x405c, Kind::Load, 8, 4, 4); // c.lw a5,4(s0)
-        check(0x7de8, Kind::Load, 11, 248, 8); // c.ld a0,248(a1)
-        check(0x63a4, Kind::Load, 15, 64, 8); // c.ld s1,64(a5)
-        check(0x3de8, Kind::Load, 11, 248, 8); // c.fld fa0,248(a1)
-        check(0x2480, Kind::Load, 9, 8, 8); // c.fld fs0,8(s1)
-        check(0xdde8, Kind::Store, 11, 124, 4); // c.sw a0,124(a1)
-        check(0xc3a0, Kind::Store, 15, 64, 4); // c.sw s0,64(a5)
-        check(0xfde8, Kind::Store, 11, 248, 8); // c.sd a0,248(a1)
-        check(0xbde8, Kind::Store, 11, 248, 8); // c.fsd fa0,248(a1)
-        check(0x81e8, Kind::Load, 11, 3, 1); // c.lbu a0,3(a1)
-        check(0x85a8, Kind::Load, 11, 2, 2); // c.lhu a0,2(a1)
-        check(0x85e8, Kind::Load, 11, 2, 2); // c.lh a0,2(a1)
-        check(0x89c8, Kind::Store, 11, 1, 1); // c.sb a0,1(a1)
-        check(0x8da8, Kind::Store, 11, 2, 2); // c.sh a0,2(a1)
+        check(0x5de8, AccessKind::Load, 11, 124, 4); // c.lw a0,124(a1)
+        check(0x405c, AccessKind::Load, 8, 4, 4); // c.lw a5,4(s0)
+        check(0x7de8, AccessKind::Load, 11, 248, 8); // c.ld a0,248(a1)
+        check(0x63a4, AccessKind::Load, 15, 64, 8); // c.ld s1,64(a5)
+        check(0x3de8, AccessKind::Load, 11, 248, 8); // c.fld fa0,248(a1)
+        check(0x2480, AccessKind::Load, 9, 8, 8); // c.fld fs0,8(s1)
+        check(0xdde8, AccessKind::Store, 11, 124, 4); // c.sw a0,124(a1)
+        check(0xc3a0, AccessKind::Store, 15, 64, 4); // c.sw s0,64(a5)
+        check(0xfde8, AccessKind::Store, 11, 248, 8); // c.sd a0,248(a1)
+        check(0xbde8, AccessKind::Store, 11, 248, 8); // c.fsd fa0,248(a1)
+        check(0x81e8, AccessKind::Load, 11, 3, 1); // c.lbu a0,3(a1)
+        check(0x85a8, AccessKind::Load, 11, 2, 2); // c.lhu a0,2(a1)
+        check(0x85e8, AccessKind::Load, 11, 2, 2); // c.lh a0,2(a1)
+        check(0x89c8, AccessKind::Store, 11, 1, 1); // c.sb a0,1(a1)
+        check(0x8da8, AccessKind::Store, 11, 2, 2); // c.sh a0,2(a1)
     }
 
     #[test]
     fn stack_relative_loads_and_stores_give_their_address() {
-        check(0x557e, Kind::Load, 2, 252, 4); // c.lwsp a0,252(sp)
-        check(0x4092, Kind::Load, 2, 4, 4); // c.lwsp ra,4(sp)
-        check(0x757e, Kind::Load, 2, 504, 8); // c.ldsp a0,504(sp)
-        check(0x60a2, Kind::Load, 2, 8, 8); // c.ldsp ra,8(sp)
-        check(0x357e, Kind::Load, 2, 504, 8); // c.fldsp fa0,504(sp)
-        check(0x2506, Kind::Load, 2, 64, 8); // c.fldsp fa0,64(sp)
-        check(0xdfaa, Kind::Store, 2, 252, 4); // c.swsp a0,252(sp)
-        check(0xc0aa, Kind::Store, 2, 64, 4); // c.swsp a0,64(sp)
-        check(0xffaa, Kind::Store, 2, 504, 8); // c.sdsp a0,504(sp)
-        check(0xe0aa, Kind::Store, 2, 64, 8); // c.sdsp a0,64(sp)
-        check(0xbfaa, Kind::Store, 2, 504, 8); // c.fsdsp fa0,504(sp)
-        check(0xa42a, Kind::Store, 2, 8, 8); // c.fsdsp fa0,8(sp)
+        check(0x557e, AccessKind::Load, 2, 252, 4); // c.lwsp a0,252(sp)
+        check(0x4092, AccessKind::Load, 2, 4, 4); // c.lwsp ra,4(sp)
+        check(0x757e, AccessKind::Load, 2, 504, 8); // c.ldsp a0,504(sp)
+        check(0x60a2, AccessKind::Load, 2, 8, 8); // c.ldsp ra,8(sp)
+        check(0x357e, AccessKind::Load, 2, 504, 8); // c.fldsp fa0,504(sp)
+        check(0x2506, AccessKind::Load, 2, 64, 8); // c.fldsp fa0,64(sp)
+        check(0xdfaa, AccessKind::Store, 2, 252, 4); // c.swsp a0,252(sp)
+        check(0xc0aa, AccessKind::Store, 2, 64, 4); // c.swsp a0,64(sp)
+        check(0xffaa, AccessKind::Store, 2, 504, 8); // c.sdsp a0,504(sp)
+        check(0xe0aa, AccessKind::Store, 2, 64, 8); // c.sdsp a0,64(sp)
+        check(0xbfaa, AccessKind::Store, 2, 504, 8); // c.fsdsp fa0,504(sp)
+        check(0xa42a, AccessKind::Store, 2, 8, 8); // c.fsdsp fa0,8(sp)
     }
 
     #[test]

@@ -6,7 +6,7 @@
 use std::fmt::Write;
 
 use super::names::{DeviceMap, Subject};
-use super::record::{Kind, Record};
+use super::record::{ExitKind, Record};
 use crate::config::TraceFormat;
 use crate::vcpu::record::Ticks;
 
@@ -137,7 +137,7 @@ fn fields(out: &mut String, record: &Record, subject: &Subject<'_>) {
     let Record { kind, width, outcome, a, b, c, d, pc, .. } = *record;
     let _ = write!(out, r#","kind":"{}","what":"{subject}""#, kind.name());
     let _ = match kind {
-        Kind::MmioRead | Kind::MmioWrite => {
+        ExitKind::MmioRead | ExitKind::MmioWrite => {
             if let Some(device) = subject.device() {
                 let _ = write!(out, r#","device":"{device}""#);
             }
@@ -146,21 +146,21 @@ fn fields(out: &mut String, record: &Record, subject: &Subject<'_>) {
             }
             write!(out, r#","addr":"{a:#x}","width":{width},"value":"{b:#x}""#)
         }
-        Kind::Sbi => {
+        ExitKind::Sbi => {
             write!(
                 out,
                 r#","extension":"{a:#x}","function":"{b:#x}","a0":"{c:#x}","error":{}"#,
                 d.cast_signed()
             )
         }
-        Kind::Csr => {
+        ExitKind::Csr => {
             write!(
                 out,
                 r#","csr":"{a:#x}","new_value":"{b:#x}","write_mask":"{c:#x}","value":"{d:#x}""#
             )
         }
-        Kind::System | Kind::Fault => write!(out, r#","value":"{b:#x}""#),
-        Kind::Debug | Kind::Interrupted | Kind::Unknown => Ok(()),
+        ExitKind::System | ExitKind::Fault => write!(out, r#","value":"{b:#x}""#),
+        ExitKind::Debug | ExitKind::Interrupted | ExitKind::Unknown => Ok(()),
     };
     let _ = write!(out, r#","flow":"{outcome}""#);
     if let Some(pc) = pc {

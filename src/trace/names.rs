@@ -5,7 +5,7 @@ use std::fmt::{self, Display};
 
 use rvmm_devices::{Bus, RegisterName};
 
-use super::record::{Kind, Record};
+use super::record::{ExitKind, Record};
 use crate::riscv::{csr, sbi};
 
 /// A device's address range on the bus.
@@ -62,7 +62,7 @@ pub(super) struct Subject<'a> {
 
 impl<'a> Subject<'a> {
     pub(super) fn new(record: &'a Record, places: &'a DeviceMap) -> Self {
-        let is_access = matches!(record.kind, Kind::MmioRead | Kind::MmioWrite);
+        let is_access = matches!(record.kind, ExitKind::MmioRead | ExitKind::MmioWrite);
         Self { record, place: is_access.then(|| places.find(record.a)).flatten() }
     }
 
@@ -74,7 +74,7 @@ impl<'a> Subject<'a> {
     /// The register that was accessed.
     pub(super) fn register(&self) -> Option<&'static str> {
         let (place, offset) = self.place?;
-        (place.registers)(offset, self.record.kind == Kind::MmioWrite)
+        (place.registers)(offset, self.record.kind == ExitKind::MmioWrite)
     }
 }
 
@@ -82,29 +82,29 @@ impl Display for Subject<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Record { kind, a, b, .. } = *self.record;
         match kind {
-            Kind::MmioRead | Kind::MmioWrite => match (self.place, self.register()) {
+            ExitKind::MmioRead | ExitKind::MmioWrite => match (self.place, self.register()) {
                 (Some((place, _)), Some(register)) => write!(f, "{} {register}", place.label),
                 (Some((place, offset)), None) => write!(f, "{} +{offset:#x}", place.label),
                 (None, _) => f.write_str("no device"),
             },
-            Kind::Sbi => call(f, a, b),
-            Kind::Csr => match u16::try_from(a).ok().and_then(csr::name) {
+            ExitKind::Sbi => call(f, a, b),
+            ExitKind::Csr => match u16::try_from(a).ok().and_then(csr::name) {
                 Some(name) => f.write_str(name),
                 None => write!(f, "CSR {a:#x}"),
             },
-            Kind::System if a == 0 => f.write_str("shutdown"),
-            Kind::System if a == 1 => f.write_str("reset"),
-            Kind::System => write!(f, "event {b}"),
-            Kind::Debug => f.write_str("ebreak"),
-            Kind::Interrupted => f.write_str("kick"),
-            Kind::Fault => match a {
+            ExitKind::System if a == 0 => f.write_str("shutdown"),
+            ExitKind::System if a == 1 => f.write_str("reset"),
+            ExitKind::System => write!(f, "event {b}"),
+            ExitKind::Debug => f.write_str("ebreak"),
+            ExitKind::Interrupted => f.write_str("kick"),
+            ExitKind::Fault => match a {
                 0 => f.write_str("unemulated access"),
                 1 => f.write_str("misaligned access"),
                 2 => f.write_str("memory"),
                 3 => f.write_str("refused entry"),
                 _ => write!(f, "errno {b}"),
             },
-            Kind::Unknown => write!(f, "exit {a}"),
+            ExitKind::Unknown => write!(f, "exit {a}"),
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::vcpu::record::{Recorder, Ticks};
 /// The kind of an exit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
-pub(super) enum Kind {
+pub(super) enum ExitKind {
     MmioRead,
     MmioWrite,
     Sbi,
@@ -22,7 +22,7 @@ pub(super) enum Kind {
     Unknown,
 }
 
-impl Kind {
+impl ExitKind {
     pub(super) const ALL: [Self; 9] = [
         Self::MmioRead,
         Self::MmioWrite,
@@ -60,7 +60,7 @@ pub(super) struct Record {
     /// The times at which the hart left the guest and entered it again, in ticks.
     pub(super) left: u64,
     pub(super) entered: u64,
-    pub(super) kind: Kind,
+    pub(super) kind: ExitKind,
     /// Bytes of an access.
     pub(super) width: u8,
     pub(super) outcome: &'static str,
@@ -79,7 +79,7 @@ impl Record {
         Some(Self {
             left,
             entered,
-            kind: *Kind::ALL.get(usize::from(kind))?,
+            kind: *ExitKind::ALL.get(usize::from(kind))?,
             width,
             outcome: OUTCOMES.get(usize::from(outcome))?,
             a,
@@ -113,7 +113,7 @@ impl HartRecorder {
     }
 
     #[inline]
-    fn note(&mut self, kind: Kind, width: usize, outcome: u64, what: [u64; 4]) {
+    fn note(&mut self, kind: ExitKind, width: usize, outcome: u64, what: [u64; 4]) {
         let left = self.words[0];
         let meta = kind as u64 | (width as u64) << WIDTH | outcome << OUTCOME;
         let [a, b, c, d] = what;
@@ -126,15 +126,17 @@ impl HartRecorder {
     fn note_rare(&mut self, exit: &Exit<'_>, outcome: u64) {
         let (kind, what) = match exit {
             Exit::Csr(access) => {
-                (Kind::Csr, [access.csr, access.new_value, access.write_mask, *access.ret])
+                (ExitKind::Csr, [access.csr, access.new_value, access.write_mask, *access.ret])
             }
-            Exit::System(SystemEvent::Shutdown(reason)) => (Kind::System, [0, *reason, 0, 0]),
-            Exit::System(SystemEvent::Reset(reason)) => (Kind::System, [1, *reason, 0, 0]),
-            Exit::System(SystemEvent::Other(number)) => (Kind::System, [2, (*number).into(), 0, 0]),
-            Exit::Debug => (Kind::Debug, [0; 4]),
-            Exit::Interrupted => (Kind::Interrupted, [0; 4]),
-            Exit::Fault(fault) => (Kind::Fault, words_of(*fault)),
-            Exit::Unknown(number) => (Kind::Unknown, [(*number).into(), 0, 0, 0]),
+            Exit::System(SystemEvent::Shutdown(reason)) => (ExitKind::System, [0, *reason, 0, 0]),
+            Exit::System(SystemEvent::Reset(reason)) => (ExitKind::System, [1, *reason, 0, 0]),
+            Exit::System(SystemEvent::Other(number)) => {
+                (ExitKind::System, [2, (*number).into(), 0, 0])
+            }
+            Exit::Debug => (ExitKind::Debug, [0; 4]),
+            Exit::Interrupted => (ExitKind::Interrupted, [0; 4]),
+            Exit::Fault(fault) => (ExitKind::Fault, words_of(*fault)),
+            Exit::Unknown(number) => (ExitKind::Unknown, [(*number).into(), 0, 0, 0]),
             // The others are recorded in the fast path.
             Exit::MmioRead { .. } | Exit::MmioWrite { .. } | Exit::Sbi(_) => return,
         };
@@ -167,14 +169,14 @@ impl Recorder for HartRecorder {
         let outcome = number_of(flow);
         match exit {
             Exit::MmioRead { addr, data } => {
-                self.note(Kind::MmioRead, data.len(), outcome, [*addr, value(data), 0, 0]);
+                self.note(ExitKind::MmioRead, data.len(), outcome, [*addr, value(data), 0, 0]);
             }
             Exit::MmioWrite { addr, data } => {
-                self.note(Kind::MmioWrite, data.len(), outcome, [*addr, value(data), 0, 0]);
+                self.note(ExitKind::MmioWrite, data.len(), outcome, [*addr, value(data), 0, 0]);
             }
             Exit::Sbi(call) => {
                 let what = [call.extension, call.function, call.args[0], call.ret[0]];
-                self.note(Kind::Sbi, 0, outcome, what);
+                self.note(ExitKind::Sbi, 0, outcome, what);
             }
             rare => self.note_rare(rare, outcome),
         }

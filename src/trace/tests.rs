@@ -15,7 +15,7 @@ use crate::riscv::sbi::eid;
 use crate::vcpu::exit::SystemEvent;
 use crate::vcpu::hart::Reg;
 use crate::vcpu::record::Ticks;
-use crate::vcpu::testing::{NOWHERE, ScriptHart, Step, UART, world};
+use crate::vcpu::testing::{NOWHERE, ScriptHart, Step, UART, context};
 use crate::vcpu::{Control, spawn_hart};
 
 /// A counter of 10 MHz that advances by one tick at each read.
@@ -33,15 +33,15 @@ fn traced(config: &TraceConfig, script: &[Step]) -> String {
 
 /// Runs `script` with a trace, and returns the file and the result of the trace.
 fn run_script(config: &TraceConfig, script: &[Step]) -> (String, Result<(), Error>) {
-    let (world, _uart) = world(Unassigned::Zero);
-    let places = DeviceMap::of(&world.bus);
+    let (context, _uart) = context(Unassigned::Zero);
+    let places = DeviceMap::of(&context.bus);
     let plan = TracePlan { name: "web".into(), harts: 2, ticks: ticks(), places };
     let trace = Trace::start(config, plan).unwrap();
     let control = Arc::new(Control::new());
     control.start();
     let hart = Box::new(ScriptHart::new(1, script.to_vec()).with([(Reg::Pc, 0x8000_1234)]));
     let recorder = trace.recorder(1).unwrap();
-    let thread = spawn_hart(hart, Arc::new(world), Arc::clone(&control), None, recorder).unwrap();
+    let thread = spawn_hart(hart, Arc::new(context), Arc::clone(&control), None, recorder).unwrap();
     let _ = control.wait();
     thread.join().unwrap();
     let ended = trace.finish();

@@ -3,8 +3,8 @@
 use log::warn;
 use rustix::rand::{GetRandomFlags, getrandom};
 
+use super::context::{MachineContext, Notice};
 use super::exit::CsrAccess;
-use super::world::{Notice, World};
 use crate::riscv::csr;
 
 /// State ES16 of `seed` (Unprivileged specification, Zkr: two bits of state at the top, 16 bits of entropy at the bottom): the entropy is valid.
@@ -15,12 +15,12 @@ const WAIT: u64 = 0x4000_0000;
 /// Handles an access. An unknown register reads as zero and ignores writes: the kernel has already decided that
 /// the access is legal.
 #[cold]
-pub(super) fn handle(access: &mut CsrAccess<'_>, world: &World) {
+pub(super) fn handle(access: &mut CsrAccess<'_>, context: &MachineContext) {
     *access.ret = match u16::try_from(access.csr) {
         Ok(csr::SEED) => seed(),
         _ => {
             let csr = access.csr;
-            if world.is_first(Notice::UnknownCsr) {
+            if context.is_first(Notice::UnknownCsr) {
                 warn!(
                     "The guest uses CSR {csr:#x}, which this machine does not have: it reads as zero"
                 );

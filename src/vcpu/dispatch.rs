@@ -3,9 +3,9 @@
 use log::info;
 use rvmm_devices::{BusView, Claim};
 
+use super::context::MachineContext;
 use super::exit::{Exit, Fault, SystemEvent};
 use super::stop::StopReason;
-use super::world::World;
 use super::{csr, sbi};
 use crate::config::Unassigned;
 
@@ -56,24 +56,24 @@ pub enum UnresolvedExit {
 ///
 /// MMIO is the hot path: a lookup on the bus, the device's lock, the device. Everything rare is out of line.
 #[inline]
-pub fn dispatch(exit: &mut Exit<'_>, world: &World, bus: &mut BusView) -> Flow {
+pub fn dispatch(exit: &mut Exit<'_>, context: &MachineContext, bus: &mut BusView) -> Flow {
     let claim = match exit {
         Exit::MmioRead { addr, data } => bus.read(*addr, data),
         Exit::MmioWrite { addr, data } => bus.write(*addr, data),
-        _ => return dispatch_rare(exit, world),
+        _ => return dispatch_rare(exit, context),
     };
-    if claim == Claim::Unassigned { dispatch_rare(exit, world) } else { Flow::Resume }
+    if claim == Claim::Unassigned { dispatch_rare(exit, context) } else { Flow::Resume }
 }
 
 /// Handles everything but MMIO accesses to a device.
 #[inline(never)]
-fn dispatch_rare(exit: &mut Exit<'_>, world: &World) -> Flow {
+fn dispatch_rare(exit: &mut Exit<'_>, context: &MachineContext) -> Flow {
     match exit {
-        Exit::MmioRead { addr, .. } => unassigned(world, *addr, false),
-        Exit::MmioWrite { addr, .. } => unassigned(world, *addr, true),
-        Exit::Sbi(call) => sbi::handle(call, world),
+        Exit::MmioRead { addr, .. } => unassigned(context, *addr, false),
+        Exit::MmioWrite { addr, .. } => unassigned(context, *addr, true),
+        Exit::Sbi(call) => sbi::handle(call, context),
         Exit::Csr(access) => {
-            csr::handle(access, world);
+            csr::handle(access, context);
             Flow::Resume
         }
         Exit::Interrupted => Flow::Yield,
@@ -85,8 +85,8 @@ fn dispatch_rare(exit: &mut Exit<'_>, world: &World) -> Flow {
 }
 
 #[cold]
-fn unassigned(world: &World, addr: u64, write: bool) -> Flow {
-    match world.unassigned {
+fn unassigned(context: &MachineContext, addr: u64, write: bool) -> Flow {
+    match context.unassigned {
         Unassigned::Zero => Flow::Resume,
         Unassigned::Fault | Unassigned::Stop => {
             Flow::Resolve(UnresolvedExit::Unassigned { addr, write })

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `exit.rs` | [`exit::Exit`]: every reason for which a hart leaves the guest |
 //! | `hart.rs` | [`hart::Hart`]: the interface to KVM, and the kick that makes a hart leave the guest |
-//! | `world.rs` | [`World`]: state shared by all harts, needed to handle exits |
+//! | `context.rs` | [`MachineContext`]: state shared by all harts, needed to handle exits |
 //! | `dispatch.rs` | [`dispatch()`]: handles an exit, in one match |
 //! | `sbi.rs`, `csr.rs` | SBI calls and CSR accesses that the kernel leaves to user space |
 //! | `trap.rs` | the traps that hardware would raise and KVM does not: cause, and entry into the guest |
@@ -26,6 +26,7 @@
 //! that requests something of a hart changes the control and then kicks the hart. A hart that waits there runs the tasks of
 //! [`Control::run_on`].
 
+mod context;
 mod control;
 mod csr;
 mod dispatch;
@@ -45,10 +46,9 @@ pub(crate) mod testing;
 mod tests;
 mod trap;
 pub mod walk;
-mod world;
 
+pub use context::{Debugger, MachineContext};
 pub use control::{Control, Pause};
 pub use dispatch::{Flow, UnresolvedExit, dispatch};
 pub use dump::{dump, registers};
 pub use run::spawn_hart;
-pub use world::{Debugger, World};

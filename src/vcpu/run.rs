@@ -9,6 +9,7 @@ use std::time::Duration;
 use log::debug;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
+use super::context::MachineContext;
 use super::control::{Control, Order, Registration, WakeReason};
 use super::dispatch::{Flow, dispatch};
 use super::hart::{Csr, Hart, Reg};
@@ -16,7 +17,6 @@ use super::record::Recorder;
 use super::sbi;
 use super::stop::StopReason;
 use super::trap;
-use super::world::World;
 use crate::riscv::trap::interrupt;
 
 /// Stack of a hart's thread; its deepest call is a log line.
@@ -30,7 +30,7 @@ const STACK: usize = 256 << 10;
 /// The host has no thread left, has no such CPU, or cannot bind the hart; the message names the cause.
 pub fn spawn_hart(
     hart: Box<dyn Hart>,
-    world: Arc<World>,
+    context: Arc<MachineContext>,
     control: Arc<Control>,
     affinity: Option<u32>,
     recorder: impl Recorder,
@@ -43,7 +43,7 @@ pub fn spawn_hart(
         match begin(hart.as_mut(), &control, affinity) {
             Ok(registration) => {
                 let _ = report.send(Ok(()));
-                serve(hart, registration, &world, &control, recorder);
+                serve(hart, registration, &context, &control, recorder);
             }
             Err(error) => {
                 let _ = report.send(Err(error));
@@ -61,11 +61,11 @@ pub fn spawn_hart(
 fn serve(
     mut hart: Box<dyn Hart>,
     registration: Registration,
-    world: &World,
+    context: &MachineContext,
     control: &Arc<Control>,
     mut recorder: impl Recorder,
 ) {
-    let reason = run_loop(hart.as_mut(), world, control, &mut recorder).unwrap_or_else(|error| {
+    let reason = run_loop(hart.as_mut(), context, control, &mut recorder).unwrap_or_else(|error| {
         let id = hart.id();
         Some(StopReason::HostFailure(format!("Hart {id} cannot continue: {error}")))
     });
@@ -112,21 +112,21 @@ fn pin(hart: u32, cpu: u32) -> io::Result<()> {
 /// The run loop. `None` if the control ended it.
 fn run_loop(
     hart: &mut dyn Hart,
-    world: &World,
+    context: &MachineContext,
     control: &Control,
     recorder: &mut impl Recorder,
 ) -> io::Result<Option<StopReason>> {
     if !follow_order(hart, control)? {
         return Ok(None);
     }
-    let mut bus = world.bus.view();
+    let mut bus = context.bus.view();
     loop {
         recorder.entering();
         // The exit is not moved: that would cost as much as the rest of this loop.
         let flow = match hart.enter() {
             Ok(ref mut exit) => {
                 recorder.left();
-                let flow = dispatch(exit, world, &mut bus);
+                let flow = dispatch(exit, context, &mut bus);
                 recorder.answered(exit, &flow);
                 match flow {
                     Flow::Resume if !recorder.wants_pc(&Flow::Resume) => continue,
@@ -150,20 +150,20 @@ fn run_loop(
                 if !follow_order(hart, control)? {
                     return Ok(None);
                 }
-                if let Some(firmware) = &world.firmware {
+                if let Some(firmware) = &context.firmware {
                     firmware.handle_kick(hart)?;
                 }
-                if let Some(restarts) = &world.restarts {
+                if let Some(restarts) = &context.restarts {
                     restarts.handle_kick(hart)?;
                 }
             }
             Flow::Suspend => {
-                if !sleep(hart, world, control)? {
+                if !sleep(hart, context, control)? {
                     return Ok(None);
                 }
             }
             Flow::Resolve(trouble) => {
-                if let Some(reason) = trap::resolve(hart, world, trouble)? {
+                if let Some(reason) = trap::resolve(hart, context, trouble)? {
                     return Ok(Some(reason));
                 }
             }
@@ -203,28 +203,28 @@ fn park(hart: &mut dyn Hart, wait: impl Fn(u32) -> WakeReason) -> bool {
 /// The wake-up condition uses the hart's registers as the guest left them; the kernel resets them when the hart enters the guest
 /// again (SBI 13.1).
 #[cold]
-fn sleep(hart: &mut dyn Hart, world: &World, control: &Control) -> io::Result<bool> {
+fn sleep(hart: &mut dyn Hart, context: &MachineContext, control: &Control) -> io::Result<bool> {
     hart.settle()?;
     let events = control.events();
     let is_running = loop {
-        let Some(limit) = time_to_sleep(hart, world)? else { break follow_order(hart, control)? };
+        let Some(limit) = time_to_sleep(hart, context)? else { break follow_order(hart, control)? };
         match control.sleep(hart.id(), events, limit) {
             WakeReason::Run => break true,
             WakeReason::End => break false,
             WakeReason::Task(task) => task(hart),
         }
     };
-    if let Some(restarts) = world.restarts.as_ref().filter(|_| is_running) {
+    if let Some(restarts) = context.restarts.as_ref().filter(|_| is_running) {
         restarts.expect(hart.id());
     }
     Ok(is_running)
 }
 
 /// Maximum time that a suspended system sleeps, until its timer is due; `None` if it must not sleep.
-fn time_to_sleep(hart: &dyn Hart, world: &World) -> io::Result<Option<Duration>> {
+fn time_to_sleep(hart: &dyn Hart, context: &MachineContext) -> io::Result<Option<Duration>> {
     let (sip, sie) = (hart.get(Reg::Csr(Csr::Sip))?, hart.get(Reg::Csr(Csr::Sie))?);
     // The interrupt controller has its own masks for external interrupts.
-    if sip & (interrupt::SEI | sie & interrupt::STI) != 0 || sbi::has_input(world) {
+    if sip & (interrupt::SEI | sie & interrupt::STI) != 0 || sbi::has_input(context) {
         return Ok(None);
     }
     let due = hart.get(Reg::TimeCompare)?;
@@ -233,7 +233,7 @@ fn time_to_sleep(hart: &dyn Hart, world: &World) -> io::Result<Option<Duration>>
     }
     // Round up: waking half a tick early is too early.
     let ticks = due.saturating_sub(hart.get(Reg::Time)?).saturating_add(1);
-    let hz = world.timebase_hz.max(1);
+    let hz = context.timebase_hz.max(1);
     let nanos = (ticks % hz).saturating_mul(1_000_000_000) / hz;
     Ok(Some(Duration::from_secs(ticks / hz).saturating_add(Duration::from_nanos(nanos))))
 }

@@ -3,10 +3,10 @@
 
 use log::{Level, debug, info, log_enabled, warn};
 
+use super::context::{MachineContext, Notice};
 use super::dispatch::Flow;
 use super::exit::SbiCall;
 use super::stop::StopReason;
-use super::world::{Notice, World};
 use crate::memory::RamError;
 use crate::riscv::sbi::error::{INVALID_PARAM, NOT_SUPPORTED, SUCCESS};
 use crate::riscv::sbi::{eid, fid, v01};
@@ -18,16 +18,16 @@ const SMALL_CHUNK: usize = 256;
 const LARGE_CHUNK: usize = 4096;
 
 /// Handles a call. The work is out of line, to keep calls that only probe cheap.
-pub(super) fn handle(call: &mut SbiCall<'_>, world: &World) -> Flow {
+pub(super) fn handle(call: &mut SbiCall<'_>, context: &MachineContext) -> Flow {
     match (call.extension, call.function) {
-        (eid::DBCN | v01::PUTCHAR | v01::GETCHAR, _) => console_call(call, world),
+        (eid::DBCN | v01::PUTCHAR | v01::GETCHAR, _) => console_call(call, context),
         (eid::BASE, fid::PROBE_EXTENSION) => {
             *call.ret = [SUCCESS, 0];
             Flow::Resume
         }
         (eid::SUSP, fid::SYSTEM_SUSPEND) => suspend(call),
         (extension, function) => {
-            let first = world.is_first(Notice::UnknownSbi);
+            let first = context.is_first(Notice::UnknownSbi);
             if first || log_enabled!(Level::Debug) {
                 log_unknown(first, extension, function);
             }
@@ -39,15 +39,15 @@ pub(super) fn handle(call: &mut SbiCall<'_>, world: &World) -> Flow {
 
 /// The calls that reach the console.
 #[inline(never)]
-fn console_call(call: &mut SbiCall<'_>, world: &World) -> Flow {
+fn console_call(call: &mut SbiCall<'_>, context: &MachineContext) -> Flow {
     let (error, value, flow) = match call.extension {
-        v01::PUTCHAR => match put(world, call.args[0]) {
+        v01::PUTCHAR => match put(context, call.args[0]) {
             true => (SUCCESS, call.args[1], Flow::Resume),
             false => return Flow::Retry,
         },
         // A legacy call returns its result in a0 alone; the kernel writes a1 as well.
-        v01::GETCHAR => (get(world).map_or(u64::MAX, u64::from), call.args[1], Flow::Resume),
-        _ => dbcn(call.function, call.args, world),
+        v01::GETCHAR => (get(context).map_or(u64::MAX, u64::from), call.args[1], Flow::Resume),
+        _ => dbcn(call.function, call.args, context),
     };
     *call.ret = [error, value];
     flow
@@ -79,48 +79,52 @@ fn suspend(call: &mut SbiCall<'_>) -> Flow {
 }
 
 /// Debug Console (SBI chapter 12).
-fn dbcn(function: u64, args: &[u64; 6], world: &World) -> CallResult {
+fn dbcn(function: u64, args: &[u64; 6], context: &MachineContext) -> CallResult {
     match function {
         fid::CONSOLE_WRITE | fid::CONSOLE_READ => {
             let [len, base, base_high, ..] = *args;
             if len == 0 {
                 return (SUCCESS, 0, Flow::Resume);
             }
-            if base_high != 0 || !world.ram.contains(base, len) {
+            if base_high != 0 || !context.ram.contains(base, len) {
                 return (INVALID_PARAM, 0, Flow::Resume);
             }
             let len = len.min(MAX_BYTES);
             let moved = match function {
                 fid::CONSOLE_WRITE if len <= SMALL_CHUNK as u64 => {
-                    write::<SMALL_CHUNK>(world, base, len)
+                    write::<SMALL_CHUNK>(context, base, len)
                 }
-                fid::CONSOLE_WRITE => write::<LARGE_CHUNK>(world, base, len),
-                _ => read::<SMALL_CHUNK>(world, base, len),
+                fid::CONSOLE_WRITE => write::<LARGE_CHUNK>(context, base, len),
+                _ => read::<SMALL_CHUNK>(context, base, len),
             };
             match moved {
                 Ok(done) => (SUCCESS, done, Flow::Resume),
                 Err(RamError::NotRam) => (INVALID_PARAM, 0, Flow::Resume),
                 Err(RamError::Lost) => {
-                    let reason = StopReason::lost(&world.ram, Some(base));
+                    let reason = StopReason::lost(&context.ram, Some(base));
                     (INVALID_PARAM, 0, reason.into())
                 }
             }
         }
         // This call blocks until the byte is sent. The hart repeats the call, so that it still takes interrupts.
-        fid::CONSOLE_WRITE_BYTE if put(world, args[0]) => (SUCCESS, 0, Flow::Resume),
+        fid::CONSOLE_WRITE_BYTE if put(context, args[0]) => (SUCCESS, 0, Flow::Resume),
         fid::CONSOLE_WRITE_BYTE => (SUCCESS, 0, Flow::Retry),
         _ => (NOT_SUPPORTED, 0, Flow::Resume),
     }
 }
 
 /// Copies guest memory to the console, as much as it takes now: one access per chunk.
-fn write<const CHUNK: usize>(world: &World, base: u64, len: u64) -> Result<u64, RamError> {
+fn write<const CHUNK: usize>(
+    context: &MachineContext,
+    base: u64,
+    len: u64,
+) -> Result<u64, RamError> {
     let mut buf = [0; CHUNK];
     let mut done = 0;
     while done < len {
         let chunk = chunk(&mut buf, len - done);
-        world.ram.read(base + done, chunk)?;
-        let taken = send(world, chunk);
+        context.ram.read(base + done, chunk)?;
+        let taken = send(context, chunk);
         done += taken as u64;
         if taken < chunk.len() {
             break;
@@ -130,13 +134,17 @@ fn write<const CHUNK: usize>(world: &World, base: u64, len: u64) -> Result<u64, 
 }
 
 /// Copies available console input to guest memory.
-fn read<const CHUNK: usize>(world: &World, base: u64, len: u64) -> Result<u64, RamError> {
+fn read<const CHUNK: usize>(
+    context: &MachineContext,
+    base: u64,
+    len: u64,
+) -> Result<u64, RamError> {
     let mut buf = [0; CHUNK];
     let mut done = 0;
     while done < len {
         let chunk = chunk(&mut buf, len - done);
-        let got = take(world, chunk);
-        world.ram.write(base + done, chunk.get(..got).unwrap_or_default())?;
+        let got = take(context, chunk);
+        context.ram.write(base + done, chunk.get(..got).unwrap_or_default())?;
         done += got as u64;
         if got < chunk.len() {
             break;
@@ -151,37 +159,38 @@ fn chunk(buf: &mut [u8], len: u64) -> &mut [u8] {
 }
 
 /// Sends one byte to the console; false if it is full. The other bits of the argument are ignored.
-fn put(world: &World, arg: u64) -> bool {
-    send(world, &[arg.to_le_bytes()[0]]) == 1
+fn put(context: &MachineContext, arg: u64) -> bool {
+    send(context, &[arg.to_le_bytes()[0]]) == 1
 }
 
 /// Takes one byte from the console, if there is one.
-fn get(world: &World) -> Option<u8> {
+fn get(context: &MachineContext) -> Option<u8> {
     let mut byte = [0];
-    (take(world, &mut byte) == 1).then_some(byte[0])
+    (take(context, &mut byte) == 1).then_some(byte[0])
 }
 
 /// Sends bytes to the console and returns the number it took. A machine without one discards all.
-fn send(world: &World, bytes: &[u8]) -> usize {
-    let Some(addr) = console(world) else { return bytes.len() };
-    world.bus.serial_line(addr, |line| line.send(bytes)).unwrap_or(bytes.len())
+fn send(context: &MachineContext, bytes: &[u8]) -> usize {
+    let Some(addr) = console(context) else { return bytes.len() };
+    context.bus.serial_line(addr, |line| line.send(bytes)).unwrap_or(bytes.len())
 }
 
 /// Takes bytes from the console and returns their number.
-fn take(world: &World, buf: &mut [u8]) -> usize {
-    let Some(addr) = console(world) else { return 0 };
-    world.bus.serial_line(addr, |line| line.take(buf)).unwrap_or(0)
+fn take(context: &MachineContext, buf: &mut [u8]) -> usize {
+    let Some(addr) = console(context) else { return 0 };
+    context.bus.serial_line(addr, |line| line.take(buf)).unwrap_or(0)
 }
 
 /// True if the console has input that the guest has not read. Input is requested from now on.
-pub(super) fn has_input(world: &World) -> bool {
-    let asked = world.console.and_then(|addr| world.bus.serial_line(addr, |line| line.has_input()));
+pub(super) fn has_input(context: &MachineContext) -> bool {
+    let asked =
+        context.console.and_then(|addr| context.bus.serial_line(addr, |line| line.has_input()));
     asked.unwrap_or(false)
 }
 
-fn console(world: &World) -> Option<u64> {
-    if world.console.is_none() && world.is_first(Notice::ConsoleMissing) {
+fn console(context: &MachineContext) -> Option<u64> {
+    if context.console.is_none() && context.is_first(Notice::ConsoleMissing) {
         warn!("The guest uses the SBI console of a machine without a UART: output is discarded");
     }
-    world.console
+    context.console
 }

@@ -1,4 +1,4 @@
-//! For tests, here and in other modules: a hart that runs a script, a fake UART, and a [`World`] with both.
+//! For tests, here and in other modules: a hart that runs a script, a fake UART, and a [`MachineContext`] with both.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -13,18 +13,18 @@ use std::sync::{Arc, Condvar, Mutex};
 
 use rvmm_devices::{Access, Bus, FdtDesc, MmioDevice, SerialLine, stateless};
 
-use super::World;
+use super::MachineContext;
 use super::exit::{CsrAccess, Exit, Fault, SbiCall, SystemEvent};
 use super::hart::{Hart, Kick, Reg};
 use crate::config::Unassigned;
 use crate::layout::Span;
 use crate::memory::GuestRam;
 
-/// RAM of [`world`].
+/// RAM of [`context`].
 pub(crate) const RAM: Span = Span { base: 0x8000_0000, size: 2 << 20 };
-/// The UART of [`world`].
+/// The UART of [`context`].
 pub(crate) const UART: u64 = 0x1000_0000;
-/// An unassigned address of [`world`].
+/// An unassigned address of [`context`].
 pub(crate) const NOWHERE: u64 = 0x2000_0000;
 
 /// One step of a scripted hart.
@@ -265,12 +265,12 @@ impl Hart for ScriptHart {
     }
 }
 
-/// A [`World`] with 2 MiB of RAM and one UART, and the test's side of the UART.
-pub(crate) fn world(unassigned: Unassigned) -> (World, FakeUart) {
+/// A [`MachineContext`] with 2 MiB of RAM and one UART, and the test's side of the UART.
+pub(crate) fn context(unassigned: Unassigned) -> (MachineContext, FakeUart) {
     let uart = FakeUart::default();
     let bus = Bus::new(vec![(UART, Box::new(uart.clone()))]).unwrap();
     let ram = GuestRam::new(RAM, false).unwrap();
-    (World::new(Arc::new(bus), Arc::new(ram), unassigned, Some(UART)), uart)
+    (MachineContext::new(Arc::new(bus), Arc::new(ram), unassigned, Some(UART)), uart)
 }
 
 /// A UART whose line the test controls.

@@ -13,6 +13,7 @@ use std::io;
 
 use log::warn;
 
+use super::context::{MachineContext, Notice};
 use super::dispatch::UnresolvedExit;
 use super::dump::dump;
 use super::exit::Fault;
@@ -20,10 +21,9 @@ use super::firmware::BreakpointOutcome;
 use super::hart::{Csr, Hart, Reg};
 use super::stop::StopReason;
 use super::walk::{WalkError, translate};
-use super::world::{Notice, World};
 use crate::config::Unassigned;
 use crate::memory::{GuestRam, PAGE, RamError};
-use crate::riscv::access::{self, Kind, Operand};
+use crate::riscv::access::{self, AccessKind, Operand};
 use crate::riscv::insn;
 use crate::riscv::trap::{SUPERVISOR, USER, cause, sstatus};
 
@@ -48,19 +48,19 @@ pub(super) enum Fetched {
 #[cold]
 pub(super) fn resolve(
     hart: &mut dyn Hart,
-    world: &World,
+    context: &MachineContext,
     trouble: UnresolvedExit,
 ) -> io::Result<Option<StopReason>> {
     hart.abandon();
     let pc = hart.get(Reg::Pc)?;
     match trouble {
-        UnresolvedExit::Breakpoint => return breakpoint(hart, world, pc),
-        UnresolvedExit::Unassigned { addr, write } if world.unassigned == Unassigned::Stop => {
+        UnresolvedExit::Breakpoint => return breakpoint(hart, context, pc),
+        UnresolvedExit::Unassigned { addr, write } if context.unassigned == Unassigned::Stop => {
             let dump = dump(hart);
             return Ok(Some(StopReason::UnassignedAccess { hart: hart.id(), addr, write, dump }));
         }
-        UnresolvedExit::Unassigned { addr, write } => unassigned(hart, world, pc, addr, write)?,
-        UnresolvedExit::Fault(fault) => return resolve_fault(hart, world, pc, fault),
+        UnresolvedExit::Unassigned { addr, write } => unassigned(hart, context, pc, addr, write)?,
+        UnresolvedExit::Fault(fault) => return resolve_fault(hart, context, pc, fault),
         UnresolvedExit::UnknownEvent(number) => {
             let what =
                 format!("it asked for system event {number}, which this version does not know");
@@ -76,43 +76,47 @@ pub(super) fn resolve(
 }
 
 /// Handles an `ebreak`: the firmware's first, then a debugger's; all others are the guest's own.
-fn breakpoint(hart: &mut dyn Hart, world: &World, pc: u64) -> io::Result<Option<StopReason>> {
-    let outcome = match &world.firmware {
-        Some(firmware) => firmware.breakpoint(hart, world, pc)?,
+fn breakpoint(
+    hart: &mut dyn Hart,
+    context: &MachineContext,
+    pc: u64,
+) -> io::Result<Option<StopReason>> {
+    let outcome = match &context.firmware {
+        Some(firmware) => firmware.breakpoint(hart, context, pc)?,
         None => BreakpointOutcome::NotFirmware,
     };
     match outcome {
         BreakpointOutcome::Done => {}
         BreakpointOutcome::Stop(reason) => return Ok(Some(reason)),
-        BreakpointOutcome::NotFirmware if is_debuggers(hart, world, pc)? => {}
+        BreakpointOutcome::NotFirmware if is_debuggers(hart, context, pc)? => {}
         BreakpointOutcome::NotFirmware => raise(hart, Trap { cause: cause::BREAKPOINT, tval: pc })?,
     }
     Ok(None)
 }
 
 /// True if the `ebreak` at `pc` is a breakpoint of a debugger.
-fn is_debuggers(hart: &dyn Hart, world: &World, pc: u64) -> io::Result<bool> {
-    world.debugger.as_ref().map_or(Ok(false), |debugger| debugger.claims(hart, pc))
+fn is_debuggers(hart: &dyn Hart, context: &MachineContext, pc: u64) -> io::Result<bool> {
+    context.debugger.as_ref().map_or(Ok(false), |debugger| debugger.claims(hart, pc))
 }
 
 /// Raises the access fault of a plain load or store that caused an MMIO exit.
 fn unassigned(
     hart: &mut dyn Hart,
-    world: &World,
+    context: &MachineContext,
     pc: u64,
     addr: u64,
     write: bool,
 ) -> io::Result<()> {
     let satp = hart.get(Reg::Csr(Csr::Satp))?;
-    let tval = match fetch(&world.ram, satp, pc) {
+    let tval = match fetch(&context.ram, satp, pc) {
         Fetched::Word(word) => match access::decode(word) {
-            Some(operand) => faulting_address(hart, &world.ram, satp, operand)?,
+            Some(operand) => faulting_address(hart, &context.ram, satp, operand)?,
             None => 0,
         },
         // Another hart has just changed the code or its page table; `stval` may be zero.
         Fetched::Trap(_) | Fetched::Lost => 0,
     };
-    if world.is_first(Notice::AccessFault) {
+    if context.is_first(Notice::AccessFault) {
         warn!(
             "Hart {} takes an access fault for {addr:#x}, which is neither memory nor a device",
             hart.id()
@@ -124,15 +128,15 @@ fn unassigned(
 /// Raises the trap that hardware would have raised where KVM_RUN failed.
 fn resolve_fault(
     hart: &mut dyn Hart,
-    world: &World,
+    context: &MachineContext,
     pc: u64,
     fault: Fault,
 ) -> io::Result<Option<StopReason>> {
     let how = match fault {
         Fault::Unemulated => "an access that the kernel cannot emulate",
         Fault::Misaligned => "a misaligned access",
-        Fault::Memory if world.ram.is_lost() => {
-            return Ok(Some(StopReason::lost(&world.ram, None)));
+        Fault::Memory if context.ram.is_lost() => {
+            return Ok(Some(StopReason::lost(&context.ram, None)));
         }
         Fault::Memory => "an access that the kernel cannot resolve (EFAULT)",
         Fault::Entry { reason, cpu } => {
@@ -149,8 +153,8 @@ fn resolve_fault(
         }
     };
     let satp = hart.get(Reg::Csr(Csr::Satp))?;
-    let trap = match fetch(&world.ram, satp, pc) {
-        Fetched::Lost => return Ok(Some(StopReason::lost(&world.ram, None))),
+    let trap = match fetch(&context.ram, satp, pc) {
+        Fetched::Lost => return Ok(Some(StopReason::lost(&context.ram, None))),
         Fetched::Trap(trap) if at_vector(hart, pc)? => {
             let what = format!("its trap vector {pc:#x} cannot be fetched (cause {})", trap.cause);
             return Ok(Some(hart_fault(hart, what)));
@@ -158,7 +162,7 @@ fn resolve_fault(
         Fetched::Trap(trap) => trap,
         Fetched::Word(word) => match access::decode(word) {
             Some(operand) if fault != Fault::Memory => {
-                let tval = faulting_address(hart, &world.ram, satp, operand)?;
+                let tval = faulting_address(hart, &context.ram, satp, operand)?;
                 Trap { cause: cause_of(operand.kind), tval }
             }
             _ => {
@@ -167,17 +171,17 @@ fn resolve_fault(
             }
         },
     };
-    if world.is_first(Notice::AccessFault) {
+    if context.is_first(Notice::AccessFault) {
         warn!("Hart {} takes trap {} at {pc:#x}: {how}", hart.id(), trap.cause);
     }
     raise(hart, trap)?;
     Ok(None)
 }
 
-fn cause_of(kind: Kind) -> u64 {
+fn cause_of(kind: AccessKind) -> u64 {
     match kind {
-        Kind::Load => cause::LOAD_ACCESS,
-        Kind::Store => cause::STORE_ACCESS,
+        AccessKind::Load => cause::LOAD_ACCESS,
+        AccessKind::Store => cause::STORE_ACCESS,
     }
 }
 

@@ -19,7 +19,7 @@ use crate::gdb::{DebugContext, Server};
 use crate::memory::GuestRam;
 use crate::vcpu::record::Unrecorded;
 use crate::vcpu::stop::StopReason;
-use crate::vcpu::testing::{RAM, world};
+use crate::vcpu::testing::{RAM, context};
 use crate::vcpu::{Control, Debugger, spawn_hart};
 
 /// Address of the code of hart 0; that of hart N is N pages further.
@@ -42,13 +42,13 @@ pub(in crate::gdb) struct TestGuest {
 impl TestGuest {
     /// Creates harts with these programs, not started.
     pub(in crate::gdb) fn new(programs: &[&[u32]]) -> Self {
-        let mut world = world(Unassigned::Zero).0;
-        let (control, ram) = (Arc::new(Control::new()), Arc::clone(&world.ram));
+        let mut machine_context = context(Unassigned::Zero).0;
+        let (control, ram) = (Arc::new(Control::new()), Arc::clone(&machine_context.ram));
         let context =
             DebugContext::new(Arc::clone(&control), Arc::clone(&ram), Box::new(|| Ok(())), false);
         let context = Arc::new(context.unwrap());
-        world.debugger = Some(Arc::clone(&context) as Arc<dyn Debugger>);
-        let world = Arc::new(world);
+        machine_context.debugger = Some(Arc::clone(&context) as Arc<dyn Debugger>);
+        let machine_context = Arc::new(machine_context);
         let (mut harts, mut threads) = (Vec::new(), Vec::new());
         for (id, program) in (0..).zip(programs) {
             let start = CODE + u64::from(id) * 0x1000;
@@ -57,8 +57,13 @@ impl TestGuest {
             let probe = Arc::new(HartProbe::default());
             let hart = Box::new(TinyHart::new(id, &ram, start, &probe));
             harts.push(probe);
-            let thread =
-                spawn_hart(hart, Arc::clone(&world), Arc::clone(&control), None, Unrecorded);
+            let thread = spawn_hart(
+                hart,
+                Arc::clone(&machine_context),
+                Arc::clone(&control),
+                None,
+                Unrecorded,
+            );
             threads.push(thread.unwrap());
         }
         Self { control, ram, context, harts, threads }

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::tally::{COLUMNS, HartTally, Stat, Tally, step_start};
 use super::text::{count, part_of, percent, time};
-use crate::trace::record::Kind;
+use crate::trace::record::ExitKind;
 
 /// Maximum number of time lines; a machine may have more harts than fit on a page.
 pub(super) const MAX_LANES: usize = 32;
@@ -53,13 +53,13 @@ pub(super) fn lanes(out: &mut String, tally: &Tally) {
     axis(out, used.saturating_mul(tally.width_ns));
 }
 
-fn sum(column: &[u32; Kind::ALL.len()]) -> u64 {
+fn sum(column: &[u32; ExitKind::ALL.len()]) -> u64 {
     column.iter().map(|count| u64::from(*count)).sum()
 }
 
 /// Draws one path for each kind, each column a box stacked on those of the kinds before.
 fn lane(out: &mut String, hart: &HartTally, used: u64, highest: u64) {
-    let mut paths = vec![String::new(); Kind::ALL.len()];
+    let mut paths = vec![String::new(); ExitKind::ALL.len()];
     for (index, column) in (0..used).zip(&hart.columns) {
         let (x, next) = (part_of(WIDTH, index, used), part_of(WIDTH, index + 1, used));
         let width = next.saturating_sub(x).max(1);
@@ -77,7 +77,7 @@ fn lane(out: &mut String, hart: &HartTally, used: u64, highest: u64) {
             below = above;
         }
     }
-    for (kind, path) in Kind::ALL.iter().zip(&paths).filter(|(_, path)| !path.is_empty()) {
+    for (kind, path) in ExitKind::ALL.iter().zip(&paths).filter(|(_, path)| !path.is_empty()) {
         let _ = write!(out, r#"<path class="{}" d="{path}"/>"#, kind.name());
     }
 }
@@ -92,7 +92,7 @@ fn tooltips(out: &mut String, hart: &HartTally, used: u64, width_ns: u64) {
             next.saturating_sub(x).max(1),
             time(index.saturating_mul(width_ns))
         );
-        for (kind, exits) in Kind::ALL.iter().zip(column).filter(|(_, exits)| **exits > 0) {
+        for (kind, exits) in ExitKind::ALL.iter().zip(column).filter(|(_, exits)| **exits > 0) {
             let _ = write!(out, " {} {},", count((*exits).into()), kind.name());
         }
         out.pop();
@@ -109,7 +109,7 @@ fn axis(out: &mut String, span_ns: u64) {
 }
 
 /// Draws the durations of a kind of exit: a bar for each quarter of an octave.
-pub(super) fn histogram(out: &mut String, kind: Kind, stat: &Stat) {
+pub(super) fn histogram(out: &mut String, kind: ExitKind, stat: &Stat) {
     let steps = stat.histogram();
     let highest = steps.iter().map(|(_, count)| *count).max().unwrap_or(0).max(1);
     let bars = (steps.len() as u64).max(1);

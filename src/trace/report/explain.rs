@@ -3,7 +3,7 @@
 //!
 //! Sections are named by their titles, since their numbers change with the editions of the specifications.
 
-use crate::trace::record::Kind;
+use crate::trace::record::ExitKind;
 
 /// The explanation of a kind.
 pub(super) struct Explanation {
@@ -102,29 +102,29 @@ const UNKNOWN: Explanation = Explanation {
 };
 
 /// The explanation of `kind`.
-pub(super) fn of(kind: Kind) -> &'static Explanation {
+pub(super) fn of(kind: ExitKind) -> &'static Explanation {
     match kind {
-        Kind::MmioRead => &MMIO_READ,
-        Kind::MmioWrite => &MMIO_WRITE,
-        Kind::Sbi => &SBI,
-        Kind::Csr => &CSR,
-        Kind::System => &SYSTEM,
-        Kind::Debug => &DEBUG,
-        Kind::Interrupted => &INTERRUPTED,
-        Kind::Fault => &FAULT,
-        Kind::Unknown => &UNKNOWN,
+        ExitKind::MmioRead => &MMIO_READ,
+        ExitKind::MmioWrite => &MMIO_WRITE,
+        ExitKind::Sbi => &SBI,
+        ExitKind::Csr => &CSR,
+        ExitKind::System => &SYSTEM,
+        ExitKind::Debug => &DEBUG,
+        ExitKind::Interrupted => &INTERRUPTED,
+        ExitKind::Fault => &FAULT,
+        ExitKind::Unknown => &UNKNOWN,
     }
 }
 
 /// The purpose of a cause, where it is known.
-pub(super) fn about(kind: Kind, what: &str) -> Option<&'static str> {
+pub(super) fn about(kind: ExitKind, what: &str) -> Option<&'static str> {
     match kind {
-        Kind::MmioRead | Kind::MmioWrite => {
+        ExitKind::MmioRead | ExitKind::MmioWrite => {
             let (device, register) = what.split_once(' ').unwrap_or((what, ""));
             let device = device.split('@').next().unwrap_or(device);
-            access(device, register, kind == Kind::MmioWrite)
+            access(device, register, kind == ExitKind::MmioWrite)
         }
-        Kind::Sbi => call(what),
+        ExitKind::Sbi => call(what),
         _ => None,
     }
 }

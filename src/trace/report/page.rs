@@ -6,7 +6,7 @@ use super::chart::{self, MAX_LANES};
 use super::explain;
 use super::tally::{Stat, Tally};
 use super::text::{count, escaped, part_of, percent, time};
-use crate::trace::record::Kind;
+use crate::trace::record::ExitKind;
 
 const STYLE: &str = include_str!("page.css");
 
@@ -149,7 +149,7 @@ fn causes(out: &mut String, tally: &Tally) {
     }
 }
 
-fn numbers(out: &mut String, kind: Kind, stat: &Stat, tally: &Tally) {
+fn numbers(out: &mut String, kind: ExitKind, stat: &Stat, tally: &Tally) {
     let width = part_of(100, stat.count, tally.all.count).max(1);
     let _ = write!(
         out,
@@ -210,7 +210,7 @@ fn explanations(out: &mut String, tally: &Tally) {
 }
 
 /// The causes of a kind that have an explanation, the most frequent first; those with the same one together.
-fn about_causes(tally: &Tally, kind: Kind) -> Vec<(String, &'static str)> {
+fn about_causes(tally: &Tally, kind: ExitKind) -> Vec<(String, &'static str)> {
     let mut own: Vec<_> = tally.causes.iter().filter(|((of, _), _)| *of == kind).collect();
     own.sort_by_key(|(_, stat)| std::cmp::Reverse(stat.count));
     let explained =

@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use crate::config::quoted;
 use crate::trace::format::VERSION;
-use crate::trace::record::Kind;
+use crate::trace::record::ExitKind;
 
 /// Maximum length of a line in bytes. rvmm's own have some 400.
 const MAX_LINE: u64 = 4096;
@@ -46,7 +46,7 @@ pub(super) struct Exit<'a> {
     pub(super) hart: u32,
     pub(super) left_ns: u64,
     pub(super) cost_ns: u64,
-    pub(super) kind: Kind,
+    pub(super) kind: ExitKind,
     pub(super) what: Cow<'a, str>,
     pub(super) value: Option<Cow<'a, str>>,
     pub(super) pc: Option<Cow<'a, str>>,
@@ -167,7 +167,7 @@ fn interpret(fields: Fields<'_>) -> Result<Event<'_>, String> {
     else {
         return Err("an exit without its kind or one of its times".into());
     };
-    let known = Kind::ALL.into_iter().find(|known| known.name() == kind);
+    let known = ExitKind::ALL.into_iter().find(|known| known.name() == kind);
     let kind = known.ok_or_else(|| format!("the kind of exit {} is unknown", quoted(&kind)))?;
     Ok(Event::Exit(Exit {
         hart,

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::read::{Event, Exit};
-use crate::trace::record::Kind;
+use crate::trace::record::ExitKind;
 
 /// Columns of the time line. When the trace exceeds the last one, each two are merged.
 pub(super) const COLUMNS: usize = 240;
@@ -97,7 +97,7 @@ pub(super) struct HartTally {
     pub(super) stat: Stat,
     pub(super) lost: u64,
     /// Number of exits by column and kind.
-    pub(super) columns: Vec<[u32; Kind::ALL.len()]>,
+    pub(super) columns: Vec<[u32; ExitKind::ALL.len()]>,
 }
 
 /// One of the slowest exits.
@@ -106,7 +106,7 @@ pub(super) struct Slow {
     pub(super) cost_ns: u64,
     pub(super) left_ns: u64,
     pub(super) hart: u32,
-    pub(super) kind: Kind,
+    pub(super) kind: ExitKind,
     pub(super) what: String,
     pub(super) value: String,
     pub(super) pc: String,
@@ -124,8 +124,8 @@ pub(super) struct Tally {
     /// Nanoseconds of a column.
     pub(super) width_ns: u64,
     pub(super) harts: BTreeMap<u32, HartTally>,
-    pub(super) kinds: BTreeMap<Kind, Stat>,
-    pub(super) causes: BTreeMap<(Kind, String), Stat>,
+    pub(super) kinds: BTreeMap<ExitKind, Stat>,
+    pub(super) causes: BTreeMap<(ExitKind, String), Stat>,
     /// The slowest first.
     pub(super) slowest: Vec<Slow>,
 }
@@ -200,7 +200,7 @@ impl Tally {
         }
         let hart = self.harts.entry(exit.hart).or_default();
         hart.stat.add(exit.cost_ns);
-        hart.columns.resize(COLUMNS, [0; Kind::ALL.len()]);
+        hart.columns.resize(COLUMNS, [0; ExitKind::ALL.len()]);
         let column = usize::try_from(since / self.width_ns).ok();
         let column = column.and_then(|column| hart.columns.get_mut(column));
         if let Some(count) = column.and_then(|column| column.get_mut(exit.kind as usize)) {
@@ -212,8 +212,8 @@ impl Tally {
 impl HartTally {
     /// Merges each two columns.
     fn fold(&mut self) {
-        let sum = |pair: &[[u32; Kind::ALL.len()]]| {
-            let mut sum = [0_u32; Kind::ALL.len()];
+        let sum = |pair: &[[u32; ExitKind::ALL.len()]]| {
+            let mut sum = [0_u32; ExitKind::ALL.len()];
             for column in pair {
                 sum.iter_mut()
                     .zip(column)
@@ -223,7 +223,7 @@ impl HartTally {
         };
         self.columns = self.columns.chunks(2).map(sum).collect();
         if !self.columns.is_empty() {
-            self.columns.resize(COLUMNS, [0; Kind::ALL.len()]);
+            self.columns.resize(COLUMNS, [0; ExitKind::ALL.len()]);
         }
     }
 }

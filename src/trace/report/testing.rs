@@ -14,9 +14,9 @@ use super::tally::Tally;
 use crate::config::{MAX_CPUS, TraceFormat, Unassigned};
 use crate::trace::format::{Format, Timescale, TraceHeader};
 use crate::trace::names::DeviceMap;
-use crate::trace::record::{Kind, Record};
+use crate::trace::record::{ExitKind, Record};
 use crate::vcpu::record::Ticks;
-use crate::vcpu::testing::world;
+use crate::vcpu::testing::context;
 
 const HEAD: &str = r#"{"rvmm_trace":1,"machine":"web","harts":2,"start_ns":1000}"#;
 
@@ -114,10 +114,10 @@ fn check(file: &[u8]) {
 
 /// Checks that the reader finds all exits as rvmm writes them.
 fn check_written(format: TraceFormat, bytes: &[u8]) {
-    let (world, _uart) = world(Unassigned::Zero);
+    let (context, _uart) = context(Unassigned::Zero);
     let hz = u64::from(bytes.first().copied().unwrap_or(1)) * 1_000_000;
     let scale = Timescale::new(Ticks { now: || 7, hz }, 1000);
-    let format = Format::new(format, scale, DeviceMap::of(&world.bus));
+    let format = Format::new(format, scale, DeviceMap::of(&context.bus));
     let header = TraceHeader { name: "web-1_a".into(), harts: 4, start_ns: 1000, hz };
     let (mut text, mut kinds, mut lost) = (String::new(), Vec::new(), 0_u64);
     format.header(&mut text, &header);
@@ -139,7 +139,7 @@ fn check_written(format: TraceFormat, bytes: &[u8]) {
     events(text.as_bytes(), |event| tally.take(event))
         .unwrap_or_else(|what| panic!("{what}\n{text}"));
     assert!(tally.is_complete && tally.lost == lost && tally.all.count == kinds.len() as u64);
-    for kind in Kind::ALL {
+    for kind in ExitKind::ALL {
         let count = kinds.iter().filter(|known| **known == kind).count() as u64;
         assert_eq!(tally.kinds.get(&kind).map_or(0, |stat| stat.count), count, "{kind:?}");
     }
@@ -149,7 +149,7 @@ fn check_written(format: TraceFormat, bytes: &[u8]) {
 /// The words of a record: numbers of all sizes, from few bytes.
 fn words(part: [u8; 12]) -> [u64; 8] {
     let [_, _, kind, shape, left, cost, a, a_size, b, b_size, c, d] = part;
-    let kind = u64::from(kind) % Kind::ALL.len() as u64;
+    let kind = u64::from(kind) % ExitKind::ALL.len() as u64;
     let (width, outcome) = (u64::from(shape & 7), u64::from(shape >> 3) % 6);
     let meta = kind | width << 8 | outcome << 16 | u64::from(d & 1) << 24;
     let sized = |value: u8, size: u8| u64::from(value) << (size % 64);

@@ -9,7 +9,7 @@ use super::read::events;
 use super::tally::{Tally, step_start};
 use super::{page, report};
 use crate::error::EXIT_USAGE;
-use crate::trace::record::Kind;
+use crate::trace::record::ExitKind;
 
 const HEAD: &str = r#"{"rvmm_trace":1,"machine":"web","harts":2,"start_ns":1000}"#;
 
@@ -36,8 +36,8 @@ fn exits_are_counted_by_hart_by_kind_and_by_cause() {
     let _ = writeln!(text, r#"{{"hart":1,"exit_ns":7,"lost":5}}"#);
     let tally = tally(&text).unwrap();
     assert_eq!((tally.all.count, tally.lost, tally.is_complete), (1001, 5, false));
-    assert_eq!(tally.kinds[&Kind::MmioRead].count, 1000);
-    assert_eq!(tally.causes[&(Kind::Sbi, "DBCN console_write".into())].max_ns, 90_000);
+    assert_eq!(tally.kinds[&ExitKind::MmioRead].count, 1000);
+    assert_eq!(tally.causes[&(ExitKind::Sbi, "DBCN console_write".into())].max_ns, 90_000);
     assert_eq!((tally.harts[&1].stat.count, tally.harts[&1].lost), (1000, 5));
     assert_eq!((tally.slowest[0].cost_ns, tally.slowest.len()), (90_000, 10));
     // 240 columns of 16 times 1,024 ns are not enough for 5 ms, 32 times are.
@@ -116,7 +116,7 @@ fn hostile_words_stay_words_and_hostile_numbers_stay_bounded() {
         r#"{"hart":0,"exit_ns":0,"entry_ns":18446744073709551615,"kind":"csr","what":"x"}"#;
     let _ = write!(text, "\n{longest}\n{longest}");
     let tally = tally(&text).unwrap();
-    assert!(tally.causes.len() <= 512 + Kind::ALL.len() && tally.harts.len() == 512);
+    assert!(tally.causes.len() <= 512 + ExitKind::ALL.len() && tally.harts.len() == 512);
     let page = page::page(&tally);
     assert!(!page.contains("<script") && !page.contains("<img") && !page.contains('\u{202e}'));
     assert!(page.len() < 4 << 20, "{} bytes", page.len());

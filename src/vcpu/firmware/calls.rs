@@ -11,6 +11,7 @@ use crate::riscv::register::{A0, A1, A6, A7};
 use crate::riscv::sbi::error::{INVALID_ADDRESS, SUCCESS};
 use crate::riscv::sbi::{eid, fid, v01};
 use crate::riscv::trap::SUPERVISOR;
+use crate::vcpu::context::MachineContext;
 use crate::vcpu::dispatch::Flow;
 use crate::vcpu::exit::SbiCall;
 use crate::vcpu::hart::{Csr, Hart, Reg};
@@ -18,7 +19,6 @@ use crate::vcpu::sbi;
 use crate::vcpu::stop::StopReason;
 use crate::vcpu::trap;
 use crate::vcpu::walk::translate;
-use crate::vcpu::world::World;
 
 /// The state with which a hart continues after a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,18 +63,18 @@ impl Firmware {
     pub(super) fn call(
         &self,
         hart: &mut dyn Hart,
-        world: &World,
+        context: &MachineContext,
         next: u64,
     ) -> io::Result<BreakpointOutcome> {
         let back = Return::from_here(hart, next)?;
-        self.call_from(hart, world, back)
+        self.call_from(hart, context, back)
     }
 
     /// The same, for a hart that continues at `back`.
     pub(super) fn call_from(
         &self,
         hart: &mut dyn Hart,
-        world: &World,
+        context: &MachineContext,
         back: Return,
     ) -> io::Result<BreakpointOutcome> {
         let mut args = [0; 8];
@@ -105,14 +105,14 @@ impl Firmware {
         }
         let v01_call = |a7, a6, now: [u64; 4]| (a7, a6, now, true);
         let (a7, a6, now, is_v01) = match extension {
-            v01::PUTCHAR | v01::GETCHAR => return console_call(hart, world, back, &args),
+            v01::PUTCHAR | v01::GETCHAR => return console_call(hart, context, back, &args),
             v01::SHUTDOWN => return Ok(BreakpointOutcome::Stop(StopReason::PowerOff)),
             v01::CLEAR_IPI => {
                 return self.send(hart, shim_call, (shim::CLEAR_IPI, 0, 0), [SUCCESS, a1, a2, a3]);
             }
             v01::SET_TIMER => v01_call(eid::TIME, fid::SET_TIMER, [a0, a1, a2, a3]),
             v01::SEND_IPI..=v01::SFENCE_VMA_ASID => {
-                let Some((mask, base)) = harts(hart, world, a0)? else {
+                let Some((mask, base)) = harts(hart, context, a0)? else {
                     hart.set(Reg::X(A0), INVALID_ADDRESS)?;
                     return resume_at(hart, back);
                 };
@@ -195,7 +195,7 @@ fn resume_at(hart: &mut dyn Hart, back: Return) -> io::Result<BreakpointOutcome>
 /// Handles a console call of version 0.1. If the console is full, the hart hits the same breakpoint again.
 fn console_call(
     hart: &mut dyn Hart,
-    world: &World,
+    context: &MachineContext,
     back: Return,
     args: &[u64; 8],
 ) -> io::Result<BreakpointOutcome> {
@@ -203,7 +203,7 @@ fn console_call(
     let mut ret = [0; 2];
     let args = [a0, a1, a2, a3, a4, a5];
     let mut call = SbiCall { extension, function, args: &args, ret: &mut ret };
-    let flow = sbi::handle(&mut call, world);
+    let flow = sbi::handle(&mut call, context);
     match flow {
         Flow::Retry => {
             std::thread::yield_now();
@@ -219,14 +219,18 @@ fn console_call(
 
 /// The harts of a call of version 0.1: the mask at the guest-virtual address `pointer`, or all; `None` if the address has no
 /// translation.
-fn harts(hart: &dyn Hart, world: &World, pointer: u64) -> io::Result<Option<(u64, u64)>> {
+fn harts(
+    hart: &dyn Hart,
+    context: &MachineContext,
+    pointer: u64,
+) -> io::Result<Option<(u64, u64)>> {
     if pointer == 0 {
         // A base of all ones means every hart, whatever the mask.
         return Ok(Some((0, u64::MAX)));
     }
     let satp = hart.get(Reg::Csr(Csr::Satp))?;
     let mut mask = [0; 8];
-    let read = translate(&world.ram, satp, pointer)
-        .is_ok_and(|addr| world.ram.read(addr, &mut mask).is_ok());
+    let read = translate(&context.ram, satp, pointer)
+        .is_ok_and(|addr| context.ram.read(addr, &mut mask).is_ok());
     Ok(read.then_some((u64::from_le_bytes(mask), 0)))
 }

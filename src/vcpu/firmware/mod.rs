@@ -17,10 +17,10 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::context::MachineContext;
 use super::hart::{Csr, Hart, Reg};
 use super::stop::StopReason;
 use super::trap;
-use super::world::World;
 use crate::config::CsrValue;
 
 mod calls;
@@ -67,17 +67,17 @@ impl Firmware {
     pub(super) fn breakpoint(
         &self,
         hart: &mut dyn Hart,
-        world: &World,
+        context: &MachineContext,
         pc: u64,
     ) -> io::Result<BreakpointOutcome> {
         if pc == shim::VECTOR && hart.get(Reg::Csr(Csr::Stvec))? == shim::VECTOR {
-            return self.vectorless(hart, world);
+            return self.vectorless(hart, context);
         }
         if matches!(pc, shim::RETURN | shim::CLEARED) && self.has_shim_call(hart.id()) {
             return self.finish(hart);
         }
-        match self.patches.classify(hart, &world.ram, pc)? {
-            PatchHit::Call => self.call(hart, world, pc.wrapping_add(shim::ECALL_LEN)),
+        match self.patches.classify(hart, &context.ram, pc)? {
+            PatchHit::Call => self.call(hart, context, pc.wrapping_add(shim::ECALL_LEN)),
             PatchHit::UserCall => {
                 trap::raise_call_from_user(hart)?;
                 Ok(BreakpointOutcome::Done)

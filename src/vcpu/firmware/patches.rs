@@ -124,7 +124,7 @@ impl Patches {
     ///
     /// # Errors
     /// The code is not in RAM.
-    pub fn plant(
+    pub fn insert(
         &mut self,
         ram: &GuestRam,
         base: u64,

@@ -13,10 +13,10 @@ use super::calls::Return;
 use super::{BreakpointOutcome, Firmware};
 use crate::riscv::insn::{CSRCI_SIP_SSIP, EBREAK, ECALL};
 use crate::riscv::trap::cause;
+use crate::vcpu::context::MachineContext;
 use crate::vcpu::hart::{Csr, Hart, Reg};
 use crate::vcpu::stop::StopReason;
 use crate::vcpu::trap::{self, Fetched};
-use crate::vcpu::world::World;
 
 /// Address of the page. Not page 0, so that a guest's loads from there still exit.
 pub const PAGE: u64 = 0x1000;
@@ -55,14 +55,14 @@ impl Firmware {
     pub(super) fn vectorless(
         &self,
         hart: &mut dyn Hart,
-        world: &World,
+        context: &MachineContext,
     ) -> io::Result<BreakpointOutcome> {
         let pc = hart.get(Reg::Csr(Csr::Sepc))?;
         match hart.get(Reg::Csr(Csr::Scause))? {
             cause::ILLEGAL_INSTRUCTION => {
                 let word = match hart.get(Reg::Csr(Csr::Stval))? {
                     // Hardware may write zero instead of the instruction.
-                    0 => trap::fetch(&world.ram, hart.get(Reg::Csr(Csr::Satp))?, pc),
+                    0 => trap::fetch(&context.ram, hart.get(Reg::Csr(Csr::Satp))?, pc),
                     word => Fetched::Word((word & 0xffff_ffff) as u32),
                 };
                 match word {
@@ -86,7 +86,7 @@ impl Firmware {
             }
             cause::CALL_FROM_USER => {
                 let back = Return::from_trap(hart, pc.wrapping_add(ECALL_LEN))?;
-                self.call_from(hart, world, back)
+                self.call_from(hart, context, back)
             }
             other => {
                 let tval = hart.get(Reg::Csr(Csr::Stval))?;

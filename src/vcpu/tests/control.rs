@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::super::hart::{Hart, Reg};
 use super::super::record::Unrecorded;
 use super::super::stop::StopReason;
-use super::super::testing::{Event, EventLog, ScriptHart, Step, world};
+use super::super::testing::{Event, EventLog, ScriptHart, Step, context};
 use super::super::{Control, spawn_hart};
 use crate::config::Unassigned;
 use crate::riscv::sbi::eid;
@@ -26,14 +26,19 @@ struct Run {
 
 /// Harts with these scripts, not started.
 fn machine(scripts: &[&[Step]]) -> Run {
-    let world = Arc::new(world(Unassigned::Zero).0);
+    let context = Arc::new(context(Unassigned::Zero).0);
     let control = Arc::new(Control::new());
     let (mut logs, mut threads) = (Vec::new(), Vec::new());
     for (id, script) in (0..).zip(scripts) {
         let hart = ScriptHart::new(id, script.iter().cloned());
         logs.push(hart.log());
-        let thread =
-            spawn_hart(Box::new(hart), Arc::clone(&world), Arc::clone(&control), None, Unrecorded);
+        let thread = spawn_hart(
+            Box::new(hart),
+            Arc::clone(&context),
+            Arc::clone(&control),
+            None,
+            Unrecorded,
+        );
         threads.push(thread.unwrap());
     }
     Run { control, logs, threads }

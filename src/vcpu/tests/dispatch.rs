@@ -2,16 +2,16 @@
 
 use super::super::exit::{CsrAccess, Exit, Fault, SystemEvent};
 use super::super::stop::StopReason;
-use super::super::testing::{NOWHERE, UART, world};
-use super::super::{Flow, UnresolvedExit, World, dispatch};
+use super::super::testing::{NOWHERE, UART, context};
+use super::super::{Flow, MachineContext, UnresolvedExit, dispatch};
 use crate::config::Unassigned;
 
-fn zero() -> World {
-    world(Unassigned::Zero).0
+fn zero() -> MachineContext {
+    context(Unassigned::Zero).0
 }
 
-fn handle(exit: &mut Exit<'_>, world: &World) -> Flow {
-    dispatch(exit, world, &mut world.bus.view())
+fn handle(exit: &mut Exit<'_>, context: &MachineContext) -> Flow {
+    dispatch(exit, context, &mut context.bus.view())
 }
 
 #[test]
@@ -27,9 +27,9 @@ fn a_load_from_a_device_is_answered_in_place() {
 
 #[test]
 fn a_store_reaches_its_device() {
-    let (world, uart) = world(Unassigned::Stop);
+    let (context, uart) = context(Unassigned::Stop);
     uart.line().room = 1;
-    assert_eq!(handle(&mut Exit::MmioWrite { addr: UART, data: b"x" }, &world), Flow::Resume);
+    assert_eq!(handle(&mut Exit::MmioWrite { addr: UART, data: b"x" }, &context), Flow::Resume);
     assert_eq!(uart.line().sent, b"x");
 }
 
@@ -46,10 +46,10 @@ fn loads_from_unassigned_addresses_give_zero_and_stores_have_no_effect() {
 #[test]
 fn under_the_other_policies_an_unassigned_access_needs_the_hart() {
     for policy in [Unassigned::Fault, Unassigned::Stop] {
-        let (world, _) = world(policy);
-        let load = handle(&mut Exit::MmioRead { addr: NOWHERE, data: &mut [0; 4] }, &world);
+        let (context, _) = context(policy);
+        let load = handle(&mut Exit::MmioRead { addr: NOWHERE, data: &mut [0; 4] }, &context);
         assert_eq!(load, Flow::Resolve(UnresolvedExit::Unassigned { addr: NOWHERE, write: false }));
-        let store = handle(&mut Exit::MmioWrite { addr: NOWHERE, data: &[0; 4] }, &world);
+        let store = handle(&mut Exit::MmioWrite { addr: NOWHERE, data: &[0; 4] }, &context);
         assert_eq!(store, Flow::Resolve(UnresolvedExit::Unassigned { addr: NOWHERE, write: true }));
     }
 }

@@ -11,27 +11,27 @@ use super::super::hart::{Csr, Hart, Reg};
 use super::super::record::Unrecorded;
 use super::super::restarts::{COUNTERS, Exits, Restarts};
 use super::super::stop::StopReason;
-use super::super::testing::{Event, NOWHERE, RAM, ScriptHart, Step, UART, world};
-use super::super::{Control, World, spawn_hart};
+use super::super::testing::{Event, NOWHERE, RAM, ScriptHart, Step, UART, context};
+use super::super::{Control, MachineContext, spawn_hart};
 use crate::config::Unassigned;
 use crate::riscv::sbi::eid;
 use crate::riscv::trap::interrupt;
 
 /// Runs one hart until it stops.
-fn run(world: World, hart: ScriptHart) -> (StopReason, Vec<Event>) {
+fn run(context: MachineContext, hart: ScriptHart) -> (StopReason, Vec<Event>) {
     let control = Arc::new(Control::new());
     let log = hart.log();
     control.start();
     let thread =
-        spawn_hart(Box::new(hart), Arc::new(world), Arc::clone(&control), None, Unrecorded)
+        spawn_hart(Box::new(hart), Arc::new(context), Arc::clone(&control), None, Unrecorded)
             .unwrap();
     let reason = control.wait();
     let _ = thread.join();
     (reason, log.events())
 }
 
-fn zero() -> World {
-    world(Unassigned::Zero).0
+fn zero() -> MachineContext {
+    context(Unassigned::Zero).0
 }
 
 const OFF: Step = Step::System(SystemEvent::Shutdown(0));
@@ -69,9 +69,9 @@ fn a_reset_ends_the_run_with_that_reason() {
 
 #[test]
 fn a_call_that_cannot_be_answered_yet_is_made_again() {
-    let (world, uart) = world(Unassigned::Zero);
+    let (context, uart) = context(Unassigned::Zero);
     let put = Step::Sbi { extension: eid::DBCN, function: 2, args: [0x41; 6] };
-    let (reason, events) = run(world, ScriptHart::new(0, [put, OFF]));
+    let (reason, events) = run(context, ScriptHart::new(0, [put, OFF]));
     assert_eq!(reason, StopReason::PowerOff);
     assert_eq!(events.iter().filter(|e| **e == Event::Abandoned).count(), 1);
     assert!(!events.iter().any(|e| matches!(e, Event::Sbi(_))), "the first call has no answer");
@@ -111,10 +111,10 @@ fn a_hart_that_cannot_be_entered_is_the_hosts_failure() {
 #[test]
 fn a_thread_that_panics_ends_the_machine_and_the_other_harts() {
     let control = Arc::new(Control::new());
-    let world = Arc::new(zero());
+    let context = Arc::new(zero());
     let spawn = |id, script: Vec<Step>| {
         let hart = Box::new(ScriptHart::new(id, script));
-        spawn_hart(hart, Arc::clone(&world), Arc::clone(&control), None, Unrecorded).unwrap()
+        spawn_hart(hart, Arc::clone(&context), Arc::clone(&control), None, Unrecorded).unwrap()
     };
     let threads = [spawn(0, vec![]), spawn(1, vec![Step::Panic]), spawn(2, vec![])];
     control.start();
@@ -125,12 +125,12 @@ fn a_thread_that_panics_ends_the_machine_and_the_other_harts() {
 
 #[test]
 fn the_thread_is_named_after_its_hart_and_pinned() {
-    let (control, world) = (Arc::new(Control::new()), Arc::new(zero()));
+    let (control, context) = (Arc::new(Control::new()), Arc::new(zero()));
     let allowed = rustix::thread::sched_getaffinity(None).unwrap();
     let cpu = (0..1024).find(|cpu| allowed.is_set(*cpu)).unwrap();
     let hart = Box::new(ScriptHart::new(7, []));
     let cpu = Some(u32::try_from(cpu).unwrap());
-    let thread = spawn_hart(hart, world, Arc::clone(&control), cpu, Unrecorded).unwrap();
+    let thread = spawn_hart(hart, context, Arc::clone(&control), cpu, Unrecorded).unwrap();
     assert_eq!(thread.thread().name(), Some("vcpu7"));
     control.stop(StopReason::Requested);
     assert_eq!(control.wait(), StopReason::Requested);
@@ -139,11 +139,11 @@ fn the_thread_is_named_after_its_hart_and_pinned() {
 
 #[test]
 fn a_cpu_that_the_host_lacks_is_refused_by_name() {
-    let (control, world) = (Arc::new(Control::new()), Arc::new(zero()));
+    let (control, context) = (Arc::new(Control::new()), Arc::new(zero()));
     for cpu in [1023, 1024, u32::MAX] {
         let hart = Box::new(ScriptHart::new(1, []));
         let refused =
-            spawn_hart(hart, Arc::clone(&world), Arc::clone(&control), Some(cpu), Unrecorded);
+            spawn_hart(hart, Arc::clone(&context), Arc::clone(&control), Some(cpu), Unrecorded);
         let error = refused.err().unwrap();
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
         let start = format!("Cannot pin hart 1 to host CPU {cpu}: ");
@@ -164,10 +164,10 @@ fn a_pending_interrupt_keeps_a_suspended_system_awake() {
 
 #[test]
 fn unread_input_keeps_a_suspended_system_awake() {
-    let (world, uart) = world(Unassigned::Zero);
+    let (context, uart) = context(Unassigned::Zero);
     uart.line().typed.push_back(b'x');
     let suspend = Step::Sbi { extension: eid::SUSP, function: 0, args: [0; 6] };
-    let (reason, _) = run(world, ScriptHart::new(0, [suspend, OFF]));
+    let (reason, _) = run(context, ScriptHart::new(0, [suspend, OFF]));
     assert_eq!(reason, StopReason::PowerOff);
     assert_eq!(uart.line().typed, [b'x'], "it is still there to be read");
 }
@@ -183,7 +183,7 @@ fn suspending(sie: u64, due: u64) -> ScriptHart {
 
 #[test]
 fn the_timer_of_a_suspended_system_wakes_it() {
-    // Past, now, and in a millisecond at the world's 10 MHz.
+    // Past, now, and in a millisecond at the context's 10 MHz.
     for due in [0, 100, 10_100] {
         let (reason, events) = run(zero(), suspending(STIP, due));
         assert_eq!(reason, StopReason::PowerOff);
@@ -227,10 +227,10 @@ impl Exits for Increasing {
 fn a_hart_that_wakes_gets_the_state_back_that_the_kernel_lost_at_its_start() {
     let control = Arc::new(Control::new());
     for opens in [false, true] {
-        let mut world = zero();
+        let mut context = zero();
         let exits: Vec<Box<dyn Exits>> = vec![Box::new(Increasing(AtomicU64::new(0)))];
-        world.restarts = Some(Restarts::watch(exits, opens, &control).unwrap());
-        let restarts = world.restarts.as_ref().unwrap();
+        context.restarts = Some(Restarts::watch(exits, opens, &control).unwrap());
+        let restarts = context.restarts.as_ref().unwrap();
         let mut hart = ScriptHart::new(0, []);
         restarts.handle_kick(&mut hart).unwrap();
         assert!(hart.log().events().is_empty(), "no start is expected");

@@ -5,9 +5,9 @@ use proptest::prelude::*;
 use super::super::exit::Fault;
 use super::super::hart::{Csr, Hart, Reg};
 use super::super::stop::StopReason;
-use super::super::testing::{Event, NOWHERE, RAM, ScriptHart, world};
+use super::super::testing::{Event, NOWHERE, RAM, ScriptHart, context};
 use super::super::trap::resolve;
-use super::super::{UnresolvedExit, World};
+use super::super::{MachineContext, UnresolvedExit};
 use crate::config::Unassigned;
 use crate::riscv::trap::sstatus::{SIE, SPIE, SPP};
 
@@ -33,18 +33,18 @@ fn hart(pc: u64) -> ScriptHart {
     ])
 }
 
-fn world_with(code: u32) -> World {
-    let (world, _) = world(Unassigned::Zero);
-    world.ram.write(CODE, &code.to_le_bytes()).unwrap();
-    world
+fn world_with(code: u32) -> MachineContext {
+    let (context, _) = context(Unassigned::Zero);
+    context.ram.write(CODE, &code.to_le_bytes()).unwrap();
+    context
 }
 
 fn csr(hart: &ScriptHart, csr: Csr) -> u64 {
     hart.get(Reg::Csr(csr)).unwrap()
 }
 
-fn settle(hart: &mut ScriptHart, world: &World, fault: Fault) -> Option<StopReason> {
-    resolve(hart, world, UnresolvedExit::Fault(fault)).unwrap()
+fn settle(hart: &mut ScriptHart, context: &MachineContext, fault: Fault) -> Option<StopReason> {
+    resolve(hart, context, UnresolvedExit::Fault(fault)).unwrap()
 }
 
 #[track_caller]
@@ -142,10 +142,10 @@ fn a_fetch_from_an_unassigned_address_is_a_fetch_access_fault() {
 #[test]
 fn an_instruction_that_runs_out_of_ram_faults_at_its_second_half() {
     let pc = RAM.base + RAM.size - 2;
-    let world = world_with(ECALL);
-    world.ram.write(pc, &[0x03, 0]).unwrap();
+    let context = world_with(ECALL);
+    context.ram.write(pc, &[0x03, 0]).unwrap();
     let mut hart = hart(pc);
-    assert_eq!(settle(&mut hart, &world, Fault::Unemulated), None);
+    assert_eq!(settle(&mut hart, &context, Fault::Unemulated), None);
     check_trap(&hart, 1, pc + 2, pc);
 }
 
@@ -165,41 +165,41 @@ fn a_fetch_that_is_not_mapped_any_more_is_a_fetch_page_fault() {
 
 #[test]
 fn instructions_are_found_through_page_tables() {
-    let world = world_with(ECALL);
+    let context = world_with(ECALL);
     // Root at RAM.base: a gigapage maps virtual 0 to 1 GiB onto 0x8000_0000.
     let gigapage: u64 = RAM.base >> 12 << 10 | 0xcf;
-    world.ram.write(RAM.base, &gigapage.to_le_bytes()).unwrap();
-    world.ram.write(RAM.base + 0x5000, &FSD.to_le_bytes()).unwrap();
+    context.ram.write(RAM.base, &gigapage.to_le_bytes()).unwrap();
+    context.ram.write(RAM.base + 0x5000, &FSD.to_le_bytes()).unwrap();
     let mut hart = hart(0x5000).with([(Reg::Csr(Csr::Satp), 8 << 60 | RAM.base >> 12)]);
-    assert_eq!(settle(&mut hart, &world, Fault::Unemulated), None);
+    assert_eq!(settle(&mut hart, &context, Fault::Unemulated), None);
     check_trap(&hart, 7, NOWHERE + 8, 0x5000);
 }
 
 #[test]
 fn a_vector_that_cannot_be_fetched_stops_the_machine_instead_of_spinning() {
-    let world = world_with(AMOADD);
+    let context = world_with(AMOADD);
     let mut hart = hart(CODE).with([(Reg::Csr(Csr::Stvec), NOWHERE)]);
-    assert_eq!(settle(&mut hart, &world, Fault::Unemulated), None);
+    assert_eq!(settle(&mut hart, &context, Fault::Unemulated), None);
     assert_eq!(hart.get(Reg::Pc).unwrap(), NOWHERE);
-    check_fault(settle(&mut hart, &world, Fault::Unemulated), "trap vector 0x20000000");
+    check_fault(settle(&mut hart, &context, Fault::Unemulated), "trap vector 0x20000000");
 }
 
 #[test]
 fn user_code_at_the_vectors_address_still_traps_once() {
     let mut hart = hart(NOWHERE).with([(Reg::Csr(Csr::Stvec), NOWHERE), (Reg::Mode, 0)]);
-    let world = world_with(ECALL);
-    assert_eq!(settle(&mut hart, &world, Fault::Unemulated), None);
-    check_fault(settle(&mut hart, &world, Fault::Unemulated), "cannot be fetched");
+    let context = world_with(ECALL);
+    assert_eq!(settle(&mut hart, &context, Fault::Unemulated), None);
+    check_fault(settle(&mut hart, &context, Fault::Unemulated), "cannot be fetched");
 }
 
 #[test]
 fn a_fault_that_is_no_trap_stops_the_machine() {
-    let world = world_with(ECALL);
-    let stop = settle(&mut hart(CODE), &world, Fault::Unemulated);
+    let context = world_with(ECALL);
+    let stop = settle(&mut hart(CODE), &context, Fault::Unemulated);
     check_fault(stop, "instruction 0x00000073 at 0x80001000");
-    check_fault(settle(&mut hart(CODE), &world, Fault::Misaligned), "misaligned");
+    check_fault(settle(&mut hart(CODE), &context, Fault::Misaligned), "misaligned");
     check_fault(settle(&mut hart(CODE), &world_with(LW), Fault::Memory), "EFAULT");
-    let stop = |trouble| resolve(&mut hart(CODE), &world, trouble).unwrap();
+    let stop = |trouble| resolve(&mut hart(CODE), &context, trouble).unwrap();
     check_fault(stop(UnresolvedExit::UnknownEvent(9)), "system event 9");
     check_fault(stop(UnresolvedExit::UnknownExit(77)), "reason 77");
 }
@@ -217,9 +217,9 @@ fn a_huge_page_that_the_host_does_not_have_is_the_hosts_failure() {
     let Some(ram) = crate::memory::without_huge_pages(RAM, false) else {
         return rvmm_devices::testing::skip("this host has huge pages of 2 MiB");
     };
-    let (mut world, _) = world(Unassigned::Zero);
-    world.ram = ram.into();
-    let stop = settle(&mut hart(CODE), &world, Fault::Memory).unwrap();
+    let (mut context, _) = context(Unassigned::Zero);
+    context.ram = ram.into();
+    let stop = settle(&mut hart(CODE), &context, Fault::Memory).unwrap();
     assert_eq!(stop.exit_code(), crate::error::EXIT_HOST);
     let what = stop.to_string();
     assert!(what.starts_with("The host failed: no huge page is left for guest RAM"), "{what}");
@@ -233,10 +233,10 @@ fn memory_that_a_shrunken_file_backed_is_lost() {
     let ram = crate::memory::GuestRam::new(RAM, false).unwrap();
     let file = std::sync::Arc::new(file);
     ram.place_file(RAM.base, &file, 0, 0x10_0000).unwrap();
-    let (mut world, _) = world(Unassigned::Zero);
-    world.ram = ram.into();
+    let (mut context, _) = context(Unassigned::Zero);
+    context.ram = ram.into();
     file.set_len(0).unwrap();
-    let stop = settle(&mut hart(CODE), &world, Fault::Memory);
+    let stop = settle(&mut hart(CODE), &context, Fault::Memory);
     assert_eq!(stop, Some(StopReason::MemoryLost { addr: None }));
 }
 
@@ -249,12 +249,12 @@ fn a_breakpoint_is_delivered_to_the_guest() {
 
 #[test]
 fn under_the_policy_fault_an_unassigned_access_faults_at_its_virtual_address() {
-    let (world, _) = world(Unassigned::Fault);
+    let (context, _) = context(Unassigned::Fault);
     for (code, write, cause) in [(LW, false, 5), (SW, true, 7)] {
-        world.ram.write(CODE, &code.to_le_bytes()).unwrap();
+        context.ram.write(CODE, &code.to_le_bytes()).unwrap();
         let mut hart = hart(CODE);
         let trouble = UnresolvedExit::Unassigned { addr: 0xdead_0000, write };
-        assert_eq!(resolve(&mut hart, &world, trouble).unwrap(), None);
+        assert_eq!(resolve(&mut hart, &context, trouble).unwrap(), None);
         check_trap(&hart, cause, NOWHERE + 4, CODE);
         assert_eq!(hart.log().events(), [Event::Abandoned], "the access is not completed");
     }
@@ -262,20 +262,20 @@ fn under_the_policy_fault_an_unassigned_access_faults_at_its_virtual_address() {
 
 #[test]
 fn under_the_policy_fault_code_that_has_vanished_faults_without_an_address() {
-    let (world, _) = world(Unassigned::Fault);
+    let (context, _) = context(Unassigned::Fault);
     for pc in [CODE, NOWHERE] {
         let mut hart = hart(pc);
         let trouble = UnresolvedExit::Unassigned { addr: NOWHERE, write: true };
-        assert_eq!(resolve(&mut hart, &world, trouble).unwrap(), None);
+        assert_eq!(resolve(&mut hart, &context, trouble).unwrap(), None);
         check_trap(&hart, 7, 0, pc);
     }
 }
 
 #[test]
 fn under_the_policy_stop_an_unassigned_access_stops_with_the_registers() {
-    let (world, _) = world(Unassigned::Stop);
+    let (context, _) = context(Unassigned::Stop);
     let trouble = UnresolvedExit::Unassigned { addr: NOWHERE, write: true };
-    match resolve(&mut hart(CODE), &world, trouble).unwrap() {
+    match resolve(&mut hart(CODE), &context, trouble).unwrap() {
         Some(StopReason::UnassignedAccess { hart: 3, addr: NOWHERE, write: true, dump }) => {
             assert!(dump.contains("pc 0000000080001000"), "{dump}");
             assert!(dump.contains("a1 0000000020000000"), "{dump}");
@@ -295,13 +295,13 @@ proptest! {
         a1: u64,
         misaligned: bool,
     ) {
-        let (world, _) = world(Unassigned::Zero);
+        let (context, _) = context(Unassigned::Zero);
         for word in words {
-            world.ram.write(CODE, &word.to_le_bytes()).unwrap();
+            context.ram.write(CODE, &word.to_le_bytes()).unwrap();
             for satp in [0, satp] {
                 let mut hart = hart(CODE).with([(Reg::X(11), a1), (Reg::Csr(Csr::Satp), satp)]);
                 let fault = if misaligned { Fault::Misaligned } else { Fault::Unemulated };
-                match settle(&mut hart, &world, fault) {
+                match settle(&mut hart, &context, fault) {
                     None => prop_assert!([1, 5, 7, 12].contains(&csr(&hart, Csr::Scause))),
                     Some(StopReason::HartFault { .. }) => {}
                     other => prop_assert!(false, "{other:?}"),

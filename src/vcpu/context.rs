@@ -13,7 +13,7 @@ use crate::config::Unassigned;
 use crate::memory::GuestRam;
 
 /// State shared by the harts of one machine.
-pub struct World {
+pub struct MachineContext {
     /// The devices.
     pub bus: Arc<Bus>,
     /// The guest's memory.
@@ -54,7 +54,7 @@ pub(super) enum Notice {
     AccessFault,
 }
 
-impl World {
+impl MachineContext {
     /// Creates the shared state of one machine.
     #[must_use]
     pub fn new(
