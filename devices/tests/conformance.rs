@@ -381,10 +381,10 @@ fn a_state_of_another_model_is_refused() {
 
 #[test]
 fn a_bus_saves_and_restores_all_its_devices_by_their_places() {
-    let savable = |built: &Built| !UNSAVABLE.iter().any(|(name, _)| *name == built.device.name());
+    let saveable = |built: &Built| !UNSAVABLE.iter().any(|(name, _)| *name == built.device.name());
     let bus = |step: u64| {
         let bases = (0..).map(|index| index * step);
-        let devices = devices().into_iter().filter(savable).map(|built| built.device);
+        let devices = devices().into_iter().filter(saveable).map(|built| built.device);
         Bus::new(bases.zip(devices).collect()).unwrap()
     };
     let (saved, restored) = (bus(0x1000_0000), bus(0x1000_0000));

@@ -45,7 +45,7 @@ pub enum DeviceChange {
 pub enum CommandError {
     /// The machine is in another state.
     #[error("Cannot {command} the machine: it is {state}")]
-    MachineState {
+    WrongState {
         /// The command: a verb.
         command: &'static str,
         /// The machine's state.

@@ -160,7 +160,7 @@ impl Controller {
     }
 
     fn refused(&self, command: &'static str) -> CommandError {
-        CommandError::MachineState { command, state: self.state }
+        CommandError::WrongState { command, state: self.state }
     }
 
     fn refuse<T>(&self, command: &'static str, reply: &ReplyTo<T>) {
@@ -173,7 +173,7 @@ impl Controller {
         }
         if self.pauses == 0 {
             let pause = self.handle.control().pause();
-            let pause = pause.ok_or(CommandError::MachineState {
+            let pause = pause.ok_or(CommandError::WrongState {
                 command: "pause",
                 state: MachineState::Stopping,
             })?;

@@ -103,7 +103,7 @@ impl Handle {
     /// Starts the guest of a machine that was launched.
     ///
     /// # Errors
-    /// [`CommandError::State`] if it was started before.
+    /// [`CommandError::WrongState`] if it was started before.
     pub fn start(&self) -> Result<(), CommandError> {
         self.call("start", Command::Start)
     }
@@ -119,7 +119,7 @@ impl Handle {
     /// dropped as there were. Queries ([`Handle::inspect`]) neither end a pause nor are disturbed by its end.
     ///
     /// # Errors
-    /// [`CommandError::State`] if the guest does not run or ends meanwhile; [`CommandError::Device`] if a device goes on: then the
+    /// [`CommandError::WrongState`] if the guest does not run or ends meanwhile; [`CommandError::Device`] if a device goes on: then the
     /// machine does, too.
     pub fn pause(&self) -> Result<Paused, CommandError> {
         self.call("pause", Command::Pause).map(|()| Paused(self.clone()))
@@ -128,7 +128,7 @@ impl Handle {
     /// Ends one pause that was [kept](Paused::keep).
     ///
     /// # Errors
-    /// [`CommandError::State`] if the machine is not paused.
+    /// [`CommandError::WrongState`] if the machine is not paused.
     pub fn resume(&self) -> Result<(), CommandError> {
         self.call("resume", Command::Resume)
     }
@@ -137,7 +137,7 @@ impl Handle {
     /// machine that is paused stays so.
     ///
     /// # Errors
-    /// [`CommandError::State`] if the guest does not run, or the machine cannot be reset and ends.
+    /// [`CommandError::WrongState`] if the guest does not run, or the machine cannot be reset and ends.
     pub fn reset(&self) -> Result<(), CommandError> {
         self.call("reset", Command::Reset)
     }
@@ -161,7 +161,7 @@ impl Handle {
     /// Inspects the running guest: its counters, registers or page tables.
     ///
     /// # Errors
-    /// [`CommandError::State`] if the guest does not run.
+    /// [`CommandError::WrongState`] if the guest does not run.
     pub fn inspect(&self, query: Query) -> Result<Reply, CommandError> {
         self.call("inspect", |reply| Command::Inspect(query, reply))
     }
@@ -172,7 +172,7 @@ impl Handle {
         verb: &'static str,
         command: impl FnOnce(ReplyTo<T>) -> Command,
     ) -> Result<T, CommandError> {
-        let refused = || CommandError::MachineState { command: verb, state: self.state() };
+        let refused = || CommandError::WrongState { command: verb, state: self.state() };
         let (reply, answer) = sync_channel(1);
         // Sent under the lock: the controller stops taking commands under it, too.
         let now = self.lock();
