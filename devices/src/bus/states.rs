@@ -74,7 +74,7 @@ impl Bus {
     /// Restores the states of all devices, which are new; they are paused afterwards.
     ///
     /// # Errors
-    /// [`StateError`] for a state without its device, a device without a state, and a state that does not fit.
+    /// [`StateError`] for a state without its device, a device without a state or with two, and a state that does not fit.
     pub fn restore(&self, states: Vec<DeviceState>) -> Result<(), StateError> {
         let map = self.map();
         let failed = |model: &str, base, reason: String| StateError {
@@ -83,17 +83,23 @@ impl Bus {
             base,
             reason,
         };
-        let has_state =
-            |name: &str, base| states.iter().any(|state| state.model == name && state.base == base);
-        if let Some(slot) = map.slots.iter().find(|slot| !has_state(slot.name, slot.base)) {
+        // Everything fits before the first device is touched.
+        let mut matched: Vec<Option<SavedState>> = vec![None; map.slots.len()];
+        for DeviceState { model, base, state } in states {
+            let at = map.slots.iter().position(|slot| slot.name == model && slot.base == base);
+            let Some(place) = at.and_then(|at| matched.get_mut(at)) else {
+                return Err(failed(&model, base, "the machine has no such device".into()));
+            };
+            if place.replace(state).is_some() {
+                return Err(failed(&model, base, "it has two saved states".into()));
+            }
+        }
+        if let Some((slot, _)) = map.slots.iter().zip(&matched).find(|(_, state)| state.is_none()) {
             return Err(failed(slot.name, slot.base, "it has no saved state".into()));
         }
-        for DeviceState { model, base, state } in states {
-            let slot = map.slots.iter().find(|slot| slot.name == model && slot.base == base);
-            let slot =
-                slot.ok_or_else(|| failed(&model, base, "the machine has no such device".into()))?;
+        for (slot, state) in map.slots.iter().zip(matched.into_iter().flatten()) {
             let restored = slot.lock().restore(state);
-            restored.map_err(|error| failed(&model, base, error.to_string()))?;
+            restored.map_err(|error| failed(slot.name, slot.base, error.to_string()))?;
         }
         Ok(())
     }
