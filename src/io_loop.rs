@@ -1,10 +1,10 @@
 //! The I/O thread, with the only epoll set of a machine. It watches the descriptors of the devices and of the command.
 //!
 //! The contract with a device is [`rvmm_devices::MmioDevice`]'s: the loop reads its list of sources at the start and after every
-//! `ready`, and applies the changes. The set is level-triggered, but for [`rvmm_devices::Interest::Signal`]. A descriptor that no device lists is not in the set, so
-//! an unhandled hang-up costs nothing; one that reports only a hang-up or an error, and is still listed unchanged afterwards, is
-//! removed until the device changes its list. A device reset closes descriptors on a hart's thread, and their numbers stay in the
-//! set until the list is read again: if another descriptor gets such a number first, all lists are read again.
+//! `ready`, and applies the changes. The set is level-triggered, but for [`rvmm_devices::Interest::Signal`]. A descriptor that no device
+//! lists is not in the set, so an unhandled hang-up costs nothing; one that reports only a hang-up or an error, and is still listed
+//! unchanged afterwards, is removed until the device changes its list. A device reset closes descriptors on a hart's thread, and their
+//! numbers stay in the set until the list is read again: if another descriptor gets such a number first, all lists are read again.
 //!
 //! Each device is a subscriber of the event manager, as are the signals, the power button and the external event source: an event is
 //! served where it is dispatched, and changes the set there.

@@ -78,13 +78,12 @@ impl LoopState {
 
     /// Shortens the deadline of a loop that was stopped or is to rest to `rest` from now; does not affect another one.
     pub(super) fn shorten(&self, rest: Duration) {
-        let soon = Instant::now() + rest;
+        let now = Instant::now();
+        let soon = now.checked_add(rest).unwrap_or(now);
         let mut wanted = self.lock_rest();
         wanted.drain_until = wanted.drain_until.map(|until| until.min(soon));
         drop(wanted);
         let mut deadline = self.deadline.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = Instant::now();
-        let soon = now.checked_add(rest).unwrap_or(now);
         *deadline = deadline.map(|deadline| deadline.min(soon));
     }
 }

@@ -316,21 +316,22 @@ fn a_refresh_finds_sources_that_were_added_from_outside() {
     assert_eq!(receiver.recv_timeout(LONG).unwrap(), b"late");
 }
 
+/// A device with output that its full socket does not accept, and the reading end.
+fn owing() -> (Vec<Source>, OnReady, UnixStream) {
+    let (mut writer, reader) = UnixStream::pair().unwrap();
+    writer.set_nonblocking(true).unwrap();
+    while writer.write(&[0; 4096]).is_ok() {}
+    let sources = vec![source(&writer, 0, Interest::Write)];
+    let on_ready: OnReady = Box::new(move |sources, _| {
+        if writer.write(b"last words").is_ok() {
+            sources.clear();
+        }
+    });
+    (sources, on_ready, reader)
+}
+
 #[test]
 fn a_stop_waits_for_pending_output_but_not_for_ever() {
-    let owing = || {
-        let (mut writer, reader) = UnixStream::pair().unwrap();
-        writer.set_nonblocking(true).unwrap();
-        while writer.write(&[0; 4096]).is_ok() {}
-        let sources = vec![source(&writer, 0, Interest::Write)];
-        let on_ready: OnReady = Box::new(move |sources, _| {
-            if writer.write(b"last words").is_ok() {
-                sources.clear();
-            }
-        });
-        (sources, on_ready, reader)
-    };
-
     let (sources, on_ready, mut reader) = owing();
     let (io, bus) = start(vec![(sources, on_ready)]);
     settle(&io);
@@ -464,18 +465,6 @@ fn a_device_that_was_added_is_watched_and_one_that_was_removed_is_not() {
 
 #[test]
 fn a_pause_waits_for_pending_output_but_not_for_ever() {
-    let owing = || {
-        let (mut writer, reader) = UnixStream::pair().unwrap();
-        writer.set_nonblocking(true).unwrap();
-        while writer.write(&[0; 4096]).is_ok() {}
-        let sources = vec![source(&writer, 0, Interest::Write)];
-        let on_ready: OnReady = Box::new(move |sources, _| {
-            if writer.write(b"last words").is_ok() {
-                sources.clear();
-            }
-        });
-        (sources, on_ready, reader)
-    };
     let (sources, on_ready, mut reader) = owing();
     let (io, _bus) = start(vec![(sources, on_ready)]);
     let pausing = thread::spawn(move || {

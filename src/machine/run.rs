@@ -14,8 +14,8 @@ use crate::error::{EXIT_OK, Error};
 use crate::io_loop::{IoLoop, IoThread};
 use crate::vcpu::hart::Hart;
 use crate::vcpu::record::Unrecorded;
-use crate::vcpu::spawn_hart;
 use crate::vcpu::stop::StopReason;
+use crate::vcpu::{MachineContext, spawn_hart};
 
 impl Machine {
     /// Begins a run: the harts enter the guest. A hart whose thread cannot be started is a reason to stop.
@@ -80,7 +80,7 @@ impl Machine {
     fn start_hart(
         &self,
         hart: Box<dyn Hart>,
-        context: &Arc<crate::vcpu::MachineContext>,
+        context: &Arc<MachineContext>,
     ) -> io::Result<JoinHandle<()>> {
         let (id, context, control) =
             (hart.id(), Arc::clone(context), Arc::clone(&self.board.control));

@@ -89,6 +89,9 @@ impl VirtioDevice for KernelVsock {
     }
 }
 
+/// The reason why it cannot be saved or restored.
+const UNSAVABLE: &str = "its connections are in the host's kernel (use backend=unix)";
+
 impl VirtioLifecycle for KernelVsock {
     fn pause(&mut self, _work: &mut Work<'_>) -> Result<(), PauseError> {
         self.kernel.pause(self.memory.as_ref());
@@ -112,7 +115,7 @@ impl VirtioLifecycle for KernelVsock {
     }
 
     fn save(&self) -> Result<SavedState, SaveError> {
-        Err(SaveError("its connections are in the host's kernel (use backend=unix)".into()))
+        Err(SaveError(UNSAVABLE.into()))
     }
 
     fn restore(
@@ -121,6 +124,6 @@ impl VirtioLifecycle for KernelVsock {
         _features: Option<u64>,
         _work: &mut Work<'_>,
     ) -> Result<(), RestoreError> {
-        Err(RestoreError("its connections are in the host's kernel (use backend=unix)".into()))
+        Err(RestoreError(UNSAVABLE.into()))
     }
 }

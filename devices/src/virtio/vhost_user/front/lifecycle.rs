@@ -8,6 +8,9 @@ use super::{Front, Origin, Peer, PeerError, STOP_TIMEOUT};
 use crate::lifecycle::{PauseError, RestoreError, SaveError, SavedState};
 use crate::virtio::{VirtioLifecycle, Work};
 
+/// The reason why it cannot be saved or restored.
+const UNSAVABLE: &str = "its state is in the program that serves it";
+
 impl VirtioLifecycle for Front {
     fn pause(&mut self, _work: &mut Work<'_>) -> Result<(), PauseError> {
         if self.is_paused {
@@ -72,7 +75,7 @@ impl VirtioLifecycle for Front {
     }
 
     fn save(&self) -> Result<SavedState, SaveError> {
-        Err(SaveError("its state is in the program that serves it".into()))
+        Err(SaveError(UNSAVABLE.into()))
     }
 
     fn restore(
@@ -81,6 +84,6 @@ impl VirtioLifecycle for Front {
         _features: Option<u64>,
         _work: &mut Work<'_>,
     ) -> Result<(), RestoreError> {
-        Err(RestoreError("its state is in the program that serves it".into()))
+        Err(RestoreError(UNSAVABLE.into()))
     }
 }
