@@ -359,6 +359,55 @@ proptest! {
     }
 }
 
+/// `text` with the number at the position `at` (modulo the count of numbers) replaced.
+fn with_another_number(text: &str, at: usize, number: i128) -> String {
+    let starts: Vec<usize> = text
+        .match_indices(|c: char| c.is_ascii_digit())
+        .map(|(index, _)| index)
+        .filter(|index| !text[..*index].ends_with(|c: char| c.is_ascii_alphanumeric()))
+        .collect();
+    let Some(&start) = starts.get(at.checked_rem(starts.len()).unwrap_or(0)) else {
+        return text.to_owned();
+    };
+    let len = text[start..].find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len() - start);
+    format!("{}{number}{}", &text[..start], &text[start + len..])
+}
+
+proptest! {
+    /// A state that somebody has changed is refused, or is one that a driver can cause.
+    #[test]
+    fn no_state_makes_a_device_panic(
+        accesses in prop::collection::vec((any::<bool>(), 0_u64..0x110, any::<u32>()), 0..30),
+        changes in prop::collection::vec(
+            (any::<usize>(), prop_oneof![-1_i128..70, 0_i128..0x1_0000, 0..=i128::from(u64::MAX), Just(i128::from(u64::MAX))]),
+            1..6,
+        ),
+    ) {
+        for (mut saved, mut restored) in devices().into_iter().zip(devices()) {
+            for (is_write, offset, value) in &accesses {
+                access(&mut saved, (*is_write, offset & !3, 4), u64::from(*value));
+            }
+            saved.device.pause().unwrap();
+            let Ok(state) = saved.device.save() else { continue };
+            let text = serde_json::to_string(&state).unwrap();
+            let text = changes.iter().fold(text, |text, (at, number)| with_another_number(&text, *at, *number));
+            if restored.device.restore(serde_json::from_str(&text).unwrap()).is_err() {
+                continue;
+            }
+            restored.device.resume();
+            for (is_write, offset, value) in &accesses {
+                access(&mut restored, (*is_write, offset & !3, 4), u64::from(*value));
+                restored.console.type_in(&value.to_le_bytes());
+                dispatch_event(restored.device.as_mut(), *value);
+            }
+            let awake = (0..100).all(|_| turn(restored.device.as_mut(), 0).unwrap() != 0);
+            prop_assert!(!awake, "{} spins: {}", restored.device.name(), text);
+            restored.device.pause().unwrap();
+            prop_assert!(restored.device.save().is_ok(), "{}: {}", restored.device.name(), text);
+        }
+    }
+}
+
 #[test]
 fn a_state_of_another_model_is_refused() {
     let states: Vec<_> = devices().iter().map(|built| built.device.save()).collect();
