@@ -19,11 +19,14 @@ use crate::error::Error;
 use crate::layout::Span;
 
 mod lost;
+mod occupied;
+mod pagemap;
 mod program;
 mod reserve;
 mod rom;
 
 use lost::Watch;
+pub(crate) use occupied::data_in;
 pub use program::discard_program_pages;
 use reserve::Reservation;
 pub(crate) use rom::Rom;
@@ -53,6 +56,17 @@ struct Overlay {
     span: Span,
     /// The file must be at least this long for every mapped page to exist.
     needed: u64,
+    /// What a page becomes again that the guest has returned.
+    returned: Returned,
+}
+
+/// What the contents of a page of a mapped file are after the guest has returned it to the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Returned {
+    /// As before: such a page stays.
+    Kept,
+    /// The file's, which the guest had in its memory at some time.
+    Files,
 }
 
 /// The reason why guest memory could not be accessed.
@@ -165,6 +179,31 @@ impl GuestRam {
         offset: u64,
         len: u64,
     ) -> Result<(), Error> {
+        self.place(addr, file, offset, len, Returned::Kept)
+    }
+
+    /// The same with a saved guest's memory. Pages that the guest returns later have the file's contents again.
+    ///
+    /// # Errors
+    /// As for [`GuestRam::place_file`].
+    pub fn place_saved(
+        &self,
+        addr: u64,
+        file: &Arc<File>,
+        offset: u64,
+        len: u64,
+    ) -> Result<(), Error> {
+        self.place(addr, file, offset, len, Returned::Files)
+    }
+
+    fn place(
+        &self,
+        addr: u64,
+        file: &Arc<File>,
+        offset: u64,
+        len: u64,
+        returned: Returned,
+    ) -> Result<(), Error> {
         if !self.contains(addr, len) {
             return Err(Error::Memory {
                 what: format!("Cannot place {len} bytes at {addr:#x}: not inside guest RAM"),
@@ -181,7 +220,8 @@ impl GuestRam {
         if mapped > 0 {
             self.reservation.overlay(addr + lead - self.span.base, file, offset + lead, mapped)?;
             let span = Span { base: addr + lead, size: mapped };
-            let overlay = Overlay { file: Arc::clone(file), span, needed: offset + lead + mapped };
+            let needed = offset + lead + mapped;
+            let overlay = Overlay { file: Arc::clone(file), span, needed, returned };
             self.overlays().push(overlay);
         }
         let done = lead + mapped;
@@ -276,14 +316,16 @@ impl DmaMemory for GuestRam {
         &self.view
     }
 
-    /// Pages of a file are kept: after MADV_DONTNEED they would have the file's contents again, and anonymous pages in their
+    /// Pages of a kernel's file are kept: after MADV_DONTNEED they would have the file's contents again, and anonymous pages in their
     /// place would need a mapping each, whose number is limited. They are few, and the host can reclaim those that the guest has
-    /// not written.
+    /// not written. Those of a saved guest's memory are most of a restored guest's: they get the contents of its file again.
     fn release(&self, addr: u64, len: u64) {
         let step = if self.reservation.is_huge() { HUGE_PAGE } else { PAGE };
         let end = addr.saturating_add(len).min(self.span.end()) / step * step;
         let Some(mut at) = addr.max(self.span.base).checked_next_multiple_of(step) else { return };
-        let files: Vec<Span> = self.overlays().iter().map(|overlay| overlay.span).collect();
+        let is_kept = |overlay: &&Overlay| overlay.returned == Returned::Kept;
+        let files: Vec<Span> =
+            self.overlays().iter().filter(is_kept).map(|overlay| overlay.span).collect();
         while at < end {
             // Up to the next file, or to the end of the file at `at`.
             let ahead = files.iter().filter(|file| file.end() > at);

@@ -1,21 +1,12 @@
 //! The program's own memory: pages that are not needed for the moment are returned to the host.
 #![expect(unsafe_code, reason = "the program's own mapping is found by address")]
 
-use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
-use std::{ptr, slice};
+use std::{fs, ptr, slice};
 
 use rustix::mm::{Advice, madvise};
 
 use super::PAGE;
-
-/// Entries of the page map that are read at once.
-const BATCH: usize = 128;
-
-/// Bits of an entry (Documentation/admin-guide/mm/pagemap.rst): present, swapped out, a file's page.
-const PRESENT: u64 = 1 << 63;
-const SWAPPED: u64 = 1 << 62;
-const OF_A_FILE: u64 = 1 << 61;
+use super::pagemap::PageMap;
 
 /// Returns the memory of the program's code and constants to the host; pages that are used afterwards are read again from the
 /// program's file, usually from the host's page cache. To be called by a program that only runs a machine, after the start, since
@@ -31,18 +22,24 @@ pub fn discard_program_pages() {
     unsafe {
         libc::malloc_trim(0)
     };
-    let Ok(map) = File::open("/proc/self/pagemap") else { return };
+    let Ok(map) = PageMap::open() else { return };
     if fs::read_to_string("/proc/self/status").map_or(true, |status| is_traced(&status)) {
         return;
     }
     for (address, len) in read_only() {
-        for_file_pages(&map, address, len, |address, len| {
-            // SAFETY: the kernel removes unmodified pages of a private file mapping, and the file cannot change while it is
-            // executed: they are read again with the same contents.
-            let _ = unsafe {
-                madvise(ptr::with_exposed_provenance_mut(address), len, Advice::LinuxDontNeed)
-            };
-        });
+        // Pages whose entries cannot be read stay.
+        let _ = map.for_runs(
+            address,
+            len,
+            |entry| !entry.is_private(),
+            |address, len| {
+                // SAFETY: the kernel removes unmodified pages of a private file mapping, and the file cannot change while it is
+                // executed: they are read again with the same contents.
+                let _ = unsafe {
+                    madvise(ptr::with_exposed_provenance_mut(address), len, Advice::LinuxDontNeed)
+                };
+            },
+        );
     }
 }
 
@@ -50,31 +47,6 @@ pub fn discard_program_pages() {
 fn is_traced(status: &str) -> bool {
     let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:"));
     tracer.is_none_or(|tracer| tracer.trim() != "0")
-}
-
-/// Calls `each` with every run of pages, of the `len` bytes at `address`, of which there is no private copy.
-fn for_file_pages(map: &File, address: usize, len: usize, mut each: impl FnMut(usize, usize)) {
-    let Ok(page) = usize::try_from(PAGE) else { return };
-    let mut entries = [0; BATCH * 8];
-    for start in (address..address.saturating_add(len)).step_by(BATCH * page) {
-        let count = BATCH.min((address + len - start) / page);
-        let Some(entries) = entries.get_mut(..count * 8) else { return };
-        if map.read_exact_at(entries, (start / page * 8) as u64).is_err() {
-            return;
-        }
-        let (entries, _) = entries.as_chunks::<8>();
-        let is_own = |entry: &[u8; 8]| {
-            let entry = u64::from_ne_bytes(*entry);
-            entry & (PRESENT | SWAPPED) != 0 && entry & OF_A_FILE == 0
-        };
-        let mut at = start;
-        for run in entries.chunk_by(|a, b| is_own(a) == is_own(b)) {
-            if !run.first().is_some_and(is_own) {
-                each(at, run.len() * page);
-            }
-            at += run.len() * page;
-        }
-    }
 }
 
 /// Whole pages of the program that nobody writes after its start, as addresses and lengths: the segments that can be executed and not
@@ -114,6 +86,9 @@ fn whole_pages(start: u64, len: u64) -> Option<(usize, usize)> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+
     use super::*;
 
     #[test]

@@ -145,6 +145,11 @@ impl Reservation {
         self.file.is_some()
     }
 
+    /// The memfd of shared RAM.
+    pub(super) fn file(&self) -> Option<&File> {
+        self.file.as_deref()
+    }
+
     /// Maps `len` bytes of `file` from `offset` over RAM at `at`, all multiples of the page size.
     pub(super) fn overlay(&self, at: u64, file: &File, offset: u64, len: u64) -> Result<(), Error> {
         let fits = at.checked_add(len).is_some_and(|end| end <= self.size as u64);
