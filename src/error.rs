@@ -39,6 +39,9 @@ pub enum Error {
     /// A device cannot be created.
     #[error("{0}")]
     Device(String),
+    /// A snapshot cannot be used: it is damaged, of another kind, or does not fit this host. Nothing of it was used.
+    #[error("{0}")]
+    Snapshot(String),
     /// The terminal, a socket or the event loop failed.
     #[error("{what}")]
     Host {
@@ -91,6 +94,8 @@ pub const EXIT_HOST: u8 = 1;
 pub const EXIT_USAGE: u8 = 2;
 /// The guest stopped abnormally, for a documented reason (see [`crate::vcpu::stop::StopReason`]).
 pub const EXIT_GUEST: u8 = 3;
+/// A snapshot was refused: nothing of it was used.
+pub const EXIT_SNAPSHOT: u8 = 4;
 
 impl Error {
     /// The stable exit code of the command.
@@ -99,8 +104,32 @@ impl Error {
         match self {
             Self::Config(_) | Self::Boot(_) | Self::File { .. } | Self::Device(_) => EXIT_USAGE,
             Self::Vm(refusal) if refusal.is_invalid_request() => EXIT_USAGE,
+            Self::Snapshot(_) => EXIT_SNAPSHOT,
             Self::Memory { .. } | Self::Vm(_) | Self::Host { .. } => EXIT_HOST,
         }
+    }
+}
+
+/// An error and its sources as one line, without repetitions.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut line = plain(&error.to_string());
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let text = plain(&cause.to_string());
+        if !line.ends_with(&text) {
+            line.push_str(": ");
+            line.push_str(&text);
+        }
+        source = cause.source();
+    }
+    line
+}
+
+/// The text without the number that the standard library appends to the system's errors.
+pub(crate) fn plain(text: &str) -> String {
+    match text.rsplit_once(" (os error ") {
+        Some((text, number)) if number.ends_with(')') => text.to_owned(),
+        _ => text.to_owned(),
     }
 }
 

@@ -55,6 +55,7 @@ mod machine;
 pub mod memory;
 pub mod riscv;
 pub mod signals;
+pub mod snapshot;
 mod sockets;
 pub mod terminal;
 pub mod trace;

@@ -1,0 +1,287 @@
+//! Snapshots: a saved machine in a folder.
+//!
+//! | file of the folder | what is in it |
+//! |---|---|
+//! | `state.json` | everything but RAM: version, configuration, harts, interrupt controller, devices; and where RAM is |
+//! | `memory` | guest RAM, each page at its offset in RAM, pages of zeroes as holes |
+//! | `checksum` | the checksum of `state.json`, which has that of `memory` |
+//! | `stamp` | identity and times of a `memory` that was checked; only saves time |
+//!
+//! `docs/snapshots.md` describes the format for readers of other programs.
+//!
+//! | file of this module | what is in it |
+//! |---|---|
+//! | `mod.rs` | [`Snapshot`]: one that exists; [`SnapshotWriter`]: one that is being saved |
+//! | `request.rs` | what clients ask for |
+//! | `state.rs` | the types of `state.json` |
+//! | `image.rs` | RAM in a file |
+//! | `folder.rs`, `stamp.rs` | the folder, written whole or not at all; whether a file has changed |
+//! | `checksum.rs` | the checksum |
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::error::Error;
+use crate::memory::GuestRam;
+
+mod checksum;
+mod folder;
+mod image;
+mod request;
+mod stamp;
+mod state;
+#[cfg(test)]
+mod tests;
+
+use folder::PartialFolder;
+pub(crate) use folder::checksum_line;
+pub use image::{MemoryImage, ReadRam};
+pub use request::{SnapshotReport, SnapshotRequest};
+use stamp::Stamp;
+pub use state::{DiskIdentity, Parent, SavedMachine};
+use state::{Preamble, SnapshotState};
+
+const STATE: &str = "state.json";
+const MEMORY: &str = "memory";
+const CHECKSUM: &str = "checksum";
+const STAMP: &str = "stamp";
+
+/// Maximum size of a state in bytes. The largest machine's is a tenth of it.
+const MOST_STATE: u64 = 256 << 20;
+
+/// Maximum number of differences in a row.
+const MOST_PARENTS: usize = 64;
+
+/// A snapshot that was checked.
+#[derive(Debug)]
+pub struct Snapshot {
+    folder: PathBuf,
+    machine: SavedMachine,
+    checksum: String,
+    /// RAM: the whole snapshot, then the differences, each of which replaces pages of those before.
+    layers: Vec<Layer>,
+}
+
+#[derive(Debug)]
+struct Layer {
+    file: Arc<File>,
+    image: MemoryImage,
+}
+
+impl Snapshot {
+    /// Opens and checks the snapshot in `folder`, and those that it is a difference to. RAM is only read if it is not known to be
+    /// unchanged.
+    ///
+    /// # Errors
+    /// [`Error::Snapshot`] with what is wrong: nothing of it is used then.
+    pub fn open(folder: &Path) -> Result<Self, Error> {
+        let (state, checksum) = read(folder)?;
+        let SnapshotState { preamble: _, parent, memory, machine } = state;
+        let mut layers = vec![Layer::open(folder, memory)?];
+        let mut next = parent;
+        while let Some(Parent { folder: older, checksum }) = next {
+            if layers.len() > MOST_PARENTS {
+                return Err(refused(
+                    folder,
+                    format!("it is a chain of more than {MOST_PARENTS} differences"),
+                ));
+            }
+            let (state, found) = read(&older)?;
+            if found != checksum {
+                return Err(refused(
+                    folder,
+                    format!(
+                        "the snapshot {older}, to which it is the difference, was replaced by another one"
+                    ),
+                ));
+            }
+            layers.push(Layer::open(&older, state.memory)?);
+            next = state.parent;
+        }
+        layers.reverse();
+        let size = machine.config.mem;
+        if layers.iter().any(|layer| layer.image.size != size) {
+            return Err(refused(folder, "its memory has another size than its machine".into()));
+        }
+        Ok(Self { folder: folder.into(), machine, checksum, layers })
+    }
+
+    /// The machine's state.
+    #[must_use]
+    pub fn machine(&self) -> &SavedMachine {
+        &self.machine
+    }
+
+    /// The folder, as it was given.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// This snapshot as the parent of a difference.
+    ///
+    /// # Errors
+    /// The folder's absolute path cannot be found.
+    pub fn as_parent(&self) -> Result<Parent, Error> {
+        let folder = fs::canonicalize(&self.folder).map_err(|source| Error::File {
+            verb: "find",
+            path: self.folder.clone(),
+            source,
+        })?;
+        Ok(Parent { folder: folder.into(), checksum: self.checksum.clone() })
+    }
+
+    /// Maps the saved RAM into `ram`, copy on write: nothing is read yet.
+    ///
+    /// # Errors
+    /// The file cannot be mapped, or the host lacks memory.
+    pub fn fill(&self, ram: &GuestRam) -> Result<(), Error> {
+        let base = ram.span().base;
+        for Layer { file, image } in &self.layers {
+            for (at, len) in &image.regions {
+                ram.place_saved(base.saturating_add(*at), file, *at, *len)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Layer {
+    fn open(folder: &Path, image: MemoryImage) -> Result<Self, Error> {
+        let refused = |what: String| refused(folder, what);
+        if !image.is_valid() {
+            return Err(refused("the regions of its memory are invalid".into()));
+        }
+        let path = folder.join(MEMORY);
+        let unreadable =
+            |error: io::Error| refused(format!("cannot read {}: {error}", path.display()));
+        let file = File::open(&path).map_err(unreadable)?;
+        let metadata = file.metadata().map_err(unreadable)?;
+        if !metadata.is_file() || metadata.len() != image.size {
+            let len = metadata.len();
+            return Err(refused(format!("its memory has {len} bytes instead of {}", image.size)));
+        }
+        let stamp = folder.join(STAMP);
+        let now = Stamp::of(&file).map_err(unreadable)?.text();
+        if read_text(&stamp).is_ok_and(|known| known == now) {
+            return Ok(Self { file: Arc::new(file), image });
+        }
+        image.check(&file).map_err(|error| match error.kind() {
+            io::ErrorKind::InvalidData => {
+                refused("its memory has changed (the checksum is another)".into())
+            }
+            _ => unreadable(error),
+        })?;
+        if let Ok(Some(checked)) = Stamp::of_settled(&file)
+            && checked.text() == now
+        {
+            // Saves the next check. The folder may be read-only.
+            let _ = fs::write(&stamp, now);
+        }
+        Ok(Self { file: Arc::new(file), image })
+    }
+}
+
+/// A short file as text.
+fn read_text(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    File::open(path)?.take(1024).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// Reads the state in a folder, and its checksum.
+fn read(folder: &Path) -> Result<(SnapshotState, String), Error> {
+    let refused = |what: String| refused(folder, what);
+    let mut bytes = Vec::new();
+    let read = File::open(folder.join(STATE))
+        .and_then(|file| file.take(MOST_STATE + 1).read_to_end(&mut bytes));
+    read.map_err(|error| refused(format!("cannot read its {STATE}: {error}")))?;
+    if bytes.len() as u64 > MOST_STATE {
+        return Err(refused(format!("its {STATE} has more than {MOST_STATE} bytes")));
+    }
+    let sum = checksum_line(&bytes);
+    let expected = read_text(&folder.join(CHECKSUM));
+    let expected =
+        expected.map_err(|error| refused(format!("cannot read its {CHECKSUM}: {error}")))?;
+    if sum != expected {
+        return Err(refused(format!("its {STATE} has changed (the checksum is another)")));
+    }
+    let invalid = |error: serde_json::Error| refused(format!("its {STATE} is invalid: {error}"));
+    // First what says whether this program knows the rest.
+    let preamble: Preamble = serde_json::from_slice(&bytes).map_err(invalid)?;
+    preamble.check().map_err(refused)?;
+    let state = serde_json::from_slice(&bytes).map_err(invalid)?;
+    Ok((state, sum.trim_end().to_owned()))
+}
+
+/// A snapshot that is being saved. Without [`SnapshotWriter::finish`] nothing of it stays.
+#[derive(Debug)]
+pub struct SnapshotWriter {
+    folder: PartialFolder,
+    parent: Option<Parent>,
+    memory: Option<MemoryImage>,
+}
+
+impl SnapshotWriter {
+    /// Begins a snapshot in `folder`, which does not exist yet or is a snapshot that is replaced; as the difference to `parent` if there
+    /// is one.
+    ///
+    /// # Errors
+    /// `folder` is something else, or the parent, or cannot be created.
+    pub fn create(folder: &Path, parent: Option<Parent>) -> Result<Self, Error> {
+        let same =
+            |parent: &Parent| fs::canonicalize(folder).is_ok_and(|path| path == *parent.folder);
+        if parent.as_ref().is_some_and(same) {
+            return Err(Error::Config(format!(
+                "Cannot replace the snapshot {} by a difference to itself (give a new name)",
+                folder.display()
+            )));
+        }
+        Ok(Self { folder: PartialFolder::create(folder)?, parent, memory: None })
+    }
+
+    /// Writes RAM of `size` bytes: the pages in `ranges`, which `read` reads. Returns the number of bytes written.
+    ///
+    /// # Errors
+    /// RAM cannot be read, or the file not be written: the disk is full.
+    pub fn write_memory(
+        &mut self,
+        size: u64,
+        ranges: Vec<Range<u64>>,
+        read: ReadRam<'_>,
+    ) -> io::Result<u64> {
+        let is_difference = self.parent.is_some();
+        let (image, written) =
+            image::write(self.folder.memory(), size, ranges, read, is_difference)?;
+        self.memory = Some(image);
+        Ok(written)
+    }
+
+    /// Completes the snapshot: once this has returned, it survives a power cut. Returns it as the parent of a difference.
+    ///
+    /// # Errors
+    /// A file cannot be written or synchronised, or the memory was not written. What was in the folder before is still there.
+    pub fn finish(self, machine: SavedMachine, folder: &Path) -> Result<Parent, Error> {
+        let Self { folder: partial, parent, memory } = self;
+        let memory = memory.ok_or_else(|| refused(folder, "it has no memory".into()))?;
+        let preamble = Preamble::of_this_program();
+        let state = SnapshotState { preamble, parent, memory, machine };
+        let bytes = serde_json::to_vec_pretty(&state)
+            .map_err(|error| refused(folder, format!("its state cannot be written: {error}")))?;
+        let checksum = partial.commit(&bytes)?;
+        let folder = fs::canonicalize(folder).map_err(|source| Error::File {
+            verb: "find",
+            path: folder.into(),
+            source,
+        })?;
+        Ok(Parent { folder: folder.into(), checksum })
+    }
+}
+
+/// An error of the snapshot in `folder`.
+fn refused(folder: &Path, what: String) -> Error {
+    Error::Snapshot(format!("Cannot use the snapshot {}: {what}", folder.display()))
+}
