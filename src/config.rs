@@ -12,6 +12,7 @@ mod csr;
 mod devices;
 mod gdb;
 mod json;
+mod paths;
 pub(crate) mod slots;
 mod trace;
 mod valid;

@@ -162,6 +162,10 @@ struct Flash {
 }
 
 impl ModelConfig for FlashConfig {
+    fn paths(&mut self) -> Vec<&mut FilePath> {
+        self.file.iter_mut().collect()
+    }
+
     fn addr(&self) -> Option<u64> {
         Some(self.addr.get())
     }

@@ -23,7 +23,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::{BuildError, Built, Device, Key, Model, Placement, Wiring};
-use crate::config::{Endpoint, ModelConfig, Slot};
+use crate::config::{Endpoint, FilePath, ModelConfig, Slot};
 use crate::console::{ConsoleBackend, NullConsole};
 use crate::device::{
     Access, AccessError, FdtDesc, FdtProperty, MmioDevice, RegisterName, SerialLine, Source,
@@ -98,6 +98,10 @@ impl ModelConfig for SerialConfig {
 }
 
 impl ModelConfig for UartConfig {
+    fn paths(&mut self) -> Vec<&mut FilePath> {
+        self.to.path_mut().into_iter().collect()
+    }
+
     fn slot(&self) -> Option<Slot> {
         self.slot
     }

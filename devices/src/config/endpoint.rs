@@ -56,6 +56,16 @@ impl Endpoint {
     }
 }
 
+impl Endpoint {
+    /// Its path, if it has one.
+    pub fn path_mut(&mut self) -> Option<&mut FilePath> {
+        match self {
+            Self::Stdio | Self::Null | Self::Pty => None,
+            Self::File(path) | Self::Unix(path) | Self::Connect(path) => Some(path),
+        }
+    }
+}
+
 impl fmt::Display for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

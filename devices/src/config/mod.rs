@@ -55,6 +55,11 @@ pub(crate) trait ModelConfig {
         None
     }
 
+    /// The paths in it, of files, folders and sockets of the host.
+    fn paths(&mut self) -> Vec<&mut FilePath> {
+        Vec::new()
+    }
+
     /// Checks values that exclude each other; each value by itself is valid by its type.
     ///
     /// # Errors
@@ -92,6 +97,12 @@ macro_rules! devices {
             }
 
             fn inner(&self) -> &dyn ModelConfig {
+                match self {
+                    $(Self::$variant(config) => config,)*
+                }
+            }
+
+            fn inner_mut(&mut self) -> &mut dyn ModelConfig {
                 match self {
                     $(Self::$variant(config) => config,)*
                 }
@@ -183,6 +194,11 @@ impl DeviceConfig {
     #[must_use]
     pub fn addr(&self) -> Option<u64> {
         self.inner().addr()
+    }
+
+    /// The paths in it, of files, folders and sockets of the host.
+    pub fn paths(&mut self) -> Vec<&mut FilePath> {
+        self.inner_mut().paths()
     }
 
     /// Checks values that exclude each other. Each value by itself is valid by its type.

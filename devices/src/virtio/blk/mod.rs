@@ -13,7 +13,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::bucket::Limiter;
 use super::{Chain, DeviceType, Segment, VirtioDevice, VirtioError, Work, pieces};
 use crate::catalog::{BuildError, Built, Device, Model, Placement, Wiring};
-use crate::config::{ModelConfig, Slot};
+use crate::config::{FilePath, ModelConfig, Slot};
 use crate::device::{Interest, Source};
 use crate::options::OptionError;
 
@@ -101,6 +101,10 @@ struct DriverView {
 }
 
 impl ModelConfig for BlkConfig {
+    fn paths(&mut self) -> Vec<&mut FilePath> {
+        vec![&mut self.path]
+    }
+
     fn slot(&self) -> Option<Slot> {
         self.slot
     }

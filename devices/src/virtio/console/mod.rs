@@ -19,7 +19,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{DeviceType, VirtioDevice, VirtioError, Work};
 use crate::catalog::{BuildError, Built, Device, Model, Placement, Wiring};
-use crate::config::{ModelConfig, Slot};
+use crate::config::{FilePath, ModelConfig, Slot};
 use crate::device::{Interest, Source};
 use crate::link::{LAST_TOKEN, Link};
 use crate::options::OptionError;
@@ -80,6 +80,10 @@ struct Console {
 }
 
 impl ModelConfig for ConsoleConfig {
+    fn paths(&mut self) -> Vec<&mut FilePath> {
+        self.endpoint_paths()
+    }
+
     fn slot(&self) -> Option<Slot> {
         self.slot
     }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::catalog::Key;
 use crate::config::text::{Textual, text};
-use crate::config::{Endpoint, Slot};
+use crate::config::{Endpoint, FilePath, Slot};
 use crate::options::{OptionError, split_pair};
 
 const PORT: &str = "a port: NAME of letters, digits, '-', '_' and '.', and WHERE as for to";
@@ -174,6 +174,14 @@ pub struct ConsoleConfig {
 }
 
 impl ConsoleConfig {
+    /// The paths of all host ends.
+    pub(super) fn endpoint_paths(&mut self) -> Vec<&mut FilePath> {
+        let Self { to, port1, port2, port3, port4, port5, port6, port7, slot: _ } = self;
+        let ports = [port1, port2, port3, port4, port5, port6, port7].into_iter().flatten();
+        let ends = to.iter_mut().chain(ports.map(|port| &mut port.to));
+        ends.filter_map(Endpoint::path_mut).collect()
+    }
+
     /// A console with these ports, at most 7; `None` if they are more.
     #[must_use]
     pub fn new(to: Option<Endpoint>, ports: Vec<PortConfig>) -> Option<Self> {

@@ -60,6 +60,10 @@ const CONFIG: usize = 60;
 const NUM_QUEUES: usize = 34;
 
 impl ModelConfig for VhostUserBlkConfig {
+    fn paths(&mut self) -> Vec<&mut FilePath> {
+        vec![&mut self.socket]
+    }
+
     fn slot(&self) -> Option<Slot> {
         self.slot
     }

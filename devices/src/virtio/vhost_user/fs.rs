@@ -137,6 +137,10 @@ impl FsConfig {
 }
 
 impl ModelConfig for FsConfig {
+    fn paths(&mut self) -> Vec<&mut FilePath> {
+        self.path.iter_mut().chain(&mut self.socket).collect()
+    }
+
     fn slot(&self) -> Option<Slot> {
         self.slot
     }

@@ -134,6 +134,10 @@ impl ModelConfig for NetUserConfig {
 }
 
 impl ModelConfig for VhostUserNetConfig {
+    fn paths(&mut self) -> Vec<&mut FilePath> {
+        vec![&mut self.socket]
+    }
+
     fn slot(&self) -> Option<Slot> {
         self.slot
     }

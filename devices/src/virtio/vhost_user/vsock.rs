@@ -42,6 +42,10 @@ const FEATURES: u64 = 1 << 1;
 const CONFIG: usize = 8;
 
 impl ModelConfig for VhostUserVsockConfig {
+    fn paths(&mut self) -> Vec<&mut FilePath> {
+        vec![&mut self.socket]
+    }
+
     fn slot(&self) -> Option<Slot> {
         self.slot
     }

@@ -169,6 +169,10 @@ struct VsockState {
 }
 
 impl ModelConfig for VsockConfig {
+    fn paths(&mut self) -> Vec<&mut FilePath> {
+        self.path.iter_mut().collect()
+    }
+
     fn slot(&self) -> Option<Slot> {
         self.slot
     }
