@@ -105,23 +105,33 @@ pub trait VmLifecycle {
     /// The state of the VM but its memory: time, the registers and the run state of every hart, the in-kernel interrupt controller.
     ///
     /// All harts are out of the guest and settled, and nothing raises an interrupt meanwhile. Not saved are what the hypervisor does not
-    /// show: the counters of SBI PMU, the start of a hart (SBI HSM) or the resumption from SUSP that it has not made yet, and the
-    /// debugger's setting of `ebreak`. The guest's memory is saved afterwards: the steal time of a hart is written there when it runs.
+    /// show: the counters of SBI PMU, the start of a hart that it has not made yet ([`VmLifecycle::starting`]), the resumption from SBI
+    /// SUSP, and the debugger's setting of `ebreak`. The guest's memory is saved afterwards: the steal time of a hart is written there
+    /// when it runs.
     ///
     /// # Errors
     /// A register cannot be read.
     fn save(&self) -> io::Result<VmState>;
 
-    /// Restores a saved state into a VM with the same harts and the same irqchip, none of which has run since it was created.
+    /// The harts that the guest has started (SBI HSM) and that have not begun: the hypervisor does not show where they will. Each begins
+    /// when it runs next. All harts are out of the guest.
+    ///
+    /// # Errors
+    /// A register cannot be read.
+    fn starting(&self) -> io::Result<Vec<u32>>;
+
+    /// Restores a saved state into a VM with the same harts and the same irqchip, none of which has run since it was created. Returns the
+    /// harts with a pending software interrupt: on KVM it does not end a `wfi`, though the guest sees it, so each is to be kicked after
+    /// it has run, until the interrupt is gone.
+    ///
     ///
     /// Memory is restored by the caller, who calls [`Vm::code_changed`] afterwards. Lines of the in-kernel controller get the levels
-    /// that were saved. A software interrupt that was pending does not end a `wfi` on KVM, though the guest sees it: each hart should
-    /// be kicked once after it runs.
+    /// that were saved.
     ///
     /// # Errors
     /// The harts or the irqchip differ from those that were saved: the message names what differs, and nothing was written. Or a
     /// register refuses its value; then the VM is of no use.
-    fn restore(&self, state: &VmState) -> Result<(), VmError>;
+    fn restore(&self, state: &VmState) -> Result<Vec<u32>, VmError>;
 
     /// Returns the VM to its state after creation: no harts, no irqchip, time 0.
     ///

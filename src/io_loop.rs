@@ -121,6 +121,12 @@ impl IoLoop {
         self.external = Some(source);
     }
 
+    /// Starts the loop as after [`IoThread::pause`].
+    pub fn start_paused(&mut self) {
+        self.is_paused = true;
+        self.state.rest_from_the_start();
+    }
+
     /// Calls `failed` if epoll fails or the thread panics: from then on no device gets input or notifications.
     pub fn watch_failure(&mut self, failed: OnFailure) {
         self.failed = Some(failed);

@@ -12,9 +12,10 @@ use super::choice;
 use super::device::{self, ConsoleEnd, DeviceFlag};
 #[cfg(feature = "labs")]
 use super::lab::LabVerb;
+use super::snapshot::{RestoreArgs, SnapshotArgs};
 use super::texts::{ABOUT, EXAMPLES, LONG_ABOUT, SHORT_END};
 use super::value::{self, List};
-use super::verb::{MachineArgs, TraceVerb};
+use super::verb::{MachineArgs, Target, TraceVerb};
 use crate::config::{
     CpuId, CsrValue, DeviceConfig, Endpoint, ExtensionChange, GdbConfig, IrqchipChoice, LoadConfig,
     SbiV01, StartMode, TimerChoice, TraceConfig, Unassigned,
@@ -85,6 +86,24 @@ pub(super) enum Verb {
         #[command(flatten)]
         machine: MachineArgs,
     },
+    /// Pause a running machine until rvmm resume
+    #[command(after_help = "Example: rvmm pause web")]
+    Pause {
+        #[command(flatten)]
+        machine: Target,
+    },
+    /// Let a paused machine run again
+    #[command(after_help = "Example: rvmm resume web")]
+    Resume {
+        #[command(flatten)]
+        machine: Target,
+    },
+    /// Save a running machine in a folder, from which rvmm restore continues it
+    #[command(after_help = "Example: rvmm snapshot web web.snapshot")]
+    Snapshot(SnapshotArgs),
+    /// Continue a machine that was saved
+    #[command(after_help = "Example: rvmm restore web.snapshot --name again")]
+    Restore(Box<RestoreArgs>),
     /// Print a completion script for a shell
     #[command(
         after_help = "Example: rvmm completions bash > ~/.local/share/bash-completion/completions/rvmm"

@@ -10,6 +10,7 @@
 //! | `doctor/` | the verb `doctor` |
 //! | `lab/` | the verbs `lab` and `mkpflash`, with the feature `labs` |
 //! | `inspect/` | the verbs `stat`, `regs` and `walk` |
+//! | `snapshot.rs` | the verbs `pause`, `resume`, `snapshot` and `restore` |
 //! | `catalog.rs` | `--list-devices` |
 //! | `manual.rs` | the manual page and the completion scripts |
 //! | `logging.rs`, `output.rs` | the log; standard error and standard output |
@@ -23,7 +24,7 @@ use log::LevelFilter;
 
 use crate::config::ValidConfig;
 use crate::error::{EXIT_OK, EXIT_USAGE, Error};
-use crate::inspect::Query;
+use crate::inspect::{Order, Query};
 use crate::trace;
 
 mod catalog;
@@ -38,6 +39,7 @@ mod logging;
 mod manual;
 mod output;
 mod run;
+mod snapshot;
 mod texts;
 mod usage;
 mod value;
@@ -45,7 +47,8 @@ mod verb;
 
 use command::{Cli, RunArgs, Verb};
 use device::DeviceFlag;
-use verb::{MachineArgs, TraceVerb};
+use snapshot::OrderTask;
+use verb::{MachineArgs, Target, TraceVerb};
 
 /// The task of a command line, independent of clap.
 #[derive(Debug)]
@@ -61,6 +64,10 @@ enum Task {
     Report { file: PathBuf, output: PathBuf },
     /// Query a running machine once.
     Ask(inspect::Request),
+    /// Give an order to a running machine.
+    Give(OrderTask),
+    /// Continue a machine that was saved. Boxed: the other tasks are small.
+    Restore(Box<snapshot::RestoreTask>),
     /// Show a running machine until it ends.
     Watch(inspect::Request),
     /// Print a text: help, version, the catalog, the manual page, a completion script.
@@ -79,6 +86,8 @@ pub fn main(args: impl Iterator<Item = OsString>) -> u8 {
         Ok(Task::Lab(task)) => lab::perform(task),
         Ok(Task::Report { file, output }) => exit_code(trace::report(&file, &output)),
         Ok(Task::Ask(request)) => inspect::ask(&request),
+        Ok(Task::Give(task)) => task.perform(),
+        Ok(Task::Restore(task)) => task.perform(),
         Ok(Task::Watch(request)) => inspect::watch(&request),
         Ok(Task::Show(text)) => output::show(&text),
         Err(mistake) => {
@@ -111,6 +120,10 @@ fn task(args: impl Iterator<Item = OsString>, env_level: Option<OsString>) -> Re
         Some(Verb::Walk { address, hart, machine }) => {
             Ok(Task::Ask(request(Query::Walk { address, hart }, machine)))
         }
+        Some(Verb::Pause { machine }) => Ok(give(machine, Order::Pause)),
+        Some(Verb::Resume { machine }) => Ok(give(machine, Order::Resume)),
+        Some(Verb::Snapshot(args)) => args.task().map(Task::Give),
+        Some(Verb::Restore(args)) => args.task(env_level).map(|task| Task::Restore(Box::new(task))),
         Some(Verb::Completions { shell }) => Ok(Task::Show(manual::completions(shell))),
         Some(Verb::Man) => Ok(Task::Show(manual::page())),
     }
@@ -118,6 +131,10 @@ fn task(args: impl Iterator<Item = OsString>, env_level: Option<OsString>) -> Re
 
 fn request(query: Query, machine: MachineArgs) -> inspect::Request {
     inspect::Request { query, target: machine.machine, json: machine.json }
+}
+
+fn give(machine: Target, order: Order) -> Task {
+    Task::Give(OrderTask::new(machine.machine, order))
 }
 
 /// Reports the error, if there is one, and returns the exit code.

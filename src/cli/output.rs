@@ -21,7 +21,7 @@ pub(super) fn report_result(written: io::Result<()>) -> u8 {
         Err(error) => {
             print_message(&format!(
                 "Cannot write to standard output: {}",
-                plain(&error.to_string())
+                crate::error::plain(&error.to_string())
             ));
             EXIT_HOST
         }
@@ -49,27 +49,9 @@ pub(super) fn line_end() -> &'static str {
 
 /// An error and its sources as one line: `A: B: C`, without repetitions.
 pub(super) fn chain(error: &dyn Error) -> String {
-    let mut line = plain(&error.to_string());
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let text = plain(&cause.to_string());
-        if !line.ends_with(&text) {
-            line.push_str(": ");
-            line.push_str(&text);
-        }
-        source = cause.source();
-    }
-    let mut escaped = String::with_capacity(line.len());
-    push_escaped(&mut escaped, &line);
+    let mut escaped = String::new();
+    push_escaped(&mut escaped, &crate::error::chain(error));
     escaped
-}
-
-/// The text without the number that the standard library appends to the system's errors.
-fn plain(text: &str) -> String {
-    match text.rsplit_once(" (os error ") {
-        Some((text, number)) if number.ends_with(')') => text.to_owned(),
-        _ => text.to_owned(),
-    }
 }
 
 /// Appends `line` with its control characters escaped.

@@ -161,8 +161,20 @@ pub(super) fn level(
 
 /// Runs the machine until it stops, and returns the exit code.
 pub(super) fn run(config: ValidConfig, level: LevelFilter) -> u8 {
+    let name = config.name.clone();
+    run_machine(&name, level, |parts| Vmm::build_with(config, parts))
+}
+
+/// Runs the machine that `build` builds until it stops, and returns the exit code. The process does nothing else, so the machine takes
+/// over its signals.
+pub(super) fn run_machine(
+    name: &str,
+    level: LevelFilter,
+    build: impl FnOnce(Parts) -> Result<Vmm, Error>,
+) -> u8 {
     logging::start(level);
-    match run_machine(config) {
+    let parts = Parts { signals: true, socket: socket_for(name), ..Parts::default() };
+    match build(parts).and_then(run_built) {
         Ok(reason) => {
             if !matches!(reason, StopReason::PowerOff | StopReason::Requested) {
                 output::print_message(&reason.to_string());
@@ -176,11 +188,7 @@ pub(super) fn run(config: ValidConfig, level: LevelFilter) -> u8 {
     }
 }
 
-/// Builds and runs the machine. The process does nothing else, so the machine takes over its signals.
-fn run_machine(config: ValidConfig) -> Result<StopReason, Error> {
-    let socket = socket_for(&config.name);
-    let parts = Parts { signals: true, socket, ..Parts::default() };
-    let machine = Vmm::build_with(config, parts)?;
+fn run_built(machine: Vmm) -> Result<StopReason, Error> {
     if let Some(path) = machine.pty() {
         output::print_message(&format!("The console is {}", path.display()));
     }

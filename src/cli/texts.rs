@@ -48,8 +48,11 @@ Examples:
   Start a kernel that waits for gdb, which connects with: target remote :1234
     rvmm --kernel Image --mem 512M --gdb tcp:1234
 
+  Save a running machine, and continue it later:
+    rvmm snapshot web web.snapshot --stop; rvmm restore web.snapshot
+
   Show what this host supports:
     rvmm doctor
 
 Exit codes: 0 the guest powered off or was stopped, 1 the host lacks something (see rvmm doctor), 2 a mistake on the
-command line or in a file, 3 the guest stopped abnormally.";
+command line or in a file, 3 the guest stopped abnormally, 4 a snapshot cannot be used.";

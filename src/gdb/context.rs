@@ -86,6 +86,11 @@ impl DebugContext {
         (self.sync_code)()
     }
 
+    /// True while a hart makes a step for the debugger: its interrupts are masked meanwhile.
+    pub(crate) fn is_stepping(&self) -> bool {
+        !self.lock().steps.is_empty()
+    }
+
     /// Sets a breakpoint of the debugger's for `va`, which translates to `addr` now; an existing one for `va` moves there. False
     /// if there are too many.
     ///
@@ -165,7 +170,7 @@ impl DebugContext {
     ///
     /// # Errors
     /// As [`GuestRam::read`].
-    pub(super) fn read(&self, addr: u64, bytes: &mut [u8]) -> Result<(), RamError> {
+    pub(crate) fn read(&self, addr: u64, bytes: &mut [u8]) -> Result<(), RamError> {
         let state = self.lock();
         self.ram.read(addr, bytes)?;
         state.inserted.hide(addr, bytes);

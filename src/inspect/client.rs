@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::query::{Query, Reply};
+use super::query::{Order, Query, Reply};
 use crate::sockets::remove_stale_socket;
 
 /// Maximum size of a reply in bytes; 512 harts with all their registers need less.
@@ -118,7 +118,23 @@ impl Connection {
     /// # Errors
     /// The machine is gone (`UnexpectedEof`, `BrokenPipe`, `ConnectionReset`), or its reply is malformed.
     pub fn ask(&mut self, query: Query) -> io::Result<Reply> {
-        self.reader.get_mut().write_all(format!("{}\n", query.line()).as_bytes())?;
+        self.exchange(query.line())
+    }
+
+    /// Sends an order and waits for the reply, however long it takes.
+    ///
+    /// # Errors
+    /// As for [`Connection::ask`].
+    pub fn give(&mut self, order: &Order) -> io::Result<Reply> {
+        let line = serde_json::to_string(order)?;
+        self.reader.get_ref().set_read_timeout(None)?;
+        let reply = self.exchange(line);
+        self.reader.get_ref().set_read_timeout(Some(TIMEOUT))?;
+        reply
+    }
+
+    fn exchange(&mut self, line: String) -> io::Result<Reply> {
+        self.reader.get_mut().write_all(format!("{line}\n").as_bytes())?;
         let mut line = Vec::new();
         self.reader.by_ref().take(MAX_LINE).read_until(b'\n', &mut line)?;
         if line.is_empty() {

@@ -1,11 +1,12 @@
-//! Inspection of a running machine: counters, registers and page table walks, through a Unix socket.
+//! Inspection of a running machine: counters, registers and page table walks, through a Unix socket. The same socket takes orders of
+//! the machine's owner: pause, resume, snapshot.
 //!
 //! The socket is `rvmm/NAME-PID.sock` in the user's runtime folder; without such a folder there is none. The I/O loop watches
 //! it; each connection has a thread of its own. Without a connection the socket costs one descriptor.
 //!
 //! | file | what is in it |
 //! |---|---|
-//! | `query.rs` | queries and replies: a line each way |
+//! | `query.rs` | queries, orders and replies: a line each way |
 //! | `server.rs` | [`InspectionServer`]: the machine's end of the socket |
 //! | `client.rs` | the client: finds running machines and connects to one |
 //! | `walk.rs` | [`Walk`]: an address through both stages of translation |
@@ -18,6 +19,6 @@ mod tests;
 mod walk;
 
 pub use client::{Connection, socket_for};
-pub use query::{DeviceCount, HartCount, HartRegisters, Inspectable, Query, Reply, Stat};
+pub use query::{DeviceCount, HartCount, HartRegisters, Inspectable, Order, Query, Reply, Stat};
 pub use server::InspectionServer;
 pub use walk::{Stages, Walk, WalkStep, WalkTarget};

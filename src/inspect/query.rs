@@ -1,5 +1,5 @@
-//! Queries and replies: one line of text each way. The reply is JSON; the query is short enough to be typed
-//! (`echo regs | nc -U SOCKET`).
+//! Queries, orders and replies: one line of text each way. A query is short enough to be typed (`echo regs | nc -U SOCKET`); an order and
+//! the reply are JSON (`echo '"pause"' | nc -U SOCKET`).
 
 use std::collections::BTreeMap;
 
@@ -7,6 +7,7 @@ use rvmm_devices::number::number;
 use serde::{Deserialize, Serialize};
 
 use super::walk::Walk;
+use crate::snapshot::{SnapshotReport, SnapshotRequest};
 
 /// A query.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,6 +53,26 @@ impl Query {
     }
 }
 
+/// An order: it changes the machine's state.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Order {
+    /// Pause the machine until [`Order::Resume`].
+    Pause,
+    /// End a pause.
+    Resume,
+    /// Save the machine in a folder of this host.
+    Snapshot(SnapshotRequest),
+}
+
+impl Order {
+    /// Parses a line; `None` for a line that is no order.
+    pub(super) fn read(line: &str) -> Option<Result<Self, String>> {
+        let is_json = line.starts_with(['"', '{']);
+        is_json.then(|| serde_json::from_str(line).map_err(|error| error.to_string()))
+    }
+}
+
 /// A reply.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -62,7 +83,11 @@ pub enum Reply {
     Registers(Vec<HartRegisters>),
     /// To [`Query::Walk`].
     Walk(Walk),
-    /// A message: the query is invalid, or the machine is just restarting or ending.
+    /// To [`Order::Pause`] and [`Order::Resume`]: it was carried out.
+    Done,
+    /// To [`Order::Snapshot`].
+    Snapshot(SnapshotReport),
+    /// A message: the query is invalid, the order was not carried out, or the machine is just restarting or ending.
     Error(String),
 }
 
@@ -118,8 +143,11 @@ pub struct HartRegisters {
     pub registers: Vec<(String, Option<u64>)>,
 }
 
-/// A machine that answers queries.
+/// A machine that answers queries and takes orders.
 pub trait Inspectable: Send + Sync {
     /// Answers a query. May pause the machine for a moment; waits for nothing else.
     fn answer(&self, query: Query) -> Reply;
+
+    /// Carries out an order, which may take as long as writing the machine's memory.
+    fn carry_out(&self, order: Order) -> Reply;
 }

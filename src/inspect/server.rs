@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use log::debug;
 
-use super::query::{Inspectable, Query, Reply};
+use super::query::{Inspectable, Order, Query, Reply};
 use crate::error::Error;
 use crate::io_loop::EventSource;
 use crate::sockets::Acceptor;
@@ -23,8 +23,8 @@ const MAX_CLIENTS: usize = 8;
 /// Maximum number of connections that wait to be accepted.
 const BACKLOG: i32 = 8;
 
-/// Maximum size of a query in bytes.
-const MAX_LINE: u64 = 128;
+/// Maximum size of a query or an order in bytes: a path of 4095 bytes in hexadecimal, and some more.
+const MAX_LINE: u64 = 16 << 10;
 
 /// Time-out of the next query of a client, and of a reply that it does not read.
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -108,10 +108,16 @@ fn serve(stream: &UnixStream, target: &dyn Inspectable) -> io::Result<()> {
         if reader.by_ref().take(MAX_LINE).read_until(b'\n', &mut line)? == 0 {
             return Ok(());
         }
-        let query = std::str::from_utf8(&line).ok().filter(|line| line.ends_with('\n'));
-        let (reply, is_known) = match query.and_then(Query::read) {
-            Some(query) => (target.answer(query), true),
-            None => (Reply::Error("Queries are stat, regs, and walk ADDRESS [HART]".into()), false),
+        let text = std::str::from_utf8(&line).ok().filter(|line| line.ends_with('\n'));
+        let (reply, is_known) = match (text.and_then(Query::read), text.and_then(Order::read)) {
+            (Some(query), _) => (target.answer(query), true),
+            (None, Some(Ok(order))) => (target.carry_out(order), true),
+            (None, Some(Err(error))) => {
+                (Reply::Error(format!("The order is invalid: {error}")), false)
+            }
+            (None, None) => {
+                (Reply::Error("Queries are stat, regs, and walk ADDRESS [HART]".into()), false)
+            }
         };
         let mut text = serde_json::to_vec(&reply)?;
         text.push(b'\n');

@@ -1,6 +1,7 @@
 //! Queries over a socket, and page table walks.
 
 use std::io::{Read, Write};
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -10,10 +11,11 @@ use std::time::Duration;
 use rvmm_devices::Bus;
 
 use super::{
-    Connection, Inspectable, InspectionServer, Query, Reply, Stages, Stat, Walk, WalkTarget,
+    Connection, Inspectable, InspectionServer, Order, Query, Reply, Stages, Stat, Walk, WalkTarget,
 };
 use crate::config::Unassigned;
 use crate::io_loop::{IoLoop, IoThread};
+use crate::snapshot::SnapshotRequest;
 use crate::trace::DeviceMap;
 use crate::vcpu::testing::{RAM, UART, context};
 
@@ -24,6 +26,13 @@ impl Inspectable for Echo {
         match query {
             Query::Stat => Reply::Stat(Stat { name: "web".into(), ..Stat::default() }),
             query => Reply::Error(query.line()),
+        }
+    }
+
+    fn carry_out(&self, order: Order) -> Reply {
+        match order {
+            Order::Pause => Reply::Done,
+            other => Reply::Error(serde_json::to_string(&other).unwrap()),
         }
     }
 }
@@ -52,10 +61,37 @@ fn queries_are_answered_one_after_the_other() {
 }
 
 #[test]
+fn orders_are_carried_out_on_the_same_connection() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("web-1.sock");
+    let served = server(&path);
+    let mut connection = Connection::to(&path).unwrap();
+    assert_eq!(connection.give(&Order::Pause).unwrap(), Reply::Done);
+    // The longest path that the kernel takes, of bytes that are no text.
+    let folder = std::ffi::OsString::from_vec(vec![0xff; 4095]);
+    let request = SnapshotRequest { folder: folder.into(), stop: true };
+    let Reply::Error(text) = connection.give(&Order::Snapshot(request.clone())).unwrap() else {
+        panic!("no reply")
+    };
+    assert_eq!(serde_json::from_str::<Order>(&text).unwrap(), Order::Snapshot(request));
+    assert!(matches!(connection.ask(Query::Stat).unwrap(), Reply::Stat(_)));
+    for order in
+        ["\"reboot\"\n", "{\"snapshot\":{}}\n", "{\n", "{\"snapshot\":{\"folder\":\"\"}}\n"]
+    {
+        let mut stream = UnixStream::connect(&path).unwrap();
+        stream.write_all(order.as_bytes()).unwrap();
+        let mut reply = String::new();
+        let _ = stream.read_to_string(&mut reply);
+        assert!(reply.starts_with("{\"error\":\"The order is invalid: "), "{order:?}: {reply}");
+    }
+    served.stop(Duration::ZERO).unwrap();
+}
+
+#[test]
 fn an_invalid_query_gets_an_error_and_ends_the_connection() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("web-1.sock");
-    let queries = ["no\n", "walk\n", "walk 0xzz\n", "stat now\n", "\n", &"x".repeat(400)];
+    let queries = ["no\n", "walk\n", "walk 0xzz\n", "stat now\n", "\n", &"x".repeat(40000)];
     let served = server(&path);
     for query in queries {
         let mut stream = UnixStream::connect(&path).unwrap();

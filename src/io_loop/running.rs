@@ -55,6 +55,12 @@ impl LoopState {
         (rest.is_requested, rest.drain_until)
     }
 
+    /// Requests the rest of the devices before the thread starts.
+    pub(super) fn rest_from_the_start(&self) {
+        let mut rest = self.lock_rest();
+        (rest.is_requested, rest.is_reached) = (true, true);
+    }
+
     /// Notes whether events are delivered to devices.
     pub(super) fn set_rest(&self, is_reached: bool) {
         self.lock_rest().is_reached = is_reached;

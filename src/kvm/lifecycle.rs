@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use super::vm::{KvmVm, Member, Members};
-use super::{regs, renew, state};
+use super::{regs, renew, snapshot, state};
 use crate::error::VmError;
 use crate::hypervisor::{HartState, IrqchipState, SourceState, VmLifecycle, VmState};
 
@@ -21,7 +21,19 @@ impl VmLifecycle for KvmVm {
         Ok(VmState { time, harts, irqchip: irqchip.transpose().map_err(io::Error::other)? })
     }
 
-    fn restore(&self, state: &VmState) -> Result<(), VmError> {
+    fn starting(&self) -> io::Result<Vec<u32>> {
+        let members = self.members();
+        let mut starting = Vec::new();
+        // A single hart is the boot hart, which nobody starts.
+        for member in members.harts.iter().filter(|_| members.harts.len() > 1) {
+            if state::is_starting(&member.vcpu)? {
+                starting.push(member.id);
+            }
+        }
+        Ok(starting)
+    }
+
+    fn restore(&self, state: &VmState) -> Result<Vec<u32>, VmError> {
         let members = self.members();
         self.check(&members, state)?;
         let harts = || members.harts.iter().zip(&state.harts);
@@ -35,10 +47,14 @@ impl VmLifecycle for KvmVm {
             (Some(_), Some(irqchip)) => self.restore_irqchip(&members, irqchip)?,
             _ => self.drive_external(&members)?,
         }
+        let mut interrupted = Vec::new();
         for (member, hart) in harts() {
             state::start(hart, &member.vcpu)?;
+            if snapshot::has_software_interrupt(&hart.registers) {
+                interrupted.push(hart.id);
+            }
         }
-        Ok(())
+        Ok(interrupted)
     }
 
     fn reset(&self) -> Result<(), VmError> {

@@ -117,6 +117,11 @@ pub(super) const fn sbi_extension(number: u64) -> u64 {
     id(SBI, number)
 }
 
+/// Integer register `x1` to `x31`, by its number.
+pub(super) const fn core(number: u64) -> u64 {
+    id(CORE, number)
+}
+
 /// Id of a guest register; `None` for `x0`, which has none, and for a number above 31.
 pub(super) const fn guest(reg: Reg) -> Option<u64> {
     match reg {

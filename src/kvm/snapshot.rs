@@ -8,6 +8,7 @@ use super::regs::{
     TIMER_STATE, VLENB, index_of, type_of,
 };
 use crate::hypervisor::{Register, RegisterValue};
+use crate::riscv::trap::interrupt;
 
 /// Names of the configuration registers, by index.
 const CONFIG_NAMES: [&str; 8] = [
@@ -78,6 +79,12 @@ pub(super) fn writes(saved: &[Register], has_sstc: bool) -> Vec<&Register> {
         writes.extend(compare);
     }
     writes
+}
+
+/// True if a software interrupt is pending.
+pub(super) fn has_software_interrupt(saved: &[Register]) -> bool {
+    let sip = saved.iter().find(|register| register.id == regs::SIP).map(|found| &found.value);
+    matches!(sip, Some(RegisterValue::Word(sip)) if sip & interrupt::SSI != 0)
 }
 
 /// The name of a register in messages.

@@ -6,7 +6,8 @@ use super::regs;
 use super::snapshot;
 use super::vcpu::Vcpu;
 use crate::error::VmError;
-use crate::hypervisor::{HartState, Register};
+use crate::hypervisor::{HartState, MpState, Register};
+use crate::riscv::sbi::{eid, fid};
 
 /// `SEIP` in `sip`: an external interrupt is pending.
 const SEIP: u64 = 1 << 9;
@@ -22,6 +23,19 @@ fn registers(vcpu: &Vcpu) -> io::Result<Vec<Register>> {
         Err(error) => Err(io::Error::new(error.kind(), format!("{}: {error}", snapshot::name(id)))),
     };
     snapshot::saved(&vcpu.reg_list()?).into_iter().map(read).collect()
+}
+
+/// True if the guest has started the hart (SBI HSM), and it has not begun: KVM shows it as runnable, with the registers that it had
+/// before. A hart that was never started has none; one that was stopped is behind its call of `sbi_hart_stop`, which only returns with an
+/// error.
+pub(super) fn is_starting(vcpu: &Vcpu) -> io::Result<bool> {
+    let register = |number| vcpu.reg(regs::core(number));
+    if vcpu.mp_state()? != MpState::Runnable {
+        return Ok(false);
+    }
+    let [extension, function, error] = [register(17)?, register(16)?, register(10)?];
+    let has_stopped = (extension, function, error) == (eid::HSM, fid::HART_STOP, 0);
+    Ok(has_stopped || vcpu.reg(regs::PC)? == 0)
 }
 
 /// Compares what describes the hart.

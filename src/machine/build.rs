@@ -24,6 +24,7 @@ use crate::gdb;
 use crate::hypervisor::{AiaPlan, CpuSettings, Hypervisor, Irqchip, RAM_SLOT, Vm};
 use crate::layout::{self, RAM_BASE, Span};
 use crate::memory::{GuestRam, Rom};
+use crate::vcpu::firmware::Firmware;
 use crate::vcpu::hart::{Csr, Hart, Reg};
 use crate::vcpu::observer::{ExitObserver, ObservedHart};
 use crate::vcpu::restarts::{self, Restarts};
@@ -37,12 +38,12 @@ pub(super) struct Board {
     pub(super) bus: Arc<Bus>,
     pub(super) control: Arc<Control>,
     pub(super) vm: Arc<dyn Vm>,
-    irqchip: Irqchip,
+    pub(super) irqchip: Irqchip,
     nodes: Vec<DeviceNode>,
     /// The ranges that devices map as guest memory.
     roms: Vec<Region>,
     shim: Option<Rom>,
-    ram: Arc<GuestRam>,
+    pub(super) ram: Arc<GuestRam>,
 }
 
 /// One run of the guest, from reset to stop.
@@ -51,6 +52,16 @@ pub(super) struct Run {
     pub(super) context: Arc<MachineContext>,
     /// The state that a debugger shares with the harts, where one is configured.
     pub(super) debug_context: Option<Arc<gdb::DebugContext>>,
+}
+
+/// What is known of a run before its harts are connected.
+pub(super) struct RunFacts {
+    /// Ticks of the guest's `time` per second.
+    pub(super) timebase_hz: u64,
+    /// The kernel starts harts with counters that user mode cannot read.
+    pub(super) opens_counters: bool,
+    /// Emulated firmware, if the guest needs it.
+    pub(super) firmware: Option<Firmware>,
 }
 
 /// The machine's connections to the host, besides the files that the guest starts from.
@@ -149,11 +160,24 @@ impl Board {
             observer: backends.observer.clone(),
         };
         let firmware = firmware::wire(&stage, &mut harts, &start.code, &mut self.shim)?;
+        let facts = RunFacts { timebase_hz: cpu.timebase_hz, opens_counters, firmware };
+        self.connect(config, backends, harts, facts)
+    }
+
+    /// Connects the harts of a run to what they need besides themselves.
+    pub(super) fn connect(
+        &self,
+        config: &ValidConfig,
+        backends: &Backends,
+        mut harts: Vec<Box<dyn Hart>>,
+        facts: RunFacts,
+    ) -> Result<Run, Error> {
+        let RunFacts { timebase_hz, opens_counters, firmware } = facts;
         let uart = layout::span("serial")?.base;
         let (bus, ram) = (Arc::clone(&self.bus), Arc::clone(&self.ram));
         let mut context = MachineContext::new(bus, ram, config.unassigned, Some(uart));
         context.firmware = firmware;
-        context.timebase_hz = cpu.timebase_hz;
+        context.timebase_hz = timebase_hz;
         context.restarts =
             watch_starts(&self.vm, harts.len(), self.irqchip, opens_counters, &self.control)?;
         let ebreaks = context.firmware.is_some();
@@ -244,16 +268,24 @@ fn prepare_boot_hart(harts: &mut [Box<dyn Hart>], start: &Start) -> Result<bool,
         source,
     };
     let id = u64::from(boot.id());
-    let scounteren = Reg::Csr(Csr::Scounteren);
-    let counters = boot.get(scounteren).map_err(|e| failed("read scounteren", e))?;
+    let opens_counters = has_closed_counters(boot.as_ref())?;
     for (reg, value) in [
         (Reg::Pc, start.entry),
         (Reg::X(10), id),
         (Reg::X(11), start.fdt),
-        (scounteren, restarts::COUNTERS),
+        (Reg::Csr(Csr::Scounteren), restarts::COUNTERS),
     ] {
         boot.set(reg, value).map_err(|e| failed(&format!("set {reg:?}"), e))?;
     }
+    Ok(opens_counters)
+}
+
+/// True if the kernel has created the hart with counters that user mode cannot read, as it starts others.
+pub(super) fn has_closed_counters(hart: &dyn Hart) -> Result<bool, Error> {
+    let counters = hart.get(Reg::Csr(Csr::Scounteren)).map_err(|source| Error::Host {
+        what: format!("Cannot read scounteren of hart {}", hart.id()),
+        source,
+    })?;
     Ok(counters == 0)
 }
 

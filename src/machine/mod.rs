@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `mod.rs` | [`Machine`]: its parts, and how it is built |
 //! | `run.rs` | a run of the guest: begin, end, reset, pause |
+//! | `saved.rs` | saving a machine, and continuing a saved one |
 //! | `build.rs` | the board: VM, RAM, harts, devices; one step a line |
 //! | `attach.rs`, `irqchip.rs`, `fdt.rs` | devices, their interrupt lines, the device tree |
 //! | `load.rs` | the user's files |
@@ -44,6 +45,7 @@ pub(crate) mod inspect;
 mod irqchip;
 mod load;
 mod run;
+mod saved;
 mod stall;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -52,6 +54,7 @@ mod waking_console;
 
 use build::{Backends, Board, Run};
 use load::Files;
+pub(crate) use saved::{Continuation, SavedMemory};
 use upkeep::Upkeep;
 
 /// The parts of a machine besides its configuration; the command uses [`Parts::default`].
@@ -86,6 +89,12 @@ pub(crate) struct Links {
     pub(crate) balloon: BalloonControl,
 }
 
+/// How the first run of a machine begins.
+enum Beginning<'a> {
+    Start(Files),
+    Continue(&'a Continuation),
+}
+
 /// A machine: the board, and its connections to the host, each of which it owns across resets.
 pub(crate) struct Machine {
     config: ValidConfig,
@@ -100,7 +109,8 @@ pub(crate) struct Machine {
     socket: Option<Arc<InspectionServer>>,
     debugger: Option<gdb::Server>,
     trace: Option<Trace>,
-    files: Files,
+    /// The files that the guest starts from; `None` in a machine that was restored and has not restarted.
+    files: Option<Files>,
     upkeep: Upkeep,
     /// The current or the next run; dropped before the board.
     run: Option<Run>,
@@ -122,13 +132,32 @@ impl Machine {
     ///
     /// # Errors
     /// A file cannot be used, or the host lacks a resource: see [`Error`].
-    pub(crate) fn build(
+    pub(crate) fn build(config: ValidConfig, parts: Parts, links: Links) -> Result<Self, Error> {
+        // The user's files come first: a wrong one is found before the host's resources are used and the terminal changes.
+        let files = Files::open(&config)?;
+        Self::assemble(config, parts, links, Beginning::Start(files))
+    }
+
+    /// Builds the machine that `config` describes, which is that of a snapshot or the same with other ends of the host, and continues what
+    /// was saved. Its devices are paused.
+    ///
+    /// # Errors
+    /// As for [`Machine::build`]; [`Error::Snapshot`] for a state that does not fit this host.
+    pub(crate) fn restore(
+        config: ValidConfig,
+        parts: Parts,
+        links: Links,
+        from: &Continuation,
+    ) -> Result<Self, Error> {
+        Self::assemble(config, parts, links, Beginning::Continue(from))
+    }
+
+    fn assemble(
         mut config: ValidConfig,
         parts: Parts,
         links: Links,
+        beginning: Beginning<'_>,
     ) -> Result<Self, Error> {
-        // The user's files come first: a wrong one is found before the host's resources are used and the terminal changes.
-        let mut files = Files::open(&config)?;
         let host = match parts.hypervisor {
             Some(host) => host,
             None => Box::new(kvm::open()?),
@@ -153,8 +182,16 @@ impl Machine {
         };
         let debugger = config.gdb.as_ref().map(gdb::Server::open).transpose()?;
         let (mut board, harts) = Board::build(&config, host.as_ref(), &mut backends, &control)?;
-        let run = board.load(&config, &files, host.as_ref(), &backends, harts)?;
-        files.free_uncompressed();
+        let are_devices_paused = matches!(beginning, Beginning::Continue(_));
+        let (run, files) = match beginning {
+            Beginning::Start(mut files) => {
+                let run = board.load(&config, &files, host.as_ref(), &backends, harts)?;
+                files.free_uncompressed();
+                (run, Some(files))
+            }
+            // Its kernel may not even exist here.
+            Beginning::Continue(from) => (board.restore(&config, from, &backends, harts)?, None),
+        };
         // The tree is written once: a reset does not use paths, and the tree is the same.
         config.forget_tree_file();
         let trace = trace(&config, &board)?;
@@ -177,7 +214,7 @@ impl Machine {
             counters: Vec::new(),
             failure: None,
             io: None,
-            are_devices_paused: false,
+            are_devices_paused,
             begun: None,
             board,
         })

@@ -3,11 +3,12 @@
 use std::io;
 use std::mem;
 use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rvmm_devices::StateError;
 
+use super::load::Files;
 use super::upkeep::Upkeep;
 use super::{Machine, host_error};
 use crate::error::{EXIT_OK, Error};
@@ -15,17 +16,21 @@ use crate::io_loop::{IoLoop, IoThread};
 use crate::vcpu::hart::Hart;
 use crate::vcpu::record::Unrecorded;
 use crate::vcpu::stop::StopReason;
-use crate::vcpu::{MachineContext, spawn_hart};
+use crate::vcpu::{MachineContext, Pause, spawn_hart};
+
+/// Time that harts that the guest has just started have to begin before a pause. They take some microseconds, once they get a CPU.
+const START_PATIENCE: Duration = Duration::from_secs(10);
 
 impl Machine {
-    /// Begins a run: the harts enter the guest. A hart whose thread cannot be started is a reason to stop.
+    /// Begins a run: the harts enter the guest, or wait for the end of a pause if the machine `is_paused`. A hart whose thread cannot be
+    /// started is a reason to stop.
     ///
     /// # Errors
     /// The host has no resources left for the I/O thread.
-    pub(crate) fn begin(&mut self) -> Result<(), Error> {
+    pub(crate) fn begin(&mut self, is_paused: bool) -> Result<(), Error> {
         let Some(run) = &mut self.run else { return Ok(()) };
         let harts = mem::take(&mut run.harts);
-        let (context, debug_context) = (Arc::clone(&run.context), run.debug_context.take());
+        let (context, debug_context) = (Arc::clone(&run.context), run.debug_context.clone());
         self.counters = self.board.vm.counters();
         self.upkeep = Upkeep::of_run(self.board.vm.as_ref(), self.owns_process);
         match &self.io {
@@ -43,13 +48,17 @@ impl Machine {
                 }
             }
         }
+        let wakes_harts = context.wakeups.is_some();
         drop(context);
+        if !is_paused {
+            self.resume_devices();
+        }
         if let (Some(server), Some(context)) = (&self.debugger, debug_context) {
             server.begin(context);
         }
         self.begun = Some(Instant::now());
         self.board.control.start();
-        self.upkeep.started();
+        self.upkeep.started(wakes_harts);
         Ok(())
     }
 
@@ -68,6 +77,9 @@ impl Machine {
         if self.owns_process {
             let activity = Arc::clone(&self.activity);
             io.watch_activity(Box::new(move || activity()));
+        }
+        if self.are_devices_paused {
+            io.start_paused();
         }
         let control = Arc::clone(&self.board.control);
         io.watch_failure(Box::new(move |what| {
@@ -123,11 +135,17 @@ impl Machine {
         if self.io.as_ref().is_some_and(IoThread::has_ended) {
             return Err(host_error("continue", io::Error::other("The I/O thread has ended")));
         }
-        self.files.uncompress_again()?;
+        let mut files = match self.files.take() {
+            Some(files) => files,
+            // A machine that was restored needs them for the first time.
+            None => Files::open(&self.config)?,
+        };
+        files.uncompress_again()?;
         let harts = self.board.reset(&self.config)?;
-        let (config, files, host) = (&self.config, &self.files, self.host.as_ref());
-        self.run = Some(self.board.load(config, files, host, &self.backends, harts)?);
-        self.files.free_uncompressed();
+        let (config, host) = (&self.config, self.host.as_ref());
+        self.run = Some(self.board.load(config, &files, host, &self.backends, harts)?);
+        files.free_uncompressed();
+        self.files = Some(files);
         // The old guest's code may be in the CPUs' instruction caches.
         let changed = self.board.vm.code_changed();
         changed.map_err(|e| host_error("make the new guest's code visible to the harts", e))?;
@@ -136,6 +154,23 @@ impl Machine {
             self.resume_devices();
         }
         Ok(())
+    }
+
+    /// Makes all harts leave the guest, when none of them is about to be started: that cannot be seen in its state. `None` if the machine
+    /// ends.
+    pub(crate) fn pause_harts(&self) -> Option<Pause> {
+        let began = Instant::now();
+        loop {
+            let pause = self.board.control.pause()?;
+            // A failure is noticed when the state is saved.
+            let is_starting = self.board.vm.starting().is_ok_and(|harts| !harts.is_empty());
+            if !is_starting || began.elapsed() > START_PATIENCE {
+                return Some(pause);
+            }
+            // It begins as soon as it runs.
+            drop(pause);
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Brings all devices to rest. The harts are out of the guest.

@@ -76,7 +76,11 @@ impl VmLifecycle for ScriptVm {
         Ok(VmState { time: inner.time, harts: inner.harts.clone(), irqchip: None })
     }
 
-    fn restore(&self, state: &VmState) -> Result<(), VmError> {
+    fn starting(&self) -> io::Result<Vec<u32>> {
+        Ok(Vec::new())
+    }
+
+    fn restore(&self, state: &VmState) -> Result<Vec<u32>, VmError> {
         let ids = |harts: &[HartState]| harts.iter().map(|hart| hart.id).collect::<Vec<_>>();
         let mut inner = self.inner();
         if ids(&inner.harts) != ids(&state.harts) || state.irqchip.is_some() {
@@ -84,7 +88,7 @@ impl VmLifecycle for ScriptVm {
         }
         inner.time = state.time;
         inner.harts.clone_from(&state.harts);
-        Ok(())
+        Ok(Vec::new())
     }
 
     fn reset(&self) -> Result<(), VmError> {

@@ -6,6 +6,7 @@ use super::Machine;
 use super::stall::{PERIOD, StallWatch};
 use crate::hypervisor::Vm;
 use crate::memory;
+use crate::vcpu::Wakeups;
 
 /// Time after which rvmm frees the memory that only the guest's start needed. Only memory use depends on it.
 const GUEST_START: Duration = Duration::from_secs(2);
@@ -28,6 +29,9 @@ pub(super) struct Upkeep {
     idle_at: Option<Instant>,
     turns: u64,
     idle_checks: u8,
+    /// Time of the next kick of harts that were restored with an interrupt, and number of kicks so far.
+    wake_at: Option<Instant>,
+    wakes: u32,
 }
 
 impl Upkeep {
@@ -36,9 +40,10 @@ impl Upkeep {
         Self { frees_memory: owns_process, stall: StallWatch::new(vm), ..Self::default() }
     }
 
-    /// Begins the work: the harts run.
-    pub(super) fn started(&mut self) {
+    /// Begins the work: the harts run. `wakes_harts` if some are to be woken.
+    pub(super) fn started(&mut self, wakes_harts: bool) {
         let now = Instant::now();
+        self.wake_at = now.checked_add(Wakeups::INTERVAL).filter(|_| wakes_harts);
         if self.frees_memory {
             // It is loaded again where it is needed after all. Once after rvmm's own start, and once after the guest's, whose
             // requests are hardly repeated.
@@ -52,8 +57,8 @@ impl Upkeep {
 impl Machine {
     /// The time of the next work; `None` if there is none.
     pub(crate) fn next_work(&self) -> Option<Instant> {
-        let Upkeep { free_at, check_at, idle_at, .. } = &self.upkeep;
-        [free_at, check_at, idle_at].into_iter().filter_map(|at| *at).min()
+        let Upkeep { free_at, check_at, idle_at, wake_at, .. } = &self.upkeep;
+        [free_at, check_at, idle_at, wake_at].into_iter().filter_map(|at| *at).min()
     }
 
     /// Does the work that is due.
@@ -64,6 +69,15 @@ impl Machine {
             let goes_on =
                 upkeep.stall.as_mut().is_some_and(|s| s.check(self.board.vm.has_set_up_irqchip()));
             upkeep.check_at = now.checked_add(PERIOD).filter(|_| goes_on);
+        }
+        if upkeep.wake_at.take_if(|at| *at <= now).is_some()
+            && let Some(wakeups) = self.run.as_ref().and_then(|run| run.context.wakeups.as_ref())
+        {
+            let is_paused = self.board.control.is_paused();
+            let goes_on = is_paused || wakeups.kick(&self.board.control);
+            upkeep.wakes = upkeep.wakes.saturating_add(u32::from(!is_paused));
+            let goes_on = goes_on && upkeep.wakes < Wakeups::MOST;
+            upkeep.wake_at = now.checked_add(Wakeups::INTERVAL).filter(|_| goes_on);
         }
         // After the first check, which is the last one of most guests.
         if upkeep.free_at.take_if(|at| *at <= now).is_some() {

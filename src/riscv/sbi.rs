@@ -57,6 +57,8 @@ pub mod eid {
     pub const DBCN: u64 = 0x4442_434e;
     /// System suspend.
     pub const SUSP: u64 = 0x5355_5350;
+    /// Hart State Management.
+    pub const HSM: u64 = 0x0048_534d;
 }
 
 /// Ids of the functions that are called or handled here.
@@ -79,6 +81,8 @@ pub mod fid {
     pub const CONSOLE_READ: u64 = 1;
     /// `sbi_debug_console_write_byte` of DBCN.
     pub const CONSOLE_WRITE_BYTE: u64 = 2;
+    /// `sbi_hart_stop` of HSM.
+    pub const HART_STOP: u64 = 1;
     /// `sbi_system_suspend` of SUSP.
     pub const SYSTEM_SUSPEND: u64 = 0;
 }

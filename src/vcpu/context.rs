@@ -9,6 +9,7 @@ use rvmm_devices::Bus;
 use super::firmware::Firmware;
 use super::hart::Hart;
 use super::restarts::Restarts;
+use super::wakeups::Wakeups;
 use crate::config::Unassigned;
 use crate::memory::GuestRam;
 
@@ -29,6 +30,8 @@ pub struct MachineContext {
     pub timebase_hz: u64,
     /// Restores state of harts after a start, if the kernel loses some.
     pub restarts: Option<Restarts>,
+    /// Harts that were restored with an interrupt for which they have to be woken.
+    pub wakeups: Option<Wakeups>,
     /// The debugger, which may have inserted an `ebreak` that exits; `None` if the machine has no debugger.
     pub debugger: Option<Arc<dyn Debugger>>,
     noticed: AtomicU32,
@@ -71,6 +74,7 @@ impl MachineContext {
             firmware: None,
             timebase_hz: 10_000_000,
             restarts: None,
+            wakeups: None,
             debugger: None,
             noticed: AtomicU32::new(0),
         }

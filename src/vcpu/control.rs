@@ -312,6 +312,12 @@ impl Control {
         self.lock().pauses > 0
     }
 
+    /// True while a hart sleeps because the guest has suspended the system (SBI SUSP).
+    #[must_use]
+    pub fn is_suspended(&self) -> bool {
+        self.asleep.load(SeqCst) > 0
+    }
+
     /// A poisoned lock is safe to use: no code that holds it can panic halfway through a change.
     fn lock(&self) -> MutexGuard<'_, ControlState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)

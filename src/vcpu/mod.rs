@@ -45,6 +45,7 @@ pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 mod trap;
+mod wakeups;
 pub mod walk;
 
 pub use context::{Debugger, MachineContext};
@@ -52,3 +53,4 @@ pub use control::{Control, Pause};
 pub use dispatch::{Flow, UnresolvedExit, dispatch};
 pub use dump::{dump, registers};
 pub use run::spawn_hart;
+pub use wakeups::Wakeups;

@@ -156,6 +156,9 @@ fn run_loop(
                 if let Some(restarts) = &context.restarts {
                     restarts.handle_kick(hart)?;
                 }
+                if let Some(wakeups) = &context.wakeups {
+                    wakeups.handle_kick(hart)?;
+                }
             }
             Flow::Suspend => {
                 if !sleep(hart, context, control)? {

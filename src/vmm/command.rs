@@ -2,12 +2,13 @@
 
 use std::sync::mpsc::SyncSender;
 
+use super::handle::MachineState;
+use crate::error::Error;
+use crate::inspect::{Query, Reply};
+use crate::machine::SavedMemory;
+use crate::snapshot::SavedMachine;
 use rvmm_devices::StateError;
 use rvmm_devices::virtio::balloon::BalloonTooLarge;
-use thiserror::Error;
-
-use super::handle::MachineState;
-use crate::inspect::{Query, Reply};
 
 /// What the controller waits for.
 pub(super) enum Event {
@@ -31,6 +32,8 @@ pub(super) enum Command {
     PressPowerButton(ReplyTo<()>),
     Change(DeviceChange, ReplyTo<()>),
     Inspect(Query, ReplyTo<Reply>),
+    Save(ReplyTo<(SavedMachine, SavedMemory)>),
+    EndSave(ReplyTo<()>),
 }
 
 /// A change of a device of a machine that may be running.
@@ -41,7 +44,7 @@ pub enum DeviceChange {
 }
 
 /// The reason for which a command was not carried out.
-#[derive(Debug, Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum CommandError {
     /// The machine is in another state.
     #[error("Cannot {command} the machine: it is {state}")]
@@ -51,6 +54,12 @@ pub enum CommandError {
         /// The machine's state.
         state: MachineState,
     },
+    /// The machine's memory is being saved: it must not change meanwhile.
+    #[error("Cannot {0} the machine: it is being saved (try again)")]
+    Saving(&'static str),
+    /// The machine's state cannot be saved.
+    #[error(transparent)]
+    State(Box<Error>),
     /// A device does not come to rest.
     #[error(transparent)]
     Device(#[from] StateError),

@@ -7,7 +7,8 @@ use super::command::{Command, CommandError, DeviceChange, Event, ReplyTo};
 use super::handle::{Handle, MachineState};
 use crate::config::OnReset;
 use crate::error::Error;
-use crate::machine::Machine;
+use crate::machine::{Machine, SavedMemory};
+use crate::snapshot::SavedMachine;
 use crate::vcpu::Pause;
 use crate::vcpu::stop::StopReason;
 
@@ -20,14 +21,24 @@ pub(super) struct Controller {
     /// Number of pauses, and what keeps the harts out of the guest.
     pauses: usize,
     pause: Option<Pause>,
+    /// Number of clients that save the machine's memory; it is paused meanwhile.
+    saves: usize,
     /// Clients that wait for a reset.
     resets: Vec<ReplyTo<()>>,
 }
 
 impl Controller {
-    pub(super) fn new(machine: Machine, handle: Handle, events: Receiver<Event>) -> Self {
+    /// Of a machine that does not run yet; with `is_paused` it starts as after one pause.
+    pub(super) fn new(
+        machine: Machine,
+        handle: Handle,
+        events: Receiver<Event>,
+        is_paused: bool,
+    ) -> Self {
         let (state, resets) = (MachineState::Built, Vec::new());
-        Self { machine, handle, events, state, pauses: 0, pause: None, resets }
+        let pause = is_paused.then(|| handle.control().pause()).flatten();
+        let pauses = usize::from(pause.is_some());
+        Self { machine, handle, events, state, pauses, pause, saves: 0, resets }
     }
 
     /// Serves clients until the machine has ended; starts the guest first if `begins`.
@@ -72,7 +83,7 @@ impl Controller {
     }
 
     fn begin(&mut self) -> Result<(), Error> {
-        self.machine.begin()?;
+        self.machine.begin(self.pauses > 0)?;
         self.set_state(if self.pauses > 0 { MachineState::Paused } else { MachineState::Running });
         Ok(())
     }
@@ -129,6 +140,10 @@ impl Controller {
                     self.refuse("reset", &reply);
                     return Ok(());
                 }
+                if self.saves > 0 {
+                    let _ = reply.send(Err(CommandError::Saving("reset")));
+                    return Ok(());
+                }
                 self.resets.push(reply);
                 // If the guest ends by itself at this moment, the client is told that the machine has ended.
                 self.handle.control().stop(StopReason::Reset);
@@ -151,6 +166,17 @@ impl Controller {
                     self.refuse("inspect", &reply);
                 }
             }
+            Command::Save(reply) => {
+                let saved = self.save();
+                let is_saved = saved.is_ok();
+                if reply.send(saved).is_ok() && is_saved {
+                    self.saves = self.saves.saturating_add(1);
+                }
+            }
+            Command::EndSave(reply) => {
+                self.saves = self.saves.saturating_sub(1);
+                let _ = reply.send(Ok(()));
+            }
         }
         Ok(())
     }
@@ -172,7 +198,7 @@ impl Controller {
             return Err(self.refused("pause"));
         }
         if self.pauses == 0 {
-            let pause = self.handle.control().pause();
+            let pause = self.machine.pause_harts();
             let pause = pause.ok_or(CommandError::WrongState {
                 command: "pause",
                 state: MachineState::Stopping,
@@ -194,6 +220,14 @@ impl Controller {
             self.set_state(MachineState::Running);
         }
         Ok(())
+    }
+
+    /// The state of the paused machine.
+    fn save(&self) -> Result<(SavedMachine, SavedMemory), CommandError> {
+        if self.pauses == 0 || !self.has_guest() {
+            return Err(self.refused("save"));
+        }
+        self.machine.save().map_err(|error| CommandError::State(Box::new(error)))
     }
 
     fn change(&self, change: DeviceChange) -> Result<(), CommandError> {

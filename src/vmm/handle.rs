@@ -10,6 +10,8 @@ use rvmm_devices::virtio::balloon::BalloonControl;
 
 use super::command::{Command, CommandError, DeviceChange, Event, ReplyTo};
 use crate::inspect::{Query, Reply};
+use crate::machine::SavedMemory;
+use crate::snapshot::SavedMachine;
 use crate::vcpu::Control;
 use crate::vcpu::stop::StopReason;
 
@@ -166,6 +168,16 @@ impl Handle {
         self.call("inspect", |reply| Command::Inspect(query, reply))
     }
 
+    /// Pauses the machine, and returns its state. It stays paused, and cannot be reset, until the result is dropped.
+    ///
+    /// # Errors
+    /// As for [`Handle::pause`]; [`CommandError::State`] if a part of the state is out of reach.
+    pub(super) fn save(&self) -> Result<Saved, CommandError> {
+        let pause = self.pause()?;
+        let (machine, memory) = self.call("save", Command::Save)?;
+        Ok(Saved { machine, memory, _end: SaveEnd(self.clone()), _pause: pause })
+    }
+
     /// Sends a command, and waits for its reply.
     fn call<T>(
         &self,
@@ -202,6 +214,27 @@ impl Handle {
 
     fn lock(&self) -> MutexGuard<'_, Status> {
         self.link.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A machine that is being saved.
+pub(super) struct Saved {
+    /// Everything but RAM.
+    pub(super) machine: SavedMachine,
+    /// RAM.
+    pub(super) memory: SavedMemory,
+    // In this order: the end of the pause is the last.
+    _end: SaveEnd,
+    _pause: Paused,
+}
+
+/// Tells the controller that the memory may change again.
+struct SaveEnd(Handle);
+
+impl Drop for SaveEnd {
+    fn drop(&mut self) {
+        // An error means that the machine has ended.
+        let _ = self.0.call("save", Command::EndSave);
     }
 }
 

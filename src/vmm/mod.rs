@@ -6,6 +6,7 @@
 //! | `handle.rs` | [`Handle`]: the clients' side |
 //! | `command.rs` | commands and their errors |
 //! | `controller.rs` | the controller's thread |
+//! | `snapshot.rs`, `restore.rs` | saving a machine in a folder, and continuing it from there |
 //!
 //! ```text
 //!              start            pause, first of them
@@ -39,17 +40,21 @@ use std::thread::{self, JoinHandle};
 pub use rvmm_devices::virtio::balloon::BalloonControl;
 
 use crate::config::{GdbAddress, ValidConfig};
-use crate::error::Error;
-use crate::inspect::{Inspectable, InspectionServer, Query, Reply};
+use crate::error::{Error, chain};
+use crate::inspect::{Inspectable, InspectionServer, Order, Query, Reply};
 pub use crate::machine::Parts;
 use crate::machine::inspect::unavailable;
 use crate::machine::{Links, Machine};
+use crate::snapshot::Snapshot;
+pub use crate::snapshot::{SnapshotReport, SnapshotRequest};
 use crate::vcpu::Control;
 use crate::vcpu::stop::StopReason;
 
 mod command;
 mod controller;
 mod handle;
+mod restore;
+mod snapshot;
 #[cfg(test)]
 mod tests;
 
@@ -57,12 +62,15 @@ use command::Event;
 pub use command::{CommandError, DeviceChange};
 use controller::Controller;
 pub use handle::{Handle, MachineState, Paused};
+pub use restore::{NewEnd, RestoreOptions};
 
 /// A machine that is built, and its controller.
 pub struct Vmm {
     machine: Machine,
     handle: Handle,
     events: Receiver<Event>,
+    /// The guest waits for [`Handle::resume`].
+    is_paused: bool,
 }
 
 /// A machine whose controller has a thread of its own.
@@ -84,7 +92,31 @@ impl Vmm {
     ///
     /// # Errors
     /// As [`Vmm::build`].
-    pub fn build_with(config: ValidConfig, mut parts: Parts) -> Result<Self, Error> {
+    pub fn build_with(config: ValidConfig, parts: Parts) -> Result<Self, Error> {
+        Self::connect(parts, |parts, links| Machine::build(config, parts, links))
+    }
+
+    /// Builds the machine of a snapshot, with other ends of the host where the options say so. Its guest continues when it is run or
+    /// started.
+    ///
+    /// # Errors
+    /// [`Error::Snapshot`] for a snapshot that does not fit this host, or whose disks have changed; the others as for [`Vmm::build`].
+    pub fn restore(
+        snapshot: Snapshot,
+        options: RestoreOptions,
+        parts: Parts,
+    ) -> Result<Self, Error> {
+        let is_paused = options.paused;
+        let (config, from) = options.apply(snapshot)?;
+        let restore = |parts, links| Machine::restore(config, parts, links, &from);
+        Ok(Self { is_paused, ..Self::connect(parts, restore)? })
+    }
+
+    /// Builds a machine, and connects it to a controller.
+    fn connect(
+        mut parts: Parts,
+        build: impl FnOnce(Parts, Links) -> Result<Machine, Error>,
+    ) -> Result<Self, Error> {
         let control = Arc::new(Control::new());
         let (sender, events) = channel();
         let balloon = BalloonControl::new().map_err(|e| host_error("create the balloon", e))?;
@@ -100,11 +132,11 @@ impl Vmm {
         let stopper = handle.clone();
         let stop = Arc::new(move || stopper.stop());
         let links = Links { control, stop, activity, balloon };
-        let mut machine = Machine::build(config, parts, links)?;
+        let mut machine = build(parts, links)?;
         if let Some(socket) = socket.and_then(|path| inspection(&path, &handle)) {
             machine.watch_socket(socket);
         }
-        Ok(Self { machine, handle, events })
+        Ok(Self { machine, handle, events, is_paused: false })
     }
 
     /// A handle that controls the machine from any thread.
@@ -161,8 +193,8 @@ impl Vmm {
     }
 
     fn controller(self) -> Controller {
-        let Self { machine, handle, events } = self;
-        Controller::new(machine, handle, events)
+        let Self { machine, handle, events, is_paused } = self;
+        Controller::new(machine, handle, events, is_paused)
     }
 }
 
@@ -193,6 +225,21 @@ fn inspection(path: &Path, handle: &Handle) -> Option<InspectionServer> {
 impl Inspectable for Handle {
     fn answer(&self, query: Query) -> Reply {
         self.inspect(query).unwrap_or_else(|_| unavailable())
+    }
+
+    fn carry_out(&self, order: Order) -> Reply {
+        let done = |result: Result<(), CommandError>| match result {
+            Ok(()) => Reply::Done,
+            Err(error) => Reply::Error(error.to_string()),
+        };
+        match order {
+            Order::Pause => done(self.pause().map(Paused::keep)),
+            Order::Resume => done(self.resume()),
+            Order::Snapshot(request) => match self.snapshot(&request) {
+                Ok(report) => Reply::Snapshot(report),
+                Err(error) => Reply::Error(chain(&error)),
+            },
+        }
     }
 }
 

@@ -12,6 +12,8 @@ use rvmm_devices::virtio::vhost_user::testing::{Traits, serve_at};
 use rvmm_devices::{ConsoleBackend, Port, Ports};
 use tempfile::NamedTempFile;
 
+mod snapshot;
+
 use super::{CommandError, DeviceChange, MachineState, Parts, Vmm};
 use crate::config::{
     DeviceConfig, GdbAddress, GdbConfig, InitrdConfig, LoadConfig, OnReset, TraceConfig, VmConfig,

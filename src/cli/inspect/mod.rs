@@ -4,7 +4,7 @@ use std::io;
 
 use super::output;
 use crate::error::{EXIT_HOST, EXIT_OK};
-use crate::inspect::{Connection, HartRegisters, Query, Reply};
+use crate::inspect::{Connection, HartRegisters, Order, Query, Reply};
 
 mod stat;
 mod walk;
@@ -27,6 +27,9 @@ pub(super) fn ask(request: &Request) -> u8 {
         .and_then(|mut connection| query(&mut connection, request.query));
     let text = reply.and_then(|reply| match reply {
         Reply::Error(what) => Err(what),
+        Reply::Done | Reply::Snapshot(_) => {
+            Err("The machine gives another reply than asked for".into())
+        }
         reply if request.json => json(&reply),
         Reply::Registers(harts) => Ok(harts.iter().map(registers).collect()),
         Reply::Walk(walk) => Ok(walk::text(&walk)),
@@ -42,6 +45,14 @@ fn connect(target: Option<&str>) -> Result<Connection, String> {
     Connection::open(target)
 }
 
+/// Gives an order, and returns its reply; an error is its refusal.
+pub(super) fn give(target: Option<&str>, order: &Order) -> Result<Reply, String> {
+    match connect(target)?.give(order).map_err(|error| no_reply(&error))? {
+        Reply::Error(what) => Err(what),
+        reply => Ok(reply),
+    }
+}
+
 fn query(connection: &mut Connection, query: Query) -> Result<Reply, String> {
     connection.ask(query).map_err(|error| no_reply(&error))
 }
@@ -50,8 +61,8 @@ fn no_reply(error: &io::Error) -> String {
     format!("The machine does not answer: {error} (has it ended?)")
 }
 
-fn refuse(what: &str) -> u8 {
-    output::print_message(what);
+pub(super) fn refuse(what: &str) -> u8 {
+    output::print_message(&escaped(what));
     EXIT_HOST
 }
 
@@ -61,6 +72,7 @@ fn json(reply: &Reply) -> Result<String, String> {
         Reply::Registers(harts) => serde_json::to_string_pretty(harts),
         Reply::Walk(walk) => serde_json::to_string_pretty(walk),
         Reply::Error(what) => serde_json::to_string_pretty(what),
+        Reply::Done | Reply::Snapshot(_) => serde_json::to_string_pretty(reply),
     };
     text.map(|text| text + "\n").map_err(|error| format!("Cannot print the reply: {error}"))
 }

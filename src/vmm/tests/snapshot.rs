@@ -1,0 +1,312 @@
+//! Machines that are saved and continued, on a hypervisor that runs scripts.
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use tempfile::{NamedTempFile, TempDir};
+
+use super::{machine_of, parsed, refusal};
+use crate::config::{OnReset, VmConfig};
+use crate::error::{EXIT_SNAPSHOT, EXIT_USAGE, Error};
+use crate::machine::testing::ScriptHypervisor;
+use crate::snapshot::Snapshot;
+use crate::terminal::Console;
+use crate::vcpu::exit::SystemEvent;
+use crate::vcpu::stop::StopReason;
+use crate::vcpu::testing::Step;
+use crate::vmm::{
+    Handle, MachineState, NewEnd, Parts, RestoreOptions, Running, SnapshotRequest, Vmm,
+};
+
+/// A folder with a disk, and a running machine that has it and every other device that can be saved.
+struct Guest {
+    folder: TempDir,
+    running: Running,
+    _program: NamedTempFile,
+}
+
+impl Guest {
+    fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("disk"), vec![0; 1 << 20]).unwrap();
+        let at = |name: &str| folder.path().join(name).display().to_string();
+        let devices = [
+            format!("blk,path={}", at("disk")),
+            format!("vsock,path={},cid=3", at("vsock")),
+            "balloon".into(),
+            "rng".into(),
+            "console,to=null".into(),
+            "input".into(),
+            "uart,to=null".into(),
+        ];
+        let devices = devices.map(|device| parsed(&device)).to_vec();
+        let config = VmConfig { devices, on_reset: OnReset::Exit, ..VmConfig::default() };
+        // A scratch register of the UART has a value that a new one has not.
+        let script = vec![Step::Store { addr: 0x1000_0007, bytes: vec![0x5a] }, Step::Idle];
+        let (vmm, _, program) = machine_of(config, None, [script, vec![Step::Idle]]);
+        let running = vmm.unwrap().start().unwrap();
+        while running.handle().state() != MachineState::Running {
+            std::thread::yield_now();
+        }
+        Self { folder, running, _program: program }
+    }
+
+    fn path(&self, name: &str) -> std::path::PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn snapshot(&self, name: &str) -> Result<(), Error> {
+        snapshot(&self.running.handle(), &self.path(name))
+    }
+
+    fn stop(self) -> (TempDir, NamedTempFile) {
+        self.running.handle().stop();
+        assert_eq!(self.running.wait().unwrap(), StopReason::Requested);
+        (self.folder, self._program)
+    }
+}
+
+fn snapshot(handle: &Handle, folder: &Path) -> Result<(), Error> {
+    let request = SnapshotRequest { folder: folder.into(), ..SnapshotRequest::default() };
+    let report = handle.snapshot(&request)?;
+    assert!(report.memory > 0 && report.paused_ns > 0, "{report:?}");
+    Ok(())
+}
+
+fn restore(folder: &Path, options: RestoreOptions, script: Vec<Step>) -> Result<Vmm, Error> {
+    let host = ScriptHypervisor::new([script, vec![Step::System(SystemEvent::Shutdown(0))]]);
+    let (console, hypervisor) = (Some(Console::null()), Some(Box::new(host) as _));
+    let parts = Parts { console, hypervisor, ..Parts::default() };
+    Vmm::restore(Snapshot::open(folder)?, options, parts)
+}
+
+fn refused(result: Result<Vmm, Error>, code: u8) -> String {
+    let error = result.err().unwrap();
+    assert_eq!(error.exit_code(), code, "{error}");
+    error.to_string()
+}
+
+/// The state in a snapshot, without its time.
+fn state(folder: &Path) -> serde_json::Value {
+    let mut state: serde_json::Value =
+        serde_json::from_slice(&fs::read(folder.join("state.json")).unwrap()).unwrap();
+    state["machine"]["saved_at_ns"] = 0.into();
+    state
+}
+
+#[test]
+fn a_machine_that_was_restored_is_the_one_that_was_saved() {
+    let guest = Guest::start();
+    guest.snapshot("first").unwrap();
+    // It goes on meanwhile, and so another snapshot may follow.
+    guest.snapshot("second").unwrap();
+    assert_eq!(guest.running.handle().state(), MachineState::Running);
+    let (folder, _program) = guest.stop();
+    let at = |name: &str| folder.path().join(name);
+    let options = RestoreOptions { paused: true, ..RestoreOptions::default() };
+    let running = restore(&at("first"), options, vec![Step::Idle]).unwrap().start().unwrap();
+    let handle = running.handle();
+    while handle.state() != MachineState::Paused {
+        std::thread::yield_now();
+    }
+    snapshot(&handle, &at("third")).unwrap();
+    for name in ["second", "third"] {
+        assert_eq!(state(&at(name)), state(&at("first")), "{name}");
+        assert!(
+            fs::read(at(name).join("memory")).unwrap()
+                == fs::read(at("first").join("memory")).unwrap()
+        );
+    }
+    handle.resume().unwrap();
+    assert_eq!(handle.state(), MachineState::Running);
+    handle.stop();
+    assert_eq!(running.wait().unwrap(), StopReason::Requested);
+}
+
+#[test]
+fn a_restored_machine_runs_on_and_restarts_from_the_files_of_the_saved_one() {
+    let guest = Guest::start();
+    guest.snapshot("saved").unwrap();
+    let (folder, _program) = guest.stop();
+    let saved = folder.path().join("saved");
+    let shutdown = vec![Step::System(SystemEvent::Shutdown(0))];
+    let vmm = restore(&saved, RestoreOptions::default(), shutdown).unwrap();
+    assert_eq!(vmm.run().unwrap(), StopReason::PowerOff);
+    let running =
+        restore(&saved, RestoreOptions::default(), vec![Step::Idle]).unwrap().start().unwrap();
+    while running.handle().state() != MachineState::Running {
+        std::thread::yield_now();
+    }
+    running.handle().reset().unwrap();
+    assert_eq!(running.wait().unwrap(), StopReason::PowerOff);
+}
+
+#[test]
+fn a_restart_of_a_restored_machine_whose_files_are_gone_is_an_error_that_names_them() {
+    let guest = Guest::start();
+    guest.snapshot("saved").unwrap();
+    let (folder, program) = guest.stop();
+    let path = program.path().display().to_string();
+    drop(program);
+    let saved = folder.path().join("saved");
+    let running =
+        restore(&saved, RestoreOptions::default(), vec![Step::Idle]).unwrap().start().unwrap();
+    while running.handle().state() != MachineState::Running {
+        std::thread::yield_now();
+    }
+    assert!(running.handle().reset().is_err());
+    let error = running.wait().unwrap_err().to_string();
+    assert!(error.contains(&path), "{error}");
+}
+
+#[test]
+fn a_machine_that_is_saved_for_good_does_not_run_afterwards() {
+    let guest = Guest::start();
+    let folder = guest.path("saved");
+    let request = SnapshotRequest { folder: folder.as_path().into(), stop: true };
+    guest.running.handle().snapshot(&request).unwrap();
+    assert_eq!(guest.running.wait().unwrap(), StopReason::Requested);
+    Snapshot::open(&folder).unwrap();
+}
+
+#[test]
+fn a_machine_cannot_be_reset_while_it_is_saved() {
+    let guest = Guest::start();
+    let handle = guest.running.handle();
+    let saved = handle.save().unwrap();
+    assert_eq!(handle.state(), MachineState::Paused);
+    assert!(refusal(handle.reset()).contains("it is being saved"));
+    drop(saved);
+    assert_eq!(handle.state(), MachineState::Running);
+    // It may be reset again, and ended while it is saved.
+    let saved = handle.save().unwrap();
+    handle.stop();
+    assert_eq!(guest.running.wait().unwrap(), StopReason::Requested);
+    assert!(saved.memory.read(0, &mut [0]).is_ok());
+    drop(saved);
+}
+
+#[test]
+fn a_save_that_fails_leaves_the_machine_running() {
+    let guest = Guest::start();
+    let handle = guest.running.handle();
+    let request = |folder: &str| SnapshotRequest { folder: folder.into(), stop: true };
+    let file = guest.path("disk").display().to_string();
+    for (folder, part) in
+        [("/nowhere/at/all", "Cannot create"), (&file, "it exists and is no snapshot")]
+    {
+        let error = handle.snapshot(&request(folder)).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    }
+    // A disk whose file was deleted cannot be found again.
+    fs::remove_file(guest.path("disk")).unwrap();
+    let error = guest.snapshot("saved").unwrap_err().to_string();
+    assert!(error.contains("/disk: No such file"), "{error}");
+    assert_eq!(handle.state(), MachineState::Running);
+    assert!(!guest.path("saved").exists());
+    guest.stop();
+}
+
+#[test]
+fn a_disk_that_has_changed_is_refused_unless_it_is_forced_or_another_one() {
+    let guest = Guest::start();
+    guest.snapshot("saved").unwrap();
+    let (disk, copy) = (guest.path("disk"), guest.path("copy"));
+    let (folder, _program) = guest.stop();
+    let saved = folder.path().join("saved");
+    let idle = || vec![Step::Idle];
+    fs::write(&copy, vec![0; 1 << 20]).unwrap();
+    let time = fs::metadata(&disk).unwrap().modified().unwrap();
+    fs::File::options().write(true).open(&copy).unwrap().set_modified(time).unwrap();
+    fs::write(&disk, vec![1; 1 << 20]).unwrap();
+    let forced = RestoreOptions { force: true, ..RestoreOptions::default() };
+    let other = |number| RestoreOptions {
+        ends: vec![NewEnd::Disk(number, copy.as_path().into())],
+        ..RestoreOptions::default()
+    };
+    let text = refused(restore(&saved, RestoreOptions::default(), idle()), EXIT_SNAPSHOT);
+    assert!(text.contains("was written since") && text.contains("--disk-path"), "{text}");
+    restore(&saved, forced.clone(), idle()).unwrap();
+    restore(&saved, other(0), idle()).unwrap();
+    assert!(refused(restore(&saved, other(1), idle()), EXIT_USAGE).contains("no disk vdb"));
+    fs::write(&disk, vec![1; 2 << 20]).unwrap();
+    let text = refused(restore(&saved, RestoreOptions::default(), idle()), EXIT_SNAPSHOT);
+    assert!(text.contains("has 2097152 bytes, and had 1048576"), "{text}");
+    fs::remove_file(&disk).unwrap();
+    refused(restore(&saved, forced, idle()), EXIT_SNAPSHOT);
+}
+
+#[test]
+fn a_state_that_does_not_fit_is_refused_whole() {
+    let guest = Guest::start();
+    guest.snapshot("saved").unwrap();
+    let (folder, _program) = guest.stop();
+    let saved = folder.path().join("saved");
+    let whole = state(&saved);
+    let change = |change: fn(&mut serde_json::Value)| {
+        let mut state = whole.clone();
+        change(&mut state["machine"]);
+        let text = serde_json::to_vec(&state).unwrap();
+        fs::write(saved.join("state.json"), &text).unwrap();
+        fs::write(saved.join("checksum"), crate::snapshot::checksum_line(&text)).unwrap();
+        refused(restore(&saved, RestoreOptions::default(), vec![Step::Idle]), EXIT_SNAPSHOT)
+    };
+    assert!(change(|machine| machine["vm"]["harts"][0]["id"] = 1.into()).contains("other harts"));
+    let no_device = change(|machine| _ = machine["devices"].as_array_mut().unwrap().pop());
+    assert!(no_device.contains("it has no saved state"), "{no_device}");
+    let model = change(|machine| machine["devices"][0]["model"] = "tpm".into());
+    assert!(model.contains("the machine has no such device"), "{model}");
+    let value = change(|machine| {
+        let devices = machine["devices"].as_array_mut().unwrap();
+        devices.iter_mut().for_each(|device| device["state"] = "?".into());
+    });
+    assert!(value.contains("Cannot restore device"), "{value}");
+    assert!(
+        change(|machine| machine["config"]["name"] = "../x".into()).contains("Cannot use --name")
+    );
+    assert!(change(|machine| machine["config"]["mem"] = (1 << 20).into()).contains("another size"));
+}
+
+#[test]
+fn the_time_of_the_guest_stands_still_unless_it_follows_the_clock() {
+    let guest = Guest::start();
+    guest.snapshot("saved").unwrap();
+    let (folder, _program) = guest.stop();
+    let saved = folder.path().join("saved");
+    let time = |options: RestoreOptions| {
+        let options = RestoreOptions { paused: true, ..options };
+        let running = restore(&saved, options, vec![Step::Idle]).unwrap().start().unwrap();
+        let handle = running.handle();
+        while handle.state() != MachineState::Paused {
+            std::thread::yield_now();
+        }
+        let time = handle.save().unwrap().machine.vm.time;
+        handle.stop();
+        running.wait().unwrap();
+        time
+    };
+    assert_eq!(time(RestoreOptions::default()), 0);
+    // At least the time that it has taken to restore it, in ticks of 100 ns.
+    let later = time(RestoreOptions { follows_wall_clock: true, ..RestoreOptions::default() });
+    assert!(later > 0 && later < 36_000_000_000, "{later}");
+}
+
+#[test]
+fn two_clients_save_one_machine_at_once() {
+    let guest = Guest::start();
+    let handle = guest.running.handle();
+    let folder = Arc::new(guest.path(""));
+    let clients: Vec<_> = (0..4)
+        .map(|number| {
+            let (handle, folder) = (handle.clone(), Arc::clone(&folder));
+            std::thread::spawn(move || snapshot(&handle, &folder.join(number.to_string())).unwrap())
+        })
+        .collect();
+    clients.into_iter().for_each(|client| client.join().unwrap());
+    assert_eq!(handle.state(), MachineState::Running);
+    for number in 0..4 {
+        Snapshot::open(&guest.path(&number.to_string())).unwrap();
+    }
+    guest.stop();
+}

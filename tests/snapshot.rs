@@ -1,0 +1,110 @@
+//! Rings 2 and 3: machines that are saved, and continue in another process.
+
+#![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a panic is how a test fails"
+)]
+
+mod harness;
+#[path = "linux/initramfs.rs"]
+mod initramfs;
+
+use std::fs::File;
+use std::path::Path;
+use std::process::Command;
+
+use harness::{Launch, Session, host, kernel, rvmm};
+use tempfile::TempDir;
+
+/// A folder for one test: sockets of its machines, snapshots, disks.
+struct Place(TempDir);
+
+impl Place {
+    fn new() -> Self {
+        Self(tempfile::tempdir().expect("a folder"))
+    }
+
+    fn at(&self, name: &str) -> std::path::PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// A verb of rvmm or a machine whose socket is in this folder.
+    fn rvmm(&self, arguments: &[&str]) -> Launch {
+        rvmm(arguments).env("XDG_RUNTIME_DIR", self.0.path())
+    }
+
+    /// Runs a verb to its end, and returns its output. It has to succeed.
+    fn verb(&self, arguments: &[&str], path: Option<&Path>) -> String {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_rvmm"));
+        command.args(arguments).args(path).env("XDG_RUNTIME_DIR", self.0.path());
+        let output = command.output().expect("rvmm starts");
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "rvmm {arguments:?}: {errors}");
+        String::from_utf8(output.stdout).expect("text")
+    }
+
+    /// Saves the machine, which stops.
+    fn save(&self, machine: &mut Session, name: &str, folder: &str) {
+        let text = self.verb(&["snapshot", name, "--stop"], Some(&self.at(folder)));
+        assert!(text.starts_with("Saved "), "{text}");
+        assert_eq!(machine.exit_code(), 0);
+    }
+
+    fn restore(&self, folder: &str, arguments: &[&str]) -> Session {
+        self.rvmm(&["restore"]).path("", &self.at(folder), "").args(arguments).start()
+    }
+}
+
+/// Modules for a disk with a file system, and for random numbers.
+const MODULES: &[&str] = &["virtio_mmio", "virtio_blk", "crc32c_generic", "ext4", "virtio-rng"];
+
+/// A guest of Debian's kernel with a disk that its shell writes all the time.
+fn busy_linux(place: &Place, irqchip: &str) -> Session {
+    let initrd = initramfs::build(place.0.path(), &[], MODULES);
+    File::create(place.at("disk")).and_then(|file| file.set_len(64 << 20)).expect("a disk");
+    let mut session = place
+        .rvmm(&["--mem", "256M", "--cpus", "2", "--irqchip", irqchip, "--name", "one"])
+        .args(&["--device", "rng", "--device", "balloon", "--power-button"])
+        .args(&["--cmdline", "console=ttyS0 quiet"])
+        .path("--disk=", &place.at("disk"), "")
+        .path("--initrd=", &initrd, "")
+        .kernel(&kernel())
+        .start();
+    session.expect("own initramfs is up\r\n");
+    session.ask("mke2fs /dev/vda >/dev/null; mkdir /m; mount /dev/vda /m; dd if=/dev/hwrng of=/data bs=64k count=32 2>/dev/null; md5sum </data >/sum");
+    // Copies from memory to the disk and back, and counts what was wrong.
+    session.send("wrong=0; (while :; do cp /data /m/data; sync; echo 3 >/proc/sys/vm/drop_caches; md5sum </m/data | cmp -s - /sum || echo x >>/wrong; echo x >>/rounds; done) &\n");
+    session.ask("until [ -s /rounds ]; do sleep 1; done; echo begun");
+    session
+}
+
+#[test]
+fn linux_that_writes_to_its_disk_continues_in_another_process() {
+    let Some(host) = host() else { return };
+    for irqchip in &host.irqchips {
+        let place = Place::new();
+        let mut session = busy_linux(&place, irqchip);
+        session.send("kept=42\n");
+        session.ask("echo $kept");
+        for round in 0..3 {
+            let folder = format!("saved{round}");
+            place.save(&mut session, "one", &folder);
+            session = place.restore(&folder, &[]);
+            let before = session.ask("wc -l </rounds; cat /proc/uptime").to_owned();
+            assert_eq!(session.ask("echo $kept; nproc"), "42\n2\n");
+            let done = before.lines().next().expect("a number");
+            session.ask(&format!(
+                "until [ $(wc -l </rounds) -gt $(({done}+1)) ]; do sleep 1; done; echo on"
+            ));
+        }
+        assert_eq!(session.ask("cat /wrong 2>&1 | grep -c x"), "0\n");
+        let complaints =
+            session.ask("dmesg -r | grep -E '^<[0-4]>' | grep -iE 'stall|lockup|hung|error|bug'");
+        assert_eq!(complaints, "");
+        session.send("poweroff -f\n");
+        assert_eq!(session.exit_code(), 0);
+    }
+}
