@@ -15,8 +15,10 @@ mod initramfs;
 use std::fs::File;
 use std::path::Path;
 use std::process::Command;
+use std::thread;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use harness::{Launch, Session, host, kernel, rvmm};
+use harness::{Launch, Session, by_length, guest, host, kernel, rvmm};
 use tempfile::TempDir;
 
 /// A folder for one test: sockets of its machines, snapshots, disks.
@@ -36,19 +38,19 @@ impl Place {
         rvmm(arguments).env("XDG_RUNTIME_DIR", self.0.path())
     }
 
-    /// Runs a verb to its end, and returns its output. It has to succeed.
-    fn verb(&self, arguments: &[&str], path: Option<&Path>) -> String {
+    /// Runs a verb to its end, and returns its output, or its message.
+    fn verb(&self, arguments: &[&str], path: Option<&Path>) -> Result<String, String> {
         let mut command = Command::new(env!("CARGO_BIN_EXE_rvmm"));
         command.args(arguments).args(path).env("XDG_RUNTIME_DIR", self.0.path());
         let output = command.output().expect("rvmm starts");
-        let errors = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "rvmm {arguments:?}: {errors}");
-        String::from_utf8(output.stdout).expect("text")
+        let text = |bytes| String::from_utf8(bytes).expect("text");
+        if output.status.success() { Ok(text(output.stdout)) } else { Err(text(output.stderr)) }
     }
 
     /// Saves the machine, which stops.
     fn save(&self, machine: &mut Session, name: &str, folder: &str) {
         let text = self.verb(&["snapshot", name, "--stop"], Some(&self.at(folder)));
+        let text = text.expect("it can be saved");
         assert!(text.starts_with("Saved "), "{text}");
         assert_eq!(machine.exit_code(), 0);
     }
@@ -106,5 +108,67 @@ fn linux_that_writes_to_its_disk_continues_in_another_process() {
         assert_eq!(complaints, "");
         session.send("poweroff -f\n");
         assert_eq!(session.exit_code(), 0);
+    }
+}
+
+/// A guest that computes a hash chain on each hart while it counts interrupts of every kind.
+fn chain(place: &Place, irqchip: &str, cpus: &str) -> Launch {
+    let rounds = format!("rounds={} stop=1", by_length(20_000, 3000));
+    place
+        .rvmm(&["--no-initrd", "--mem", "64M", "--irqchip", irqchip, "--cpus", cpus])
+        .args(&["--name", "chain", "--device", "rng", "--cmdline", &rounds])
+        .kernel(&guest("chain"))
+}
+
+/// A number below `end`, from the clock: any moment will do.
+fn random(end: u64) -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock");
+    now.subsec_nanos() as u64 / 1000 % end
+}
+
+/// Runs the guest, saves it at random moments and continues it each time. Returns what it has printed in all, and how often it was saved.
+fn saved_at_random(irqchip: &str, cpus: &str) -> (String, usize) {
+    let place = Place::new();
+    let mut session = chain(&place, irqchip, cpus).start();
+    session.expect("started");
+    let (mut printed, mut saves) = (String::new(), 0);
+    while saves < by_length(50, 8) {
+        let socket = place.at("rvmm").join(format!("chain-{}.sock", session.pid()));
+        while session.is_running() && !harness::is_listening(&socket) {
+            thread::yield_now();
+        }
+        thread::sleep(Duration::from_millis(random(300)));
+        let folder = format!("saved{}", saves % 2);
+        let saved = place.verb(&["snapshot", "chain", "--stop"], Some(&place.at(&folder)));
+        assert_eq!(session.exit_code(), 0);
+        printed.push_str(&String::from_utf8(session.output()).expect("text"));
+        match saved {
+            Ok(_) => {
+                saves += 1;
+                session = place.restore(&folder, &[]);
+            }
+            // It has ended by itself.
+            Err(_) if printed.contains("PASS") => return (printed, saves),
+            Err(error) => panic!("it cannot be saved: {error}"),
+        }
+    }
+    assert_eq!(session.exit_code(), 0);
+    printed.push_str(&String::from_utf8(session.output()).expect("text"));
+    (printed, saves)
+}
+
+#[test]
+fn a_guest_that_is_saved_at_random_moments_ends_with_the_same_result() {
+    let Some(host) = host() else { return };
+    for irqchip in &host.irqchips {
+        for cpus in ["1", "4"] {
+            let mut undisturbed = chain(&Place::new(), irqchip, cpus).start();
+            assert_eq!(undisturbed.exit_code(), 0);
+            let expected = String::from_utf8(undisturbed.output()).expect("text");
+            let (printed, saves) = saved_at_random(irqchip, cpus);
+            assert_eq!(printed, expected, "after {saves} saves");
+            assert!(saves > 0, "it was never saved");
+            println!("{irqchip}, {cpus} harts: saved {saves} times");
+        }
     }
 }
