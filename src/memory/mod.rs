@@ -24,12 +24,14 @@ mod pagemap;
 mod program;
 mod reserve;
 mod rom;
+mod written;
 
 use lost::Watch;
 pub(crate) use occupied::data_in;
 pub use program::discard_program_pages;
 use reserve::Reservation;
 pub(crate) use rom::Rom;
+use written::WrittenPages;
 
 /// Size of a page of guest and host (RISC-V's base page; rvmm uses no smaller unit on the host).
 pub const PAGE: u64 = 4096;
@@ -44,6 +46,7 @@ pub struct GuestRam {
     view: GuestMemoryMmap,
     watch: Watch,
     files: Mutex<Vec<Overlay>>,
+    written: WrittenPages,
     span: Span,
     reservation: Reservation,
 }
@@ -126,7 +129,8 @@ impl GuestRam {
             what: format!("Cannot place {} bytes of RAM at {:#x}", span.size, span.base),
             source: None,
         })?;
-        Ok(Self { view, watch, files: Mutex::default(), span, reservation })
+        let (files, written) = (Mutex::default(), WrittenPages::default());
+        Ok(Self { view, watch, files, written, span, reservation })
     }
 
     /// The range of RAM.
@@ -164,6 +168,7 @@ impl GuestRam {
     pub fn write(&self, addr: u64, bytes: &[u8]) -> Result<(), RamError> {
         self.check(addr, bytes.len())?;
         self.view.write_slice(bytes, GuestAddress(addr)).map_err(|_| RamError::NotRam)?;
+        self.note_written(addr, bytes.len() as u64);
         self.still_there()
     }
 
@@ -223,6 +228,7 @@ impl GuestRam {
             let needed = offset + lead + mapped;
             let overlay = Overlay { file: Arc::clone(file), span, needed, returned };
             self.overlays().push(overlay);
+            self.note_written(span.base, span.size);
         }
         let done = lead + mapped;
         self.copy_file(addr + done, file, offset + done, len - done)
@@ -238,6 +244,7 @@ impl GuestRam {
         }
         if !self.reservation.is_huge() {
             self.reservation.discard(0, self.span.size);
+            self.note_written(self.span.base, self.span.size);
             return Ok(());
         }
         // Huge pages that are returned are no longer reserved: another program could take them.
@@ -316,6 +323,16 @@ impl DmaMemory for GuestRam {
         &self.view
     }
 
+    fn records_writes(&self) -> bool {
+        self.written.is_on()
+    }
+
+    fn note_written(&self, addr: u64, len: u64) {
+        if self.records_writes() {
+            self.note_pages(addr, len);
+        }
+    }
+
     /// Pages of a kernel's file are kept: after MADV_DONTNEED they would have the file's contents again, and anonymous pages in their
     /// place would need a mapping each, whose number is limited. They are few, and the host can reclaim those that the guest has
     /// not written. Those of a saved guest's memory are most of a restored guest's: they get the contents of its file again.
@@ -338,6 +355,7 @@ impl DmaMemory for GuestRam {
                         continue;
                     }
                     self.reservation.discard(at - self.span.base, stop - at);
+                    self.note_written(at, stop - at);
                     at = stop;
                 }
             }

@@ -6,6 +6,8 @@
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
+use super::DmaMemory;
+
 /// A descriptor's bytes in memory.
 type Raw = [u8; 16];
 
@@ -144,6 +146,16 @@ impl Chain {
             done += part.len();
         }
         done
+    }
+
+    /// Notes `count` writable bytes from `offset` on as written, if writes are recorded.
+    pub fn note_written(&self, memory: &dyn DmaMemory, offset: u32, count: u32) {
+        if count == 0 || !memory.records_writes() {
+            return;
+        }
+        for piece in pieces(self.writable(), offset, count as usize) {
+            memory.note_written(piece.addr.0, piece.len.into());
+        }
     }
 }
 

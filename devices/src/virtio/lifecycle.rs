@@ -26,7 +26,7 @@ impl VirtioCore {
     pub(super) fn pause(&mut self) -> Result<(), PauseError> {
         let memory = Arc::clone(&self.memory);
         // Without a budget: nothing new is begun.
-        let mut work = Work::new(&mut self.queues, memory.view(), &mut self.interrupt, 0);
+        let mut work = Work::new(&mut self.queues, memory.as_ref(), &mut self.interrupt, 0);
         let paused = self.device.pause(&mut work);
         let outcome = work.end();
         self.note(outcome);
@@ -102,7 +102,7 @@ impl VirtioCore {
             positions.push(queue.restore(state, memory.view(), features)?);
         }
         let negotiated = driver.is_running().then_some(driver.driver_features);
-        let mut work = Work::new(&mut self.queues, memory.view(), &mut self.interrupt, 0);
+        let mut work = Work::new(&mut self.queues, memory.as_ref(), &mut self.interrupt, 0);
         self.device.restore(device, negotiated, &mut work)?;
         let outcome = work.end();
         self.note(outcome);

@@ -57,19 +57,37 @@ use vm_memory::{Bytes, GuestAddress};
 pub use work::Work;
 
 /// Guest RAM for DMA: stays mapped until the last reference is dropped.
+///
+/// While a machine is saved or moved, the written pages are recorded. Whoever writes to RAM notes it: a device that processes its
+/// queues itself does. Remote queues ([`RemoteQueues`]) are not recorded: another program or the kernel writes there.
 pub trait DmaMemory: Send + Sync {
     /// The RAM, by guest-physical address.
     fn view(&self) -> &GuestMemoryMmap;
 
+    /// True while writes are recorded; at other times there is no need to note them.
+    fn records_writes(&self) -> bool;
+
+    /// Notes that `len` bytes from `addr` on were written, or may have been. Called after the last of them is written, so that
+    /// whoever takes the note and then reads them gets the new ones. Addresses in the range that are not RAM are ignored.
+    fn note_written(&self, addr: u64, len: u64);
+
     /// Releases whole pages of RAM within these `len` bytes from `addr` to the host: the guest no longer needs their contents.
-    /// They stay RAM, and read as zero or as before. Addresses in the range that are not RAM are ignored.
+    /// They stay RAM, and read as zero or as before; what changes is noted as written. Addresses in the range that are not RAM are
+    /// ignored.
     fn release(&self, addr: u64, len: u64);
 }
 
+/// For tests: nothing is recorded.
 impl DmaMemory for GuestMemoryMmap {
     fn view(&self) -> &GuestMemoryMmap {
         self
     }
+
+    fn records_writes(&self) -> bool {
+        false
+    }
+
+    fn note_written(&self, _addr: u64, _len: u64) {}
 
     /// Only zeroes the pages: releasing them needs unsafe code.
     fn release(&self, addr: u64, len: u64) {

@@ -20,7 +20,8 @@ impl VirtioCore {
         let memory = Arc::clone(&self.memory);
         let mut budget = self.queues.iter().map(Queue::max_size).max().unwrap_or(0);
         loop {
-            let mut work = Work::new(&mut self.queues, memory.view(), &mut self.interrupt, budget);
+            let mut work =
+                Work::new(&mut self.queues, memory.as_ref(), &mut self.interrupt, budget);
             let result = task(self.device.as_mut(), &mut work);
             let outcome = work.end();
             budget = outcome.budget;
@@ -67,13 +68,12 @@ impl VirtioCore {
     /// Enables notifications of drained queues, and raises the interrupt if the driver wants it. Returns the queues
     /// in which new chains are available, a bit each.
     pub(super) fn signal(&mut self, memory: &Arc<dyn DmaMemory>) -> u64 {
-        let memory = memory.view();
         let (mut has_more, mut interrupts) = (0, 0_u64);
         for (index, queue) in self.queues.iter_mut().enumerate() {
-            if queue.wants_interrupt(memory) {
+            if queue.wants_interrupt(memory.view()) {
                 interrupts |= 1 << (index % 64);
             }
-            if queue.has_more(memory) {
+            if queue.has_more(memory.as_ref()) {
                 has_more |= 1 << (index % 64);
             }
         }

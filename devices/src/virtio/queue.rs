@@ -2,7 +2,8 @@
 //!
 //! That crate implements the rings' indices and notifications. This file adds: the set-up is fixed while
 //! the queue is active, rings are checked before it starts, chains are parsed in `chain.rs`, a head that is in flight
-//! is not accepted again, the driver's suppression flag is honoured, and an invalid ring is distinguished from an empty one.
+//! is not accepted again, the driver's suppression flag is honoured, an invalid ring is distinguished from an empty one, and
+//! what is written to guest memory is noted: the used ring here, and the bytes of a chain when it is returned.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -10,8 +11,8 @@ use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue as Ring, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
-use super::Rings;
 use super::chain::{Chain, Segment, Tables};
+use super::{DmaMemory, Rings};
 
 mod saved;
 
@@ -192,9 +193,10 @@ impl Queue {
     }
 
     /// Takes the next chain. An inactive queue has none.
-    pub(super) fn pop(&mut self, memory: &GuestMemoryMmap) -> Result<Popped, RingError> {
+    pub(super) fn pop(&mut self, memory: &dyn DmaMemory) -> Result<Popped, RingError> {
         let Some(active) = &mut self.active else { return Ok(Popped::Nothing) };
-        let next = active.ring.iter(memory).map(|mut iter| iter.next().map(|c| c.head_index()));
+        let view = memory.view();
+        let next = active.ring.iter(view).map(|mut iter| iter.next().map(|c| c.head_index()));
         let Ok(next) = next else { return Err(RingError::Index) };
         let Some(head) = next else {
             active.is_drained = true;
@@ -202,7 +204,7 @@ impl Queue {
         };
         active.take(head)?;
         let segments = self.spare.pop().unwrap_or_default();
-        match active.tables.walk(memory, (self.index, self.epoch), head, segments) {
+        match active.tables.walk(view, (self.index, self.epoch), head, segments) {
             Ok(mut chain) => {
                 chain.position = active.ring.next_avail().wrapping_sub(1);
                 Ok(Popped::Chain(chain))
@@ -216,9 +218,11 @@ impl Queue {
     }
 
     /// Returns a chain to the driver, with `written` bytes from the start of its writable part filled. One of an earlier epoch is dropped.
-    pub(super) fn complete(&mut self, memory: &GuestMemoryMmap, chain: Chain, written: u32) {
+    pub(super) fn complete(&mut self, memory: &dyn DmaMemory, chain: Chain, written: u32) {
+        let written = written.min(chain.writable_bytes());
+        chain.note_written(memory, 0, written);
         if let (Some(active), true) = (&mut self.active, chain.epoch == self.epoch) {
-            active.complete(memory, chain.head, written.min(chain.writable_bytes()));
+            active.complete(memory, chain.head, written);
         }
         self.keep(chain.segments);
     }
@@ -226,13 +230,15 @@ impl Queue {
     /// Returns chains that belong together: the driver sees all of them or none.
     pub(super) fn complete_together(
         &mut self,
-        memory: &GuestMemoryMmap,
+        memory: &dyn DmaMemory,
         chains: impl Iterator<Item = (Chain, u32)>,
     ) {
         let mut count = 0;
         for (chain, written) in chains {
+            let written = written.min(chain.writable_bytes());
+            chain.note_written(memory, 0, written);
             if let (Some(active), true) = (&mut self.active, chain.epoch == self.epoch) {
-                active.stage(memory, count, chain.head, written.min(chain.writable_bytes()));
+                active.stage(memory, count, chain.head, written);
                 count += 1;
             }
             self.keep(chain.segments);
@@ -243,7 +249,7 @@ impl Queue {
     }
 
     /// Undoes the last [`pop`](Self::pop): the chain is the next again. One that is not the last is returned with length 0.
-    pub(super) fn put_back(&mut self, memory: &GuestMemoryMmap, chain: Chain) {
+    pub(super) fn put_back(&mut self, memory: &dyn DmaMemory, chain: Chain) {
         if let (Some(active), true) = (&mut self.active, chain.epoch == self.epoch) {
             if active.ring.next_avail() == chain.position.wrapping_add(1) {
                 active.ring.set_next_avail(chain.position);
@@ -257,12 +263,17 @@ impl Queue {
     }
 
     /// Ends a pass: enables notifications if the queue was drained, and returns true if new chains are available.
-    pub(super) fn has_more(&mut self, memory: &GuestMemoryMmap) -> bool {
+    pub(super) fn has_more(&mut self, memory: &dyn DmaMemory) -> bool {
         let Some(active) = &mut self.active else { return false };
         if !std::mem::take(&mut active.is_drained) || !active.ring.event_idx_enabled() {
             return false;
         }
-        active.ring.enable_notification(memory).unwrap_or(false)
+        let has_more = active.ring.enable_notification(memory.view()).unwrap_or(false);
+        if memory.records_writes() {
+            // The driver's next notification is due at this index, behind the elements.
+            active.note_element(memory, active.ring.size(), 2);
+        }
+        has_more
     }
 
     /// Number of chains returned since the last call of [`wants_interrupt`](Self::wants_interrupt).
@@ -344,27 +355,43 @@ impl Active {
         }
     }
 
-    fn complete(&mut self, memory: &GuestMemoryMmap, head: u16, written: u32) {
-        self.release(head);
-        // Cannot fail: the ring was checked to be in RAM, and RAM is never removed.
-        let _ = self.ring.add_used(memory, head, written);
+    fn complete(&mut self, memory: &dyn DmaMemory, head: u16, written: u32) {
+        self.stage(memory, 0, head, written);
+        self.publish(memory, 1);
+    }
+
+    /// The slot of the used ring that is `ahead` of the used index.
+    fn slot(&self, ahead: u16) -> u16 {
+        self.ring.next_used().wrapping_add(ahead) % self.ring.size()
+    }
+
+    /// The address of a slot's element in the used ring, behind flags and index.
+    fn element(&self, slot: u16) -> Option<u64> {
+        self.ring.used_ring().checked_add(4 + 8 * u64::from(slot))
     }
 
     /// Writes a used element `ahead` of the used index, which the driver does not read yet.
-    fn stage(&mut self, memory: &GuestMemoryMmap, ahead: u16, head: u16, written: u32) {
+    fn stage(&mut self, memory: &dyn DmaMemory, ahead: u16, head: u16, written: u32) {
         self.release(head);
-        let slot = self.ring.next_used().wrapping_add(ahead) % self.ring.size();
         let element = u64::from(head) | u64::from(written) << 32;
-        let addr = self.ring.used_ring().checked_add(4 + 8 * u64::from(slot));
+        let addr = self.element(self.slot(ahead)).map(GuestAddress);
         // Cannot fail: the ring was checked to be in RAM, and RAM is never removed.
-        let _ = addr.map(|addr| memory.write_slice(&element.to_le_bytes(), GuestAddress(addr)));
+        let _ = addr.map(|addr| memory.view().write_slice(&element.to_le_bytes(), addr));
     }
 
-    /// Advances the used index by `count` elements.
-    fn publish(&mut self, memory: &GuestMemoryMmap, count: u16) {
+    /// Advances the used index by `count` elements, and notes them and the index as written.
+    fn publish(&mut self, memory: &dyn DmaMemory, count: u16) {
         let used = self.ring.next_used().wrapping_add(count);
+        let addr = self.ring.used_ring().checked_add(2).map(GuestAddress);
+        let _ = addr.map(|addr| memory.view().store(used.to_le(), addr, Ordering::Release));
+        if memory.records_writes() {
+            memory.note_written(self.ring.used_ring(), 4);
+            (0..count).for_each(|ahead| self.note_element(memory, self.slot(ahead), 8));
+        }
         self.ring.set_next_used(used);
-        let addr = self.ring.used_ring().checked_add(2);
-        let _ = addr.map(|addr| memory.store(used.to_le(), GuestAddress(addr), Ordering::Release));
+    }
+
+    fn note_element(&self, memory: &dyn DmaMemory, slot: u16, len: u64) {
+        let _ = self.element(slot).map(|addr| memory.note_written(addr, len));
     }
 }

@@ -2,16 +2,16 @@
 
 use vm_memory::GuestMemoryMmap;
 
-use super::VirtioError;
 use super::chain::{Chain, ChainError, SavedChain};
 use super::interrupt::DriverInterrupt;
 use super::queue::{Popped, Queue};
+use super::{DmaMemory, VirtioError};
 use crate::lifecycle::RestoreError;
 
 /// One bounded pass of a device over its queues. Remaining chains are processed in another pass, after the other devices' events.
 pub struct Work<'a> {
     queues: &'a mut [Queue],
-    memory: &'a GuestMemoryMmap,
+    memory: &'a dyn DmaMemory,
     interrupt: &'a mut DriverInterrupt,
     outcome: Outcome,
 }
@@ -35,7 +35,7 @@ pub(super) struct Outcome {
 impl<'a> Work<'a> {
     pub(super) fn new(
         queues: &'a mut [Queue],
-        memory: &'a GuestMemoryMmap,
+        memory: &'a dyn DmaMemory,
         interrupt: &'a mut DriverInterrupt,
         budget: u16,
     ) -> Self {
@@ -45,7 +45,7 @@ impl<'a> Work<'a> {
     /// Guest RAM.
     #[must_use]
     pub fn memory(&self) -> &'a GuestMemoryMmap {
-        self.memory
+        self.memory.view()
     }
 
     /// True if the driver has set up this queue and the device runs.
@@ -81,6 +81,12 @@ impl<'a> Work<'a> {
         }
     }
 
+    /// Notes writable bytes of a chain as written: those that are not among the first ones, of which [`complete`](Self::complete) is
+    /// told, and those of a chain that is put back.
+    pub fn note_written(&self, chain: &Chain, offset: u32, count: u32) {
+        chain.note_written(self.memory, offset, count);
+    }
+
     /// Returns a chain to the driver, with the first `written` bytes of its writable part filled.
     pub fn complete(&mut self, chain: Chain, written: u32) {
         if let Some(queue) = self.queues.get_mut(usize::from(chain.queue)) {
@@ -105,7 +111,7 @@ impl<'a> Work<'a> {
     /// Interrupts the driver for the chains returned to `queue` so far, if it wants that, before the end of the pass.
     pub fn interrupt_driver(&mut self, queue: u16) {
         let from = self.queues.get_mut(usize::from(queue));
-        if from.is_some_and(|from| from.wants_interrupt(self.memory)) {
+        if from.is_some_and(|from| from.wants_interrupt(self.memory.view())) {
             self.interrupt.raise_queues(1 << (queue % 64));
             // The hart reads the cause without the device's lock.
             self.interrupt.sync();

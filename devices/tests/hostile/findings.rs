@@ -1,7 +1,7 @@
 //! Regression tests for findings of fuzzers and reviews: how long one pass of a device may occupy the I/O thread, and what
 //! it waits for.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use rvmm_devices::testing::{MemoryHost, create, dispatch_event, turn};
 use rvmm_devices::virtio::blk::testing::MemoryDisk;
@@ -54,10 +54,10 @@ fn one_pass_takes_half_a_mib_of_a_guests_packets_and_the_next_goes_on() {
 
 #[test]
 fn a_report_of_more_memory_than_a_pass_may_release_takes_several_passes() {
-    let released = Arc::new(Mutex::new(0));
+    let mut watched = None;
     let mut rig = Rig::build(|mut wiring| {
-        let memory = wiring.memory.view().clone();
-        wiring.memory = Arc::new(Watched { memory, released: Arc::clone(&released) });
+        let memory = watched.insert(Watched::new(wiring.memory.view().clone()));
+        wiring.memory = Arc::new(memory.clone());
         create("balloon,reporting=on", wiring).unwrap()
     });
     rig.start(1 << 5);
@@ -72,7 +72,7 @@ fn a_report_of_more_memory_than_a_pass_may_release_takes_several_passes() {
     let mut all = 0;
     let mut calls = 0;
     while turn(rig.device.as_mut(), 0).unwrap() > 0 {
-        let now = std::mem::take(&mut *released.lock().unwrap());
+        let now = watched.as_ref().unwrap().take_released();
         assert!(now <= 4096 * 4096 * 2, "{now} bytes at once");
         all += now;
         calls += 1;

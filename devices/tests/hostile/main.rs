@@ -14,6 +14,7 @@ mod resets;
 mod rings;
 mod scenario;
 mod seeds;
+mod written;
 
 use proptest::prelude::*;
 use scenario::kind::{Kind, Piece};

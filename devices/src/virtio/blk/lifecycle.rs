@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use super::request::ID_BYTES;
 use super::{Blk, DriverView, NOW, POLL_DELAY, feature};
 use crate::lifecycle::{PauseError, RestoreError, SaveError, SavedState};
 use crate::virtio::bucket::LimiterState;
@@ -23,6 +24,8 @@ const PAUSE_TIMEOUT: Duration = Duration::from_millis(if cfg!(test) { 50 } else 
 struct BlkState {
     /// The cache mode that the driver has chosen.
     is_writeback: bool,
+    /// The serial number that the driver may have read, in hexadecimal.
+    serial: String,
     limiter: LimiterState,
 }
 
@@ -71,8 +74,10 @@ impl VirtioLifecycle for Blk {
             queue_sizes: _,
             features: _,
             is_read_only: _,
-            id: _,
+            id,
+            has_chosen_id: _,
             disk: _,
+            memory: _,
             limiter,
             poll_timer: _,
             // Empty in a paused device, as are these two.
@@ -86,7 +91,11 @@ impl VirtioLifecycle for Blk {
             // The size is that of the file, and the use of flushes is negotiated.
             state: DriverView { config, has_flush: _ },
         } = self;
-        SavedState::of(&BlkState { is_writeback: config.is_writeback(), limiter: limiter.save() })
+        SavedState::of(&BlkState {
+            is_writeback: config.is_writeback(),
+            serial: id.map(|byte| format!("{byte:02x}")).concat(),
+            limiter: limiter.save(),
+        })
     }
 
     fn restore(
@@ -95,11 +104,27 @@ impl VirtioLifecycle for Blk {
         features: Option<u64>,
         _work: &mut Work<'_>,
     ) -> Result<(), RestoreError> {
-        let BlkState { is_writeback, limiter } = state.read()?;
+        let BlkState { is_writeback, serial, limiter } = state.read()?;
+        let id = serial_of(&serial).ok_or_else(|| RestoreError::invalid("the serial number"))?;
+        // Whatever file the disk is in now: the guest may have found it by this number.
+        if !self.has_chosen_id {
+            self.id = id;
+        }
         self.state.config.set_writeback(is_writeback);
         self.state.has_flush = features.is_some_and(|taken| taken & feature::FLUSH != 0);
         self.limiter.restore(limiter)
     }
+}
+
+/// The bytes of a serial number in hexadecimal.
+fn serial_of(digits: &str) -> Option<[u8; ID_BYTES]> {
+    let (pairs, rest) = digits.as_bytes().as_chunks::<2>();
+    let byte = |pair: &[u8; 2]| {
+        let text = std::str::from_utf8(pair).ok().filter(|text| !text.starts_with('+'))?;
+        u8::from_str_radix(text, 16).ok()
+    };
+    let bytes: Option<Vec<u8>> = pairs.iter().map(byte).collect();
+    bytes.filter(|_| rest.is_empty())?.try_into().ok()
 }
 
 impl Blk {

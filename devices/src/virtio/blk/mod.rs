@@ -11,7 +11,7 @@ use std::time::Duration;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::bucket::Limiter;
-use super::{Chain, DeviceType, Segment, VirtioDevice, VirtioError, Work, pieces};
+use super::{Chain, DeviceType, DmaMemory, Segment, VirtioDevice, VirtioError, Work, pieces};
 use crate::catalog::{BuildError, Built, Device, Model, Placement, Wiring};
 use crate::config::{FilePath, ModelConfig, Slot};
 use crate::device::{Interest, Source};
@@ -65,17 +65,20 @@ struct Blk {
     features: u64,
     is_read_only: bool,
     id: [u8; ID_BYTES],
+    /// The user has set the serial number.
+    has_chosen_id: bool,
 
     // Host side.
     disk: Box<dyn DiskBackend>,
+    memory: Arc<dyn DmaMemory>,
     limiter: Limiter,
     /// Makes the I/O thread poll the backend: after a hart has reset a queue, and when the backend is behind.
     poll_timer: TimerFd,
     /// Requests in the backend, by slot: never by the descriptor's head, which the driver chooses.
     in_flight: Box<[Option<InFlight>]>,
     free: Vec<u32>,
-    /// Slots of abandoned requests that the backend has not finished.
-    abandoned: Vec<u32>,
+    /// Abandoned requests that the backend has not finished, with their slots.
+    abandoned: Vec<(u32, InFlight)>,
     /// Requests wait in a queue because no slot was free.
     is_starved: bool,
     /// Buffers, kept to reuse their allocations.
@@ -91,6 +94,13 @@ struct InFlight {
     chain: Chain,
     /// Bytes of the chain's writable part that are filled on success, without the status.
     fills: u32,
+}
+
+impl InFlight {
+    /// Notes what the backend may have written for a request that has not succeeded.
+    fn note_written(&self, memory: &dyn DmaMemory) {
+        self.chain.note_written(memory, 0, self.fills);
+    }
 }
 
 /// State that the driver reads and writes.
@@ -122,7 +132,7 @@ impl ModelConfig for BlkConfig {
         let (bytes, requests) = self.limits();
         let limiter = Limiter::new(bytes, requests).map_err(host("timer"))?;
         let poll_timer = TimerFd::new().map_err(|error| host("timer")(error.into()))?;
-        Ok(Device::Virtio(Box::new(Blk::new(self, disk, limiter, poll_timer))))
+        Ok(Device::Virtio(Box::new(Blk::new(self, disk, wiring.memory, limiter, poll_timer))))
     }
 }
 
@@ -130,6 +140,7 @@ impl Blk {
     fn new(
         user: &BlkConfig,
         disk: Box<dyn DiskBackend>,
+        memory: Arc<dyn DmaMemory>,
         limiter: Limiter,
         poll_timer: TimerFd,
     ) -> Self {
@@ -141,8 +152,10 @@ impl Blk {
             queue_sizes: vec![QUEUE_SIZE; user.queues().into()].into(),
             features: feature::ALWAYS | access | queues,
             is_read_only,
+            has_chosen_id: user.serial.is_some(),
             id: user.id().unwrap_or_else(|| derived_id(disk.file_name())),
             disk,
+            memory,
             limiter,
             poll_timer,
             in_flight: (0..MAX_IN_FLIGHT).map(|_| None).collect(),
@@ -234,12 +247,16 @@ impl Blk {
         let mut done = std::mem::take(&mut self.done);
         self.disk.poll(&mut done);
         for DiskDone { slot, is_ok } in done.drain(..) {
-            let Some(InFlight { chain, fills }) = self.release(slot) else {
+            let Some(request) = self.release(slot) else {
                 self.free_abandoned(slot);
                 continue;
             };
-            let (status, filled) = if is_ok { (Status::Ok, fills) } else { (Status::IoErr, 0) };
-            complete(chain, status, filled, work);
+            if is_ok {
+                complete(request.chain, Status::Ok, request.fills, work);
+            } else {
+                request.note_written(self.memory.as_ref());
+                complete(request.chain, Status::IoErr, 0, work);
+            }
         }
         self.done = done;
         if self.disk.is_behind() {
@@ -265,8 +282,8 @@ impl Blk {
 
     /// Frees the slot of an abandoned request that the backend has finished.
     fn free_abandoned(&mut self, slot: u32) {
-        if let Some(at) = self.abandoned.iter().position(|abandoned| *abandoned == slot) {
-            self.abandoned.swap_remove(at);
+        if let Some(at) = self.abandoned.iter().position(|(abandoned, _)| *abandoned == slot) {
+            self.abandoned.swap_remove(at).1.note_written(self.memory.as_ref());
             self.free.push(slot);
         }
     }
@@ -280,11 +297,13 @@ impl Blk {
         if !slots.is_empty() {
             let left = self.disk.abandon(&slots, limit);
             for slot in slots {
-                drop(self.release(slot));
+                let Some(request) = self.release(slot) else { continue };
                 if left.contains(&slot) {
                     // The slot stays in use.
                     self.free.pop();
-                    self.abandoned.push(slot);
+                    self.abandoned.push((slot, request));
+                } else {
+                    request.note_written(self.memory.as_ref());
                 }
             }
         }
@@ -295,6 +314,7 @@ impl Blk {
 fn complete(chain: Chain, status: Status, filled: u32, work: &mut Work<'_>) {
     let at = room(&chain);
     chain.write_at(work.memory(), at, &[status as u8]);
+    work.note_written(&chain, at, 1);
     // The used length covers a contiguous part from the start (section 2.7.8.2), which may end before the status.
     work.complete(chain, if filled == at { at + 1 } else { filled });
 }
@@ -367,7 +387,9 @@ mod tests {
             let settings = BlkConfig { queues: DiskQueues::new(2), ..BlkConfig::new("disk") };
             let end = host.open(&settings.plan(), Arc::clone(&wiring.memory));
             let limiter = Limiter::new(None, None).unwrap();
-            let mut blk = Blk::new(&settings, end, limiter, TimerFd::new().unwrap());
+            let timer = TimerFd::new().unwrap();
+            let memory = Arc::clone(&wiring.memory);
+            let mut blk = Blk::new(&settings, end, memory, limiter, timer);
             blk.free.truncate(2);
             on_mmio(Box::new(blk), wiring)
         });

@@ -12,6 +12,8 @@ use crate::virtio::{VirtioLifecycle, Work};
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct NetState {
+    /// The address that the driver has read.
+    mac: [u8; 6],
     pairs: PairsState,
 }
 
@@ -58,10 +60,18 @@ impl VirtioLifecycle for Net {
     }
 
     fn save(&self) -> Result<SavedState, SaveError> {
-        // The link's state in the configuration space is that of the backend, which is read again; the rest of it is constant.
-        let Self { extra: _, queue_sizes: _, pairs, config: _, taken: _, kernel: _, network: _ } =
-            self;
-        SavedState::of(&NetState { pairs: pairs.save() })
+        // The link's state in the configuration space is that of the backend, which is read again; the rest but the address is constant.
+        let Self {
+            extra: _,
+            queue_sizes: _,
+            pairs,
+            config: _,
+            has_chosen_mac: _,
+            taken: _,
+            kernel: _,
+            network: _,
+        } = self;
+        SavedState::of(&NetState { mac: self.mac(), pairs: pairs.save() })
     }
 
     fn restore(
@@ -70,7 +80,11 @@ impl VirtioLifecycle for Net {
         features: Option<u64>,
         work: &mut Work<'_>,
     ) -> Result<(), RestoreError> {
-        let NetState { pairs } = state.read()?;
+        let NetState { mac, pairs } = state.read()?;
+        // The driver keeps the one that it has read, whatever network this is now.
+        if !self.has_chosen_mac {
+            self.set_mac(mac);
+        }
         self.taken = features.unwrap_or(0);
         self.pairs.restore(&pairs, self.taken)?;
         self.require_offloads(self.pairs.offloads());

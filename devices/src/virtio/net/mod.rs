@@ -98,6 +98,8 @@ pub struct Net {
     queue_sizes: Box<[u16]>,
     pairs: Pairs,
     config: [u8; CONFIG],
+    /// The user has set the MAC address.
+    has_chosen_mac: bool,
     /// Negotiated features; 0 while there is no driver.
     taken: u64,
     /// Serves the data queues in place of `pairs`.
@@ -189,6 +191,7 @@ impl Net {
     /// The host has no timers left.
     pub fn with_queues(backends: Vec<Box<dyn NetBackend>>, config: &NetConfig) -> io::Result<Self> {
         let mac = address(config, backends.first().map(AsRef::as_ref));
+        let has_chosen_mac = config.mac.is_some();
         let mtu = config.mtu.map_or(0, Mtu::get).to_le_bytes();
         let pairs = Pairs::new(backends, config, mac)?;
         let has_mtu = config.mtu.is_some();
@@ -207,6 +210,7 @@ impl Net {
             queue_sizes,
             pairs,
             config,
+            has_chosen_mac,
             taken: 0,
             kernel: None,
             network: None,
@@ -226,6 +230,16 @@ impl Net {
     #[must_use]
     pub fn counters(&self) -> Arc<Counters> {
         self.pairs.counters()
+    }
+
+    /// The MAC address.
+    fn mac(&self) -> [u8; 6] {
+        self.config.first_chunk().copied().unwrap_or_default()
+    }
+
+    fn set_mac(&mut self, mac: [u8; 6]) {
+        self.config.iter_mut().zip(mac).for_each(|(byte, value)| *byte = value);
+        self.pairs.set_mac(mac);
     }
 
     /// Number of the control queue (section 5.1.2).

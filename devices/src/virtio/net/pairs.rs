@@ -85,6 +85,11 @@ impl Pairs {
         Ok(pairs)
     }
 
+    /// Sets the source address of the guest's frames, where it is checked.
+    pub(super) fn set_mac(&mut self, mac: [u8; 6]) {
+        self.all.iter_mut().for_each(|pair| pair.tx.set_mac(mac));
+    }
+
     pub(super) fn count(&self) -> u16 {
         u16::try_from(self.all.len()).unwrap_or(u16::MAX)
     }

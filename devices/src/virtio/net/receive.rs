@@ -210,6 +210,8 @@ impl Receiver {
                 Ok(false)
             }
             Received::Lost => {
+                // A part of it may be in the buffers.
+                self.fill(room, work);
                 self.put_back_from(0, work);
                 Ok(true)
             }
@@ -225,6 +227,7 @@ impl Receiver {
         port: &Port,
         work: &mut Work<'_>,
     ) -> Result<(), VirtioError> {
+        self.fill(len, work);
         let valid = u32::try_from(len).ok().and_then(|len| header.sent_by_host(len, self.offloads));
         let Some(mut header) = valid else {
             port.counters.rx_unfit.add();
@@ -233,11 +236,21 @@ impl Receiver {
         };
         let most = if header.is_segmented() { None } else { self.most };
         let fits = len <= most.unwrap_or(ROOM).min(ROOM);
-        self.fill(len, work);
-        if !fits || !self.spread(len.saturating_sub(room), work)? {
-            port.counters.rx_too_large.add();
-            self.put_back_from(0, work);
-            return Ok(());
+        let is_spread = if fits { self.spread(len.saturating_sub(room), work) } else { Ok(false) };
+        match is_spread {
+            Ok(true) => {}
+            Ok(false) => {
+                port.counters.rx_too_large.add();
+                self.put_back_from(0, work);
+                return Ok(());
+            }
+            Err(error) => {
+                // The queue stops, with what is in its buffers.
+                for (chain, filled) in self.parts.drain(..) {
+                    work.note_written(&chain, 0, filled);
+                }
+                return Err(error);
+            }
         }
         header.num_buffers = u16::try_from(self.parts.len()).unwrap_or(u16::MAX);
         if let Some((first, _)) = self.parts.first() {
@@ -264,9 +277,12 @@ impl Receiver {
         self.put_back_from(used, work);
     }
 
-    /// Puts the buffers from the `from`th on back into the queue.
+    /// Puts the buffers from the `from`th on back into the queue, with what is in them.
     fn put_back_from(&mut self, from: usize, work: &mut Work<'_>) {
-        self.parts.drain(from..).rev().for_each(|(chain, _)| work.put_back(chain));
+        for (chain, filled) in self.parts.drain(from..).rev() {
+            work.note_written(&chain, 0, filled);
+            work.put_back(chain);
+        }
     }
 
     /// Copies the first `count` bytes of `rest` into further buffers; false if there are not enough.

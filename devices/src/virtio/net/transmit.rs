@@ -52,6 +52,11 @@ impl Transmitter {
         }
     }
 
+    /// Sets the only permitted source address, if there is one.
+    pub(super) fn set_mac(&mut self, mac: [u8; 6]) {
+        self.pinned = self.pinned.map(|_| mac);
+    }
+
     pub(super) fn save(&self) -> TransmitterState {
         let Self {
             queue: _,

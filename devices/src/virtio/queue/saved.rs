@@ -5,6 +5,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::{Active, Queue, SetUp};
 use crate::lifecycle::RestoreError;
+use crate::virtio::DmaMemory;
 use crate::virtio::chain::{Chain, SavedChain};
 
 /// The state of a queue.
@@ -68,13 +69,13 @@ impl Queue {
     /// Parses a chain in flight again, after a restore. None if the driver has overwritten it with an invalid one: it is returned then.
     pub(in crate::virtio) fn retake(
         &mut self,
-        memory: &GuestMemoryMmap,
+        memory: &dyn DmaMemory,
         chain: SavedChain,
     ) -> Result<Option<Chain>, RestoreError> {
         let SavedChain { queue: _, head, position } = chain;
         let active = self.active.as_mut().filter(|active| active.is_in_flight(head));
         let active = active.ok_or_else(|| RestoreError::invalid("a chain in flight"))?;
-        match active.tables.walk(memory, (self.index, self.epoch), head, Vec::new()) {
+        match active.tables.walk(memory.view(), (self.index, self.epoch), head, Vec::new()) {
             Ok(mut chain) => {
                 chain.position = position;
                 Ok(Some(chain))

@@ -1,5 +1,5 @@
 //! Guest RAM in two ranges with a hole between them, and a copy of the driver's contents: differences were written by the
-//! device.
+//! device, which has to have noted them ([`DmaMemory::note_written`]).
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -94,11 +94,38 @@ impl Ram {
     }
 }
 
-/// The device's RAM. It counts the bytes that are released to the host, and keeps them.
+/// The device's RAM. It counts the bytes that are released to the host, and keeps them; and it records what the device notes as
+/// written. A clone has the same records.
 #[derive(Clone)]
 pub(crate) struct Watched {
-    pub(crate) memory: GuestMemoryMmap,
-    pub(crate) released: Arc<Mutex<u64>>,
+    memory: GuestMemoryMmap,
+    released: Arc<Mutex<u64>>,
+    noted: Arc<Mutex<Vec<Range<u64>>>>,
+}
+
+impl Watched {
+    pub(crate) fn new(memory: GuestMemoryMmap) -> Self {
+        Self { memory, released: Arc::default(), noted: Arc::default() }
+    }
+
+    /// Number of bytes that were released since the last call.
+    pub(crate) fn take_released(&self) -> u64 {
+        std::mem::take(&mut *self.released.lock().unwrap())
+    }
+
+    /// The ranges that were noted since the last call: ascending, and apart from each other.
+    pub(crate) fn take_noted(&self) -> Vec<Range<u64>> {
+        let mut noted = std::mem::take(&mut *self.noted.lock().unwrap());
+        noted.sort_unstable_by_key(|range| range.start);
+        let mut united: Vec<Range<u64>> = Vec::new();
+        for range in noted {
+            match united.last_mut() {
+                Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+                _ => united.push(range),
+            }
+        }
+        united
+    }
 }
 
 impl DmaMemory for Watched {
@@ -106,7 +133,27 @@ impl DmaMemory for Watched {
         &self.memory
     }
 
+    fn records_writes(&self) -> bool {
+        true
+    }
+
+    fn note_written(&self, addr: u64, len: u64) {
+        self.noted.lock().unwrap().push(addr..addr.saturating_add(len));
+    }
+
     fn release(&self, _addr: u64, len: u64) {
         *self.released.lock().unwrap() += len;
     }
+}
+
+/// The first range of `changes` that is not within one of `noted`, which are apart from each other.
+pub(crate) fn not_noted<'a>(
+    changes: &'a [Range<u64>],
+    noted: &[Range<u64>],
+) -> Option<&'a Range<u64>> {
+    changes.iter().find(|change| {
+        let before = noted.partition_point(|range| range.start <= change.start);
+        let around = before.checked_sub(1).map(|at| &noted[at]);
+        around.is_none_or(|range| range.end < change.end)
+    })
 }

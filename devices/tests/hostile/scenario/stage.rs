@@ -2,15 +2,16 @@
 
 use std::collections::HashSet;
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use rvmm_devices::testing::{TestIrq, create, dispatch_event, turn, wiring};
+use rvmm_devices::virtio::DmaMemory;
 use rvmm_devices::{MmioDevice, Wiring};
 
 use super::backends::Backends;
 use super::kind::{Kind, Piece};
 use super::oracle::{ActiveQueue, SetUp, overlap};
-use super::ram::{HIGH, LOW, Ram, Watched};
+use super::ram::{HIGH, LOW, Ram, Watched, not_noted};
 
 /// Size of the area for each queue's rings, and start of the buffers.
 const RINGS: u64 = 0x2800;
@@ -56,6 +57,15 @@ pub(crate) struct Queue {
     next: u16,
 }
 
+/// Number of bytes that a device has changed in RAM.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Changed {
+    pub(crate) rings: u64,
+    pub(crate) buffers: u64,
+    /// The longest change outside of used rings.
+    pub(crate) longest: u64,
+}
+
 /// A device and its guest.
 pub(crate) struct Stage {
     pub(crate) kind: Kind,
@@ -66,7 +76,12 @@ pub(crate) struct Stage {
     pub(crate) queues: Vec<Queue>,
     pub(crate) offered: u64,
     irq: TestIrq,
-    released: Arc<Mutex<u64>>,
+    watched: Watched,
+    /// What the device has changed in RAM since it was last checked.
+    changes: Vec<Range<u64>>,
+    pub(crate) changed: Changed,
+    /// The fill of the next writable buffer.
+    fill: u8,
     selected: u32,
     /// True if the guest's buffers or tables overlap its rings: see `oracle.rs`.
     is_tainted: bool,
@@ -78,8 +93,8 @@ impl Stage {
     /// Creates a device as after power-on.
     pub(crate) fn new(kind: Kind, options: &'static str) -> Self {
         let (ram, ends, irq) = (Ram::new(), Backends::new(), TestIrq::default());
-        let released = Arc::new(Mutex::new(0));
-        let device = Self::device(options, &ram, &ends, &irq, &released);
+        let watched = Watched::new(ram.memory.clone());
+        let device = Self::device(options, &watched, &ends, &irq);
         let mut stage = Self {
             kind,
             options,
@@ -89,7 +104,10 @@ impl Stage {
             queues: Vec::new(),
             offered: 0,
             irq,
-            released,
+            watched,
+            changes: Vec::new(),
+            changed: Changed::default(),
+            fill: 0x80,
             selected: 0,
             is_tainted: false,
             free: BUFFERS,
@@ -101,15 +119,13 @@ impl Stage {
 
     fn device(
         options: &str,
-        ram: &Ram,
+        watched: &Watched,
         ends: &Backends,
         irq: &TestIrq,
-        released: &Arc<Mutex<u64>>,
     ) -> Box<dyn MmioDevice> {
-        let memory = Watched { memory: ram.memory.clone(), released: Arc::clone(released) };
         let wiring = Wiring {
             irq: Arc::new(irq.clone()),
-            memory: Arc::new(memory),
+            memory: Arc::new(watched.clone()),
             host: Arc::new(ends.clone()),
             power_button: Some(ends.button.try_clone().unwrap()),
             ..wiring()
@@ -129,7 +145,7 @@ impl Stage {
         let seen = self.visible();
         self.ends.reopen();
         let irq = TestIrq::default();
-        let new = Self::device(self.options, &self.ram, &self.ends, &irq, &self.released);
+        let new = Self::device(self.options, &self.watched, &self.ends, &irq);
         (self.device, self.irq) = (new, irq);
         self.before();
         self.device.restore(serde_json::from_str(&text).unwrap()).unwrap();
@@ -370,7 +386,11 @@ impl Stage {
                     self.poke(addr, bytes);
                     (addr, bytes.len() as u32, 0)
                 }
-                Piece::Write(len) => (self.allocate((*len).into()), *len, 2),
+                Piece::Write(len) => {
+                    let addr = self.allocate((*len).into());
+                    self.fill_buffer(addr, *len);
+                    (addr, *len, 2)
+                }
             };
             let flags = if number + 1 < pieces.len() { flags | 1 } else { flags };
             let next = if indirect { at + 1 } else { (at + 1) % size };
@@ -382,6 +402,12 @@ impl Stage {
         }
         self.offer(index, head);
         true
+    }
+
+    /// Gives a writable buffer contents that a device hardly writes there, so that all it writes is seen as a change.
+    fn fill_buffer(&mut self, addr: u64, len: u32) {
+        self.fill = self.fill.wrapping_add(1) | 0x80;
+        self.poke(addr, &vec![self.fill; len as usize]);
     }
 
     /// Makes any head available.
@@ -407,10 +433,21 @@ impl Stage {
         self.after()
     }
 
-    /// Checks the changes that `forge` makes to memory as if they were the device's.
+    /// Checks the changes that `forge` makes to memory as if they were the device's, which has noted them.
     pub(crate) fn forge(&mut self, forge: impl FnOnce(&Self)) {
         self.before();
         forge(self);
+        self.watched.note_written(0, u64::MAX);
+        self.after();
+    }
+
+    /// The same for a device that notes these ranges.
+    pub(crate) fn forge_and_note(&mut self, noted: &[Range<u64>], forge: impl FnOnce(&Self)) {
+        self.before();
+        forge(self);
+        let note =
+            |range: &Range<u64>| self.watched.note_written(range.start, range.end - range.start);
+        noted.iter().for_each(note);
         self.after();
     }
 
@@ -423,9 +460,10 @@ impl Stage {
 
     fn turns(&mut self) {
         for _ in 0..TURNS {
-            *self.released.lock().unwrap() = 0;
+            self.watched.take_released();
             let events = turn(self.device.as_mut(), 0).unwrap();
-            let released = *self.released.lock().unwrap();
+            self.compare();
+            let released = self.watched.take_released();
             let most = MOST_RELEASED * events.max(1) as u64;
             assert!(released <= most, "{released} bytes were released at once");
             if events == 0 {
@@ -455,8 +493,30 @@ impl Stage {
         self.is_tainted |= tables.iter().any(|table| used.iter().any(|used| overlap(used, table)));
     }
 
+    /// Finds what the device has changed in RAM, and checks that it has noted that.
+    fn compare(&mut self) {
+        let mut changes = self.ram.changes();
+        let noted = self.watched.take_noted();
+        if let Some(change) = not_noted(&changes, &noted) {
+            panic!("the device wrote to {change:x?} and noted only {noted:x?}");
+        }
+        let rings: Vec<Range<u64>> = self.parts().skip(2).step_by(3).collect();
+        for change in &changes {
+            let is_ring = rings.iter().any(|ring| overlap(ring, change));
+            let len = change.end - change.start;
+            if is_ring {
+                self.changed.rings += len;
+            } else {
+                self.changed.buffers += len;
+                self.changed.longest = self.changed.longest.max(len);
+            }
+        }
+        self.changes.append(&mut changes);
+    }
+
     fn after(&mut self) -> Vec<u64> {
-        let changes = self.ram.changes();
+        self.compare();
+        let changes = std::mem::take(&mut self.changes);
         let active = || self.queues.iter().filter_map(|queue| queue.active.as_ref());
         if !self.is_tainted {
             let allowed: Vec<Range<u64>> = active().flat_map(ActiveQueue::writable).collect();
