@@ -23,7 +23,7 @@ use log::{LevelFilter, Log, Metadata, Record};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, connect, socket};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rvmm::config::Endpoint;
-use rvmm::inspect::{Inspectable, InspectionServer, Query, Reply, Stat};
+use rvmm::inspect::{Inspectable, InspectionServer, Order, Query, Reply, Stat};
 use rvmm::io_loop::IoLoop;
 use rvmm::terminal;
 use rvmm_devices::{Bus, ConsoleBackend, Port};
@@ -99,6 +99,10 @@ struct Empty;
 impl Inspectable for Empty {
     fn answer(&self, _: Query) -> Reply {
         Reply::Stat(Stat::default())
+    }
+
+    fn carry_out(&self, _: Order) -> Reply {
+        Reply::Done { took_ns: 0 }
     }
 }
 

@@ -13,12 +13,15 @@ mod harness;
 mod initramfs;
 
 use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use harness::{Launch, Session, by_length, guest, host, kernel, rvmm};
+use harness::{Launch, Session, by_length, guest, host, kernel, one_host, rvmm};
+use rustix::process::{Pid, Signal};
 use tempfile::TempDir;
 
 /// A folder for one test: sockets of its machines, snapshots, disks.
@@ -63,12 +66,12 @@ impl Place {
 /// Modules for a disk with a file system, and for random numbers.
 const MODULES: &[&str] = &["virtio_mmio", "virtio_blk", "crc32c_generic", "ext4", "virtio-rng"];
 
-/// A guest of Debian's kernel with a disk that its shell writes all the time.
-fn busy_linux(place: &Place, irqchip: &str) -> Session {
+/// A guest of Debian's kernel with an empty disk, at its shell.
+fn linux(place: &Place, irqchip: &str, mem: &str) -> Session {
     let initrd = initramfs::build(place.0.path(), &[], MODULES);
     File::create(place.at("disk")).and_then(|file| file.set_len(64 << 20)).expect("a disk");
-    let mut session = place
-        .rvmm(&["--mem", "256M", "--cpus", "2", "--irqchip", irqchip, "--name", "one"])
+    let session = place
+        .rvmm(&["--mem", mem, "--cpus", "2", "--irqchip", irqchip, "--name", "one"])
         .args(&["--device", "rng", "--device", "balloon", "--power-button"])
         .args(&["--cmdline", "console=ttyS0 quiet"])
         .path("--disk=", &place.at("disk"), "")
@@ -76,6 +79,12 @@ fn busy_linux(place: &Place, irqchip: &str) -> Session {
         .kernel(&kernel())
         .start();
     session.expect("own initramfs is up\r\n");
+    session
+}
+
+/// The same, whose shell writes its disk all the time.
+fn busy_linux(place: &Place, irqchip: &str) -> Session {
+    let mut session = linux(place, irqchip, "256M");
     session.ask("mke2fs /dev/vda >/dev/null; mkdir /m; mount /dev/vda /m; dd if=/dev/hwrng of=/data bs=64k count=32 2>/dev/null; md5sum </data >/sum");
     // Copies from memory to the disk and back, and counts what was wrong.
     session.send("wrong=0; (while :; do cp /data /m/data; sync; echo 3 >/proc/sys/vm/drop_caches; md5sum </m/data | cmp -s - /sum || echo x >>/wrong; echo x >>/rounds; done) &\n");
@@ -139,7 +148,9 @@ fn saved_at_random(irqchip: &str, cpus: &str) -> (String, usize) {
         }
         thread::sleep(Duration::from_millis(random(300)));
         let folder = format!("saved{}", saves % 2);
-        let saved = place.verb(&["snapshot", "chain", "--stop"], Some(&place.at(&folder)));
+        let verb = ["snapshot", "chain", "--stop", "--live"];
+        let verb = if saves % 2 == 0 { &verb[..] } else { &verb[..3] };
+        let saved = place.verb(verb, Some(&place.at(&folder)));
         assert_eq!(session.exit_code(), 0);
         printed.push_str(&String::from_utf8(session.output()).expect("text"));
         match saved {
@@ -171,4 +182,113 @@ fn a_guest_that_is_saved_at_random_moments_ends_with_the_same_result() {
             println!("{irqchip}, {cpus} harts: saved {saves} times");
         }
     }
+}
+
+#[test]
+fn a_chain_of_ten_differences_ends_with_the_same_result() {
+    let Some(host) = host() else { return };
+    for irqchip in host.usual_irqchip() {
+        let mut undisturbed = chain(&Place::new(), irqchip, "4").start();
+        assert_eq!(undisturbed.exit_code(), 0);
+        let expected = String::from_utf8(undisturbed.output()).expect("text");
+        let place = Place::new();
+        let mut session = chain(&place, irqchip, "4").start();
+        session.expect("started");
+        for number in 0..=10 {
+            thread::sleep(Duration::from_millis(random(100)));
+            let folder = place.at(&format!("saved{number}"));
+            let verb = ["snapshot", "chain", "--diff", "--live"];
+            let verb = if number % 2 == 0 { &verb[..] } else { &verb[..3] };
+            let report = place.verb(verb, Some(&folder)).expect("it can be saved");
+            let parent = format!(
+                "the difference to {}",
+                place.at(&format!("saved{}", number.max(1) - 1)).display()
+            );
+            assert_eq!(report.contains(&parent), number > 0, "{report}");
+        }
+        // What is not saved any more is lost.
+        session.signal(Signal::KILL);
+        while session.is_running() {
+            thread::yield_now();
+        }
+        for number in [10, 5, 0] {
+            let mut session = place.restore(&format!("saved{number}"), &[]);
+            assert_eq!(session.exit_code(), 0, "difference {number}");
+            let printed = String::from_utf8(session.output()).expect("text");
+            assert!(
+                expected.ends_with(&printed) && printed.contains("PASS"),
+                "difference {number}: {printed}"
+            );
+        }
+    }
+}
+
+/// A clone, and its console.
+struct Clone {
+    pid: Pid,
+    console: UnixStream,
+}
+
+impl Clone {
+    /// Of a line of `rvmm clone`.
+    fn of(line: &str) -> Self {
+        let words: Vec<&str> = line.split_ascii_whitespace().collect();
+        let [_, pid, console] = words[..] else { panic!("not a clone: {line}") };
+        let console = UnixStream::connect(console).expect("it listens");
+        console.set_read_timeout(Some(harness::LIMIT)).expect("a time-out");
+        Self { pid: Pid::from_raw(pid.parse().expect("a number")).expect("a process"), console }
+    }
+
+    /// Runs a command in the guest's shell, and returns its output.
+    fn ask(&mut self, command: &str) -> String {
+        // Neither word is in the echo of the command.
+        let line = format!("echo st\'\'art; {command}; echo do\'\'ne\n");
+        self.console.write_all(line.as_bytes()).expect("it reads");
+        let (mut output, mut byte) = (Vec::new(), [0]);
+        while !output.ends_with(b"done\r\n") {
+            self.console.read_exact(&mut byte).expect("it answers");
+            output.push(byte[0]);
+        }
+        let text = String::from_utf8_lossy(&output).replace("\r\n", "\n");
+        let (_, answer) = text.split_once("start\n").expect("a start");
+        answer.trim_end_matches("done\n").to_owned()
+    }
+}
+
+impl Drop for Clone {
+    fn drop(&mut self) {
+        let _ = rustix::process::kill_process(self.pid, Signal::KILL);
+    }
+}
+
+#[test]
+fn clones_share_memory_and_each_has_a_disk_of_its_own() {
+    let Some(host) = one_host("aia") else { return };
+    let place = Place::new();
+    let mut session = linux(&place, host.irqchips[0], "128M");
+    session.ask("mke2fs /dev/vda >/dev/null; mkdir /m; mount /dev/vda /m; echo first >/m/name; sync; kept=42");
+    place.save(&mut session, "one", "saved");
+    let count = by_length(50, 6);
+    let disks = place.0.path().display().to_string();
+    let arguments = ["clone", "-n", &count.to_string(), "--disks", &disks];
+    let lines = place.verb(&arguments, Some(&place.at("saved"))).expect("they start");
+    let mut clones: Vec<Clone> = lines.lines().map(Clone::of).collect();
+    assert_eq!(clones.len(), count);
+    for (number, clone) in clones.iter_mut().enumerate() {
+        let command = format!("echo $kept $(cat /m/name); echo {number} >/m/name; sync");
+        assert_eq!(clone.ask(&command), "42 first\n");
+    }
+    for (number, clone) in clones.iter_mut().enumerate() {
+        let read = "umount /m; echo 3 >/proc/sys/vm/drop_caches; mount /dev/vda /m; cat /m/name";
+        assert_eq!(clone.ask(read), format!("{number}\n"));
+    }
+    // Copies of pages that the clones have not written would not fit, and a clone has not written much.
+    let status =
+        std::fs::read_to_string(format!("/proc/{}/status", clones[1].pid.as_raw_nonzero()));
+    let private = status.expect("it runs").lines().find_map(|line| {
+        line.strip_prefix("RssAnon:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok()
+    });
+    assert!(private.expect("a number") < 24 << 10, "{private:?} KiB");
+    let again = place.verb(&arguments, Some(&place.at("saved"))).expect_err("its disks exist");
+    assert!(again.contains("one-1") && again.contains("exists"), "{again}");
 }

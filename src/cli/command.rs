@@ -9,13 +9,14 @@ use log::LevelFilter;
 use rvmm_devices::number;
 
 use super::choice;
+use super::clone::CloneArgs;
 use super::device::{self, ConsoleEnd, DeviceFlag};
 #[cfg(feature = "labs")]
 use super::lab::LabVerb;
 use super::snapshot::{RestoreArgs, SnapshotArgs};
 use super::texts::{ABOUT, EXAMPLES, LONG_ABOUT, SHORT_END};
 use super::value::{self, List};
-use super::verb::{MachineArgs, Target, TraceVerb};
+use super::verb::{MachineArgs, TraceVerb};
 use crate::config::{
     CpuId, CsrValue, DeviceConfig, Endpoint, ExtensionChange, GdbConfig, IrqchipChoice, LoadConfig,
     SbiV01, StartMode, TimerChoice, TraceConfig, Unassigned,
@@ -90,13 +91,13 @@ pub(super) enum Verb {
     #[command(after_help = "Example: rvmm pause web")]
     Pause {
         #[command(flatten)]
-        machine: Target,
+        machine: MachineArgs,
     },
     /// Let a paused machine run again
     #[command(after_help = "Example: rvmm resume web")]
     Resume {
         #[command(flatten)]
-        machine: Target,
+        machine: MachineArgs,
     },
     /// Save a running machine in a folder, from which rvmm restore continues it
     #[command(after_help = "Example: rvmm snapshot web web.snapshot")]
@@ -104,6 +105,9 @@ pub(super) enum Verb {
     /// Continue a machine that was saved
     #[command(after_help = "Example: rvmm restore web.snapshot --name again")]
     Restore(Box<RestoreArgs>),
+    /// Start several machines from one snapshot; they share its memory
+    #[command(after_help = "Example: rvmm clone web.snapshot -n 10")]
+    Clone(CloneArgs),
     /// Print a completion script for a shell
     #[command(
         after_help = "Example: rvmm completions bash > ~/.local/share/bash-completion/completions/rvmm"

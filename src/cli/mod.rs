@@ -11,6 +11,7 @@
 //! | `lab/` | the verbs `lab` and `mkpflash`, with the feature `labs` |
 //! | `inspect/` | the verbs `stat`, `regs` and `walk` |
 //! | `snapshot.rs` | the verbs `pause`, `resume`, `snapshot` and `restore` |
+//! | `clone.rs` | the verb `clone` |
 //! | `catalog.rs` | `--list-devices` |
 //! | `manual.rs` | the manual page and the completion scripts |
 //! | `logging.rs`, `output.rs` | the log; standard error and standard output |
@@ -29,6 +30,7 @@ use crate::trace;
 
 mod catalog;
 mod choice;
+mod clone;
 mod command;
 mod device;
 mod doctor;
@@ -48,7 +50,7 @@ mod verb;
 use command::{Cli, RunArgs, Verb};
 use device::DeviceFlag;
 use snapshot::OrderTask;
-use verb::{MachineArgs, Target, TraceVerb};
+use verb::{MachineArgs, TraceVerb};
 
 /// The task of a command line, independent of clap.
 #[derive(Debug)]
@@ -66,6 +68,8 @@ enum Task {
     Ask(inspect::Request),
     /// Give an order to a running machine.
     Give(OrderTask),
+    /// Start clones of a machine that was saved.
+    Clone(clone::CloneArgs),
     /// Continue a machine that was saved. Boxed: the other tasks are small.
     Restore(Box<snapshot::RestoreTask>),
     /// Show a running machine until it ends.
@@ -88,6 +92,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> u8 {
         Ok(Task::Ask(request)) => inspect::ask(&request),
         Ok(Task::Give(task)) => task.perform(),
         Ok(Task::Restore(task)) => task.perform(),
+        Ok(Task::Clone(args)) => args.perform(),
         Ok(Task::Watch(request)) => inspect::watch(&request),
         Ok(Task::Show(text)) => output::show(&text),
         Err(mistake) => {
@@ -124,6 +129,7 @@ fn task(args: impl Iterator<Item = OsString>, env_level: Option<OsString>) -> Re
         Some(Verb::Resume { machine }) => Ok(give(machine, Order::Resume)),
         Some(Verb::Snapshot(args)) => args.task().map(Task::Give),
         Some(Verb::Restore(args)) => args.task(env_level).map(|task| Task::Restore(Box::new(task))),
+        Some(Verb::Clone(args)) => Ok(Task::Clone(args)),
         Some(Verb::Completions { shell }) => Ok(Task::Show(manual::completions(shell))),
         Some(Verb::Man) => Ok(Task::Show(manual::page())),
     }
@@ -133,8 +139,8 @@ fn request(query: Query, machine: MachineArgs) -> inspect::Request {
     inspect::Request { query, target: machine.machine, json: machine.json }
 }
 
-fn give(machine: Target, order: Order) -> Task {
-    Task::Give(OrderTask::new(machine.machine, order))
+fn give(machine: MachineArgs, order: Order) -> Task {
+    Task::Give(OrderTask::new(machine, order))
 }
 
 /// Reports the error, if there is one, and returns the exit code.

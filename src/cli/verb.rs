@@ -18,14 +18,6 @@ pub(super) enum TraceVerb {
     },
 }
 
-/// Selects a running machine.
-#[derive(Debug, Args)]
-pub(super) struct Target {
-    /// Its name (--name) or process ID; optional if only one is running
-    #[arg(value_name = "MACHINE")]
-    pub(super) machine: Option<String>,
-}
-
 /// Selects a running machine and the format of the reply.
 #[derive(Debug, Args)]
 pub(super) struct MachineArgs {

@@ -39,6 +39,7 @@ mod small;
 mod tap;
 mod vhost;
 
+pub(crate) use disk::{create_overlay, disk_size};
 #[cfg(test)]
 pub(crate) use output::tests::on_a_small_file_system;
 #[cfg(feature = "labs")]

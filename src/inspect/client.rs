@@ -28,6 +28,18 @@ fn folder() -> Option<PathBuf> {
 /// Path of the inspection socket of this process's machine `name`; `None` where there is no folder for it.
 #[must_use]
 pub fn socket_for(name: &str) -> Option<PathBuf> {
+    Some(runtime_folder()?.join(socket_name(name, std::process::id())))
+}
+
+/// The name of the inspection socket of machine `name` of the process `pid`, in the [runtime folder](runtime_folder).
+#[must_use]
+pub fn socket_name(name: &str, pid: u32) -> String {
+    format!("{name}-{pid}.sock")
+}
+
+/// The folder of this user's running machines, created if necessary; `None` where there is no place for it.
+#[must_use]
+pub fn runtime_folder() -> Option<PathBuf> {
     let folder = folder()?;
     match DirBuilder::new().mode(0o700).create(&folder) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
@@ -36,7 +48,7 @@ pub fn socket_for(name: &str) -> Option<PathBuf> {
         }
         _ => {}
     }
-    Some(folder.join(format!("{name}-{}.sock", std::process::id())))
+    Some(folder)
 }
 
 /// A machine that has a socket.

@@ -84,7 +84,10 @@ pub enum Reply {
     /// To [`Query::Walk`].
     Walk(Walk),
     /// To [`Order::Pause`] and [`Order::Resume`]: it was carried out.
-    Done,
+    Done {
+        /// Nanoseconds that it has taken.
+        took_ns: u64,
+    },
     /// To [`Order::Snapshot`].
     Snapshot(SnapshotReport),
     /// A message: the query is invalid, the order was not carried out, or the machine is just restarting or ending.

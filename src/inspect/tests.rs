@@ -31,7 +31,7 @@ impl Inspectable for Echo {
 
     fn carry_out(&self, order: Order) -> Reply {
         match order {
-            Order::Pause => Reply::Done,
+            Order::Pause => Reply::Done { took_ns: 1 },
             other => Reply::Error(serde_json::to_string(&other).unwrap()),
         }
     }
@@ -66,10 +66,11 @@ fn orders_are_carried_out_on_the_same_connection() {
     let path = folder.path().join("web-1.sock");
     let served = server(&path);
     let mut connection = Connection::to(&path).unwrap();
-    assert_eq!(connection.give(&Order::Pause).unwrap(), Reply::Done);
+    assert_eq!(connection.give(&Order::Pause).unwrap(), Reply::Done { took_ns: 1 });
     // The longest path that the kernel takes, of bytes that are no text.
     let folder = std::ffi::OsString::from_vec(vec![0xff; 4095]);
-    let request = SnapshotRequest { folder: folder.into(), stop: true };
+    let request =
+        SnapshotRequest { folder: folder.into(), stop: true, ..SnapshotRequest::default() };
     let Reply::Error(text) = connection.give(&Order::Snapshot(request.clone())).unwrap() else {
         panic!("no reply")
     };

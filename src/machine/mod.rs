@@ -54,7 +54,8 @@ mod waking_console;
 
 use build::{Backends, Board, Run};
 use load::Files;
-pub(crate) use saved::{Continuation, SavedMemory};
+use saved::Tracking;
+pub(crate) use saved::{Continuation, MachineMemory};
 use upkeep::Upkeep;
 
 /// The parts of a machine besides its configuration; the command uses [`Parts::default`].
@@ -122,6 +123,7 @@ pub(crate) struct Machine {
     /// Ends before the devices do.
     io: Option<IoThread>,
     are_devices_paused: bool,
+    tracking: Tracking,
     /// The start of the current run.
     begun: Option<Instant>,
     board: Board,
@@ -215,6 +217,7 @@ impl Machine {
             failure: None,
             io: None,
             are_devices_paused,
+            tracking: Tracking::default(),
             begun: None,
             board,
         })

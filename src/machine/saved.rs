@@ -9,21 +9,24 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::Machine;
 use super::build::{Backends, Board, Run, RunFacts, has_closed_counters};
-use crate::config::{IrqchipChoice, ValidConfig, VmConfig};
+use crate::config::{DeviceConfig, IrqchipChoice, ValidConfig, VmConfig};
 use crate::error::{Error, VmError};
 use crate::gdb::DebugContext;
-use crate::memory::GuestRam;
-use crate::snapshot::{DiskIdentity, SavedMachine, Snapshot};
+use crate::hypervisor::{RAM_SLOT, Vm};
+use crate::memory::{GuestRam, PAGE};
+use crate::snapshot::{DiskIdentity, Parent, SavedMachine, Snapshot};
 use crate::vcpu::Wakeups;
 use crate::vcpu::hart::Hart;
 
-/// The memory of a paused machine, as the guest sees it: without a debugger's breakpoints.
-pub(crate) struct SavedMemory {
-    ram: Arc<GuestRam>,
+/// The memory of a machine, as the guest sees it: without a debugger's breakpoints. It may be read while the guest runs.
+pub(crate) struct MachineMemory {
+    /// Released before the memory that it has mapped.
+    vm: Arc<dyn Vm>,
     debugger: Option<Arc<DebugContext>>,
+    ram: Arc<GuestRam>,
 }
 
-impl SavedMemory {
+impl MachineMemory {
     /// Size of RAM in bytes.
     pub(crate) fn size(&self) -> u64 {
         self.ram.span().size
@@ -43,6 +46,45 @@ impl SavedMemory {
         };
         read.map_err(|error| io::Error::other(self.ram.explain(error)))
     }
+
+    /// The ranges that were written since the last call, by the guest or by rvmm. The machine's writes are tracked.
+    ///
+    /// # Errors
+    /// They are not tracked, or the kernel cannot tell.
+    pub(crate) fn take_dirty(&self) -> io::Result<Vec<Range<u64>>> {
+        let own = self.ram.take_written();
+        let guests = self.vm.dirty_pages(RAM_SLOT)?;
+        Ok(ranges_of(guests.into_iter().zip(own).map(|(guests, own)| guests | own), self.size()))
+    }
+}
+
+/// The ranges of the pages whose bits are set, 64 in a word, in a RAM of this size.
+fn ranges_of(words: impl Iterator<Item = u64>, size: u64) -> Vec<Range<u64>> {
+    let mut ranges: Vec<Range<u64>> = Vec::new();
+    for (word, first) in words.zip((0..).step_by(64)) {
+        let mut left = word;
+        while left != 0 {
+            let page = first + u64::from(left.trailing_zeros());
+            left &= left - 1;
+            let (start, end) = (page * PAGE, (page + 1) * PAGE);
+            match ranges.last_mut() {
+                Some(last) if last.end == start => last.end = end,
+                _ => ranges.push(start..end),
+            }
+        }
+    }
+    ranges.retain(|range| range.end <= size);
+    ranges
+}
+
+/// Whether the machine's writes to its memory are tracked, and since when.
+#[derive(Default)]
+pub(super) struct Tracking {
+    is_on: bool,
+    /// The snapshot that has the memory of the moment since which writes are tracked.
+    base: Option<Parent>,
+    /// Number of differences begun: a base that was begun before another one is no base any more.
+    begun: u64,
 }
 
 /// How a machine continues from a snapshot.
@@ -81,7 +123,7 @@ impl Machine {
     ///
     /// # Errors
     /// A part of the state is out of reach: of a device, of emulated firmware, or of a guest that has suspended itself.
-    pub(crate) fn save(&self) -> Result<(SavedMachine, SavedMemory), Error> {
+    pub(crate) fn save(&self) -> Result<(SavedMachine, MachineMemory), Error> {
         let Some(run) = &self.run else { return Err(cannot_save("it is not running")) };
         if run.context.firmware.is_some() {
             return Err(cannot_save(
@@ -116,9 +158,63 @@ impl Machine {
         (config.trace, config.gdb, config.boot.dump_dtb) = (None, None, None);
         let disks = DiskIdentity::of_config(&config)?;
         let state = SavedMachine { saved_at_ns: now_ns(), config, disks, vm, devices };
-        let (ram, debugger) = (Arc::clone(&self.board.ram), run.debug_context.clone());
-        Ok((state, SavedMemory { ram, debugger }))
+        Ok((state, self.memory()))
     }
+
+    /// Access to the memory.
+    pub(crate) fn memory(&self) -> MachineMemory {
+        let debugger = self.run.as_ref().and_then(|run| run.debug_context.clone());
+        let (vm, ram) = (Arc::clone(&self.board.vm), Arc::clone(&self.board.ram));
+        MachineMemory { vm, debugger, ram }
+    }
+
+    /// Begins or ends the tracking of writes to the memory. The machine is paused for a moment. Without it there is no base.
+    ///
+    /// # Errors
+    /// The machine ends, a device does not come to rest, or the kernel refuses.
+    pub(crate) fn track(&mut self, on: bool) -> Result<(), Error> {
+        if self.tracking.is_on == on {
+            return Ok(());
+        }
+        if on && self.config.devices.iter().any(is_served_by_kernel) {
+            return Err(cannot_save(
+                "the host's kernel moves the frames of a network device into its memory (vhost=on) and does not tell which pages it writes: leave out --diff and --live",
+            ));
+        }
+        let pause = self.board.control.pause();
+        let _pause = pause.ok_or_else(|| cannot_save("it ends"))?;
+        let was_paused = self.are_devices_paused;
+        if !was_paused {
+            self.pause_devices().map_err(|error| Error::Device(error.to_string()))?;
+        }
+        self.tracking = Tracking { begun: self.tracking.begun, ..Tracking::default() };
+        self.board.ram.record_writes(on);
+        let logged = self.board.vm.log_dirty(RAM_SLOT, on);
+        if !was_paused {
+            self.resume_devices();
+        }
+        logged?;
+        self.tracking.is_on = on;
+        Ok(())
+    }
+
+    /// Begins a difference: returns its base, if there is one, and its number. Until [`Machine::set_base`] there is no base.
+    pub(crate) fn begin_difference(&mut self) -> (Option<Parent>, u64) {
+        self.tracking.begun += 1;
+        (self.tracking.base.take(), self.tracking.begun)
+    }
+
+    /// Makes a snapshot the base of the next difference, unless another difference was begun since.
+    pub(crate) fn set_base(&mut self, base: Parent, begun: u64) {
+        if self.tracking.is_on && self.tracking.begun == begun {
+            self.tracking.base = Some(base);
+        }
+    }
+}
+
+/// True for a device whose queues the host's kernel processes.
+fn is_served_by_kernel(device: &DeviceConfig) -> bool {
+    matches!(device, DeviceConfig::Net(card) if card.vhost)
 }
 
 fn cannot_save(reason: &str) -> Error {
@@ -159,5 +255,18 @@ impl Board {
             context.wakeups = Some(Wakeups::new(interrupted));
         }
         Ok(run)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bits_become_ranges_of_pages_inside_ram() {
+        let words = [0b1011, 0, 1 << 63, 1];
+        let ranges = ranges_of(words.into_iter(), 193 * PAGE);
+        assert_eq!(ranges, [0..2 * PAGE, 3 * PAGE..4 * PAGE, 191 * PAGE..193 * PAGE]);
+        assert_eq!(ranges_of(words.into_iter(), 64 * PAGE).len(), 2);
     }
 }

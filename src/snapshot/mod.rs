@@ -36,8 +36,10 @@ mod state;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use checksum::of_bytes as checksum;
 use folder::PartialFolder;
 pub(crate) use folder::checksum_line;
+use image::ImageWriter;
 pub use image::{MemoryImage, ReadRam};
 pub use request::{SnapshotReport, SnapshotRequest};
 use stamp::Stamp;
@@ -222,16 +224,16 @@ fn read(folder: &Path) -> Result<(SnapshotState, String), Error> {
 pub struct SnapshotWriter {
     folder: PartialFolder,
     parent: Option<Parent>,
-    memory: Option<MemoryImage>,
+    image: ImageWriter,
 }
 
 impl SnapshotWriter {
-    /// Begins a snapshot in `folder`, which does not exist yet or is a snapshot that is replaced; as the difference to `parent` if there
-    /// is one.
+    /// Begins a snapshot in `folder` of a machine with `size` bytes of RAM. The folder does not exist yet or is a snapshot, which is
+    /// replaced. If there is a `parent`, the new snapshot is the difference to it.
     ///
     /// # Errors
     /// `folder` is something else, or the parent, or cannot be created.
-    pub fn create(folder: &Path, parent: Option<Parent>) -> Result<Self, Error> {
+    pub fn create(folder: &Path, size: u64, parent: Option<Parent>) -> Result<Self, Error> {
         let same =
             |parent: &Parent| fs::canonicalize(folder).is_ok_and(|path| path == *parent.folder);
         if parent.as_ref().is_some_and(same) {
@@ -240,33 +242,54 @@ impl SnapshotWriter {
                 folder.display()
             )));
         }
-        Ok(Self { folder: PartialFolder::create(folder)?, parent, memory: None })
+        let partial = PartialFolder::create(folder)?;
+        let image = partial.memory().try_clone();
+        let image = image.and_then(|file| ImageWriter::new(file, size, parent.is_some()));
+        let image =
+            image.map_err(|source| Error::File { verb: "save to", path: folder.into(), source })?;
+        Ok(Self { folder: partial, parent, image })
     }
 
-    /// Writes RAM of `size` bytes: the pages in `ranges`, which `read` reads. Returns the number of bytes written.
+    /// Writes pages of RAM, which `read` reads. Pages that were written before are replaced: so the guest may run meanwhile, as long as
+    /// those that it changes are written again.
     ///
     /// # Errors
     /// RAM cannot be read, or the file not be written: the disk is full.
-    pub fn write_memory(
-        &mut self,
-        size: u64,
-        ranges: Vec<Range<u64>>,
-        read: ReadRam<'_>,
-    ) -> io::Result<u64> {
-        let is_difference = self.parent.is_some();
-        let (image, written) =
-            image::write(self.folder.memory(), size, ranges, read, is_difference)?;
-        self.memory = Some(image);
-        Ok(written)
+    pub fn add_pages(&mut self, ranges: &[Range<u64>], read: ReadRam<'_>) -> io::Result<()> {
+        self.image.add(ranges, read)
     }
 
+    /// Number of bytes of RAM written so far.
+    #[must_use]
+    pub fn written(&self) -> u64 {
+        self.image.written()
+    }
+
+    /// Completes the memory. The guest does not run any more.
+    ///
+    /// # Errors
+    /// As for [`SnapshotWriter::add_pages`].
+    pub fn finish_memory(self, read: ReadRam<'_>) -> io::Result<CompleteMemory> {
+        let Self { folder, parent, image } = self;
+        Ok(CompleteMemory { folder, parent, memory: image.finish(read)? })
+    }
+}
+
+/// A snapshot whose memory is complete: the guest may run again.
+#[derive(Debug)]
+pub struct CompleteMemory {
+    folder: PartialFolder,
+    parent: Option<Parent>,
+    memory: MemoryImage,
+}
+
+impl CompleteMemory {
     /// Completes the snapshot: once this has returned, it survives a power cut. Returns it as the parent of a difference.
     ///
     /// # Errors
-    /// A file cannot be written or synchronised, or the memory was not written. What was in the folder before is still there.
+    /// A file cannot be written or synchronised. What was in the folder before is still there.
     pub fn finish(self, machine: SavedMachine, folder: &Path) -> Result<Parent, Error> {
         let Self { folder: partial, parent, memory } = self;
-        let memory = memory.ok_or_else(|| refused(folder, "it has no memory".into()))?;
         let preamble = Preamble::of_this_program();
         let state = SnapshotState { preamble, parent, memory, machine };
         let bytes = serde_json::to_vec_pretty(&state)

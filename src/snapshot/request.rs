@@ -12,6 +12,12 @@ pub struct SnapshotRequest {
     /// The machine stops afterwards, and does not run in between.
     #[serde(default)]
     pub stop: bool,
+    /// Save only what has changed since the last snapshot that was saved this way. The first one is whole.
+    #[serde(default)]
+    pub diff: bool,
+    /// Save most of the memory while the guest runs.
+    #[serde(default)]
+    pub live: bool,
 }
 
 /// What was saved.
@@ -20,7 +26,9 @@ pub struct SnapshotRequest {
 pub struct SnapshotReport {
     /// The folder.
     pub folder: FilePath,
-    /// Bytes of RAM in it.
+    /// The folder of the snapshot to which it is the difference; `None` if it is whole.
+    pub parent: Option<FilePath>,
+    /// Bytes of RAM written.
     pub memory: u64,
     /// Nanoseconds for which the guest stood still.
     pub paused_ns: u64,

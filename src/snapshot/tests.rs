@@ -26,9 +26,9 @@ fn save(
         Some((parent, ranges)) => (Some(parent), ranges),
         None => (None, ram.occupied().unwrap()),
     };
-    let mut writer = SnapshotWriter::create(folder, parent)?;
-    writer.write_memory(SPAN.size, ranges, &read).unwrap();
-    writer.finish(machine(), folder)
+    let mut writer = SnapshotWriter::create(folder, SPAN.size, parent)?;
+    writer.add_pages(&ranges, &read).unwrap();
+    writer.finish_memory(&read).unwrap().finish(machine(), folder)
 }
 
 fn new_ram() -> GuestRam {
@@ -94,7 +94,7 @@ fn a_chain_of_differences_has_the_last_contents_of_every_page() {
     assert!(refusal(&place(10)).contains("was replaced by another one"));
     fs::remove_dir_all(place(4)).unwrap();
     assert!(refusal(&place(10)).contains("/4: cannot read its state.json"));
-    let itself = SnapshotWriter::create(&place(10), Some(parent)).unwrap_err();
+    let itself = SnapshotWriter::create(&place(10), SPAN.size, Some(parent)).unwrap_err();
     assert!(itself.to_string().contains("a difference to itself"), "{itself}");
 }
 
@@ -107,9 +107,9 @@ fn an_old_snapshot_is_replaced_whole_or_stays() {
     new.write(SPAN.base + 8192, b"new").unwrap();
     save(&folder, &old, None).unwrap();
     // One that is not finished, whatever the reason.
-    let mut writer = SnapshotWriter::create(&folder, None).unwrap();
+    let mut writer = SnapshotWriter::create(&folder, SPAN.size, None).unwrap();
     let unreadable = |_: u64, _: &mut [u8]| Err(io::ErrorKind::Other.into());
-    writer.write_memory(SPAN.size, vec![0..4096], &unreadable).unwrap_err();
+    writer.add_pages(&[0..4096], &unreadable).unwrap_err();
     drop(writer);
     assert!(all(&restored(&Snapshot::open(&folder).unwrap())) == all(&old));
     save(&folder, &new, None).unwrap();
@@ -132,8 +132,8 @@ fn what_a_killed_program_has_left_is_removed_and_what_a_running_one_writes_is_no
     save(&folder, &new_ram(), None).unwrap();
     assert!(!abandoned.exists() && busy.exists());
     // The second of two at once in one process.
-    let first = SnapshotWriter::create(&folder, None).unwrap();
-    assert!(SnapshotWriter::create(&folder, None).is_err());
+    let first = SnapshotWriter::create(&folder, SPAN.size, None).unwrap();
+    assert!(SnapshotWriter::create(&folder, SPAN.size, None).is_err());
     drop(first);
     assert!(Snapshot::open(&folder).is_ok());
 }
@@ -144,7 +144,7 @@ fn something_else_than_a_snapshot_is_never_replaced() {
     let file = temporary.path().join("file");
     fs::write(&file, b"precious").unwrap();
     for place in [&file, temporary.path(), Path::new("/"), Path::new("/nowhere/at/all")] {
-        assert!(SnapshotWriter::create(place, None).is_err(), "{}", place.display());
+        assert!(SnapshotWriter::create(place, SPAN.size, None).is_err(), "{}", place.display());
     }
     assert_eq!(fs::read(&file).unwrap(), b"precious");
 }
@@ -160,8 +160,8 @@ fn a_full_disk_leaves_the_old_snapshot_and_nothing_else() {
             to.fill(7);
             Ok(())
         };
-        let mut writer = SnapshotWriter::create(&folder, None).unwrap();
-        let error = writer.write_memory(SPAN.size, vec![0..SPAN.size], &read).unwrap_err();
+        let mut writer = SnapshotWriter::create(&folder, SPAN.size, None).unwrap();
+        let error = writer.add_pages(&[0..SPAN.size], &read).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::StorageFull, "{error}");
         drop(writer);
         assert!(Snapshot::open(&folder).is_ok());

@@ -5,8 +5,8 @@ use std::sync::mpsc::SyncSender;
 use super::handle::MachineState;
 use crate::error::Error;
 use crate::inspect::{Query, Reply};
-use crate::machine::SavedMemory;
-use crate::snapshot::SavedMachine;
+use crate::machine::MachineMemory;
+use crate::snapshot::{Parent, SavedMachine};
 use rvmm_devices::StateError;
 use rvmm_devices::virtio::balloon::BalloonTooLarge;
 
@@ -32,8 +32,11 @@ pub(super) enum Command {
     PressPowerButton(ReplyTo<()>),
     Change(DeviceChange, ReplyTo<()>),
     Inspect(Query, ReplyTo<Reply>),
-    Save(ReplyTo<(SavedMachine, SavedMemory)>),
+    Save(ReplyTo<(SavedMachine, MachineMemory)>),
     EndSave(ReplyTo<()>),
+    Track(bool, ReplyTo<MachineMemory>),
+    BeginDifference(ReplyTo<(Option<Parent>, u64)>),
+    SetBase(Parent, u64, ReplyTo<()>),
 }
 
 /// A change of a device of a machine that may be running.

@@ -7,7 +7,7 @@ use super::command::{Command, CommandError, DeviceChange, Event, ReplyTo};
 use super::handle::{Handle, MachineState};
 use crate::config::OnReset;
 use crate::error::Error;
-use crate::machine::{Machine, SavedMemory};
+use crate::machine::{Machine, MachineMemory};
 use crate::snapshot::SavedMachine;
 use crate::vcpu::Pause;
 use crate::vcpu::stop::StopReason;
@@ -177,6 +177,16 @@ impl Controller {
                 self.saves = self.saves.saturating_sub(1);
                 let _ = reply.send(Ok(()));
             }
+            Command::Track(on, reply) => {
+                let _ = reply.send(self.track(on));
+            }
+            Command::BeginDifference(reply) => {
+                let _ = reply.send(Ok(self.machine.begin_difference()));
+            }
+            Command::SetBase(base, begun, reply) => {
+                self.machine.set_base(base, begun);
+                let _ = reply.send(Ok(()));
+            }
         }
         Ok(())
     }
@@ -223,11 +233,20 @@ impl Controller {
     }
 
     /// The state of the paused machine.
-    fn save(&self) -> Result<(SavedMachine, SavedMemory), CommandError> {
+    fn save(&self) -> Result<(SavedMachine, MachineMemory), CommandError> {
         if self.pauses == 0 || !self.has_guest() {
             return Err(self.refused("save"));
         }
         self.machine.save().map_err(|error| CommandError::State(Box::new(error)))
+    }
+
+    fn track(&mut self, on: bool) -> Result<MachineMemory, CommandError> {
+        if !self.has_guest() {
+            return Err(self.refused("save"));
+        }
+        let tracked = self.machine.track(on);
+        tracked.map_err(|error| CommandError::State(Box::new(error)))?;
+        Ok(self.machine.memory())
     }
 
     fn change(&self, change: DeviceChange) -> Result<(), CommandError> {

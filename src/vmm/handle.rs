@@ -10,8 +10,8 @@ use rvmm_devices::virtio::balloon::BalloonControl;
 
 use super::command::{Command, CommandError, DeviceChange, Event, ReplyTo};
 use crate::inspect::{Query, Reply};
-use crate::machine::SavedMemory;
-use crate::snapshot::SavedMachine;
+use crate::machine::MachineMemory;
+use crate::snapshot::{Parent, SavedMachine};
 use crate::vcpu::Control;
 use crate::vcpu::stop::StopReason;
 
@@ -178,6 +178,24 @@ impl Handle {
         Ok(Saved { machine, memory, _end: SaveEnd(self.clone()), _pause: pause })
     }
 
+    /// Access to the machine's memory, whose writes are tracked or not from now on.
+    ///
+    /// # Errors
+    /// The guest does not run, or the kernel refuses.
+    pub(super) fn track(&self, on: bool) -> Result<MachineMemory, CommandError> {
+        self.call("save", |reply| Command::Track(on, reply))
+    }
+
+    /// Begins a difference: its base, if there is one, and its number.
+    pub(super) fn begin_difference(&self) -> Result<(Option<Parent>, u64), CommandError> {
+        self.call("save", Command::BeginDifference)
+    }
+
+    /// Makes a snapshot the base of the next difference.
+    pub(super) fn set_base(&self, base: Parent, begun: u64) -> Result<(), CommandError> {
+        self.call("save", |reply| Command::SetBase(base, begun, reply))
+    }
+
     /// Sends a command, and waits for its reply.
     fn call<T>(
         &self,
@@ -222,7 +240,7 @@ pub(super) struct Saved {
     /// Everything but RAM.
     pub(super) machine: SavedMachine,
     /// RAM.
-    pub(super) memory: SavedMemory,
+    pub(super) memory: MachineMemory,
     // In this order: the end of the pause is the last.
     _end: SaveEnd,
     _pause: Paused,

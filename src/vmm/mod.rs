@@ -36,6 +36,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 pub use rvmm_devices::virtio::balloon::BalloonControl;
 
@@ -228,8 +229,12 @@ impl Inspectable for Handle {
     }
 
     fn carry_out(&self, order: Order) -> Reply {
+        let began = Instant::now();
         let done = |result: Result<(), CommandError>| match result {
-            Ok(()) => Reply::Done,
+            Ok(()) => {
+                let took_ns = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
+                Reply::Done { took_ns }
+            }
             Err(error) => Reply::Error(error.to_string()),
         };
         match order {

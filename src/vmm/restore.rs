@@ -1,9 +1,13 @@
 //! What differs between a saved machine and the one that continues it.
 
+use std::io;
+
 use rvmm_devices::FilePath;
+use rvmm_devices::config::{BlkConfig, Cid, ImageFormat, MacAddress, NetConfig, VsockConfig};
 
 use crate::config::{DeviceConfig, Endpoint, GdbConfig, TraceConfig, ValidConfig, VmConfig};
 use crate::error::Error;
+use crate::host::{create_overlay, disk_size};
 use crate::machine::Continuation;
 use crate::snapshot::{DiskIdentity, Snapshot};
 
@@ -33,10 +37,16 @@ pub struct RestoreOptions {
 pub enum NewEnd {
     /// The file of a disk, by the disk's number.
     Disk(usize, FilePath),
+    /// A new qcow2 image over the saved disk, by the disk's number: the guest writes there, and the disk stays as it is.
+    Overlay(usize, FilePath),
     /// The tap interface of a network device, by the device's number.
     Tap(usize, String),
+    /// The MAC address of a network device, by the device's number. The guest's driver reads it when it is loaded again.
+    Mac(usize, MacAddress),
     /// The socket of the socket device.
     Vsock(FilePath),
+    /// The guest's CID. The guest reads it again.
+    Cid(Cid),
 }
 
 impl RestoreOptions {
@@ -48,7 +58,10 @@ impl RestoreOptions {
         config.name = name.unwrap_or(config.name);
         config.serial = serial.unwrap_or(config.serial);
         (config.trace, config.gdb) = (trace, gdb);
-        for end in ends {
+        // An overlay is put over a disk that is still the saved one.
+        let (overlays, others): (Vec<_>, Vec<_>) =
+            ends.into_iter().partition(|end| matches!(end, NewEnd::Overlay(..)));
+        for end in others {
             end.apply(&mut config)?;
         }
         let refused = |what: String| {
@@ -62,6 +75,9 @@ impl RestoreOptions {
                 "{change} (the guest would damage it: use a copy from that time with --disk-path, or --force)"
             )));
         }
+        for overlay in overlays {
+            overlay.apply(&mut config)?;
+        }
         let config = config.validate().map_err(|error| refused(error.to_string()))?;
         Ok((config, Continuation { snapshot, follows_wall_clock }))
     }
@@ -69,40 +85,71 @@ impl RestoreOptions {
 
 impl NewEnd {
     fn apply(self, config: &mut VmConfig) -> Result<(), Error> {
-        let missing = |what: String| {
-            Error::Config(format!(
-                "The saved machine has no {what} (its state.json has its devices)"
-            ))
-        };
-        let mut devices = config.devices.iter_mut();
         match self {
-            Self::Disk(number, path) => {
-                let mut disks = devices.filter_map(|device| match device {
-                    DeviceConfig::Blk(disk) => Some(disk),
-                    _ => None,
-                });
-                let disk = disks.nth(number);
-                disk.ok_or_else(|| missing(format!("disk {}", disk_name(number))))?.path = path;
+            Self::Disk(number, path) => disk(config, number)?.path = path,
+            Self::Overlay(number, path) => {
+                let disk = disk(config, number)?;
+                put_over(disk, &path).map_err(|source| Error::File {
+                    verb: "create the overlay",
+                    path: path.to_path_buf(),
+                    source,
+                })?;
             }
             Self::Tap(number, name) => {
-                let mut cards = devices.filter_map(|device| match device {
-                    DeviceConfig::Net(card) => Some(card),
-                    _ => None,
-                });
-                let card = cards.nth(number);
-                let card = card.ok_or_else(|| missing(format!("network device {number}")))?;
+                let card = network(config, number)?;
                 (card.tap, card.fd) = (Some(name), None);
             }
-            Self::Vsock(path) => {
-                let sockets = devices.find_map(|device| match device {
-                    DeviceConfig::Vsock(sockets) => Some(sockets),
-                    _ => None,
-                });
-                sockets.ok_or_else(|| missing("vsock device".into()))?.path = Some(path);
-            }
+            Self::Mac(number, mac) => network(config, number)?.mac = Some(mac),
+            Self::Vsock(path) => sockets(config)?.path = Some(path),
+            Self::Cid(cid) => sockets(config)?.cid = Some(cid),
         }
         Ok(())
     }
+}
+
+/// Finds a device of a type in a configuration, by its number among those of its type.
+macro_rules! find {
+    ($name:ident, $variant:ident, $config:ty) => {
+        fn $name(
+            config: &mut VmConfig,
+            number: usize,
+            what: String,
+        ) -> Result<&mut $config, Error> {
+            let mut found = config.devices.iter_mut().filter_map(|device| match device {
+                DeviceConfig::$variant(found) => Some(found),
+                _ => None,
+            });
+            found.nth(number).ok_or_else(|| {
+                Error::Config(format!(
+                    "The saved machine has no {what} (its state.json has its devices)"
+                ))
+            })
+        }
+    };
+}
+
+find!(find_disk, Blk, BlkConfig);
+find!(find_network, Net, NetConfig);
+find!(find_sockets, Vsock, VsockConfig);
+
+fn disk(config: &mut VmConfig, number: usize) -> Result<&mut BlkConfig, Error> {
+    find_disk(config, number, format!("disk {}", disk_name(number)))
+}
+
+fn network(config: &mut VmConfig, number: usize) -> Result<&mut NetConfig, Error> {
+    find_network(config, number, format!("network device eth{number}"))
+}
+
+fn sockets(config: &mut VmConfig) -> Result<&mut VsockConfig, Error> {
+    find_sockets(config, 0, "vsock device".into())
+}
+
+/// Creates an image over a disk, and puts it in the disk's place.
+fn put_over(disk: &mut BlkConfig, path: &FilePath) -> io::Result<()> {
+    let size = disk_size(&disk.path, disk.format)?;
+    create_overlay(path, size, &disk.path, disk.format)?;
+    (disk.path, disk.format, disk.backing) = (path.clone(), ImageFormat::Qcow2, true);
+    Ok(())
 }
 
 /// The name that Linux gives to a disk: vda, vdb, ...

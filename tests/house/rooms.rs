@@ -58,7 +58,7 @@ pub(crate) const ROOMS: [(&str, &[&str]); 26] = [
             "inspect",
         ],
     ),
-    ("vmm", &["devices", "error", "config", "vcpu", "snapshot", "inspect", "machine"]),
+    ("vmm", &["devices", "error", "config", "host", "vcpu", "snapshot", "inspect", "machine"]),
     ("labs", &["devices", "riscv", "error", "memory", "config", "terminal", "host", "vcpu", "vmm"]),
     (
         "cli",

@@ -27,7 +27,7 @@ pub(super) fn ask(request: &Request) -> u8 {
         .and_then(|mut connection| query(&mut connection, request.query));
     let text = reply.and_then(|reply| match reply {
         Reply::Error(what) => Err(what),
-        Reply::Done | Reply::Snapshot(_) => {
+        Reply::Done { .. } | Reply::Snapshot(_) => {
             Err("The machine gives another reply than asked for".into())
         }
         reply if request.json => json(&reply),
@@ -72,7 +72,7 @@ fn json(reply: &Reply) -> Result<String, String> {
         Reply::Registers(harts) => serde_json::to_string_pretty(harts),
         Reply::Walk(walk) => serde_json::to_string_pretty(walk),
         Reply::Error(what) => serde_json::to_string_pretty(what),
-        Reply::Done | Reply::Snapshot(_) => serde_json::to_string_pretty(reply),
+        Reply::Done { .. } | Reply::Snapshot(_) => serde_json::to_string_pretty(reply),
     };
     text.map(|text| text + "\n").map_err(|error| format!("Cannot print the reply: {error}"))
 }

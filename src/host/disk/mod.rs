@@ -40,6 +40,7 @@ use engine::{Call, CallKind, Engine, Outcome};
 use job::{Job, Progress};
 use open::{Files, whole_sectors};
 use qcow2::Image;
+pub(crate) use qcow2::{create_overlay, disk_size};
 use uring::Uring;
 use worker::Worker;
 

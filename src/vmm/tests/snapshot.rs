@@ -164,7 +164,11 @@ fn a_restart_of_a_restored_machine_whose_files_are_gone_is_an_error_that_names_t
 fn a_machine_that_is_saved_for_good_does_not_run_afterwards() {
     let guest = Guest::start();
     let folder = guest.path("saved");
-    let request = SnapshotRequest { folder: folder.as_path().into(), stop: true };
+    let request = SnapshotRequest {
+        folder: folder.as_path().into(),
+        stop: true,
+        ..SnapshotRequest::default()
+    };
     guest.running.handle().snapshot(&request).unwrap();
     assert_eq!(guest.running.wait().unwrap(), StopReason::Requested);
     Snapshot::open(&folder).unwrap();
@@ -191,7 +195,11 @@ fn a_machine_cannot_be_reset_while_it_is_saved() {
 fn a_save_that_fails_leaves_the_machine_running() {
     let guest = Guest::start();
     let handle = guest.running.handle();
-    let request = |folder: &str| SnapshotRequest { folder: folder.into(), stop: true };
+    let request = |folder: &str| SnapshotRequest {
+        folder: folder.into(),
+        stop: true,
+        ..SnapshotRequest::default()
+    };
     let file = guest.path("disk").display().to_string();
     for (folder, part) in
         [("/nowhere/at/all", "Cannot create"), (&file, "it exists and is no snapshot")]

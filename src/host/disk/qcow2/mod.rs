@@ -6,10 +6,11 @@
 //! | `tables.rs` | consistency check of the tables, before the image is written |
 //! | `chain.rs` | backing files: finding and opening them |
 //! | `store.rs` | the storage that imago reads and writes |
+//! | `create.rs` | a new image over another disk |
 //!
 //! imago is synchronous here: calls are made by the disk's thread one after the other, and data goes through a buffer of rvmm's,
 //! so that a guest that changes its memory meanwhile changes no table. Tables that imago has changed and caches are written at
-//! each flush and at the end. Left out: creating and resizing images, snapshots.
+//! each flush and at the end. Left out: resizing images, snapshots in images.
 
 use std::io;
 
@@ -23,6 +24,7 @@ use super::engine::{Buffers, Call, CallKind, Executor};
 use super::open::{Files, whole_sectors};
 
 mod chain;
+mod create;
 mod header;
 mod store;
 mod tables;
@@ -30,6 +32,7 @@ mod tables;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use create::{create_overlay, disk_size};
 use store::Store;
 
 /// Size of the buffer.
