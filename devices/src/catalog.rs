@@ -17,6 +17,7 @@ use crate::power::PowerSwitch;
 use crate::rtc::{Clock, WallClock};
 use crate::virtio::balloon::BalloonControl;
 use crate::virtio::{DmaMemory, GuestMemoryMmap, VirtioDevice};
+use crate::vmgenid::GenerationControl;
 
 /// A device that is not on a bus yet.
 pub enum Device {
@@ -95,6 +96,8 @@ pub struct Wiring {
     pub power_button: Option<EventFd>,
     /// Changes the balloon's target while the guest runs; without one the target stays as configured.
     pub balloon: Option<BalloonControl>,
+    /// Renews the generation ID; without one it stays the same.
+    pub generation: Option<GenerationControl>,
 }
 
 impl Wiring {
@@ -111,6 +114,7 @@ impl Wiring {
             window: Arc::new(NoWindow),
             power_button: None,
             balloon: None,
+            generation: None,
         }
     }
 }

@@ -19,6 +19,7 @@
 //! | `serial.rs` | NS16550A UART |
 //! | `rtc.rs` | Goldfish real-time clock |
 //! | `power.rs` | SiFive test finisher: poweroff and reset |
+//! | `vmgenid.rs` | virtual machine generation ID |
 //! | `plic/` | SiFive PLIC, for hosts without an in-kernel interrupt controller |
 //! | `constant.rs`, `flash.rs` | a constant and a flash memory that the guest reads |
 //! | `reserved.rs` | registers that the kernel's interrupt controller leaves to user space |
@@ -53,6 +54,7 @@ pub mod rtc;
 pub mod serial;
 pub mod testing;
 pub mod virtio;
+pub mod vmgenid;
 
 pub use bus::{Bus, BusCounters, BusError, BusView, Claim, DeviceState, StateError};
 pub use catalog::{BuildError, Built, Device, Key, Model, Placement, SLOT, Wiring};
@@ -70,3 +72,4 @@ pub use plic::{Plic, PlicError};
 pub use power::{PowerRequest, PowerSwitch};
 pub use reserved::Reserved;
 pub use rtc::{Clock, WallClock};
+pub use vmgenid::GenerationControl;

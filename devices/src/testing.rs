@@ -21,6 +21,7 @@ use crate::power::{PowerRequest, PowerSwitch};
 use crate::rtc::Clock;
 use crate::virtio::VirtioMmio;
 use crate::virtio::mmio::KICK;
+use crate::vmgenid::GenerationControl;
 
 mod captured_log;
 mod host;
@@ -323,7 +324,8 @@ pub fn build(config: &DeviceConfig, wiring: Wiring) -> Result<Box<dyn MmioDevice
     }
 }
 
-/// Wiring with test doubles for the line, the power switch, the clock and the host, and no console.
+/// Wiring with test doubles for the line, the power switch, the clock and the host, a generation ID that is always the same, and no
+/// console.
 #[must_use]
 pub fn wiring() -> Wiring {
     Wiring {
@@ -331,6 +333,7 @@ pub fn wiring() -> Wiring {
         clock: Arc::new(ManualClock::default()),
         host: Arc::new(MemoryHost::default()),
         window: Arc::new(OpenWindow),
+        generation: GenerationControl::with_id([0x5a; 16]).ok(),
         ..Wiring::new(Arc::new(FakePower::default()))
     }
 }

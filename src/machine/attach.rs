@@ -249,7 +249,7 @@ mod tests {
         let expected = [
             ("rng0", 0x1000_1000, 1),
             ("rng7", 0x1000_8000, 8),
-            ("rng9", 0x1000_a000, 12),
+            ("rng9", 0x1000_a000, 13),
             ("rng1", 0x1000_2000, 2),
         ];
         let expected = expected.map(|(label, base, irq)| (label.to_owned(), base, irq));

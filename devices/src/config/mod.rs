@@ -42,6 +42,7 @@ pub use crate::virtio::vhost_user::{
     VhostUserNetConfig, VhostUserVsockConfig,
 };
 pub use crate::virtio::vsock::{Cid, ReplyTimeout, VsockBackend, VsockConfig};
+pub use crate::vmgenid::VmGenIdConfig;
 
 /// The configuration of one model.
 pub(crate) trait ModelConfig {
@@ -136,6 +137,8 @@ devices! {
     Rtc(RtcConfig) = "rtc", crate::rtc::MODEL;
     /// The board's register for power off and reset.
     Power(PowerConfig) = "power", crate::power::MODEL;
+    /// The board's generation ID.
+    VmGenId(VmGenIdConfig) = "vmgenid", crate::vmgenid::MODEL;
     /// A constant.
     Const(ConstConfig) = "const", crate::constant::MODEL;
     /// A flash memory.
@@ -181,7 +184,8 @@ impl DeviceConfig {
     #[must_use]
     pub fn built_in() -> Vec<Self> {
         let (serial, rtc) = (SerialConfig::default(), RtcConfig::default());
-        vec![serial.into(), rtc.into(), PowerConfig::default().into()]
+        let (power, generation) = (PowerConfig::default(), VmGenIdConfig::default());
+        vec![serial.into(), rtc.into(), power.into(), generation.into()]
     }
 
     /// The slot that the configuration names; `None` for the first free one, and for models without a slot.

@@ -15,6 +15,7 @@ use runtime::{Board, Failure, ensure, ensure_eq, mmio, report, rtc, sbi, trap};
 runtime::guest!(run);
 
 const FINISHER: usize = 0x10_0000;
+const GENERATION_ID: usize = 0x10_2000;
 
 fn run(board: &'static Board) {
     report::run(
@@ -27,6 +28,7 @@ fn run(board: &'static Board) {
             ("clock in words", rtc_words),
             ("clock in other widths", rtc_other),
             ("power register", power),
+            ("generation ID", generation_id),
             ("nowhere", nowhere),
             ("reserved registers of the APLIC", aplic),
             ("compressed instructions", compressed),
@@ -184,12 +186,32 @@ fn power(_: &'static Board) -> Result<(), Failure> {
     Ok(())
 }
 
+fn generation_id(_: &'static Board) -> Result<(), Failure> {
+    if !sbi::is_kvm() {
+        return Ok(());
+    }
+    let id = [read(GENERATION_ID, 8), read(GENERATION_ID + 8, 8)];
+    ensure!(id != [0, 0], "the id is zero");
+    for width in [1, 2, 4, 8] {
+        let mut parts = [0; 2];
+        for at in (0..16).step_by(width) {
+            write(GENERATION_ID + at, width, !0);
+            parts[at / 8] |= read(GENERATION_ID + at, width) << (at % 8 * 8);
+        }
+        ensure_eq!(parts, id, "the id in reads of {width} bytes");
+        for at in [16, 0xff8] {
+            ensure_eq!(read(GENERATION_ID + at, width), 0, "{width} bytes at {at:#x}");
+        }
+    }
+    Ok(())
+}
+
 /// Addresses without memory or a device.
 fn holes(board: &'static Board) -> [usize; 14] {
     let end = board.ram.0 + board.ram.1;
     [
         0x8,
-        0x10_2000,
+        0x10_3000,
         0x20_0000,
         0xbff_fff8,
         0x1000_0100,

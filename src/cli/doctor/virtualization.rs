@@ -92,7 +92,7 @@ fn identities(kvm: &HostReport) -> Option<Check> {
     Some(
         Check::note(
             "aia-identities",
-            format!("an emulated interrupt controller of this kernel loses all but {limit} interrupts of a hart: machines with more than 28 devices get the PLIC of rvmm"),
+            format!("an emulated interrupt controller of this kernel loses all but {limit} interrupts of a hart: machines with more than 27 devices get the PLIC of rvmm"),
         )
         .advise("nothing to do: it works; Linux 7.3 has all of them"),
     )

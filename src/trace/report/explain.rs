@@ -155,6 +155,10 @@ fn access(device: &str, register: &str, is_write: bool) -> Option<&'static str> 
             "The time of day of the goldfish clock, which a kernel reads when it starts; and its alarm."
         }
         ("power", _) => "The guest asks the test finisher to power the machine off or to reset it.",
+        ("vmgenid", _) => {
+            "A part of the generation ID. A kernel reads it when it starts, and after an interrupt that says that the machine was restored \
+             from a snapshot."
+        }
         ("plic", "CLAIM") if is_write => {
             "Completion of an interrupt: its source may interrupt again. With the kernel's AIA there is no exit for that."
         }
