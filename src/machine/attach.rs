@@ -10,8 +10,8 @@ use rvmm_devices::flash::Window;
 use rvmm_devices::virtio::balloon::BalloonControl;
 use rvmm_devices::virtio::{DmaMemory, VirtioMmio};
 use rvmm_devices::{
-    BuildError, Bus, ConsoleBackend, Device, DeviceConfig, FdtDesc, FdtProperty, FdtValue, Host,
-    Interrupt, MmioDevice, Placement, PowerSwitch, Wiring,
+    BuildError, Bus, ConsoleBackend, Device, DeviceConfig, FdtDesc, FdtProperty, FdtValue,
+    GenerationControl, Host, Interrupt, MmioDevice, Placement, PowerSwitch, Wiring,
 };
 
 use super::irqchip::Lines;
@@ -39,6 +39,8 @@ pub(super) struct Connections<'a> {
     pub(super) button: Option<&'a Button>,
     /// Sets the target of the first balloon.
     pub(super) balloon: &'a BalloonControl,
+    /// Renews the generation ID.
+    pub(super) generation: &'a GenerationControl,
     /// Opens the backends of the other devices.
     pub(super) host: Arc<dyn Host>,
     /// The address range of guest RAM.
@@ -81,6 +83,7 @@ pub(super) fn attach(config: &ValidConfig, machine: Connections<'_>) -> Result<A
         match plan.device {
             DeviceConfig::Serial(_) => wiring.console = console.take(),
             DeviceConfig::Balloon(_) => wiring.balloon = balloon.take().cloned(),
+            DeviceConfig::VmGenId(_) => wiring.generation = Some(machine.generation.clone()),
             DeviceConfig::Input(_) => {
                 let event = button.take().map(Button::device_event).transpose();
                 wiring.power_button = event.map_err(|source| Error::Host {

@@ -8,7 +8,8 @@ use rvmm_boot::fdt::DeviceNode;
 use rvmm_devices::virtio::DmaMemory;
 use rvmm_devices::virtio::balloon::BalloonControl;
 use rvmm_devices::{
-    Bus, ConsoleBackend, DeviceConfig, Host, NullConsole, Placement, PowerRequest, PowerSwitch,
+    Bus, ConsoleBackend, DeviceConfig, GenerationControl, Host, NullConsole, Placement,
+    PowerRequest, PowerSwitch,
 };
 
 use super::attach::{Attached, Connections, attach};
@@ -72,6 +73,8 @@ pub(super) struct Backends {
     pub(super) button: Option<Arc<Button>>,
     /// Of the first balloon.
     pub(super) balloon: BalloonControl,
+    /// Of the generation ID.
+    pub(super) generation: GenerationControl,
     /// Opens those of the others.
     pub(super) host: Arc<dyn Host>,
     /// Receives every exit of every hart.
@@ -105,6 +108,7 @@ impl Board {
             console: Box::new(WakingConsole::new(console, control)),
             button: backends.button.as_deref(),
             balloon: &backends.balloon,
+            generation: &backends.generation,
             host: Arc::clone(&backends.host),
             ram: span,
             memory: Arc::clone(&ram) as Arc<dyn DmaMemory>,

@@ -20,6 +20,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use rvmm_devices::GenerationControl;
 use rvmm_devices::virtio::balloon::BalloonControl;
 
 use crate::button::Button;
@@ -175,10 +176,13 @@ impl Machine {
         let Console { backend, pty } = console;
         let button = config.shutdown_timeout().map(Button::new).transpose();
         let button = button.map_err(|e| host_error("create the power button", e))?.map(Arc::new);
+        let generation = GenerationControl::new();
+        let generation = generation.map_err(|e| host_error("create the generation ID", e))?;
         let mut backends = Backends {
             console: Some(backend),
             button,
             balloon,
+            generation,
             host: Arc::new(Linux::new(Arc::clone(&stop))),
             observer: parts.observer,
         };

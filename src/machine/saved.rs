@@ -7,8 +7,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::Machine;
 use super::build::{Backends, Board, Run, RunFacts, has_closed_counters};
+use super::{Machine, host_error};
 use crate::config::{DeviceConfig, IrqchipChoice, ValidConfig, VmConfig};
 use crate::error::{Error, VmError};
 use crate::gdb::DebugContext;
@@ -222,7 +222,8 @@ fn cannot_save(reason: &str) -> Error {
 }
 
 impl Board {
-    /// Puts a saved machine in the place of one that starts: memory, harts and devices continue where they were. The devices are paused.
+    /// Puts a saved machine in the place of one that starts: memory, harts and devices continue where they were, but for the generation ID,
+    /// which is a new one each time. The devices are paused.
     ///
     /// # Errors
     /// [`Error::Snapshot`] for a state that does not fit this host; the board is of no use then.
@@ -246,6 +247,9 @@ impl Board {
             None => from.refused(&error),
         })?;
         self.bus.restore(devices).map_err(|error| from.refused(&error))?;
+        // Other copies may run already, from the same snapshot and with the same random numbers.
+        let renewed = backends.generation.renew();
+        renewed.map_err(|e| host_error("renew the generation ID", e))?;
         self.vm
             .code_changed()
             .map_err(|e| VmError::io("Cannot make the guest's code visible to the harts", e))?;
