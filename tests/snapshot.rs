@@ -120,6 +120,39 @@ fn linux_that_writes_to_its_disk_continues_in_another_process() {
     }
 }
 
+#[test]
+fn two_copies_of_linux_notice_that_they_are_copies_and_have_other_random_numbers() {
+    let Some(host) = host() else { return };
+    for irqchip in &host.irqchips {
+        let place = Place::new();
+        let initrd = initramfs::build(place.0.path(), &[], &[]);
+        let mut session = place
+            .rvmm(&["--mem", "256M", "--irqchip", irqchip, "--name", "one"])
+            .args(&["--cmdline", "console=ttyS0 quiet"])
+            .path("--initrd=", &initrd, "")
+            .kernel(&kernel())
+            .start();
+        session.expect("own initramfs is up\r\n");
+        const RESEEDED: &str = "dmesg | grep -c 'crng reseeded due to virtual machine fork'";
+        // The kernel has random numbers, which both copies inherit.
+        session.ask("until dmesg | grep -q 'crng init done'; do sleep 1; done");
+        assert_eq!(session.ask(RESEEDED), "0\n");
+        place.save(&mut session, "one", "saved");
+        let numbers = [(); 2].map(|()| {
+            let mut copy = place.restore("saved", &[]);
+            // The first thing that it does: the interrupt has come before it.
+            let number = copy.ask("head -c16 /dev/urandom | md5sum").to_owned();
+            assert_eq!(copy.ask(RESEEDED), "1\n");
+            assert_eq!(copy.ask("awk '/vmgenid/ {print $2}' /proc/interrupts"), "1\n");
+            copy.send("poweroff -f\n");
+            assert_eq!(copy.exit_code(), 0);
+            number
+        });
+        assert_ne!(numbers[0], numbers[1]);
+        println!("{irqchip}: {numbers:?}");
+    }
+}
+
 /// A guest that computes a hash chain on each hart while it counts interrupts of every kind.
 fn chain(place: &Place, irqchip: &str, cpus: &str) -> Launch {
     let rounds = format!("rounds={} stop=1", by_length(20_000, 3000));
