@@ -146,7 +146,7 @@ pub trait VmLifecycle {
     fn reset(&self) -> Result<(), VmError>;
 
     /// Switches the log of written pages of a memory slot on or off. All harts are out of the guest. The log has the writes of the
-    /// guest and of the hypervisor, not those of this process or of the kernel's vhost.
+    /// guest and of the hypervisor, not those of this process (`GuestRam::take_written` has them) or of the kernel's vhost.
     ///
     /// # Errors
     /// There is no such slot, or the host refuses.

@@ -123,9 +123,15 @@ mod tests {
     /// The numbers of the pages that are taken.
     fn taken(ram: &GuestRam) -> Vec<u64> {
         let words = ram.take_written();
-        assert_eq!(words.len(), 3);
-        let is_set = |page: &u64| words[(page / 64) as usize] >> (page % 64) & 1 == 1;
-        (0..192).filter(is_set).collect()
+        assert_eq!(words.len() as u64, (ram.span.size / PAGE).div_ceil(64));
+        let bits = |(first, word): (u64, u64)| {
+            (0..64).filter(move |bit| word >> bit & 1 == 1).map(move |bit| first + bit)
+        };
+        (0..).step_by(64).zip(words).flat_map(bits).collect()
+    }
+
+    fn index(page: u64) -> usize {
+        usize::try_from(page).unwrap()
     }
 
     #[test]
@@ -218,7 +224,7 @@ mod tests {
             ram.read(SPAN.base + page * PAGE, &mut bytes).unwrap();
             bytes
         };
-        let mut copies = vec![[0; 2]; PAGES as usize];
+        let mut copies = vec![[0; 2]; index(PAGES)];
         for round in 1..=40 {
             thread::scope(|scope| {
                 let ram = &ram;
@@ -233,16 +239,12 @@ mod tests {
                 let mut is_over = false;
                 while !is_over {
                     is_over = writers.iter().all(thread::ScopedJoinHandle::is_finished);
-                    for (index, word) in (0..).zip(ram.take_written()) {
-                        let pages = (0..64).filter(|bit| word >> bit & 1 == 1);
-                        pages.for_each(|bit| {
-                            let page = 64 * index + bit;
-                            copies[page as usize] = read(page);
-                        });
+                    for page in taken(ram) {
+                        copies[index(page)] = read(page);
                     }
                 }
             });
-            let stale = (0..PAGES).find(|page| copies[*page as usize] != read(*page));
+            let stale = (0..PAGES).find(|page| copies[index(*page)] != read(*page));
             assert_eq!(stale, None, "round {round}");
             assert_eq!(copies[0], [round; 2]);
         }
@@ -253,7 +255,7 @@ mod tests {
         const PAGES: u64 = 1 << 16;
         let pages = WrittenPages::default();
         pages.switch(true, PAGES);
-        let mut taken = vec![0; (PAGES / BITS) as usize];
+        let mut taken = vec![0; index(PAGES / BITS)];
         for round in 0..30 {
             thread::scope(|scope| {
                 let pages = &pages;

@@ -1,4 +1,4 @@
-//! Every byte that a device changes in guest RAM is noted as written ([`DmaMemory::note_written`]), so that a saved guest has it.
+//! Every byte that a device changes in guest RAM is noted as written ([`rvmm_devices::virtio::DmaMemory`]), so that a saved guest has it.
 //!
 //! The checker of every scenario here compares RAM before and after each pass of a device, to the byte, with what the device has noted.
 //! In addition to hostile guests, these drivers make requests that succeed: they move as much as possible.
