@@ -32,7 +32,7 @@ fn save(folder: &Path, first: u8) -> Result<(), rvmm::error::Error> {
     let read = |at: u64, to: &mut [u8]| ram.read(SPAN.base + at, to).map_err(io::Error::other);
     let failed = |source| rvmm::error::Error::File { verb: "save to", path: folder.into(), source };
     let mut writer = SnapshotWriter::create(folder, SPAN.size, None)?;
-    writer.add_pages(&[0..1 << 20], &read).map_err(failed)?;
+    writer.add_pages(std::slice::from_ref(&(0..1 << 20)), &read).map_err(failed)?;
     let complete = writer.finish_memory(&read).map_err(failed)?;
     let vm = VmState { time: first.into(), harts: Vec::new(), irqchip: None };
     let config = VmConfig { mem: SPAN.size, ..VmConfig::default() };

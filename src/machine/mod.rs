@@ -93,7 +93,8 @@ pub(crate) struct Links {
 
 /// How the first run of a machine begins.
 enum Beginning<'a> {
-    Start(Files),
+    /// Boxed: the other variant is small.
+    Start(Box<Files>),
     Continue(&'a Continuation),
 }
 
@@ -138,7 +139,7 @@ impl Machine {
     pub(crate) fn build(config: ValidConfig, parts: Parts, links: Links) -> Result<Self, Error> {
         // The user's files come first: a wrong one is found before the host's resources are used and the terminal changes.
         let files = Files::open(&config)?;
-        Self::assemble(config, parts, links, Beginning::Start(files))
+        Self::assemble(config, parts, links, Beginning::Start(Box::new(files)))
     }
 
     /// Builds the machine that `config` describes, which is that of a snapshot or the same with other ends of the host, and continues what
@@ -193,7 +194,7 @@ impl Machine {
             Beginning::Start(mut files) => {
                 let run = board.load(&config, &files, host.as_ref(), &backends, harts)?;
                 files.free_uncompressed();
-                (run, Some(files))
+                (run, Some(*files))
             }
             // Its kernel may not even exist here.
             Beginning::Continue(from) => (board.restore(&config, from, &backends, harts)?, None),

@@ -7,8 +7,13 @@
 
 use crate::memory::PAGE;
 
+/// Bytes of a page.
+pub(crate) const PAGE_BYTES: usize = 4096;
+
 /// Words of a page.
-pub(crate) const PAGE_WORDS: usize = PAGE as usize / 8;
+pub(crate) const PAGE_WORDS: usize = PAGE_BYTES / 8;
+
+const _: () = assert!(PAGE_BYTES as u64 == PAGE);
 
 /// Constants without a pattern, all different: the fractional parts of the square roots of the first eight primes.
 const SALTS: [u64; 4] =

@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 
 use serde::{Deserialize, Serialize};
 
-use super::checksum::{self, PAGE_WORDS, PageSum};
+use super::checksum::{self, PAGE_BYTES, PAGE_WORDS, PageSum};
 use crate::memory::{PAGE, data_in};
 
 /// Pages that are copied at once.
@@ -102,7 +102,7 @@ impl ImageWriter {
             // Copied first: what is written is what was summed up, even if the guest changes it meanwhile.
             read(batch.start, bytes_of(&mut self.words, &batch))?;
             let mut runs = Vec::new();
-            let pages = (batch.start..batch.end).step_by(PAGE as usize);
+            let pages = (batch.start..batch.end).step_by(PAGE_BYTES);
             for (at, words) in pages.zip(self.words.chunks(PAGE_WORDS)) {
                 let checksum = checksum::of_page(words);
                 if self.pages.set(at / PAGE, checksum) || checksum.is_some() {
@@ -142,24 +142,22 @@ impl ImageWriter {
 struct PageTable(BTreeMap<u64, Box<PageBlock>>);
 
 /// Pages of a block.
-const BLOCK: u64 = 512;
+const BLOCK_PAGES: usize = 512;
+const BLOCK: u64 = BLOCK_PAGES as u64;
 
 #[derive(Debug)]
 struct PageBlock {
     /// `None` for a zero page.
-    checksums: [Option<u64>; BLOCK as usize],
+    checksums: [Option<u64>; BLOCK_PAGES],
     /// A bit for each page that was added.
-    added: [u64; BLOCK as usize / 64],
+    added: [u64; BLOCK_PAGES / 64],
 }
 
 impl PageTable {
     /// Notes a page. True if it had other contents than zeroes before.
     fn set(&mut self, number: u64, checksum: Option<u64>) -> bool {
         let block = self.0.entry(number / BLOCK).or_insert_with(|| {
-            Box::new(PageBlock {
-                checksums: [None; BLOCK as usize],
-                added: [0; BLOCK as usize / 64],
-            })
+            Box::new(PageBlock { checksums: [None; BLOCK_PAGES], added: [0; BLOCK_PAGES / 64] })
         });
         let index = usize::try_from(number % BLOCK).unwrap_or(0);
         if let Some(word) = block.added.get_mut(index / 64) {
@@ -223,7 +221,7 @@ fn shown(sum: PageSum) -> String {
 
 /// Adds the pages of a batch to the sum.
 fn sum_up(sum: &mut PageSum, batch: &Range<u64>, words: &[u64]) {
-    let pages = (batch.start..batch.end).step_by(PAGE as usize);
+    let pages = (batch.start..batch.end).step_by(PAGE_BYTES);
     for (at, page) in pages.zip(words.chunks(PAGE_WORDS)) {
         if let Some(checksum) = checksum::of_page(page) {
             sum.add(at / PAGE, checksum);
@@ -242,7 +240,7 @@ fn push(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
 /// Parts of a range that are copied at once.
 fn batches(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
     let step = BATCH as u64 * PAGE;
-    let starts = (range.start..range.end).step_by(BATCH * PAGE as usize);
+    let starts = (range.start..range.end).step_by(BATCH * PAGE_BYTES);
     starts.map(move |at| at..range.end.min(at.saturating_add(step)))
 }
 
@@ -272,6 +270,7 @@ fn fewer(ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
 }
 
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "a test's sizes are small")]
 mod tests {
     use proptest::prelude::*;
 
@@ -304,7 +303,7 @@ mod tests {
             to.copy_from_slice(&ram[at as usize..][..to.len()]);
             Ok(())
         };
-        writer.add(&[0..MIB], &|at, to| read_from(&ram, at, to)).unwrap();
+        writer.add(std::slice::from_ref(&(0..MIB)), &|at, to| read_from(&ram, at, to)).unwrap();
         assert_eq!(writer.written(), 8192);
         ram[4096..8192].fill(0);
         ram[8192..12288].fill(2);
@@ -337,7 +336,7 @@ mod tests {
         for page in [0, 1, 300, 1023] {
             ram[page * 4096 + page % 7] = 1;
         }
-        let (file, image) = saved(&ram, &[0..4 * MIB], false);
+        let (file, image) = saved(&ram, std::slice::from_ref(&(0..4 * MIB)), false);
         assert_eq!(image.regions, [(0, 8192), (300 * 4096, 4096), (1023 * 4096, 4096)]);
         let data: u64 = data_in(&file).unwrap().iter().map(|range| range.end - range.start).sum();
         assert!(data <= 4 * 65536, "{data} bytes are no holes");
@@ -405,7 +404,7 @@ mod tests {
             for page in &pages {
                 ram[page * 4096 + byte] = 7;
             }
-            let (file, image) = saved(&ram, &[0..MIB], false);
+            let (file, image) = saved(&ram, std::slice::from_ref(&(0..MIB)), false);
             let page = *pages.iter().nth(which.index(pages.len())).unwrap();
             let at = (page * 4096 + (byte + 1) % 4096) as u64;
             file.write_all_at(&[1_u8 << bit], at).unwrap();

@@ -219,7 +219,7 @@ fn read(folder: &Path) -> Result<(SnapshotState, String), Error> {
     Ok((state, sum.trim_end().to_owned()))
 }
 
-/// A snapshot that is being saved. Without [`SnapshotWriter::finish`] nothing of it stays.
+/// A snapshot that is being saved. Without [`CompleteMemory::finish`] nothing of it stays.
 #[derive(Debug)]
 pub struct SnapshotWriter {
     folder: PartialFolder,

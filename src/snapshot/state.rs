@@ -115,7 +115,7 @@ impl DiskIdentity {
     /// # Errors
     /// A file does not exist any more, or cannot be examined.
     pub(crate) fn of_config(config: &VmConfig) -> Result<Vec<Self>, Error> {
-        paths(config).map(|path| Self::of(path)).collect()
+        paths(config).map(Self::of).collect()
     }
 
     fn of(path: &FilePath) -> Result<Self, Error> {

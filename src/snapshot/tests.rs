@@ -1,4 +1,5 @@
 //! Snapshots in folders: whole or not at all, and refused if anything has changed.
+#![allow(clippy::cast_possible_truncation, reason = "a test's sizes are small")]
 
 use std::os::unix::fs::FileExt;
 
@@ -109,7 +110,7 @@ fn an_old_snapshot_is_replaced_whole_or_stays() {
     // One that is not finished, whatever the reason.
     let mut writer = SnapshotWriter::create(&folder, SPAN.size, None).unwrap();
     let unreadable = |_: u64, _: &mut [u8]| Err(io::ErrorKind::Other.into());
-    writer.add_pages(&[0..4096], &unreadable).unwrap_err();
+    writer.add_pages(std::slice::from_ref(&(0..4096)), &unreadable).unwrap_err();
     drop(writer);
     assert!(all(&restored(&Snapshot::open(&folder).unwrap())) == all(&old));
     save(&folder, &new, None).unwrap();
@@ -161,7 +162,7 @@ fn a_full_disk_leaves_the_old_snapshot_and_nothing_else() {
             Ok(())
         };
         let mut writer = SnapshotWriter::create(&folder, SPAN.size, None).unwrap();
-        let error = writer.add_pages(&[0..SPAN.size], &read).unwrap_err();
+        let error = writer.add_pages(std::slice::from_ref(&(0..SPAN.size)), &read).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::StorageFull, "{error}");
         drop(writer);
         assert!(Snapshot::open(&folder).is_ok());
