@@ -136,11 +136,13 @@ impl Machine {
             return Err(host_error("continue", io::Error::other("The I/O thread has ended")));
         }
         let mut files = match self.files.take() {
-            Some(files) => files,
+            Some(mut files) => {
+                files.uncompress_again()?;
+                files
+            }
             // A machine that was restored needs them for the first time.
             None => Files::open(&self.config)?,
         };
-        files.uncompress_again()?;
         let harts = self.board.reset(&self.config)?;
         let (config, host) = (&self.config, self.host.as_ref());
         self.run = Some(self.board.load(config, &files, host, &self.backends, harts)?);

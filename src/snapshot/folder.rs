@@ -6,6 +6,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
@@ -52,7 +53,8 @@ impl PartialFolder {
         own.push(std::process::id().to_string());
         let path = parent.join(own);
         let create = || -> io::Result<(File, File)> {
-            fs::create_dir(&path)?;
+            // Whoever can read it has the guest's memory.
+            fs::DirBuilder::new().mode(0o700).create(&path)?;
             let folder = File::open(&path)?;
             flock(&folder, FlockOperation::NonBlockingLockExclusive)?;
             let mut options = OpenOptions::new();

@@ -1,7 +1,7 @@
 //! Snapshots in folders: whole or not at all, and refused if anything has changed.
 #![allow(clippy::cast_possible_truncation, reason = "a test's sizes are small")]
 
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 
 use super::*;
 use crate::config::VmConfig;
@@ -64,6 +64,8 @@ fn a_snapshot_has_the_memory_and_the_state_that_were_saved() {
     save(&folder, &ram, None).unwrap();
     let snapshot = Snapshot::open(&folder).unwrap();
     assert_eq!(snapshot.machine(), &machine());
+    // It contains the guest's memory: nobody else may read it.
+    assert_eq!(fs::metadata(&folder).unwrap().permissions().mode() & 0o777, 0o700);
     let again = restored(&snapshot);
     assert!(all(&again) == all(&ram));
     // What the new guest writes does not reach the file.

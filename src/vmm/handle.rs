@@ -57,6 +57,8 @@ struct Link {
     /// A stop was requested: no run begins any more.
     is_stopped: AtomicBool,
     now: Mutex<Status>,
+    /// Held by the client that saves the machine: two would take each other's written pages.
+    saving: Mutex<()>,
 }
 
 /// The state as clients see it.
@@ -85,6 +87,7 @@ impl Handle {
                 balloon,
                 is_stopped: AtomicBool::new(false),
                 now,
+                saving: Mutex::new(()),
             }),
         }
     }
@@ -176,6 +179,11 @@ impl Handle {
         let pause = self.pause()?;
         let (machine, memory) = self.call("save", Command::Save)?;
         Ok(Saved { machine, memory, _end: SaveEnd(self.clone()), _pause: pause })
+    }
+
+    /// Waits until no other client saves the machine, and keeps others from it.
+    pub(super) fn turn_to_save(&self) -> MutexGuard<'_, ()> {
+        self.link.saving.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Access to the machine's memory, whose writes are tracked or not from now on.

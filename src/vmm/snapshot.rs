@@ -27,11 +27,13 @@ const MOST_ROUNDS: usize = 8;
 
 impl Handle {
     /// Saves the machine, which is paused meanwhile: for as long as all its memory is written, or, if the snapshot is `live`, the rest of it.
+    /// Waits while another client saves it.
     ///
     /// # Errors
     /// The machine does not run, a part of its state is out of reach, or the folder cannot be written. The machine goes on, and what was in
     /// the folder is still there.
     pub fn snapshot(&self, request: &SnapshotRequest) -> Result<SnapshotReport, Error> {
+        let _turn = self.turn_to_save();
         let memory = self.track(request.diff || request.live).map_err(unsaved)?;
         let result = self.save_to(request, &memory);
         if !request.diff {

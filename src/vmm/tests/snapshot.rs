@@ -311,20 +311,54 @@ fn the_time_of_the_guest_stands_still_unless_it_follows_the_clock() {
 }
 
 #[test]
-fn two_clients_save_one_machine_at_once() {
+fn clients_save_one_machine_at_once_whole_live_and_as_differences() {
     let guest = Guest::start();
     let handle = guest.running.handle();
     let folder = Arc::new(guest.path(""));
-    let clients: Vec<_> = (0..4)
+    let clients: Vec<_> = (0..8)
         .map(|number| {
             let (handle, folder) = (handle.clone(), Arc::clone(&folder));
-            std::thread::spawn(move || snapshot(&handle, &folder.join(number.to_string())).unwrap())
+            std::thread::spawn(move || {
+                let request = SnapshotRequest {
+                    folder: folder.join(number.to_string()).into(),
+                    diff: number & 1 == 1,
+                    live: number & 2 == 2,
+                    stop: false,
+                };
+                handle.snapshot(&request).unwrap();
+            })
         })
         .collect();
     clients.into_iter().for_each(|client| client.join().unwrap());
     assert_eq!(handle.state(), MachineState::Running);
-    for number in 0..4 {
+    for number in 0..8 {
         Snapshot::open(&guest.path(&number.to_string())).unwrap();
+    }
+    guest.stop();
+}
+
+#[test]
+fn a_difference_has_only_what_was_written_since_the_last_one() {
+    let guest = Guest::start();
+    let handle = guest.running.handle();
+    let save = |name: &str, diff: bool| {
+        let folder = guest.path(name).into();
+        handle.snapshot(&SnapshotRequest { folder, diff, ..SnapshotRequest::default() }).unwrap()
+    };
+    let parent = |name: &str| Some(guest.path(name).into());
+    let first = save("first", true);
+    assert!(first.parent.is_none() && first.memory > 0, "the first one is whole");
+    let second = save("second", true);
+    assert_eq!((second.parent, second.memory), (parent("first"), 0), "nothing was written");
+    // A reset writes all of it.
+    handle.reset().unwrap();
+    let third = save("third", true);
+    assert_eq!(third.parent, parent("second"));
+    assert!(third.memory > 0);
+    assert!(save("whole", false).parent.is_none());
+    assert!(save("anew", true).parent.is_none(), "the whole one has ended the row");
+    for name in ["second", "third", "anew"] {
+        Snapshot::open(&guest.path(name)).unwrap();
     }
     guest.stop();
 }
