@@ -95,12 +95,12 @@ fn busy_linux(place: &Place, irqchip: &str) -> Session {
 #[test]
 fn linux_that_writes_to_its_disk_continues_in_another_process() {
     let Some(host) = host() else { return };
-    for irqchip in &host.irqchips {
+    for irqchip in host.usual_irqchip() {
         let place = Place::new();
         let mut session = busy_linux(&place, irqchip);
         session.send("kept=42\n");
         session.ask("echo $kept");
-        for round in 0..3 {
+        for round in 0..by_length(5, 2) {
             let folder = format!("saved{round}");
             place.save(&mut session, "one", &folder);
             session = place.restore(&folder, &[]);
@@ -123,7 +123,7 @@ fn linux_that_writes_to_its_disk_continues_in_another_process() {
 #[test]
 fn two_copies_of_linux_notice_that_they_are_copies_and_have_other_random_numbers() {
     let Some(host) = host() else { return };
-    for irqchip in &host.irqchips {
+    for irqchip in host.usual_irqchip() {
         let place = Place::new();
         let initrd = initramfs::build(place.0.path(), &[], &[]);
         let mut session = place
@@ -174,7 +174,7 @@ fn saved_at_random(irqchip: &str, cpus: &str) -> (String, usize) {
     let mut session = chain(&place, irqchip, cpus).start();
     session.expect("started");
     let (mut printed, mut saves) = (String::new(), 0);
-    while saves < by_length(50, 8) {
+    while saves < by_length(50, 6) {
         let socket = place.at("rvmm").join(format!("chain-{}.sock", session.pid()));
         while session.is_running() && !harness::is_listening(&socket) {
             thread::yield_now();
@@ -204,7 +204,7 @@ fn saved_at_random(irqchip: &str, cpus: &str) -> (String, usize) {
 #[test]
 fn a_guest_that_is_saved_at_random_moments_ends_with_the_same_result() {
     let Some(host) = host() else { return };
-    for irqchip in &host.irqchips {
+    for irqchip in host.usual_irqchip() {
         for cpus in ["1", "4"] {
             let mut undisturbed = chain(&Place::new(), irqchip, cpus).start();
             assert_eq!(undisturbed.exit_code(), 0);
