@@ -55,10 +55,11 @@ fn first(folder: &Path) -> u8 {
 /// Runs in the program whose system calls fail; does nothing otherwise.
 #[test]
 fn a_program_saves_where_it_is_told() {
-    let Some(folder) = std::env::var_os(FOLDER) else { return };
-    let code = if save(folder.as_ref(), 2).is_ok() { 0 } else { 9 };
-    // Without the test runner, whose own output may fail.
-    std::process::exit(code);
+    if let Some(folder) = std::env::var_os(FOLDER) {
+        let code = if save(folder.as_ref(), 2).is_ok() { 0 } else { 9 };
+        // Without the test runner, whose own output may fail.
+        std::process::exit(code);
+    }
 }
 
 #[test]

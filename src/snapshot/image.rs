@@ -270,8 +270,9 @@ fn fewer(ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
 }
 
 #[cfg(test)]
-#[allow(clippy::cast_possible_truncation, reason = "a test's sizes are small")]
 mod tests {
+    #![allow(clippy::cast_possible_truncation, reason = "a test's sizes are small")]
+
     use proptest::prelude::*;
 
     use super::*;
