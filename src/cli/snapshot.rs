@@ -342,6 +342,6 @@ mod tests {
             assert!(line.contains(flag) && !line.contains('\n'), "{line}");
         }
         assert!(parse(&["snapshot", "web"]).unwrap_err().contains("DIR"));
-        assert!(parse(&["clone", "dir", "-n", "0"]).unwrap_err().contains("-n"));
+        assert!(parse(&["clone", "dir", "-n", "0"]).unwrap_err().contains("--count"));
     }
 }
