@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use log::debug;
 
@@ -37,6 +37,20 @@ pub struct InspectionServer {
     acceptor: Acceptor,
     target: Arc<dyn Inspectable>,
     clients: Arc<AtomicUsize>,
+    /// Number of clients whose line is being answered.
+    busy: Arc<AtomicUsize>,
+}
+
+/// Time-out of the replies that are under way when the machine ends: that to an order which ends it is one of them.
+const LAST_REPLIES: Duration = Duration::from_secs(10);
+
+impl Drop for InspectionServer {
+    fn drop(&mut self) {
+        let began = Instant::now();
+        while self.busy.load(Ordering::Acquire) > 0 && began.elapsed() < LAST_REPLIES {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
 }
 
 impl InspectionServer {
@@ -46,7 +60,7 @@ impl InspectionServer {
     /// The file cannot be created, or another process listens there.
     pub fn open(path: &Path, target: Arc<dyn Inspectable>) -> Result<Self, Error> {
         let acceptor = Acceptor::open(path, BACKLOG)?;
-        Ok(Self { acceptor, target, clients: Arc::default() })
+        Ok(Self { acceptor, target, clients: Arc::default(), busy: Arc::default() })
     }
 
     fn serve_client(&self, stream: UnixStream) -> io::Result<()> {
@@ -55,9 +69,9 @@ impl InspectionServer {
         })?;
         stream.set_read_timeout(Some(TIMEOUT))?;
         stream.set_write_timeout(Some(TIMEOUT))?;
-        let target = Arc::clone(&self.target);
+        let (target, busy) = (Arc::clone(&self.target), Arc::clone(&self.busy));
         let body = move || {
-            let ended = serve(&stream, target.as_ref());
+            let ended = serve(&stream, target.as_ref(), &busy);
             debug!("A client disconnected: {ended:?}");
             drop(slot);
         };
@@ -76,6 +90,22 @@ impl EventSource for InspectionServer {
         if let Err(error) = self.serve_client(stream.into()) {
             debug!("Cannot serve a client: {error}");
         }
+    }
+}
+
+/// A line that is being answered.
+struct Busy<'a>(&'a AtomicUsize);
+
+impl<'a> Busy<'a> {
+    fn begin(busy: &'a AtomicUsize) -> Self {
+        busy.fetch_add(1, Ordering::AcqRel);
+        Self(busy)
+    }
+}
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -100,7 +130,7 @@ impl Drop for ClientSlot {
 }
 
 /// Answers queries until the client disconnects.
-fn serve(stream: &UnixStream, target: &dyn Inspectable) -> io::Result<()> {
+fn serve(stream: &UnixStream, target: &dyn Inspectable, busy: &AtomicUsize) -> io::Result<()> {
     let mut reader = BufReader::with_capacity(256, stream);
     let mut line = Vec::new();
     loop {
@@ -108,6 +138,7 @@ fn serve(stream: &UnixStream, target: &dyn Inspectable) -> io::Result<()> {
         if reader.by_ref().take(MAX_LINE).read_until(b'\n', &mut line)? == 0 {
             return Ok(());
         }
+        let _busy = Busy::begin(busy);
         let text = std::str::from_utf8(&line).ok().filter(|line| line.ends_with('\n'));
         let (reply, is_known) = match (text.and_then(Query::read), text.and_then(Order::read)) {
             (Some(query), _) => (target.answer(query), true),
