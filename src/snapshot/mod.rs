@@ -19,10 +19,13 @@
 //! | `checksum.rs` | the checksum |
 
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::ops::Range;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use rustix::fs::OFlags;
 
 use crate::error::Error;
 use crate::memory::GuestRam;
@@ -62,7 +65,6 @@ const MOST_PARENTS: usize = 64;
 pub struct Snapshot {
     folder: PathBuf,
     machine: SavedMachine,
-    checksum: String,
     /// RAM: the whole snapshot, then the differences, each of which replaces pages of those before.
     layers: Vec<Layer>,
 }
@@ -80,7 +82,7 @@ impl Snapshot {
     /// # Errors
     /// [`Error::Snapshot`] with what is wrong: nothing of it is used then.
     pub fn open(folder: &Path) -> Result<Self, Error> {
-        let (state, checksum) = read(folder)?;
+        let (state, _) = read(folder)?;
         let SnapshotState { preamble: _, parent, memory, machine } = state;
         let mut layers = vec![Layer::open(folder, memory)?];
         let mut next = parent;
@@ -108,7 +110,7 @@ impl Snapshot {
         if layers.iter().any(|layer| layer.image.size != size) {
             return Err(refused(folder, "its memory has another size than its machine".into()));
         }
-        Ok(Self { folder: folder.into(), machine, checksum, layers })
+        Ok(Self { folder: folder.into(), machine, layers })
     }
 
     /// The machine's state.
@@ -121,19 +123,6 @@ impl Snapshot {
     #[must_use]
     pub fn folder(&self) -> &Path {
         &self.folder
-    }
-
-    /// This snapshot as the parent of a difference.
-    ///
-    /// # Errors
-    /// The folder's absolute path cannot be found.
-    pub fn as_parent(&self) -> Result<Parent, Error> {
-        let folder = fs::canonicalize(&self.folder).map_err(|source| Error::File {
-            verb: "find",
-            path: self.folder.clone(),
-            source,
-        })?;
-        Ok(Parent { folder: folder.into(), checksum: self.checksum.clone() })
     }
 
     /// Maps the saved RAM into `ram`, copy on write: nothing is read yet.
@@ -160,9 +149,9 @@ impl Layer {
         let path = folder.join(MEMORY);
         let unreadable =
             |error: io::Error| refused(format!("cannot read {}: {error}", path.display()));
-        let file = File::open(&path).map_err(unreadable)?;
+        let file = open_file(&path).map_err(unreadable)?;
         let metadata = file.metadata().map_err(unreadable)?;
-        if !metadata.is_file() || metadata.len() != image.size {
+        if metadata.len() != image.size {
             let len = metadata.len();
             return Err(refused(format!("its memory has {len} bytes instead of {}", image.size)));
         }
@@ -181,16 +170,29 @@ impl Layer {
             && checked.text() == now
         {
             // Saves the next check. The folder may be read-only.
-            let _ = fs::write(&stamp, now);
+            let _ = replace(&stamp, &now);
         }
         Ok(Self { file: Arc::new(file), image })
     }
 }
 
+/// Opens a regular file. Others may never have anything to read: it does not wait for them.
+fn open_file(path: &Path) -> io::Result<File> {
+    let flags = OFlags::NONBLOCK.bits().cast_signed();
+    let file = File::options().read(true).custom_flags(flags).open(path)?;
+    if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("it is no file")) }
+}
+
+/// Puts a new file in the place of one: an old one may be a link to something else, or a pipe.
+fn replace(path: &Path, text: &str) -> io::Result<()> {
+    let _ = fs::remove_file(path);
+    File::create_new(path)?.write_all(text.as_bytes())
+}
+
 /// A short file as text.
 fn read_text(path: &Path) -> io::Result<String> {
     let mut text = String::new();
-    File::open(path)?.take(1024).read_to_string(&mut text)?;
+    open_file(path)?.take(1024).read_to_string(&mut text)?;
     Ok(text)
 }
 
@@ -198,7 +200,7 @@ fn read_text(path: &Path) -> io::Result<String> {
 fn read(folder: &Path) -> Result<(SnapshotState, String), Error> {
     let refused = |what: String| refused(folder, what);
     let mut bytes = Vec::new();
-    let read = File::open(folder.join(STATE))
+    let read = open_file(&folder.join(STATE))
         .and_then(|file| file.take(MOST_STATE + 1).read_to_end(&mut bytes));
     read.map_err(|error| refused(format!("cannot read its {STATE}: {error}")))?;
     if bytes.len() as u64 > MOST_STATE {

@@ -139,7 +139,11 @@ impl DiskIdentity {
     /// # Errors
     /// As for [`DiskIdentity::of_config`].
     pub(crate) fn first_change(saved: &[Self], config: &VmConfig) -> Result<Option<String>, Error> {
-        for (saved, now) in saved.iter().zip(Self::of_config(config)?) {
+        let now = Self::of_config(config)?;
+        if saved.len() != now.len() {
+            return Ok(Some(format!("it knows {} disks of {}", saved.len(), now.len())));
+        }
+        for (saved, now) in saved.iter().zip(now) {
             let path = &now.path;
             if saved.size != now.size {
                 let (was, is) = (saved.size, now.size);

@@ -90,7 +90,7 @@ fn a_chain_of_differences_has_the_last_contents_of_every_page() {
         parent = save(&place(number), &ram, Some((parent, dirty.to_vec()))).unwrap();
         let snapshot = Snapshot::open(&place(number)).unwrap();
         assert!(all(&restored(&snapshot)) == all(&ram), "difference {number}");
-        assert_eq!(snapshot.as_parent().unwrap(), parent);
+        assert_eq!(*parent.folder, fs::canonicalize(place(number)).unwrap());
     }
     // A snapshot in the middle that was replaced.
     save(&place(4), &new_ram(), None).unwrap();
@@ -250,4 +250,46 @@ fn what_another_program_or_a_newer_one_has_written_is_refused_with_the_reason() 
     refuse("\"size\": 16777216", "\"size\": 16773120", "its memory has");
     refuse("{", "[", "is invalid");
     refuse("\"mem\": 16777216", "\"mem\": 33554432", "has another size than its machine");
+}
+
+#[test]
+fn a_stamp_that_leads_to_another_file_does_not_change_it() {
+    let temporary = tempfile::tempdir().unwrap();
+    let (folder, other) = (temporary.path().join("snapshot"), temporary.path().join("other"));
+    save(&folder, &new_ram(), None).unwrap();
+    fs::write(&other, b"precious").unwrap();
+    fs::remove_file(folder.join(STAMP)).unwrap();
+    std::os::unix::fs::symlink(&other, folder.join(STAMP)).unwrap();
+    Snapshot::open(&folder).unwrap();
+    assert_eq!(fs::read(&other).unwrap(), b"precious");
+    assert!(fs::symlink_metadata(folder.join(STAMP)).unwrap().is_file());
+}
+
+#[test]
+fn a_snapshot_of_pipes_folders_and_devices_is_refused_at_once() {
+    let temporary = tempfile::tempdir().unwrap();
+    let folder = temporary.path().join("snapshot");
+    for name in [STATE, CHECKSUM, MEMORY, STAMP] {
+        save(&folder, &new_ram(), None).unwrap();
+        let path = folder.join(name);
+        let replace: [&dyn Fn(); 3] = [
+            &|| {
+                let mode = rustix::fs::Mode::from_raw_mode(0o600);
+                let kind = rustix::fs::FileType::Fifo;
+                rustix::fs::mknodat(rustix::fs::CWD, &path, kind, mode, 0).unwrap();
+            },
+            &|| std::os::unix::fs::symlink("/dev/zero", &path).unwrap(),
+            &|| fs::create_dir(&path).unwrap(),
+        ];
+        for replace in replace {
+            let _ = fs::remove_file(&path);
+            replace();
+            // Without a stamp the memory is read.
+            match name {
+                STAMP => _ = Snapshot::open(&folder).unwrap(),
+                _ => _ = refusal(&folder),
+            }
+        }
+        fs::remove_dir_all(&folder).unwrap();
+    }
 }
