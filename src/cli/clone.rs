@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use super::{inspect, output};
 use crate::config::{DeviceConfig, VmConfig};
-use crate::error::{EXIT_HOST, EXIT_USAGE, Error};
+use crate::error::{EXIT_HOST, EXIT_OK, EXIT_USAGE, Error};
 use crate::host::read_small;
 use crate::inspect::{Connection, Order, Query, Reply, runtime_folder, socket_name};
 use crate::snapshot::{Snapshot, SnapshotRequest};
@@ -66,7 +66,7 @@ impl CloneArgs {
     /// Starts the clones, prints a line for each, and returns the exit code. If one does not start, those before it run on.
     pub(super) fn perform(&self) -> u8 {
         match self.start_all() {
-            Ok(()) => 0,
+            Ok(()) => EXIT_OK,
             Err((message, code)) => {
                 output::print_message(&message);
                 code
@@ -110,7 +110,7 @@ impl CloneArgs {
             let folder = self.source.display();
             return Err(failed(format!("Cannot clone {folder}: there is no snapshot")));
         };
-        let own = tempfile_name();
+        let own = format!("rvmm-clone-{}", std::process::id());
         let folder = std::env::temp_dir().join(own);
         let request = SnapshotRequest {
             folder: folder.as_path().into(),
@@ -131,11 +131,6 @@ impl CloneArgs {
         }
         Ok(source)
     }
-}
-
-/// A name for a folder of this process.
-fn tempfile_name() -> String {
-    format!("rvmm-clone-{}", std::process::id())
 }
 
 /// The snapshot that machines are cloned from.

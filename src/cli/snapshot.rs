@@ -11,9 +11,9 @@ use rvmm_devices::config::{Cid, MacAddress};
 use rvmm_devices::{FilePath, number};
 
 use super::verb::MachineArgs;
-use super::{inspect, output, run, value};
+use super::{exit_code, inspect, output, run, value};
 use crate::config::{Endpoint, GdbConfig, TraceConfig, quoted};
-use crate::error::{EXIT_OK, Error};
+use crate::error::EXIT_OK;
 use crate::inspect::{Order, Reply};
 use crate::snapshot::{Snapshot, SnapshotReport, SnapshotRequest};
 use crate::vmm::{NewEnd, RestoreOptions, Vmm};
@@ -171,16 +171,11 @@ impl RestoreTask {
         let Self { folder, options, level } = self;
         let snapshot = match Snapshot::open(&folder) {
             Ok(snapshot) => snapshot,
-            Err(error) => return fail(&error),
+            Err(error) => return exit_code(Err(error)),
         };
         let name = options.name.clone().unwrap_or_else(|| snapshot.machine().config.name.clone());
         run::run_machine(&name, level, |parts| Vmm::restore(snapshot, options, parts))
     }
-}
-
-fn fail(error: &Error) -> u8 {
-    output::print_message(&output::chain(error));
-    error.exit_code()
 }
 
 fn json(report: &SnapshotReport) -> String {

@@ -1,7 +1,6 @@
 //! Saving a paused machine, and continuing a saved one.
 
 use std::error::Error as _;
-use std::fmt::Display;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -13,7 +12,7 @@ use crate::config::{DeviceConfig, IrqchipChoice, ValidConfig, VmConfig};
 use crate::error::{Error, VmError};
 use crate::gdb::DebugContext;
 use crate::hypervisor::{RAM_SLOT, Vm};
-use crate::memory::{GuestRam, PAGE};
+use crate::memory::{GuestRam, PAGE, append};
 use crate::snapshot::{DiskIdentity, Parent, SavedMachine, Snapshot};
 use crate::vcpu::Wakeups;
 use crate::vcpu::hart::Hart;
@@ -66,11 +65,7 @@ fn ranges_of(words: impl Iterator<Item = u64>, size: u64) -> Vec<Range<u64>> {
         while left != 0 {
             let page = first + u64::from(left.trailing_zeros());
             left &= left - 1;
-            let (start, end) = (page * PAGE, (page + 1) * PAGE);
-            match ranges.last_mut() {
-                Some(last) if last.end == start => last.end = end,
-                _ => ranges.push(start..end),
-            }
+            append(&mut ranges, page * PAGE..(page + 1) * PAGE);
         }
     }
     ranges.retain(|range| range.end <= size);
@@ -104,11 +99,6 @@ impl Continuation {
         let elapsed = now_ns().saturating_sub(self.snapshot.machine().saved_at_ns);
         let ticks = u128::from(elapsed) * u128::from(timebase_hz) / 1_000_000_000;
         u64::try_from(ticks).unwrap_or(u64::MAX)
-    }
-
-    fn refused(&self, error: &dyn Display) -> Error {
-        let folder = self.snapshot.folder().display();
-        Error::Snapshot(format!("Cannot use the snapshot {folder}: {error}"))
     }
 }
 
@@ -243,10 +233,10 @@ impl Board {
         let SavedMachine { mut vm, devices, .. } = from.snapshot.machine().clone();
         vm.time = vm.time.wrapping_add(from.ticks_missed(timebase_hz));
         let interrupted = self.vm.restore(&vm).map_err(|error| match error.source() {
-            Some(source) => from.refused(&format_args!("{error}: {source}")),
-            None => from.refused(&error),
+            Some(source) => from.snapshot.refused(format_args!("{error}: {source}")),
+            None => from.snapshot.refused(&error),
         })?;
-        self.bus.restore(devices).map_err(|error| from.refused(&error))?;
+        self.bus.restore(devices).map_err(|error| from.snapshot.refused(&error))?;
         // Other copies may run already, from the same snapshot and with the same random numbers.
         let renewed = backends.generation.renew();
         renewed.map_err(|e| host_error("renew the generation ID", e))?;

@@ -27,7 +27,7 @@ mod rom;
 mod written;
 
 use lost::Watch;
-pub(crate) use occupied::data_in;
+pub(crate) use occupied::{append, data_in};
 pub use program::discard_program_pages;
 use reserve::Reservation;
 pub(crate) use rom::Rom;

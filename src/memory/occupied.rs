@@ -63,13 +63,16 @@ pub(crate) fn data_in(file: &std::fs::File) -> io::Result<Vec<Range<u64>>> {
 fn united(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
     ranges.sort_unstable_by_key(|range| range.start);
     let mut apart: Vec<Range<u64>> = Vec::with_capacity(ranges.len());
-    for range in ranges {
-        match apart.last_mut() {
-            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
-            _ => apart.push(range),
-        }
-    }
+    ranges.into_iter().for_each(|range| append(&mut apart, range));
     apart
+}
+
+/// Appends a range that does not begin before the last one, joined with it if they touch.
+pub(crate) fn append(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
+    match ranges.last_mut() {
+        Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+        _ => ranges.push(range),
+    }
 }
 
 #[cfg(test)]

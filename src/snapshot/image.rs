@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use serde::{Deserialize, Serialize};
 
 use super::checksum::{self, PAGE_BYTES, PAGE_WORDS, PageSum};
-use crate::memory::{PAGE, data_in};
+use crate::memory::{PAGE, append, data_in};
 
 /// Pages that are copied at once.
 const BATCH: usize = 64;
@@ -106,7 +106,7 @@ impl ImageWriter {
             for (at, words) in pages.zip(self.words.chunks(PAGE_WORDS)) {
                 let checksum = checksum::of_page(words);
                 if self.pages.set(at / PAGE, checksum) || checksum.is_some() {
-                    push(&mut runs, at..at + PAGE);
+                    append(&mut runs, at..at + PAGE);
                 }
             }
             let bytes = bytes_of(&mut self.words, &batch);
@@ -189,7 +189,7 @@ impl PageTable {
     fn ranges(&self, with_zeroes: bool) -> Vec<Range<u64>> {
         let mut ranges = Vec::new();
         for (number, _) in self.pages().filter(|(_, checksum)| with_zeroes || checksum.is_some()) {
-            push(&mut ranges, number * PAGE..(number + 1) * PAGE);
+            append(&mut ranges, number * PAGE..(number + 1) * PAGE);
         }
         ranges
     }
@@ -226,14 +226,6 @@ fn sum_up(sum: &mut PageSum, batch: &Range<u64>, words: &[u64]) {
         if let Some(checksum) = checksum::of_page(page) {
             sum.add(at / PAGE, checksum);
         }
-    }
-}
-
-/// Appends a range, joined with the last one if it follows it.
-fn push(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
-    match ranges.last_mut() {
-        Some(last) if last.end == range.start => last.end = range.end,
-        _ => ranges.push(range),
     }
 }
 

@@ -119,10 +119,9 @@ impl Snapshot {
         &self.machine
     }
 
-    /// The folder, as it was given.
-    #[must_use]
-    pub fn folder(&self) -> &Path {
-        &self.folder
+    /// An error of this snapshot.
+    pub(crate) fn refused(&self, what: impl std::fmt::Display) -> Error {
+        refused(&self.folder, what.to_string())
     }
 
     /// Maps the saved RAM into `ram`, copy on write: nothing is read yet.

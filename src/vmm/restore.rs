@@ -64,21 +64,17 @@ impl RestoreOptions {
         for end in others {
             end.apply(&mut config)?;
         }
-        let refused = |what: String| {
-            let folder = snapshot.folder().display();
-            Error::Snapshot(format!("Cannot use the snapshot {folder}: {what}"))
-        };
         let change = DiskIdentity::first_change(&saved.disks, &config)
-            .map_err(|error| refused(error.to_string()))?;
+            .map_err(|error| snapshot.refused(error))?;
         if let Some(change) = change.filter(|_| !force) {
-            return Err(refused(format!(
+            return Err(snapshot.refused(format!(
                 "{change} (the guest would damage it: use a copy from that time with --disk-path, or --force)"
             )));
         }
         for overlay in overlays {
             overlay.apply(&mut config)?;
         }
-        let config = config.validate().map_err(|error| refused(error.to_string()))?;
+        let config = config.validate().map_err(|error| snapshot.refused(error))?;
         Ok((config, Continuation { snapshot, follows_wall_clock }))
     }
 }

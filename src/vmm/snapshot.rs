@@ -52,7 +52,14 @@ impl Handle {
         let (base, begun) = self.begin_difference().map_err(unsaved)?;
         let base = base.filter(|_| request.diff);
         let parent = base.as_ref().map(|base| base.folder.clone());
-        let mut writer = SnapshotWriter::create(folder, memory.size(), base)?;
+        let mut writer = match SnapshotWriter::create(folder, memory.size(), base.clone()) {
+            Ok(writer) => writer,
+            Err(error) => {
+                // Nothing was taken yet: the next difference is one to the same base.
+                let _ = base.map(|base| self.set_base(base, begun));
+                return Err(error);
+            }
+        };
         let failed = |source| Error::File { verb: "save to", path: folder.into(), source };
         let left = match (request.live, parent.is_some()) {
             (true, is_difference) => {

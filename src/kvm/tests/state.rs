@@ -92,6 +92,8 @@ fn a_guest_that_is_saved_in_a_loop_goes_on_elsewhere_with_the_same_results() {
     assert_eq!(calls(hart.as_mut(), 5), [[3, 2], [6, 2], [9, 2], [12, 2], [15, 2]]);
     hart.settle().unwrap();
     let state = guest.vm.save().unwrap();
+    let (other, _hart) = machine(&[]);
+    assert_eq!(other.vm.restore(&sent(&state)).unwrap(), [0], "it has a software interrupt");
     let (_second, mut moved) = moved(&guest, &state);
     for hart in [hart.as_mut(), moved.as_mut()] {
         let rest = calls(hart, ROUNDS - 5);
@@ -99,6 +101,25 @@ fn a_guest_that_is_saved_in_a_loop_goes_on_elsewhere_with_the_same_results() {
         assert_eq!(rest.last(), Some(&[u64::from(3 * ROUNDS), 2]));
         assert_eq!(called(hart, [0; 2]).1[0], 1 << 63 | 5, "the timer's interrupt");
     }
+}
+
+#[test]
+fn a_hart_that_was_started_and_has_not_run_is_told_apart_from_all_others() {
+    // The first call starts hart 1 behind it; then each makes calls that exit.
+    let guest = Guest::new(&[&[ECALL][..], &li(A7, 0x0900_0000), &[ECALL, jump_back(4)]].concat());
+    let mut harts = [guest.hart(0), guest.hart(1)];
+    guest.vm.create_irqchip(IrqchipChoice::Auto, &plan(2)).unwrap();
+    let [boot, other] = &mut harts;
+    for (number, value) in [(10, 1), (11, BASE + 4), (12, 0), (16, 0), (17, eid::HSM)] {
+        boot.set(Reg::X(number), value).unwrap();
+    }
+    assert!(guest.vm.starting().unwrap().is_empty(), "nothing has run");
+    called(boot.as_mut(), [0; 2]);
+    boot.settle().unwrap();
+    assert_eq!(guest.vm.starting().unwrap(), [1]);
+    called(other.as_mut(), [0; 2]);
+    other.settle().unwrap();
+    assert!(guest.vm.starting().unwrap().is_empty(), "it has begun");
 }
 
 #[test]

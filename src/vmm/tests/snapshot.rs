@@ -350,6 +350,12 @@ fn a_difference_has_only_what_was_written_since_the_last_one() {
     assert!(first.parent.is_none() && first.memory > 0, "the first one is whole");
     let second = save("second", true);
     assert_eq!((second.parent, second.memory), (parent("first"), 0), "nothing was written");
+    let disk = SnapshotRequest {
+        folder: guest.path("disk").into(),
+        diff: true,
+        ..SnapshotRequest::default()
+    };
+    assert!(handle.snapshot(&disk).is_err(), "a mistake in the name costs no base");
     // A reset writes all of it.
     handle.reset().unwrap();
     let third = save("third", true);
