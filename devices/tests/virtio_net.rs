@@ -95,6 +95,44 @@ fn a_card_has_the_mac_address_that_its_backend_needs() {
     );
 }
 
+#[test]
+fn a_restored_card_has_the_address_that_the_driver_has_read_unless_another_one_is_chosen() {
+    let card = |end: [u8; 6], chosen: Option<[u8; 6]>| {
+        let net = MemoryNet::new().unwrap();
+        net.set_address(end);
+        let mac = chosen.and_then(MacAddress::new);
+        let settings = NetConfig { mac, pin: true, ..NetConfig::default() };
+        let mut rig = None;
+        captured_log(|| {
+            rig = Some(Rig::new(Box::new(Net::new(Box::new(net.clone()), &settings).unwrap())))
+        });
+        (rig.unwrap(), net)
+    };
+    let address = |rig: &mut Rig| {
+        let mut address = [0; 6];
+        rig.device.read(0x100, &mut address).unwrap();
+        address
+    };
+    let (mut saved, _) = card(MAC, None);
+    saved.device.pause().unwrap();
+    let state = saved.device.save().unwrap();
+    // Another network, whose end would give the card another address.
+    let other = [2, 9, 9, 9, 9, 9];
+    let (mut moved, net) = card(other, None);
+    moved.device.restore(state.clone()).unwrap();
+    moved.device.resume();
+    assert_eq!(address(&mut moved), MAC);
+    // Frames are checked against the same address.
+    moved.start(PLAIN);
+    let mut test = Test { rig: moved, net, counters: Arc::default() };
+    test.send(&NO_HEADER, &frame(64));
+    assert_eq!(test.net.sent().len(), 1);
+    let chosen = [2, 7, 7, 7, 7, 7];
+    let (mut cloned, _) = card(other, Some(chosen));
+    cloned.device.restore(state).unwrap();
+    assert_eq!(address(&mut cloned), chosen);
+}
+
 /// A frame of `len` bytes from `MAC`, filled with a pattern.
 fn frame(len: usize) -> Vec<u8> {
     let mut frame: Vec<u8> = (0..len).map(|at| (at % 251) as u8).collect();

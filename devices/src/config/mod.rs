@@ -23,6 +23,7 @@ pub(crate) mod text;
 pub use endpoint::Endpoint;
 pub use number::{ByteRate, Number, Slot};
 pub use path::FilePath;
+pub(crate) use path::decode as decode_hex;
 
 pub use crate::constant::ConstConfig;
 pub use crate::flash::{FlashConfig, FlashMode, FlashSize, PageAddress};

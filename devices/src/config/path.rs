@@ -134,7 +134,7 @@ impl<'de> Visitor<'de> for PathVisitor {
 }
 
 /// The bytes of hexadecimal digits; at least one.
-fn decode(digits: &str) -> Option<Vec<u8>> {
+pub(crate) fn decode(digits: &str) -> Option<Vec<u8>> {
     let is_whole = !digits.is_empty() && digits.len().is_multiple_of(2);
     let byte = |pair: &[u8]| {
         let text = std::str::from_utf8(pair).ok().filter(|text| !text.starts_with('+'))?;

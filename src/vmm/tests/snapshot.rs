@@ -246,7 +246,21 @@ fn a_disk_that_has_changed_is_refused_unless_it_is_forced_or_another_one() {
     let text = refused(restore(&saved, RestoreOptions::default(), idle()), EXIT_SNAPSHOT);
     assert!(text.contains("was written since") && text.contains("--disk-path"), "{text}");
     restore(&saved, forced.clone(), idle()).unwrap();
-    restore(&saved, other(0), idle()).unwrap();
+    // The disk of another file is the same one for the guest, by its serial number.
+    let options = RestoreOptions { paused: true, ..other(0) };
+    let running = restore(&saved, options, idle()).unwrap().start().unwrap();
+    while running.handle().state() != MachineState::Paused {
+        std::thread::yield_now();
+    }
+    let serial = |devices: Vec<rvmm_devices::DeviceState>| {
+        let state = devices.into_iter().find(|device| device.model == "blk").unwrap();
+        serde_json::to_value(state.state).unwrap()["device"]["serial"].clone()
+    };
+    let before = serial(Snapshot::open(&saved).unwrap().machine().devices.clone());
+    assert!(before.is_string());
+    assert_eq!(serial(running.handle().save().unwrap().machine.devices), before);
+    running.handle().stop();
+    running.wait().unwrap();
     assert!(refused(restore(&saved, other(1), idle()), EXIT_USAGE).contains("no disk vdb"));
     fs::write(&disk, vec![1; 2 << 20]).unwrap();
     let text = refused(restore(&saved, RestoreOptions::default(), idle()), EXIT_SNAPSHOT);

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::request::ID_BYTES;
 use super::{Blk, DriverView, NOW, POLL_DELAY, feature};
+use crate::config::decode_hex;
 use crate::lifecycle::{PauseError, RestoreError, SaveError, SavedState};
 use crate::virtio::bucket::LimiterState;
 use crate::virtio::{VirtioLifecycle, Work};
@@ -105,7 +105,8 @@ impl VirtioLifecycle for Blk {
         _work: &mut Work<'_>,
     ) -> Result<(), RestoreError> {
         let BlkState { is_writeback, serial, limiter } = state.read()?;
-        let id = serial_of(&serial).ok_or_else(|| RestoreError::invalid("the serial number"))?;
+        let id = decode_hex(&serial).and_then(|bytes| bytes.try_into().ok());
+        let id = id.ok_or_else(|| RestoreError::invalid("the serial number"))?;
         // Whatever file the disk is in now: the guest may have found it by this number.
         if !self.has_chosen_id {
             self.id = id;
@@ -114,17 +115,6 @@ impl VirtioLifecycle for Blk {
         self.state.has_flush = features.is_some_and(|taken| taken & feature::FLUSH != 0);
         self.limiter.restore(limiter)
     }
-}
-
-/// The bytes of a serial number in hexadecimal.
-fn serial_of(digits: &str) -> Option<[u8; ID_BYTES]> {
-    let (pairs, rest) = digits.as_bytes().as_chunks::<2>();
-    let byte = |pair: &[u8; 2]| {
-        let text = std::str::from_utf8(pair).ok().filter(|text| !text.starts_with('+'))?;
-        u8::from_str_radix(text, 16).ok()
-    };
-    let bytes: Option<Vec<u8>> = pairs.iter().map(byte).collect();
-    bytes.filter(|_| rest.is_empty())?.try_into().ok()
 }
 
 impl Blk {
