@@ -53,6 +53,9 @@ impl MachineMemory {
     pub(crate) fn take_dirty(&self) -> io::Result<Vec<Range<u64>>> {
         let own = self.ram.take_written();
         let guests = self.vm.dirty_pages(RAM_SLOT)?;
+        if own.len() != guests.len() {
+            return Err(io::Error::other("the writes of devices are not recorded"));
+        }
         Ok(ranges_of(guests.into_iter().zip(own).map(|(guests, own)| guests | own), self.size()))
     }
 }
