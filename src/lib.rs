@@ -53,6 +53,7 @@ pub mod labs;
 pub mod layout;
 mod machine;
 pub mod memory;
+pub mod migration;
 pub mod riscv;
 pub mod signals;
 pub mod snapshot;

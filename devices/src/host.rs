@@ -36,6 +36,18 @@ pub trait Host: Send + Sync {
         )))
     }
 
+    /// Releases the locks of all disks, so that another program can open them. Their devices are at rest until
+    /// [`retake_locks`](Self::retake_locks).
+    fn release_locks(&self) {}
+
+    /// Takes the locks of all disks again.
+    ///
+    /// # Errors
+    /// Another program uses one of them.
+    fn retake_locks(&self) -> Result<(), HostError> {
+        Ok(())
+    }
+
     /// Connects a network device.
     ///
     /// # Errors

@@ -13,6 +13,7 @@ use super::clone::CloneArgs;
 use super::device::{self, ConsoleEnd, DeviceFlag};
 #[cfg(feature = "labs")]
 use super::lab::LabVerb;
+use super::migrate::MigrateArgs;
 use super::snapshot::{RestoreArgs, SnapshotArgs};
 use super::texts::{ABOUT, EXAMPLES, LONG_ABOUT, SHORT_END};
 use super::value::{self, List};
@@ -102,12 +103,17 @@ pub(super) enum Verb {
     /// Save a running machine in a folder, from which rvmm restore continues it
     #[command(after_help = "Example: rvmm snapshot web web.snapshot")]
     Snapshot(SnapshotArgs),
-    /// Continue a machine that was saved
-    #[command(after_help = "Example: rvmm restore web.snapshot --name again")]
+    /// Continue a machine that was saved, or take over one that comes from rvmm migrate
+    #[command(
+        after_help = "Examples: rvmm restore web.snapshot --name again\n          rvmm restore --listen unix:/tmp/web.move"
+    )]
     Restore(Box<RestoreArgs>),
     /// Start several machines from one snapshot; they share its memory
     #[command(after_help = "Example: rvmm clone web.snapshot -n 10")]
     Clone(CloneArgs),
+    /// Move a running machine to a process that waits for it with rvmm restore --listen
+    #[command(after_help = "Example: rvmm migrate web unix:/tmp/web.move")]
+    Migrate(MigrateArgs),
     /// Print a completion script for a shell
     #[command(
         after_help = "Example: rvmm completions bash > ~/.local/share/bash-completion/completions/rvmm"

@@ -39,6 +39,7 @@ mod inspect;
 mod lab;
 mod logging;
 mod manual;
+mod migrate;
 mod output;
 mod run;
 mod snapshot;
@@ -68,6 +69,8 @@ enum Task {
     Ask(inspect::Request),
     /// Give an order to a running machine.
     Give(OrderTask),
+    /// Move a running machine to another process.
+    Migrate(migrate::MigrateArgs),
     /// Start clones of a machine that was saved.
     Clone(clone::CloneArgs),
     /// Continue a machine that was saved. Boxed: the other tasks are small.
@@ -93,6 +96,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> u8 {
         Ok(Task::Give(task)) => task.perform(),
         Ok(Task::Restore(task)) => task.perform(),
         Ok(Task::Clone(args)) => args.perform(),
+        Ok(Task::Migrate(args)) => args.perform(),
         Ok(Task::Watch(request)) => inspect::watch(&request),
         Ok(Task::Show(text)) => output::show(&text),
         Err(mistake) => {
@@ -130,6 +134,7 @@ fn task(args: impl Iterator<Item = OsString>, env_level: Option<OsString>) -> Re
         Some(Verb::Snapshot(args)) => args.task().map(Task::Give),
         Some(Verb::Restore(args)) => args.task(env_level).map(|task| Task::Restore(Box::new(task))),
         Some(Verb::Clone(args)) => Ok(Task::Clone(args)),
+        Some(Verb::Migrate(args)) => Ok(Task::Migrate(args)),
         Some(Verb::Completions { shell }) => Ok(Task::Show(manual::completions(shell))),
         Some(Verb::Man) => Ok(Task::Show(manual::page())),
     }

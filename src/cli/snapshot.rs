@@ -11,10 +11,11 @@ use rvmm_devices::config::{Cid, MacAddress};
 use rvmm_devices::{FilePath, number};
 
 use super::verb::MachineArgs;
-use super::{exit_code, inspect, output, run, value};
+use super::{exit_code, inspect, migrate, output, run, value};
 use crate::config::{Endpoint, GdbConfig, TraceConfig, quoted};
 use crate::error::EXIT_OK;
 use crate::inspect::{Order, Reply};
+use crate::migration::{Address, Incoming};
 use crate::snapshot::{Snapshot, SnapshotReport, SnapshotRequest};
 use crate::vmm::{NewEnd, RestoreOptions, Vmm};
 
@@ -47,8 +48,11 @@ pub(super) struct SnapshotArgs {
 #[derive(Debug, Args)]
 pub(super) struct RestoreArgs {
     /// The folder of the snapshot
-    #[arg(value_name = "DIR")]
-    folder: PathBuf,
+    #[arg(value_name = "DIR", required_unless_present = "listen")]
+    folder: Option<PathBuf>,
+    /// Wait for a machine that rvmm migrate sends: unix:PATH, tcp:HOST:PORT on this host, or fd:N, a connected socket
+    #[arg(long, value_name = "WHERE", conflicts_with = "folder", value_parser = OsStringValueParser::new().try_map(migrate::address))]
+    listen: Option<Address>,
     /// Name of the machine [default: that of the saved one]
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
@@ -100,9 +104,16 @@ pub(super) struct RestoreArgs {
 /// A machine to be restored.
 #[derive(Debug)]
 pub(super) struct RestoreTask {
-    folder: PathBuf,
+    from: From,
     options: RestoreOptions,
     level: LevelFilter,
+}
+
+/// What a machine continues from.
+#[derive(Debug)]
+enum From {
+    Folder(PathBuf),
+    Migration(Address),
 }
 
 /// An order to a running machine, and the form of its reply.
@@ -161,20 +172,33 @@ impl RestoreArgs {
             trace: self.trace,
             gdb: self.gdb,
         };
-        Ok(RestoreTask { folder: self.folder, options, level })
+        let folder = From::Folder(self.folder.unwrap_or_default());
+        let from = self.listen.map_or(folder, From::Migration);
+        Ok(RestoreTask { from, options, level })
     }
 }
 
 impl RestoreTask {
     /// Runs the machine until it stops, and returns the exit code.
     pub(super) fn perform(self) -> u8 {
-        let Self { folder, options, level } = self;
-        let snapshot = match Snapshot::open(&folder) {
-            Ok(snapshot) => snapshot,
-            Err(error) => return exit_code(Err(error)),
-        };
-        let name = options.name.clone().unwrap_or_else(|| snapshot.machine().config.name.clone());
-        run::run_machine(&name, level, |parts| Vmm::restore(snapshot, options, parts))
+        let Self { from, options, level } = self;
+        let named = |saved: &str| options.name.clone().unwrap_or_else(|| saved.to_owned());
+        match from {
+            From::Folder(folder) => match Snapshot::open(&folder) {
+                Ok(snapshot) => {
+                    let name = named(&snapshot.machine().config.name);
+                    run::run_machine(&name, level, |parts| Vmm::restore(snapshot, options, parts))
+                }
+                Err(error) => exit_code(Err(error)),
+            },
+            From::Migration(address) => match Incoming::accept(&address) {
+                Ok(incoming) => {
+                    let name = named(incoming.name());
+                    run::run_machine(&name, level, |parts| Vmm::receive(incoming, options, parts))
+                }
+                Err(error) => exit_code(Err(error)),
+            },
+        }
     }
 }
 
@@ -272,7 +296,9 @@ mod tests {
     fn restored(args: &[&str]) -> RestoreOptions {
         match parse(&[&["restore", "dir"], args].concat()) {
             Ok(Task::Restore(task)) => {
-                assert_eq!(task.folder.to_str(), Some("dir"));
+                assert!(
+                    matches!(task.from, From::Folder(folder) if folder.to_str() == Some("dir"))
+                );
                 task.options
             }
             other => panic!("{args:?}: {other:?}"),

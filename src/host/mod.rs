@@ -14,7 +14,7 @@
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use log::warn;
 use rvmm_devices::flash::{FlashMemory, FlashPlan};
@@ -39,6 +39,7 @@ mod small;
 mod tap;
 mod vhost;
 
+use disk::DiskLock;
 pub(crate) use disk::{create_overlay, disk_size};
 #[cfg(test)]
 pub(crate) use output::tests::on_a_small_file_system;
@@ -58,12 +59,21 @@ pub(crate) struct Linux {
     stop: StopRequest,
     /// The consoles of devices, each of which has one user.
     consoles: Mutex<Vec<Endpoint>>,
+    /// The locks of disks.
+    locks: Mutex<Vec<Weak<DiskLock>>>,
 }
 
 impl Linux {
     /// Creates a host whose consoles call `stop` on Ctrl-A x.
     pub(crate) fn new(stop: StopRequest) -> Self {
-        Self { stop, consoles: Mutex::default() }
+        Self { stop, consoles: Mutex::default(), locks: Mutex::default() }
+    }
+
+    /// The locks of the disks that are open.
+    fn locks(&self) -> Vec<Arc<DiskLock>> {
+        let mut locks = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
+        locks.retain(|lock| lock.strong_count() > 0);
+        locks.iter().filter_map(Weak::upgrade).collect()
     }
 }
 
@@ -97,7 +107,22 @@ impl Host for Linux {
         plan: &DiskPlan,
         memory: Arc<dyn DmaMemory>,
     ) -> Result<Box<dyn DiskBackend>, HostError> {
-        Ok(Box::new(disk::open(plan, memory)?))
+        let disk = disk::open(plan, memory)?;
+        self.locks.lock().unwrap_or_else(PoisonError::into_inner).push(disk.lock());
+        Ok(Box::new(disk))
+    }
+
+    fn release_locks(&self) {
+        self.locks().iter().for_each(|lock| lock.release());
+    }
+
+    fn retake_locks(&self) -> Result<(), HostError> {
+        let taken = self.locks().iter().try_for_each(|lock| lock.retake());
+        if taken.is_err() {
+            // All or none.
+            self.release_locks();
+        }
+        taken
     }
 
     fn console(&self, to: &Endpoint) -> Result<Box<dyn ConsoleBackend>, HostError> {

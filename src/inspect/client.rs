@@ -3,11 +3,13 @@
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder};
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::attached;
 use super::query::{Order, Query, Reply};
 use crate::sockets::remove_stale_socket;
 
@@ -145,8 +147,37 @@ impl Connection {
         reply
     }
 
+    /// Sends an order with a descriptor, which is closed here, calls `each` with every reply but the last one, and returns that, however
+    /// long it takes.
+    ///
+    /// # Errors
+    /// As for [`Connection::ask`].
+    pub fn give_with(
+        &mut self,
+        order: &Order,
+        descriptor: OwnedFd,
+        mut each: impl FnMut(&Reply),
+    ) -> io::Result<Reply> {
+        let line = serde_json::to_string(order)? + "\n";
+        self.reader.get_ref().set_read_timeout(None)?;
+        let sent = attached::send(self.reader.get_ref(), line.as_bytes(), descriptor.as_fd())?;
+        // The machine has its own: the other side notices when that one is closed.
+        drop(descriptor);
+        self.reader.get_mut().write_all(line.as_bytes().get(sent..).unwrap_or_default())?;
+        loop {
+            match self.read_reply()? {
+                reply @ Reply::Progress(_) => each(&reply),
+                reply => return Ok(reply),
+            }
+        }
+    }
+
     fn exchange(&mut self, line: String) -> io::Result<Reply> {
         self.reader.get_mut().write_all(format!("{line}\n").as_bytes())?;
+        self.read_reply()
+    }
+
+    fn read_reply(&mut self) -> io::Result<Reply> {
         let mut line = Vec::new();
         self.reader.by_ref().take(MAX_LINE).read_until(b'\n', &mut line)?;
         if line.is_empty() {

@@ -1,5 +1,5 @@
 //! Inspection of a running machine: counters, registers and page table walks, through a Unix socket. The same socket takes orders of
-//! the machine's owner: pause, resume, snapshot.
+//! the machine's owner: pause, resume, snapshot, migrate.
 //!
 //! The socket is `rvmm/NAME-PID.sock` in the user's runtime folder; without such a folder there is none. The I/O loop watches
 //! it; each connection has a thread of its own. Without a connection the socket costs one descriptor.
@@ -8,9 +8,11 @@
 //! |---|---|
 //! | `query.rs` | queries, orders and replies: a line each way |
 //! | `server.rs` | [`InspectionServer`]: the machine's end of the socket |
+//! | `attached.rs` | a descriptor that comes with a line |
 //! | `client.rs` | the client: finds running machines and connects to one |
 //! | `walk.rs` | [`Walk`]: an address through both stages of translation |
 
+mod attached;
 mod client;
 mod query;
 mod server;

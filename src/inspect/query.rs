@@ -2,11 +2,13 @@
 //! the reply are JSON (`echo '"pause"' | nc -U SOCKET`).
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 
 use rvmm_devices::number::number;
 use serde::{Deserialize, Serialize};
 
 use super::walk::Walk;
+use crate::migration::{MigrationProgress, MigrationReport, MigrationRequest};
 use crate::snapshot::{SnapshotReport, SnapshotRequest};
 
 /// A query.
@@ -63,6 +65,8 @@ pub enum Order {
     Resume,
     /// Save the machine in a folder of this host.
     Snapshot(SnapshotRequest),
+    /// Move the machine to the process at the other end of the stream socket that comes with this line (SCM_RIGHTS of unix(7)).
+    Migrate(MigrationRequest),
 }
 
 impl Order {
@@ -90,6 +94,10 @@ pub enum Reply {
     },
     /// To [`Order::Snapshot`].
     Snapshot(SnapshotReport),
+    /// To [`Order::Migrate`], after each round: more lines follow.
+    Progress(MigrationProgress),
+    /// To [`Order::Migrate`], last.
+    Migrated(MigrationReport),
     /// A message: the query is invalid, the order was not carried out, or the machine is just restarting or ending.
     Error(String),
 }
@@ -151,6 +159,12 @@ pub trait Inspectable: Send + Sync {
     /// Answers a query. May pause the machine for a moment; waits for nothing else.
     fn answer(&self, query: Query) -> Reply;
 
-    /// Carries out an order, which may take as long as writing the machine's memory.
-    fn carry_out(&self, order: Order) -> Reply;
+    /// Carries out an order, which may take as long as writing the machine's memory. `attached` is the descriptor that came with it, and
+    /// `tell` sends a reply before the last one: false if the client has gone.
+    fn carry_out(
+        &self,
+        order: Order,
+        attached: Option<OwnedFd>,
+        tell: &mut dyn FnMut(&Reply) -> bool,
+    ) -> Reply;
 }

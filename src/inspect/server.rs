@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use log::debug;
 
+use super::attached::WithDescriptor;
 use super::query::{Inspectable, Order, Query, Reply};
 use crate::error::Error;
 use crate::io_loop::EventSource;
@@ -131,7 +132,7 @@ impl Drop for ClientSlot {
 
 /// Answers queries until the client disconnects.
 fn serve(stream: &UnixStream, target: &dyn Inspectable, busy: &AtomicUsize) -> io::Result<()> {
-    let mut reader = BufReader::with_capacity(256, stream);
+    let mut reader = BufReader::with_capacity(256, WithDescriptor { stream, attached: None });
     let mut line = Vec::new();
     loop {
         line.clear();
@@ -139,10 +140,14 @@ fn serve(stream: &UnixStream, target: &dyn Inspectable, busy: &AtomicUsize) -> i
             return Ok(());
         }
         let _busy = Busy::begin(busy);
+        let attached = reader.get_mut().attached.take();
         let text = std::str::from_utf8(&line).ok().filter(|line| line.ends_with('\n'));
         let (reply, is_known) = match (text.and_then(Query::read), text.and_then(Order::read)) {
             (Some(query), _) => (target.answer(query), true),
-            (None, Some(Ok(order))) => (target.carry_out(order), true),
+            (None, Some(Ok(order))) => {
+                let mut tell = |reply: &Reply| write_reply(stream, reply).is_ok();
+                (target.carry_out(order, attached, &mut tell), true)
+            }
             (None, Some(Err(error))) => {
                 (Reply::Error(format!("The order is invalid: {error}")), false)
             }
@@ -150,12 +155,15 @@ fn serve(stream: &UnixStream, target: &dyn Inspectable, busy: &AtomicUsize) -> i
                 (Reply::Error("Queries are stat, regs, and walk ADDRESS [HART]".into()), false)
             }
         };
-        let mut text = serde_json::to_vec(&reply)?;
-        text.push(b'\n');
-        let mut writer = stream;
-        writer.write_all(&text)?;
+        write_reply(stream, &reply)?;
         if !is_known {
             return Ok(());
         }
     }
+}
+
+fn write_reply(mut stream: &UnixStream, reply: &Reply) -> io::Result<()> {
+    let mut text = serde_json::to_vec(reply)?;
+    text.push(b'\n');
+    stream.write_all(&text)
 }

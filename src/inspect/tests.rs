@@ -1,6 +1,7 @@
 //! Queries over a socket, and page table walks.
 
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -15,6 +16,7 @@ use super::{
 };
 use crate::config::Unassigned;
 use crate::io_loop::{IoLoop, IoThread};
+use crate::migration::{MigrationProgress, MigrationRequest};
 use crate::snapshot::SnapshotRequest;
 use crate::trace::DeviceMap;
 use crate::vcpu::testing::{RAM, UART, context};
@@ -29,8 +31,20 @@ impl Inspectable for Echo {
         }
     }
 
-    fn carry_out(&self, order: Order) -> Reply {
+    fn carry_out(
+        &self,
+        order: Order,
+        attached: Option<OwnedFd>,
+        tell: &mut dyn FnMut(&Reply) -> bool,
+    ) -> Reply {
         match order {
+            Order::Migrate(_) => {
+                assert!(tell(&Reply::Progress(MigrationProgress::default())));
+                let mut text = String::new();
+                let mut stream = attached.map(UnixStream::from).expect("a socket");
+                stream.read_to_string(&mut text).unwrap();
+                Reply::Error(text)
+            }
             Order::Pause => Reply::Done { took_ns: 1 },
             other => Reply::Error(serde_json::to_string(&other).unwrap()),
         }
@@ -85,6 +99,26 @@ fn orders_are_carried_out_on_the_same_connection() {
         let _ = stream.read_to_string(&mut reply);
         assert!(reply.starts_with("{\"error\":\"The order is invalid: "), "{order:?}: {reply}");
     }
+    served.stop(Duration::ZERO).unwrap();
+}
+
+#[test]
+fn a_descriptor_comes_with_an_order_and_replies_come_before_the_last_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("web-1.sock");
+    let served = server(&path);
+    let mut connection = Connection::to(&path).unwrap();
+    for text in ["first", "second"] {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        ours.write_all(text.as_bytes()).unwrap();
+        drop(ours);
+        let mut before = Vec::new();
+        let order = Order::Migrate(MigrationRequest::default());
+        let last = connection.give_with(&order, theirs.into(), |reply| before.push(reply.clone()));
+        assert_eq!(last.unwrap(), Reply::Error(text.into()));
+        assert_eq!(before, [Reply::Progress(MigrationProgress::default())]);
+    }
+    assert!(matches!(connection.ask(Query::Stat).unwrap(), Reply::Stat(_)));
     served.stop(Duration::ZERO).unwrap();
 }
 

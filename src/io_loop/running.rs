@@ -177,11 +177,22 @@ impl IoThread {
         self.end(drain)
     }
 
+    /// Stops a paused loop, whose devices stay at rest: no event is delivered any more. Returns when the thread has ended.
+    ///
+    /// # Errors
+    /// As for [`IoThread::stop`].
+    pub fn stop_at_rest(mut self) -> io::Result<()> {
+        self.end_by(Instant::now())
+    }
+
     fn end(&mut self, drain: Duration) -> io::Result<()> {
-        let Some(thread) = self.thread.take() else { return Ok(()) };
         let now = Instant::now();
-        let deadline = now.checked_add(drain).unwrap_or(now);
         self.state.lock_rest().is_requested = false;
+        self.end_by(now.checked_add(drain).unwrap_or(now))
+    }
+
+    fn end_by(&mut self, deadline: Instant) -> io::Result<()> {
+        let Some(thread) = self.thread.take() else { return Ok(()) };
         *self.state.deadline.lock().unwrap_or_else(PoisonError::into_inner) = Some(deadline);
         // There may be output for which no source is listed yet.
         self.refresh();

@@ -82,18 +82,24 @@ pub(super) struct Backends {
 }
 
 impl Board {
-    /// Builds a board of `config` on `host`, its devices connected to `backends`. Its harts have not run.
+    /// Allocates the memory of a board of `config`.
+    pub(super) fn ram(config: &VmConfig) -> Result<Arc<GuestRam>, Error> {
+        let span = Span { base: RAM_BASE, size: config.mem };
+        // Shared memory costs copies of the user's files: it is used only where another program serves a device.
+        let is_shared = config.devices.iter().any(|device| device.model().shares_ram);
+        let ram = if is_shared { GuestRam::shared } else { GuestRam::new };
+        ram(span, config.hugepages).map(Arc::new)
+    }
+
+    /// Builds a board of `config` on `host`, with this memory, its devices connected to `backends`. Its harts have not run.
     pub(super) fn build(
         config: &ValidConfig,
         host: &dyn Hypervisor,
         backends: &mut Backends,
         control: &Arc<Control>,
+        ram: Arc<GuestRam>,
     ) -> Result<(Self, Vec<Box<dyn Hart>>), Error> {
-        let span = Span { base: RAM_BASE, size: config.mem };
-        // Shared memory costs copies of the user's files: it is used only where another program serves a device.
-        let is_shared = config.devices.iter().any(|device| device.model().shares_ram);
-        let ram = if is_shared { GuestRam::shared } else { GuestRam::new };
-        let ram = Arc::new(ram(span, config.hugepages)?);
+        let span = ram.span();
         let vm = host.create_vm()?;
         vm.limit_addresses(reach(config, span));
         vm.map_memory(RAM_SLOT, RAM_BASE, ram.host_address(), config.mem)

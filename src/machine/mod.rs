@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `mod.rs` | [`Machine`]: its parts, and how it is built |
 //! | `run.rs` | a run of the guest: begin, end, reset, pause |
-//! | `saved.rs` | saving a machine, and continuing a saved one |
+//! | `saved.rs`, `origin.rs` | saving a machine, and continuing a saved one; what it continues from |
 //! | `build.rs` | the board: VM, RAM, harts, devices; one step a line |
 //! | `attach.rs`, `irqchip.rs`, `fdt.rs` | devices, their interrupt lines, the device tree |
 //! | `load.rs` | the user's files |
@@ -45,6 +45,7 @@ mod firmware;
 pub(crate) mod inspect;
 mod irqchip;
 mod load;
+mod origin;
 mod run;
 mod saved;
 mod stall;
@@ -55,8 +56,9 @@ mod waking_console;
 
 use build::{Backends, Board, Run};
 use load::Files;
+pub(crate) use origin::{Continuation, Migrated, Origin};
+pub(crate) use saved::MachineMemory;
 use saved::Tracking;
-pub(crate) use saved::{Continuation, MachineMemory};
 use upkeep::Upkeep;
 
 /// The parts of a machine besides its configuration; the command uses [`Parts::default`].
@@ -125,6 +127,7 @@ pub(crate) struct Machine {
     /// Ends before the devices do.
     io: Option<IoThread>,
     are_devices_paused: bool,
+    has_departed: bool,
     tracking: Tracking,
     /// The start of the current run.
     begun: Option<Instant>,
@@ -188,8 +191,13 @@ impl Machine {
             observer: parts.observer,
         };
         let debugger = config.gdb.as_ref().map(gdb::Server::open).transpose()?;
-        let (mut board, harts) = Board::build(&config, host.as_ref(), &mut backends, &control)?;
-        let are_devices_paused = matches!(beginning, Beginning::Continue(_));
+        let (are_devices_paused, ram) = match &beginning {
+            Beginning::Start(_) => (false, None),
+            Beginning::Continue(from) => (true, from.origin.ram().cloned()),
+        };
+        let ram = ram.map_or_else(|| Board::ram(&config), Ok)?;
+        let (mut board, harts) =
+            Board::build(&config, host.as_ref(), &mut backends, &control, ram)?;
         let (run, files) = match beginning {
             Beginning::Start(mut files) => {
                 let run = board.load(&config, &files, host.as_ref(), &backends, harts)?;
@@ -222,6 +230,7 @@ impl Machine {
             failure: None,
             io: None,
             are_devices_paused,
+            has_departed: false,
             tracking: Tracking::default(),
             begun: None,
             board,

@@ -202,15 +202,25 @@ impl Machine {
         }
     }
 
-    /// Ends the machine with the reason of its last run, after the devices' last output.
+    /// Notes that the paused machine continues elsewhere: until it ends its devices stay at rest, and serve nothing that the guest has
+    /// requested, since they do so there.
+    pub(crate) fn depart(&mut self) {
+        self.has_departed = true;
+    }
+
+    /// Ends the machine with the reason of its last run, after the devices' last output, unless it [departs](Machine::depart).
     ///
     /// # Errors
     /// The host failed to start a thread or the event loop, or the trace of a guest that ended well could not be written completely.
     pub(crate) fn end(mut self, reason: StopReason) -> Result<StopReason, Error> {
-        self.resume_devices();
-        let is_forced = self.failure.is_some() || reason == StopReason::Requested;
-        let drain = if is_forced { IoLoop::DRAIN } else { IoLoop::LONG_DRAIN };
-        let stopped = self.io.take().map_or(Ok(()), |io| io.stop(drain));
+        let stopped = if self.has_departed && self.are_devices_paused {
+            self.io.take().map_or(Ok(()), IoThread::stop_at_rest)
+        } else {
+            self.resume_devices();
+            let is_forced = self.failure.is_some() || reason == StopReason::Requested;
+            let drain = if is_forced { IoLoop::DRAIN } else { IoLoop::LONG_DRAIN };
+            self.io.take().map_or(Ok(()), |io| io.stop(drain))
+        };
         if let Some(debugger) = self.debugger.take() {
             debugger.end(reason.exit_code());
         }

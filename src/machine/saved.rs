@@ -4,16 +4,16 @@ use std::error::Error as _;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::build::{Backends, Board, Run, RunFacts, has_closed_counters};
+use super::origin::{Continuation, now_ns};
 use super::{Machine, host_error};
 use crate::config::{DeviceConfig, IrqchipChoice, ValidConfig, VmConfig};
 use crate::error::{Error, VmError};
 use crate::gdb::DebugContext;
 use crate::hypervisor::{RAM_SLOT, Vm};
 use crate::memory::{GuestRam, PAGE, append};
-use crate::snapshot::{DiskIdentity, Parent, SavedMachine, Snapshot};
+use crate::snapshot::{DiskIdentity, Parent, SavedMachine};
 use crate::vcpu::Wakeups;
 use crate::vcpu::hart::Hart;
 
@@ -29,6 +29,11 @@ impl MachineMemory {
     /// Size of RAM in bytes.
     pub(crate) fn size(&self) -> u64 {
         self.ram.span().size
+    }
+
+    /// True if RAM is in huge pages of the host's pool.
+    pub(crate) fn is_huge(&self) -> bool {
+        self.ram.is_huge()
     }
 
     /// The ranges that may hold other bytes than zeroes ([`GuestRam::occupied`]).
@@ -83,32 +88,6 @@ pub(super) struct Tracking {
     base: Option<Parent>,
     /// Number of differences begun: a base that was begun before another one is no base any more.
     begun: u64,
-}
-
-/// How a machine continues from a snapshot.
-pub(crate) struct Continuation {
-    /// What was saved.
-    pub(crate) snapshot: Snapshot,
-    /// The guest's time goes on as if it had run meanwhile.
-    pub(crate) follows_wall_clock: bool,
-}
-
-impl Continuation {
-    /// Ticks by which the guest's time goes on at once.
-    fn ticks_missed(&self, timebase_hz: u64) -> u64 {
-        if !self.follows_wall_clock {
-            return 0;
-        }
-        let elapsed = now_ns().saturating_sub(self.snapshot.machine().saved_at_ns);
-        let ticks = u128::from(elapsed) * u128::from(timebase_hz) / 1_000_000_000;
-        u64::try_from(ticks).unwrap_or(u64::MAX)
-    }
-}
-
-/// Nanoseconds since 1970 (UTC).
-fn now_ns() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }
 
 impl Machine {
@@ -171,7 +150,7 @@ impl Machine {
         }
         if on && self.config.devices.iter().any(is_served_by_kernel) {
             return Err(cannot_save(
-                "the host's kernel moves the frames of a network device into its memory (vhost=on) and does not tell which pages it writes: leave out --diff and --live",
+                "the host's kernel moves the frames of a network device into its memory (vhost=on) and does not tell which pages it writes (a snapshot without --diff and --live is possible)",
             ));
         }
         let pause = self.board.control.pause();
@@ -189,6 +168,19 @@ impl Machine {
         logged?;
         self.tracking.is_on = on;
         Ok(())
+    }
+
+    /// Gives up the locks of the disks' files. The machine is paused until [`Machine::take_disks_back`], or ends.
+    pub(crate) fn lend_disks(&self) {
+        self.backends.host.release_locks();
+    }
+
+    /// Takes the locks of the disks' files again.
+    ///
+    /// # Errors
+    /// Another program uses a disk, which is named.
+    pub(crate) fn take_disks_back(&self) -> Result<(), Error> {
+        self.backends.host.retake_locks().map_err(|error| Error::Device(error.to_string()))
     }
 
     /// Begins a difference: returns its base, if there is one, and its number. Until [`Machine::set_base`] there is no base.
@@ -216,7 +208,7 @@ fn cannot_save(reason: &str) -> Error {
 
 impl Board {
     /// Puts a saved machine in the place of one that starts: memory, harts and devices continue where they were, but for the generation ID,
-    /// which is a new one each time. The devices are paused.
+    /// which is a new one where others may continue from the same state. The devices are paused.
     ///
     /// # Errors
     /// [`Error::Snapshot`] for a state that does not fit this host; the board is of no use then.
@@ -232,17 +224,20 @@ impl Board {
             Some(boot) => has_closed_counters(boot.as_ref())?,
             None => false,
         };
-        from.snapshot.fill(&self.ram)?;
-        let SavedMachine { mut vm, devices, .. } = from.snapshot.machine().clone();
+        let origin = &from.origin;
+        origin.fill(&self.ram)?;
+        let SavedMachine { mut vm, devices, .. } = origin.machine().clone();
         vm.time = vm.time.wrapping_add(from.ticks_missed(timebase_hz));
         let interrupted = self.vm.restore(&vm).map_err(|error| match error.source() {
-            Some(source) => from.snapshot.refused(format_args!("{error}: {source}")),
-            None => from.snapshot.refused(&error),
+            Some(source) => origin.refused(format_args!("{error}: {source}")),
+            None => origin.refused(&error),
         })?;
-        self.bus.restore(devices).map_err(|error| from.snapshot.refused(&error))?;
-        // Other copies may run already, from the same snapshot and with the same random numbers.
-        let renewed = backends.generation.renew();
-        renewed.map_err(|e| host_error("renew the generation ID", e))?;
+        self.bus.restore(devices).map_err(|error| origin.refused(&error))?;
+        if origin.may_be_copied() {
+            // Other copies may run already, with the same random numbers.
+            let renewed = backends.generation.renew();
+            renewed.map_err(|e| host_error("renew the generation ID", e))?;
+        }
         self.vm
             .code_changed()
             .map_err(|e| VmError::io("Cannot make the guest's code visible to the harts", e))?;

@@ -139,6 +139,12 @@ impl GuestRam {
         self.span
     }
 
+    /// True if RAM is in huge pages of the host's pool.
+    #[must_use]
+    pub fn is_huge(&self) -> bool {
+        self.reservation.is_huge()
+    }
+
     /// Host virtual address of the start of RAM.
     #[must_use]
     pub fn host_address(&self) -> u64 {

@@ -56,6 +56,11 @@ pub(crate) fn of_bytes(bytes: &[u8]) -> u64 {
     of_words(&words.map(u64::from_le_bytes).collect::<Vec<_>>())
 }
 
+/// The checksum of a message that consists of a number and words, which have the same order of bytes on all hosts that run rvmm.
+pub(crate) fn of_message(number: u64, words: &[u64]) -> u64 {
+    share(number, of_words(words))
+}
+
 fn of_words(words: &[u64]) -> u64 {
     let mut lanes = LANES;
     let (blocks, rest) = words.as_chunks::<8>();

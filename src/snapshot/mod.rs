@@ -13,7 +13,7 @@
 //! |---|---|
 //! | `mod.rs` | [`Snapshot`]: one that exists; [`SnapshotWriter`]: one that is being saved |
 //! | `request.rs` | what clients ask for |
-//! | `state.rs` | the types of `state.json` |
+//! | `state.rs`, `preamble.rs` | the types of `state.json`; what it begins with |
 //! | `image.rs` | RAM in a file |
 //! | `folder.rs`, `stamp.rs` | the folder, written whole or not at all; whether a file has changed |
 //! | `checksum.rs` | the checksum |
@@ -33,21 +33,23 @@ use crate::memory::GuestRam;
 mod checksum;
 mod folder;
 mod image;
+mod preamble;
 mod request;
 mod stamp;
 mod state;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use checksum::of_bytes as checksum;
+pub(crate) use checksum::{PAGE_WORDS, of_bytes as checksum, of_message as message_checksum};
 use folder::PartialFolder;
 pub(crate) use folder::checksum_line;
 use image::ImageWriter;
 pub use image::{MemoryImage, ReadRam};
+pub(crate) use preamble::{Format, Preamble};
 pub use request::{SnapshotReport, SnapshotRequest};
 use stamp::Stamp;
 pub use state::{DiskIdentity, Parent, SavedMachine};
-use state::{Preamble, SnapshotState};
+use state::{FORMAT, SnapshotState};
 
 const STATE: &str = "state.json";
 const MEMORY: &str = "memory";
@@ -215,7 +217,7 @@ fn read(folder: &Path) -> Result<(SnapshotState, String), Error> {
     let invalid = |error: serde_json::Error| refused(format!("its {STATE} is invalid: {error}"));
     // First what says whether this program knows the rest.
     let preamble: Preamble = serde_json::from_slice(&bytes).map_err(invalid)?;
-    preamble.check().map_err(refused)?;
+    preamble.check(&FORMAT).map_err(refused)?;
     let state = serde_json::from_slice(&bytes).map_err(invalid)?;
     Ok((state, sum.trim_end().to_owned()))
 }
@@ -291,7 +293,7 @@ impl CompleteMemory {
     /// A file cannot be written or synchronised. What was in the folder before is still there.
     pub fn finish(self, machine: SavedMachine, folder: &Path) -> Result<Parent, Error> {
         let Self { folder: partial, parent, memory } = self;
-        let preamble = Preamble::of_this_program();
+        let preamble = Preamble::of(&FORMAT);
         let state = SnapshotState { preamble, parent, memory, machine };
         let bytes = serde_json::to_vec_pretty(&state)
             .map_err(|error| refused(folder, format!("its state cannot be written: {error}")))?;

@@ -6,57 +6,13 @@ use rvmm_devices::{DeviceState, FilePath};
 use serde::{Deserialize, Serialize};
 
 use super::image::MemoryImage;
+use super::preamble::{Format, Preamble};
 use crate::config::{DeviceConfig, VmConfig};
 use crate::error::Error;
 use crate::hypervisor::VmState;
 
-/// What every version of the format begins with.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Preamble {
-    /// [`FORMAT`].
-    pub(super) format: String,
-    /// The version of the format: [`VERSION`].
-    pub(super) version: u32,
-    /// The architecture of the host, which is the guest's.
-    pub(super) arch: String,
-    /// The version of rvmm that has written it.
-    pub(super) rvmm: String,
-}
-
-/// The name of the format.
-const FORMAT: &str = "rvmm-snapshot";
-
-/// The version of the format that this program writes, and the only one that it reads.
-const VERSION: u32 = 1;
-
-impl Preamble {
-    pub(super) fn of_this_program() -> Self {
-        Self {
-            format: FORMAT.into(),
-            version: VERSION,
-            arch: std::env::consts::ARCH.into(),
-            rvmm: env!("CARGO_PKG_VERSION").into(),
-        }
-    }
-
-    /// Refuses what this program cannot read, with the reason.
-    pub(super) fn check(&self) -> Result<(), String> {
-        let here = Self::of_this_program();
-        if self.format != here.format {
-            return Err("it is no snapshot of rvmm".into());
-        }
-        if self.version != here.version {
-            return Err(format!(
-                "its format has version {}, written by rvmm {}, and this program (rvmm {}) reads version {VERSION}",
-                self.version, self.rvmm, here.rvmm
-            ));
-        }
-        if self.arch != here.arch {
-            return Err(format!("it was saved on {}, and this host is {}", self.arch, here.arch));
-        }
-        Ok(())
-    }
-}
+/// The format of snapshots.
+pub(super) const FORMAT: Format = Format { name: "rvmm-snapshot", version: 1, what: "snapshot" };
 
 /// The contents of `state.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

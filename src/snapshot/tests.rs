@@ -245,7 +245,7 @@ fn what_another_program_or_a_newer_one_has_written_is_refused_with_the_reason() 
     };
     refuse("rvmm-snapshot", "qcow", "it is no snapshot of rvmm");
     refuse("\"version\": 1,\n  \"arch\"", "\"version\": 2,\n  \"arch\"", "reads version 1");
-    refuse(std::env::consts::ARCH, "s390x", "it was saved on s390x");
+    refuse(std::env::consts::ARCH, "s390x", "it comes from s390x");
     refuse("\"harts\"", "\"hearts\"", "unknown field `hearts`");
     refuse("\"size\": 16777216", "\"size\": 16773120", "its memory has");
     refuse("{", "[", "is invalid");

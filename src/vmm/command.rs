@@ -32,11 +32,24 @@ pub(super) enum Command {
     PressPowerButton(ReplyTo<()>),
     Change(DeviceChange, ReplyTo<()>),
     Inspect(Query, ReplyTo<Reply>),
-    Save(ReplyTo<(SavedMachine, MachineMemory)>),
+    Save(ReplyTo<SavedParts>),
     EndSave(ReplyTo<()>),
+    Depart(ReplyTo<()>),
+    LendDisks(ReplyTo<()>),
+    TakeDisksBack(ReplyTo<()>),
     Track(bool, ReplyTo<MachineMemory>),
     BeginDifference(ReplyTo<(Option<Parent>, u64)>),
     SetBase(Parent, u64, ReplyTo<()>),
+}
+
+/// The parts of a machine that is saved.
+pub(super) struct SavedParts {
+    /// Everything but RAM.
+    pub(super) machine: SavedMachine,
+    /// RAM.
+    pub(super) memory: MachineMemory,
+    /// The machine is paused not only for that.
+    pub(super) is_paused: bool,
 }
 
 /// A change of a device of a machine that may be running.

@@ -3,12 +3,11 @@
 use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
-use super::command::{Command, CommandError, DeviceChange, Event, ReplyTo};
+use super::command::{Command, CommandError, DeviceChange, Event, ReplyTo, SavedParts};
 use super::handle::{Handle, MachineState};
 use crate::config::OnReset;
 use crate::error::Error;
 use crate::machine::{Machine, MachineMemory};
-use crate::snapshot::SavedMachine;
 use crate::vcpu::Pause;
 use crate::vcpu::stop::StopReason;
 
@@ -177,6 +176,17 @@ impl Controller {
                 self.saves = self.saves.saturating_sub(1);
                 let _ = reply.send(Ok(()));
             }
+            Command::Depart(reply) => {
+                let _ = reply.send(self.depart());
+            }
+            Command::LendDisks(reply) => {
+                self.machine.lend_disks();
+                let _ = reply.send(Ok(()));
+            }
+            Command::TakeDisksBack(reply) => {
+                let taken = self.machine.take_disks_back();
+                let _ = reply.send(taken.map_err(|error| CommandError::State(Box::new(error))));
+            }
             Command::Track(on, reply) => {
                 let _ = reply.send(self.track(on));
             }
@@ -233,11 +243,24 @@ impl Controller {
     }
 
     /// The state of the paused machine.
-    fn save(&self) -> Result<(SavedMachine, MachineMemory), CommandError> {
+    fn save(&self) -> Result<SavedParts, CommandError> {
         if self.pauses == 0 || !self.has_guest() {
             return Err(self.refused("save"));
         }
-        self.machine.save().map_err(|error| CommandError::State(Box::new(error)))
+        let saved = self.machine.save().map_err(|error| CommandError::State(Box::new(error)));
+        // One pause is that of the client who saves.
+        let is_paused = self.pauses > self.saves.saturating_add(1);
+        saved.map(|(machine, memory)| SavedParts { machine, memory, is_paused })
+    }
+
+    /// Ends the machine, which continues elsewhere as it was saved.
+    fn depart(&mut self) -> Result<(), CommandError> {
+        if self.saves == 0 {
+            return Err(self.refused("end"));
+        }
+        self.machine.depart();
+        self.handle.stop();
+        Ok(())
     }
 
     fn track(&mut self, on: bool) -> Result<MachineMemory, CommandError> {

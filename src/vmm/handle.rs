@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rvmm_devices::virtio::balloon::BalloonControl;
 
-use super::command::{Command, CommandError, DeviceChange, Event, ReplyTo};
+use super::command::{Command, CommandError, DeviceChange, Event, ReplyTo, SavedParts};
 use crate::inspect::{Query, Reply};
 use crate::machine::MachineMemory;
 use crate::snapshot::{Parent, SavedMachine};
@@ -177,8 +177,8 @@ impl Handle {
     /// As for [`Handle::pause`]; [`CommandError::State`] if a part of the state is out of reach.
     pub(super) fn save(&self) -> Result<Saved, CommandError> {
         let pause = self.pause()?;
-        let (machine, memory) = self.call("save", Command::Save)?;
-        Ok(Saved { machine, memory, _end: SaveEnd(self.clone()), _pause: pause })
+        let SavedParts { machine, memory, is_paused } = self.call("save", Command::Save)?;
+        Ok(Saved { machine, memory, is_paused, end: SaveEnd(self.clone()), pause })
     }
 
     /// Waits until no other client saves the machine, and keeps others from it.
@@ -192,6 +192,30 @@ impl Handle {
     /// The guest does not run, or the kernel refuses.
     pub(super) fn track(&self, on: bool) -> Result<MachineMemory, CommandError> {
         self.call("save", |reply| Command::Track(on, reply))
+    }
+
+    /// Ends the machine, which is being saved, and continues elsewhere: its devices do nothing more.
+    ///
+    /// # Errors
+    /// It ends for another reason.
+    pub(super) fn depart(&self) -> Result<(), CommandError> {
+        self.call("end", Command::Depart)
+    }
+
+    /// Gives up the locks of the disks of the machine, which is being saved, so that it can continue elsewhere.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub(super) fn lend_disks(&self) -> Result<(), CommandError> {
+        self.call("save", Command::LendDisks)
+    }
+
+    /// Takes the locks of the disks again.
+    ///
+    /// # Errors
+    /// Another program uses a disk, which is named.
+    pub(super) fn take_disks_back(&self) -> Result<(), CommandError> {
+        self.call("resume", Command::TakeDisksBack)
     }
 
     /// Begins a difference: its base, if there is one, and its number.
@@ -249,9 +273,20 @@ pub(super) struct Saved {
     pub(super) machine: SavedMachine,
     /// RAM.
     pub(super) memory: MachineMemory,
+    /// The machine is paused not only for that.
+    pub(super) is_paused: bool,
     // In this order: the end of the pause is the last.
-    _end: SaveEnd,
-    _pause: Paused,
+    end: SaveEnd,
+    pause: Paused,
+}
+
+impl Saved {
+    /// Ends the save, and keeps the machine paused.
+    pub(super) fn into_pause(self) -> Paused {
+        let Self { machine: _, memory: _, is_paused: _, end, pause } = self;
+        drop(end);
+        pause
+    }
 }
 
 /// Tells the controller that the memory may change again.

@@ -7,6 +7,7 @@
 //! | `command.rs` | commands and their errors |
 //! | `controller.rs` | the controller's thread |
 //! | `snapshot.rs`, `restore.rs` | saving a machine in a folder, and continuing it from there |
+//! | `migrate.rs`, `throttle.rs` | moving a running machine to another process; slowing its guest down for that |
 //!
 //! ```text
 //!              start            pause, first of them
@@ -32,6 +33,7 @@
 //! ```
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
@@ -45,7 +47,7 @@ use crate::error::{Error, chain};
 use crate::inspect::{Inspectable, InspectionServer, Order, Query, Reply};
 pub use crate::machine::Parts;
 use crate::machine::inspect::unavailable;
-use crate::machine::{Links, Machine};
+use crate::machine::{Continuation, Links, Machine, Origin};
 use crate::snapshot::Snapshot;
 pub use crate::snapshot::{SnapshotReport, SnapshotRequest};
 use crate::vcpu::Control;
@@ -54,10 +56,12 @@ use crate::vcpu::stop::StopReason;
 mod command;
 mod controller;
 mod handle;
+mod migrate;
 mod restore;
 mod snapshot;
 #[cfg(test)]
 mod tests;
+mod throttle;
 
 use command::Event;
 pub use command::{CommandError, DeviceChange};
@@ -108,9 +112,12 @@ impl Vmm {
         parts: Parts,
     ) -> Result<Self, Error> {
         let is_paused = options.paused;
-        let (config, from) = options.apply(snapshot)?;
-        let restore = |parts, links| Machine::restore(config, parts, links, &from);
-        Ok(Self { is_paused, ..Self::connect(parts, restore)? })
+        let (config, from) = options.apply(Origin::Snapshot(Box::new(snapshot)))?;
+        Ok(Self { is_paused, ..Self::continue_from(config, from, parts)? })
+    }
+
+    fn continue_from(config: ValidConfig, from: Continuation, parts: Parts) -> Result<Self, Error> {
+        Self::connect(parts, |parts, links| Machine::restore(config, parts, links, &from))
     }
 
     /// Builds a machine, and connects it to a controller.
@@ -228,7 +235,12 @@ impl Inspectable for Handle {
         self.inspect(query).unwrap_or_else(|_| unavailable())
     }
 
-    fn carry_out(&self, order: Order) -> Reply {
+    fn carry_out(
+        &self,
+        order: Order,
+        attached: Option<OwnedFd>,
+        tell: &mut dyn FnMut(&Reply) -> bool,
+    ) -> Reply {
         let began = Instant::now();
         let done = |result: Result<(), CommandError>| match result {
             Ok(()) => {
@@ -244,6 +256,16 @@ impl Inspectable for Handle {
                 Ok(report) => Reply::Snapshot(report),
                 Err(error) => Reply::Error(chain(&error)),
             },
+            Order::Migrate(request) => {
+                let Some(socket) = attached else {
+                    return Reply::Error("The connection to the other side is missing".into());
+                };
+                let mut progress = |state: &_| tell(&Reply::Progress(Clone::clone(state)));
+                match self.migrate(&request, socket, &mut progress) {
+                    Ok(report) => Reply::Migrated(report),
+                    Err(error) => Reply::Error(chain(&error)),
+                }
+            }
         }
     }
 }

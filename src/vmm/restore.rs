@@ -8,8 +8,8 @@ use rvmm_devices::config::{BlkConfig, Cid, ImageFormat, MacAddress, NetConfig, V
 use crate::config::{DeviceConfig, Endpoint, GdbConfig, TraceConfig, ValidConfig, VmConfig};
 use crate::error::Error;
 use crate::host::{create_overlay, disk_size};
-use crate::machine::Continuation;
-use crate::snapshot::{DiskIdentity, Snapshot};
+use crate::machine::{Continuation, Origin};
+use crate::snapshot::DiskIdentity;
 
 /// The options of a restore. Without any the machine has the ends of the host that it had when it was saved.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -50,9 +50,9 @@ pub enum NewEnd {
 }
 
 impl RestoreOptions {
-    /// Applies the options to the configuration in a snapshot.
-    pub(super) fn apply(self, snapshot: Snapshot) -> Result<(ValidConfig, Continuation), Error> {
-        let saved = snapshot.machine();
+    /// Applies the options to the configuration of a saved machine.
+    pub(super) fn apply(self, origin: Origin) -> Result<(ValidConfig, Continuation), Error> {
+        let saved = origin.machine();
         let mut config = saved.config.clone();
         let Self { name, paused: _, follows_wall_clock, force, serial, ends, trace, gdb } = self;
         config.name = name.unwrap_or(config.name);
@@ -65,17 +65,17 @@ impl RestoreOptions {
             end.apply(&mut config)?;
         }
         let change = DiskIdentity::first_change(&saved.disks, &config)
-            .map_err(|error| snapshot.refused(error))?;
+            .map_err(|error| origin.refused(error))?;
         if let Some(change) = change.filter(|_| !force) {
-            return Err(snapshot.refused(format!(
+            return Err(origin.refused(format!(
                 "{change} (the guest would damage it: use a copy from that time with --disk-path, or --force)"
             )));
         }
         for overlay in overlays {
             overlay.apply(&mut config)?;
         }
-        let config = config.validate().map_err(|error| snapshot.refused(error))?;
-        Ok((config, Continuation { snapshot, follows_wall_clock }))
+        let config = config.validate().map_err(|error| origin.refused(error))?;
+        Ok((config, Continuation { origin, follows_wall_clock }))
     }
 }
 

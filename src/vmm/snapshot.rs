@@ -81,7 +81,8 @@ impl Handle {
         let paused_ns = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let base: Parent = complete.finish(machine, folder)?;
         if request.stop {
-            self.stop();
+            // An error means that it has ended already, or that it ends: then it does not run on either.
+            let _ = self.depart();
         }
         drop(pause);
         if request.diff {
@@ -139,11 +140,11 @@ fn copy_live(
     Ok(Left::Written(next))
 }
 
-fn total(ranges: &[Range<u64>]) -> u64 {
+pub(super) fn total(ranges: &[Range<u64>]) -> u64 {
     ranges.iter().map(|range| range.end - range.start).sum()
 }
 
-fn unsaved(error: CommandError) -> Error {
+pub(super) fn unsaved(error: CommandError) -> Error {
     match error {
         CommandError::State(error) => *error,
         other => Error::Config(other.to_string()),

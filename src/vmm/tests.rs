@@ -12,6 +12,7 @@ use rvmm_devices::virtio::vhost_user::testing::{Traits, serve_at};
 use rvmm_devices::{ConsoleBackend, Port, Ports};
 use tempfile::NamedTempFile;
 
+mod migrate;
 mod snapshot;
 
 use super::{CommandError, DeviceChange, MachineState, Parts, Vmm};

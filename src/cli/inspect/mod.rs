@@ -1,6 +1,7 @@
 //! The verbs `stat`, `regs` and `walk`: queries to a running machine, and its replies as text.
 
 use std::io;
+use std::os::fd::OwnedFd;
 
 use super::output;
 use crate::error::{EXIT_HOST, EXIT_OK};
@@ -27,7 +28,7 @@ pub(super) fn ask(request: &Request) -> u8 {
         .and_then(|mut connection| query(&mut connection, request.query));
     let text = reply.and_then(|reply| match reply {
         Reply::Error(what) => Err(what),
-        Reply::Done { .. } | Reply::Snapshot(_) => {
+        Reply::Done { .. } | Reply::Snapshot(_) | Reply::Progress(_) | Reply::Migrated(_) => {
             Err("The machine gives another reply than asked for".into())
         }
         reply if request.json => json(&reply),
@@ -53,6 +54,20 @@ pub(super) fn give(target: Option<&str>, order: &Order) -> Result<Reply, String>
     }
 }
 
+/// Gives an order with a descriptor, and returns the last reply; the others go to `each`.
+pub(super) fn give_with(
+    target: Option<&str>,
+    order: &Order,
+    descriptor: OwnedFd,
+    each: impl FnMut(&Reply),
+) -> Result<Reply, String> {
+    let reply = connect(target)?.give_with(order, descriptor, each);
+    match reply.map_err(|error| no_reply(&error))? {
+        Reply::Error(what) => Err(what),
+        reply => Ok(reply),
+    }
+}
+
 fn query(connection: &mut Connection, query: Query) -> Result<Reply, String> {
     connection.ask(query).map_err(|error| no_reply(&error))
 }
@@ -72,7 +87,9 @@ fn json(reply: &Reply) -> Result<String, String> {
         Reply::Registers(harts) => serde_json::to_string_pretty(harts),
         Reply::Walk(walk) => serde_json::to_string_pretty(walk),
         Reply::Error(what) => serde_json::to_string_pretty(what),
-        Reply::Done { .. } | Reply::Snapshot(_) => serde_json::to_string_pretty(reply),
+        Reply::Done { .. } | Reply::Snapshot(_) | Reply::Progress(_) | Reply::Migrated(_) => {
+            serde_json::to_string_pretty(reply)
+        }
     };
     text.map(|text| text + "\n").map_err(|error| format!("Cannot print the reply: {error}"))
 }

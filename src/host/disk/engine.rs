@@ -25,6 +25,8 @@ pub(super) enum CallKind {
     Write { from: Buffers, is_durable: bool },
     /// fdatasync(2)
     Sync,
+    /// Writes tables of an image that are only in memory; nothing for a file.
+    WriteBack,
     /// fallocate(2) in this mode.
     Allocate { mode: i32 },
 }

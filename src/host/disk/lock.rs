@@ -27,11 +27,58 @@ const READ: i64 = 0;
 const WRITE: i64 = 1;
 const RESIZE: i64 = 3;
 
+/// The lock of a disk's file, which is released when this is dropped. It may be lent to another program meanwhile.
+#[derive(Debug)]
+pub(crate) struct DiskLock {
+    path: FilePath,
+    /// Of the same open file description as that of the disk.
+    file: File,
+    is_read_only: bool,
+}
+
+impl DiskLock {
+    /// Locks a file.
+    ///
+    /// # Errors
+    /// Another program has a conflicting lock, or the host has no descriptors left.
+    pub(super) fn take(
+        path: &FilePath,
+        file: &File,
+        is_read_only: bool,
+    ) -> Result<Self, HostError> {
+        let shared = file.try_clone();
+        let file =
+            shared.map_err(|source| HostError::os(format!("Cannot lock disk {path}"), source))?;
+        take(path, &file, is_read_only)?;
+        Ok(Self { path: path.clone(), file, is_read_only })
+    }
+
+    /// Releases the lock. The disk is not used until [`DiskLock::retake`].
+    pub(crate) fn release(&self) {
+        give_back(&self.file);
+    }
+
+    /// Takes the lock again.
+    ///
+    /// # Errors
+    /// Another program has taken it meanwhile.
+    pub(crate) fn retake(&self) -> Result<(), HostError> {
+        take(&self.path, &self.file, self.is_read_only)
+    }
+}
+
+impl Drop for DiskLock {
+    fn drop(&mut self) {
+        // A call that has just ended may hold a reference to the file, and with it the lock, for a moment longer.
+        self.release();
+    }
+}
+
 /// Locks the file as long as it is open.
 ///
 /// # Errors
 /// Another program has a conflicting lock.
-pub(super) fn take(path: &FilePath, file: &File, is_read_only: bool) -> Result<(), HostError> {
+fn take(path: &FilePath, file: &File, is_read_only: bool) -> Result<(), HostError> {
     match try_all(file, is_read_only) {
         Ok(true) => return Ok(()),
         Ok(false) => {}
@@ -52,7 +99,7 @@ pub(super) fn take(path: &FilePath, file: &File, is_read_only: bool) -> Result<(
 }
 
 /// Releases all locks.
-pub(super) fn give_back(file: &File) {
+fn give_back(file: &File) {
     // A failure is harmless: closing the file releases the locks, too.
     let _ = set(file, libc::F_UNLCK, (0, 0));
 }

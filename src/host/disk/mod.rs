@@ -15,7 +15,7 @@
 #![expect(unsafe_code, reason = "buffers are handed to the engine by address")]
 
 use std::os::fd::RawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use log::{info, warn};
@@ -38,6 +38,7 @@ mod tests;
 
 use engine::{Call, CallKind, Engine, Outcome};
 use job::{Job, Progress};
+pub(super) use lock::DiskLock;
 use open::{Files, whole_sectors};
 use qcow2::Image;
 pub(crate) use qcow2::{create_overlay, disk_size};
@@ -46,6 +47,9 @@ use worker::Worker;
 
 /// ID of the flush, which is no slot number.
 const SYNC: u32 = u32::MAX;
+
+/// ID of the write-back of an image's tables, which is no slot number either.
+const WRITE_BACK: u32 = u32::MAX - 1;
 
 /// Limit of the bytes between two polls that are copied in this thread, if the disk is in memory; the rest is left to the
 /// engine, however large the guest's requests are.
@@ -67,6 +71,8 @@ pub(super) struct Disk {
     abandoned: Vec<u32>,
     /// Outcomes of calls that were made in this thread.
     outcomes: Vec<Outcome>,
+    /// The outcome of a write-back.
+    written_back: Option<std::io::Result<()>>,
     /// Bytes of them since the last poll; none if the disk is not in memory.
     inline: Option<u64>,
     has_pushed: bool,
@@ -151,6 +157,7 @@ impl Disk {
             done: Vec::new(),
             abandoned: Vec::new(),
             outcomes: Vec::new(),
+            written_back: None,
             inline: None,
             has_pushed: false,
             has_warned: false,
@@ -161,6 +168,11 @@ impl Disk {
             files,
             memory,
         }
+    }
+
+    /// The lock of its file, as long as the disk is open. Files below an image are only read, and stay locked for that.
+    pub(super) fn lock(&self) -> Weak<DiskLock> {
+        self.files.lock()
     }
 
     fn update_size(&mut self) {
@@ -211,7 +223,11 @@ impl Disk {
         let mut outcomes = std::mem::take(&mut self.outcomes);
         self.engine.reap(&mut outcomes);
         for (id, result) in outcomes.drain(..) {
-            if id == SYNC { self.flushed(result) } else { self.advance(id, result) }
+            match id {
+                SYNC => self.flushed(result),
+                WRITE_BACK => self.written_back = Some(result.map(|_| ())),
+                slot => self.advance(slot, result),
+            }
         }
         self.outcomes = outcomes;
     }
@@ -372,6 +388,23 @@ impl DiskBackend for Disk {
         self.abandoned.extend_from_slice(&left);
         self.engine.submit();
         left
+    }
+
+    fn write_back(&mut self) -> std::io::Result<()> {
+        if self.is_raw {
+            return Ok(());
+        }
+        self.push(
+            WRITE_BACK,
+            Call { kind: CallKind::WriteBack, fd: self.files.main(), offset: 0, len: 0 },
+        );
+        loop {
+            self.engine.wait(None);
+            self.reap();
+            if let Some(result) = self.written_back.take() {
+                return result;
+            }
+        }
     }
 
     fn fd(&self) -> RawFd {

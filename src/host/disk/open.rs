@@ -7,6 +7,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::sync::{Arc, Weak};
 
 use log::warn;
 use rustix::fs::{OFlags, SeekFrom, fcntl_getfl, fcntl_setfl, fstatfs, seek};
@@ -14,7 +15,7 @@ use rustix::io::Errno;
 use rvmm_devices::virtio::blk::{DiskCache, DiskPlan};
 use rvmm_devices::{FilePath, HostError};
 
-use super::lock;
+use super::lock::DiskLock;
 
 /// Size of a sector in bytes.
 const SECTOR: u64 = 512;
@@ -35,6 +36,7 @@ pub(super) struct Files {
     is_in_memory: bool,
     /// With O_DIRECT: its alignment, and the same file without O_DIRECT.
     direct: Option<(Align, File)>,
+    lock: Arc<DiskLock>,
 }
 
 /// Alignment that O_DIRECT requires.
@@ -77,7 +79,7 @@ impl Files {
         fcntl_getfl(&main)
             .and_then(|flags| fcntl_setfl(&main, flags - OFlags::NONBLOCK))
             .map_err(|error| not_open(path, error.into()))?;
-        lock::take(path, &main, plan.is_read_only)?;
+        let lock = Arc::new(DiskLock::take(path, &main, plan.is_read_only)?);
         let is_block = kind.is_block_device();
         // The node of a block device may be in a file system in memory, the device is not.
         let is_in_memory =
@@ -85,7 +87,7 @@ impl Files {
         // A file that was deleted meanwhile keeps the path that was given.
         let name = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
         let name = name.into_os_string().into_vec();
-        let mut files = Self { main, name, is_block, is_in_memory, direct: None };
+        let mut files = Self { main, name, is_block, is_in_memory, direct: None, lock };
         if plan.cache == DiskCache::None {
             let align = alignment(&files.main).ok_or_else(|| no_direct(path))?;
             // The same file, even if the path is now another one's.
@@ -115,6 +117,11 @@ impl Files {
             );
         }
         Ok(size)
+    }
+
+    /// The lock, as long as the files are open.
+    pub(super) fn lock(&self) -> Weak<DiskLock> {
+        Arc::downgrade(&self.lock)
     }
 
     /// Current size of the file or device.
@@ -169,13 +176,6 @@ impl Files {
     /// Alignment of the main descriptor, if it has O_DIRECT.
     pub(super) fn direct(&self) -> Option<Align> {
         self.direct.as_ref().map(|(align, _)| *align)
-    }
-}
-
-impl Drop for Files {
-    fn drop(&mut self) {
-        // A call that has just ended may hold a reference to the file, and with it the lock, for a moment longer.
-        lock::give_back(&self.main);
     }
 }
 

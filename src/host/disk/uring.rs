@@ -85,6 +85,7 @@ impl Uring {
                 .offset(call.offset)
                 .rw_flags(if is_durable { libc::RWF_DSYNC } else { 0 })
                 .build(),
+            CallKind::WriteBack => opcode::Nop::new().build(),
             CallKind::Sync => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
             CallKind::Allocate { mode } => {
                 opcode::Fallocate::new(fd, call.len).offset(call.offset).mode(mode).build()

@@ -122,6 +122,7 @@ pub(super) unsafe fn execute(call: Call) -> io::Result<u32> {
             // SAFETY: as above.
             unsafe { libc::pwritev2(call.fd, from.first, count, offset, flags) }
         }
+        CallKind::WriteBack => return Ok(0),
         CallKind::Sync => return Ok(rustix::fs::fdatasync(file).map(|()| 0)?),
         CallKind::Allocate { mode } => {
             let mode = rustix::fs::FallocateFlags::from_bits_retain(mode.cast_unsigned());

@@ -20,14 +20,14 @@ use crate::vmm::{
 };
 
 /// A folder with a disk, and a running machine that has it and every other device that can be saved.
-struct Guest {
-    folder: TempDir,
-    running: Running,
+pub(super) struct Guest {
+    pub(super) folder: TempDir,
+    pub(super) running: Running,
     _program: NamedTempFile,
 }
 
 impl Guest {
-    fn start() -> Self {
+    pub(super) fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("disk"), vec![0; 1 << 20]).unwrap();
         let at = |name: &str| folder.path().join(name).display().to_string();
@@ -52,7 +52,7 @@ impl Guest {
         Self { folder, running, _program: program }
     }
 
-    fn path(&self, name: &str) -> std::path::PathBuf {
+    pub(super) fn path(&self, name: &str) -> std::path::PathBuf {
         self.folder.path().join(name)
     }
 
@@ -60,14 +60,14 @@ impl Guest {
         snapshot(&self.running.handle(), &self.path(name))
     }
 
-    fn stop(self) -> (TempDir, NamedTempFile) {
+    pub(super) fn stop(self) -> (TempDir, NamedTempFile) {
         self.running.handle().stop();
         assert_eq!(self.running.wait().unwrap(), StopReason::Requested);
         (self.folder, self._program)
     }
 }
 
-fn snapshot(handle: &Handle, folder: &Path) -> Result<(), Error> {
+pub(super) fn snapshot(handle: &Handle, folder: &Path) -> Result<(), Error> {
     let request = SnapshotRequest { folder: folder.into(), ..SnapshotRequest::default() };
     let report = handle.snapshot(&request)?;
     assert!(report.memory > 0 && report.paused_ns > 0, "{report:?}");
@@ -88,14 +88,14 @@ fn refused(result: Result<Vmm, Error>, code: u8) -> String {
 }
 
 /// Takes the generation ID out of a state.
-fn take_generation(state: &mut serde_json::Value) -> serde_json::Value {
+pub(super) fn take_generation(state: &mut serde_json::Value) -> serde_json::Value {
     let devices = state["machine"]["devices"].as_array_mut().unwrap();
     let device = devices.iter_mut().find(|device| device["model"] == "vmgenid").unwrap();
     device["state"]["id"].take()
 }
 
 /// The state in a snapshot, without its time.
-fn state(folder: &Path) -> serde_json::Value {
+pub(super) fn state(folder: &Path) -> serde_json::Value {
     let mut state: serde_json::Value =
         serde_json::from_slice(&fs::read(folder.join("state.json")).unwrap()).unwrap();
     state["machine"]["saved_at_ns"] = 0.into();

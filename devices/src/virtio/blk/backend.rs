@@ -1,5 +1,6 @@
 //! The interface to the host's end of a disk: asynchronous operations and their completions.
 
+use std::io;
 use std::os::fd::RawFd;
 use std::time::Duration;
 
@@ -122,6 +123,15 @@ pub trait DiskBackend: Send {
         let _ = patience;
         self.drain(slots);
         Vec::new()
+    }
+
+    /// Writes what this process still holds of completed writes, such as tables of an image, so that another program finds all of them in
+    /// the file. No operation is in flight.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    fn write_back(&mut self) -> io::Result<()> {
+        Ok(())
     }
 
     /// Descriptor that is readable when [`poll`](Self::poll) may find completed operations.

@@ -35,7 +35,8 @@ impl VirtioLifecycle for Blk {
         loop {
             self.collect(work);
             if self.abandoned.is_empty() && self.in_flight.iter().all(Option::is_none) {
-                return Ok(());
+                let written = self.disk.write_back();
+                return written.map_err(|_| PauseError("its disk's tables cannot be written"));
             }
             let left = PAUSE_TIMEOUT.saturating_sub(start.elapsed());
             if left.is_zero() {

@@ -70,10 +70,15 @@ impl Image {
 
     fn sync(&self) -> io::Result<u32> {
         if self.is_written {
-            self.image.flush()?;
+            self.write_back()?;
             self.image.sync()?;
         }
         Ok(0)
+    }
+
+    /// Writes the tables that are only in memory.
+    fn write_back(&self) -> io::Result<()> {
+        if self.is_written { self.image.flush() } else { Ok(()) }
     }
 
     /// Moves `len` bytes between the image and a list of buffers, a piece at a time.
@@ -143,6 +148,7 @@ impl Executor for Image {
                 if is_durable { self.sync().map(|_| moved) } else { Ok(moved) }
             }
             CallKind::Sync => self.sync(),
+            CallKind::WriteBack => self.write_back().map(|()| 0),
             CallKind::Allocate { mode } => {
                 let result = if mode & libc::FALLOC_FL_PUNCH_HOLE == 0 {
                     self.image.write_zeroes(call.offset, call.len)
@@ -161,8 +167,7 @@ impl Executor for Image {
 
 impl Drop for Image {
     fn drop(&mut self) {
-        let flushed = if self.is_written { self.image.flush() } else { Ok(()) };
-        if let Err(error) = flushed {
+        if let Err(error) = self.write_back() {
             let name = &self.name;
             warn!(
                 "Cannot write the tables of disk {name}: {error} (repair it: qemu-img check -r all)"

@@ -1,0 +1,93 @@
+//! What a machine continues from: a snapshot in files, or another machine that has sent its memory.
+
+use std::fmt::Display;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::error::Error;
+use crate::memory::GuestRam;
+use crate::snapshot::{SavedMachine, Snapshot};
+
+/// How a machine continues.
+pub(crate) struct Continuation {
+    /// What it continues from.
+    pub(crate) origin: Origin,
+    /// The guest's time goes on as if it had run meanwhile.
+    pub(crate) follows_wall_clock: bool,
+}
+
+/// What a machine continues from.
+pub(crate) enum Origin {
+    /// A snapshot, from which others may continue, too. Boxed: the other variant is small.
+    Snapshot(Box<Snapshot>),
+    /// A machine that gives up its guest.
+    Migration(Migrated),
+}
+
+/// A machine that was received.
+pub(crate) struct Migrated {
+    /// Everything but RAM.
+    pub(crate) machine: SavedMachine,
+    /// RAM, with the guest's memory in it.
+    pub(crate) ram: Arc<GuestRam>,
+}
+
+impl Origin {
+    /// What was saved, but for RAM.
+    pub(crate) fn machine(&self) -> &SavedMachine {
+        match self {
+            Self::Snapshot(snapshot) => snapshot.machine(),
+            Self::Migration(migrated) => &migrated.machine,
+        }
+    }
+
+    /// An error of what was saved.
+    pub(crate) fn refused(&self, what: impl Display) -> Error {
+        match self {
+            Self::Snapshot(snapshot) => snapshot.refused(what),
+            Self::Migration(_) => Error::Snapshot(format!("Cannot take over the machine: {what}")),
+        }
+    }
+
+    /// The memory for the board; `None` if it is to have new one, for [`Origin::fill`].
+    pub(super) fn ram(&self) -> Option<&Arc<GuestRam>> {
+        match self {
+            Self::Snapshot(_) => None,
+            Self::Migration(migrated) => Some(&migrated.ram),
+        }
+    }
+
+    /// Fills the board's memory.
+    ///
+    /// # Errors
+    /// As for [`Snapshot::fill`].
+    pub(super) fn fill(&self, ram: &GuestRam) -> Result<(), Error> {
+        match self {
+            Self::Snapshot(snapshot) => snapshot.fill(ram),
+            Self::Migration(_) => Ok(()),
+        }
+    }
+
+    /// True if other machines may continue from the same state.
+    pub(super) fn may_be_copied(&self) -> bool {
+        matches!(self, Self::Snapshot(_))
+    }
+}
+
+impl Continuation {
+    /// Ticks by which the guest's time goes on at once.
+    pub(super) fn ticks_missed(&self, timebase_hz: u64) -> u64 {
+        if !self.follows_wall_clock {
+            return 0;
+        }
+        let elapsed = now_ns().saturating_sub(self.origin.machine().saved_at_ns);
+        let ticks = u128::from(elapsed) * u128::from(timebase_hz) / 1_000_000_000;
+        u64::try_from(ticks).unwrap_or(u64::MAX)
+    }
+}
+
+/// Nanoseconds since 1970 (UTC).
+pub(super) fn now_ns() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
+}
