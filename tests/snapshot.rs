@@ -11,6 +11,8 @@
 mod harness;
 #[path = "linux/initramfs.rs"]
 mod initramfs;
+#[path = "snapshot/migration.rs"]
+mod migration;
 
 use std::fs::File;
 use std::io::{Read, Write};

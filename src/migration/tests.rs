@@ -48,8 +48,8 @@ fn recorded() -> Vec<u8> {
         let mut copy = theirs.try_clone().unwrap();
         let mut channel = Channel::new(theirs.into()).unwrap();
         // Replies to everything, in the right order, before it is asked.
-        let this = super::process::Process::this().unwrap();
-        super::source::send_json(&mut channel, Kind::Welcome, &this).unwrap();
+        let this = process::Process::this().unwrap();
+        source::send_json(&mut channel, Kind::Welcome, &this).unwrap();
         channel.send(Kind::Received, 0, |_| Ok(())).unwrap();
         channel.send(Kind::Ready, 0, |_| Ok(())).unwrap();
         channel.send(Kind::Running, 0, |_| Ok(())).unwrap();
@@ -219,7 +219,7 @@ fn against(messages: &[(Kind, &[u8])]) -> (Result<Source, Error>, thread::JoinHa
 
 #[test]
 fn a_target_that_refuses_or_vanishes_is_reported_at_each_message() {
-    let this = serde_json::to_vec(&super::process::Process::this().unwrap()).unwrap();
+    let this = serde_json::to_vec(&process::Process::this().unwrap()).unwrap();
     let welcome: (Kind, &[u8]) = (Kind::Welcome, &this);
     let refused: (Kind, &[u8]) = (Kind::Refused, b"no room");
     let text = |result: Result<_, Error>| crate::error::chain(&result.map(|_: ()| ()).unwrap_err());
@@ -246,7 +246,7 @@ fn a_target_that_refuses_or_vanishes_is_reported_at_each_message() {
 
 #[test]
 fn a_target_hears_why_the_guest_stays() {
-    let this = serde_json::to_vec(&super::process::Process::this().unwrap()).unwrap();
+    let this = serde_json::to_vec(&process::Process::this().unwrap()).unwrap();
     let (source, peer) = against(&[(Kind::Welcome, &this)]);
     source.unwrap().refuse("the user has changed his mind").unwrap();
     let heard = peer.join().unwrap();

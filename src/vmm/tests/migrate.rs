@@ -1,14 +1,18 @@
 //! Machines that move from one controller to another one, in this process or between two.
 
 use std::fs;
+use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::thread::{self, JoinHandle};
+
+use rvmm_devices::testing::skip;
 
 use super::snapshot::{Guest, snapshot, state, take_generation};
 use crate::error::Error;
 use crate::machine::testing::ScriptHypervisor;
-use crate::migration::{Incoming, MigrationProgress, MigrationReport, MigrationRequest};
+use crate::migration::{Address, Incoming, MigrationProgress, MigrationReport, MigrationRequest};
 use crate::terminal::Console;
 use crate::vcpu::exit::SystemEvent;
 use crate::vcpu::stop::StopReason;
@@ -33,7 +37,7 @@ fn migrate(handle: &Handle, socket: UnixStream) -> Result<MigrationReport, Error
 }
 
 /// Moves the guest to a new machine of this process.
-fn moved(
+fn moved_to(
     handle: &Handle,
     options: RestoreOptions,
 ) -> (Result<MigrationReport, Error>, Result<Running, Error>) {
@@ -94,7 +98,7 @@ fn a_machine_that_has_moved_is_the_one_that_it_was() {
     running.handle().resume().unwrap();
     let ends = vec![NewEnd::Vsock(at("vsock").as_path().into())];
     let back = RestoreOptions { ends, ..RestoreOptions::default() };
-    let (report, third) = moved(&running.handle(), back);
+    let (report, third) = moved_to(&running.handle(), back);
     report.unwrap();
     let third = third.unwrap();
     await_state(&third.handle(), MachineState::Running);
@@ -108,7 +112,7 @@ fn a_paused_machine_arrives_paused() {
     let guest = Guest::start();
     let handle = guest.running.handle();
     handle.pause().unwrap().keep();
-    let (report, running) = moved(&handle, elsewhere(guest.folder.path()));
+    let (report, running) = moved_to(&handle, elsewhere(guest.folder.path()));
     report.unwrap();
     let running = running.unwrap();
     await_state(&running.handle(), MachineState::Paused);
@@ -123,7 +127,7 @@ fn a_target_that_cannot_build_the_machine_leaves_it_running_with_its_disk() {
     let guest = Guest::start();
     let handle = guest.running.handle();
     // The vsock path is in use, and so the target has opened the disk already, or not: it gives it back.
-    let (report, running) = moved(&handle, RestoreOptions::default());
+    let (report, running) = moved_to(&handle, RestoreOptions::default());
     let [here, there] =
         [report.unwrap_err(), running.err().unwrap()].map(|error| error.to_string());
     assert!(there.contains("vsock") && here.contains(&there), "{here}\n{there}");
@@ -132,7 +136,7 @@ fn a_target_that_cannot_build_the_machine_leaves_it_running_with_its_disk() {
         ends: vec![NewEnd::Disk(0, "/nowhere/at/all".into())],
         ..elsewhere(guest.folder.path())
     };
-    let (report, running) = moved(&handle, missing);
+    let (report, running) = moved_to(&handle, missing);
     assert!(report.unwrap_err().to_string().contains("/nowhere/at/all"));
     assert!(running.is_err());
     // Its disk is its own again: a snapshot of it is not opened by another machine meanwhile.
@@ -142,7 +146,7 @@ fn a_target_that_cannot_build_the_machine_leaves_it_running_with_its_disk() {
     let text = other.err().unwrap().to_string();
     assert!(text.contains("another program has it open"), "{text}");
     // It can still move.
-    let (report, running) = moved(&handle, elsewhere(guest.folder.path()));
+    let (report, running) = moved_to(&handle, elsewhere(guest.folder.path()));
     report.unwrap();
     let running = running.unwrap();
     running.handle().stop();
@@ -179,4 +183,129 @@ fn a_machine_that_ends_meanwhile_moves_nowhere() {
     });
     assert!(result.is_err() && target.join().unwrap().is_err());
     assert_eq!(guest.running.wait().unwrap(), StopReason::Requested);
+}
+
+/// In the environment of a process of its own: the socket that its source connects to, or that its target listens on.
+const SOURCE: &str = "RVMM_TEST_MIGRATE_TO";
+const TARGET: &str = "RVMM_TEST_MIGRATE_AT";
+
+/// Is a side of a migration in the process that is killed; does nothing otherwise.
+#[test]
+fn a_side_in_a_process_of_its_own() {
+    let path = |name: &str| std::env::var_os(name).map(std::path::PathBuf::from);
+    if let Some(path) = path(SOURCE) {
+        let guest = Guest::start();
+        let result = migrate(&guest.running.handle(), UnixStream::connect(path).unwrap());
+        // Without the test runner, which prints something.
+        std::process::exit(if result.is_ok() { 0 } else { 9 });
+    }
+    if let Some(path) = path(TARGET) {
+        let incoming = Incoming::accept(&Address::Unix(path.clone())).unwrap();
+        let host = ScriptHypervisor::new([vec![Step::Idle]]);
+        let (console, hypervisor) = (Some(Console::null()), Some(Box::new(host) as _));
+        let parts = Parts { console, hypervisor, ..Parts::default() };
+        let built = Vmm::receive(incoming, elsewhere(path.parent().unwrap()), parts);
+        let Ok(running) = built.and_then(Vmm::start) else { std::process::exit(9) };
+        // Until the other side has seen enough.
+        let _ = std::io::stdin().read_to_end(&mut Vec::new());
+        running.handle().stop();
+        std::process::exit(0);
+    }
+}
+
+/// A side in a process of its own, which is killed at the n-th of these system calls: each message is sent by one.
+fn killed_side(role: &str, path: &Path, call: &str, number: usize) -> Child {
+    let mut command = Command::new("strace");
+    command.args(["-f", "-qqq", "-o", "/dev/null", "-e", &format!("trace={call}")]);
+    command.args(["-e", &format!("inject={call}:signal=SIGKILL:when={number}")]);
+    command.arg(std::env::current_exe().unwrap());
+    command.args(["--exact", "vmm::tests::migrate::a_side_in_a_process_of_its_own"]);
+    command.env(role, path).env("TMPDIR", path.parent().unwrap());
+    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+    command.spawn().unwrap()
+}
+
+fn may_trace() -> bool {
+    let mut command = Command::new("strace");
+    let tried = command.args(["-e", "trace=none", "true"]).stderr(Stdio::null()).status();
+    tried.is_ok_and(|status| status.success())
+}
+
+/// System calls of one side, and some more than it makes.
+const CALLS: [(&str, usize); 2] = [("sendto", 7), ("recvfrom", 12)];
+
+#[test]
+fn a_target_that_is_killed_at_any_message_leaves_the_guest_running_at_its_source() {
+    if !may_trace() {
+        return skip("strace may not trace programs here");
+    }
+    let (mut stayed, mut moved) = (0, 0);
+    for (call, number) in CALLS.iter().flat_map(|(call, most)| (1..=*most).map(move |n| (call, n)))
+    {
+        let guest = Guest::start();
+        let handle = guest.running.handle();
+        let socket = guest.path("move");
+        let mut child = killed_side(TARGET, &socket, call, number);
+        let connection = loop {
+            match UnixStream::connect(&socket) {
+                Ok(connection) => break connection,
+                Err(_) => thread::yield_now(),
+            }
+        };
+        match migrate(&handle, connection) {
+            Ok(_) => {
+                moved += 1;
+                assert_eq!(guest.running.wait().unwrap(), StopReason::Requested);
+            }
+            Err(error) => {
+                stayed += 1;
+                assert_eq!(handle.state(), MachineState::Running, "{call} {number}: {error}");
+                // It is whole: it can be saved, and move.
+                snapshot(&handle, &guest.path("saved")).unwrap();
+                let (report, running) = moved_to(&handle, elsewhere(guest.folder.path()));
+                report.unwrap();
+                running.unwrap().handle().stop();
+            }
+        }
+        drop(child.stdin.take());
+        child.wait().unwrap();
+    }
+    assert!(stayed >= 8 && moved >= 4, "it stayed {stayed} times, and moved {moved} times");
+}
+
+#[test]
+fn a_source_that_is_killed_at_any_message_leaves_the_guest_running_at_the_target_once_it_is_complete()
+ {
+    if !may_trace() {
+        return skip("strace may not trace programs here");
+    }
+    for (call, most) in CALLS {
+        let mut outcomes = Vec::new();
+        for number in 1..=most {
+            let folder = tempfile::tempdir().unwrap();
+            let socket = folder.path().join("move");
+            let address = Address::Unix(socket.clone());
+            let target = thread::spawn(move || Incoming::accept(&address));
+            while !socket.exists() {
+                thread::yield_now();
+            }
+            let mut child = killed_side(SOURCE, &socket, call, number);
+            let host = ScriptHypervisor::new([vec![Step::Idle]]);
+            let (console, hypervisor) = (Some(Console::null()), Some(Box::new(host) as _));
+            let parts = Parts { console, hypervisor, ..Parts::default() };
+            let options = elsewhere(folder.path());
+            let received =
+                target.join().unwrap().and_then(|incoming| Vmm::receive(incoming, options, parts));
+            let runs = received.and_then(Vmm::start).map(|running| {
+                running.handle().stop();
+                running.wait().unwrap();
+            });
+            drop(child.stdin.take());
+            child.wait().unwrap();
+            outcomes.push(runs.is_ok());
+        }
+        // Up to a message it is lost with its source, and from then on it goes on here.
+        let first = outcomes.iter().position(|runs| *runs).expect("it moves");
+        assert!(first > 1 && outcomes[first..].iter().all(|runs| *runs), "{call}: {outcomes:?}");
+    }
 }

@@ -9,6 +9,7 @@ use tempfile::{NamedTempFile, TempDir};
 use super::{machine_of, parsed, refusal};
 use crate::config::{OnReset, VmConfig};
 use crate::error::{EXIT_SNAPSHOT, EXIT_USAGE, Error};
+use crate::inspect::{Query, Reply};
 use crate::machine::testing::ScriptHypervisor;
 use crate::snapshot::Snapshot;
 use crate::terminal::Console;
@@ -46,7 +47,12 @@ impl Guest {
         let script = vec![Step::Store { addr: 0x1000_0007, bytes: vec![0x5a] }, Step::Idle];
         let (vmm, _, program) = machine_of(config, None, [script, vec![Step::Idle]]);
         let running = vmm.unwrap().start().unwrap();
-        while running.handle().state() != MachineState::Running {
+        // The hart has written the register.
+        let has_begun = || match running.handle().inspect(Query::Stat) {
+            Ok(Reply::Stat(stat)) => stat.devices.iter().any(|device| device.writes > 0),
+            _ => false,
+        };
+        while !has_begun() {
             std::thread::yield_now();
         }
         Self { folder, running, _program: program }
