@@ -446,6 +446,17 @@ fn a_paused_loop_delivers_no_event_until_it_is_resumed() {
 }
 
 #[test]
+fn a_paused_loop_that_is_stopped_at_rest_delivers_what_waits_to_nobody() {
+    let (mut far, near) = UnixStream::pair().unwrap();
+    let (sources, on_ready, receiver) = reader(near);
+    let (io, _bus) = start(vec![(sources, on_ready)]);
+    io.pause(Duration::ZERO);
+    far.write_all(b"meanwhile").unwrap();
+    io.stop_at_rest().unwrap();
+    assert!(receiver.try_recv().is_err());
+}
+
+#[test]
 fn a_device_that_was_added_is_watched_and_one_that_was_removed_is_not() {
     let (io, bus) = start(Vec::new());
     settle(&io);

@@ -251,6 +251,24 @@ mod tests {
     }
 
     #[test]
+    fn a_lock_that_is_lent_can_be_taken_by_one_other_and_taken_back_afterwards() {
+        let file = disk();
+        let ours = reopen(&file);
+        let lock = DiskLock::take(&"disk".into(), &ours, false).unwrap();
+        assert_eq!(both(&file), [WRITING, WRITING]);
+        lock.release();
+        assert_eq!(both(&file), [OPENED, OPENED]);
+        let other = reopen(&file);
+        let theirs = DiskLock::take(&"disk".into(), &other, false).unwrap();
+        assert!(lock.retake().unwrap_err().to_string().contains("another program has it open"));
+        drop(theirs);
+        lock.retake().unwrap();
+        assert_eq!(both(&file), [WRITING, WRITING]);
+        drop(lock);
+        assert_eq!(both(&file), [OPENED, OPENED]);
+    }
+
+    #[test]
     fn a_failed_lock_leaves_nothing_locked() {
         let file = disk();
         let (other, refused) = (reopen(&file), reopen(&file));

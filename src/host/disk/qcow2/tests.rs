@@ -93,6 +93,29 @@ fn qemu_img(arguments: &[&str]) -> bool {
     true
 }
 
+#[test]
+fn after_a_write_back_another_program_finds_everything_without_a_flush() {
+    let folder = tempfile::tempdir().unwrap();
+    image(&folder, "image", SIZE, 64 << 10, None);
+    let mut disk = Bench::open(&at(&folder, "image"), "");
+    let text = pattern(8192, 3);
+    assert!(disk.put(300 << 10, &text));
+    // As a copy: the disk is locked.
+    let copied = |name: &str| {
+        std::fs::copy(at(&folder, "image"), at(&folder, name)).unwrap();
+        Bench::open(&at(&folder, name), "ro").get(300 << 10, 8192)
+    };
+    assert_ne!(copied("before").as_ref(), Some(&text), "a write-back is not needed here");
+    disk.disk.write_back().unwrap();
+    assert_eq!(copied("after"), Some(text));
+    // Without anything to be written it changes nothing, not even the file's time.
+    let time = || std::fs::metadata(at(&folder, "image")).unwrap().modified().unwrap();
+    let before = time();
+    disk.disk.write_back().unwrap();
+    drop(disk);
+    assert_eq!(time(), before);
+}
+
 /// An access to a disk.
 #[derive(Debug, Clone)]
 enum Step {
