@@ -101,12 +101,7 @@ impl Inspectable for Empty {
         Reply::Stat(Stat::default())
     }
 
-    fn carry_out(
-        &self,
-        _: Order,
-        _: Option<std::os::fd::OwnedFd>,
-        _: &mut dyn FnMut(&Reply) -> bool,
-    ) -> Reply {
+    fn carry_out(&self, _: Order, _: Option<OwnedFd>, _: &mut dyn FnMut(&Reply) -> bool) -> Reply {
         Reply::Done { took_ns: 0 }
     }
 }

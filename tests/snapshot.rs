@@ -13,6 +13,9 @@ mod harness;
 mod initramfs;
 #[path = "snapshot/migration.rs"]
 mod migration;
+#[path = "linux/network.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
+mod network;
 
 use std::fs::File;
 use std::io::{Read, Write};

@@ -8,6 +8,7 @@
 //! | `vhost/` | networks and sockets whose queues the kernel processes (vhost) |
 //! | `small.rs` | files that are read at once |
 //! | `output.rs` | files that are written for a user, whole or not at all |
+//! | `inherited.rs` | descriptors that the parent process has opened |
 //! | `node.rs` | device nodes, and advice for one that cannot be opened |
 //! | `daemon.rs` | programs that serve devices: virtiofsd, passt |
 
@@ -33,6 +34,7 @@ use crate::terminal::{self, StopRequest};
 mod daemon;
 mod disk;
 mod flash;
+mod inherited;
 pub(crate) mod node;
 mod output;
 mod small;
@@ -41,6 +43,7 @@ mod vhost;
 
 use disk::DiskLock;
 pub(crate) use disk::{create_overlay, disk_size};
+pub(crate) use inherited::duplicate;
 #[cfg(test)]
 pub(crate) use output::tests::on_a_small_file_system;
 #[cfg(feature = "labs")]

@@ -18,10 +18,10 @@ pub(crate) struct Continuation {
 
 /// What a machine continues from.
 pub(crate) enum Origin {
-    /// A snapshot, from which others may continue, too. Boxed: the other variant is small.
+    /// A snapshot, from which others may continue, too.
     Snapshot(Box<Snapshot>),
     /// A machine that gives up its guest.
-    Migration(Migrated),
+    Migration(Box<Migrated>),
 }
 
 /// A machine that was received.

@@ -4,13 +4,14 @@ use std::ffi::OsStr;
 use std::fmt;
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::error::Error;
+use crate::host::duplicate;
 use crate::sockets::{Listening, connect_to};
 
 /// The end of a connection for a migration.
@@ -62,7 +63,7 @@ impl Address {
         let connected = match self {
             Self::Unix(path) => connect_to(path).map(OwnedFd::from),
             Self::Tcp(address) => TcpStream::connect(address).map(OwnedFd::from),
-            Self::Descriptor(fd) => inherit(*fd),
+            Self::Descriptor(fd) => duplicate(*fd),
         };
         connected.map_err(|source| self.failed("connect to", source))
     }
@@ -80,7 +81,7 @@ impl Address {
             Self::Tcp(address) => TcpListener::bind(address)
                 .and_then(|listener| listener.accept())
                 .map(|(stream, _)| OwnedFd::from(stream)),
-            Self::Descriptor(fd) => inherit(*fd),
+            Self::Descriptor(fd) => duplicate(*fd),
         };
         accepted.map_err(|source| self.failed("listen on", source))
     }
@@ -112,14 +113,6 @@ fn accept(socket: &Listening) -> io::Result<OwnedFd> {
             result => return result,
         }
     }
-}
-
-/// A duplicate of a descriptor that the parent process has opened.
-#[expect(unsafe_code, reason = "a descriptor that is known by its number")]
-fn inherit(fd: RawFd) -> io::Result<OwnedFd> {
-    // SAFETY: only the number is used, by one call that fails if it is not open.
-    let given = unsafe { BorrowedFd::borrow_raw(fd) };
-    Ok(rustix::io::fcntl_dupfd_cloexec(given, 3)?)
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use rustix::net::sockopt::{socket_peercred, socket_type};
 use rustix::process::Pid;
 
 use super::message::{Kind, MOST_PAYLOAD};
-use crate::snapshot::message_checksum;
+use crate::snapshot::{message_checksum, words};
 
 /// What each frame begins with.
 const MAGIC: [u8; 8] = *b"rvmmMIG1";
@@ -84,11 +84,11 @@ impl Channel {
             *last = 0;
         }
         let (header, payload) = self.frame.split_at_mut(HEADER);
-        fill(bytemuck::cast_slice_mut(payload).get_mut(..len).unwrap_or_default())?;
+        fill(words::bytes_mut(payload).get_mut(..len).unwrap_or_default())?;
         let number = u64::from(size) << 32 | u64::from(kind.number());
         let words = [u64::from_le_bytes(MAGIC), number, message_checksum(number, payload)];
         header.iter_mut().zip(words).for_each(|(to, word)| *to = word);
-        let bytes: &[u8] = bytemuck::cast_slice(&self.frame);
+        let bytes: &[u8] = words::bytes(&self.frame);
         self.stream.write_all(bytes)?;
         self.sent = self.sent.saturating_add(bytes.len() as u64);
         Ok(())
@@ -102,7 +102,7 @@ impl Channel {
     pub(super) fn receive(&mut self) -> io::Result<(Kind, &[u8])> {
         let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what);
         let mut header = [0; HEADER];
-        self.stream.read_exact(bytemuck::cast_slice_mut(&mut header))?;
+        self.stream.read_exact(words::bytes_mut(&mut header))?;
         let [magic, number, checksum] = header;
         if magic != u64::from_le_bytes(MAGIC) {
             return Err(invalid("it does not speak the protocol of this version of rvmm"));
@@ -114,10 +114,10 @@ impl Channel {
         }
         let len = usize::try_from(size).map_err(io::Error::other)?;
         self.frame.resize(len.div_ceil(8), 0);
-        self.stream.read_exact(bytemuck::cast_slice_mut(&mut self.frame))?;
+        self.stream.read_exact(words::bytes_mut(&mut self.frame))?;
         if message_checksum(number, &self.frame) != checksum {
             return Err(invalid("a message was damaged on its way"));
         }
-        Ok((kind, bytemuck::cast_slice(&self.frame).get(..len).unwrap_or_default()))
+        Ok((kind, words::bytes(&self.frame).get(..len).unwrap_or_default()))
     }
 }

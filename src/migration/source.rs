@@ -12,7 +12,7 @@ use super::message::{FORMAT, Hello, Kind, MOST_PAGES, State};
 use super::process::{Process, Watch};
 use crate::error::Error;
 use crate::memory::{PAGE, append};
-use crate::snapshot::{PAGE_WORDS, Preamble, ReadRam, SavedMachine};
+use crate::snapshot::{PAGE_WORDS, Preamble, ReadRam, SavedMachine, words};
 
 /// Time for which the target may let the source wait: it builds a machine at most.
 const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 5 } else { 60 });
@@ -102,7 +102,7 @@ impl Source {
         let len = usize::try_from(batch.end - batch.start).map_err(io::Error::other)?;
         let mut words = std::mem::take(&mut self.words);
         words.resize(len.div_ceil(8), 0);
-        let sent = read(batch.start, bytemuck::cast_slice_mut(&mut words))
+        let sent = read(batch.start, words::bytes_mut(&mut words))
             .and_then(|()| self.send_words(batch.start, &words));
         self.words = words;
         sent
@@ -122,8 +122,7 @@ impl Source {
         }
         for Range { start: at, end } in full {
             let index = |at: u64| usize::try_from((at - start) / 8).unwrap_or(usize::MAX);
-            let bytes: &[u8] =
-                bytemuck::cast_slice(words.get(index(at)..index(end)).unwrap_or_default());
+            let bytes: &[u8] = words::bytes(words.get(index(at)..index(end)).unwrap_or_default());
             self.channel.send(Kind::Pages, 8 + bytes.len(), |payload| {
                 if let Some((offset, pages)) = payload.split_at_mut_checked(8) {
                     offset.copy_from_slice(&at.to_le_bytes());

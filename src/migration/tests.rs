@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::slice::from_ref;
 use std::thread;
 
 use proptest::prelude::*;
@@ -57,9 +58,9 @@ fn recorded() -> Vec<u8> {
         all
     });
     let mut source = Source::greet(ours.into(), "web", MEM, false).unwrap();
-    source.send_pages(&[0..64 * PAGE], &read(0)).unwrap();
+    source.send_pages(from_ref(&(0..64 * PAGE)), &read(0)).unwrap();
     source.finish_round().unwrap();
-    source.send_pages(&[0..2 * PAGE], &read(1)).unwrap();
+    source.send_pages(from_ref(&(0..2 * PAGE)), &read(1)).unwrap();
     source.hand_over(machine(), false).unwrap();
     assert!(matches!(source.commit(), Outcome::Gone));
     target.join().unwrap()
@@ -101,7 +102,7 @@ fn memory_and_state_arrive_as_they_were_sent() {
     source.finish_round().unwrap();
     let before = source.sent();
     assert!(before > 190 * PAGE && before < 210 * PAGE, "{before}");
-    source.send_pages(&[100 * PAGE..150 * PAGE], &read(100)).unwrap();
+    source.send_pages(from_ref(&(100 * PAGE..150 * PAGE)), &read(100)).unwrap();
     source.finish_round().unwrap();
     assert!(source.sent() - before < 42 * PAGE, "zero pages are not sent");
     source.hand_over(machine(), true).unwrap();

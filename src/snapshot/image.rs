@@ -10,6 +10,7 @@ use std::os::unix::fs::FileExt;
 use serde::{Deserialize, Serialize};
 
 use super::checksum::{self, PAGE_BYTES, PAGE_WORDS, PageSum};
+use super::words;
 use crate::memory::{PAGE, append, data_in};
 
 /// Pages that are copied at once.
@@ -239,7 +240,7 @@ fn batches(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
 /// The bytes of a buffer that a batch fills.
 fn bytes_of<'a>(words: &'a mut [u64], batch: &Range<u64>) -> &'a mut [u8] {
     let len = usize::try_from(batch.end - batch.start).unwrap_or(0);
-    bytemuck::cast_slice_mut(words).get_mut(..len).unwrap_or_default()
+    words::bytes_mut(words).get_mut(..len).unwrap_or_default()
 }
 
 /// At most [`MOST_REGIONS`] ranges that include these, which are in ascending order: the smallest gaps are closed.

@@ -16,7 +16,7 @@
 //! | `state.rs`, `preamble.rs` | the types of `state.json`; what it begins with |
 //! | `image.rs` | RAM in a file |
 //! | `folder.rs`, `stamp.rs` | the folder, written whole or not at all; whether a file has changed |
-//! | `checksum.rs` | the checksum |
+//! | `checksum.rs`, `words.rs` | the checksum; memory as words and as bytes |
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -39,6 +39,7 @@ mod stamp;
 mod state;
 #[cfg(test)]
 mod tests;
+pub(crate) mod words;
 
 pub(crate) use checksum::{PAGE_WORDS, of_bytes as checksum, of_message as message_checksum};
 use folder::PartialFolder;

@@ -224,7 +224,8 @@ impl Vmm {
     ) -> Result<Self, Error> {
         let received = incoming.receive()?;
         let is_paused = received.is_paused || options.paused;
-        let origin = Origin::Migration(Migrated { machine: received.machine, ram: received.ram });
+        let origin =
+            Origin::Migration(Box::new(Migrated { machine: received.machine, ram: received.ram }));
         let built = options
             .apply(origin)
             .and_then(|(config, from)| Self::continue_from(config, from, parts));

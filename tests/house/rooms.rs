@@ -23,7 +23,10 @@ pub(crate) const ROOMS: [(&str, &[&str]); 27] = [
     ("vcpu", &["devices", "riscv", "error", "memory", "config"]),
     ("hypervisor", &["devices", "error", "layout", "config", "vcpu"]),
     ("snapshot", &["devices", "error", "memory", "config", "hypervisor"]),
-    ("migration", &["devices", "error", "layout", "memory", "config", "sockets", "snapshot"]),
+    (
+        "migration",
+        &["devices", "error", "layout", "memory", "config", "sockets", "host", "snapshot"],
+    ),
     ("kvm", &["devices", "riscv", "error", "layout", "config", "host", "vcpu", "hypervisor"]),
     ("gdb", &["riscv", "error", "memory", "config", "sockets", "vcpu"]),
     ("trace", &["devices", "riscv", "error", "config", "host", "vcpu"]),

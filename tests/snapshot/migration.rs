@@ -1,12 +1,19 @@
 //! Machines that move to another process while they run.
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpListener;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Sender, channel};
 use std::thread;
 use std::time::Duration;
 
-use crate::harness::{Session, by_length, host, is_listening, one_host};
-use crate::{Place, busy_linux, chain, random};
+use vsock::{VMADDR_CID_ANY, VsockListener};
+
+use crate::harness::{Session, by_length, host, is_listening, kernel, one_host, skip};
+use crate::network::{on_the_host, set_up_guest};
+use crate::{Place, busy_linux, chain, initramfs, random};
 
 /// Moves the machine to a new process, which is returned with what the verb has printed; it has other ends of the host.
 fn try_to_move(place: &Place, name: &str, arguments: &[&str]) -> Result<(Session, String), String> {
@@ -112,4 +119,119 @@ fn linux_that_writes_to_its_disk_moves_with_it_and_to_an_image_as_well() {
     assert!(File::open(overlay(&place)).is_ok());
     session.send("poweroff -f\n");
     assert_eq!(session.exit_code(), 0);
+}
+
+/// Port of the guest's program.
+const PORT: u32 = 52;
+
+/// In the guest: the stream of the host is reset, and the next one carries bytes.
+fn in_the_guest() {
+    let listener = VsockListener::bind_with_cid_port(VMADDR_CID_ANY, PORT).expect("bind");
+    println!("the guest listens");
+    let (mut stream, _) = listener.accept().expect("the host");
+    println!("the guest has accepted");
+    let error = stream.read_to_end(&mut Vec::new()).expect_err("a reset");
+    println!("the stream is gone: {:?}", error.kind());
+    let (mut stream, _) = listener.accept().expect("the host");
+    let mut word = String::new();
+    stream.read_to_string(&mut word).expect("bytes");
+    println!("the guest was told {word}");
+}
+
+/// Connects to the guest's program.
+fn connect(path: &Path) -> UnixStream {
+    let mut stream = UnixStream::connect(path).expect("rvmm listens");
+    writeln!(stream, "CONNECT {PORT}").expect("rvmm reads");
+    let mut answer = String::new();
+    BufReader::with_capacity(1, &stream).read_line(&mut answer).expect("an answer");
+    assert!(answer.starts_with("OK "), "{answer:?}");
+    stream
+}
+
+/// Echoes the bytes of a connection slowly, and sends their number from time to time; returns all of them.
+fn echo_slowly(listener: &TcpListener, progress: &Sender<usize>) -> Vec<u8> {
+    let (mut stream, _) = listener.accept().expect("the guest");
+    let (mut all, mut part) = (Vec::new(), vec![0; 32 << 10]);
+    loop {
+        let count = stream.read(&mut part).expect("the connection goes on");
+        if count == 0 {
+            return all;
+        }
+        stream.write_all(&part[..count]).expect("the connection goes on");
+        all.extend_from_slice(&part[..count]);
+        let _ = progress.send(all.len());
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_tcp_connection_goes_on_after_a_move_and_a_vsock_stream_is_reset() {
+    const INSIDE: &str = "RVMM_INSIDE_THE_GUEST";
+    const SIZE: usize = 8 << 20;
+    if std::env::var_os(INSIDE).is_some() {
+        return in_the_guest();
+    }
+    let Some(host) = one_host("aia") else { return };
+    if !rustix::process::geteuid().is_root() {
+        return skip("a tap takes root");
+    }
+    let place = Place::new();
+    let own = std::env::current_exe().and_then(std::fs::read).expect("this program");
+    let modules = ["virtio_mmio", "virtio_net", "vmw_vsock_virtio_transport"];
+    let initrd = initramfs::build(place.0.path(), &[("inside", &own)], &modules);
+    let mut session = place
+        .rvmm(&["--mem", "256M", "--irqchip", host.irqchips[0], "--name", "one"])
+        .args(&["--net", "tap=rvmmmove1,mac=02:00:00:00:00:07", "--cmdline", "console=ttyS0 quiet"])
+        .path("--vsock=", &place.at("vsock"), "")
+        .path("--initrd=", &initrd, "")
+        .kernel(&kernel())
+        .start();
+    session.expect("own initramfs is up\r\n");
+    on_the_host(&["ip", "link", "add", "rvmmbridge", "type", "bridge"]);
+    let _bridge = Bridge;
+    on_the_host(&["ip", "addr", "add", "203.0.113.1/24", "dev", "rvmmbridge"]);
+    on_the_host(&["ip", "link", "set", "rvmmbridge", "up"]);
+    let plug_in = |tap: &str| {
+        on_the_host(&["ip", "link", "set", tap, "master", "rvmmbridge"]);
+        on_the_host(&["ip", "link", "set", tap, "up"]);
+    };
+    plug_in("rvmmmove1");
+    set_up_guest(&mut session, "203.0.113.1", "203.0.113.2");
+    // The streams are open, and in use, when the machine moves.
+    session.send(&format!("chmod +x /inside; {INSIDE}=1 /inside --exact migration::a_tcp_connection_goes_on_after_a_move_and_a_vsock_stream_is_reset --nocapture &\n"));
+    session.expect("the guest listens\r\n");
+    let mut stream = connect(&place.at("vsock"));
+    session.expect("the guest has accepted\r\n");
+    let listener = TcpListener::bind(("203.0.113.1", 0)).expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    let (sender, progress) = channel();
+    let echo = thread::spawn(move || echo_slowly(&listener, &sender));
+    session.ask(&format!("dd if=/dev/urandom of=/data bs=64k count={} 2>/dev/null; (nc 203.0.113.1 {port} </data >/back; touch /done) &", SIZE >> 16));
+    while progress.recv().expect("it sends") < SIZE / 16 {}
+    let other = place.at("other").display().to_string();
+    session =
+        move_on(&place, &mut session, "one", &["--tap", "eth0=rvmmmove2", "--vsock-path", &other]);
+    plug_in("rvmmmove2");
+    session.expect("the stream is gone: ConnectionReset\r\n");
+    let mut rest = Vec::new();
+    assert!(stream.read_to_end(&mut rest).is_ok() && rest.is_empty(), "{rest:?}");
+    let mut stream = connect(Path::new(&other));
+    stream.write_all(b"something").expect("it reads");
+    drop(stream);
+    session.expect("the guest was told something\r\n");
+    let sums = session.ask("until [ -e /done ]; do sleep 1; done; md5sum </data; md5sum </back");
+    let mut sums = sums.lines();
+    assert_eq!(sums.next(), sums.next(), "what came back is not what was sent");
+    assert_eq!(echo.join().expect("the echo").len(), SIZE);
+    session.send("poweroff -f\n");
+    assert_eq!(session.exit_code(), 0);
+}
+
+/// A bridge, which is removed at the end.
+struct Bridge;
+
+impl Drop for Bridge {
+    fn drop(&mut self) {
+        on_the_host(&["ip", "link", "del", "rvmmbridge"]);
+    }
 }

@@ -5,6 +5,29 @@ use std::io;
 use std::os::fd::RawFd;
 use std::time::Duration;
 
+use log::info;
+use rvmm_devices::HostError;
+use rvmm_devices::virtio::blk::DiskPlan;
+
+use super::uring::Uring;
+use super::worker::Worker;
+
+/// The engine of a disk in a file: io_uring, or a thread where the kernel has none.
+pub(super) fn choose(plan: &DiskPlan) -> Result<Box<dyn Engine>, HostError> {
+    Ok(match Uring::new() {
+        Ok(ring) => Box::new(ring),
+        Err(error) => {
+            info!("Disk {} does not use io_uring: {error}", plan.path);
+            Box::new(Worker::new().map_err(|source| no_thread(plan, source))?)
+        }
+    })
+}
+
+/// The error of a host without threads.
+pub(super) fn no_thread(plan: &DiskPlan, source: io::Error) -> HostError {
+    HostError::os(format!("Cannot start a thread for disk {}", plan.path), source)
+}
+
 /// One system call.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Call {

@@ -5,6 +5,7 @@
 //! | `open.rs` | checks and opens the file of a path |
 //! | `lock.rs` | locks: one writer or many readers, also among other programs |
 //! | `job.rs` | the system calls of one request |
+//! | `flush.rs` | flushes, several at once |
 //! | `engine.rs` | interface of the engines, which make system calls asynchronously |
 //! | `uring.rs`, `worker.rs` | the engines: io_uring, and a thread |
 //! | `qcow2/` | images, accessed on the thread |
@@ -26,6 +27,7 @@ use rvmm_devices::virtio::blk::{
 };
 
 mod engine;
+mod flush;
 mod job;
 mod lock;
 mod open;
@@ -37,12 +39,12 @@ mod worker;
 mod tests;
 
 use engine::{Call, CallKind, Engine, Outcome};
+use flush::Flushes;
 use job::{Job, Progress};
 pub(super) use lock::DiskLock;
 use open::{Files, whole_sectors};
 use qcow2::Image;
 pub(crate) use qcow2::{create_overlay, disk_size};
-use uring::Uring;
 use worker::Worker;
 
 /// ID of the flush, which is no slot number.
@@ -86,33 +88,12 @@ pub(super) struct Disk {
     memory: Arc<dyn DmaMemory>,
 }
 
-/// Pending flushes: all that arrive while one runs are served by the next.
-#[derive(Debug, Default)]
-struct Flushes {
-    is_running: bool,
-    /// Slots that the running flush serves.
-    served: Vec<u32>,
-    /// Slots that the next one serves.
-    waiting: Vec<u32>,
-}
-
 /// Opens a disk, with io_uring if the kernel has it.
 pub(super) fn open(plan: &DiskPlan, memory: Arc<dyn DmaMemory>) -> Result<Disk, HostError> {
     if plan.format != DiskFormat::Raw {
         return Disk::open_image(plan, memory);
     }
-    let engine: Box<dyn Engine> = match Uring::new() {
-        Ok(ring) => Box::new(ring),
-        Err(error) => {
-            info!("Disk {} does not use io_uring: {error}", plan.path);
-            Box::new(Worker::new().map_err(|source| no_thread(plan, source))?)
-        }
-    };
-    Disk::open(plan, memory, engine)
-}
-
-fn no_thread(plan: &DiskPlan, source: std::io::Error) -> HostError {
-    HostError::os(format!("Cannot start a thread for disk {}", plan.path), source)
+    Disk::open(plan, memory, engine::choose(plan)?)
 }
 
 impl Disk {
@@ -136,7 +117,7 @@ impl Disk {
         let size = image.size();
         // The image respects the alignment.
         files.forget_direct();
-        let engine = Worker::with(image).map_err(|source| no_thread(plan, source))?;
+        let engine = Worker::with(image).map_err(|source| engine::no_thread(plan, source))?;
         let mut disk = Self::new(plan, memory, Box::new(engine), files, size);
         disk.is_raw = false;
         Ok(disk)
@@ -213,8 +194,7 @@ impl Disk {
     }
 
     fn start_flush(&mut self) -> Call {
-        self.flushes.is_running = true;
-        self.flushes.served.append(&mut self.flushes.waiting);
+        self.flushes.begin();
         Call { kind: CallKind::Sync, fd: self.files.main(), offset: 0, len: 0 }
     }
 
@@ -257,13 +237,10 @@ impl Disk {
     }
 
     fn flushed(&mut self, result: std::io::Result<u32>) {
-        if let (Err(error), false) = (&result, self.flushes.served.is_empty()) {
+        if let (Err(error), true) = (&result, self.flushes.serves()) {
             self.complain("flush", error);
         }
-        let is_ok = result.is_ok();
-        self.done.extend(self.flushes.served.drain(..).map(|slot| DiskDone { slot, is_ok }));
-        self.flushes.is_running = false;
-        if !self.flushes.waiting.is_empty() {
+        if self.flushes.end(result.is_ok(), &mut self.done) {
             let call = self.start_flush();
             self.push(SYNC, call);
         }
@@ -284,8 +261,7 @@ impl Disk {
     fn give_up(&mut self, slots: &[u32], patience: Option<Duration>) -> Vec<u32> {
         let start = Instant::now();
         let is_meant = |slot: &u32| slots.contains(slot);
-        self.flushes.served.retain(|slot| !is_meant(slot));
-        self.flushes.waiting.retain(|slot| !is_meant(slot));
+        self.flushes.forget(slots);
         for slot in slots {
             let Some(job) = self.jobs.get_mut(*slot as usize) else { continue };
             job.give_up();
@@ -336,8 +312,7 @@ impl DiskBackend for Disk {
                 self.done.push(DiskDone { slot, is_ok: true });
                 return;
             }
-            self.flushes.waiting.push(slot);
-            if !self.flushes.is_running {
+            if self.flushes.add(slot) {
                 let call = self.start_flush();
                 self.push_first(SYNC, call);
             }

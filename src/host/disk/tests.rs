@@ -19,6 +19,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::engine::Buffers;
+use super::uring::Uring;
 use super::*;
 
 pub(super) const RAM: u64 = 0x8000_0000;

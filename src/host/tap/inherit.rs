@@ -2,12 +2,13 @@
 //! drivers/net/tap.c), which is attached from the start.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use libc::c_int;
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fcntl_setfl, fstat, major, minor};
 use rvmm_devices::HostError;
 
+use super::super::inherited;
 use super::{FLAGS, Tap, check, empty_request, name_of};
 
 /// The major and minor number of /dev/net/tun (Documentation/admin-guide/devices.txt). Those of macvtaps are assigned dynamically.
@@ -34,16 +35,12 @@ impl Tap {
 }
 
 fn duplicate(fd: RawFd) -> Result<OwnedFd, HostError> {
-    // SAFETY: only the number is used, by one call that fails if it is not open.
-    let own = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
-    check(own).map_err(|error| match error.raw_os_error() {
+    inherited::duplicate(fd).map_err(|error| match error.raw_os_error() {
         Some(libc::EBADF) => HostError::invalid(format!(
             "Cannot use descriptor {fd}: it is not open (open a tap before rvmm starts, and let it inherit the descriptor)"
         )),
         _ => HostError::os(format!("Cannot use descriptor {fd}"), error),
-    })?;
-    // SAFETY: the descriptor was created above, and has no other owner.
-    Ok(unsafe { OwnedFd::from_raw_fd(own) })
+    })
 }
 
 /// The name of the interface behind a tap, or the reason why a guest cannot use it.

@@ -95,21 +95,21 @@ fn qemu_img(arguments: &[&str]) -> bool {
 
 #[test]
 fn after_a_write_back_another_program_finds_everything_without_a_flush() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = tempdir().unwrap();
     image(&folder, "image", SIZE, 64 << 10, None);
     let mut disk = Bench::open(&at(&folder, "image"), "");
     let text = pattern(8192, 3);
     assert!(disk.put(300 << 10, &text));
     // As a copy: the disk is locked.
     let copied = |name: &str| {
-        std::fs::copy(at(&folder, "image"), at(&folder, name)).unwrap();
+        fs::copy(at(&folder, "image"), at(&folder, name)).unwrap();
         Bench::open(&at(&folder, name), "ro").get(300 << 10, 8192)
     };
     assert_ne!(copied("before").as_ref(), Some(&text), "a write-back is not needed here");
     disk.disk.write_back().unwrap();
     assert_eq!(copied("after"), Some(text));
     // Without anything to be written it changes nothing, not even the file's time.
-    let time = || std::fs::metadata(at(&folder, "image")).unwrap().modified().unwrap();
+    let time = || fs::metadata(at(&folder, "image")).unwrap().modified().unwrap();
     let before = time();
     disk.disk.write_back().unwrap();
     drop(disk);
