@@ -90,9 +90,9 @@ fn linux(place: &Place, irqchip: &str, mem: &str) -> Session {
 /// The same, whose shell writes its disk all the time.
 fn busy_linux(place: &Place, irqchip: &str) -> Session {
     let mut session = linux(place, irqchip, "256M");
-    session.ask("mke2fs /dev/vda >/dev/null; mkdir /m; mount /dev/vda /m; dd if=/dev/hwrng of=/data bs=64k count=32 2>/dev/null; md5sum </data >/sum");
+    session.ask("mke2fs /dev/vda >/dev/null; mkdir /m; mount /dev/vda /m; dd if=/dev/urandom of=/data bs=64k count=32 2>/dev/null; md5sum </data >/sum");
     // Copies from memory to the disk and back, and counts what was wrong.
-    session.send("wrong=0; (while :; do cp /data /m/data; sync; echo 3 >/proc/sys/vm/drop_caches; md5sum </m/data | cmp -s - /sum || echo x >>/wrong; echo x >>/rounds; done) &\n");
+    session.send("wrong=0; (while :; do cp /data /m/data; sync; echo 3 >/proc/sys/vm/drop_caches; head -c256 /dev/hwrng >/dev/null; md5sum </m/data | cmp -s - /sum || echo x >>/wrong; echo x >>/rounds; done) &\n");
     session.ask("until [ -s /rounds ]; do sleep 1; done; echo begun");
     session
 }
