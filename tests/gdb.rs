@@ -287,3 +287,45 @@ fn gdb_debugs_debians_kernel_to_its_user_space_and_from_its_first_instruction() 
     session.send("poweroff -f\n");
     assert_eq!(session.exit_code(), 0);
 }
+
+#[test]
+fn a_restored_machine_is_debugged_and_traced_from_where_it_was_saved() {
+    let Some(_host) = one_host("aia") else { return };
+    let (folder, socket) = socket();
+    let at = |name: &str| folder.path().join(name);
+    let verb = |arguments: &[&str]| rvmm(arguments).env("XDG_RUNTIME_DIR", folder.path());
+    let machine =
+        ["--no-initrd", "--mem", "64M", "--cpus", "2", "--name", "chain", "--device", "rng"];
+    let mut session =
+        verb(&machine).args(&["--cmdline", "rounds=3000"]).kernel(&guest("chain")).start();
+    session.expect("started");
+    let mut save = verb(&["snapshot", "chain", "--stop"]).path("", &at("saved"), "").start();
+    assert_eq!((save.exit_code(), session.exit_code()), (0, 0), "{}", save.all_errors());
+    let text = std::fs::read(at("saved/state.json")).expect("a state");
+    let state: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
+    let hart = &state["machine"]["vm"]["harts"][0];
+    // KVM's number of the program counter.
+    let is_pc = |register: &&serde_json::Value| register["id"] == 0x8030_0000_0200_0000_u64;
+    let registers = hart["registers"].as_array().expect("registers");
+    let pc = registers.iter().find(is_pc).expect("it has one")["value"].as_u64();
+    let mut session = verb(&["restore"])
+        .path("", &at("saved"), "")
+        .path("--gdb=unix:", &socket, "")
+        .path("--trace=", &at("trace.jsonl"), "")
+        .start();
+    session.expect_error("rvmm: The guest waits for a debugger at unix:");
+    let mut gdb = Gdb::connect(&guest("chain.debug"), &socket);
+    assert_eq!(Some(gdb.value("$pc")), pc);
+    let threads = gdb.say("info threads");
+    assert!(threads.contains("(hart 0)") && threads.contains("(hart 1)"), "{threads}");
+    gdb.say("stepi");
+    assert_ne!(Some(gdb.value("$pc")), pc);
+    gdb.check("continue", "exited normally");
+    assert_eq!(session.exit_code(), 0);
+    let printed = String::from_utf8(session.output()).expect("text");
+    assert!(printed.contains("PASS"), "{printed}");
+    let trace = std::fs::read_to_string(at("trace.jsonl")).expect("the trace");
+    let end = trace.lines().last().expect("an end");
+    let end: serde_json::Value = serde_json::from_str(end).expect("a line");
+    assert!(end["rvmm_end"] == 1 && end["recorded"].as_u64() > Some(0), "{end}");
+}

@@ -330,3 +330,26 @@ fn clones_share_memory_and_each_has_a_disk_of_its_own() {
     let again = place.verb(&arguments, Some(&place.at("saved"))).expect_err("its disks exist");
     assert!(again.contains("one-1") && again.contains("exists"), "{again}");
 }
+
+#[test]
+fn linux_that_is_saved_while_it_reboots_comes_up_in_another_process() {
+    let Some(host) = one_host("plic") else { return };
+    let place = Place::new();
+    let mut session = linux(&place, host.irqchips[0], "128M");
+    for _ in 0..by_length(10, 2) {
+        session.send("reboot -f\n");
+        thread::sleep(Duration::from_millis(random(3000)));
+        while let Err(error) = place.verb(&["snapshot", "one", "--stop"], Some(&place.at("saved")))
+        {
+            // Just while the machine is reset.
+            assert!(error.contains("it is stopping") && session.is_running(), "{error}");
+            thread::yield_now();
+        }
+        assert_eq!(session.exit_code(), 0);
+        session = place.restore("saved", &[]);
+        session.expect("own initramfs is up\r\n");
+        assert_eq!(session.ask("nproc"), "2\n");
+    }
+    session.send("poweroff -f\n");
+    assert_eq!(session.exit_code(), 0);
+}

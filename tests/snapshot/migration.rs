@@ -121,6 +121,47 @@ fn linux_that_writes_to_its_disk_moves_with_it_and_to_an_image_as_well() {
     assert_eq!(session.exit_code(), 0);
 }
 
+#[test]
+fn a_guest_that_writes_all_the_time_is_slowed_down_and_moves_or_stays() {
+    let Some(host) = one_host("plic") else { return };
+    let place = Place::new();
+    let initrd = initramfs::build(place.0.path(), &[], &[]);
+    let mut session = place
+        .rvmm(&["--mem", "256M", "--irqchip", host.irqchips[0], "--name", "one"])
+        .args(&["--cmdline", "console=ttyS0 quiet"])
+        .path("--initrd=", &initrd, "")
+        .kernel(&kernel())
+        .start();
+    session.expect("own initramfs is up\r\n");
+    session.send("(while :; do dd if=/dev/zero of=/x bs=1M count=32 conv=notrunc 2>/dev/null; echo x >>/rounds; done) &\n");
+    session.ask("until [ -s /rounds ]; do sleep 1; done; echo begun");
+    let socket = place.at("move");
+    let mut target = place.rvmm(&["restore", "--listen"]).path("unix:", &socket, "").start();
+    while !is_listening(&socket) {
+        thread::yield_now();
+    }
+    let to = format!("unix:{}", socket.display());
+    let moved = place.verb(&["migrate", "one", &to, "--downtime", "1", "--json"], None);
+    match moved {
+        Ok(text) => {
+            assert!(text.contains("\"throttle\":20"), "{text}");
+            assert!(text.lines().last().is_some_and(|line| line.starts_with("{\"migrated\":")));
+            assert_eq!(session.exit_code(), 0);
+            session = target;
+        }
+        Err(error) => {
+            assert!(error.contains("faster than the connection"), "{error}");
+            assert_ne!(target.exit_code(), 0);
+        }
+    }
+    // It runs, at its full speed again.
+    session.ask(
+        "n=$(wc -l </rounds); until [ $(wc -l </rounds) -gt $((n+1)) ]; do sleep 1; done; echo on",
+    );
+    session.send("poweroff -f\n");
+    assert_eq!(session.exit_code(), 0);
+}
+
 /// Port of the guest's program.
 const PORT: u32 = 52;
 
@@ -206,7 +247,9 @@ fn a_tcp_connection_goes_on_after_a_move_and_a_vsock_stream_is_reset() {
     let port = listener.local_addr().expect("an address").port();
     let (sender, progress) = channel();
     let echo = thread::spawn(move || echo_slowly(&listener, &sender));
-    session.ask(&format!("dd if=/dev/urandom of=/data bs=64k count={} 2>/dev/null; (nc 203.0.113.1 {port} </data >/back; touch /done) &", SIZE >> 16));
+    let blocks = SIZE >> 16;
+    session.ask(&format!("dd if=/dev/urandom of=/data bs=64k count={blocks} 2>/dev/null"));
+    session.send(&format!("(nc 203.0.113.1 {port} </data >/back; touch /done) &\n"));
     while progress.recv().expect("it sends") < SIZE / 16 {}
     let other = place.at("other").display().to_string();
     session =
