@@ -3,6 +3,7 @@
 use std::error::Error as _;
 use std::io;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -13,6 +14,7 @@ use crate::error::{Error, VmError};
 use crate::gdb::DebugContext;
 use crate::hypervisor::{RAM_SLOT, Vm};
 use crate::memory::{GuestRam, PAGE, append};
+use crate::pager::{Filling, PagerLink, Prefetch};
 use crate::snapshot::{DiskIdentity, Parent, SavedMachine, Snapshot};
 use crate::vcpu::Wakeups;
 use crate::vcpu::hart::Hart;
@@ -91,9 +93,25 @@ pub(crate) struct Continuation {
     pub(crate) snapshot: Snapshot,
     /// The guest's time goes on as if it had run meanwhile.
     pub(crate) follows_wall_clock: bool,
+    /// The socket of the program that has the memory.
+    pub(crate) pager: Option<PathBuf>,
+    /// The memory's file is read ahead of the guest.
+    pub(crate) prefetches: bool,
 }
 
 impl Continuation {
+    /// Fills RAM, or lets it be filled while the guest runs.
+    fn fill(&self, board: &Board) -> Result<Option<Filling>, Error> {
+        if let Some(path) = &self.pager {
+            let link = PagerLink::connect(path, &board.ram, &board.control)?;
+            return Ok(Some(Filling::Pager(link)));
+        }
+        self.snapshot.fill(&board.ram)?;
+        let prefetch = self.prefetches.then(|| Prefetch::start(&board.ram)).transpose();
+        let prefetch = prefetch.map_err(|e| host_error("start the thread that reads ahead", e))?;
+        Ok(prefetch.map(Filling::Prefetch))
+    }
+
     /// Ticks by which the guest's time goes on at once.
     fn ticks_missed(&self, timebase_hz: u64) -> u64 {
         if !self.follows_wall_clock {
@@ -232,7 +250,7 @@ impl Board {
             Some(boot) => has_closed_counters(boot.as_ref())?,
             None => false,
         };
-        from.snapshot.fill(&self.ram)?;
+        let filling = from.fill(self)?;
         let SavedMachine { mut vm, devices, .. } = from.snapshot.machine().clone();
         vm.time = vm.time.wrapping_add(from.ticks_missed(timebase_hz));
         let interrupted = self.vm.restore(&vm).map_err(|error| match error.source() {
@@ -248,6 +266,7 @@ impl Board {
             .map_err(|e| VmError::io("Cannot make the guest's code visible to the harts", e))?;
         let facts = RunFacts { timebase_hz, opens_counters, firmware: None };
         let mut run = self.connect(config, backends, harts, facts)?;
+        run.filling = filling;
         if let Some(context) = Arc::get_mut(&mut run.context).filter(|_| !interrupted.is_empty()) {
             context.wakeups = Some(Wakeups::new(interrupted));
         }
