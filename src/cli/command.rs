@@ -13,8 +13,9 @@ use super::clone::CloneArgs;
 use super::device::{self, ConsoleEnd, DeviceFlag};
 #[cfg(feature = "labs")]
 use super::lab::LabVerb;
+use super::pager::PagerArgs;
 use super::snapshot::{RestoreArgs, SnapshotArgs};
-use super::texts::{ABOUT, EXAMPLES, LONG_ABOUT, SHORT_END};
+use super::texts::{ABOUT, EXAMPLES, LONG_ABOUT, PAGER_EXAMPLES, SHORT_END};
 use super::value::{self, List};
 use super::verb::{MachineArgs, TraceVerb};
 use crate::config::{
@@ -108,6 +109,12 @@ pub(super) enum Verb {
     /// Start several machines from one snapshot; they share its memory
     #[command(after_help = "Example: rvmm clone web.snapshot -n 10")]
     Clone(CloneArgs),
+    /// Serve the memory of a machine that is restored with --pager
+    ///
+    /// With --socket it serves one machine, from a snapshot's files or, with --from, from a rvmm pager --serve on another host, and ends with
+    /// the machine. With --serve it serves the pages of a snapshot to pagers on other hosts until it is ended.
+    #[command(after_help = PAGER_EXAMPLES)]
+    Pager(PagerArgs),
     /// Print a completion script for a shell
     #[command(
         after_help = "Example: rvmm completions bash > ~/.local/share/bash-completion/completions/rvmm"

@@ -52,6 +52,8 @@ fn unknown_flag(error: &Error, word: &str) -> String {
 
 /// A word that is neither a flag nor a flag's value: a misspelt verb, or a kernel without its flag.
 fn stray_word(word: &str, near: Option<String>) -> String {
+    // Verbs are in lower case, and no kernel's Image is a misspelt pager.
+    let near = near.filter(|_| word.chars().all(|c| c.is_ascii_lowercase()));
     let word = quoted(word);
     match near {
         Some(near) => format!("Unknown verb {word} (did you mean {near}?)"),
