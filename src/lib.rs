@@ -30,6 +30,8 @@
 //! Two modules serve the others: [`riscv`] has what the specifications define (CSRs, SBI, instructions, traps), and `sockets` the
 //! listening sockets of rvmm itself.
 //!
+//! A restored machine's memory may come while it runs, ahead of the guest or from another program: `pager`.
+//!
 //! A running machine can be observed: `gdb` serves a debugger, [`trace`] records every exit, and [`inspect`] replies to queries on a
 //! Unix socket. Without a trace the run loop is compiled without recording.
 //!
@@ -54,6 +56,7 @@ pub mod layout;
 mod machine;
 pub mod memory;
 pub mod migration;
+mod pager;
 pub mod riscv;
 pub mod signals;
 pub mod snapshot;

@@ -50,6 +50,17 @@ pub fn watch(signals: &[c_int]) -> io::Result<Signals> {
     Ok(Signals { wake })
 }
 
+/// A descriptor that is readable while a signal waits to be taken; `None` if none was taken over.
+pub(crate) fn descriptor() -> Option<BorrowedFd<'static>> {
+    WAKE.get().map(AsFd::as_fd)
+}
+
+/// True if one of these signals has come and nobody has taken it yet.
+pub(crate) fn is_waiting(signals: &[c_int]) -> bool {
+    let wanted = signals.iter().fold(0, |bits, signal| bits | bit(*signal));
+    PENDING.load(Ordering::SeqCst) & wanted != 0
+}
+
 /// The signal handler. Only atomics and one system call that does not change `errno` (rustix makes it without libc).
 extern "C" fn mark_pending(signal: c_int, _info: *mut libc::siginfo_t, _context: *mut c_void) {
     PENDING.fetch_or(bit(signal), Ordering::SeqCst);
@@ -129,15 +140,20 @@ mod tests {
         for signal in [rustix::process::Signal::USR2, rustix::process::Signal::USR1] {
             rustix::process::kill_process(own, signal).unwrap();
         }
+        assert_eq!(descriptor().map(|fd| fd.as_raw_fd()), Some(signals.as_raw_fd()));
         let mut taken = Vec::new();
         while taken.len() < 2 {
             let mut poll = [rustix::event::PollFd::new(&signals, rustix::event::PollFlags::IN)];
             rustix::io::retry_on_intr(|| rustix::event::poll(&mut poll, None)).unwrap();
+            let is_first = taken.is_empty();
+            assert!(!is_first || is_waiting(&[libc::SIGUSR1, libc::SIGUSR2]));
+            assert!(!is_waiting(&[libc::SIGTERM]));
             taken.extend(signals.take());
         }
         taken.sort_unstable();
         assert_eq!(taken, [libc::SIGUSR1, libc::SIGUSR2]);
         assert_eq!(signals.take().count(), 0, "each is taken once");
+        assert!(!is_waiting(&[libc::SIGUSR1, libc::SIGUSR2]));
 
         assert_eq!(watch(&[]).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
     }

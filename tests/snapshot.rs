@@ -353,3 +353,135 @@ fn linux_that_is_saved_while_it_reboots_comes_up_in_another_process() {
     session.send("poweroff -f\n");
     assert_eq!(session.exit_code(), 0);
 }
+
+/// Starts a pager, which listens when this returns.
+fn pager(place: &Place, arguments: &[&str], folder: Option<&str>, ready: &str) -> Session {
+    let launch = place.rvmm(&["pager"]).args(arguments);
+    let launch = match folder {
+        Some(folder) => launch.path("--snapshot=", &place.at(folder), ""),
+        None => launch,
+    };
+    let session = launch.start();
+    session.expect_error(ready);
+    session
+}
+
+/// A guest that was saved in the middle of its work, and what it prints from there on.
+fn saved_chain(place: &Place, irqchip: &str) -> String {
+    let mut undisturbed = chain(&Place::new(), irqchip, "4").start();
+    assert_eq!(undisturbed.exit_code(), 0);
+    let expected = String::from_utf8(undisturbed.output()).expect("text");
+    let mut session = chain(place, irqchip, "4").start();
+    session.expect("started");
+    thread::sleep(Duration::from_millis(random(200)));
+    place.save(&mut session, "chain", "saved");
+    let printed = String::from_utf8(session.output()).expect("text");
+    let rest = expected.strip_prefix(&printed).expect("it has printed the beginning");
+    assert!(rest.contains("PASS"), "it had ended already");
+    rest.to_owned()
+}
+
+/// Continues the guest, and compares what it prints.
+fn expect_rest(place: &Place, folder: &str, arguments: &[&str], rest: &str) {
+    let mut session = place.restore(folder, arguments);
+    assert_eq!(session.exit_code(), 0, "{arguments:?}");
+    assert_eq!(String::from_utf8(session.output()).expect("text"), rest, "{arguments:?}");
+}
+
+#[test]
+fn a_guest_whose_memory_comes_while_it_runs_ends_with_the_same_result() {
+    let Some(host) = host() else { return };
+    for irqchip in host.usual_irqchip() {
+        let place = Place::new();
+        let rest = saved_chain(&place, irqchip);
+        expect_rest(&place, "saved", &["--prefetch"], &rest);
+        let path = |name: &str| place.at(name).display().to_string();
+        let (socket, at) = (path("pager"), format!("unix:{}", path("pager")));
+        let mut near =
+            pager(&place, &["--socket", &socket], Some("saved"), "Waiting for a machine at");
+        expect_rest(&place, "saved", &["--pager", &at], &rest);
+        assert_eq!(near.exit_code(), 0);
+        println!("{irqchip}: {}", String::from_utf8_lossy(&near.output()).trim());
+        // From another host: here is only the state.
+        std::fs::create_dir(place.at("here")).expect("a folder");
+        for file in ["state.json", "checksum"] {
+            std::fs::copy(place.at("saved").join(file), place.at("here").join(file)).expect(file);
+        }
+        let far =
+            pager(&place, &["--serve", "tcp:localhost:0"], Some("saved"), "Serving pages at ");
+        far.expect_error("tcp:127.0.0.1:");
+        let port = far.expect_error("\n");
+        let from = format!("tcp:127.0.0.1:{}", port.trim());
+        let arguments = ["--socket", &socket, "--from", &from];
+        let mut near = pager(&place, &arguments, None, "Waiting for a machine at");
+        expect_rest(&place, "here", &["--pager", &at], &rest);
+        assert_eq!(near.exit_code(), 0);
+        println!("{irqchip}: {}", String::from_utf8_lossy(&near.output()).trim());
+    }
+}
+
+#[test]
+fn a_machine_ends_with_its_pager_and_can_be_stopped_while_it_waits_for_it() {
+    let Some(host) = host() else { return };
+    for irqchip in host.usual_irqchip() {
+        let place = Place::new();
+        saved_chain(&place, irqchip);
+        let socket = place.at("pager").display().to_string();
+        let at = format!("unix:{socket}");
+        for (is_killed, arguments) in [
+            (true, &["--pager", &at][..]),
+            (true, &["--pager", &at, "--paused"]),
+            (false, &["--pager", &at]),
+        ] {
+            let ready = "Waiting for a machine at";
+            let pager = pager(&place, &["--socket", &socket], Some("saved"), ready);
+            // It accepts nothing and fills nothing from now on: all harts wait within KVM_RUN.
+            pager.signal(Signal::STOP);
+            let mut session = place.restore("saved", arguments);
+            let inspection = place.at("rvmm").join(format!("chain-{}.sock", session.pid()));
+            while session.is_running() && !harness::is_listening(&inspection) {
+                thread::sleep(Duration::from_millis(10));
+            }
+            thread::sleep(Duration::from_millis(500));
+            assert!(session.is_running(), "it waits");
+            if is_killed {
+                pager.signal(Signal::KILL);
+                session.expect_error("The host failed: the pager at ");
+                session.expect_error("has ended");
+                assert_eq!(session.exit_code(), 1);
+            } else {
+                session.signal(Signal::TERM);
+                assert_eq!(session.exit_code(), 0);
+                pager.signal(Signal::CONT);
+            }
+        }
+    }
+}
+
+#[test]
+fn linux_whose_memory_a_pager_has_can_be_saved_again() {
+    let Some(host) = one_host("aia") else { return };
+    let place = Place::new();
+    let mut session = linux(&place, host.irqchips[0], "128M");
+    session.ask("mke2fs /dev/vda >/dev/null; mkdir /m; mount /dev/vda /m; dd if=/dev/urandom of=/data bs=64k count=32 2>/dev/null; cp /data /m; kept=$(md5sum </data)");
+    place.save(&mut session, "one", "first");
+    let socket = place.at("pager").display().to_string();
+    let at = format!("unix:{socket}");
+    let ready = "Waiting for a machine at";
+    let mut near = pager(&place, &["--socket", &socket], Some("first"), ready);
+    let mut session = place.restore("first", &["--pager", &at]);
+    // Its dirty pages go to the disk before the guest has touched them.
+    assert_eq!(session.ask("sync; echo 3 >/proc/sys/vm/drop_caches; nproc"), "2\n");
+    // All of the memory is saved, what the guest has not used since then, too.
+    place.save(&mut session, "one", "second");
+    assert_eq!(near.exit_code(), 0);
+    let mut session = place.restore("second", &[]);
+    let check =
+        "for file in /data /m/data; do [ \"$(md5sum <$file)\" = \"$kept\" ] && echo same; done";
+    assert_eq!(session.ask(check), "same\nsame\n");
+    let complaints =
+        session.ask("dmesg -r | grep -E '^<[0-4]>' | grep -iE 'stall|lockup|hung|error|bug'");
+    assert_eq!(complaints, "");
+    session.send("poweroff -f\n");
+    assert_eq!(session.exit_code(), 0);
+}

@@ -14,8 +14,9 @@ use super::device::{self, ConsoleEnd, DeviceFlag};
 #[cfg(feature = "labs")]
 use super::lab::LabVerb;
 use super::migrate::MigrateArgs;
+use super::pager::PagerArgs;
 use super::snapshot::{RestoreArgs, SnapshotArgs};
-use super::texts::{ABOUT, EXAMPLES, LONG_ABOUT, SHORT_END};
+use super::texts::{ABOUT, EXAMPLES, LONG_ABOUT, PAGER_EXAMPLES, SHORT_END};
 use super::value::{self, List};
 use super::verb::{MachineArgs, TraceVerb};
 use crate::config::{
@@ -114,6 +115,12 @@ pub(super) enum Verb {
     /// Move a running machine to a process that waits for it with rvmm restore --listen
     #[command(after_help = "Example: rvmm migrate web unix:/tmp/web.move")]
     Migrate(MigrateArgs),
+    /// Serve the memory of a machine that is restored with --pager
+    ///
+    /// With --socket it serves one machine, from a snapshot's files or, with --from, from a rvmm pager --serve on another host, and ends with
+    /// the machine. With --serve it serves the pages of a snapshot to pagers on other hosts until it is ended.
+    #[command(after_help = PAGER_EXAMPLES)]
+    Pager(PagerArgs),
     /// Print a completion script for a shell
     #[command(
         after_help = "Example: rvmm completions bash > ~/.local/share/bash-completion/completions/rvmm"

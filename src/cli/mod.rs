@@ -12,6 +12,7 @@
 //! | `inspect/` | the verbs `stat`, `regs` and `walk` |
 //! | `snapshot.rs` | the verbs `pause`, `resume`, `snapshot` and `restore` |
 //! | `clone.rs` | the verb `clone` |
+//! | `pager.rs` | the verb `pager` |
 //! | `catalog.rs` | `--list-devices` |
 //! | `manual.rs` | the manual page and the completion scripts |
 //! | `logging.rs`, `output.rs` | the log; standard error and standard output |
@@ -41,6 +42,7 @@ mod logging;
 mod manual;
 mod migrate;
 mod output;
+mod pager;
 mod run;
 mod snapshot;
 mod texts;
@@ -75,6 +77,8 @@ enum Task {
     Clone(clone::CloneArgs),
     /// Continue a machine that was saved. Boxed: the other tasks are small.
     Restore(Box<snapshot::RestoreTask>),
+    /// Serve the memory of a machine.
+    Page(pager::PagerTask),
     /// Show a running machine until it ends.
     Watch(inspect::Request),
     /// Print a text: help, version, the catalog, the manual page, a completion script.
@@ -97,6 +101,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> u8 {
         Ok(Task::Restore(task)) => task.perform(),
         Ok(Task::Clone(args)) => args.perform(),
         Ok(Task::Migrate(args)) => args.perform(),
+        Ok(Task::Page(task)) => task.perform(),
         Ok(Task::Watch(request)) => inspect::watch(&request),
         Ok(Task::Show(text)) => output::show(&text),
         Err(mistake) => {
@@ -135,6 +140,7 @@ fn task(args: impl Iterator<Item = OsString>, env_level: Option<OsString>) -> Re
         Some(Verb::Restore(args)) => args.task(env_level).map(|task| Task::Restore(Box::new(task))),
         Some(Verb::Clone(args)) => Ok(Task::Clone(args)),
         Some(Verb::Migrate(args)) => Ok(Task::Migrate(args)),
+        Some(Verb::Pager(args)) => args.task(env_level).map(Task::Page),
         Some(Verb::Completions { shell }) => Ok(Task::Show(manual::completions(shell))),
         Some(Verb::Man) => Ok(Task::Show(manual::page())),
     }

@@ -70,6 +70,15 @@ pub(super) struct RestoreArgs {
     /// Backend of the first UART, instead of the saved one: stdio, null, pty, file:PATH, unix:PATH or connect:PATH
     #[arg(long, value_name = "WHERE", value_parser = OsStringValueParser::new().try_map(value::serial))]
     serial: Option<Endpoint>,
+    /// Get the guest's memory from another program, as Firecracker does with UFFD: unix:PATH
+    ///
+    /// The program serves the guest's page faults (userfaultfd): rvmm pager, or a handler that was written for Firecracker. Of the folder only
+    /// the state is read. If the program ends, the machine ends with an error.
+    #[arg(long, value_name = "unix:PATH", conflicts_with = "prefetch", value_parser = OsStringValueParser::new().try_map(value::unix_socket))]
+    pager: Option<PathBuf>,
+    /// Read all of the memory's file while the guest runs, ahead of it
+    #[arg(long)]
+    prefetch: bool,
     /// Another file for a disk; may be given several times
     ///
     /// Disks are named as Linux does: the first one is vda.
@@ -171,6 +180,8 @@ impl RestoreArgs {
             ends,
             trace: self.trace,
             gdb: self.gdb,
+            pager: self.pager,
+            prefetches: self.prefetch,
         };
         let folder = From::Folder(self.folder.unwrap_or_default());
         let from = self.listen.map_or(folder, From::Migration);
@@ -184,13 +195,18 @@ impl RestoreTask {
         let Self { from, options, level } = self;
         let named = |saved: &str| options.name.clone().unwrap_or_else(|| saved.to_owned());
         match from {
-            From::Folder(folder) => match Snapshot::open(&folder) {
-                Ok(snapshot) => {
-                    let name = named(&snapshot.machine().config.name);
-                    run::run_machine(&name, level, |parts| Vmm::restore(snapshot, options, parts))
+            From::Folder(folder) => {
+                let open =
+                    if options.pager.is_some() { Snapshot::open_state } else { Snapshot::open };
+                match open(&folder) {
+                    Ok(snapshot) => {
+                        let name = named(&snapshot.machine().config.name);
+                        let restore = |parts| Vmm::restore(snapshot, options, parts);
+                        run::run_machine(&name, level, restore)
+                    }
+                    Err(error) => exit_code(Err(error)),
                 }
-                Err(error) => exit_code(Err(error)),
-            },
+            }
             From::Migration(address) => match Incoming::accept(&address) {
                 Ok(incoming) => {
                     let name = named(incoming.name());
@@ -319,7 +335,7 @@ mod tests {
     #[test]
     fn every_flag_of_a_restore_reaches_its_options() {
         assert_eq!(restored(&[]), RestoreOptions::default());
-        let args = "--name b --paused --wall-clock --force --serial null --disk-path vdb=x \
+        let args = "--prefetch --name b --paused --wall-clock --force --serial null --disk-path vdb=x \
                     --disk-overlay vda=/y --tap eth1=t --mac eth0=02:00:00:00:00:0a --vsock-path z --vsock-cid 9";
         let args: Vec<&str> = args.split_whitespace().collect();
         let mac = MacAddress::new([2, 0, 0, 0, 0, 10]).unwrap();
@@ -339,8 +355,12 @@ mod tests {
             ],
             trace: None,
             gdb: None,
+            pager: None,
+            prefetches: true,
         };
         assert_eq!(restored(&args), expected);
+        assert_eq!(restored(&["--pager", "unix:/p"]).pager, Some("/p".into()));
+        assert!(parse(&["restore", "dir", "--pager", "unix:/p", "--prefetch"]).is_err());
     }
 
     #[test]
@@ -357,6 +377,8 @@ mod tests {
             ("--mac", "eth0=01:00:00:00:00:00"),
             ("--mac", "eth0=02:00:00:00:00"),
             ("--vsock-cid", "2"),
+            ("--pager", "/p"),
+            ("--pager", "unix:"),
             ("--vsock-cid", "4294967296"),
         ] {
             let line = parse(&["restore", "dir", flag, value]).unwrap_err();

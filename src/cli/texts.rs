@@ -13,6 +13,19 @@ built-in prompt. Ctrl-A x ends the machine, Ctrl-A h shows the keys.";
 /// The last line of the short help.
 pub(super) const SHORT_END: &str = "Examples and longer explanations: rvmm --help";
 
+/// The end of the help of rvmm pager.
+pub(super) const PAGER_EXAMPLES: &str = "\
+Examples:
+  Serve a machine from a snapshot's files:
+    rvmm pager --socket /tmp/web.pager --snapshot web.snapshot &
+    rvmm restore web.snapshot --pager unix:/tmp/web.pager
+
+  Serve a machine on this host from a snapshot on the host b (state.json and checksum were copied before):
+    ssh b rvmm pager --serve tcp:localhost:7000 --snapshot web.snapshot &
+    ssh -N -L 7000:localhost:7000 b &
+    rvmm pager --socket /tmp/web.pager --from tcp:localhost:7000 &
+    rvmm restore web.snapshot --pager unix:/tmp/web.pager";
+
 /// The end of the long help.
 pub(super) const EXAMPLES: &str = "\
 Examples:

@@ -52,7 +52,7 @@ fn unknown_flag(error: &Error, word: &str) -> String {
 
 /// A word that is neither a flag nor a flag's value: a misspelt verb, or a kernel without its flag.
 fn stray_word(word: &str, near: Option<String>) -> String {
-    // No verb has other letters: Image is not meant as migrate.
+    // Verbs are in lower case, and no kernel's Image is a misspelt one.
     let near = near.filter(|_| word.chars().all(|c| c.is_ascii_lowercase()));
     let word = quoted(word);
     match near {

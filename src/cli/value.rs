@@ -2,6 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 
 use log::LevelFilter;
 use rvmm_devices::number::address;
@@ -11,6 +12,7 @@ use crate::config::{
     CpuId, CsrValue, Endpoint, ExtensionChange, GdbConfig, LoadConfig, MAX_CPUS, TraceConfig,
     TraceFormat, quoted,
 };
+use crate::pager::{Address, unix_path};
 
 /// A list in one flag's value. (A bare `Vec` in clap's structs is a flag that may be given several times.)
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,6 +84,16 @@ pub(super) fn trace(text: OsString) -> Result<TraceConfig, String> {
 /// `--gdb tcp:PORT|tcp:HOST:PORT|unix:PATH[,wait=on|off]`.
 pub(super) fn gdb(text: OsString) -> Result<GdbConfig, String> {
     GdbConfig::parse(&text).map_err(Into::into)
+}
+
+/// `--serve` and `--from` of a pager: `unix:PATH`, `tcp:HOST:PORT`.
+pub(super) fn socket_address(text: OsString) -> Result<Address, String> {
+    Address::parse(&text).map_err(Into::into)
+}
+
+/// `--pager unix:PATH`.
+pub(super) fn unix_socket(text: OsString) -> Result<PathBuf, String> {
+    unix_path(&text).map_err(Into::into)
 }
 
 /// `--isa host,-v,+zbb`: the changes. `host` may come first and is the default anyway.

@@ -25,6 +25,7 @@ use crate::gdb;
 use crate::hypervisor::{AiaPlan, CpuSettings, Hypervisor, Irqchip, RAM_SLOT, Vm};
 use crate::layout::{self, RAM_BASE, Span};
 use crate::memory::{GuestRam, Rom};
+use crate::pager::Filling;
 use crate::vcpu::firmware::Firmware;
 use crate::vcpu::hart::{Csr, Hart, Reg};
 use crate::vcpu::observer::{ExitObserver, ObservedHart};
@@ -53,6 +54,8 @@ pub(super) struct Run {
     pub(super) context: Arc<MachineContext>,
     /// The state that a debugger shares with the harts, where one is configured.
     pub(super) debug_context: Option<Arc<gdb::DebugContext>>,
+    /// What fills the memory of a restored machine meanwhile.
+    pub(super) filling: Option<Filling>,
 }
 
 /// What is known of a run before its harts are connected.
@@ -203,7 +206,7 @@ impl Board {
                 |hart| Box::new(ObservedHart::new(hart, Arc::clone(observer))) as Box<dyn Hart>;
             harts = harts.into_iter().map(observed).collect();
         }
-        Ok(Run { harts, context: Arc::new(context), debug_context })
+        Ok(Run { harts, context: Arc::new(context), debug_context, filling: None })
     }
 }
 

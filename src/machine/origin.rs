@@ -1,11 +1,15 @@
 //! What a machine continues from: a snapshot in files, or another machine that has sent its memory.
 
 use std::fmt::Display;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use super::build::Board;
+use super::host_error;
 use crate::error::Error;
 use crate::memory::GuestRam;
+use crate::pager::{Filling, PagerLink, Prefetch};
 use crate::snapshot::{SavedMachine, Snapshot};
 
 /// How a machine continues.
@@ -14,6 +18,10 @@ pub(crate) struct Continuation {
     pub(crate) origin: Origin,
     /// The guest's time goes on as if it had run meanwhile.
     pub(crate) follows_wall_clock: bool,
+    /// The socket of the program that has the memory.
+    pub(crate) pager: Option<PathBuf>,
+    /// The memory's file is read ahead of the guest.
+    pub(crate) prefetches: bool,
 }
 
 /// What a machine continues from.
@@ -57,17 +65,6 @@ impl Origin {
         }
     }
 
-    /// Fills the board's memory.
-    ///
-    /// # Errors
-    /// As for [`Snapshot::fill`].
-    pub(super) fn fill(&self, ram: &GuestRam) -> Result<(), Error> {
-        match self {
-            Self::Snapshot(snapshot) => snapshot.fill(ram),
-            Self::Migration(_) => Ok(()),
-        }
-    }
-
     /// True if other machines may continue from the same state.
     pub(super) fn may_be_copied(&self) -> bool {
         matches!(self, Self::Snapshot(_))
@@ -75,6 +72,22 @@ impl Origin {
 }
 
 impl Continuation {
+    /// Fills the board's RAM, or lets it be filled while the guest runs.
+    ///
+    /// # Errors
+    /// The memory cannot be mapped or left to the pager, or the host lacks memory.
+    pub(super) fn fill(&self, board: &Board) -> Result<Option<Filling>, Error> {
+        let Origin::Snapshot(snapshot) = &self.origin else { return Ok(None) };
+        if let Some(path) = &self.pager {
+            let link = PagerLink::connect(path, &board.ram, &board.control)?;
+            return Ok(Some(Filling::Pager(link)));
+        }
+        snapshot.fill(&board.ram)?;
+        let prefetch = self.prefetches.then(|| Prefetch::start(&board.ram)).transpose();
+        let prefetch = prefetch.map_err(|e| host_error("start the thread that reads ahead", e))?;
+        Ok(prefetch.map(Filling::Prefetch))
+    }
+
     /// Ticks by which the guest's time goes on at once.
     pub(super) fn ticks_missed(&self, timebase_hz: u64) -> u64 {
         if !self.follows_wall_clock {

@@ -225,7 +225,7 @@ impl Board {
             None => false,
         };
         let origin = &from.origin;
-        origin.fill(&self.ram)?;
+        let filling = from.fill(self)?;
         let SavedMachine { mut vm, devices, .. } = origin.machine().clone();
         vm.time = vm.time.wrapping_add(from.ticks_missed(timebase_hz));
         let interrupted = self.vm.restore(&vm).map_err(|error| match error.source() {
@@ -243,6 +243,7 @@ impl Board {
             .map_err(|e| VmError::io("Cannot make the guest's code visible to the harts", e))?;
         let facts = RunFacts { timebase_hz, opens_counters, firmware: None };
         let mut run = self.connect(config, backends, harts, facts)?;
+        run.filling = filling;
         if let Some(context) = Arc::get_mut(&mut run.context).filter(|_| !interrupted.is_empty()) {
             context.wakeups = Some(Wakeups::new(interrupted));
         }

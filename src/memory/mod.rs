@@ -5,6 +5,8 @@
 //! pages beyond the new end are lost. A lost page reads as zero for rvmm and stops the machine
 //! ([`crate::vcpu::stop::StopReason::MemoryLost`]); it never ends the process (see `lost.rs`).
 //!
+//! Instead of files another program may have the contents: it serves the guest's page faults (`userfault.rs`).
+//!
 //! Huge pages of the host's pool are reserved at the start. One that the balloon has returned may be in use by another program when
 //! the guest needs it again, and a cgroup's limit does not affect reservations: both stop the machine, too, as a failure of the host.
 
@@ -21,9 +23,11 @@ use crate::layout::Span;
 mod lost;
 mod occupied;
 mod pagemap;
+mod populate;
 mod program;
 mod reserve;
 mod rom;
+mod userfault;
 mod written;
 
 use lost::Watch;
@@ -31,6 +35,7 @@ pub(crate) use occupied::{append, data_in};
 pub use program::discard_program_pages;
 use reserve::Reservation;
 pub(crate) use rom::Rom;
+pub(crate) use userfault::{Placed, Userfault};
 use written::WrittenPages;
 
 /// Size of a page of guest and host (RISC-V's base page; rvmm uses no smaller unit on the host).
@@ -47,6 +52,8 @@ pub struct GuestRam {
     watch: Watch,
     files: Mutex<Vec<Overlay>>,
     written: WrittenPages,
+    /// Set while another program serves its faults.
+    faults: Mutex<Option<Arc<Userfault>>>,
     span: Span,
     reservation: Reservation,
 }
@@ -130,7 +137,7 @@ impl GuestRam {
             source: None,
         })?;
         let (files, written) = (Mutex::default(), WrittenPages::default());
-        Ok(Self { view, watch, files, written, span, reservation })
+        Ok(Self { view, watch, files, written, faults: Mutex::default(), span, reservation })
     }
 
     /// The range of RAM.
@@ -245,6 +252,8 @@ impl GuestRam {
     /// # Errors
     /// The host cannot replace a mapped file.
     pub fn clear(&self) -> Result<(), Error> {
+        // No other program fills what is returned to the host here.
+        self.end_paging()?;
         for Overlay { span, .. } in self.overlays().drain(..) {
             self.reservation.uncover(span.base - self.span.base, span.size)?;
         }

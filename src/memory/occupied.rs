@@ -11,11 +11,15 @@ use super::{GuestRam, PAGE};
 
 impl GuestRam {
     /// The ranges of RAM that may hold other bytes than zeroes: offsets from its start, multiples of 4096, ascending and apart from each
-    /// other. Pages that the guest has never written and that come from no file are in none of them.
+    /// other. Pages that the guest has never written and that come from no file are in none of them. If another program serves its page
+    /// faults it is all of RAM.
     ///
     /// # Errors
     /// The host does not show which pages exist.
     pub fn occupied(&self) -> io::Result<Vec<Range<u64>>> {
+        if self.is_paged() {
+            return Ok(std::iter::once(0..self.span.size).collect());
+        }
         let mut ranges = match self.reservation.file() {
             // Other programs may have written pages that this process has not mapped.
             Some(file) => data_in(file)?,

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use rustix::fs::{
     FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create,
 };
+use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, MmapRegion};
@@ -53,7 +54,7 @@ impl Reservation {
     }
 
     fn map(size: u64, huge: bool, shared: bool, reserve: MapFlags) -> Result<Self, Error> {
-        let refuse = |source: Option<rustix::io::Errno>| Error::Memory {
+        let refuse = |source: Option<Errno>| Error::Memory {
             what: too_much(size, huge),
             source: source.map(Into::into),
         };
@@ -194,6 +195,17 @@ impl Reservation {
         })
     }
 
+    /// Has the host read the pages of `len` bytes of RAM at `at`, both multiples of the page size, from the files that are mapped there,
+    /// and enter them in the page tables as if each had been read: no page is copied.
+    pub(super) fn populate(&self, at: u64, len: u64) -> Result<(), Errno> {
+        let fits = at.checked_add(len).is_some_and(|end| end <= self.size as u64);
+        let (Ok(at), Ok(len), true) = (usize::try_from(at), usize::try_from(len), fits) else {
+            return Err(Errno::INVAL);
+        };
+        // SAFETY: the range is inside the RAM mapping (checked above), whose contents do not change.
+        unsafe { madvise(self.ram.wrapping_byte_add(at), len, Advice::LinuxPopulateRead) }
+    }
+
     /// Returns the pages of `len` bytes of RAM at `at` to the host, both multiples of the page size and without mapped files: they
     /// read as zero from then on. Ignores a range that is not all RAM.
     pub(super) fn discard(&self, at: u64, len: u64) {
@@ -222,7 +234,7 @@ impl Drop for Reservation {
 }
 
 /// Creates a memfd. Its size is sealed: a program that has it cannot truncate the guest's memory.
-fn memory_file(size: usize, huge: bool) -> Result<File, rustix::io::Errno> {
+fn memory_file(size: usize, huge: bool) -> Result<File, Errno> {
     let mut flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     if huge {
         flags |= MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;

@@ -21,7 +21,7 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::ops::Range;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -116,6 +116,18 @@ impl Snapshot {
         Ok(Self { folder: folder.into(), machine, layers })
     }
 
+    /// Opens and checks the state in `folder` only: the memory comes from elsewhere, and its files need not be there.
+    ///
+    /// # Errors
+    /// As for [`Snapshot::open`].
+    pub fn open_state(folder: &Path) -> Result<Self, Error> {
+        let (SnapshotState { preamble: _, parent: _, memory, machine }, _) = read(folder)?;
+        if memory.size != machine.config.mem {
+            return Err(refused(folder, "its memory has another size than its machine".into()));
+        }
+        Ok(Self { folder: folder.into(), machine, layers: Vec::new() })
+    }
+
     /// The machine's state.
     #[must_use]
     pub fn machine(&self) -> &SavedMachine {
@@ -140,6 +152,37 @@ impl Snapshot {
         }
         Ok(())
     }
+}
+
+impl Snapshot {
+    /// Reads saved RAM at an offset from its start. False if it is all zeroes for certain.
+    ///
+    /// # Errors
+    /// The file cannot be read, or the range leaves RAM.
+    pub(crate) fn read_memory(&self, offset: u64, bytes: &mut [u8]) -> io::Result<bool> {
+        let end = offset.checked_add(bytes.len() as u64);
+        let end = end.filter(|end| *end <= self.machine.config.mem);
+        let end = end.ok_or(io::ErrorKind::InvalidInput)?;
+        bytes.fill(0);
+        let mut has_data = false;
+        // Each replaces what those before have.
+        for Layer { file, image } in &self.layers {
+            for (at, len) in &image.regions {
+                let (from, to) = (offset.max(*at), end.min(at.saturating_add(*len)));
+                if from < to {
+                    let range = index(from - offset)..index(to - offset);
+                    let part = bytes.get_mut(range).unwrap_or_default();
+                    file.read_exact_at(part, from)?;
+                    has_data = true;
+                }
+            }
+        }
+        Ok(has_data)
+    }
+}
+
+fn index(offset: u64) -> usize {
+    usize::try_from(offset).unwrap_or(usize::MAX)
 }
 
 impl Layer {

@@ -11,7 +11,7 @@
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::mpsc::sync_channel;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::hart::{Hart, Kick};
@@ -26,8 +26,11 @@ pub struct Control {
     /// interrupt is such an event.
     wakes: AtomicU64,
     asleep: AtomicUsize,
-    on_stop: OnceLock<Box<dyn Fn() + Send + Sync>>,
+    on_stop: Mutex<Vec<StopTask>>,
 }
+
+/// A task for the moment in which a run gets its reason to end.
+type StopTask = Box<dyn Fn() + Send + Sync>;
 
 #[derive(Default)]
 struct ControlState {
@@ -130,9 +133,13 @@ impl Control {
     }
 
     /// Calls `task` whenever a run gets its reason to end, on the thread that has the reason: it must neither block nor call a device.
-    /// Only the first such task counts.
+    /// It does not register another one. Tasks stay, in the order in which they were registered.
     pub fn on_stop(&self, task: Box<dyn Fn() + Send + Sync>) {
-        let _ = self.on_stop.set(task);
+        self.stop_tasks().push(task);
+    }
+
+    fn stop_tasks(&self) -> MutexGuard<'_, Vec<StopTask>> {
+        self.on_stop.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Prepares another run, whose harts wait for [`Control::start`]. The threads of the last one have ended. Pauses stay.
@@ -165,9 +172,7 @@ impl Control {
     }
 
     fn tell_stop(&self) {
-        if let Some(task) = self.on_stop.get() {
-            task();
-        }
+        self.stop_tasks().iter().for_each(|task| task());
     }
 
     /// Makes all harts leave the guest and waits for that: their registers are current then, and only the host changes memory

@@ -1,6 +1,7 @@
 //! What differs between a saved machine and the one that continues it.
 
 use std::io;
+use std::path::PathBuf;
 
 use rvmm_devices::FilePath;
 use rvmm_devices::config::{BlkConfig, Cid, ImageFormat, MacAddress, NetConfig, VsockConfig};
@@ -30,6 +31,11 @@ pub struct RestoreOptions {
     pub trace: Option<TraceConfig>,
     /// The address a debugger connects to.
     pub gdb: Option<GdbConfig>,
+    /// The Unix socket of the program that has the memory, a pager: it serves the guest's page faults. The snapshot may be one of
+    /// [`Snapshot::open_state`].
+    pub pager: Option<PathBuf>,
+    /// A thread reads the memory's file ahead of the guest.
+    pub prefetches: bool,
 }
 
 /// Another end of a device on the host.
@@ -53,8 +59,11 @@ impl RestoreOptions {
     /// Applies the options to the configuration of a saved machine.
     pub(super) fn apply(self, origin: Origin) -> Result<(ValidConfig, Continuation), Error> {
         let saved = origin.machine();
+        let (pager, prefetches) = (self.pager.clone(), self.prefetches);
+        check_pager(pager.is_some(), &saved.config)?;
         let mut config = saved.config.clone();
-        let Self { name, paused: _, follows_wall_clock, force, serial, ends, trace, gdb } = self;
+        let Self { name, paused: _, follows_wall_clock, force, serial, ends, trace, gdb, .. } =
+            self;
         config.name = name.unwrap_or(config.name);
         config.serial = serial.unwrap_or(config.serial);
         (config.trace, config.gdb) = (trace, gdb);
@@ -75,8 +84,17 @@ impl RestoreOptions {
             overlay.apply(&mut config)?;
         }
         let config = config.validate().map_err(|error| origin.refused(error))?;
-        Ok((config, Continuation { origin, follows_wall_clock }))
+        Ok((config, Continuation { origin, follows_wall_clock, pager, prefetches }))
     }
+}
+
+/// Refuses what a pager cannot serve, before the machine has anything of the host.
+fn check_pager(is_wanted: bool, config: &VmConfig) -> Result<(), Error> {
+    if is_wanted && config.hugepages {
+        let what = "Cannot use --pager: the saved machine's memory is in huge pages (--hugepages), which are filled as a whole (restore it without --pager)";
+        return Err(Error::Config(what.into()));
+    }
+    Ok(())
 }
 
 impl NewEnd {

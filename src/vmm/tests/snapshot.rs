@@ -4,13 +4,16 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
+use rvmm_devices::testing::skip;
 use tempfile::{NamedTempFile, TempDir};
 
 use super::{machine_of, parsed, refusal};
 use crate::config::{OnReset, VmConfig};
-use crate::error::{EXIT_SNAPSHOT, EXIT_USAGE, Error};
+use crate::error::{EXIT_HOST, EXIT_SNAPSHOT, EXIT_USAGE, Error};
 use crate::inspect::{Query, Reply};
+use crate::layout::Span;
 use crate::machine::testing::ScriptHypervisor;
+use crate::memory::GuestRam;
 use crate::snapshot::Snapshot;
 use crate::terminal::Console;
 use crate::vcpu::exit::SystemEvent;
@@ -387,4 +390,80 @@ fn a_difference_has_only_what_was_written_since_the_last_one() {
         Snapshot::open(&guest.path(name)).unwrap();
     }
     guest.stop();
+}
+
+/// A pager that takes over a machine's memory and fills nothing; the result is its connection.
+fn idle_pager(path: &Path) -> std::thread::JoinHandle<std::os::unix::net::UnixStream> {
+    let listener = std::os::unix::net::UnixListener::bind(path).unwrap();
+    std::thread::spawn(move || listener.accept().unwrap().0)
+}
+
+/// The options of a restore from a pager; `None`, and a report, where the user may not have one.
+fn paged(path: &Path) -> Option<RestoreOptions> {
+    let span = Span { base: 0x8000_0000, size: 4096 };
+    if let Err(error) = GuestRam::new(span, false).unwrap().leave_to_pager() {
+        skip(&error.to_string());
+        return None;
+    }
+    Some(RestoreOptions { pager: Some(path.into()), ..RestoreOptions::default() })
+}
+
+#[test]
+fn a_machine_ends_with_its_pager_and_without_its_memorys_file() {
+    let guest = Guest::start();
+    guest.snapshot("saved").unwrap();
+    let (folder, _program) = guest.stop();
+    let at = |name: &str| folder.path().join(name);
+    let Some(options) = paged(&at("pager")) else { return };
+    fs::remove_file(at("saved/memory")).unwrap();
+    let restore = |options: &RestoreOptions| {
+        let host = ScriptHypervisor::new([vec![Step::Idle], vec![Step::Idle]]);
+        let (console, hypervisor) = (Some(Console::null()), Some(Box::new(host) as _));
+        let parts = Parts { console, hypervisor, ..Parts::default() };
+        Vmm::restore(Snapshot::open_state(&at("saved")).unwrap(), options.clone(), parts)
+    };
+    assert!(refused(restore(&options), EXIT_HOST).contains("start it first"));
+    for paused in [false, true] {
+        let pager = idle_pager(&at("pager"));
+        let options = RestoreOptions { paused, ..options.clone() };
+        let running = restore(&options).unwrap().start().unwrap();
+        drop(pager.join().unwrap());
+        let StopReason::HostFailure(what) = running.wait().unwrap() else { panic!("no failure") };
+        assert!(what.contains("/pager, which has the guest's memory, has ended"), "{what}");
+        fs::remove_file(at("pager")).unwrap();
+    }
+    // A machine that never runs is no trouble either.
+    let pager = idle_pager(&at("pager"));
+    drop(restore(&options).unwrap());
+    drop(pager.join().unwrap());
+    fs::remove_file(at("pager")).unwrap();
+    // With a restart all of the memory is new, and the pager is not needed any more.
+    let pager = idle_pager(&at("pager"));
+    let running = restore(&options).unwrap().start().unwrap();
+    let mut connection = pager.join().unwrap();
+    while running.handle().state() != MachineState::Running {
+        std::thread::yield_now();
+    }
+    running.handle().reset().unwrap();
+    std::io::copy(&mut connection, &mut std::io::sink()).unwrap();
+    drop(connection);
+    assert_eq!(running.handle().state(), MachineState::Running);
+    running.handle().stop();
+    assert_eq!(running.wait().unwrap(), StopReason::Requested);
+}
+
+#[test]
+fn a_machine_in_huge_pages_is_not_left_to_a_pager() {
+    let guest = Guest::start();
+    guest.snapshot("saved").unwrap();
+    let (folder, _program) = guest.stop();
+    let saved = folder.path().join("saved");
+    let mut state = state(&saved);
+    state["machine"]["config"]["hugepages"] = true.into();
+    let text = serde_json::to_vec(&state).unwrap();
+    fs::write(saved.join("state.json"), &text).unwrap();
+    fs::write(saved.join("checksum"), crate::snapshot::checksum_line(&text)).unwrap();
+    let options = RestoreOptions { pager: Some("/nowhere".into()), ..RestoreOptions::default() };
+    let text = refused(restore(&saved, options, vec![Step::Idle]), EXIT_USAGE);
+    assert!(text.contains("--hugepages"), "{text}");
 }
