@@ -57,13 +57,7 @@ impl MigrateArgs {
 
 /// Parses an address.
 pub(super) fn address(text: OsString) -> Result<Address, String> {
-    match Address::parse(&text)? {
-        Address::Unix(path) => {
-            // The folder of this command.
-            std::path::absolute(&path).map(Address::Unix).map_err(|error| error.to_string())
-        }
-        other => Ok(other),
-    }
+    Address::parse(&text)
 }
 
 fn json(reply: &Reply) -> String {

@@ -9,8 +9,9 @@ use log::LevelFilter;
 
 use super::{exit_code, logging, output, run, value};
 use crate::error::Error;
-use crate::pager::{Address, Contents, serve_machine, serve_pages};
+use crate::pager::{Contents, serve_machine, serve_pages};
 use crate::snapshot::Snapshot;
+use crate::sockets::LocalAddress;
 
 /// The flags of `rvmm pager`.
 #[derive(Debug, Args)]
@@ -21,13 +22,13 @@ pub(super) struct PagerArgs {
     socket: Option<PathBuf>,
     /// Serve pages to rvmm pager --from at unix:PATH or tcp:HOST:PORT, where HOST is a loopback address
     #[arg(long, value_name = "WHERE", group = "clients", conflicts_with = "from", value_parser = OsStringValueParser::new().try_map(value::socket_address))]
-    serve: Option<Address>,
+    serve: Option<LocalAddress>,
     /// The folder of the snapshot whose memory is served
     #[arg(long, value_name = "DIR", group = "contents")]
     snapshot: Option<PathBuf>,
     /// Get the pages from the rvmm pager --serve at unix:PATH or tcp:HOST:PORT, and all of them as soon as possible
     #[arg(long, value_name = "WHERE", group = "contents", value_parser = OsStringValueParser::new().try_map(value::socket_address))]
-    from: Option<Address>,
+    from: Option<LocalAddress>,
     /// Level of the log on standard error: off, error, warn, info, debug or trace [default: warn]
     #[arg(long, value_name = "LEVEL", value_parser = value::level)]
     log: Option<LevelFilter>,
@@ -44,13 +45,13 @@ pub(super) struct PagerTask {
 #[derive(Debug, PartialEq, Eq)]
 enum Clients {
     Machine(PathBuf),
-    Pagers(Address),
+    Pagers(LocalAddress),
 }
 
 #[derive(Debug, PartialEq, Eq)]
 enum Pages {
     Snapshot(PathBuf),
-    Remote(Address),
+    Remote(LocalAddress),
 }
 
 impl PagerArgs {
@@ -124,7 +125,7 @@ mod tests {
 
     #[test]
     fn a_pager_has_one_side_with_clients_and_one_with_pages() {
-        let port = Address::Tcp(([127, 0, 0, 1], 7).into());
+        let port = LocalAddress::Tcp(([127, 0, 0, 1], 7).into());
         let (socket, folder) = (Clients::Machine("s".into()), Pages::Snapshot("d".into()));
         assert_eq!(parse("--socket s --snapshot d"), Ok((socket, folder)));
         let (socket, remote) = (Clients::Machine("s".into()), Pages::Remote(port.clone()));

@@ -51,7 +51,7 @@ pub(super) struct RestoreArgs {
     #[arg(value_name = "DIR", required_unless_present = "listen")]
     folder: Option<PathBuf>,
     /// Wait for a machine that rvmm migrate sends: unix:PATH, tcp:HOST:PORT on this host, or fd:N, a connected socket
-    #[arg(long, value_name = "WHERE", conflicts_with = "folder", value_parser = OsStringValueParser::new().try_map(migrate::address))]
+    #[arg(long, value_name = "WHERE", conflicts_with_all = ["folder", "pager", "prefetch"], value_parser = OsStringValueParser::new().try_map(migrate::address))]
     listen: Option<Address>,
     /// Name of the machine [default: that of the saved one]
     #[arg(long, value_name = "NAME")]
@@ -207,7 +207,7 @@ impl RestoreTask {
                     Err(error) => exit_code(Err(error)),
                 }
             }
-            From::Migration(address) => match Incoming::accept(&address) {
+            From::Migration(address) => match Incoming::accept(&address, say_where) {
                 Ok(incoming) => {
                     let name = named(incoming.name());
                     run::run_machine(&name, level, |parts| Vmm::receive(incoming, options, parts))
@@ -216,6 +216,11 @@ impl RestoreTask {
             },
         }
     }
+}
+
+/// Tells where a machine is waited for.
+fn say_where(address: &str) {
+    output::print_message(&format!("Waiting for a machine at {address}"));
 }
 
 fn json(report: &SnapshotReport) -> String {

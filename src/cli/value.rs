@@ -12,7 +12,7 @@ use crate::config::{
     CpuId, CsrValue, Endpoint, ExtensionChange, GdbConfig, LoadConfig, MAX_CPUS, TraceConfig,
     TraceFormat, quoted,
 };
-use crate::pager::{Address, unix_path};
+use crate::sockets::{LocalAddress, unix_path};
 
 /// A list in one flag's value. (A bare `Vec` in clap's structs is a flag that may be given several times.)
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,8 +87,8 @@ pub(super) fn gdb(text: OsString) -> Result<GdbConfig, String> {
 }
 
 /// `--serve` and `--from` of a pager: `unix:PATH`, `tcp:HOST:PORT`.
-pub(super) fn socket_address(text: OsString) -> Result<Address, String> {
-    Address::parse(&text).map_err(Into::into)
+pub(super) fn socket_address(text: OsString) -> Result<LocalAddress, String> {
+    LocalAddress::parse(&text).map_err(Into::into)
 }
 
 /// `--pager unix:PATH`.

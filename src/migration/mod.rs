@@ -31,6 +31,7 @@ mod target;
 #[cfg(test)]
 mod tests;
 
+pub use crate::sockets::LocalAddress;
 pub use address::Address;
 pub use request::{MigrationProgress, MigrationReport, MigrationRequest};
 pub(crate) use source::{Outcome, Source};

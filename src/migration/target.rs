@@ -41,12 +41,12 @@ pub(crate) struct Received {
 }
 
 impl Incoming {
-    /// Waits for a source, and for the machine that it announces.
+    /// Waits for a source, and for the machine that it announces; calls `ready` with the address when a source can connect.
     ///
     /// # Errors
     /// The address cannot be used; or who connects is no source that this program understands.
-    pub fn accept(address: &Address) -> Result<Self, Error> {
-        Self::of(address.accept()?)
+    pub fn accept(address: &Address, ready: impl FnOnce(&str)) -> Result<Self, Error> {
+        Self::of(address.accept(ready)?)
     }
 
     /// The machine that comes over a connection.

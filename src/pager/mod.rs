@@ -11,14 +11,12 @@
 //! | `source.rs` | where a pager has pages from |
 //! | `remote.rs`, `store.rs` | a pager that fetches them from another host, and what it fetches them from |
 //! | `protocol.rs`, `wire.rs` | the messages between those two; a socket with time-outs |
-//! | `address.rs` | the addresses of sockets |
 //!
 //! `docs/snapshots.md` describes both protocols for other programs.
 //!
 //! The rest of a process cannot tell a page that a pager fills from any other one: the thread that accesses it waits. So what waits for
 //! a thread of the machine waits for the pager, too: a pause, and a stop until [`PagerLink`] gives up the absent pages.
 
-mod address;
 mod handshake;
 mod link;
 mod prefetch;
@@ -31,7 +29,6 @@ mod store;
 mod tests;
 mod wire;
 
-pub(crate) use address::{Address, unix_path};
 pub(crate) use link::PagerLink;
 pub(crate) use prefetch::Prefetch;
 pub(crate) use server::serve_machine;

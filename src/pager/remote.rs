@@ -4,12 +4,12 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use super::Address;
 use super::protocol::{self, GREETING, MOST, REPLY, Reply};
 use super::source::Source;
 use super::wire::{PATIENCE, Wire};
 use crate::error::Error;
 use crate::snapshot::checksum;
+use crate::sockets::LocalAddress;
 
 /// A connection to a `rvmm pager --serve`.
 pub(super) struct Remote {
@@ -24,8 +24,12 @@ impl Remote {
     ///
     /// # Errors
     /// Nobody listens there, or something else.
-    pub(super) fn connect(address: &Address) -> Result<Self, Error> {
-        Self::over(address.connect()?, address.to_string(), PATIENCE)
+    pub(super) fn connect(address: &LocalAddress) -> Result<Self, Error> {
+        let socket = address.connect().map_err(|source| Error::Host {
+            what: format!("Cannot connect to {address} (start rvmm pager --serve there first)"),
+            source,
+        })?;
+        Self::over(socket, address.to_string(), PATIENCE)
     }
 
     pub(super) fn over(socket: OwnedFd, name: String, patience: Duration) -> Result<Self, Error> {

@@ -1,9 +1,9 @@
 //! Where a pager has pages from.
 
-use super::Address;
 use super::remote::Remote;
 use crate::error::Error;
 use crate::snapshot::Snapshot;
+use crate::sockets::LocalAddress;
 
 /// Pages of a saved guest's memory.
 pub(super) trait Source {
@@ -22,7 +22,7 @@ pub(crate) enum Contents {
     /// The files of a snapshot, and of those that it is a difference to.
     Snapshot(Box<Snapshot>),
     /// Another pager's, on the other side of a connection.
-    Remote(Address),
+    Remote(LocalAddress),
 }
 
 impl Source for Snapshot {

@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use rustix::event::PollFlags;
 
-use super::Address;
 use super::protocol::{self, MOST, REQUEST, Reply};
 use super::wire::{PATIENCE, Wire, wait};
 use crate::error::Error;
 use crate::snapshot::{Snapshot, checksum};
+use crate::sockets::LocalAddress;
 
 /// Limit of clients at a time. Each has a thread and a buffer.
 const MOST_CLIENTS: usize = 64;
@@ -26,12 +26,12 @@ const STACK: usize = 128 << 10;
 /// # Errors
 /// Another program listens on the address.
 pub(crate) fn serve_pages(
-    address: &Address,
+    address: &LocalAddress,
     snapshot: Snapshot,
     ready: impl FnOnce(&str),
 ) -> Result<Infallible, Error> {
     let acceptor = address.listen()?;
-    ready(&acceptor.tcp_address().map_or(address.clone(), Address::Tcp).to_string());
+    ready(&acceptor.tcp_address().map_or(address.clone(), LocalAddress::Tcp).to_string());
     let snapshot = Arc::new(snapshot);
     loop {
         wait(&acceptor, PollFlags::IN, None).map_err(|source| Error::Host {

@@ -26,6 +26,7 @@ use crate::hypervisor::VmState;
 use crate::layout::Span;
 use crate::memory::{GuestRam, RamError};
 use crate::snapshot::{Parent, SavedMachine, Snapshot, SnapshotWriter};
+use crate::sockets::LocalAddress;
 use crate::vcpu::Control;
 use crate::vcpu::stop::StopReason;
 
@@ -134,7 +135,7 @@ fn pages_from_another_host_come_with_and_without_being_waited_for() {
     let store = thread::spawn(move || {
         store::serve_client(listener.accept().unwrap().0.into(), &source, SECOND)
     });
-    let pager = start(&path, Contents::Remote(Address::Unix(far)));
+    let pager = start(&path, Contents::Remote(LocalAddress::Unix(far)));
     let Some((ram, control, link)) = linked(&path) else { return };
     let mut bytes = [0; 4096];
     ram.read(SPAN.base + 256 * 4096, &mut bytes).unwrap();

@@ -95,6 +95,7 @@ pub(crate) const ROOMS: [(&str, &[&str]); 28] = [
             "devices",
             "error",
             "config",
+            "sockets",
             "host",
             "vcpu",
             "snapshot",

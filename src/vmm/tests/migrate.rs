@@ -200,7 +200,7 @@ fn a_side_in_a_process_of_its_own() {
         std::process::exit(if result.is_ok() { 0 } else { 9 });
     }
     if let Some(path) = path(TARGET) {
-        let incoming = Incoming::accept(&Address::Unix(path.clone())).unwrap();
+        let incoming = Incoming::accept(&Address::unix(&path), |_| {}).unwrap();
         let host = ScriptHypervisor::new([vec![Step::Idle]]);
         let (console, hypervisor) = (Some(Console::null()), Some(Box::new(host) as _));
         let parts = Parts { console, hypervisor, ..Parts::default() };
@@ -284,8 +284,8 @@ fn a_source_that_is_killed_at_any_message_leaves_the_guest_running_at_the_target
         for number in 1..=most {
             let folder = tempfile::tempdir().unwrap();
             let socket = folder.path().join("move");
-            let address = Address::Unix(socket.clone());
-            let target = thread::spawn(move || Incoming::accept(&address));
+            let address = Address::unix(&socket);
+            let target = thread::spawn(move || Incoming::accept(&address, |_| {}));
             while !socket.exists() {
                 thread::yield_now();
             }

@@ -2,33 +2,37 @@
 
 use std::ffi::OsStr;
 use std::fmt;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
+use std::time::Duration;
 
-use super::wire::PATIENCE;
+use super::{Acceptor, connect_to};
 use crate::error::Error;
-use crate::sockets::{Acceptor, connect_to};
+
+/// Time-out of a connection.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 16;
 
 /// The address of a socket on this host.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Address {
+pub enum LocalAddress {
     /// A Unix socket, for the user who has created it.
     Unix(PathBuf),
     /// A TCP port of a loopback address.
     Tcp(SocketAddr),
 }
 
-impl Address {
+impl LocalAddress {
     /// Parses `unix:PATH` or `tcp:HOST:PORT`, where HOST is `localhost` or a loopback address, one of IPv6 in brackets.
     ///
     /// # Errors
     /// The reason for which the text is invalid.
-    pub(crate) fn parse(text: &OsStr) -> Result<Self, &'static str> {
+    pub fn parse(text: &OsStr) -> Result<Self, &'static str> {
         if text.as_bytes().starts_with(b"unix:") {
             return unix_path(text).map(Self::Unix);
         }
@@ -43,7 +47,7 @@ impl Address {
         };
         if !host.is_loopback() {
             return Err(
-                "its host is not this one: the memory would be readable on the way (forward a port of this host to the other one: ssh -L PORT:localhost:PORT HOST)",
+                "its host is not this one: the memory would be readable on the way (forward a port or a socket of this host to the other one: ssh -L PORT:localhost:PORT HOST)",
             );
         }
         Ok(Self::Tcp(SocketAddr::new(host, port)))
@@ -53,7 +57,7 @@ impl Address {
     ///
     /// # Errors
     /// Another program listens on it, or the host lacks a resource.
-    pub(super) fn listen(&self) -> Result<Acceptor, Error> {
+    pub(crate) fn listen(&self) -> Result<Acceptor, Error> {
         match self {
             Self::Unix(path) => Acceptor::open(path, BACKLOG),
             Self::Tcp(address) => Acceptor::open_tcp(*address),
@@ -64,19 +68,15 @@ impl Address {
     ///
     /// # Errors
     /// Nobody listens on it.
-    pub(super) fn connect(&self) -> Result<OwnedFd, Error> {
-        let connected = match self {
+    pub(crate) fn connect(&self) -> io::Result<OwnedFd> {
+        match self {
             Self::Unix(path) => connect_to(path).map(OwnedFd::from),
             Self::Tcp(address) => TcpStream::connect_timeout(address, PATIENCE).map(|stream| {
                 // Requests are small, and each waits for its reply.
                 let _ = stream.set_nodelay(true);
                 stream.into()
             }),
-        };
-        connected.map_err(|source| Error::Host {
-            what: format!("Cannot connect to {self} (start rvmm pager --serve there first)"),
-            source,
-        })
+        }
     }
 }
 
@@ -92,7 +92,7 @@ pub(crate) fn unix_path(text: &OsStr) -> Result<PathBuf, &'static str> {
     Ok(OsStr::from_bytes(path).into())
 }
 
-impl fmt::Display for Address {
+impl fmt::Display for LocalAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
@@ -107,8 +107,8 @@ mod tests {
 
     #[test]
     fn an_address_is_a_path_or_a_port_of_this_host() {
-        let parse = |text: &str| Address::parse(OsStr::new(text));
-        assert_eq!(parse("unix:/a b"), Ok(Address::Unix("/a b".into())));
+        let parse = |text: &str| LocalAddress::parse(OsStr::new(text));
+        assert_eq!(parse("unix:/a b"), Ok(LocalAddress::Unix("/a b".into())));
         for (text, shown) in [
             ("tcp:localhost:7", "tcp:127.0.0.1:7"),
             ("tcp:127.3.2.1:65535", "tcp:127.3.2.1:65535"),
