@@ -23,6 +23,9 @@ pub(super) struct MigrateArgs {
     /// Milliseconds for which the guest may stand still [default: 300]
     #[arg(long, value_name = "MS", default_value_t = MigrationRequest::default().downtime_ms, hide_default_value = true)]
     downtime: u32,
+    /// Let the guest run there after one round, and send the rest of its memory afterwards: if the connection breaks then, the guest is lost
+    #[arg(long)]
+    postcopy: bool,
     /// Print JSON instead of text: a line after each round, and one at the end
     #[arg(long)]
     json: bool,
@@ -35,7 +38,10 @@ impl MigrateArgs {
             Ok(socket) => socket,
             Err(error) => return exit_code(Err(error)),
         };
-        let order = Order::Migrate(MigrationRequest { downtime_ms: self.downtime });
+        let order = Order::Migrate(MigrationRequest {
+            downtime_ms: self.downtime,
+            postcopy: self.postcopy,
+        });
         let is_shown = isatty(io::stderr()) && !self.json;
         let each = |reply: &Reply| match reply {
             Reply::Progress(_) if self.json => drop(output::show(&json(reply))),

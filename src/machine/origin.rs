@@ -9,7 +9,8 @@ use super::build::Board;
 use super::host_error;
 use crate::error::Error;
 use crate::memory::GuestRam;
-use crate::pager::{Filling, PagerLink, Prefetch};
+use crate::migration::Arriving;
+use crate::pager::{PagerLink, Prefetch};
 use crate::snapshot::{SavedMachine, Snapshot};
 
 /// How a machine continues.
@@ -38,6 +39,18 @@ pub(crate) struct Migrated {
     pub(crate) machine: SavedMachine,
     /// RAM, with the guest's memory in it.
     pub(crate) ram: Arc<GuestRam>,
+    /// The memory that is to come.
+    pub(crate) arriving: Option<Arc<Arriving>>,
+}
+
+/// What fills the memory of a machine while it runs. Ends when it is dropped.
+pub(super) enum Filling {
+    /// A thread that reads the snapshot's file.
+    Prefetch(#[expect(dead_code, reason = "it is only dropped")] Prefetch),
+    /// Another program.
+    Pager(#[expect(dead_code, reason = "it is only dropped")] PagerLink),
+    /// The machine that it comes from.
+    Arriving(#[expect(dead_code, reason = "it is only dropped")] Arc<Arriving>),
 }
 
 impl Origin {
@@ -77,7 +90,16 @@ impl Continuation {
     /// # Errors
     /// The memory cannot be mapped or left to the pager, or the host lacks memory.
     pub(super) fn fill(&self, board: &Board) -> Result<Option<Filling>, Error> {
-        let Origin::Snapshot(snapshot) = &self.origin else { return Ok(None) };
+        let snapshot = match &self.origin {
+            Origin::Snapshot(snapshot) => snapshot,
+            Origin::Migration(migrated) => {
+                let arriving = migrated.arriving.clone();
+                return Ok(arriving.map(|arriving| {
+                    arriving.attach(&board.control);
+                    Filling::Arriving(arriving)
+                }));
+            }
+        };
         if let Some(path) = &self.pager {
             let link = PagerLink::connect(path, &board.ram, &board.control)?;
             return Ok(Some(Filling::Pager(link)));

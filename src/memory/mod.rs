@@ -31,7 +31,7 @@ mod userfault;
 mod written;
 
 use lost::Watch;
-pub(crate) use occupied::{append, data_in};
+pub(crate) use occupied::{append, data_in, united};
 pub use program::discard_program_pages;
 use reserve::Reservation;
 pub(crate) use rom::Rom;

@@ -64,7 +64,7 @@ pub(crate) fn data_in(file: &std::fs::File) -> io::Result<Vec<Range<u64>>> {
 }
 
 /// The same ranges in ascending order, with those joined that touch each other.
-fn united(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+pub(crate) fn united(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
     ranges.sort_unstable_by_key(|range| range.start);
     let mut apart: Vec<Range<u64>> = Vec::with_capacity(ranges.len());
     ranges.into_iter().for_each(|range| append(&mut apart, range));

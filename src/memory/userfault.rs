@@ -10,6 +10,7 @@
 use std::fs::File;
 use std::io;
 use std::mem::size_of;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::{Arc, MutexGuard, PoisonError};
 
@@ -43,6 +44,7 @@ const fn argument<T>(number: u32) -> u32 {
 
 const UFFDIO_API: u32 = both::<Api>(0x3f);
 const UFFDIO_REGISTER: u32 = both::<Register>(0);
+const UFFDIO_UNREGISTER: u32 = only::<PageRange>(1);
 const UFFDIO_WAKE: u32 = only::<PageRange>(2);
 const UFFDIO_COPY: u32 = both::<Filled>(3);
 const UFFDIO_ZEROPAGE: u32 = both::<Fill>(4);
@@ -309,6 +311,14 @@ impl GuestRam {
     /// [`Error::Config`] for RAM in huge pages or RAM that other programs map; [`Error::Host`] if the kernel or the user's rights do not
     /// allow it.
     pub(crate) fn leave_to_pager(&self) -> Result<Arc<Userfault>, Error> {
+        self.leave_ranges(std::slice::from_ref(&(0..self.span.size)))
+    }
+
+    /// The same with ranges of offsets only, whose contents are dropped. Who accesses another absent page waits, too.
+    ///
+    /// # Errors
+    /// As for [`GuestRam::leave_to_pager`].
+    pub(crate) fn leave_ranges(&self, ranges: &[Range<u64>]) -> Result<Arc<Userfault>, Error> {
         let refused = |what: &str| {
             Err(Error::Config(format!(
                 "Cannot let another program serve the guest's memory: {what}"
@@ -321,7 +331,9 @@ impl GuestRam {
             return refused("the program of a device maps it, too");
         }
         let faults = Arc::new(Userfault::create()?);
-        self.reservation.discard(0, self.span.size);
+        for range in ranges {
+            self.reservation.discard(range.start, range.end.saturating_sub(range.start));
+        }
         let registered = faults.register(self.pages());
         registered.map_err(|error| Error::Host {
             what: "Cannot register guest RAM with userfaultfd(2)".into(),
@@ -368,6 +380,17 @@ impl GuestRam {
             // Otherwise who waits would find zeroes: it waits until the process ends.
             Err(error) => log::error!("Cannot give up the guest's memory: {error}"),
             Ok(()) => _ = faults.call(UFFDIO_WAKE, &mut self.pages()),
+        }
+    }
+
+    /// Ends the service of a RAM that is complete: it keeps its pages, and absent ones are zeroes.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub(crate) fn keep_all(&self) -> io::Result<()> {
+        match self.paging().take() {
+            Some(faults) => Ok(faults.call(UFFDIO_UNREGISTER, &mut self.pages())?),
+            None => Ok(()),
         }
     }
 

@@ -9,10 +9,12 @@
 //! | | the bytes, padded with zeroes to a multiple of 8 |
 
 use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::SocketType;
 use rustix::net::sockopt::{socket_peercred, socket_type};
 use rustix::process::Pid;
@@ -25,6 +27,12 @@ const MAGIC: [u8; 8] = *b"rvmmMIG1";
 
 /// Words of the header.
 const HEADER: usize = 3;
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
 
 /// A connection, which sends and receives frames.
 #[derive(Debug)]
@@ -48,6 +56,25 @@ impl Channel {
         }
         rustix::io::ioctl_fionbio(&socket, false)?;
         Ok(Self { stream: socket.into(), frame: Vec::new(), sent: 0 })
+    }
+
+    /// The same connection for another thread, which only sends or only receives.
+    ///
+    /// # Errors
+    /// This process may have no more descriptors.
+    pub(super) fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self { stream: self.stream.try_clone()?, frame: Vec::new(), sent: 0 })
+    }
+
+    /// Ends the connection, whoever has it.
+    pub(super) fn close(&self) -> io::Result<()> {
+        self.stream.shutdown(Shutdown::Both)
+    }
+
+    /// True if a message, or the end, can be received at once.
+    pub(super) fn is_ready(&self) -> io::Result<bool> {
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        Ok(poll(&mut [PollFd::new(&self.stream, PollFlags::IN)], Some(&now))? > 0)
     }
 
     /// Limits the time that the peer may let a receiver or a sender wait; `None` for no limit.

@@ -13,6 +13,9 @@
 //!   <------------------------------- Running    the guest runs
 //! ```
 //!
+//! In a post-copy the state comes after the first round, and `left` in it says what is missing. From then on the target sends `Want` for a
+//! page that somebody waits for; the source sends those first, and all others after `Running`. `Complete` is the last message.
+//!
 //! Each side may send `Refused` instead of what is expected, up to `Go`: then the source goes on.
 
 use serde::{Deserialize, Serialize};
@@ -63,10 +66,14 @@ pub(super) enum Kind {
     Running,
     /// A reason, as text: the guest stays with the source.
     Refused,
+    /// From the target, from the state on: the offset of a page that somebody waits for.
+    Want,
+    /// From the target: it has all pages that were left.
+    Complete,
 }
 
 impl Kind {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 13] = [
         Self::Hello,
         Self::Welcome,
         Self::Pages,
@@ -78,6 +85,8 @@ impl Kind {
         Self::Go,
         Self::Running,
         Self::Refused,
+        Self::Want,
+        Self::Complete,
     ];
 
     /// The number in a frame.
@@ -96,8 +105,14 @@ impl Kind {
             Self::Hello | Self::Welcome | Self::Refused => MOST_WORDS,
             Self::Pages => MOST_PAGE_BYTES,
             Self::Zeroes => 16,
+            Self::Want => 8,
             Self::State => MOST_PAYLOAD,
-            Self::Round | Self::Received | Self::Ready | Self::Go | Self::Running => 0,
+            Self::Round
+            | Self::Received
+            | Self::Ready
+            | Self::Go
+            | Self::Running
+            | Self::Complete => 0,
         }
     }
 }
@@ -125,12 +140,19 @@ pub(super) struct State {
     pub(super) machine: SavedMachine,
     /// The guest waits for a resume, as it did at the source.
     pub(super) is_paused: bool,
+    /// Offset and length of the parts of RAM that come later (post-copy); none if the memory is complete.
+    pub(super) left: Vec<(u64, u64)>,
 }
 
 /// Both numbers of [`Kind::Zeroes`].
 pub(super) fn zeroes(bytes: &[u8]) -> Option<(u64, u64)> {
     let (at, len) = bytes.split_at_checked(8)?;
     Some((u64::from_le_bytes(at.try_into().ok()?), u64::from_le_bytes(len.try_into().ok()?)))
+}
+
+/// The offset of [`Kind::Want`].
+pub(super) fn want(bytes: &[u8]) -> Option<u64> {
+    Some(u64::from_le_bytes(bytes.try_into().ok()?))
 }
 
 /// The offset and the bytes of [`Kind::Pages`].
@@ -149,7 +171,7 @@ mod tests {
             assert_eq!((kind.number(), Kind::of(u64::from(kind.number()))), (number, Some(kind)));
             assert!(kind.most() <= MOST_PAYLOAD);
         }
-        assert_eq!(Kind::of(11), None);
+        assert_eq!(Kind::of(13), None);
         assert_eq!(Kind::of(1 << 32), None);
     }
 }

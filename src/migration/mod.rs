@@ -6,6 +6,7 @@
 //! | `channel.rs` | frames on a stream socket |
 //! | `source.rs` | [`Source`]: the side that gives its guest away |
 //! | `target.rs` | [`Incoming`]: the side that takes it over |
+//! | `arriving.rs` | memory that arrives after the guest (post-copy) |
 //! | `process.rs` | whether the process on the other side has ended |
 //! | `address.rs` | where the other side is |
 //! | `request.rs` | what clients ask for and learn |
@@ -22,6 +23,7 @@
 //! Death of a process is only known on the same host (pidfd_open(2)).
 
 mod address;
+mod arriving;
 mod channel;
 mod message;
 mod process;
@@ -33,6 +35,8 @@ mod tests;
 
 pub use crate::sockets::LocalAddress;
 pub use address::Address;
+pub(crate) use arriving::Arriving;
 pub use request::{MigrationProgress, MigrationReport, MigrationRequest};
 pub(crate) use source::{Outcome, Source};
 pub use target::Incoming;
+pub(crate) use target::Received;

@@ -8,11 +8,14 @@ use serde::{Deserialize, Serialize};
 pub struct MigrationRequest {
     /// Milliseconds for which the guest may stand still.
     pub downtime_ms: u32,
+    /// After one round the guest runs at the target, and the rest of its memory follows.
+    #[serde(default)]
+    pub postcopy: bool,
 }
 
 impl Default for MigrationRequest {
     fn default() -> Self {
-        Self { downtime_ms: 300 }
+        Self { downtime_ms: 300, postcopy: false }
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::channel::Channel;
-use super::message::{FORMAT, Hello, Kind, MOST_PAGES, State};
+use super::message::{FORMAT, Hello, Kind, MOST_PAGES, State, want};
 use super::process::{Process, Watch};
 use crate::error::Error;
 use crate::memory::{PAGE, append};
@@ -19,6 +19,12 @@ const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 5 } else { 60 });
 
 /// Time that a process whose socket is closed has to end.
 const END_PATIENCE: Duration = Duration::from_millis(if cfg!(test) { 2_000 } else { 10_000 });
+
+/// Bytes that are read at once.
+const STEP: u64 = MOST_PAGES * PAGE;
+const STEP_BYTES: usize = 64 * 4096;
+
+const _: () = assert!(STEP_BYTES as u64 == STEP);
 
 /// The connection to the target.
 #[derive(Debug)]
@@ -86,37 +92,34 @@ impl Source {
         ranges: &[Range<u64>],
         read: ReadRam<'_>,
     ) -> Result<(), Error> {
-        let step = MOST_PAGES * PAGE;
         for range in ranges {
-            let mut at = range.start;
-            while at < range.end {
-                let end = range.end.min(at.saturating_add(step));
-                self.send_batch(at..end, read).map_err(broken)?;
-                at = end;
+            for at in range.clone().step_by(STEP_BYTES) {
+                let end = range.end.min(at.saturating_add(STEP));
+                self.send_batch(at..end, read, false).map_err(broken)?;
             }
         }
         Ok(())
     }
 
-    fn send_batch(&mut self, batch: Range<u64>, read: ReadRam<'_>) -> io::Result<()> {
+    fn send_batch(&mut self, batch: Range<u64>, read: ReadRam<'_>, all: bool) -> io::Result<()> {
         let len = usize::try_from(batch.end - batch.start).map_err(io::Error::other)?;
         let mut words = std::mem::take(&mut self.words);
         words.resize(len.div_ceil(8), 0);
         let sent = read(batch.start, words::bytes_mut(&mut words))
-            .and_then(|()| self.send_words(batch.start, &words));
+            .and_then(|()| self.send_words(batch.start, &words, all));
         self.words = words;
         sent
     }
 
-    /// Sends copies of pages.
-    fn send_words(&mut self, start: u64, words: &[u64]) -> io::Result<()> {
+    /// Sends copies of pages; zero pages only where the target has others, or `all`.
+    fn send_words(&mut self, start: u64, words: &[u64], all: bool) -> io::Result<()> {
         let (mut full, mut zero) = (Vec::new(), Vec::new());
         for (at, page) in (start..).step_by(PAGE_WORDS * 8).zip(words.chunks(PAGE_WORDS)) {
             let is_zero = page.iter().all(|word| *word == 0);
             let was_sent = self.sent.set(at / PAGE, !is_zero);
             if !is_zero {
                 append(&mut full, at..at + PAGE);
-            } else if was_sent {
+            } else if was_sent || all {
                 append(&mut zero, at..at + PAGE);
             }
         }
@@ -150,7 +153,8 @@ impl Source {
         expect(&mut self.channel, Kind::Received).map(|_| ())
     }
 
-    /// Sends everything but the memory, which is complete, and waits until the target has built the machine.
+    /// Sends everything but the memory, and waits until the target has built the machine. The memory is complete but for what is `left`,
+    /// which `read` reads.
     ///
     /// # Errors
     /// The target cannot build it, or the connection is broken.
@@ -158,17 +162,19 @@ impl Source {
         &mut self,
         machine: SavedMachine,
         is_paused: bool,
+        left: &[Range<u64>],
+        read: ReadRam<'_>,
     ) -> Result<(), Error> {
-        send_json(&mut self.channel, Kind::State, &State { machine, is_paused }).map_err(broken)?;
-        expect(&mut self.channel, Kind::Ready).map(|_| ())
+        let left = left.iter().map(|range| (range.start, range.end - range.start)).collect();
+        let state = State { machine, is_paused, left };
+        send_json(&mut self.channel, Kind::State, &state).map_err(broken)?;
+        self.serve_until(Kind::Ready, read)
     }
 
     /// Gives the guest to the target, which is ready.
-    pub(crate) fn commit(mut self) -> Outcome {
+    pub(crate) fn commit(&mut self, read: ReadRam<'_>) -> Outcome {
         let sent = self.channel.send(Kind::Go, 0, |_| Ok(()));
-        let result = sent
-            .map_err(broken)
-            .and_then(|()| expect(&mut self.channel, Kind::Running).map(|_| ()));
+        let result = sent.map_err(broken).and_then(|()| self.serve_until(Kind::Running, read));
         let Err(error) = result else { return Outcome::Gone };
         let reason = crate::error::chain(&error);
         // What a process has written to a Unix socket can be read after its end: it has ended without taking the guest.
@@ -177,6 +183,57 @@ impl Source {
             return Outcome::Stays(reason);
         }
         Outcome::Unknown(reason)
+    }
+
+    /// Sends the pages that the target, where the guest runs already, does not have yet; those first that somebody waits for. Returns when
+    /// it has all.
+    ///
+    /// # Errors
+    /// RAM cannot be read, or the connection is broken: the guest is lost.
+    pub(crate) fn send_left(
+        &mut self,
+        left: &[Range<u64>],
+        read: ReadRam<'_>,
+    ) -> Result<(), Error> {
+        if left.is_empty() {
+            return Ok(());
+        }
+        for range in left {
+            for at in range.clone().step_by(STEP_BYTES) {
+                while self.channel.is_ready().map_err(broken)? {
+                    if self.serve_one(Kind::Complete, read)? {
+                        return Ok(());
+                    }
+                }
+                let end = range.end.min(at.saturating_add(STEP));
+                self.send_batch(at..end, read, true).map_err(broken)?;
+            }
+        }
+        self.serve_until(Kind::Complete, read)
+    }
+
+    /// Serves the target's wishes until it sends a message of this kind.
+    fn serve_until(&mut self, wanted: Kind, read: ReadRam<'_>) -> Result<(), Error> {
+        while !self.serve_one(wanted, read)? {}
+        Ok(())
+    }
+
+    /// Receives a message, and sends the page that it asks for. True for one of the `wanted` kind.
+    fn serve_one(&mut self, wanted: Kind, read: ReadRam<'_>) -> Result<bool, Error> {
+        let (kind, bytes) = self.channel.receive().map_err(broken)?;
+        if kind == wanted {
+            return Ok(true);
+        }
+        match (kind, want(bytes)) {
+            (Kind::Refused, _) => Err(refusal(bytes)),
+            (Kind::Want, Some(at)) => {
+                let page = at / PAGE * PAGE;
+                let end = page.checked_add(PAGE).ok_or_else(|| unexpected(kind, wanted))?;
+                self.send_batch(page..end, read, true).map_err(broken)?;
+                Ok(false)
+            }
+            _ => Err(unexpected(kind, wanted)),
+        }
     }
 
     /// Tells the target that the guest stays here, before it was [given](Source::commit) to it.
@@ -190,13 +247,17 @@ impl Source {
 
 /// Sends a refusal.
 pub(super) fn refuse(channel: &mut Channel, reason: &str) -> io::Result<()> {
-    let most = usize::try_from(Kind::Refused.most()).unwrap_or(0);
-    let bytes = reason.as_bytes();
-    let bytes = bytes.get(..most).unwrap_or(bytes);
+    let bytes = refusal_text(reason);
     channel.send(Kind::Refused, bytes.len(), |payload| {
         payload.copy_from_slice(bytes);
         Ok(())
     })
+}
+
+/// As much of a reason as a message has room for.
+pub(super) fn refusal_text(reason: &str) -> &[u8] {
+    let most = usize::try_from(Kind::Refused.most()).unwrap_or(0);
+    reason.as_bytes().get(..most).unwrap_or(reason.as_bytes())
 }
 
 /// Sends a value as JSON.
@@ -216,16 +277,20 @@ pub(super) fn send_json(
 pub(super) fn expect(channel: &mut Channel, wanted: Kind) -> Result<&[u8], Error> {
     match channel.receive() {
         Ok((kind, bytes)) if kind == wanted => Ok(bytes),
-        Ok((Kind::Refused, bytes)) => Err(Error::Config(format!(
-            "The other side refuses: {}",
-            String::from_utf8_lossy(bytes)
-        ))),
-        Ok((kind, _)) => {
-            let what = format!("it sends {kind:?} instead of {wanted:?}");
-            Err(broken(io::Error::new(io::ErrorKind::InvalidData, what)))
-        }
+        Ok((Kind::Refused, bytes)) => Err(refusal(bytes)),
+        Ok((kind, _)) => Err(unexpected(kind, wanted)),
         Err(error) => Err(broken(error)),
     }
+}
+
+/// The error of a side that refuses.
+pub(super) fn refusal(bytes: &[u8]) -> Error {
+    Error::Config(format!("The other side refuses: {}", String::from_utf8_lossy(bytes)))
+}
+
+fn unexpected(kind: Kind, wanted: Kind) -> Error {
+    let what = format!("it sends {kind:?} instead of {wanted:?}");
+    broken(io::Error::new(io::ErrorKind::InvalidData, what))
 }
 
 /// An error of the connection.

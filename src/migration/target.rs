@@ -6,10 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::address::Address;
+use super::arriving::{Arriving, Verdict};
 use super::channel::Channel;
 use super::message::{FORMAT, Hello, Kind, State, pages, zeroes};
 use super::process::{Process, Watch};
-use super::source::{broken, expect, refuse, send_json};
+use super::source::{broken, expect, refusal_text, refuse, send_json};
 use crate::error::Error;
 use crate::layout::{RAM_BASE, Span};
 use crate::memory::{GuestRam, PAGE};
@@ -22,15 +23,15 @@ const END_PATIENCE: Duration = Duration::from_millis(if cfg!(test) { 2_000 } els
 const GREETING: Duration = Duration::from_secs(if cfg!(test) { 5 } else { 60 });
 
 /// A machine that is about to come.
-#[derive(Debug)]
 pub struct Incoming {
     channel: Channel,
     hello: Hello,
     source: Option<Watch>,
+    /// Memory that comes later, and whether the guest is this side's.
+    arriving: Option<(Arc<Arriving>, Verdict)>,
 }
 
 /// A machine that was received.
-#[derive(Debug)]
 pub(crate) struct Received {
     /// Everything but RAM.
     pub(crate) machine: SavedMachine,
@@ -38,6 +39,8 @@ pub(crate) struct Received {
     pub(crate) ram: Arc<GuestRam>,
     /// The guest waits for a resume.
     pub(crate) is_paused: bool,
+    /// The memory that comes later.
+    pub(crate) arriving: Option<Arc<Arriving>>,
 }
 
 impl Incoming {
@@ -67,7 +70,7 @@ impl Incoming {
         let source = hello.process.watch();
         // From here on the source takes its time: it may wait for its own disk.
         channel.set_patience(None).map_err(broken)?;
-        Ok(Self { channel, hello, source })
+        Ok(Self { channel, hello, source, arriving: None })
     }
 
     /// The name of the machine at the source.
@@ -85,8 +88,10 @@ impl Incoming {
         loop {
             match self.receive_next(&ram) {
                 Ok(None) => {}
-                Ok(Some(State { machine, is_paused })) => {
-                    return Ok(Received { machine, ram, is_paused });
+                Ok(Some(State { machine, is_paused, left })) => {
+                    let arriving = self.await_left(&ram, &left);
+                    let arriving = arriving.inspect_err(|error| self.refuse(error))?;
+                    return Ok(Received { machine, ram, is_paused, arriving });
                 }
                 Err(error) => {
                     self.refuse(&error);
@@ -148,10 +153,36 @@ impl Incoming {
         Ok(None)
     }
 
+    /// Lets the parts of RAM that are left come later.
+    fn await_left(
+        &mut self,
+        ram: &Arc<GuestRam>,
+        left: &[(u64, u64)],
+    ) -> Result<Option<Arc<Arriving>>, Error> {
+        if left.is_empty() {
+            return Ok(None);
+        }
+        let is_page = |number: u64| number.is_multiple_of(PAGE);
+        let range = |(at, len): &(u64, u64)| {
+            let end = at.checked_add(*len).filter(|end| *end <= ram.span().size)?;
+            (is_page(*at) && is_page(*len)).then_some(*at..end)
+        };
+        let ranges: Option<Vec<_>> = left.iter().map(range).collect();
+        let ranges = ranges.ok_or_else(|| invalid("the memory that is left"))?;
+        let (arriving, verdict) = Arriving::start(ram, &ranges, &self.channel)?;
+        let arriving = Arc::new(arriving);
+        self.arriving = Some((Arc::clone(&arriving), verdict));
+        Ok(Some(arriving))
+    }
+
     /// Tells the source that the machine cannot run here.
     pub(crate) fn refuse(&mut self, error: &Error) {
+        let text = crate::error::chain(error);
         // Without a connection the source learns it from the end of this process.
-        let _ = refuse(&mut self.channel, &crate::error::chain(error));
+        let _ = match &self.arriving {
+            None => refuse(&mut self.channel, &text),
+            Some((arriving, _)) => arriving.send(Kind::Refused, refusal_text(&text)),
+        };
     }
 
     /// Tells the source that the machine is built, and waits until the guest is this side's. It is to run at once.
@@ -159,10 +190,23 @@ impl Incoming {
     /// # Errors
     /// The source keeps it.
     pub(crate) fn take_over(mut self) -> Result<(), Error> {
-        self.channel.send(Kind::Ready, 0, |_| Ok(())).map_err(broken)?;
-        match expect(&mut self.channel, Kind::Go) {
-            Ok(_) => {
+        let given = match self.arriving.take() {
+            None => {
+                self.channel.send(Kind::Ready, 0, |_| Ok(())).map_err(broken)?;
+                expect(&mut self.channel, Kind::Go).map(|_| ())
+            }
+            Some((arriving, verdict)) => {
+                arriving.send(Kind::Ready, &[]).map_err(broken)?;
+                let given = verdict.recv().unwrap_or_else(|_| {
+                    Err(broken(io::Error::other("the thread that takes pages in has ended")))
+                });
                 // The guest is here now, whether the source hears it or not.
+                return given.map(|()| _ = arriving.send(Kind::Running, &[]));
+            }
+        };
+        match given {
+            Ok(()) => {
+                // As above.
                 let _ = self.channel.send(Kind::Running, 0, |_| Ok(()));
                 Ok(())
             }
@@ -170,7 +214,7 @@ impl Incoming {
             Err(error) => {
                 // The source keeps the guest, and says so, or it has been killed. Then it is complete here, and nowhere else.
                 let has_ended = |source: &Watch| source.ends_within(END_PATIENCE);
-                let is_eof = matches!(&error, Error::Host { source, .. } if source.kind() == io::ErrorKind::UnexpectedEof || source.kind() == io::ErrorKind::ConnectionReset);
+                let is_eof = matches!(&error, Error::Host { source, .. } if matches!(source.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset));
                 if is_eof && self.source.as_ref().is_some_and(has_ended) {
                     log::warn!("The source of the migration was killed: its guest goes on here");
                     return Ok(());

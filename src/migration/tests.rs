@@ -6,6 +6,7 @@ use std::slice::from_ref;
 use std::thread;
 
 use proptest::prelude::*;
+use rvmm_devices::testing::skip;
 
 use super::channel::Channel;
 use super::message::Kind;
@@ -14,8 +15,10 @@ use crate::config::VmConfig;
 use crate::error::{EXIT_SNAPSHOT, Error};
 use crate::hypervisor::VmState;
 use crate::layout::RAM_BASE;
-use crate::memory::PAGE;
+use crate::memory::{PAGE, RamError};
 use crate::snapshot::SavedMachine;
+use crate::vcpu::Control;
+use crate::vcpu::stop::StopReason;
 
 const MEM: u64 = 4 << 20;
 
@@ -61,8 +64,9 @@ fn recorded() -> Vec<u8> {
     source.send_pages(from_ref(&(0..64 * PAGE)), &read(0)).unwrap();
     source.finish_round().unwrap();
     source.send_pages(from_ref(&(0..2 * PAGE)), &read(1)).unwrap();
-    source.hand_over(machine(), false).unwrap();
-    assert!(matches!(source.commit(), Outcome::Gone));
+    source.hand_over(machine(), false, &[], &read(0)).unwrap();
+    assert!(matches!(source.commit(&read(0)), Outcome::Gone));
+    drop(source);
     target.join().unwrap()
 }
 
@@ -105,8 +109,8 @@ fn memory_and_state_arrive_as_they_were_sent() {
     source.send_pages(from_ref(&(100 * PAGE..150 * PAGE)), &read(100)).unwrap();
     source.finish_round().unwrap();
     assert!(source.sent() - before < 42 * PAGE, "zero pages are not sent");
-    source.hand_over(machine(), true).unwrap();
-    assert!(matches!(source.commit(), Outcome::Gone));
+    source.hand_over(machine(), true, &[], &read(0)).unwrap();
+    assert!(matches!(source.commit(&read(0)), Outcome::Gone));
     let received = target.join().unwrap();
     assert_eq!((received.machine, received.is_paused), (machine(), true));
     let mut expected = vec![0; usize::try_from(MEM).unwrap()];
@@ -237,12 +241,14 @@ fn a_target_that_refuses_or_vanishes_is_reported_at_each_message() {
     let (source, _) = against(&[welcome, refused]);
     assert!(text(source.unwrap().finish_round()).contains("no room"));
     let (source, _) = against(&[welcome, refused]);
-    assert!(text(source.unwrap().hand_over(machine(), false)).contains("no room"));
+    assert!(text(source.unwrap().hand_over(machine(), false, &[], &read(0))).contains("no room"));
     // After that it is unknown whether the target, which is this process and lives, has got the guest.
     let (source, _) = against(&[welcome, (Kind::Ready, b"")]);
     let mut source = source.unwrap();
-    source.hand_over(machine(), false).unwrap();
-    assert!(matches!(source.commit(), Outcome::Unknown(reason) if reason.contains("has ended")));
+    source.hand_over(machine(), false, &[], &read(0)).unwrap();
+    assert!(
+        matches!(source.commit(&read(0)), Outcome::Unknown(reason) if reason.contains("has ended"))
+    );
 }
 
 #[test]
@@ -259,7 +265,7 @@ fn a_descriptor_that_is_no_stream_socket_is_refused() {
     let (datagrams, _other) = std::os::unix::net::UnixDatagram::pair().unwrap();
     let file = tempfile::tempfile().unwrap();
     for descriptor in [datagrams.into(), file.into()] {
-        let text = crate::error::chain(&Incoming::of(descriptor).unwrap_err());
+        let text = crate::error::chain(&Incoming::of(descriptor).err().unwrap());
         assert!(text.contains("no connected stream socket"), "{text}");
     }
 }
@@ -277,4 +283,80 @@ proptest! {
         let result = receive(&all);
         prop_assert!(result.is_err(), "bit {bit} of byte {at} of {len}");
     }
+}
+
+/// The offsets of pages that are left, and a source that has sent those before.
+const LEFT: std::ops::Range<u64> = 100 * PAGE..200 * PAGE;
+
+/// Both sides of a post-copy, up to the moment when the guest is the target's; nothing where the user may not use userfaultfd(2).
+fn post_copied() -> Option<(Source, Received)> {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let target = thread::spawn(move || {
+        let mut incoming = Incoming::of(theirs.into()).unwrap();
+        let received = incoming.receive()?;
+        // Something that is read while the machine is built.
+        let mut number = [0; 8];
+        received.ram.read(RAM_BASE + 150 * PAGE, &mut number).unwrap();
+        assert_eq!(number[1], 0);
+        received.ram.read(RAM_BASE + 151 * PAGE, &mut number).unwrap();
+        assert_eq!(u64::from_le_bytes(number), 151);
+        incoming.take_over().map(|()| received)
+    });
+    let mut source = Source::greet(ours.into(), "web", MEM, false).unwrap();
+    // What was sent before is replaced.
+    source.send_pages(from_ref(&(0..150 * PAGE)), &read(u64::MAX)).unwrap();
+    source.finish_round().unwrap();
+    let handed = source.hand_over(machine(), false, from_ref(&LEFT), &read(120));
+    match handed {
+        Ok(()) => assert!(matches!(source.commit(&read(120)), Outcome::Gone)),
+        Err(error) => {
+            assert!(target.join().unwrap().is_err());
+            skip(&error.to_string());
+            return None;
+        }
+    }
+    Some((source, target.join().unwrap().unwrap()))
+}
+
+#[test]
+fn memory_that_is_left_arrives_after_the_guest() {
+    let Some((mut source, received)) = post_copied() else { return };
+    let feeder = thread::spawn(move || source.send_left(from_ref(&LEFT), &read(120)).unwrap());
+    let mut expected = vec![0; usize::try_from(MEM).unwrap()];
+    for (range, changed) in [(0..150 * PAGE, u64::MAX), (LEFT, 120)] {
+        let [from, to] = [range.start, range.end].map(|at| usize::try_from(at).unwrap());
+        read(changed)(range.start, &mut expected[from..to]).unwrap();
+    }
+    let mut memory = vec![0xff; expected.len()];
+    // From the end, so that somebody waits for pages that would come last.
+    for (number, page) in memory.chunks_mut(4096).enumerate().rev() {
+        received.ram.read(RAM_BASE + number as u64 * PAGE, page).unwrap();
+    }
+    assert!(memory == expected);
+    feeder.join().unwrap();
+    // It is as any other memory now.
+    received.ram.write(RAM_BASE + 300 * PAGE, &[1]).unwrap();
+}
+
+#[test]
+fn a_source_that_ends_before_all_memory_has_arrived_ends_the_machine_and_nobody_finds_zeroes() {
+    let Some((source, received)) = post_copied() else { return };
+    let control = std::sync::Arc::new(Control::new());
+    received.arriving.as_ref().unwrap().attach(&control);
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| received.ram.read(RAM_BASE + 199 * PAGE, &mut [0; 8]));
+        drop(source);
+        assert_eq!(waiting.join().unwrap(), Err(RamError::Lost));
+    });
+    assert!(control.ends_within(std::time::Duration::from_mins(1)));
+    let Some(StopReason::HostFailure(why)) = control.reason() else { panic!("another reason") };
+    assert!(why.contains("the guest is lost"), "{why}");
+}
+
+#[test]
+fn a_target_that_ends_meanwhile_is_noticed_by_its_source() {
+    let Some((mut source, received)) = post_copied() else { return };
+    drop(received);
+    let text = crate::error::chain(&source.send_left(from_ref(&LEFT), &read(120)).unwrap_err());
+    assert!(text.contains("has ended"), "{text}");
 }

@@ -3,7 +3,6 @@
 //!
 //! | file | what is in it |
 //! |---|---|
-//! | `mod.rs` | [`Filling`]: what a running machine has of it |
 //! | `prefetch.rs` | reading the snapshot's file ahead of the guest |
 //! | `link.rs` | the machine's connection to a pager |
 //! | `handshake.rs` | the message with which a machine hands its memory to a pager, Firecracker's |
@@ -34,11 +33,3 @@ pub(crate) use prefetch::Prefetch;
 pub(crate) use server::serve_machine;
 pub(crate) use source::Contents;
 pub(crate) use store::serve_pages;
-
-/// What fills the memory of a machine while it runs. Ends when it is dropped.
-pub(crate) enum Filling {
-    /// A thread that reads the snapshot's file.
-    Prefetch(#[expect(dead_code, reason = "it is only dropped")] Prefetch),
-    /// Another program.
-    Pager(#[expect(dead_code, reason = "it is only dropped")] PagerLink),
-}

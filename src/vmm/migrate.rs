@@ -2,8 +2,10 @@
 //!
 //! Memory is sent in rounds while the guest runs: all of it, then what was written meanwhile. When the rest fits into the time for which
 //! the guest may stand still it is paused, and the rest and the state follow. A guest that writes faster than the connection is slowed
-//! down. `migration` has the protocol, and the rules by which one side at most runs the guest.
+//! down; or the rest is sent after the guest (post-copy), which runs at the target already and waits for pages that are not there.
+//! `migration` has the protocol, and the rules by which one side at most runs the guest.
 
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -16,8 +18,9 @@ use crate::error::{Error, chain};
 use crate::inspect::Query;
 use crate::inspect::Reply;
 use crate::machine::{MachineMemory, Migrated, Origin, Parts};
+use crate::memory::united;
 use crate::migration::{
-    Incoming, MigrationProgress, MigrationReport, MigrationRequest, Outcome, Source,
+    Incoming, MigrationProgress, MigrationReport, MigrationRequest, Outcome, Received, Source,
 };
 
 /// Bytes of memory that are few, however slow the connection is.
@@ -73,7 +76,7 @@ struct Departure<'a> {
 
 /// What is left of the memory, and the number of rounds before.
 struct Rest {
-    ranges: Vec<std::ops::Range<u64>>,
+    ranges: Vec<Range<u64>>,
     rounds: u32,
 }
 
@@ -89,18 +92,26 @@ impl Departure<'_> {
             Ok(saved) => saved,
             Err(error) => return Err(self.give_up(error)),
         };
-        let result = self.hand_over(&saved, rest.ranges);
-        if let Err(error) = result {
-            return Err(self.stay(saved, error));
-        }
-        let sent = self.source.sent();
-        match self.source.commit() {
+        let left = match self.hand_over(&saved, rest.ranges) {
+            Ok(left) => left,
+            Err(error) => return Err(self.stay(saved, error)),
+        };
+        let memory = &saved.memory;
+        let read = |at: u64, bytes: &mut [u8]| memory.read(at, bytes);
+        match self.source.commit(&read) {
             Outcome::Gone => {
                 let downtime_ns = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
+                let lost = self.source.send_left(&left, &read).err();
+                let sent = self.source.sent();
                 // An error means that the machine has ended already.
                 let _ = self.handle.depart();
                 drop(saved);
-                Ok(MigrationReport { rounds: rest.rounds, sent, downtime_ns })
+                lost.map_or(Ok(MigrationReport { rounds: rest.rounds, sent, downtime_ns }), |error| {
+                    Err(Error::Config(format!(
+                        "{}. Its guest was there already, without all of its memory, which is lost",
+                        chain(&error)
+                    )))
+                })
             }
             Outcome::Stays(reason) => Err(back(self.handle, saved, Error::Config(reason))),
             Outcome::Unknown(reason) => {
@@ -139,7 +150,10 @@ impl Departure<'_> {
             if !(self.progress)(&state) {
                 return Err(Error::Config("The migration was given up".into()));
             }
-            if left <= FEW || Duration::from_secs(left) / share(per_second) <= time {
+            if self.request.postcopy
+                || left <= FEW
+                || Duration::from_secs(left) / share(per_second) <= time
+            {
                 return Ok(Rest { ranges: next, rounds: round });
             }
             if left > before / 4 * 3 {
@@ -156,13 +170,20 @@ impl Departure<'_> {
     fn hand_over(
         &mut self,
         saved: &Saved,
-        mut rest: Vec<std::ops::Range<u64>>,
-    ) -> Result<(), Error> {
+        mut rest: Vec<Range<u64>>,
+    ) -> Result<Vec<Range<u64>>, Error> {
         let unread = |error| host_error("read the guest's memory", error);
         rest.extend(saved.memory.take_dirty().map_err(unread)?);
-        self.source.send_pages(&rest, &|at, bytes| saved.memory.read(at, bytes))?;
+        let read = |at: u64, bytes: &mut [u8]| saved.memory.read(at, bytes);
+        let left = if self.request.postcopy && total(&rest) > FEW {
+            united(rest)
+        } else {
+            self.source.send_pages(&rest, &read)?;
+            Vec::new()
+        };
         self.handle.lend_disks().map_err(unsaved)?;
-        self.source.hand_over(saved.machine.clone(), saved.is_paused)
+        self.source.hand_over(saved.machine.clone(), saved.is_paused, &left, &read)?;
+        Ok(left)
     }
 
     /// Keeps the guest, which runs.
@@ -222,10 +243,9 @@ impl Vmm {
         options: RestoreOptions,
         parts: Parts,
     ) -> Result<Self, Error> {
-        let received = incoming.receive()?;
-        let is_paused = received.is_paused || options.paused;
-        let origin =
-            Origin::Migration(Box::new(Migrated { machine: received.machine, ram: received.ram }));
+        let Received { machine, ram, is_paused, arriving } = incoming.receive()?;
+        let is_paused = is_paused || options.paused;
+        let origin = Origin::Migration(Box::new(Migrated { machine, ram, arriving }));
         let built = options
             .apply(origin)
             .and_then(|(config, from)| Self::continue_from(config, from, parts));

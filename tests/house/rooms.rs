@@ -25,7 +25,7 @@ pub(crate) const ROOMS: [(&str, &[&str]); 28] = [
     ("snapshot", &["devices", "error", "memory", "config", "hypervisor"]),
     (
         "migration",
-        &["devices", "error", "layout", "memory", "config", "sockets", "host", "snapshot"],
+        &["devices", "error", "layout", "memory", "config", "sockets", "host", "vcpu", "snapshot"],
     ),
     ("pager", &["signals", "error", "layout", "memory", "config", "sockets", "vcpu", "snapshot"]),
     ("kvm", &["devices", "riscv", "error", "layout", "config", "host", "vcpu", "hypervisor"]),
@@ -66,6 +66,7 @@ pub(crate) const ROOMS: [(&str, &[&str]); 28] = [
             "vcpu",
             "hypervisor",
             "snapshot",
+            "migration",
             "pager",
             "kvm",
             "gdb",

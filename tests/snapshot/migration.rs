@@ -15,8 +15,13 @@ use crate::harness::{Session, by_length, host, is_listening, kernel, one_host, s
 use crate::network::{on_the_host, set_up_guest};
 use crate::{Place, busy_linux, chain, initramfs, random};
 
-/// Moves the machine to a new process, which is returned with what the verb has printed; it has other ends of the host.
-fn try_to_move(place: &Place, name: &str, arguments: &[&str]) -> Result<(Session, String), String> {
+/// Moves the machine to a new process with these arguments, which is returned with what the verb has printed, with these flags.
+fn try_to_move_with(
+    place: &Place,
+    name: &str,
+    arguments: &[&str],
+    flags: &[&str],
+) -> Result<(Session, String), String> {
     let socket = place.at("move");
     let mut target =
         place.rvmm(&["restore", "--listen"]).path("unix:", &socket, "").args(arguments).start();
@@ -24,7 +29,7 @@ fn try_to_move(place: &Place, name: &str, arguments: &[&str]) -> Result<(Session
         thread::yield_now();
     }
     let to = format!("unix:{}", socket.display());
-    match place.verb(&["migrate", name, &to], None) {
+    match place.verb(&[&["migrate", name, &to][..], flags].concat(), None) {
         Ok(text) => Ok((target, text)),
         Err(error) => {
             assert_ne!(target.exit_code(), 0, "nobody has come: {error}");
@@ -33,8 +38,22 @@ fn try_to_move(place: &Place, name: &str, arguments: &[&str]) -> Result<(Session
     }
 }
 
+/// The same without flags.
+fn try_to_move(place: &Place, name: &str, arguments: &[&str]) -> Result<(Session, String), String> {
+    try_to_move_with(place, name, arguments, &[])
+}
+
+/// Waits until the machine takes orders, or has ended.
+fn await_socket(place: &Place, session: &mut Session, name: &str) {
+    let socket = place.at("rvmm").join(format!("{name}-{}.sock", session.pid()));
+    while session.is_running() && !is_listening(&socket) {
+        thread::yield_now();
+    }
+}
+
 /// As [`try_to_move`]; the old process ends.
 fn move_on(place: &Place, session: &mut Session, name: &str, arguments: &[&str]) -> Session {
+    await_socket(place, session, name);
     let (target, text) = try_to_move(place, name, arguments).expect("it moves");
     assert!(text.starts_with(&format!("Moved {name}: ")), "{text}");
     assert_eq!(session.exit_code(), 0);
@@ -48,10 +67,7 @@ fn moved_at_random(irqchip: &str, cpus: &str) -> (String, usize) {
     session.expect("started");
     let (mut printed, mut moves) = (String::new(), 0);
     while moves < by_length(50, 6) {
-        let socket = place.at("rvmm").join(format!("chain-{}.sock", session.pid()));
-        while session.is_running() && !is_listening(&socket) {
-            thread::yield_now();
-        }
+        await_socket(&place, &mut session, "chain");
         thread::sleep(Duration::from_millis(random(300)));
         let moved = try_to_move(&place, "chain", &[]);
         assert_eq!(session.exit_code(), 0);
@@ -121,43 +137,63 @@ fn linux_that_writes_to_its_disk_moves_with_it_and_to_an_image_as_well() {
     assert_eq!(session.exit_code(), 0);
 }
 
-#[test]
-fn a_guest_that_writes_all_the_time_is_slowed_down_and_moves_or_stays() {
-    let Some(host) = one_host("plic") else { return };
-    let place = Place::new();
+/// Linux whose shell writes a file in memory all the time.
+fn writing_linux(place: &Place, irqchip: &str) -> Session {
     let initrd = initramfs::build(place.0.path(), &[], &[]);
     let mut session = place
-        .rvmm(&["--mem", "256M", "--irqchip", host.irqchips[0], "--name", "one"])
+        .rvmm(&["--mem", "256M", "--irqchip", irqchip, "--name", "one"])
         .args(&["--cmdline", "console=ttyS0 quiet"])
         .path("--initrd=", &initrd, "")
         .kernel(&kernel())
         .start();
     session.expect("own initramfs is up\r\n");
-    session.send("(while :; do dd if=/dev/zero of=/x bs=1M count=32 conv=notrunc 2>/dev/null; echo x >>/rounds; done) &\n");
+    session.ask("dd if=/dev/urandom of=/data bs=64k count=16 2>/dev/null; md5sum </data >/sum");
+    session.send("(while :; do cp /data /x; cat /data /data /data /data /data /data >/y; md5sum </x | cmp -s - /sum || echo x >>/wrong; echo x >>/rounds; done) &\n");
     session.ask("until [ -s /rounds ]; do sleep 1; done; echo begun");
-    let socket = place.at("move");
-    let mut target = place.rvmm(&["restore", "--listen"]).path("unix:", &socket, "").start();
-    while !is_listening(&socket) {
-        thread::yield_now();
-    }
-    let to = format!("unix:{}", socket.display());
-    let moved = place.verb(&["migrate", "one", &to, "--downtime", "1", "--json"], None);
-    match moved {
-        Ok(text) => {
-            assert!(text.contains("\"throttle\":20"), "{text}");
-            assert!(text.lines().last().is_some_and(|line| line.starts_with("{\"migrated\":")));
-            assert_eq!(session.exit_code(), 0);
-            session = target;
-        }
-        Err(error) => {
-            assert!(error.contains("faster than the connection"), "{error}");
-            assert_ne!(target.exit_code(), 0);
-        }
-    }
-    // It runs, at its full speed again.
+    session
+}
+
+/// It goes on, and was right all the time.
+fn goes_on(session: &mut Session) {
     session.ask(
         "n=$(wc -l </rounds); until [ $(wc -l </rounds) -gt $((n+1)) ]; do sleep 1; done; echo on",
     );
+    assert_eq!(session.ask("cat /wrong 2>&1 | grep -c x"), "0\n");
+}
+
+#[test]
+fn a_guest_that_writes_all_the_time_is_slowed_down_and_moves_or_stays() {
+    let Some(host) = one_host("plic") else { return };
+    let place = Place::new();
+    let mut session = writing_linux(&place, host.irqchips[0]);
+    match try_to_move_with(&place, "one", &[], &["--downtime", "1", "--json"]) {
+        Ok((target, text)) => {
+            assert!(text.lines().last().is_some_and(|line| line.starts_with("{\"migrated\":")));
+            assert_eq!(session.exit_code(), 0);
+            println!("{text}");
+            session = target;
+        }
+        Err(error) => assert!(error.contains("faster than the connection"), "{error}"),
+    }
+    goes_on(&mut session);
+    session.send("poweroff -f\n");
+    assert_eq!(session.exit_code(), 0);
+}
+
+#[test]
+fn a_guest_that_writes_all_the_time_runs_elsewhere_before_its_memory_is_there() {
+    let Some(host) = one_host("aia") else { return };
+    let place = Place::new();
+    let mut session = writing_linux(&place, host.irqchips[0]);
+    for _ in 0..by_length(10, 2) {
+        await_socket(&place, &mut session, "one");
+        let moved = try_to_move_with(&place, "one", &[], &["--postcopy", "--json"]);
+        let (target, text) = moved.expect("it moves");
+        assert!(text.contains("\"rounds\":1,"), "{text}");
+        assert_eq!(session.exit_code(), 0);
+        session = target;
+        goes_on(&mut session);
+    }
     session.send("poweroff -f\n");
     assert_eq!(session.exit_code(), 0);
 }
