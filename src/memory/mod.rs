@@ -35,6 +35,7 @@ pub(crate) use occupied::{append, data_in, united};
 pub use program::discard_program_pages;
 use reserve::Reservation;
 pub(crate) use rom::Rom;
+use userfault::Paging;
 pub(crate) use userfault::{Placed, Userfault};
 use written::WrittenPages;
 
@@ -53,7 +54,7 @@ pub struct GuestRam {
     files: Mutex<Vec<Overlay>>,
     written: WrittenPages,
     /// Set while another program serves its faults.
-    faults: Mutex<Option<Arc<Userfault>>>,
+    paging: Mutex<Option<Paging>>,
     span: Span,
     reservation: Reservation,
 }
@@ -137,7 +138,7 @@ impl GuestRam {
             source: None,
         })?;
         let (files, written) = (Mutex::default(), WrittenPages::default());
-        Ok(Self { view, watch, files, written, faults: Mutex::default(), span, reservation })
+        Ok(Self { view, watch, files, written, paging: Mutex::default(), span, reservation })
     }
 
     /// The range of RAM.
@@ -352,6 +353,10 @@ impl DmaMemory for GuestRam {
     /// place would need a mapping each, whose number is limited. They are few, and the host can reclaim those that the guest has
     /// not written. Those of a saved guest's memory are most of a restored guest's: they get the contents of its file again.
     fn release(&self, addr: u64, len: u64) {
+        let (keeps_pages, _guard) = self.keeps_pages();
+        if keeps_pages {
+            return;
+        }
         let step = if self.reservation.is_huge() { HUGE_PAGE } else { PAGE };
         let end = addr.saturating_add(len).min(self.span.end()) / step * step;
         let Some(mut at) = addr.max(self.span.base).checked_next_multiple_of(step) else { return };

@@ -121,6 +121,14 @@ pub(crate) enum Placed {
 #[derive(Debug)]
 pub(crate) struct Userfault(OwnedFd);
 
+/// RAM whose contents another program has.
+#[derive(Debug)]
+pub(super) struct Paging {
+    faults: Arc<Userfault>,
+    /// Nobody fills an absent page any more, and there is none: they were made lost ones.
+    is_given_up: bool,
+}
+
 impl AsFd for Userfault {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
@@ -339,7 +347,7 @@ impl GuestRam {
             what: "Cannot register guest RAM with userfaultfd(2)".into(),
             source: error.into(),
         })?;
-        *self.paging() = Some(Arc::clone(&faults));
+        *self.paging() = Some(Paging { faults: Arc::clone(&faults), is_given_up: false });
         Ok(faults)
     }
 
@@ -351,12 +359,20 @@ impl GuestRam {
     /// Gives up the pages of RAM that the other program has not filled: an access to one is as one to a page of a file that has shrunk.
     /// Who waits for one goes on. Pages that are there stay, if the kernel has UFFDIO_POISON.
     pub(crate) fn lose_absent(&self) {
-        let Some(faults) = self.paging().clone() else { return };
+        let mut paging = self.paging();
+        let Some(Paging { faults, is_given_up }) = paging.as_mut() else { return };
+        *is_given_up = true;
         let lost = self.absent().into_iter().try_for_each(|range| faults.poison(range));
         if let Err(error) = lost {
             log::debug!("UFFDIO_POISON fails: {error}");
-            self.lose_all(&faults);
+            self.lose_all(faults);
         }
+    }
+
+    /// True once absent pages would never be filled: none may be returned to the host. So it stays until the result is dropped.
+    pub(super) fn keeps_pages(&self) -> (bool, MutexGuard<'_, Option<Paging>>) {
+        let paging = self.paging();
+        (paging.as_ref().is_some_and(|paging| paging.is_given_up), paging)
     }
 
     /// The ranges without pages; all of RAM if the kernel does not tell.
@@ -408,8 +424,8 @@ impl GuestRam {
         PageRange { start: self.host_address(), len: self.span.size }
     }
 
-    fn paging(&self) -> MutexGuard<'_, Option<Arc<Userfault>>> {
-        self.faults.lock().unwrap_or_else(PoisonError::into_inner)
+    fn paging(&self) -> MutexGuard<'_, Option<Paging>> {
+        self.paging.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -500,6 +516,8 @@ mod tests {
             let late = faults.copy(ram.host_address() + 9 * 4096, &[8; 4096]).unwrap();
             assert_eq!(late, if replaces_all { Placed::Gone } else { Placed::New });
             if !replaces_all {
+                // The balloon returns it, which would have somebody wait for it for ever.
+                ram.release(SPAN.base + 3 * 4096, 4096);
                 let mut bytes = [0; 4096];
                 let _ = ram.read(SPAN.base + 3 * 4096, &mut bytes);
                 assert_eq!(bytes, [7; 4096]);
