@@ -5,7 +5,7 @@
 //! pages beyond the new end are lost. A lost page reads as zero for rvmm and stops the machine
 //! ([`crate::vcpu::stop::StopReason::MemoryLost`]); it never ends the process (see `lost.rs`).
 //!
-//! Instead of files another program may have the contents: it serves the guest's page faults (`userfault.rs`).
+//! Instead of files another program may have the contents: it serves the guest's page faults (`paging.rs`).
 //!
 //! Huge pages of the host's pool are reserved at the start. One that the balloon has returned may be in use by another program when
 //! the guest needs it again, and a cgroup's limit does not affect reservations: both stop the machine, too, as a failure of the host.
@@ -23,6 +23,7 @@ use crate::layout::Span;
 mod lost;
 mod occupied;
 mod pagemap;
+mod paging;
 mod populate;
 mod program;
 mod reserve;
@@ -32,10 +33,10 @@ mod written;
 
 use lost::Watch;
 pub(crate) use occupied::{append, data_in, united};
+use paging::Paging;
 pub use program::discard_program_pages;
 use reserve::Reservation;
 pub(crate) use rom::Rom;
-use userfault::Paging;
 pub(crate) use userfault::{Placed, Userfault};
 use written::WrittenPages;
 
