@@ -47,9 +47,9 @@ END {
     line("the same after each has answered", value["rvmm", "clone_answered_kb"], "KiB")
 
     for (i = 1; i <= split("idle busy", states, " "); i++)
-        for (k = 1; k <= split("pause resume", whats, " "); k++) {
-            row = whats[k] "_" states[i]
-            time(whats[k] ", 4 " states[i] " harts, longest of 3", "rvmm", row "_ns", 1)
+        for (k = 1; k <= split("pause resume", orders, " "); k++) {
+            row = orders[k] "_" states[i]
+            time(orders[k] ", 4 " states[i] " harts, longest of 3", "rvmm", row "_ns", 1)
             time("  shortest", "rvmm", row "_least_ns")
         }
 
