@@ -11,8 +11,8 @@ use super::channel::Channel;
 use super::message::{FORMAT, Hello, Kind, MOST_PAGES, State, want};
 use super::process::{Process, Watch};
 use crate::error::Error;
-use crate::memory::{PAGE, append};
-use crate::snapshot::{PAGE_WORDS, Preamble, ReadRam, SavedMachine, words};
+use crate::memory::{PAGE, append, united};
+use crate::snapshot::{PAGE_WORDS, Preamble, ReadRam, SavedMachine, is_zero, words};
 
 /// Time for which the target may let the source wait: it builds a machine at most.
 const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 5 } else { 60 });
@@ -35,6 +35,8 @@ pub(crate) struct Source {
     is_direct: bool,
     /// The pages that the target has with other bytes than zeroes.
     sent: PageSet,
+    /// What comes after the guest.
+    left: Vec<Range<u64>>,
     words: Vec<u64>,
 }
 
@@ -74,7 +76,14 @@ impl Source {
             .map_err(|error| broken(io::Error::new(io::ErrorKind::InvalidData, error)))?;
         let is_direct = channel.peer_process().is_some_and(|pid| target.has_id(pid));
         let target = target.watch();
-        Ok(Self { channel, target, is_direct, sent: PageSet::default(), words: Vec::new() })
+        Ok(Self {
+            channel,
+            target,
+            is_direct,
+            sent: PageSet::default(),
+            left: Vec::new(),
+            words: Vec::new(),
+        })
     }
 
     /// Number of bytes sent so far.
@@ -115,7 +124,7 @@ impl Source {
     fn send_words(&mut self, start: u64, words: &[u64], all: bool) -> io::Result<()> {
         let (mut full, mut zero) = (Vec::new(), Vec::new());
         for (at, page) in (start..).step_by(PAGE_WORDS * 8).zip(words.chunks(PAGE_WORDS)) {
-            let is_zero = page.iter().all(|word| *word == 0);
+            let is_zero = is_zero(page);
             let was_sent = self.sent.set(at / PAGE, !is_zero);
             if !is_zero {
                 append(&mut full, at..at + PAGE);
@@ -162,10 +171,11 @@ impl Source {
         &mut self,
         machine: SavedMachine,
         is_paused: bool,
-        left: &[Range<u64>],
+        left: Vec<Range<u64>>,
         read: ReadRam<'_>,
     ) -> Result<(), Error> {
-        let left = left.iter().map(|range| (range.start, range.end - range.start)).collect();
+        self.left = united(left);
+        let left = self.left.iter().map(|range| (range.start, range.end - range.start)).collect();
         let state = State { machine, is_paused, left };
         send_json(&mut self.channel, Kind::State, &state).map_err(broken)?;
         self.serve_until(Kind::Ready, read)
@@ -185,16 +195,12 @@ impl Source {
         Outcome::Unknown(reason)
     }
 
-    /// Sends the pages that the target, where the guest runs already, does not have yet; those first that somebody waits for. Returns when
-    /// it has all.
+    /// Sends what is left to the target, where the guest runs already; the pages first that somebody waits for. Returns when it has all.
     ///
     /// # Errors
     /// RAM cannot be read, or the connection is broken: the guest is lost.
-    pub(crate) fn send_left(
-        &mut self,
-        left: &[Range<u64>],
-        read: ReadRam<'_>,
-    ) -> Result<(), Error> {
+    pub(crate) fn send_left(&mut self, read: ReadRam<'_>) -> Result<(), Error> {
+        let left = std::mem::take(&mut self.left);
         if left.is_empty() {
             return Ok(());
         }

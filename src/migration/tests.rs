@@ -64,7 +64,7 @@ fn recorded() -> Vec<u8> {
     source.send_pages(from_ref(&(0..64 * PAGE)), &read(0)).unwrap();
     source.finish_round().unwrap();
     source.send_pages(from_ref(&(0..2 * PAGE)), &read(1)).unwrap();
-    source.hand_over(machine(), false, &[], &read(0)).unwrap();
+    source.hand_over(machine(), false, Vec::new(), &read(0)).unwrap();
     assert!(matches!(source.commit(&read(0)), Outcome::Gone));
     drop(source);
     target.join().unwrap()
@@ -109,7 +109,7 @@ fn memory_and_state_arrive_as_they_were_sent() {
     source.send_pages(from_ref(&(100 * PAGE..150 * PAGE)), &read(100)).unwrap();
     source.finish_round().unwrap();
     assert!(source.sent() - before < 42 * PAGE, "zero pages are not sent");
-    source.hand_over(machine(), true, &[], &read(0)).unwrap();
+    source.hand_over(machine(), true, Vec::new(), &read(0)).unwrap();
     assert!(matches!(source.commit(&read(0)), Outcome::Gone));
     let received = target.join().unwrap();
     assert_eq!((received.machine, received.is_paused), (machine(), true));
@@ -241,11 +241,13 @@ fn a_target_that_refuses_or_vanishes_is_reported_at_each_message() {
     let (source, _) = against(&[welcome, refused]);
     assert!(text(source.unwrap().finish_round()).contains("no room"));
     let (source, _) = against(&[welcome, refused]);
-    assert!(text(source.unwrap().hand_over(machine(), false, &[], &read(0))).contains("no room"));
+    assert!(
+        text(source.unwrap().hand_over(machine(), false, Vec::new(), &read(0))).contains("no room")
+    );
     // After that it is unknown whether the target, which is this process and lives, has got the guest.
     let (source, _) = against(&[welcome, (Kind::Ready, b"")]);
     let mut source = source.unwrap();
-    source.hand_over(machine(), false, &[], &read(0)).unwrap();
+    source.hand_over(machine(), false, Vec::new(), &read(0)).unwrap();
     assert!(
         matches!(source.commit(&read(0)), Outcome::Unknown(reason) if reason.contains("has ended"))
     );
@@ -306,7 +308,7 @@ fn post_copied() -> Option<(Source, Received)> {
     // What was sent before is replaced.
     source.send_pages(from_ref(&(0..150 * PAGE)), &read(u64::MAX)).unwrap();
     source.finish_round().unwrap();
-    let handed = source.hand_over(machine(), false, from_ref(&LEFT), &read(120));
+    let handed = source.hand_over(machine(), false, vec![LEFT], &read(120));
     match handed {
         Ok(()) => assert!(matches!(source.commit(&read(120)), Outcome::Gone)),
         Err(error) => {
@@ -321,7 +323,7 @@ fn post_copied() -> Option<(Source, Received)> {
 #[test]
 fn memory_that_is_left_arrives_after_the_guest() {
     let Some((mut source, received)) = post_copied() else { return };
-    let feeder = thread::spawn(move || source.send_left(from_ref(&LEFT), &read(120)).unwrap());
+    let feeder = thread::spawn(move || source.send_left(&read(120)).unwrap());
     let mut expected = vec![0; usize::try_from(MEM).unwrap()];
     for (range, changed) in [(0..150 * PAGE, u64::MAX), (LEFT, 120)] {
         let [from, to] = [range.start, range.end].map(|at| usize::try_from(at).unwrap());
@@ -357,6 +359,6 @@ fn a_source_that_ends_before_all_memory_has_arrived_ends_the_machine_and_nobody_
 fn a_target_that_ends_meanwhile_is_noticed_by_its_source() {
     let Some((mut source, received)) = post_copied() else { return };
     drop(received);
-    let text = crate::error::chain(&source.send_left(from_ref(&LEFT), &read(120)).unwrap_err());
+    let text = crate::error::chain(&source.send_left(&read(120)).unwrap_err());
     assert!(text.contains("has ended"), "{text}");
 }

@@ -44,7 +44,14 @@ fn share(number: u64, page: u64) -> u64 {
 
 /// The checksum of a page; `None` if it is all zeroes.
 pub(crate) fn of_page(words: &[u64]) -> Option<u64> {
-    words.iter().any(|word| *word != 0).then(|| of_words(words))
+    (!is_zero(words)).then(|| of_words(words))
+}
+
+/// True if all words are zero. Eight at a time: a third of the instructions.
+pub(crate) fn is_zero(words: &[u64]) -> bool {
+    let (blocks, rest) = words.as_chunks::<8>();
+    let joined = |block: &[u64]| block.iter().fold(0, |all, word| all | word);
+    blocks.iter().all(|block| joined(block) == 0) && joined(rest) == 0
 }
 
 /// The checksum of bytes, their number included.

@@ -41,7 +41,9 @@ mod state;
 mod tests;
 pub(crate) mod words;
 
-pub(crate) use checksum::{PAGE_WORDS, of_bytes as checksum, of_message as message_checksum};
+pub(crate) use checksum::{
+    PAGE_WORDS, is_zero, of_bytes as checksum, of_message as message_checksum,
+};
 use folder::PartialFolder;
 pub(crate) use folder::checksum_line;
 use image::ImageWriter;

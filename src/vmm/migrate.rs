@@ -18,7 +18,6 @@ use crate::error::{Error, chain};
 use crate::inspect::Query;
 use crate::inspect::Reply;
 use crate::machine::{MachineMemory, Migrated, Origin, Parts};
-use crate::memory::united;
 use crate::migration::{
     Incoming, MigrationProgress, MigrationReport, MigrationRequest, Outcome, Received, Source,
 };
@@ -92,16 +91,15 @@ impl Departure<'_> {
             Ok(saved) => saved,
             Err(error) => return Err(self.give_up(error)),
         };
-        let left = match self.hand_over(&saved, rest.ranges) {
-            Ok(left) => left,
-            Err(error) => return Err(self.stay(saved, error)),
-        };
+        if let Err(error) = self.hand_over(&saved, rest.ranges) {
+            return Err(self.stay(saved, error));
+        }
         let memory = &saved.memory;
         let read = |at: u64, bytes: &mut [u8]| memory.read(at, bytes);
         match self.source.commit(&read) {
             Outcome::Gone => {
                 let downtime_ns = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
-                let lost = self.source.send_left(&left, &read).err();
+                let lost = self.source.send_left(&read).err();
                 let sent = self.source.sent();
                 // An error means that the machine has ended already.
                 let _ = self.handle.depart();
@@ -167,23 +165,18 @@ impl Departure<'_> {
     }
 
     /// Sends the rest to the target, which builds the machine. The disks are lent to it.
-    fn hand_over(
-        &mut self,
-        saved: &Saved,
-        mut rest: Vec<Range<u64>>,
-    ) -> Result<Vec<Range<u64>>, Error> {
+    fn hand_over(&mut self, saved: &Saved, mut rest: Vec<Range<u64>>) -> Result<(), Error> {
         let unread = |error| host_error("read the guest's memory", error);
         rest.extend(saved.memory.take_dirty().map_err(unread)?);
         let read = |at: u64, bytes: &mut [u8]| saved.memory.read(at, bytes);
         let left = if self.request.postcopy && total(&rest) > FEW {
-            united(rest)
+            rest
         } else {
             self.source.send_pages(&rest, &read)?;
             Vec::new()
         };
         self.handle.lend_disks().map_err(unsaved)?;
-        self.source.hand_over(saved.machine.clone(), saved.is_paused, &left, &read)?;
-        Ok(left)
+        self.source.hand_over(saved.machine.clone(), saved.is_paused, left, &read)
     }
 
     /// Keeps the guest, which runs.
