@@ -42,6 +42,9 @@ END {
     time("save --live", "rvmm", "save_live_ns")
     time("save --live: the guest stands still", "rvmm", "save_live_paused_ns")
 
+    time("migration of an idle guest of 512 MiB: it stands still", "rvmm", "migration_downtime_ns", 30)
+    share("bytes sent of those in use", "rvmm", "migration_sent", "rvmm", "migration_used", 1.1)
+
     line("clones of 50 that answer", value["rvmm", "clones_answer"], "", "50", value["rvmm", "clones_answer"] == 50)
     line("memory that each idle clone but the first adds", value["rvmm", "clone_idle_kb"], "KiB", "<= 4096 KiB", value["rvmm", "clone_idle_kb"] <= 4096)
     line("the same after each has answered", value["rvmm", "clone_answered_kb"], "KiB")

@@ -140,8 +140,11 @@ impl Incoming {
                 self.channel.send(Kind::Received, 0, |_| Ok(())).map_err(broken)?;
             }
             (Kind::State, bytes) => {
-                let state = serde_json::from_slice(bytes)
+                let state: State = serde_json::from_slice(bytes)
                     .map_err(|error| invalid(&format!("its state: {error}")))?;
+                if state.machine.config.mem != ram.span().size {
+                    return Err(invalid("its memory has another size than it had at first"));
+                }
                 return Ok(Some(state));
             }
             (Kind::Refused, bytes) => {

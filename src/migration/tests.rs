@@ -170,6 +170,14 @@ fn what_no_source_sends_is_refused_with_the_reason() {
     };
     let after = |more: Vec<u8>| [hello.clone(), more].concat();
     let numbers = |at: u64, len: u64| [at.to_le_bytes(), len.to_le_bytes()].concat();
+    let left = |left: &[(u64, u64)]| {
+        let state = message::State { machine: machine(), is_paused: false, left: left.to_vec() };
+        serde_json::to_vec(&state).unwrap()
+    };
+    let mut small = machine();
+    small.config.mem = MEM / 2;
+    let other_size = message::State { machine: small, is_paused: false, left: Vec::new() };
+    let other_size = serde_json::to_vec(&other_size).unwrap();
     let mut damaged = frame(Kind::Pages, &[1; 4104]);
     damaged[100] ^= 1;
     let mut long = frame(Kind::Round, &[]);
@@ -196,6 +204,10 @@ fn what_no_source_sends_is_refused_with_the_reason() {
         (after(frame(Kind::Zeroes, &numbers(1, u64::MAX))), "invalid data (zero pages)"),
         (after(frame(Kind::Zeroes, &[0; 9])), "invalid data (zero pages)"),
         (after(frame(Kind::State, b"{\"machine\":1}")), "invalid data (its state"),
+        (after(frame(Kind::State, &other_size)), "its memory has another size"),
+        (after(frame(Kind::State, &left(&[(0, MEM), (MEM, 4096)]))), "the memory that is left"),
+        (after(frame(Kind::State, &left(&[(1, 4096)]))), "the memory that is left"),
+        (after(frame(Kind::State, &left(&[(u64::MAX - 4095, 4096)]))), "the memory that is left"),
         (after(frame(Kind::Refused, b"no disk")), "The machine stays where it is: no disk"),
         (after(damaged), "damaged on its way"),
         (after(long), "too long"),
