@@ -41,6 +41,11 @@ impl MachineMemory {
         self.ram.occupied()
     }
 
+    /// RAM itself, of a machine at rest; `None` if a debugger has put breakpoints into it.
+    pub(crate) fn resting(&self) -> Option<&GuestRam> {
+        self.debugger.is_none().then_some(&*self.ram)
+    }
+
     /// Reads RAM at an offset from its start.
     pub(crate) fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
         let addr = self.ram.span().base.saturating_add(offset);

@@ -27,6 +27,7 @@ mod paging;
 mod populate;
 mod program;
 mod reserve;
+mod resting;
 mod rom;
 mod userfault;
 mod written;

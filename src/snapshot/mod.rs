@@ -308,6 +308,14 @@ impl SnapshotWriter {
         self.image.add(ranges, read)
     }
 
+    /// The same with pages of RAM at rest, at offsets from its start, without a copy in between: faster.
+    ///
+    /// # Errors
+    /// As for [`SnapshotWriter::add_pages`].
+    pub fn add_resting(&mut self, ranges: &[Range<u64>], ram: &GuestRam) -> io::Result<()> {
+        self.image.add_in_place(ranges, ram)
+    }
+
     /// Number of bytes of RAM written so far.
     #[must_use]
     pub fn written(&self) -> u64 {

@@ -72,7 +72,11 @@ impl Handle {
         let saved = self.save().map_err(unsaved)?;
         let read = |at: u64, bytes: &mut [u8]| saved.memory.read(at, bytes);
         let rest = left.ranges(memory, request.diff).map_err(failed)?;
-        writer.add_pages(&rest, &read).map_err(failed)?;
+        let added = match saved.memory.resting() {
+            Some(ram) => writer.add_resting(&rest, ram),
+            None => writer.add_pages(&rest, &read),
+        };
+        added.map_err(failed)?;
         let written = writer.written();
         let complete = writer.finish_memory(&read).map_err(failed)?;
         let machine = saved.machine.clone();
