@@ -70,7 +70,7 @@ impl Origin {
         }
     }
 
-    /// The memory for the board; `None` if it is to have new one, for [`Origin::fill`].
+    /// The memory for the board; `None` if it is to have new one, for [`Continuation::fill`].
     pub(super) fn ram(&self) -> Option<&Arc<GuestRam>> {
         match self {
             Self::Snapshot(_) => None,

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `message.rs` | the messages and their order |
 //! | `channel.rs` | frames on a stream socket |
-//! | `source.rs` | [`Source`]: the side that gives its guest away |
+//! | `source.rs` | `Source`: the side that gives its guest away |
 //! | `target.rs` | [`Incoming`]: the side that takes it over |
 //! | `arriving.rs` | memory that arrives after the guest (post-copy) |
 //! | `process.rs` | whether the process on the other side has ended |

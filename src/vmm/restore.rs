@@ -32,7 +32,7 @@ pub struct RestoreOptions {
     /// The address a debugger connects to.
     pub gdb: Option<GdbConfig>,
     /// The Unix socket of the program that has the memory, a pager: it serves the guest's page faults. The snapshot may be one of
-    /// [`Snapshot::open_state`].
+    /// [`crate::snapshot::Snapshot::open_state`].
     pub pager: Option<PathBuf>,
     /// A thread reads the memory's file ahead of the guest.
     pub prefetches: bool,
