@@ -18,7 +18,7 @@ use crate::snapshot::{PAGE_WORDS, Preamble, ReadRam, SavedMachine, is_zero, word
 const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 5 } else { 60 });
 
 /// Time that a process whose socket is closed has to end.
-const END_PATIENCE: Duration = Duration::from_millis(if cfg!(test) { 2_000 } else { 10_000 });
+const END_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Bytes that are read at once.
 const STEP: u64 = MOST_PAGES * PAGE;

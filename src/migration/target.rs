@@ -17,7 +17,7 @@ use crate::memory::{GuestRam, PAGE};
 use crate::snapshot::SavedMachine;
 
 /// Time that a process whose socket is closed has to end.
-const END_PATIENCE: Duration = Duration::from_millis(if cfg!(test) { 2_000 } else { 10_000 });
+const END_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Time for which the source may let the target wait for its first words.
 const GREETING: Duration = Duration::from_secs(if cfg!(test) { 5 } else { 60 });

@@ -26,7 +26,7 @@ use crate::migration::{
 const FEW: u64 = 256 << 10;
 
 /// Time that the target has to close the disks that it has opened.
-const END_PATIENCE: Duration = Duration::from_millis(if cfg!(test) { 2_000 } else { 10_000 });
+const END_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Maximum number of rounds.
 const MOST_ROUNDS: u32 = 60;
