@@ -22,6 +22,8 @@ pub(super) struct Controller {
     pause: Option<Pause>,
     /// Number of clients that save the machine's memory; it is paused meanwhile.
     saves: usize,
+    /// The locks of the disks were given up: without them the guest must not run.
+    has_lent_disks: bool,
     /// Clients that wait for a reset.
     resets: Vec<ReplyTo<()>>,
 }
@@ -37,7 +39,8 @@ impl Controller {
         let (state, resets) = (MachineState::Built, Vec::new());
         let pause = is_paused.then(|| handle.control().pause()).flatten();
         let pauses = usize::from(pause.is_some());
-        Self { machine, handle, events, state, pauses, pause, saves: 0, resets }
+        let (saves, has_lent_disks) = (0, false);
+        Self { machine, handle, events, state, pauses, pause, saves, has_lent_disks, resets }
     }
 
     /// Serves clients until the machine has ended; starts the guest first if `begins`.
@@ -181,11 +184,11 @@ impl Controller {
             }
             Command::LendDisks(reply) => {
                 self.machine.lend_disks();
+                self.has_lent_disks = true;
                 let _ = reply.send(Ok(()));
             }
             Command::TakeDisksBack(reply) => {
-                let taken = self.machine.take_disks_back();
-                let _ = reply.send(taken.map_err(|error| CommandError::State(Box::new(error))));
+                let _ = reply.send(self.take_disks_back());
             }
             Command::Track(on, reply) => {
                 let _ = reply.send(self.track(on));
@@ -233,11 +236,24 @@ impl Controller {
 
     fn resume(&mut self) -> Result<(), CommandError> {
         let left = self.pauses.checked_sub(1).ok_or_else(|| self.refused("resume"))?;
+        if left == 0 {
+            self.take_disks_back()?;
+        }
         self.pauses = left;
         if left == 0 {
             self.machine.resume_devices();
             self.pause = None;
             self.set_state(MachineState::Running);
+        }
+        Ok(())
+    }
+
+    /// Takes the locks of the disks again, if they were given up.
+    fn take_disks_back(&mut self) -> Result<(), CommandError> {
+        if self.has_lent_disks {
+            let taken = self.machine.take_disks_back();
+            taken.map_err(|error| CommandError::State(Box::new(error)))?;
+            self.has_lent_disks = false;
         }
         Ok(())
     }

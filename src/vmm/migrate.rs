@@ -15,8 +15,7 @@ use super::snapshot::{total, unsaved};
 use super::throttle::Throttle;
 use super::{Handle, Paused, RestoreOptions, Vmm, host_error};
 use crate::error::{Error, chain};
-use crate::inspect::Query;
-use crate::inspect::Reply;
+use crate::inspect::{Query, Reply};
 use crate::machine::{MachineMemory, Migrated, Origin, Parts};
 use crate::migration::{
     Incoming, MigrationProgress, MigrationReport, MigrationRequest, Outcome, Received, Source,

@@ -154,6 +154,24 @@ fn a_target_that_cannot_build_the_machine_leaves_it_running_with_its_disk() {
 }
 
 #[test]
+fn a_machine_whose_disks_are_lent_resumes_only_with_them() {
+    let guest = Guest::start();
+    let handle = guest.running.handle();
+    handle.pause().unwrap().keep();
+    handle.lend_disks().unwrap();
+    let disk = format!("blk,path={}", guest.path("disk").display());
+    let other = super::machine(&disk, [vec![Step::Idle]]).0.unwrap();
+    let text = handle.resume().unwrap_err().to_string();
+    assert!(text.contains("another program has it open"), "{text}");
+    assert_eq!(handle.state(), MachineState::Paused);
+    drop(other);
+    handle.resume().unwrap();
+    assert_eq!(handle.state(), MachineState::Running);
+    assert!(super::machine(&disk, [vec![Step::Idle]]).0.is_err());
+    guest.stop();
+}
+
+#[test]
 fn a_migration_that_is_given_up_leaves_the_machine_running_and_tells_the_target() {
     let guest = Guest::start();
     let handle = guest.running.handle();
