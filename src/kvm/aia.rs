@@ -1,7 +1,7 @@
 //! The in-kernel AIA: an APLIC for wired interrupts and an IMSIC per hart, emulated or in hardware guest files.
 //!
 //! Attributes and their rules: kernel, `Documentation/virt/kvm/devices/` and `arch/riscv/kvm/aia_device.c`. The
-//! kernel's defaults are kept for groups and the guest's own guest files (none) and, where [`keeps_wake_ups`] allows it, for the
+//! kernel's defaults are kept for groups and the guest's own guest files (none) and, where [`guest_files`](super::guest_files) allows it, for the
 //! mode (hardware guest files where the host has them, emulation where they run out). Smstateen needs nothing: `hstateen0` gives a
 //! guest access to its AIA registers wherever the vCPU has Ssaia, and `sstateen0` has no AIA bit (Smstateen 1.0, section 2).
 #![expect(unsafe_code, reason = "device attributes are passed by address")]
@@ -17,9 +17,8 @@ use kvm_bindings::{
     kvm_device_type_KVM_DEV_TYPE_RISCV_AIA as KVM_DEV_TYPE_RISCV_AIA,
 };
 use kvm_ioctls::{DeviceFd, VmFd};
-use rustix::system::uname;
 
-use super::release::{Version, is_at_least};
+use super::guest_files;
 use super::report::GuestFiles;
 use crate::error::VmError;
 use crate::hypervisor::{AiaFacts, AiaPlan};
@@ -113,33 +112,9 @@ pub(super) fn open(vm: &VmFd) -> Result<DeviceFd, VmError> {
     })
 }
 
-/// The first kernel that looks for a waiting hart's interrupts on the right CPU (commit `RISC-V: KVM: Read HGEIP CSR on the correct
-/// cpu` and its prerequisites).
-const WAKES_EVERY_HART: Version = (6, 18);
-
-/// True if guest files may be used: a kernel of this release, on a host with this many CPUs, wakes a hart that waits on one.
-///
-/// Older kernels check the guest file on the CPU that the hart's thread is on now, not on the one where it went to sleep. Once the
-/// thread has migrated, its hart sleeps on despite interrupts of devices and of other harts. An emulated IMSIC is not bound to a
-/// CPU, and a host with one CPU has no other.
-fn keeps_wake_ups(release: &str, cpus: u64) -> bool {
-    cpus == 1 || is_at_least(release, WAKES_EVERY_HART)
-}
-
-/// Number of the host's CPUs, offline ones included; the maximum where it is not known.
-fn configured_cpus() -> u64 {
-    // SAFETY: this call only reads.
-    let cpus = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_CONF) };
-    u64::try_from(cpus).unwrap_or(u64::MAX)
-}
-
-fn may_use_guest_files() -> bool {
-    keeps_wake_ups(&uname().release().to_string_lossy(), configured_cpus())
-}
-
 /// Keeps the kernel's default mode where that is safe, else selects emulation.
 fn choose_mode(device: &DeviceFd) -> Result<(), VmError> {
-    if may_use_guest_files() {
+    if guest_files::are_safe().is_ok() {
         return Ok(());
     }
     set_config(device, "mode", KVM_DEV_RISCV_AIA_CONFIG_MODE, KVM_DEV_RISCV_AIA_MODE_EMUL)
@@ -153,12 +128,9 @@ fn mode(device: &DeviceFd) -> Result<u32, VmError> {
 /// The use that machines of rvmm make of the host's IMSIC guest files.
 pub(super) fn guest_files(device: &DeviceFd) -> GuestFiles {
     if !takes_hardware_mode(device) {
-        GuestFiles::Absent
-    } else if may_use_guest_files() {
-        GuestFiles::Used
-    } else {
-        GuestFiles::Unsafe
+        return GuestFiles::Absent;
     }
+    guest_files::are_safe().map_or_else(GuestFiles::Unsafe, |()| GuestFiles::Used)
 }
 
 /// True if the host has IMSIC guest files for guests: only then does the kernel accept this mode.
@@ -276,19 +248,6 @@ mod tests {
     }
 
     #[test]
-    fn guest_files_are_used_where_the_kernel_wakes_every_hart_that_waits_on_one() {
-        for release in ["6.12.107+deb13-riscv64", "6.17.13", "5.19", "6", "", "next-20261122"] {
-            assert!(!keeps_wake_ups(release, 2), "{release}");
-            assert!(!keeps_wake_ups(release, u64::MAX), "{release}");
-            assert!(keeps_wake_ups(release, 1), "{release}");
-        }
-        for release in ["6.18.0", "6.18-rc7", "6.19.2-arch1", "7.0.0+", "10.2"] {
-            assert!(keeps_wake_ups(release, 2), "{release}");
-        }
-        assert!(configured_cpus() > 0);
-    }
-
-    #[test]
     fn a_machine_gets_guest_files_only_where_they_are_safe() {
         let made = kvm_ioctls::Kvm::new().and_then(|kvm| kvm.create_vm()).ok().and_then(|vm| {
             let hart = vm.create_vcpu(0).ok()?;
@@ -298,7 +257,7 @@ mod tests {
             return rvmm_devices::testing::skip("this host has no AIA");
         };
         let mode = mode(&aia.device).unwrap();
-        assert!(may_use_guest_files() || mode == KVM_DEV_RISCV_AIA_MODE_EMUL, "{mode}");
+        assert!(guest_files::are_safe().is_ok() || mode == KVM_DEV_RISCV_AIA_MODE_EMUL, "{mode}");
     }
 
     #[test]

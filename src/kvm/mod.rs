@@ -12,6 +12,7 @@ mod aia_state;
 mod clock;
 mod deadline;
 mod exit;
+mod guest_files;
 mod hart;
 mod identities;
 mod irq;

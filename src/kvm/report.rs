@@ -48,10 +48,19 @@ pub struct AiaSupport {
 pub enum GuestFiles {
     /// The host has none for guests: IMSICs are emulated.
     Absent,
-    /// The host has some, but its kernel fails to wake harts that wait on one: IMSICs are emulated.
-    Unsafe,
+    /// The host has some, but a hart that waits on one is not always woken: IMSICs are emulated.
+    Unsafe(LostWakeUps),
     /// A machine gets those that are free.
     Used,
+}
+
+/// The reason why a hart that waits on an IMSIC guest file may sleep on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LostWakeUps {
+    /// The kernel is older than 6.18: it looks for the interrupt on the CPU where the hart's thread is now.
+    Kernel,
+    /// The host is a machine of QEMU with several CPUs, which loses interrupts of guest files.
+    Qemu,
 }
 
 /// An SBI extension.

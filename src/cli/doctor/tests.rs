@@ -10,7 +10,7 @@ use super::checks::all;
 use super::host::{Host, Memory, Node};
 use super::report::{Check, Report, Status};
 use crate::host::node::Place;
-use crate::kvm::report::{AiaSupport, GuestFiles, HostReport, SbiState, SbiSupport};
+use crate::kvm::report::{AiaSupport, GuestFiles, HostReport, LostWakeUps, SbiState, SbiSupport};
 
 /// A RISC-V host with all that rvmm can use.
 fn good_host() -> Host {
@@ -220,7 +220,8 @@ fn a_host_without_aia_gives_guests_the_plic() {
     assert!(check.found.contains("PLIC"));
     for (guest_files, words) in [
         (GuestFiles::Absent, "no guest interrupt files"),
-        (GuestFiles::Unsafe, "does not always wake harts"),
+        (GuestFiles::Unsafe(LostWakeUps::Kernel), "this kernel does not always wake harts"),
+        (GuestFiles::Unsafe(LostWakeUps::Qemu), "QEMU, which emulates this host"),
     ] {
         let check = line("aia", |_, kvm| {
             kvm.aia = Some(AiaSupport { guest_files, ids: 255, all_ids_work: true })

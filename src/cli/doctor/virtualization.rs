@@ -1,7 +1,7 @@
 //! Lines about the capabilities that KVM reports.
 
 use super::report::Check;
-use crate::kvm::report::{AiaSupport, GuestFiles, HostReport, SbiState};
+use crate::kvm::report::{AiaSupport, GuestFiles, HostReport, LostWakeUps, SbiState};
 
 /// SBI extensions that a guest may need, and their requirements.
 const SBI_WANTED: [(&str, &str); 6] = [
@@ -74,9 +74,13 @@ fn aia(kvm: &HostReport) -> Check {
             "aia",
             "interrupt controller in the kernel (APLIC, IMSICs), emulated: no guest interrupt files",
         ),
-        Some(AiaSupport { guest_files: GuestFiles::Unsafe, .. }) => Check::ok(
+        Some(AiaSupport { guest_files: GuestFiles::Unsafe(LostWakeUps::Kernel), .. }) => Check::ok(
             "aia",
             "interrupt controller in the kernel (APLIC, IMSICs), emulated: with guest interrupt files this kernel does not always wake harts (fixed in Linux 6.18)",
+        ),
+        Some(AiaSupport { guest_files: GuestFiles::Unsafe(LostWakeUps::Qemu), .. }) => Check::ok(
+            "aia",
+            "interrupt controller in the kernel (APLIC, IMSICs), emulated: with guest interrupt files QEMU, which emulates this host, does not always wake harts",
         ),
         None => Check::missing(
             "aia",
