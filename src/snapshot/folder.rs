@@ -108,13 +108,34 @@ impl PartialFolder {
     /// Renames the folder to its place.
     fn put_in_place(&self) -> Result<(), Error> {
         let rename = |flags| renameat_with(CWD, &self.path, CWD, &self.place, flags);
-        match rename(RenameFlags::NOREPLACE) {
+        self.put_in_place_by(rename)
+    }
+
+    /// The same with this system call. File systems like NFS and 9p have no flags: a folder that is not empty is not replaced there.
+    fn put_in_place_by(
+        &self,
+        rename: impl Fn(RenameFlags) -> rustix::io::Result<()>,
+    ) -> Result<(), Error> {
+        let has_no_flags = |error| matches!(error, Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP);
+        let renamed = match rename(RenameFlags::NOREPLACE) {
+            Err(error) if has_no_flags(error) => rename(RenameFlags::empty()),
+            other => other,
+        };
+        match renamed {
             Ok(()) => return Ok(()),
-            Err(Errno::EXIST) => {}
+            Err(Errno::EXIST | Errno::NOTEMPTY) => {}
             Err(error) => return Err(failed("rename", &self.path, error.into())),
         }
-        rename(RenameFlags::EXCHANGE)
-            .map_err(|error| failed("replace", &self.place, error.into()))?;
+        match rename(RenameFlags::EXCHANGE) {
+            Ok(()) => {}
+            Err(error) if has_no_flags(error) => {
+                return Err(Error::Config(format!(
+                    "Cannot replace the snapshot {}: its file system cannot exchange two folders (give a new name, or remove it first)",
+                    self.place.display()
+                )));
+            }
+            Err(error) => return Err(failed("replace", &self.place, error.into())),
+        }
         // The old snapshot has the other name now. What cannot be removed is removed by the next save.
         let _ = fs::remove_dir_all(&self.path);
         Ok(())
@@ -154,4 +175,40 @@ pub(crate) fn checksum_line(state: &[u8]) -> String {
 /// An error of saving.
 fn failed(verb: &'static str, path: &Path, source: io::Error) -> Error {
     Error::File { verb, path: path.into(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_system_that_cannot_exchange_folders_keeps_the_old_snapshot() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = folder.path().join("saved");
+        let begin = |text: &str| {
+            let new = PartialFolder::create(&place).unwrap();
+            new.write(text.as_bytes(), &checksum_line(text.as_bytes())).unwrap();
+            new
+        };
+        let without_flags = |new: &PartialFolder| {
+            let (from, to) = (new.path.clone(), new.place.clone());
+            move |flags: RenameFlags| match flags.is_empty() {
+                true => renameat_with(CWD, &from, CWD, &to, flags),
+                false => Err(Errno::INVAL),
+            }
+        };
+        let mut first = begin("first");
+        first.put_in_place_by(without_flags(&first)).unwrap();
+        first.is_committed = true;
+        let second = begin("second");
+        let error = second.put_in_place_by(without_flags(&second)).unwrap_err().to_string();
+        assert!(error.contains("exchange two folders (give a new name"), "{error}");
+        drop(second);
+        assert_eq!(fs::read(place.join(STATE)).unwrap(), b"first");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+        // Where it can, the second one is there, and nothing else.
+        PartialFolder::create(&place).unwrap().commit(b"fourth").unwrap();
+        assert_eq!(fs::read(place.join(STATE)).unwrap(), b"fourth");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
 }
