@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::build::{Backends, Board, Run, RunFacts, has_closed_counters};
 use super::origin::{Continuation, now_ns};
 use super::{Machine, host_error};
-use crate::config::{DeviceConfig, IrqchipChoice, ValidConfig, VmConfig};
+use crate::config::{IrqchipChoice, ValidConfig, VmConfig};
 use crate::error::{Error, VmError};
 use crate::gdb::DebugContext;
 use crate::hypervisor::{RAM_SLOT, Vm};
@@ -153,11 +153,6 @@ impl Machine {
         if self.tracking.is_on == on {
             return Ok(());
         }
-        if on && self.config.devices.iter().any(is_served_by_kernel) {
-            return Err(cannot_save(
-                "the host's kernel moves the frames of a network device into its memory (vhost=on) and does not tell which pages it writes (a snapshot without --diff and --live is possible)",
-            ));
-        }
         let pause = self.board.control.pause();
         let _pause = pause.ok_or_else(|| cannot_save("it ends"))?;
         let was_paused = self.are_devices_paused;
@@ -200,11 +195,6 @@ impl Machine {
             self.tracking.base = Some(base);
         }
     }
-}
-
-/// True for a device whose queues the host's kernel processes.
-fn is_served_by_kernel(device: &DeviceConfig) -> bool {
-    matches!(device, DeviceConfig::Net(card) if card.vhost)
 }
 
 fn cannot_save(reason: &str) -> Error {

@@ -14,7 +14,7 @@ use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rvmm_devices::virtio::DmaMemory;
+use rvmm_devices::virtio::{DmaMemory, WriteLog};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use crate::error::Error;
@@ -349,6 +349,10 @@ impl DmaMemory for GuestRam {
         if self.records_writes() {
             self.note_pages(addr, len);
         }
+    }
+
+    fn write_log(&self) -> Option<WriteLog> {
+        self.log()
     }
 
     /// Pages of a kernel's file are kept: after MADV_DONTNEED they would have the file's contents again, and anonymous pages in their

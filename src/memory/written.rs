@@ -13,7 +13,9 @@ use std::sync::atomic::{
     AtomicBool, AtomicU64,
     Ordering::{Acquire, Relaxed, Release},
 };
-use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+
+use rvmm_devices::virtio::WriteLog;
 
 use super::{GuestRam, PAGE};
 
@@ -25,7 +27,7 @@ const BITS: u64 = 64;
 pub(super) struct WrittenPages {
     is_on: AtomicBool,
     /// A bit for each page from the start of RAM on; no words while nothing is recorded.
-    words: RwLock<Box<[AtomicU64]>>,
+    words: RwLock<Arc<[AtomicU64]>>,
 }
 
 impl WrittenPages {
@@ -33,7 +35,7 @@ impl WrittenPages {
         self.is_on.load(Relaxed)
     }
 
-    fn words(&self) -> RwLockReadGuard<'_, Box<[AtomicU64]>> {
+    fn words(&self) -> RwLockReadGuard<'_, Arc<[AtomicU64]>> {
         self.words.read().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -76,7 +78,7 @@ impl GuestRam {
     /// Begins to record which pages this process writes, with none, or stops it and forgets them. Recording begins while the harts are
     /// out of the guest and the devices are paused; it may end at any time. Nothing changes if it is on, or off, already.
     ///
-    /// Writes of other programs and of the kernel's vhost are not recorded.
+    /// Writes of other programs are not recorded. The kernel's vhost records its own in the log that it got when its queues started.
     pub fn record_writes(&self, on: bool) {
         self.written.switch(on, self.span.size.div_ceil(PAGE));
     }
@@ -87,6 +89,12 @@ impl GuestRam {
     #[must_use]
     pub fn take_written(&self) -> Vec<u64> {
         self.written.take()
+    }
+
+    /// The record, for the kernel's vhost, which sets bits in it; `None` while nothing is recorded.
+    pub(super) fn log(&self) -> Option<WriteLog> {
+        let words = self.written.is_on().then(|| Arc::clone(&self.written.words()))?;
+        Some(WriteLog { start: self.span.base, words })
     }
 
     /// Notes the pages of a range, as far as it is RAM.
@@ -103,7 +111,6 @@ impl GuestRam {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::FileExt;
-    use std::sync::Arc;
     use std::thread;
 
     use rvmm_devices::virtio::DmaMemory;

@@ -20,6 +20,9 @@
 //! A queue may also be processed by another program or the host's kernel ([`DeviceType::remote`]): the device then passes on
 //! the driver's set-up and the kicks, and does not access the rings.
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::device::Source;
@@ -59,7 +62,8 @@ pub use work::Work;
 /// Guest RAM for DMA: stays mapped until the last reference is dropped.
 ///
 /// While a machine is saved or moved, the written pages are recorded. Whoever writes to RAM notes it: a device that processes its
-/// queues itself does. Remote queues ([`RemoteQueues`]) are not recorded: another program or the kernel writes there.
+/// queues itself does, and the kernel's vhost does ([`write_log`](Self::write_log)). Queues of another program
+/// ([`RemoteQueues`]) are not recorded.
 pub trait DmaMemory: Send + Sync {
     /// The RAM, by guest-physical address.
     fn view(&self) -> &GuestMemoryMmap;
@@ -71,10 +75,23 @@ pub trait DmaMemory: Send + Sync {
     /// whoever takes the note and then reads them gets the new ones. Addresses in the range that are not RAM are ignored.
     fn note_written(&self, addr: u64, len: u64);
 
+    /// The record itself, for the host's kernel; `None` while nothing is recorded. Recording begins and ends while all queues are
+    /// paused.
+    fn write_log(&self) -> Option<WriteLog>;
+
     /// Releases whole pages of RAM within these `len` bytes from `addr` to the host: the guest no longer needs their contents.
     /// They stay RAM, and read as zero or as before; what changes is noted as written. Addresses in the range that are not RAM are
     /// ignored.
     fn release(&self, addr: u64, len: u64);
+}
+
+/// A record of written pages: a bit for each 4096 bytes, 64 in a word, the lowest one first.
+#[derive(Debug, Clone)]
+pub struct WriteLog {
+    /// Guest-physical address of the first page.
+    pub start: u64,
+    /// The bits. Others set and clear them at any time.
+    pub words: Arc<[AtomicU64]>,
 }
 
 /// For tests: nothing is recorded.
@@ -88,6 +105,10 @@ impl DmaMemory for GuestMemoryMmap {
     }
 
     fn note_written(&self, _addr: u64, _len: u64) {}
+
+    fn write_log(&self) -> Option<WriteLog> {
+        None
+    }
 
     /// Only zeroes the pages: releasing them needs unsafe code.
     fn release(&self, addr: u64, len: u64) {

@@ -14,8 +14,8 @@ use std::sync::Arc;
 use libc::{Ioctl, c_int};
 use rustix::fs::{Mode, OFlags, open};
 use rvmm_devices::HostError;
-use rvmm_devices::virtio::DmaMemory;
 use rvmm_devices::virtio::vhost_kernel::{KernelQueue, KernelQueues};
+use rvmm_devices::virtio::{DmaMemory, WriteLog};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::node::{DeviceNode as Node, Place, VHOST_NET as NET, VHOST_VSOCK as VSOCK};
@@ -27,6 +27,7 @@ const SET_OWNER: Ioctl = libc::_IO(VHOST, 0x01);
 /// The header alone; the regions follow it.
 const SET_MEM_TABLE: Ioctl = libc::_IOW::<[u32; 2]>(VHOST, 0x03);
 const SET_FEATURES: WriteIoctl<u64> = WriteIoctl::new(0x00);
+const SET_LOG_BASE: WriteIoctl<u64> = WriteIoctl::new(0x04);
 const SET_VRING_NUM: WriteIoctl<VringState> = WriteIoctl::new(0x10);
 const SET_VRING_ADDR: WriteIoctl<VringAddr> = WriteIoctl::new(0x11);
 const SET_VRING_BASE: WriteIoctl<VringState> = WriteIoctl::new(0x12);
@@ -36,6 +37,13 @@ const SET_VRING_ERR: WriteIoctl<VringFile> = WriteIoctl::new(0x22);
 const NET_SET_BACKEND: WriteIoctl<VringFile> = WriteIoctl::new(0x30);
 const VSOCK_SET_GUEST_CID: WriteIoctl<u64> = WriteIoctl::new(0x60);
 const VSOCK_SET_RUNNING: WriteIoctl<c_int> = WriteIoctl::new(0x61);
+
+/// `VHOST_F_LOG_ALL`: the kernel sets bits for what it writes into buffers.
+const LOG_ALL: u64 = 1 << 26;
+/// `1 << VHOST_VRING_F_LOG`: and for what it writes into the used ring.
+const LOG_USED: u32 = 1;
+/// `VHOST_PAGE_SIZE`: the size of the pages in its log.
+const LOG_PAGE: u64 = 4096;
 
 /// Limit of RAM regions; rvmm's guests have one.
 const MOST_REGIONS: usize = 8;
@@ -100,6 +108,8 @@ struct Vhost {
     fd: OwnedFd,
     /// Keeps RAM mapped as long as the kernel may access it.
     memory: Arc<dyn DmaMemory>,
+    /// Keeps the record of written pages as long as the kernel may set bits in it: while a queue runs.
+    log: Option<WriteLog>,
 }
 
 impl Vhost {
@@ -107,7 +117,7 @@ impl Vhost {
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
         let fd = open(node.path, flags, Mode::empty())
             .map_err(|error| not_opened(node, Place::here(), error.into()))?;
-        let new = Self { fd, memory };
+        let new = Self { fd, memory, log: None };
         new.initialize()
             .map_err(|error| HostError::os(format!("Cannot set up {}", node.path), error))?;
         Ok(new)
@@ -140,7 +150,8 @@ impl Vhost {
     }
 
     fn send<T>(&self, request: &WriteIoctl<T>, value: &T) -> io::Result<()> {
-        // SAFETY: the request reads one `T`, which outlives the call. Addresses of rings in it are results of `address`.
+        // SAFETY: the request reads one `T`, which outlives the call. Addresses of rings in it are results of `address`; the kernel
+        // sets bits of the log with atomic accesses, in words that `log` keeps as long as a queue with this log runs.
         check(unsafe { libc::ioctl(self.fd.as_raw_fd(), request.0, std::ptr::from_ref(value)) })
     }
 
@@ -150,17 +161,30 @@ impl Vhost {
         Ok(slice.map_err(io::Error::other)?.ptr_guard_mut().as_ptr() as u64)
     }
 
+    /// Sets the features. While written pages are recorded, the kernel records its own writes, too, from here on.
+    fn set_features(&mut self, features: u64) -> io::Result<()> {
+        let log = self.memory.write_log();
+        if let Some(log) = &log {
+            self.send(&SET_LOG_BASE, &log_base(log)?)?;
+        }
+        let logging = if log.is_some() { LOG_ALL } else { 0 };
+        self.send(&SET_FEATURES, &(features | logging))?;
+        // No queue runs with the one before: recording begins and ends while all are stopped.
+        self.log = log;
+        Ok(())
+    }
+
     /// Sets the addresses of a queue's rings, its first index, and its eventfds.
     fn set_up(&self, queue: &KernelQueue<'_>) -> io::Result<()> {
         let rings = &queue.rings;
         let (index, entries) = (u32::from(rings.queue), usize::from(rings.size));
         let addr = VringAddr {
             index,
-            flags: 0,
+            flags: if self.log.is_some() { LOG_USED } else { 0 },
             descriptors: self.address(rings.descriptors, 16 * entries)?,
             used: self.address(rings.device, 6 + 8 * entries)?,
             available: self.address(rings.driver, 6 + 2 * entries)?,
-            log: 0,
+            log: rings.device,
         };
         self.send(&SET_VRING_NUM, &VringState { index, num: rings.size.into() })?;
         self.send(&SET_VRING_BASE, &VringState { index, num: rings.next.into() })?;
@@ -235,11 +259,11 @@ impl KernelQueues for Queues {
     }
 
     fn start(&mut self, features: u64, queues: &[KernelQueue<'_>]) -> io::Result<()> {
-        let vhost = self.vhost.as_ref().ok_or(io::ErrorKind::NotConnected)?;
+        let vhost = self.vhost.as_mut().ok_or(io::ErrorKind::NotConnected)?;
         if matches!(self.backend, Backend::Sockets) && queues.len() != 2 {
             return Err(io::Error::other("vhost-vsock needs both queues"));
         }
-        vhost.send(&SET_FEATURES, &features)?;
+        vhost.set_features(features)?;
         queues.iter().try_for_each(|queue| vhost.set_up(queue))?;
         let numbers: Vec<u16> = queues.iter().map(|queue| queue.rings.queue).collect();
         let result = numbers.iter().try_for_each(|queue| self.connect(*queue, true));
@@ -254,6 +278,16 @@ impl KernelQueues for Queues {
             self.vhost = None;
         }
     }
+}
+
+/// The address where the kernel would find the bit of guest-physical address 0: it counts pages from there. The bits of a page are in
+/// the same place for both, since bytes and words of RISC-V and x86-64 are little-endian.
+fn log_base(log: &WriteLog) -> io::Result<u64> {
+    if !log.start.is_multiple_of(LOG_PAGE * u64::from(u8::BITS)) || cfg!(target_endian = "big") {
+        return Err(io::ErrorKind::Unsupported.into());
+    }
+    let first = log.words.as_ptr().expose_provenance() as u64;
+    Ok(first.wrapping_sub(log.start / LOG_PAGE / u64::from(u8::BITS)))
 }
 
 fn check(result: c_int) -> io::Result<()> {

@@ -2,15 +2,17 @@
 
 use std::error::Error;
 use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use rvmm_devices::Host;
 use rvmm_devices::testing::create;
 use rvmm_devices::testing::{skip, turn};
-use rvmm_devices::virtio::feature;
 use rvmm_devices::virtio::net::{HEADER, bit};
 use rvmm_devices::virtio::testing::{Buffer, Rig, status};
+use rvmm_devices::virtio::{GuestMemoryMmap, feature};
 
 use super::*;
 use crate::host::Linux;
@@ -154,6 +156,90 @@ fn a_ring_that_the_kernel_rejects_stops_the_device_until_a_reset() {
     });
 }
 
+/// Memory whose written pages are recorded while `log` has something.
+struct Recorded {
+    memory: Arc<dyn DmaMemory>,
+    log: Arc<Mutex<Option<WriteLog>>>,
+}
+
+impl DmaMemory for Recorded {
+    fn view(&self) -> &GuestMemoryMmap {
+        self.memory.view()
+    }
+
+    fn records_writes(&self) -> bool {
+        self.log.lock().unwrap().is_some()
+    }
+
+    fn note_written(&self, _addr: u64, _len: u64) {}
+
+    fn write_log(&self) -> Option<WriteLog> {
+        self.log.lock().unwrap().clone()
+    }
+
+    fn release(&self, addr: u64, len: u64) {
+        self.memory.release(addr, len);
+    }
+}
+
+#[test]
+fn the_kernel_records_the_pages_of_buffers_and_rings_that_it_writes_while_they_are_recorded() {
+    if !has(&NET) {
+        return;
+    }
+    in_a_namespace(|| {
+        let log: Arc<Mutex<Option<WriteLog>>> = Arc::default();
+        let host: Arc<dyn Host> = Arc::new(Linux::new(Arc::new(|| {})));
+        let mut rig = Rig::try_build(|mut wiring| {
+            wiring.host = host;
+            wiring.memory =
+                Arc::new(Recorded { memory: Arc::clone(&wiring.memory), log: Arc::clone(&log) });
+            create("net,tap=t0,vhost=on", wiring)
+        })
+        .unwrap();
+        let cable = Cable::to("t0");
+        rig.start(bit::MRG_RXBUF);
+        feed(&mut rig, 8);
+        exchange(&mut rig, &cable, 300);
+        let start = rig.memory.iter().next().unwrap().start_addr().0;
+        let size = rig.memory.iter().map(GuestMemoryRegion::len).sum::<u64>();
+        let words: Arc<[AtomicU64]> =
+            (0..size.div_ceil(4096 * 64)).map(|_| AtomicU64::new(0)).collect();
+        let taken = || {
+            let pages = (0..).zip(words.iter()).flat_map(|(number, word)| {
+                let bits = word.swap(0, Ordering::AcqRel);
+                (0..64).filter(move |bit| bits >> bit & 1 == 1).map(move |bit| 64 * number + bit)
+            });
+            pages.collect::<Vec<u64>>()
+        };
+        // Recording begins while the device is paused, and each buffer is in a page of the rig's own.
+        rig.device.pause().unwrap();
+        *log.lock().unwrap() = Some(WriteLog { start, words: Arc::clone(&words) });
+        rig.device.resume();
+        exchange(&mut rig, &cable, 310);
+        let pages = taken();
+        let used: Vec<u64> = [0, 1].map(|queue| (rig.rings(queue)[2] - start) / 4096).to_vec();
+        assert!(used.iter().all(|page| pages.contains(page)), "{used:?}: {pages:?}");
+        let buffers = pages.iter().filter(|page| !used.contains(page)).count();
+        assert!(buffers > 0, "{pages:?}");
+        rig.device.pause().unwrap();
+        *log.lock().unwrap() = None;
+        rig.device.resume();
+        exchange(&mut rig, &cable, 320);
+        assert_eq!(taken(), [0; 0]);
+    });
+}
+
+#[test]
+fn a_log_that_does_not_begin_with_a_whole_byte_is_refused() {
+    let words: Arc<[AtomicU64]> = Arc::default();
+    let at = |start| log_base(&WriteLog { start, words: Arc::clone(&words) });
+    let first = words.as_ptr() as u64;
+    assert_eq!(at(0).unwrap(), first);
+    assert_eq!(at(0x8000_0000).unwrap(), first.wrapping_sub(0x8000_0000 / 4096 / 8));
+    assert!(at(0x8000_1000).is_err() && at(0x100).is_err());
+}
+
 #[test]
 fn a_cid_belongs_to_one_guest_at_a_time() {
     // A CID that no other guest has.
@@ -180,6 +266,7 @@ fn ioctl_numbers_match_the_kernels_header() {
     assert_eq!(SET_OWNER, 0xaf01);
     assert_eq!(SET_MEM_TABLE, 0x4008_af03);
     assert_eq!((SET_FEATURES.0, SET_VRING_NUM.0), (0x4008_af00, 0x4008_af10));
+    assert_eq!(SET_LOG_BASE.0, 0x4008_af04);
     assert_eq!((SET_VRING_ADDR.0, SET_VRING_KICK.0), (0x4028_af11, 0x4008_af20));
     assert_eq!((VSOCK_SET_GUEST_CID.0, VSOCK_SET_RUNNING.0), (0x4008_af60, 0x4004_af61));
     assert_eq!((size_of::<Region>(), size_of::<Table>()), (32, 8 + 32 * MOST_REGIONS));

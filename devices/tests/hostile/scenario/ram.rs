@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-use rvmm_devices::virtio::{DmaMemory, GuestMemoryMmap};
+use rvmm_devices::virtio::{DmaMemory, GuestMemoryMmap, WriteLog};
 use vm_memory::{Bytes, GuestAddress};
 
 /// The ranges of RAM: rings and buffers in the first, indirect tables in the second.
@@ -139,6 +139,10 @@ impl DmaMemory for Watched {
 
     fn note_written(&self, addr: u64, len: u64) {
         self.noted.lock().unwrap().push(addr..addr.saturating_add(len));
+    }
+
+    fn write_log(&self) -> Option<WriteLog> {
+        None
     }
 
     fn release(&self, _addr: u64, len: u64) {
