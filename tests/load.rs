@@ -12,6 +12,8 @@
 )]
 
 mod harness;
+#[path = "linux/shell.rs"]
+mod shell;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -20,27 +22,12 @@ use std::process::{Child, Command, Stdio};
 use harness::{Session, blank_image, by_length, debian, one_host, rvmm};
 use rustix::process::Signal;
 
-/// Boots Debian's disk, up to the shell that is its process 1, with these modules.
+/// Boots Debian with these modules and arguments.
 fn boot(irqchip: &str, modules: &str, arguments: &[String]) -> Session {
-    let debian = debian();
-    let session = rvmm(&["--mem", "512M", "--irqchip", irqchip])
-        .args(&["--cmdline", "console=ttyS0 quiet root=/dev/vda1 init=/bin/sh"])
-        .path("--initrd=", &debian.initrd, "")
-        .path("--disk=", &debian.disk, ",ro=on")
-        .args(&arguments.iter().map(String::as_str).collect::<Vec<_>>())
-        .kernel(&debian.kernel)
-        .start();
-    set_up(session, modules)
-}
-
-fn set_up(mut session: Session, modules: &str) -> Session {
-    // Only a new shell prints this.
-    session.expect("job control turned off");
-    session.expect("# ");
-    session.ask(&format!(
-        "export PATH=/usr/sbin:/usr/bin:/sbin:/bin; mount -t tmpfs tmp /tmp; modprobe -a {modules}; dmesg -n 1"
-    ));
-    session
+    let machine = rvmm(&["--mem", "512M", "--irqchip", irqchip])
+        .path("--disk=", &debian().disk, ",ro=on")
+        .args(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+    shell::boot(machine, modules)
 }
 
 /// Runs a script of the host's shell, as root.
@@ -308,7 +295,7 @@ fn a_machine_with_every_device_survives_full_and_failing_disks_resets_and_reboot
              iperf3 -c 192.0.2.101 -t 1000 >/dev/null & ping -f 192.0.2.101 >/dev/null & \
              (while :; do cat /dev/hwrng; done) >/w/noise & sleep 3; echo b >/proc/sysrq-trigger\n",
         );
-        session = set_up(session, MODULES);
+        session = shell::set_up(session, MODULES);
         on_the_host(
             "ip addr add 192.0.2.101/30 dev rvmmload 2>/dev/null || true; ip link set rvmmload up",
         );

@@ -9,6 +9,8 @@
 )]
 
 mod harness;
+#[path = "snapshot/hosts.rs"]
+mod hosts;
 #[path = "linux/initramfs.rs"]
 mod initramfs;
 #[path = "snapshot/migration.rs"]
@@ -16,6 +18,10 @@ mod migration;
 #[path = "linux/network.rs"]
 #[allow(dead_code, reason = "other tests use the rest")]
 mod network;
+#[path = "linux/shell.rs"]
+mod shell;
+#[path = "snapshot/traffic.rs"]
+mod traffic;
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -63,6 +69,14 @@ impl Place {
         assert_eq!(machine.exit_code(), 0);
     }
 
+    /// Waits until the machine takes orders, or has ended.
+    fn await_socket(&self, session: &mut Session, name: &str) {
+        let socket = self.at("rvmm").join(format!("{name}-{}.sock", session.pid()));
+        while session.is_running() && !harness::is_listening(&socket) {
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     fn restore(&self, folder: &str, arguments: &[&str]) -> Session {
         self.rvmm(&["restore"]).path("", &self.at(folder), "").args(arguments).start()
     }
@@ -72,7 +86,7 @@ impl Place {
 const MODULES: &[&str] = &["virtio_mmio", "virtio_blk", "crc32c_generic", "ext4", "virtio-rng"];
 
 /// A guest of Debian's kernel with an empty disk, at its shell.
-fn linux(place: &Place, irqchip: &str, mem: &str) -> Session {
+fn linux(place: &Place, irqchip: &str, mem: &str, arguments: &[&str]) -> Session {
     let initrd = initramfs::build(place.0.path(), &[], MODULES);
     File::create(place.at("disk")).and_then(|file| file.set_len(64 << 20)).expect("a disk");
     let session = place
@@ -81,49 +95,53 @@ fn linux(place: &Place, irqchip: &str, mem: &str) -> Session {
         .args(&["--cmdline", "console=ttyS0 quiet"])
         .path("--disk=", &place.at("disk"), "")
         .path("--initrd=", &initrd, "")
+        .args(arguments)
         .kernel(&kernel())
         .start();
     session.expect("own initramfs is up\r\n");
     session
 }
 
-/// The same, whose shell writes its disk all the time.
-fn busy_linux(place: &Place, irqchip: &str) -> Session {
-    let mut session = linux(place, irqchip, "256M");
+/// The same, whose shell writes its disk all the time, and keeps the number 42.
+fn busy_linux(place: &Place, irqchip: &str, arguments: &[&str]) -> Session {
+    let mut session = linux(place, irqchip, "256M", arguments);
     session.ask("mke2fs /dev/vda >/dev/null; mkdir /m; mount /dev/vda /m; dd if=/dev/urandom of=/data bs=64k count=32 2>/dev/null; md5sum </data >/sum");
     // Copies from memory to the disk and back, and counts what was wrong.
     session.send("wrong=0; (while :; do cp /data /m/data; sync; echo 3 >/proc/sys/vm/drop_caches; head -c256 /dev/hwrng >/dev/null; md5sum </m/data | cmp -s - /sum || echo x >>/wrong; echo x >>/rounds; done) &\n");
     // What a slow host makes of the boot does not count.
-    session.ask("until [ -s /rounds ]; do sleep 1; done; dmesg -c >/dev/null; echo begun");
+    session.ask("until [ -s /rounds ]; do sleep 1; done; dmesg -c >/dev/null; kept=42");
     session
+}
+
+/// Checks that a guest that counts its rounds in `/rounds`, and what was wrong in `/wrong`, goes on, and was right all the time.
+fn goes_on(session: &mut Session) {
+    session.ask(
+        "n=$(wc -l </rounds); until [ $(wc -l </rounds) -gt $((n+1)) ]; do sleep 1; done; echo on",
+    );
+    assert_eq!(session.ask("cat /wrong 2>&1 | grep -c x"), "0\n");
+}
+
+/// Checks that the guest's kernel has nothing to say.
+fn expect_no_complaints(session: &mut Session) {
+    let complaints = "dmesg -r | grep -E '^<[0-4]>' | grep -iE 'stall|lockup|hung|error|bug'";
+    assert_eq!(session.ask(complaints), "");
 }
 
 #[test]
 fn linux_that_writes_to_its_disk_continues_in_another_process() {
-    let Some(host) = host() else { return };
-    for irqchip in host.usual_irqchip() {
-        let place = Place::new();
-        let mut session = busy_linux(&place, irqchip);
-        session.send("kept=42\n");
-        session.ask("echo $kept");
-        for round in 0..by_length(5, 2) {
-            let folder = format!("saved{round}");
-            place.save(&mut session, "one", &folder);
-            session = place.restore(&folder, &[]);
-            let before = session.ask("wc -l </rounds; cat /proc/uptime").to_owned();
-            assert_eq!(session.ask("echo $kept; nproc"), "42\n2\n");
-            let done = before.lines().next().expect("a number");
-            session.ask(&format!(
-                "until [ $(wc -l </rounds) -gt $(({done}+1)) ]; do sleep 1; done; echo on"
-            ));
-        }
-        assert_eq!(session.ask("cat /wrong 2>&1 | grep -c x"), "0\n");
-        let complaints =
-            session.ask("dmesg -r | grep -E '^<[0-4]>' | grep -iE 'stall|lockup|hung|error|bug'");
-        assert_eq!(complaints, "");
-        session.send("poweroff -f\n");
-        assert_eq!(session.exit_code(), 0);
+    let Some(host) = one_host("plic") else { return };
+    let place = Place::new();
+    let mut session = busy_linux(&place, host.irqchips[0], &[]);
+    for round in 0..by_length(5, 2) {
+        let folder = format!("saved{round}");
+        place.save(&mut session, "one", &folder);
+        session = place.restore(&folder, &[]);
+        assert_eq!(session.ask("echo $kept; nproc"), "42\n2\n");
+        goes_on(&mut session);
     }
+    expect_no_complaints(&mut session);
+    session.send("poweroff -f\n");
+    assert_eq!(session.exit_code(), 0);
 }
 
 #[test]
@@ -174,53 +192,63 @@ fn random(end: u64) -> u64 {
     now.subsec_nanos() as u64 / 1000 % end
 }
 
-/// Runs the guest, saves it at random moments and continues it each time. Returns what it has printed in all, and how often it was saved.
-fn saved_at_random(irqchip: &str, cpus: &str) -> (String, usize) {
+/// Runs the guest, and has `next` bring it to another process at random moments, which `next` returns. Returns what the guest has printed
+/// in all, and how often it went on elsewhere.
+fn interrupted_at_random(
+    irqchip: &str,
+    cpus: &str,
+    next: impl Fn(&Place, usize) -> Result<Session, String>,
+) -> (String, usize) {
     let place = Place::new();
     let mut session = chain(&place, irqchip, cpus).start();
     session.expect("started");
-    let (mut printed, mut saves) = (String::new(), 0);
-    while saves < by_length(50, 6) {
-        let socket = place.at("rvmm").join(format!("chain-{}.sock", session.pid()));
-        while session.is_running() && !harness::is_listening(&socket) {
-            thread::yield_now();
-        }
+    let (mut printed, mut count) = (String::new(), 0);
+    while count < by_length(50, 6) {
+        place.await_socket(&mut session, "chain");
         thread::sleep(Duration::from_millis(random(300)));
-        let folder = format!("saved{}", saves % 2);
-        let verb = ["snapshot", "chain", "--stop", "--live"];
-        let verb = if saves % 2 == 0 { &verb[..] } else { &verb[..3] };
-        let saved = place.verb(verb, Some(&place.at(&folder)));
+        let other = next(&place, count);
         assert_eq!(session.exit_code(), 0);
         printed.push_str(&String::from_utf8(session.output()).expect("text"));
-        match saved {
-            Ok(_) => {
-                saves += 1;
-                session = place.restore(&folder, &[]);
+        match other {
+            Ok(other) => {
+                count += 1;
+                session = other;
             }
             // It has ended by itself.
-            Err(_) if printed.contains("PASS") => return (printed, saves),
-            Err(error) => panic!("it cannot be saved: {error}"),
+            Err(_) if printed.contains("PASS") => return (printed, count),
+            Err(error) => panic!("it cannot go on elsewhere: {error}"),
         }
     }
     assert_eq!(session.exit_code(), 0);
     printed.push_str(&String::from_utf8(session.output()).expect("text"));
-    (printed, saves)
+    (printed, count)
 }
 
-#[test]
-fn a_guest_that_is_saved_at_random_moments_ends_with_the_same_result() {
+/// Checks that the guest ends with the same result as undisturbed, on one hart and on four.
+fn expect_same_result(next: impl Fn(&Place, usize) -> Result<Session, String>) {
     let Some(host) = host() else { return };
     for irqchip in host.usual_irqchip() {
         for cpus in ["1", "4"] {
             let mut undisturbed = chain(&Place::new(), irqchip, cpus).start();
             assert_eq!(undisturbed.exit_code(), 0);
             let expected = String::from_utf8(undisturbed.output()).expect("text");
-            let (printed, saves) = saved_at_random(irqchip, cpus);
-            assert_eq!(printed, expected, "after {saves} saves");
-            assert!(saves > 0, "it was never saved");
-            println!("{irqchip}, {cpus} harts: saved {saves} times");
+            let (printed, count) = interrupted_at_random(irqchip, cpus, &next);
+            assert_eq!(printed, expected, "after {count} times");
+            assert!(count > 0, "it was never disturbed");
+            println!("{irqchip}, {cpus} harts: {count} times");
         }
     }
+}
+
+#[test]
+fn a_guest_that_is_saved_at_random_moments_ends_with_the_same_result() {
+    expect_same_result(|place, number| {
+        let folder = format!("saved{}", number % 2);
+        let verb = ["snapshot", "chain", "--stop", "--live"];
+        let verb = if number % 2 == 0 { &verb[..] } else { &verb[..3] };
+        place.verb(verb, Some(&place.at(&folder)))?;
+        Ok(place.restore(&folder, &[]))
+    });
 }
 
 #[test]
@@ -304,10 +332,10 @@ impl Drop for Clone {
 fn clones_share_memory_and_each_has_a_disk_of_its_own() {
     let Some(host) = one_host("aia") else { return };
     let place = Place::new();
-    let mut session = linux(&place, host.irqchips[0], "128M");
+    let mut session = linux(&place, host.irqchips[0], "128M", &[]);
     session.ask("mke2fs /dev/vda >/dev/null; mkdir /m; mount /dev/vda /m; echo first >/m/name; sync; kept=42");
     place.save(&mut session, "one", "saved");
-    let count = by_length(50, 6);
+    let count = by_length(50, 20);
     let disks = place.0.path().display().to_string();
     let arguments = ["clone", "-n", &count.to_string(), "--disks", &disks];
     let lines = place.verb(&arguments, Some(&place.at("saved"))).expect("they start");
@@ -336,7 +364,7 @@ fn clones_share_memory_and_each_has_a_disk_of_its_own() {
 fn linux_that_is_saved_while_it_reboots_comes_up_in_another_process() {
     let Some(host) = one_host("plic") else { return };
     let place = Place::new();
-    let mut session = linux(&place, host.irqchips[0], "128M");
+    let mut session = linux(&place, host.irqchips[0], "128M", &[]);
     for _ in 0..by_length(10, 2) {
         session.send("reboot -f\n");
         thread::sleep(Duration::from_millis(random(3000)));
@@ -367,15 +395,15 @@ fn pager(place: &Place, arguments: &[&str], folder: Option<&str>, ready: &str) -
     session
 }
 
-/// A guest that was saved in the middle of its work, and what it prints from there on.
-fn saved_chain(place: &Place, irqchip: &str) -> String {
-    let mut undisturbed = chain(&Place::new(), irqchip, "4").start();
+/// Saves a guest in the middle of its work, and returns what it prints from there on.
+fn saved_chain(place: &Place, irqchip: &str, arguments: &[&str], folder: &str) -> String {
+    let mut undisturbed = chain(&Place::new(), irqchip, "4").args(arguments).start();
     assert_eq!(undisturbed.exit_code(), 0);
     let expected = String::from_utf8(undisturbed.output()).expect("text");
-    let mut session = chain(place, irqchip, "4").start();
+    let mut session = chain(place, irqchip, "4").args(arguments).start();
     session.expect("started");
     thread::sleep(Duration::from_millis(random(200)));
-    place.save(&mut session, "chain", "saved");
+    place.save(&mut session, "chain", folder);
     let printed = String::from_utf8(session.output()).expect("text");
     let rest = expected.strip_prefix(&printed).expect("it has printed the beginning");
     assert!(rest.contains("PASS"), "it had ended already");
@@ -394,7 +422,7 @@ fn a_guest_whose_memory_comes_while_it_runs_ends_with_the_same_result() {
     let Some(host) = host() else { return };
     for irqchip in host.usual_irqchip() {
         let place = Place::new();
-        let rest = saved_chain(&place, irqchip);
+        let rest = saved_chain(&place, irqchip, &[], "saved");
         expect_rest(&place, "saved", &["--prefetch"], &rest);
         let path = |name: &str| place.at(name).display().to_string();
         let (socket, at) = (path("pager"), format!("unix:{}", path("pager")));
@@ -426,7 +454,7 @@ fn a_machine_ends_with_its_pager_and_can_be_stopped_while_it_waits_for_it() {
     let Some(host) = host() else { return };
     for irqchip in host.usual_irqchip() {
         let place = Place::new();
-        saved_chain(&place, irqchip);
+        saved_chain(&place, irqchip, &[], "saved");
         let socket = place.at("pager").display().to_string();
         let at = format!("unix:{socket}");
         for (is_killed, arguments) in [
@@ -439,10 +467,7 @@ fn a_machine_ends_with_its_pager_and_can_be_stopped_while_it_waits_for_it() {
             // It accepts nothing and fills nothing from now on: all harts wait within KVM_RUN.
             pager.signal(Signal::STOP);
             let mut session = place.restore("saved", arguments);
-            let inspection = place.at("rvmm").join(format!("chain-{}.sock", session.pid()));
-            while session.is_running() && !harness::is_listening(&inspection) {
-                thread::sleep(Duration::from_millis(10));
-            }
+            place.await_socket(&mut session, "chain");
             thread::sleep(Duration::from_millis(500));
             assert!(session.is_running(), "it waits");
             if is_killed {
@@ -463,7 +488,7 @@ fn a_machine_ends_with_its_pager_and_can_be_stopped_while_it_waits_for_it() {
 fn linux_whose_memory_a_pager_has_can_be_saved_again() {
     let Some(host) = one_host("aia") else { return };
     let place = Place::new();
-    let mut session = linux(&place, host.irqchips[0], "128M");
+    let mut session = linux(&place, host.irqchips[0], "128M", &[]);
     session.ask("mke2fs /dev/vda >/dev/null; mkdir /m; mount /dev/vda /m; head -c 2097152 /dev/urandom >/data; cp /data /m; kept=$(md5sum </data); dmesg -c >/dev/null");
     place.save(&mut session, "one", "first");
     let socket = place.at("pager").display().to_string();
@@ -481,9 +506,7 @@ fn linux_whose_memory_a_pager_has_can_be_saved_again() {
     let check =
         "for file in /data /m/data; do [ \"$(md5sum <$file)\" = \"$kept\" ] && echo same; done";
     assert_eq!(session.ask(check), "same\nsame\n");
-    let complaints =
-        session.ask("dmesg -r | grep -E '^<[0-4]>' | grep -iE 'stall|lockup|hung|error|bug'");
-    assert_eq!(complaints, "");
+    expect_no_complaints(&mut session);
     session.send("poweroff -f\n");
     assert_eq!(session.exit_code(), 0);
 }

@@ -11,9 +11,9 @@ use std::time::Duration;
 
 use vsock::{VMADDR_CID_ANY, VsockListener};
 
-use crate::harness::{Session, by_length, host, is_listening, kernel, one_host, skip};
+use crate::harness::{Session, by_length, is_listening, kernel, one_host, skip};
 use crate::network::{on_the_host, set_up_guest};
-use crate::{Place, busy_linux, chain, initramfs, random};
+use crate::{Place, busy_linux, expect_no_complaints, expect_same_result, goes_on, initramfs};
 
 /// Moves the machine to a new process with these arguments, which is returned with what the verb has printed, with these flags.
 fn try_to_move_with(
@@ -43,64 +43,18 @@ fn try_to_move(place: &Place, name: &str, arguments: &[&str]) -> Result<(Session
     try_to_move_with(place, name, arguments, &[])
 }
 
-/// Waits until the machine takes orders, or has ended.
-fn await_socket(place: &Place, session: &mut Session, name: &str) {
-    let socket = place.at("rvmm").join(format!("{name}-{}.sock", session.pid()));
-    while session.is_running() && !is_listening(&socket) {
-        thread::yield_now();
-    }
-}
-
 /// As [`try_to_move`]; the old process ends.
 fn move_on(place: &Place, session: &mut Session, name: &str, arguments: &[&str]) -> Session {
-    await_socket(place, session, name);
+    place.await_socket(session, name);
     let (target, text) = try_to_move(place, name, arguments).expect("it moves");
     assert!(text.starts_with(&format!("Moved {name}: ")), "{text}");
     assert_eq!(session.exit_code(), 0);
     target
 }
 
-/// Runs the guest, and moves it at random moments. Returns what it has printed in all, and how often it has moved.
-fn moved_at_random(irqchip: &str, cpus: &str) -> (String, usize) {
-    let place = Place::new();
-    let mut session = chain(&place, irqchip, cpus).start();
-    session.expect("started");
-    let (mut printed, mut moves) = (String::new(), 0);
-    while moves < by_length(50, 6) {
-        await_socket(&place, &mut session, "chain");
-        thread::sleep(Duration::from_millis(random(300)));
-        let moved = try_to_move(&place, "chain", &[]);
-        assert_eq!(session.exit_code(), 0);
-        printed.push_str(&String::from_utf8(session.output()).expect("text"));
-        match moved {
-            Ok((target, _)) => {
-                moves += 1;
-                session = target;
-            }
-            // It has ended by itself.
-            Err(_) if printed.contains("PASS") => return (printed, moves),
-            Err(error) => panic!("it cannot move: {error}"),
-        }
-    }
-    assert_eq!(session.exit_code(), 0);
-    printed.push_str(&String::from_utf8(session.output()).expect("text"));
-    (printed, moves)
-}
-
 #[test]
 fn a_guest_that_moves_at_random_moments_ends_with_the_same_result() {
-    let Some(host) = host() else { return };
-    for irqchip in host.usual_irqchip() {
-        for cpus in ["1", "4"] {
-            let mut undisturbed = chain(&Place::new(), irqchip, cpus).start();
-            assert_eq!(undisturbed.exit_code(), 0);
-            let expected = String::from_utf8(undisturbed.output()).expect("text");
-            let (printed, moves) = moved_at_random(irqchip, cpus);
-            assert_eq!(printed, expected, "after {moves} moves");
-            assert!(moves > 0, "it has never moved");
-            println!("{irqchip}, {cpus} harts: moved {moves} times");
-        }
-    }
+    expect_same_result(|place, _| try_to_move(place, "chain", &[]).map(|(target, _)| target));
 }
 
 /// The image over the disk, which grows while the guest writes.
@@ -112,26 +66,17 @@ fn overlay(place: &Place) -> PathBuf {
 fn linux_that_writes_to_its_disk_moves_with_it_and_to_an_image_as_well() {
     let Some(host) = one_host("aia") else { return };
     let place = Place::new();
-    let mut session = busy_linux(&place, host.irqchips[0]);
-    session.send("kept=42\n");
-    session.ask("echo $kept");
+    let mut session = busy_linux(&place, host.irqchips[0], &[]);
     // From here on it writes an image, whose tables move with it.
     place.save(&mut session, "one", "saved");
     let image = format!("vda={}", overlay(&place).display());
     session = place.restore("saved", &["--disk-overlay", &image]);
     for _ in 0..by_length(10, 3) {
         session = move_on(&place, &mut session, "one", &[]);
-        let before = session.ask("wc -l </rounds").to_owned();
         assert_eq!(session.ask("echo $kept; nproc"), "42\n2\n");
-        let done = before.lines().next().expect("a number");
-        session.ask(&format!(
-            "until [ $(wc -l </rounds) -gt $(({done}+1)) ]; do sleep 1; done; echo on"
-        ));
+        goes_on(&mut session);
     }
-    assert_eq!(session.ask("cat /wrong 2>&1 | grep -c x"), "0\n");
-    let complaints =
-        session.ask("dmesg -r | grep -E '^<[0-4]>' | grep -iE 'stall|lockup|hung|error|bug'");
-    assert_eq!(complaints, "");
+    expect_no_complaints(&mut session);
     assert!(File::open(overlay(&place)).is_ok());
     session.send("poweroff -f\n");
     assert_eq!(session.exit_code(), 0);
@@ -151,14 +96,6 @@ fn writing_linux(place: &Place, irqchip: &str) -> Session {
     session.send("(while :; do cp /data /x; cat /data /data /data /data /data /data >/y; md5sum </x | cmp -s - /sum || echo x >>/wrong; echo x >>/rounds; done) &\n");
     session.ask("until [ -s /rounds ]; do sleep 1; done; echo begun");
     session
-}
-
-/// It goes on, and was right all the time.
-fn goes_on(session: &mut Session) {
-    session.ask(
-        "n=$(wc -l </rounds); until [ $(wc -l </rounds) -gt $((n+1)) ]; do sleep 1; done; echo on",
-    );
-    assert_eq!(session.ask("cat /wrong 2>&1 | grep -c x"), "0\n");
 }
 
 #[test]
@@ -186,7 +123,7 @@ fn a_guest_that_writes_all_the_time_runs_elsewhere_before_its_memory_is_there() 
     let place = Place::new();
     let mut session = writing_linux(&place, host.irqchips[0]);
     for _ in 0..by_length(10, 2) {
-        await_socket(&place, &mut session, "one");
+        place.await_socket(&mut session, "one");
         let moved = try_to_move_with(&place, "one", &[], &["--postcopy", "--json"]);
         let (target, text) = moved.expect("it moves");
         assert!(text.contains("\"rounds\":1,"), "{text}");
@@ -264,10 +201,7 @@ fn a_tcp_connection_goes_on_after_a_move_and_a_vsock_stream_is_reset() {
         .kernel(&kernel())
         .start();
     session.expect("own initramfs is up\r\n");
-    on_the_host(&["ip", "link", "add", "rvmmbridge", "type", "bridge"]);
-    let _bridge = Bridge;
-    on_the_host(&["ip", "addr", "add", "203.0.113.1/24", "dev", "rvmmbridge"]);
-    on_the_host(&["ip", "link", "set", "rvmmbridge", "up"]);
+    let _bridge = Bridge::new("rvmmbridge", "203.0.113.1/24");
     let plug_in = |tap: &str| {
         on_the_host(&["ip", "link", "set", tap, "master", "rvmmbridge"]);
         on_the_host(&["ip", "link", "set", tap, "up"]);
@@ -306,11 +240,21 @@ fn a_tcp_connection_goes_on_after_a_move_and_a_vsock_stream_is_reset() {
     assert_eq!(session.exit_code(), 0);
 }
 
-/// A bridge, which is removed at the end.
-struct Bridge;
+/// A bridge of the host with an address, which is removed at the end.
+pub(crate) struct Bridge(&'static str);
+
+impl Bridge {
+    pub(crate) fn new(name: &'static str, address: &str) -> Self {
+        on_the_host(&["ip", "link", "add", name, "type", "bridge"]);
+        let bridge = Self(name);
+        on_the_host(&["ip", "addr", "add", address, "dev", name]);
+        on_the_host(&["ip", "link", "set", name, "up"]);
+        bridge
+    }
+}
 
 impl Drop for Bridge {
     fn drop(&mut self) {
-        on_the_host(&["ip", "link", "del", "rvmmbridge"]);
+        on_the_host(&["ip", "link", "del", self.0]);
     }
 }
