@@ -59,8 +59,7 @@ pub(super) fn check(state: &HartState, vcpu: &Vcpu) -> Result<(), VmError> {
 /// Writes the registers; the run state is set last, by [`start`].
 pub(super) fn restore(state: &HartState, vcpu: &Vcpu) -> Result<(), VmError> {
     let has_sstc = vcpu.reg(regs::SSTC).is_ok_and(|on| on == 1);
-    for register in snapshot::writes(&state.registers, has_sstc) {
-        let Register { id, value } = register.as_ref();
+    for Register { id, value } in snapshot::writes(&state.registers, has_sstc) {
         vcpu.set_value(*id, value).map_err(|e| {
             let name = snapshot::name(*id);
             VmError::io(format!("Cannot restore {name} of hart {}", state.id), e)
