@@ -16,11 +16,12 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::SocketType;
-use rustix::net::sockopt::{socket_peercred, socket_type};
+use rustix::net::sockopt::socket_type;
 use rustix::process::Pid;
 
 use super::message::{Kind, MOST_PAYLOAD};
 use crate::snapshot::{message_checksum, words};
+use crate::sockets::peer_process;
 
 /// What each frame begins with.
 const MAGIC: [u8; 8] = *b"rvmmMIG1";
@@ -85,7 +86,7 @@ impl Channel {
 
     /// The process that has created the other end, where the kernel knows it: that of a Unix socket.
     pub(super) fn peer_process(&self) -> Option<Pid> {
-        socket_peercred(&self.stream).ok().map(|credentials| credentials.pid)
+        peer_process(&self.stream)
     }
 
     /// Number of bytes sent so far.
