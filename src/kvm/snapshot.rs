@@ -38,9 +38,17 @@ fn is_fixed(id: u64) -> bool {
 /// The differences between a saved hart and an existing one that keep the first from being restored into the second; empty without any.
 ///
 /// An extension that is off is as one that the kernel does not have. One that only the existing hart has is no obstacle: a guest that
-/// was started without it does not use it.
+/// was started without it does not use it. But for Sstc: a guest without it sets its timer through SBI, and every kernel up to 7.3 that
+/// has Sstc loses that if the hart's thread is preempted right after the call. Linux hangs within seconds then.
 pub(super) fn differences(saved: &[Register], existing: &[Register]) -> Vec<String> {
     let mut found = Vec::new();
+    let has_sstc = |hart: &[Register]| {
+        hart.contains(&Register { id: regs::SSTC, value: RegisterValue::Word(1) })
+    };
+    if has_sstc(existing) && !has_sstc(saved) {
+        found
+            .push("without Sstc, which is here (KVM would lose timers that the guest sets)".into());
+    }
     for Register { id, value } in saved {
         let here = existing.iter().find(|register| register.id == *id).map(|found| &found.value);
         let is_off = matches!(value, RegisterValue::Word(0)) && is_fixed(*id);
@@ -116,7 +124,7 @@ fn shown(value: &RegisterValue) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kvm::regs::{PC, SIP, isa_extension, sbi_extension};
+    use crate::kvm::regs::{PC, SIP, SSTC, isa_extension, sbi_extension};
 
     fn register(id: u64, value: u64) -> Register {
         Register { id, value: RegisterValue::Word(value) }
@@ -172,6 +180,18 @@ mod tests {
     fn an_extension_that_is_off_is_restored_only_into_a_hart_where_it_is_off() {
         let saved = [register(isa_extension(15), 0)];
         assert_eq!(differences(&saved, &[register(isa_extension(15), 1)]).len(), 1);
+    }
+
+    #[test]
+    fn a_guest_without_sstc_is_refused_where_the_kernel_would_lose_its_timers() {
+        let (with, without) = ([register(SSTC, 1)], [register(PC, 0)]);
+        let here = |hart: &[Register]| [hart, &[register(PC, 0)]].concat();
+        assert_eq!(differences(&with, &here(&with)), [""; 0]);
+        assert_eq!(differences(&without, &here(&[])), [""; 0]);
+        let missing = differences(&with, &here(&[]));
+        assert!(missing.len() == 1 && missing[0].contains("sstc"), "{missing:?}");
+        let [only] = &differences(&without, &here(&with))[..] else { panic!("no refusal") };
+        assert!(only.starts_with("without Sstc") && only.contains("lose timers"), "{only}");
     }
 
     #[test]
