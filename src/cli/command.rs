@@ -13,6 +13,7 @@ use super::clone::CloneArgs;
 use super::device::{self, ConsoleEnd, DeviceFlag};
 #[cfg(feature = "labs")]
 use super::lab::LabVerb;
+use super::machines::{BalloonArgs, KillArgs, ListArgs, StopArgs, WaitArgs};
 use super::migrate::MigrateArgs;
 use super::pager::PagerArgs;
 use super::snapshot::{RestoreArgs, SnapshotArgs};
@@ -65,6 +66,33 @@ pub(super) enum Verb {
         #[command(subcommand)]
         verb: TraceVerb,
     },
+    /// List your running machines
+    #[command(after_help = "Example: rvmm list")]
+    List(ListArgs),
+    /// Print a running machine's properties and state
+    #[command(after_help = "Example: rvmm info web")]
+    Info {
+        #[command(flatten)]
+        machine: MachineArgs,
+    },
+    /// Stop a machine: press its power button, and end it if the guest does not power off in time
+    #[command(after_help = "Example: rvmm stop web --timeout 60")]
+    Stop(StopArgs),
+    /// End a machine's process at once
+    #[command(after_help = "Example: rvmm kill web")]
+    Kill(KillArgs),
+    /// Restart a machine's guest at once, as after a reset
+    #[command(after_help = "Example: rvmm reboot web")]
+    Reboot {
+        #[command(flatten)]
+        machine: MachineArgs,
+    },
+    /// Have a machine's guest give memory to the host (--device balloon)
+    #[command(after_help = "Example: rvmm balloon web 256M")]
+    Balloon(BalloonArgs),
+    /// Wait until a machine has ended
+    #[command(after_help = "Example: rvmm wait web")]
+    Wait(WaitArgs),
     /// Show a running machine's activity, each second: exits by kind, harts and devices
     #[command(after_help = "Example: rvmm stat web")]
     Stat {

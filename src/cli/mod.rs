@@ -9,9 +9,10 @@
 //! | `run.rs` | the verb `run`, which is also the command without a verb |
 //! | `doctor/` | the verb `doctor` |
 //! | `lab/` | the verbs `lab` and `mkpflash`, with the feature `labs` |
-//! | `inspect/` | the verbs `stat`, `regs` and `walk` |
+//! | `inspect/` | the verbs `info`, `stat`, `regs` and `walk` |
+//! | `machines.rs` | the verbs `list`, `stop`, `kill`, `balloon` and `wait` |
 //! | `snapshot.rs` | the verbs `pause`, `resume`, `snapshot` and `restore` |
-//! | `clone.rs` | the verb `clone` |
+//! | `clone.rs`, `migrate.rs` | the verbs `clone` and `migrate` |
 //! | `pager.rs` | the verb `pager` |
 //! | `catalog.rs` | `--list-devices` |
 //! | `manual.rs` | the manual page and the completion scripts |
@@ -39,6 +40,7 @@ mod inspect;
 #[cfg(feature = "labs")]
 mod lab;
 mod logging;
+mod machines;
 mod manual;
 mod migrate;
 mod output;
@@ -52,6 +54,7 @@ mod verb;
 
 use command::{Cli, RunArgs, Verb};
 use device::DeviceFlag;
+use machines::MachinesTask;
 use snapshot::OrderTask;
 use verb::{MachineArgs, TraceVerb};
 
@@ -71,6 +74,8 @@ enum Task {
     Ask(inspect::Request),
     /// Give an order to a running machine.
     Give(OrderTask),
+    /// List, stop, kill running machines, wait for one, or change its balloon.
+    Machines(MachinesTask),
     /// Move a running machine to another process.
     Migrate(migrate::MigrateArgs),
     /// Start clones of a machine that was saved.
@@ -98,6 +103,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> u8 {
         Ok(Task::Report { file, output }) => exit_code(trace::report(&file, &output)),
         Ok(Task::Ask(request)) => inspect::ask(&request),
         Ok(Task::Give(task)) => task.perform(),
+        Ok(Task::Machines(task)) => task.perform(),
         Ok(Task::Restore(task)) => task.perform(),
         Ok(Task::Clone(args)) => args.perform(),
         Ok(Task::Migrate(args)) => args.perform(),
@@ -129,6 +135,13 @@ fn task(args: impl Iterator<Item = OsString>, env_level: Option<OsString>) -> Re
         Some(Verb::Trace { verb: TraceVerb::Report { file, output } }) => {
             Ok(Task::Report { file, output })
         }
+        Some(Verb::List(args)) => Ok(Task::Machines(MachinesTask::List(args))),
+        Some(Verb::Stop(args)) => Ok(Task::Machines(MachinesTask::Stop(args))),
+        Some(Verb::Kill(args)) => Ok(Task::Machines(MachinesTask::Kill(args))),
+        Some(Verb::Balloon(args)) => Ok(Task::Machines(MachinesTask::Balloon(args))),
+        Some(Verb::Wait(args)) => Ok(Task::Machines(MachinesTask::Wait(args))),
+        Some(Verb::Info { machine }) => Ok(Task::Ask(request(Query::Info, machine))),
+        Some(Verb::Reboot { machine }) => Ok(give(machine, Order::Reset)),
         Some(Verb::Stat { machine }) => Ok(Task::Watch(request(Query::Stat, machine))),
         Some(Verb::Regs { machine }) => Ok(Task::Ask(request(Query::Registers, machine))),
         Some(Verb::Walk { address, hart, machine }) => {

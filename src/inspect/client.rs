@@ -9,9 +9,11 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::process::Pid;
+
 use super::attached;
 use super::query::{Order, Query, Reply};
-use crate::sockets::remove_stale_socket;
+use crate::sockets::{peer_process, remove_stale_socket};
 
 /// Maximum size of a reply in bytes; 512 harts with all their registers need less.
 const MAX_LINE: u64 = 8 << 20;
@@ -54,13 +56,39 @@ pub fn runtime_folder() -> Option<PathBuf> {
 }
 
 /// A machine that has a socket.
-struct Found {
-    name: String,
-    pid: String,
+#[derive(Debug, Clone)]
+pub struct Found {
+    /// Its name.
+    pub name: String,
+    /// The number of its process.
+    pub pid: String,
     path: PathBuf,
 }
 
 impl Found {
+    /// All that are in the [runtime folder](runtime_folder), in the order of their names. Sockets of dead ones are removed.
+    ///
+    /// # Errors
+    /// A message: there is no such folder.
+    pub fn all() -> Result<Vec<(Self, Connection)>, String> {
+        let folder = searched_folder()?;
+        let running = Self::running(&folder, None).into_iter();
+        Ok(running
+            .filter_map(|(found, stream)| Some((found, Connection::over(stream).ok()?)))
+            .collect())
+    }
+
+    /// Those of this name or process, in the order of their names.
+    fn running(folder: &Path, target: Option<&str>) -> Vec<(Self, UnixStream)> {
+        let files = fs::read_dir(folder).into_iter().flatten().flatten();
+        let found = files.filter_map(|file| Self::read(file.file_name(), folder));
+        let wanted = found.filter(|f| target.is_none_or(|t| f.name == t || f.pid == t));
+        let mut running: Vec<_> =
+            wanted.filter_map(|found| connect(&found.path).map(|c| (found, c))).collect();
+        running.sort_by(|(a, _), (b, _)| (&a.name, &a.pid).cmp(&(&b.name, &b.pid)));
+        running
+    }
+
     fn read(file: OsString, folder: &Path) -> Option<Self> {
         let path = folder.join(&file);
         let file = file.into_string().ok()?;
@@ -68,6 +96,13 @@ impl Found {
         let is_number = pid.parse::<u32>().is_ok();
         is_number.then(|| Self { name: name.into(), pid: pid.into(), path })
     }
+}
+
+fn searched_folder() -> Result<PathBuf, String> {
+    folder().ok_or_else(|| {
+        "Cannot find machines: there is no runtime folder (set XDG_RUNTIME_DIR for rvmm and for this command)"
+            .into()
+    })
 }
 
 /// A connection to a running machine.
@@ -82,15 +117,8 @@ impl Connection {
     /// # Errors
     /// A message: there is none, or there are several, with their names.
     pub fn open(target: Option<&str>) -> Result<Self, String> {
-        let folder = folder().ok_or(
-            "Cannot find machines: there is no runtime folder (set XDG_RUNTIME_DIR for rvmm and for this command)",
-        )?;
-        let files = fs::read_dir(&folder).into_iter().flatten().flatten();
-        let found = files.filter_map(|file| Found::read(file.file_name(), &folder));
-        let wanted = found.filter(|f| target.is_none_or(|t| f.name == t || f.pid == t));
-        let mut running: Vec<_> =
-            wanted.filter_map(|found| connect(&found.path).map(|c| (found, c))).collect();
-        running.sort_by(|(a, _), (b, _)| (&a.name, &a.pid).cmp(&(&b.name, &b.pid)));
+        let folder = searched_folder()?;
+        let mut running = Found::running(&folder, target);
         if running.len() > 1 {
             let all: Vec<_> =
                 running.iter().map(|(f, _)| format!("{} {}", f.name, f.pid)).collect();
@@ -125,6 +153,21 @@ impl Connection {
         stream.set_read_timeout(Some(TIMEOUT))?;
         stream.set_write_timeout(Some(TIMEOUT))?;
         Ok(Self { reader: BufReader::new(stream) })
+    }
+
+    /// Sets the time-out of a reply.
+    ///
+    /// # Errors
+    /// The time is zero.
+    pub fn set_timeout(&self, timeout: Duration) -> io::Result<()> {
+        self.reader.get_ref().set_read_timeout(Some(timeout))
+    }
+
+    /// The process that listens, as it is numbered here; `None` if it is in another namespace. It is the process that it was if it still
+    /// answers afterwards.
+    #[must_use]
+    pub fn process(&self) -> Option<Pid> {
+        peer_process(self.reader.get_ref())
     }
 
     /// Sends a query and waits for the reply.

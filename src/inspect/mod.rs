@@ -20,7 +20,10 @@ mod server;
 mod tests;
 mod walk;
 
-pub use client::{Connection, runtime_folder, socket_for, socket_name};
-pub use query::{DeviceCount, HartCount, HartRegisters, Inspectable, Order, Query, Reply, Stat};
+pub use client::{Connection, Found, runtime_folder, socket_for, socket_name};
+pub use query::{
+    BalloonSizes, Description, DeviceCount, GuestState, HartCount, HartRegisters, Inspectable,
+    Order, Query, Reply, Stat,
+};
 pub use server::InspectionServer;
 pub use walk::{Stages, Walk, WalkStep, WalkTarget};

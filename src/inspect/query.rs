@@ -14,6 +14,8 @@ use crate::snapshot::{SnapshotReport, SnapshotRequest};
 /// A query.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Query {
+    /// The properties and the state.
+    Info,
     /// The counters.
     Stat,
     /// The registers of all harts. The machine is paused for that.
@@ -32,6 +34,7 @@ impl Query {
     #[must_use]
     pub fn line(self) -> String {
         match self {
+            Self::Info => "info".into(),
             Self::Stat => "stat".into(),
             Self::Registers => "regs".into(),
             Self::Walk { address, hart } => format!("walk {address:#x} {hart}"),
@@ -42,6 +45,7 @@ impl Query {
     pub(super) fn read(line: &str) -> Option<Self> {
         let mut words = line.split_ascii_whitespace();
         let query = match words.next()? {
+            "info" => Self::Info,
             "stat" => Self::Stat,
             "regs" => Self::Registers,
             "walk" => {
@@ -63,6 +67,14 @@ pub enum Order {
     Pause,
     /// End a pause.
     Resume,
+    /// Reset the machine in place, as a guest does that reboots.
+    Reset,
+    /// Press the power button, so that the guest powers off.
+    PowerButton,
+    /// End the machine. The guest is not asked.
+    Stop,
+    /// Have the guest give this number of bytes of its memory to the host.
+    Balloon(u64),
     /// Save the machine in a folder of this host.
     Snapshot(SnapshotRequest),
     /// Move the machine to the process at the other end of the stream socket that comes with this line (SCM_RIGHTS of unix(7)).
@@ -81,13 +93,15 @@ impl Order {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Reply {
+    /// To [`Query::Info`].
+    Info(Description),
     /// To [`Query::Stat`].
     Stat(Stat),
     /// To [`Query::Registers`].
     Registers(Vec<HartRegisters>),
     /// To [`Query::Walk`].
     Walk(Walk),
-    /// To [`Order::Pause`] and [`Order::Resume`]: it was carried out.
+    /// To an order without another reply: it was carried out.
     Done {
         /// Nanoseconds that it has taken.
         took_ns: u64,
@@ -100,6 +114,51 @@ pub enum Reply {
     Migrated(MigrationReport),
     /// A message: the query is invalid, the order was not carried out, or the machine is just restarting or ending.
     Error(String),
+}
+
+/// The properties and the state of a machine.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Description {
+    /// The machine's name.
+    pub name: String,
+    /// Its process.
+    pub pid: u32,
+    /// The guest runs, or is paused.
+    pub state: GuestState,
+    /// Number of harts.
+    pub harts: u32,
+    /// Guest RAM in bytes.
+    pub memory: u64,
+    /// The interrupt controller: `aia` or `plic`.
+    pub irqchip: String,
+    /// The kernel's path; `None` for a machine without one.
+    pub kernel: Option<String>,
+    /// Nanoseconds since its last reset.
+    pub age_ns: u64,
+    /// It has a power button.
+    pub power_button: bool,
+    /// Its balloon, if it has one.
+    pub balloon: Option<BalloonSizes>,
+}
+
+/// The state of a machine that has a guest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GuestState {
+    /// The guest runs.
+    #[default]
+    Running,
+    /// The harts are out of the guest, and the devices at rest.
+    Paused,
+}
+
+/// A balloon.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonSizes {
+    /// The bytes that the guest is to give to the host.
+    pub target: u64,
+    /// The bytes that it has given.
+    pub actual: u64,
 }
 
 /// Counters of a machine, since its last reset.

@@ -151,9 +151,10 @@ fn serve(stream: &UnixStream, target: &dyn Inspectable, busy: &AtomicUsize) -> i
             (None, Some(Err(error))) => {
                 (Reply::Error(format!("The order is invalid: {error}")), false)
             }
-            (None, None) => {
-                (Reply::Error("Queries are stat, regs, and walk ADDRESS [HART]".into()), false)
-            }
+            (None, None) => (
+                Reply::Error("Queries are info, stat, regs, and walk ADDRESS [HART]".into()),
+                false,
+            ),
         };
         write_reply(stream, &reply)?;
         if !is_known {

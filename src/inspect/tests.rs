@@ -134,7 +134,7 @@ fn an_invalid_query_gets_an_error_and_ends_the_connection() {
         let mut reply = String::new();
         // A part that was not read by then resets the connection, after the reply.
         let _ = stream.read_to_string(&mut reply);
-        assert!(reply.starts_with("{\"error\":\"Queries are stat"), "{query:?}: {reply}");
+        assert!(reply.starts_with("{\"error\":\"Queries are info"), "{query:?}: {reply}");
         assert_eq!(reply.lines().count(), 1);
     }
     served.stop(Duration::ZERO).unwrap();

@@ -3,8 +3,11 @@
 use std::process;
 
 use super::Machine;
-use crate::hypervisor::{Counters, SHIM_SLOT};
-use crate::inspect::{DeviceCount, HartCount, HartRegisters, Query, Reply, Stages, Stat, Walk};
+use crate::hypervisor::{Counters, Irqchip, SHIM_SLOT};
+use crate::inspect::{
+    BalloonSizes, Description, DeviceCount, GuestState, HartCount, HartRegisters, Query, Reply,
+    Stages, Stat, Walk,
+};
 use crate::trace::DeviceMap;
 use crate::vcpu::firmware::shim;
 use crate::vcpu::hart::{Csr, Reg};
@@ -12,9 +15,10 @@ use crate::vcpu::registers;
 
 impl Machine {
     /// Answers a query about the current run. Registers are read while all harts are out of the guest, for a moment if it is not paused.
-    pub(crate) fn inspect(&self, query: Query) -> Reply {
+    pub(crate) fn inspect(&self, query: Query, state: GuestState) -> Reply {
         let harts = self.config.cpus.count;
         match query {
+            Query::Info => Reply::Info(self.describe(state)),
             Query::Stat => Reply::Stat(self.stat()),
             Query::Registers => self.paused(|| Reply::Registers(self.registers())),
             Query::Walk { hart, .. } if hart >= harts => {
@@ -22,6 +26,34 @@ impl Machine {
             }
             Query::Walk { address, hart } => self.paused(|| self.walk(hart, address)),
         }
+    }
+
+    fn describe(&self, state: GuestState) -> Description {
+        let config = &self.config;
+        let balloon = &self.backends.balloon;
+        Description {
+            name: config.name.clone(),
+            pid: process::id(),
+            state,
+            harts: config.cpus.count,
+            memory: config.mem,
+            irqchip: match self.board.irqchip {
+                Irqchip::Aia(_) => "aia".into(),
+                Irqchip::None => "plic".into(),
+            },
+            kernel: config.boot.kernel.as_ref().map(|path| path.display().to_string()),
+            age_ns: self.age_ns(),
+            power_button: config.has_device("input"),
+            balloon: config
+                .has_device("balloon")
+                .then(|| BalloonSizes { target: balloon.target(), actual: balloon.actual() }),
+        }
+    }
+
+    /// Nanoseconds since the last reset.
+    fn age_ns(&self) -> u64 {
+        let age = self.begun.map(|begun| begun.elapsed()).unwrap_or_default();
+        u64::try_from(age.as_nanos()).unwrap_or(u64::MAX)
     }
 
     fn stat(&self) -> Stat {
@@ -42,11 +74,10 @@ impl Machine {
             writes: slot.writes,
             refused: slot.refused,
         });
-        let age = self.begun.map(|begun| begun.elapsed()).unwrap_or_default();
         Stat {
             name: self.config.name.clone(),
             pid: process::id(),
-            age_ns: u64::try_from(age.as_nanos()).unwrap_or(u64::MAX),
+            age_ns: self.age_ns(),
             harts,
             devices: devices.collect(),
             unassigned_reads: counted.unassigned_reads,

@@ -7,6 +7,7 @@ use super::command::{Command, CommandError, DeviceChange, Event, ReplyTo, SavedP
 use super::handle::{Handle, MachineState};
 use crate::config::OnReset;
 use crate::error::Error;
+use crate::inspect::GuestState;
 use crate::machine::{Machine, MachineMemory};
 use crate::vcpu::Pause;
 use crate::vcpu::stop::StopReason;
@@ -162,11 +163,15 @@ impl Controller {
                 let _ = reply.send(self.change(change));
             }
             Command::Inspect(query, reply) => {
-                if self.has_guest() {
-                    let _ = reply.send(Ok(self.machine.inspect(query)));
-                } else {
-                    self.refuse("inspect", &reply);
-                }
+                let state = match self.state {
+                    MachineState::Running => GuestState::Running,
+                    MachineState::Paused => GuestState::Paused,
+                    _ => {
+                        self.refuse("inspect", &reply);
+                        return Ok(());
+                    }
+                };
+                let _ = reply.send(Ok(self.machine.inspect(query, state)));
             }
             Command::Save(reply) => {
                 let saved = self.save();

@@ -18,8 +18,8 @@
 //!       +--- stop ---> Stopping ---> Ended          (a reset comes back to the state before)
 //! ```
 //!
-//! Clients are the command line, signals and Ctrl-A x (which only stop), the inspection socket (`rvmm stat`, `regs`, `walk`), and programs
-//! that embed rvmm. A debugger works with the harts directly ([`Control`]); the controller tells it when a run begins and ends.
+//! Clients are the command line, signals and Ctrl-A x (which only stop), the inspection socket (`rvmm stat`, `stop`, `snapshot`, ...), and
+//! programs that embed rvmm. A debugger works with the harts directly ([`Control`]); the controller tells it when a run begins and ends.
 //!
 //! ```no_run
 //! use rvmm::config::VmConfig;
@@ -252,6 +252,13 @@ impl Inspectable for Handle {
         match order {
             Order::Pause => done(self.pause().map(Paused::keep)),
             Order::Resume => done(self.resume()),
+            Order::Reset => done(self.reset()),
+            Order::PowerButton => done(self.press_power_button()),
+            Order::Stop => {
+                self.stop();
+                done(Ok(()))
+            }
+            Order::Balloon(bytes) => done(self.change(DeviceChange::BalloonTarget(bytes))),
             Order::Snapshot(request) => match self.snapshot(&request) {
                 Ok(report) => Reply::Snapshot(report),
                 Err(error) => Reply::Error(chain(&error)),

@@ -21,7 +21,7 @@ use crate::config::{
 };
 use crate::error::{EXIT_HOST, EXIT_USAGE, Error};
 use crate::host::in_a_namespace;
-use crate::inspect::{Connection, Query, Reply, WalkTarget};
+use crate::inspect::{BalloonSizes, Connection, GuestState, Order, Query, Reply, WalkTarget};
 use crate::machine::testing::ScriptHypervisor;
 use crate::terminal::Console;
 use crate::vcpu::exit::SystemEvent;
@@ -94,6 +94,41 @@ fn a_trace_continues_over_all_runs_of_the_guest() {
     let page = folder.path().join("exits.html");
     crate::trace::report(&file, &page).unwrap();
     assert!(std::fs::read_to_string(&page).unwrap().contains("serial LSR"));
+}
+
+#[test]
+fn a_machine_is_described_reset_and_stopped_over_its_socket() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("rvmm-1.sock");
+    let config =
+        VmConfig { name: "web".into(), devices: vec![parsed("balloon")], ..VmConfig::default() };
+    let scripts = [vec![Step::Idle], vec![Step::Idle]];
+    let (machine, _, _program) = machine_of(config, Some(path.clone()), scripts);
+    let running = machine.unwrap().start().unwrap();
+    let mut connection = Connection::to(&path).unwrap();
+    let info = |connection: &mut Connection| loop {
+        match connection.ask(Query::Info).unwrap() {
+            Reply::Info(info) => return info,
+            other => assert!(matches!(other, Reply::Error(_)), "{other:?}"),
+        }
+    };
+    let first = info(&mut connection);
+    assert_eq!((first.name.as_str(), first.harts, first.memory), ("web", 1, 16 << 20));
+    assert_eq!((first.state, first.power_button), (GuestState::Running, false));
+    assert_eq!(first.balloon, Some(BalloonSizes { target: 0, actual: 0 }));
+    let mut give = |order| connection.give(&order).unwrap();
+    assert!(matches!(give(Order::Balloon(8 << 20)), Reply::Done { .. }));
+    assert!(matches!(give(Order::Balloon(u64::MAX)), Reply::Error(_)));
+    let Reply::Error(refusal) = give(Order::PowerButton) else { panic!("a button") };
+    assert!(refusal.contains("no power button"), "{refusal}");
+    assert!(matches!(give(Order::Pause), Reply::Done { .. }));
+    // A machine that is paused stays so after a reset, and the balloon keeps its target.
+    assert!(matches!(give(Order::Reset), Reply::Done { .. }));
+    let second = info(&mut connection);
+    assert_eq!((second.state, second.balloon.unwrap().target), (GuestState::Paused, 8 << 20));
+    assert!(matches!(connection.give(&Order::Stop).unwrap(), Reply::Done { .. }));
+    assert_eq!(running.wait().unwrap(), StopReason::Requested);
+    assert!(!path.exists());
 }
 
 #[test]

@@ -1,8 +1,9 @@
-//! The verbs `stat`, `regs` and `walk`: queries to a running machine, and its replies as text.
+//! The verbs `info`, `stat`, `regs` and `walk`: queries to a running machine, and its replies as text.
 
 use std::io;
 use std::os::fd::OwnedFd;
 
+use super::machines::properties;
 use super::output;
 use crate::error::{EXIT_HOST, EXIT_OK};
 use crate::inspect::{Connection, HartRegisters, Order, Query, Reply};
@@ -35,6 +36,7 @@ pub(super) fn ask(request: &Request) -> u8 {
         Reply::Registers(harts) => Ok(harts.iter().map(registers).collect()),
         Reply::Walk(walk) => Ok(walk::text(&walk)),
         Reply::Stat(stat) => Ok(stat::table(&stat, None)),
+        Reply::Info(info) => Ok(properties(&info)),
     });
     match text {
         Ok(text) => output::show(&escaped(&text)),
@@ -83,6 +85,7 @@ pub(super) fn refuse(what: &str) -> u8 {
 
 fn json(reply: &Reply) -> Result<String, String> {
     let text = match reply {
+        Reply::Info(info) => serde_json::to_string_pretty(info),
         Reply::Stat(stat) => serde_json::to_string_pretty(stat),
         Reply::Registers(harts) => serde_json::to_string_pretty(harts),
         Reply::Walk(walk) => serde_json::to_string_pretty(walk),
@@ -95,7 +98,7 @@ fn json(reply: &Reply) -> Result<String, String> {
 }
 
 /// Text from the socket, with control characters escaped.
-fn escaped(text: &str) -> String {
+pub(super) fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for line in text.split_inclusive('\n') {
         output::push_escaped(&mut out, line.trim_end_matches('\n'));
