@@ -61,6 +61,19 @@ fn boot(folder: &TempDir, name: &str, irqchip: &str, button: bool) -> Session {
     session
 }
 
+/// Waits until this process watches another one.
+fn await_watch(session: &Session) {
+    let descriptors = format!("/proc/{}/fd", session.pid().as_raw_nonzero());
+    let watches = || {
+        let links = std::fs::read_dir(&descriptors).expect("it runs").flatten();
+        let mut targets = links.filter_map(|link| std::fs::read_link(link.path()).ok());
+        targets.any(|target| target.to_string_lossy().contains("pidfd"))
+    };
+    while !watches() {
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
 fn list(folder: &Path) -> Vec<Value> {
     serde_json::from_str(&said(folder, &["list", "--json"])).expect("a list")
 }
@@ -108,13 +121,13 @@ fn machines_are_listed_described_restarted_and_end_by_name() {
     let late = refused(at, &["wait", "db", "--timeout", "1"]);
     assert!(late.contains("still runs after 1 s"), "{late}");
     // Nobody there listens to the button.
-    let waiting = rvmm(&["wait", "db"]).env("XDG_RUNTIME_DIR", at).start();
+    let mut waiting = rvmm(&["wait", "db"]).env("XDG_RUNTIME_DIR", at).start();
+    await_watch(&waiting);
     let forced = verb(at, &["stop", "db", "--timeout", "1"]);
     assert!(forced.status.success());
     let message = String::from_utf8_lossy(&forced.stderr);
     assert!(message.contains("has not powered off within 1 s"), "{message}");
     assert_eq!(db.exit_code(), 0);
-    let mut waiting = waiting;
     assert_eq!(waiting.exit_code(), 0);
 
     let mut third = boot(&folder, "third", irqchip, false);

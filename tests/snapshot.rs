@@ -203,7 +203,7 @@ fn interrupted_at_random(
     let mut session = chain(&place, irqchip, cpus).start();
     session.expect("started");
     let (mut printed, mut count) = (String::new(), 0);
-    while count < by_length(50, 6) {
+    while count < by_length(50, 4) {
         place.await_socket(&mut session, "chain");
         thread::sleep(Duration::from_millis(random(300)));
         let other = next(&place, count);
