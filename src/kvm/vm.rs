@@ -351,7 +351,7 @@ fn report(applied: &Applied) {
             hidden.join(", ")
         );
     }
-    if hidden.iter().any(|name| *name == "sstc") {
+    if hidden.contains(&"sstc") {
         log::warn!(
             "Without Sstc a guest sets its timer through SBI, and KVM up to Linux 7.3 loses that at times on a host with Sstc: Linux may hang"
         );
