@@ -79,6 +79,13 @@ impl VmError {
         Self { what: what.into(), source: Some(source), mistake: false }
     }
 
+    /// True if this host lacks something that the machine needs, or has it in another form: not a failure of the kernel, and no mistake of
+    /// the user's.
+    #[must_use]
+    pub fn is_lack(&self) -> bool {
+        self.source.is_none() && !self.mistake
+    }
+
     /// True if no host could have fulfilled the request.
     #[must_use]
     pub fn is_invalid_request(&self) -> bool {

@@ -86,7 +86,7 @@ impl Place {
 const MODULES: &[&str] = &["virtio_mmio", "virtio_blk", "crc32c_generic", "ext4", "virtio-rng"];
 
 /// A guest of Debian's kernel with an empty disk, at its shell.
-fn linux(place: &Place, irqchip: &str, mem: &str, arguments: &[&str]) -> Session {
+fn linux(place: &Place, irqchip: &str, mem: &str) -> Session {
     let initrd = initramfs::build(place.0.path(), &[], MODULES);
     File::create(place.at("disk")).and_then(|file| file.set_len(64 << 20)).expect("a disk");
     let session = place
@@ -95,7 +95,6 @@ fn linux(place: &Place, irqchip: &str, mem: &str, arguments: &[&str]) -> Session
         .args(&["--cmdline", "console=ttyS0 quiet"])
         .path("--disk=", &place.at("disk"), "")
         .path("--initrd=", &initrd, "")
-        .args(arguments)
         .kernel(&kernel())
         .start();
     session.expect("own initramfs is up\r\n");
@@ -103,8 +102,8 @@ fn linux(place: &Place, irqchip: &str, mem: &str, arguments: &[&str]) -> Session
 }
 
 /// The same, whose shell writes its disk all the time, and keeps the number 42.
-fn busy_linux(place: &Place, irqchip: &str, arguments: &[&str]) -> Session {
-    let mut session = linux(place, irqchip, "256M", arguments);
+fn busy_linux(place: &Place, irqchip: &str) -> Session {
+    let mut session = linux(place, irqchip, "256M");
     session.ask("mke2fs /dev/vda >/dev/null; mkdir /m; mount /dev/vda /m; dd if=/dev/urandom of=/data bs=64k count=32 2>/dev/null; md5sum </data >/sum");
     // Copies from memory to the disk and back, and counts what was wrong.
     session.send("wrong=0; (while :; do cp /data /m/data; sync; echo 3 >/proc/sys/vm/drop_caches; head -c256 /dev/hwrng >/dev/null; md5sum </m/data | cmp -s - /sum || echo x >>/wrong; echo x >>/rounds; done) &\n");
@@ -131,7 +130,7 @@ fn expect_no_complaints(session: &mut Session) {
 fn linux_that_writes_to_its_disk_continues_in_another_process() {
     let Some(host) = one_host("plic") else { return };
     let place = Place::new();
-    let mut session = busy_linux(&place, host.irqchips[0], &[]);
+    let mut session = busy_linux(&place, host.irqchips[0]);
     for round in 0..by_length(5, 2) {
         let folder = format!("saved{round}");
         place.save(&mut session, "one", &folder);
@@ -332,7 +331,7 @@ impl Drop for Clone {
 fn clones_share_memory_and_each_has_a_disk_of_its_own() {
     let Some(host) = one_host("aia") else { return };
     let place = Place::new();
-    let mut session = linux(&place, host.irqchips[0], "128M", &[]);
+    let mut session = linux(&place, host.irqchips[0], "128M");
     session.ask("mke2fs /dev/vda >/dev/null; mkdir /m; mount /dev/vda /m; echo first >/m/name; sync; kept=42");
     place.save(&mut session, "one", "saved");
     let count = by_length(50, 20);
@@ -364,7 +363,7 @@ fn clones_share_memory_and_each_has_a_disk_of_its_own() {
 fn linux_that_is_saved_while_it_reboots_comes_up_in_another_process() {
     let Some(host) = one_host("plic") else { return };
     let place = Place::new();
-    let mut session = linux(&place, host.irqchips[0], "128M", &[]);
+    let mut session = linux(&place, host.irqchips[0], "128M");
     for _ in 0..by_length(10, 2) {
         session.send("reboot -f\n");
         thread::sleep(Duration::from_millis(random(3000)));
@@ -396,11 +395,11 @@ fn pager(place: &Place, arguments: &[&str], folder: Option<&str>, ready: &str) -
 }
 
 /// Saves a guest in the middle of its work, and returns what it prints from there on.
-fn saved_chain(place: &Place, irqchip: &str, arguments: &[&str], folder: &str) -> String {
-    let mut undisturbed = chain(&Place::new(), irqchip, "4").args(arguments).start();
+fn saved_chain(place: &Place, irqchip: &str, folder: &str) -> String {
+    let mut undisturbed = chain(&Place::new(), irqchip, "4").start();
     assert_eq!(undisturbed.exit_code(), 0);
     let expected = String::from_utf8(undisturbed.output()).expect("text");
-    let mut session = chain(place, irqchip, "4").args(arguments).start();
+    let mut session = chain(place, irqchip, "4").start();
     session.expect("started");
     thread::sleep(Duration::from_millis(random(200)));
     place.save(&mut session, "chain", folder);
@@ -422,7 +421,7 @@ fn a_guest_whose_memory_comes_while_it_runs_ends_with_the_same_result() {
     let Some(host) = host() else { return };
     for irqchip in host.usual_irqchip() {
         let place = Place::new();
-        let rest = saved_chain(&place, irqchip, &[], "saved");
+        let rest = saved_chain(&place, irqchip, "saved");
         expect_rest(&place, "saved", &["--prefetch"], &rest);
         let path = |name: &str| place.at(name).display().to_string();
         let (socket, at) = (path("pager"), format!("unix:{}", path("pager")));
@@ -454,7 +453,7 @@ fn a_machine_ends_with_its_pager_and_can_be_stopped_while_it_waits_for_it() {
     let Some(host) = host() else { return };
     for irqchip in host.usual_irqchip() {
         let place = Place::new();
-        saved_chain(&place, irqchip, &[], "saved");
+        saved_chain(&place, irqchip, "saved");
         let socket = place.at("pager").display().to_string();
         let at = format!("unix:{socket}");
         for (is_killed, arguments) in [
@@ -488,7 +487,7 @@ fn a_machine_ends_with_its_pager_and_can_be_stopped_while_it_waits_for_it() {
 fn linux_whose_memory_a_pager_has_can_be_saved_again() {
     let Some(host) = one_host("aia") else { return };
     let place = Place::new();
-    let mut session = linux(&place, host.irqchips[0], "128M", &[]);
+    let mut session = linux(&place, host.irqchips[0], "128M");
     session.ask("mke2fs /dev/vda >/dev/null; mkdir /m; mount /dev/vda /m; head -c 2097152 /dev/urandom >/data; cp /data /m; kept=$(md5sum </data); dmesg -c >/dev/null");
     place.save(&mut session, "one", "first");
     let socket = place.at("pager").display().to_string();

@@ -23,7 +23,7 @@ pub(super) fn is_aia(
     match (obstacle(vm, members)?, choice) {
         (Some(why), IrqchipChoice::Aia) => {
             return Err(VmError::new(format!(
-                "--irqchip aia is not available: {why} (use --irqchip plic or auto)"
+                "The AIA is not available: {why} (a new machine can have --irqchip plic or auto)"
             )));
         }
         (Some(why), _) => {

@@ -196,8 +196,13 @@ impl Machine {
             Beginning::Continue(from) => (true, from.origin.ram().cloned()),
         };
         let ram = ram.map_or_else(|| Board::ram(&config), Ok)?;
-        let (mut board, harts) =
-            Board::build(&config, host.as_ref(), &mut backends, &control, ram)?;
+        let built = Board::build(&config, host.as_ref(), &mut backends, &control, ram);
+        let (mut board, harts) = match (&beginning, built) {
+            (Beginning::Continue(from), Err(Error::Vm(error))) if error.is_lack() => {
+                return Err(from.origin.refused(error));
+            }
+            (_, built) => built?,
+        };
         let (run, files) = match beginning {
             Beginning::Start(mut files) => {
                 let run = board.load(&config, &files, host.as_ref(), &backends, harts)?;

@@ -10,8 +10,6 @@ use crate::{Place, busy_linux, expect_no_complaints, goes_on, saved_chain};
 const SAVE_TO: &str = "RVMM_TEST_SAVE_TO";
 /// Names such folders of other hosts, separated by colons.
 const RESTORE_FROM: &str = "RVMM_TEST_RESTORE_FROM";
-/// More arguments for the machines that are saved, separated by spaces.
-const ARGUMENTS: &str = "RVMM_TEST_ARGUMENTS";
 
 #[test]
 fn a_host_saves_for_others() {
@@ -19,15 +17,13 @@ fn a_host_saves_for_others() {
         return skip("scripts/restores runs it");
     };
     let Some(host) = host() else { return };
-    let text = std::env::var(ARGUMENTS).unwrap_or_default();
-    let arguments: Vec<&str> = text.split_ascii_whitespace().collect();
     let at = |name: &str| to.join(name).display().to_string();
     for irqchip in host.usual_irqchip() {
-        let rest = saved_chain(&Place::new(), irqchip, &arguments, &at("chain"));
+        let rest = saved_chain(&Place::new(), irqchip, &at("chain"));
         fs::write(at("rest"), rest).expect("space");
 
         let place = Place::new();
-        let mut session = busy_linux(&place, irqchip, &arguments);
+        let mut session = busy_linux(&place, irqchip);
         place.save(&mut session, "one", &at("linux"));
         fs::copy(place.at("disk"), to.join("disk")).expect("a copy");
     }

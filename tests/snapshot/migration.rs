@@ -66,7 +66,7 @@ fn overlay(place: &Place) -> PathBuf {
 fn linux_that_writes_to_its_disk_moves_with_it_and_to_an_image_as_well() {
     let Some(host) = one_host("aia") else { return };
     let place = Place::new();
-    let mut session = busy_linux(&place, host.irqchips[0], &[]);
+    let mut session = busy_linux(&place, host.irqchips[0]);
     // From here on it writes an image, whose tables move with it.
     place.save(&mut session, "one", "saved");
     let image = format!("vda={}", overlay(&place).display());

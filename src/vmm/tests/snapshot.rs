@@ -9,7 +9,8 @@ use tempfile::{NamedTempFile, TempDir};
 
 use super::{machine_of, parsed, refusal};
 use crate::config::{OnReset, VmConfig};
-use crate::error::{EXIT_HOST, EXIT_SNAPSHOT, EXIT_USAGE, Error};
+use crate::error::{EXIT_HOST, EXIT_SNAPSHOT, EXIT_USAGE, Error, VmError};
+use crate::hypervisor::{Hypervisor, Vm};
 use crate::inspect::{Query, Reply};
 use crate::layout::Span;
 use crate::machine::testing::ScriptHypervisor;
@@ -94,6 +95,32 @@ fn refused(result: Result<Vmm, Error>, code: u8) -> String {
     let error = result.err().unwrap();
     assert_eq!(error.exit_code(), code, "{error}");
     error.to_string()
+}
+
+/// A host that creates no VM, because it lacks something or its kernel fails.
+struct NoVm(fn() -> VmError);
+
+impl Hypervisor for NoVm {
+    fn create_vm(&self) -> Result<Arc<dyn Vm>, VmError> {
+        Err((self.0)())
+    }
+}
+
+#[test]
+fn a_host_that_lacks_what_the_guest_uses_refuses_the_snapshot_and_one_that_fails_does_not() {
+    let guest = Guest::start();
+    guest.snapshot("saved").unwrap();
+    let place = guest.path("saved");
+    let _files = guest.stop();
+    let restore = |why| {
+        let (console, hypervisor) = (Some(Console::null()), Some(Box::new(NoVm(why)) as _));
+        let parts = Parts { console, hypervisor, ..Parts::default() };
+        Vmm::restore(Snapshot::open(&place).unwrap(), RestoreOptions::default(), parts)
+    };
+    let lack = refused(restore(|| VmError::new("The AIA is not available")), EXIT_SNAPSHOT);
+    assert!(lack.contains("Cannot use the snapshot") && lack.contains("AIA"), "{lack}");
+    let failure = || VmError::io("Cannot create a VM", std::io::ErrorKind::OutOfMemory.into());
+    refused(restore(failure), EXIT_HOST);
 }
 
 /// Takes the generation ID out of a state.
