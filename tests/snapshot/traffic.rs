@@ -109,7 +109,7 @@ fn use_everything(session: &mut Session, address: &str) {
     ));
     // Blocks are verified while others are written.
     session.send(&format!(
-        "(n=0; while [ ! -e {STOP} ]; do fio --direct=1 --rw=randwrite --bs=4k --size=512K --ioengine=libaio --iodepth=16 \
+        "(n=0; while [ ! -e {STOP} ]; do fio --direct=1 --rw=randwrite --bs=4k --size=256K --ioengine=libaio --iodepth=16 \
          --verify=crc32c --verify_fatal=1 --verify_backlog=64 --name=raw --filename=/dev/vdb --name=qcow2 --filename=/dev/vdc \
          >/tmp/fio 2>&1 && echo $((n=n+1)) >/tmp/verified || cat /tmp/fio >>/wrong; done) &\n"
     ));
@@ -176,7 +176,7 @@ fn debian_that_uses_all_of_its_devices_while_it_is_saved_finds_what_it_wrote() {
     plug_in();
     let mut port = read_port(session.connect(&place.at("port")));
     use_everything(&mut session, &address);
-    let saves = by_length(20, 2);
+    let saves = by_length(20, 1);
     for number in 0..saves {
         await_progress(&mut session, &["/tmp/tcp", "/tmp/vsock"]);
         thread::sleep(Duration::from_millis(random(2000)));
