@@ -18,6 +18,7 @@ use std::thread;
 use std::time::Duration;
 
 use harness::{Session, kernel, one_host, rvmm};
+use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -131,6 +132,8 @@ fn machines_are_listed_described_restarted_and_end_by_name() {
     assert_eq!(waiting.exit_code(), 0);
 
     let mut third = boot(&folder, "third", irqchip, false);
+    // Also one that does not answer.
+    third.signal(Signal::STOP);
     said(at, &["kill", "third"]);
     assert!(!third.is_running());
     assert_eq!(list(at), [Value::Null; 0]);

@@ -208,14 +208,16 @@ struct Running {
 
 impl Running {
     fn find(target: Option<&str>) -> Result<Self, String> {
-        let mut connection = Connection::open(target)?;
+        let connection = Connection::open(target)?;
         let pid = connection.process().ok_or(
             "The machine's process is in another namespace of process IDs (run this command there)",
         )?;
         let process = pidfd_open(pid, PidfdFlags::empty())
             .map_err(|error| format!("Cannot watch the machine's process: {error}"))?;
-        // If it answers now, the number was not given to another process in between.
-        connection.ask(Query::Info).map_err(|_| "The machine has just ended".to_owned())?;
+        // While it is connected, the number was not given to another process in between. It need not answer: that is when it is killed.
+        if !connection.is_open() {
+            return Err("The machine has just ended, or has too many clients (try again)".into());
+        }
         Ok(Self { connection, process })
     }
 
@@ -231,10 +233,12 @@ impl Running {
         }
     }
 
-    fn describe(&mut self) -> Option<Description> {
+    /// `None` while it is starting or ending.
+    fn describe(&mut self) -> Result<Option<Description>, String> {
         match self.connection.ask(Query::Info) {
-            Ok(Reply::Info(info)) => Some(info),
-            _ => None,
+            Ok(Reply::Info(info)) => Ok(Some(info)),
+            Ok(_) => Ok(None),
+            Err(error) => Err(format!("The machine does not answer: {error} (rvmm kill ends it)")),
         }
     }
 
@@ -260,10 +264,12 @@ impl StopArgs {
     /// Presses the power button, and stops the machine if the guest does not power off in time.
     fn perform(&self) -> Result<(), String> {
         let mut machine = Running::find(self.machine.as_deref())?;
-        let can_ask = self.timeout > 0
-            && machine
-                .describe()
-                .is_some_and(|info| info.power_button && info.state == GuestState::Running);
+        let description = match machine.describe() {
+            Err(_) if machine.ends_within(Some(Duration::ZERO))? => return Ok(()),
+            description => description?,
+        };
+        let listens = |info: Description| info.power_button && info.state == GuestState::Running;
+        let can_ask = self.timeout > 0 && description.is_some_and(listens);
         if can_ask {
             // Refused if it was pressed before: the guest may be on its way.
             let _ = machine.give(&Order::PowerButton);

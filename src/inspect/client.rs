@@ -9,6 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::Pid;
 
 use super::attached;
@@ -163,8 +164,16 @@ impl Connection {
         self.reader.get_ref().set_read_timeout(Some(timeout))
     }
 
-    /// The process that listens, as it is numbered here; `None` if it is in another namespace. It is the process that it was if it still
-    /// answers afterwards.
+    /// True while the machine has not closed its end, whether it answers or not.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        let mut end = [PollFd::new(self.reader.get_ref(), PollFlags::RDHUP)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        matches!(poll(&mut end, Some(&now)), Ok(0))
+    }
+
+    /// The process that listens, as it is numbered here; `None` if it is in another namespace. The number is still that process's while
+    /// the connection [is open](Self::is_open).
     #[must_use]
     pub fn process(&self) -> Option<Pid> {
         peer_process(self.reader.get_ref())
@@ -248,6 +257,21 @@ mod tests {
     use std::os::unix::net::UnixListener;
 
     use super::*;
+
+    #[test]
+    fn a_connection_is_open_until_the_machine_ends_also_if_it_never_answers() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("web-1.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let waiting = Connection::to(&path).unwrap();
+        assert!(waiting.is_open());
+        assert_eq!(
+            waiting.process().map(Pid::as_raw_nonzero).map(|pid| pid.get().unsigned_abs()),
+            Some(std::process::id())
+        );
+        drop(listener);
+        assert!(!waiting.is_open());
+    }
 
     #[test]
     fn the_file_of_a_dead_machine_is_removed_and_that_of_a_starting_one_is_not() {
